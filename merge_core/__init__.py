@@ -1,0 +1,1 @@
+"""What a merge is: checkpoints, suites, task vectors, factors, methods, recipes, streaming."""

@@ -1,0 +1,342 @@
+"""A checkpoint: named tensors read one at a time, whose shapes are known without reading them."""
+
+from __future__ import annotations
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from merge_core.errors import CheckpointError
+from merge_core.files import digest_of, file_digest
+
+SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
+WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
+PREFIXES = ("module.", "_orig_mod.")
+FOLDER_CANDIDATES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes as stored."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the entries are weights (counters and masks are integers or booleans)."""
+        return self.dtype.is_floating_point
+
+
+class _Shard(Protocol):
+    """One file of a checkpoint: headers at once, tensors on demand."""
+
+    infos: dict[str, TensorInfo]
+
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class _SafetensorsShard:
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            self._file = safe_open(path, framework="pt", device="cpu")
+            self.metadata: dict[str, str] = self._file.metadata() or {}
+            self.infos = {name: self._info(name) for name in self._file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, UnicodeDecodeError) as error:
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file: {_reason(path, error)}"
+            ) from error
+
+    def _info(self, name: str) -> TensorInfo:
+        piece = self._file.get_slice(name)
+        dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
+        if dtype is None:
+            raise CheckpointError(
+                f"{self._path}: tensor {name!r} has dtype {piece.get_dtype()}, which is not "
+                "supported. Convert it to float32, float16 or bfloat16."
+            )
+        return TensorInfo(tuple(piece.get_shape()), dtype)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+
+class _TorchShard:
+    def __init__(self, path: Path) -> None:
+        if path.stat().st_size == 0:
+            raise CheckpointError(f"{path} is empty (0 bytes). Copy or download it again.")
+        if not zipfile.is_zipfile(path):
+            raise CheckpointError(
+                f"{path} is not a torch zip file (it is truncated, foreign, or written by "
+                "torch before 1.6). Copy it again, or re-save its state_dict as safetensors."
+            )
+        try:
+            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path} holds Python objects besides tensors, and opening them could run "
+                "foreign code. Re-save its weights only: "
+                "torch.save(model.state_dict(), path), or as safetensors."
+            ) from error
+        except (RuntimeError, OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+            raise CheckpointError(
+                f"{path} cannot be read as a torch file: {str(error).splitlines()[0]:.200} "
+                "Copy or download it again."
+            ) from error
+        self._tensors = _unwrap(loaded, path)
+        self.infos = {
+            name: TensorInfo(tuple(tensor.shape), tensor.dtype)
+            for name, tensor in self._tensors.items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a safetensors file could not be opened, in words."""
+    if not path.exists():
+        return "the file does not exist. Check the path."
+    size = path.stat().st_size
+    if size == 0:
+        return "it is empty (0 bytes). Copy or download it again."
+    text = str(error).lower()
+    if "incomplete" in text or "buffer" in text or "offset" in text or "small" in text:
+        return f"it is truncated or damaged ({size:,} bytes). Copy or download it again."
+    return (
+        "its content is not in the safetensors format (wrong file, or renamed from another "
+        "format). Give the original file."
+    )
+
+
+def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict inside the usual wrappers (``state_dict``, ``model``, ...)."""
+    for _ in range(4):
+        if not isinstance(loaded, Mapping):
+            break
+        inner = next(
+            (loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), None
+        )
+        if inner is None:
+            break
+        loaded = inner
+    if not isinstance(loaded, Mapping):
+        raise CheckpointError(
+            f"{path} holds a {type(loaded).__name__}, not a dictionary of named tensors. "
+            "Save model.state_dict() instead."
+        )
+    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+
+
+def _without_prefix(names: list[str]) -> dict[str, str]:
+    """Map the public name of each tensor to the stored one, common wrapper prefixes removed."""
+    public = {name: name for name in names}
+    changed = True
+    while changed and public:
+        changed = False
+        for prefix in PREFIXES:
+            if all(name.startswith(prefix) for name in public):
+                public = {name[len(prefix) :]: stored for name, stored in public.items()}
+                changed = True
+    return public
+
+
+class Checkpoint:
+    """Named tensors of one model, over one file, a sharded index, or a folder holding either.
+
+    Opening reads headers only; :meth:`tensor` reads one tensor. Files are memory-mapped, so
+    what was read can be dropped by the system again.
+
+    Args:
+        path: a ``.safetensors`` file, a ``*.index.json``, a torch zip file
+            (``.pt``, ``.pth``, ``.bin``, ``.ckpt``; loaded with ``weights_only=True``), or a
+            folder holding one of these.
+
+    Raises:
+        CheckpointError: missing, empty, truncated or foreign file; shards that do not match
+            their index.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        entry = _resolve_folder(self.path)
+        owners: dict[str, _Shard] = {}
+        self.files: tuple[Path, ...]
+        self.metadata: dict[str, str] = {}
+        if entry.name.endswith(".index.json"):
+            weight_map = _read_index(entry)
+            self.files = tuple(entry.parent / name for name in sorted(set(weight_map.values())))
+            shards = {file.name: _open_shard(file) for file in self.files}
+            for name, file in weight_map.items():
+                if name not in shards[file].infos:
+                    raise CheckpointError(
+                        f"{entry} says that {name!r} is in {file}, but it is not there. "
+                        "Copy or download all shards again."
+                    )
+                owners[name] = shards[file]
+        else:
+            self.files = (entry,)
+            shard = _open_shard(entry)
+            self.metadata = getattr(shard, "metadata", {})
+            owners = dict.fromkeys(shard.infos, shard)
+        if not owners:
+            raise CheckpointError(f"{entry} holds no tensors. Give a file with model weights.")
+        self._stored = _without_prefix(sorted(owners))
+        self._owners = owners
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor, without reading it.
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
+        return self._owner(name).infos[self._stored[name]]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, as stored (dtype unchanged, on the CPU; treat it as read-only).
+
+        Raises:
+            CheckpointError: no tensor of that name, an unreadable file, or NaN or infinite
+                entries.
+        """
+        try:
+            value = self._owner(name).tensor(self._stored[name])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} cannot be read ({error}). Copy the file again."
+            ) from error
+        if value.dtype.is_floating_point and value.numel():
+            # One pass without a temporary: NaN propagates through both extremes.
+            wide = value.float() if value.dtype.itemsize == 1 else value
+            low, high = torch.aminmax(wide)
+            if not (torch.isfinite(low) and torch.isfinite(high)):
+                bad = int((~torch.isfinite(wide)).sum())
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} has {bad:,} NaN or infinite entries of "
+                    f"{value.numel():,}. Such weights cannot be merged; train or export again."
+                )
+        return value
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of the content of all files, in the order of their names.
+
+        Raises:
+            CheckpointError: a file vanished or cannot be read.
+        """
+        try:
+            return digest_of(*(file_digest(file) for file in self.files))
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}.") from error
+
+    @property
+    def nbytes(self) -> int:
+        """Total size of the tensors in bytes, as stored."""
+        return sum(self.info(name).nbytes for name in self)
+
+    def _owner(self, name: str) -> _Shard:
+        stored = self._stored.get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.path} holds no tensor named {name!r}.")
+        return self._owners[stored]
+
+
+def _resolve_folder(path: Path) -> Path:
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. Check the path.")
+    if not path.is_dir():
+        return path
+    for candidate in FOLDER_CANDIDATES:
+        if (path / candidate).is_file():
+            return path / candidate
+    weights = sorted(
+        file
+        for file in path.iterdir()
+        if file.suffix == ".safetensors" or file.suffix in TORCH_SUFFIXES
+    )
+    if len(weights) == 1:
+        return weights[0]
+    what = "no weight file" if not weights else f"{len(weights)} weight files and no index"
+    raise CheckpointError(f"The folder {path} holds {what}. Name the file itself.")
+
+
+def _open_shard(path: Path) -> _Shard:
+    if not path.is_file():
+        raise CheckpointError(f"{path} does not exist. Copy or download all shards again.")
+    if path.suffix == ".safetensors":
+        return _SafetensorsShard(path)
+    if path.suffix in TORCH_SUFFIXES:
+        return _TorchShard(path)
+    raise CheckpointError(
+        f"{path} has an unknown ending. Known: .safetensors, .index.json, "
+        f"{', '.join(TORCH_SUFFIXES)}."
+    )
+
+
+def _read_index(path: Path) -> dict[str, str]:
+    try:
+        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(
+            isinstance(name, str) and isinstance(file, str) for name, file in weight_map.items()
+        ):
+            raise TypeError
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{path} is not a shard index (a JSON object with a 'weight_map'). Copy it again."
+        ) from error
+    outside = [file for file in weight_map.values() if Path(file).name != file]
+    if outside:
+        raise CheckpointError(f"{path} names a shard outside its folder: {outside[0]!r}.")
+    return dict(weight_map)

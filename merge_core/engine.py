@@ -1,0 +1,109 @@
+"""The merge itself: parameter by parameter, in float32 at least, cast once at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from merge_core.errors import SuiteError
+from merge_core.factors import FactorStore
+from merge_core.methods.declaration import Method
+from merge_core.preflight import preflight
+from merge_core.progress import Progress
+from merge_core.recipe import Recipe
+from merge_core.suite import Suite
+from merge_core.task_vectors import Groups
+
+
+def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
+    """Refuse experts that do not fit together.
+
+    Raises:
+        SuiteError: keys missing, or shapes that differ.
+    """
+    blocking = preflight(suite, tasks).blocking
+    if blocking:
+        first = blocking[0]
+        more = f" ({len(blocking) - 1} more such differences)" if len(blocking) > 1 else ""
+        raise SuiteError(
+            f"The experts do not fit together: in {first.member!r}, parameter "
+            f"{first.parameter!r}: {first.kind}, {first.detail}{more}. All members must come "
+            "from one architecture; see 'mergescope inspect'."
+        )
+
+
+def check_base(suite: Suite, method: Method) -> None:
+    """Refuse a method that needs a base where the suite names none.
+
+    Raises:
+        SuiteError: no base.
+    """
+    if method.needs_base and suite.base is None:
+        raise SuiteError(
+            f"{method.title} needs the base that the experts were fine-tuned from, and the suite "
+            f"{suite.name!r} names none. Add 'base:' to suite.yaml, or take a method that needs "
+            "none (average, cart)."
+        )
+
+
+def merged_tensors(
+    recipe: Recipe, groups: Groups, progress: Progress | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Merge one parameter after another.
+
+    Args:
+        recipe: what to do; its tasks must be those of `groups`.
+        groups: the parameters.
+        progress: reports each parameter, and cancels between two.
+
+    Yields:
+        Name and merged tensor, in the working dtype (float32, or float64 for such weights);
+        integer buffers as they are in the base, else in the first expert.
+
+    Raises:
+        MergeScopeError: unreadable or unfit inputs.
+        Cancelled: between two parameters.
+    """
+    progress = progress or Progress()
+    method = recipe.declaration
+    parameters = recipe.checked_parameters
+    state = None if method.prepare is None else method.prepare(groups, parameters, progress)
+    for done, group in enumerate(groups):
+        progress.step(done, len(groups), group.name)
+        if group.info.is_floating:
+            yield group.name, method.merge(group, parameters, state)
+        else:
+            yield group.name, group.buffer
+    progress.step(len(groups), len(groups), "merged")
+
+
+class MergeSession:
+    """Merges of one suite and task set held in memory, for many settings in a row.
+
+    Args:
+        suite: the suite.
+        tasks: chosen tasks (all when None).
+        store: where factors are kept.
+
+    Raises:
+        SuiteError: unknown tasks, or experts that do not fit together.
+    """
+
+    def __init__(self, suite: Suite, tasks: tuple[str, ...] | None, store: FactorStore) -> None:
+        self.suite = suite
+        self.groups = Groups(suite, tasks, store, keep=True)
+        check_fits(suite, self.groups.tasks)
+
+    @torch.inference_mode()
+    def merge(self, recipe: Recipe, progress: Progress | None = None) -> dict[str, Tensor]:
+        """The merged state dict (its `suite` and `tasks` must be this session's).
+
+        Raises:
+            MergeScopeError: unfit inputs.
+        """
+        if self.suite.select(recipe.tasks) != self.groups.tasks:
+            raise SuiteError("The recipe's tasks are not the ones that this session holds.")
+        check_base(self.suite, recipe.declaration)
+        return dict(merged_tensors(recipe, self.groups, progress))

@@ -1,0 +1,241 @@
+"""A merged model on disk: streamed into safetensors shards, with its recipe and a model card."""
+
+from __future__ import annotations
+
+import io
+import json
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from merge_core.checkpoint import SAFETENSORS_DTYPES
+from merge_core.engine import check_base, check_fits, merged_tensors
+from merge_core.errors import OutputError
+from merge_core.factors import FactorStore
+from merge_core.files import folder_written_whole
+from merge_core.progress import Progress
+from merge_core.recipe import Recipe
+from merge_core.suite import BUNDLED, Suite
+from merge_core.task_vectors import Groups
+
+DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+SHARD_BYTES = 5_000_000_000
+RECIPE_KEY = "mergescope"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """One tensor of the output: name, shape and dtype, known before anything is computed."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
+
+
+def plan_shards(plan: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+    """Split the tensors, in order, into shards of at most `shard_bytes` (one tensor at least)."""
+    shards: list[list[Planned]] = [[]]
+    size = 0
+    for tensor in plan:
+        if shards[-1] and size + tensor.nbytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(tensor)
+        size += tensor.nbytes
+    return shards
+
+
+def safetensors_header(plan: Sequence[Planned], notes: dict[str, str]) -> bytes:
+    """The length-prefixed header of a safetensors file whose tensors follow in `plan`'s order.
+
+    Source: format of https://github.com/huggingface/safetensors (8-byte little-endian length,
+    JSON, then the tensors' bytes).
+    """
+    header: dict[str, object] = {"__metadata__": notes}
+    offset = 0
+    for tensor in plan:
+        header[tensor.name] = {
+            "dtype": DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + tensor.nbytes],
+        }
+        offset += tensor.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def write_tensor(stream: BinaryIO, tensor: Tensor, planned: Planned) -> None:
+    """Append one tensor's bytes, cast once to its planned dtype.
+
+    Raises:
+        OutputError: the value does not fit the dtype (overflow in half precision).
+    """
+    value = tensor.to(planned.dtype).contiguous()
+    if value.dtype.is_floating_point and not bool(torch.isfinite(value.float()).all()):
+        raise OutputError(
+            f"Parameter {planned.name!r} of the merged model does not fit into "
+            f"{planned.dtype}: it overflows. Choose dtype float32 or a smaller scale."
+        )
+    stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def output_plan(recipe: Recipe, groups: Groups) -> list[Planned]:
+    """Name, shape and dtype of each tensor of the output."""
+    chosen = None if recipe.dtype == "input" else getattr(torch, recipe.dtype)
+    return [
+        Planned(
+            group.name,
+            group.info.shape,
+            chosen if chosen is not None and group.info.is_floating else group.info.dtype,
+        )
+        for group in groups
+    ]
+
+
+def provenance(recipe: Recipe, suite: Suite) -> dict[str, object]:
+    """Recipe, digests of all inputs, and versions: what a merged file says of itself."""
+    tasks = suite.select(recipe.tasks)
+    inputs = {task: suite.expert(task).digest for task in tasks}
+    if suite.base is not None and recipe.declaration.needs_base:
+        inputs["base"] = suite.base.digest
+    return {
+        "recipe": recipe.model_dump(exclude_none=True),
+        "digest": recipe.digest(suite),
+        "inputs": inputs,
+        "versions": {
+            "mergescope": metadata.version("mergescope"),
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+        },
+    }
+
+
+def model_card(recipe: Recipe, suite: Suite, about: dict[str, object]) -> str:
+    """The README.md of a merged model."""
+    method = recipe.declaration
+    tasks = suite.select(recipe.tasks)
+    inputs = about["inputs"]
+    assert isinstance(inputs, dict)
+    rows = "\n".join(f"| {name} | `{digest}` |" for name, digest in inputs.items())
+    return (
+        "---\ntags:\n- model-merging\n- mergescope\n---\n\n"
+        f"# {method.title} of {len(tasks)} experts of {suite.name}\n\n"
+        f"{method.summary}\n\n$$ {method.formula} $$\n\nSource: {method.source}\n\n"
+        f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```\n\n"
+        "Run it again with `mergescope merge recipe.yaml --output FOLDER`.\n\n"
+        f"## Inputs (SHA-256 of their content)\n\n| member | digest |\n|---|---|\n{rows}\n\n"
+        f"Made with MergeScope {metadata.version('mergescope')}, torch {torch.__version__}. "
+        "Classification heads are not part of a merge: each task keeps its own.\n"
+    )
+
+
+def portable(recipe: Recipe, suite: Suite) -> Recipe:
+    """The recipe with the suite's path made absolute, so that it runs from anywhere."""
+    if recipe.suite == BUNDLED:
+        return recipe
+    return recipe.model_copy(update={"suite": str(suite.path)})
+
+
+def merge_to_folder(
+    recipe: Recipe,
+    suite: Suite,
+    output: Path,
+    store: FactorStore | None = None,
+    progress: Progress | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Merge and write ``model.safetensors`` (or shards with an index), recipe and model card.
+
+    Memory grows with the largest parameter times the number of experts, not with the model.
+    The folder appears complete or not at all.
+
+    Args:
+        recipe: what to do.
+        suite: the suite that it names.
+        output: folder to make (absent or empty).
+        store: where factors are kept.
+        progress: reports each parameter; cancels between two.
+        shard_bytes: largest size of one shard.
+
+    Returns:
+        `output`.
+
+    Raises:
+        SuiteError, CheckpointError: inputs missing, unreadable or unfit.
+        OutputError: the folder exists and is not empty, cannot be written, or the disk is full.
+        Cancelled: `progress` was cancelled; nothing is left behind.
+    """
+    tasks = suite.select(recipe.tasks)
+    check_fits(suite, tasks)
+    check_base(suite, recipe.declaration)
+    recipe = portable(recipe, suite)
+    groups = Groups(suite, tasks, store or FactorStore())
+    with folder_written_whole(output) as staging, torch.inference_mode():
+        about = provenance(recipe, suite)
+        notes = {"format": "pt", RECIPE_KEY: json.dumps(about)}
+        shards = plan_shards(output_plan(recipe, groups), shard_bytes)
+        names = _write_shards(staging, shards, merged_tensors(recipe, groups, progress), notes)
+        if len(shards) > 1:
+            index = {
+                "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard)},
+                "weight_map": {
+                    t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
+                },
+            }
+            text = json.dumps(index, indent=2)
+            (staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+        (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (staging / "README.md").write_text(model_card(recipe, suite, about), encoding="utf-8")
+    return output
+
+
+def _write_shards(
+    folder: Path,
+    shards: list[list[Planned]],
+    tensors: Iterator[tuple[str, Tensor]],
+    notes: dict[str, str],
+) -> list[str]:
+    count = len(shards)
+    names = (
+        ["model.safetensors"]
+        if count == 1
+        else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
+    )
+    for name, shard in zip(names, shards, strict=True):
+        with (folder / name).open("wb") as stream:
+            stream.write(safetensors_header(shard, notes))
+            for planned in shard:
+                _, tensor = next(tensors)
+                write_tensor(stream, tensor, planned)
+    # Run to the end, so that the last progress event is sent.
+    for _ in tensors:
+        pass
+    return names
+
+
+def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite) -> bytes:
+    """The merged checkpoint as the bytes of one safetensors file (for a download).
+
+    Raises:
+        MergeScopeError: as :func:`merge_to_folder`.
+    """
+    plan = output_plan(recipe, groups)
+    about = provenance(portable(recipe, suite), suite)
+    stream = io.BytesIO()
+    stream.write(safetensors_header(plan, {"format": "pt", RECIPE_KEY: json.dumps(about)}))
+    with torch.inference_mode():
+        for planned, (_, tensor) in zip(plan, merged_tensors(recipe, groups), strict=True):
+            write_tensor(stream, tensor, planned)
+    return stream.getvalue()

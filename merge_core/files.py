@@ -1,0 +1,123 @@
+"""Places on disk: the cache folder, content digests, and writes that are whole or absent."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from merge_core.errors import OutputError
+
+CHUNK = 1 << 22
+
+
+def cache_dir() -> Path:
+    """The folder for derived results: ``$MERGESCOPE_CACHE``, else the user's cache folder."""
+    chosen = os.environ.get("MERGESCOPE_CACHE")
+    if chosen:
+        return Path(chosen).expanduser()
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    return Path(root) / "mergescope"
+
+
+def digest_of(*parts: str | bytes) -> str:
+    """SHA-256 (hex) of a sequence of strings or bytes, unambiguous as to where each ends."""
+    whole = hashlib.sha256()
+    for part in parts:
+        data = part.encode() if isinstance(part, str) else part
+        whole.update(len(data).to_bytes(8, "little"))
+        whole.update(data)
+    return whole.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 (hex) of a file's bytes, remembered by path, size and modification time.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    stat = path.stat()
+    memo_key = digest_of(
+        str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ino)
+    )
+    memo = cache_dir() / "digests" / memo_key
+    with suppress(OSError):
+        known = memo.read_text()
+        if len(known) == 64:
+            return known
+    whole = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(CHUNK):
+            whole.update(chunk)
+    with suppress(OSError, OutputError):
+        write_atomically(memo, whole.hexdigest().encode())
+    return whole.hexdigest()
+
+
+def explain_os_error(error: OSError, target: Path) -> OutputError:
+    """An OutputError in words for what the operating system refused while writing `target`."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutputError(
+            f"The disk is full: {target} was not written. Free some space or choose another folder."
+        )
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return OutputError(f"{target} cannot be written (no permission). Choose another folder.")
+    return OutputError(f"{target} could not be written: {error.strerror or error}.")
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write a whole file or none: to a temporary name beside it, then renamed.
+
+    Raises:
+        OutputError: the disk is full or the folder cannot be written.
+    """
+    temporary: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        temporary = Path(name)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise explain_os_error(error, path) from error
+
+
+@contextmanager
+def folder_written_whole(output: Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `output` that takes its name only if the block succeeds.
+
+    Args:
+        output: the folder to appear (absent or empty before); its parents are made.
+
+    Raises:
+        OutputError: `output` exists and is not empty, or cannot be written.
+    """
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"{output} is a file; the output must be a folder. Choose another name.")
+    if output.is_dir() and any(output.iterdir()):
+        raise OutputError(
+            f"{output} exists and is not empty. Choose another folder, or remove it first."
+        )
+    staging: Path | None = None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
+        yield staging
+        # mkdtemp makes a private folder; the result gets the permissions any new folder has.
+        mask = os.umask(0)
+        os.umask(mask)
+        staging.chmod(0o777 & ~mask)
+        staging.replace(output)
+    except OSError as error:
+        raise explain_os_error(error, output) from error
+    finally:
+        if staging is not None and staging.exists():
+            shutil.rmtree(staging, ignore_errors=True)

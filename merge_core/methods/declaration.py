@@ -1,0 +1,145 @@
+"""How a merge method is declared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal, get_args
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+from torch import Tensor
+
+from merge_core.progress import Progress
+from merge_core.task_vectors import Groups, ParameterGroup
+
+
+def _check_rank(value: Any) -> float | int:
+    if isinstance(value, str):
+        try:
+            value = int(value) if value.strip().isdigit() else float(value)
+        except ValueError:
+            value = None
+    share = isinstance(value, float) and 0 < value <= 1
+    count = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    if not (share or count):
+        raise ValueError(
+            "a rank is a share in (0, 1] written with a point (0.08), "
+            f"or a whole number of directions of at least 1; got {value!r}"
+        )
+    return value
+
+
+Rank = Annotated[float | int, BeforeValidator(_check_rank)]
+"""A share of min(m, n) when a float in (0, 1], a number of directions when an integer ≥ 1."""
+
+
+class MethodParameters(BaseModel):
+    """Base of every method's parameters: unknown fields are refused, values never change."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def parameter(
+    default: Any,
+    help: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    typical: str = "",
+    show: tuple[float, float] | None = None,
+) -> Any:
+    """Declare one parameter of a method.
+
+    Args:
+        default: its default value.
+        help: one line: what it does and what raising it does.
+        minimum: smallest allowed value.
+        maximum: largest allowed value.
+        typical: values in use, for people.
+        show: range that a slider offers, where the allowed one is wider.
+    """
+    extra: dict[str, Any] = {"typical": typical}
+    if show is not None:
+        extra["show"] = list(show)
+    return Field(default=default, ge=minimum, le=maximum, description=help, json_schema_extra=extra)
+
+
+@dataclass(frozen=True)
+class ParameterSpec:
+    """One parameter's declaration, read back for widgets, tables and the command line.
+
+    Attributes:
+        kind: ``rank``, ``number`` or ``choice``.
+        choices: of a ``choice``.
+        low, high: range that a slider offers (of a number).
+    """
+
+    name: str
+    kind: Literal["rank", "number", "choice"]
+    default: Any
+    help: str
+    typical: str
+    choices: tuple[str, ...] = ()
+    low: float = 0.0
+    high: float = 1.0
+
+
+def _spec(name: str, info: FieldInfo) -> ParameterSpec:
+    extra = info.json_schema_extra if isinstance(info.json_schema_extra, dict) else {}
+    default = None if info.default is PydanticUndefined else info.default
+    common = (name, info.description or "", str(extra.get("typical", "")))
+    bounds = {type(m).__name__: m for m in info.metadata}
+    if any(isinstance(m, BeforeValidator) and m.func is _check_rank for m in info.metadata):
+        return ParameterSpec(name, "rank", default, common[1], common[2])
+    options = get_args(info.annotation)
+    if options and all(isinstance(option, str) for option in options):
+        return ParameterSpec(name, "choice", default, common[1], common[2], choices=options)
+    low = getattr(bounds.get("Ge"), "ge", 0.0)
+    high = getattr(bounds.get("Le"), "le", 1.0)
+    shown: Any = extra.get("show", (low, high))
+    return ParameterSpec(
+        name, "number", default, common[1], common[2], low=float(shown[0]), high=float(shown[1])
+    )
+
+
+def _no_warnings(tasks: int, parameters: MethodParameters) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True)
+class Method:
+    """A merge rule with its declaration.
+
+    Attributes:
+        name: as written in recipes.
+        title: for people.
+        place: order in lists.
+        summary: one or two sentences.
+        formula: LaTeX.
+        source: paper and equation.
+        parameters: the pydantic model of its parameters.
+        merge: from one parameter's group, the checked parameters and what `prepare` returned,
+            the merged tensor (shape of one expert).
+        needs_base: whether θ_0 is needed.
+        prepare: a pass over the whole model before merging, for methods that need one.
+        warnings: what a user should know about these parameters and tasks.
+    """
+
+    name: str
+    title: str
+    place: int
+    summary: str
+    formula: str
+    source: str
+    parameters: type[MethodParameters]
+    merge: Callable[[ParameterGroup, Any, Any], Tensor]
+    needs_base: bool
+    prepare: Callable[[Groups, Any, Progress], Any] | None = None
+    warnings: Callable[[int, Any], list[str]] = field(default=_no_warnings)
+
+    @property
+    def specs(self) -> tuple[ParameterSpec, ...]:
+        """The declared parameters in order."""
+        return tuple(_spec(name, f) for name, f in self.parameters.model_fields.items())

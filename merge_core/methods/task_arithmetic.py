@@ -1,0 +1,41 @@
+"""Task Arithmetic."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from merge_core.methods.declaration import Method, MethodParameters, parameter
+from merge_core.task_vectors import ParameterGroup
+
+
+class TaskArithmeticParameters(MethodParameters):
+    """Parameters of Task Arithmetic."""
+
+    scale: float = parameter(
+        0.3,
+        "Scaling coefficient λ of the summed task vectors; 1/T gives the average, "
+        "larger values move further away from the base.",
+        minimum=-10,
+        maximum=10,
+        typical="0.3 for 8 tasks; searched in 0 to 1",
+        show=(0, 1.5),
+    )
+
+
+def merge(group: ParameterGroup, parameters: TaskArithmeticParameters, state: None) -> Tensor:
+    """θ_0 + λ Σ_t (θ_t − θ_0) of one parameter."""
+    tasks = len(group.tasks)
+    return group.base + parameters.scale * tasks * (group.average - group.base)
+
+
+METHOD = Method(
+    name="task_arithmetic",
+    title="Task Arithmetic",
+    place=1,
+    summary="Adds the scaled sum of all task vectors to the base.",
+    formula=r"\theta = \theta_0 + \lambda \sum_t \tau_t",
+    source="Ilharco et al., Editing models with task arithmetic, arXiv:2212.04089",
+    parameters=TaskArithmeticParameters,
+    merge=merge,
+    needs_base=True,
+)

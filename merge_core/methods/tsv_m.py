@@ -1,0 +1,55 @@
+"""TSV-M: task singular vectors, orthogonalised across tasks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merge_core.linalg import orthogonalised
+from merge_core.methods.declaration import Method, MethodParameters, parameter
+from merge_core.task_vectors import ParameterGroup
+
+
+class TsvMParameters(MethodParameters):
+    """Parameters of TSV-M."""
+
+    scale: float = parameter(
+        1.0,
+        "Scaling coefficient α of the merged update.",
+        minimum=-10,
+        maximum=10,
+        typical="1",
+        show=(0, 3),
+    )
+
+
+def merge(group: ParameterGroup, parameters: TsvMParameters, state: None) -> Tensor:
+    """θ_0 + α U⊥ Σ V⊥ᵀ of one matrix; the average of anything else.
+
+    Each task keeps k = max(1, floor(r/T)) triplets, concatenated and orthogonalised.
+    """
+    if not group.decomposed:
+        return group.average
+    factors = group.factors("base")
+    k = max(1, factors[0].rank // len(factors))
+    U = orthogonalised(torch.cat([f.U[:, :k] for f in factors], dim=1).double())
+    V = orthogonalised(torch.cat([f.V[:, :k] for f in factors], dim=1).double())
+    S = torch.cat([f.S[:k] for f in factors]).double()
+    update = ((U * S) @ V.T).to(group.base.dtype).reshape(group.base.shape)
+    return group.base + parameters.scale * update
+
+
+METHOD = Method(
+    name="tsv_m",
+    title="TSV-M",
+    place=4,
+    summary="Keeps the leading 1/T of each task's singular vectors and makes them orthogonal to "
+    "each other before adding them up. What is not a weight matrix is averaged.",
+    formula=r"\theta = \theta_0 + \alpha\, U_\perp \Sigma V_\perp^\top,\quad "
+    r"U_\perp = PQ^\top \text{ of } [U_1^{(k)} \cdots U_T^{(k)}] = PDQ^\top,\; "
+    r"k = \lfloor r/T \rfloor",
+    source="Gargiulo et al., Task singular vectors, arXiv:2412.00081, algorithm 1",
+    parameters=TsvMParameters,
+    merge=merge,
+    needs_base=True,
+)

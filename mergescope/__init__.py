@@ -1,0 +1,1 @@
+"""MergeScope: the microscope for model merging."""
