@@ -79,10 +79,10 @@ class _SafetensorsShard:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            self._file = safe_open(path, framework="pt", device="cpu")
+            self._file = _safe_open(path)
             self.metadata: dict[str, str] = self._file.metadata() or {}
             self.infos = {name: self._info(name) for name in self._file.keys()}  # noqa: SIM118
-        except (SafetensorError, OSError, UnicodeDecodeError) as error:
+        except (SafetensorError, OSError, UnicodeDecodeError, RuntimeError, TypeError) as error:
             raise CheckpointError(
                 f"{path} is not a readable safetensors file: {_reason(path, error)}"
             ) from error
@@ -101,11 +101,18 @@ class _SafetensorsShard:
         return self._file.get_tensor(name)
 
 
+def _safe_open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="pt", device="cpu")
+    except RuntimeError:  # a file larger than the memory is not always mapped: read in pieces
+        return safe_open(path, framework="pt", device="cpu", backend="pread")
+
+
 class _TorchShard:
     def __init__(self, path: Path) -> None:
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty (0 bytes). Copy or download it again.")
-        if not zipfile.is_zipfile(path):
+        if not _is_zip(path):
             raise CheckpointError(
                 f"{path} is not a torch zip file (it is truncated, foreign, or written by "
                 "torch before 1.6). Copy it again, or re-save its state_dict as safetensors."
@@ -118,12 +125,14 @@ class _TorchShard:
                 "foreign code. Re-save its weights only: "
                 "torch.save(model.state_dict(), path), or as safetensors."
             ) from error
-        except (RuntimeError, OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile) as error:
+        except Exception as error:  # a damaged pickle can raise almost anything
+            reason = (str(error) or type(error).__name__).splitlines()[0]
             raise CheckpointError(
-                f"{path} cannot be read as a torch file: {str(error).splitlines()[0]:.200} "
-                "Copy or download it again."
+                f"{path} cannot be read as a torch file: {reason:.200} Copy or download it again."
             ) from error
         self._tensors = _unwrap(loaded, path)
+        for name, tensor in self._tensors.items():
+            _check_plain(path, name, tensor)
         self.infos = {
             name: TensorInfo(tuple(tensor.shape), tensor.dtype)
             for name, tensor in self._tensors.items()
@@ -131,6 +140,24 @@ class _TorchShard:
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def _is_zip(path: Path) -> bool:
+    try:
+        return zipfile.is_zipfile(path)
+    except zipfile.BadZipFile:
+        return False
+
+
+def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
+    """Refuse what a torch file may hold but a merge cannot read: sparse, quantised, complex."""
+    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
+    if not dense or tensor.dtype not in SAFETENSORS_DTYPES.values():
+        kind = str(tensor.dtype if dense else f"{tensor.layout} on {tensor.device}")
+        raise CheckpointError(
+            f"{path}: tensor {name!r} is {kind.replace('torch.', '')}, which is not supported. "
+            "Convert it to a dense float32, float16 or bfloat16 tensor."
+        )
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -165,7 +192,9 @@ def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
             f"{path} holds a {type(loaded).__name__}, not a dictionary of named tensors. "
             "Save model.state_dict() instead."
         )
-    return {str(name): value for name, value in loaded.items() if isinstance(value, Tensor)}
+    return {
+        str(name): value.detach() for name, value in loaded.items() if isinstance(value, Tensor)
+    }
 
 
 def _without_prefix(names: list[str]) -> dict[str, str]:
@@ -206,6 +235,7 @@ class Checkpoint:
         if entry.name.endswith(".index.json"):
             weight_map = _read_index(entry)
             self.files = tuple(entry.parent / name for name in sorted(set(weight_map.values())))
+            self._stamps = {file: _stamp(file) for file in self.files}
             shards = {file.name: _open_shard(file) for file in self.files}
             for name, file in weight_map.items():
                 if name not in shards[file].infos:
@@ -216,6 +246,7 @@ class Checkpoint:
                 owners[name] = shards[file]
         else:
             self.files = (entry,)
+            self._stamps = {entry: _stamp(entry)}
             shard = _open_shard(entry)
             self.metadata = getattr(shard, "metadata", {})
             owners = dict.fromkeys(shard.infos, shard)
@@ -248,9 +279,10 @@ class Checkpoint:
         """Read one tensor, as stored (dtype unchanged, on the CPU; treat it as read-only).
 
         Raises:
-            CheckpointError: no tensor of that name, an unreadable file, or NaN or infinite
-                entries.
+            CheckpointError: no tensor of that name, an unreadable file, a file that changed
+                since it was opened, or NaN or infinite entries.
         """
+        self._check_unchanged()
         try:
             value = self._owner(name).tensor(self._stored[name])
         except (SafetensorError, OSError, RuntimeError) as error:
@@ -274,8 +306,9 @@ class Checkpoint:
         """SHA-256 (hex) of the content of all files, in the order of their names.
 
         Raises:
-            CheckpointError: a file vanished or cannot be read.
+            CheckpointError: a file vanished, changed since it was opened, or cannot be read.
         """
+        self._check_unchanged()
         try:
             return digest_of(*(file_digest(file) for file in self.files))
         except OSError as error:
@@ -286,6 +319,16 @@ class Checkpoint:
         """Total size of the tensors in bytes, as stored."""
         return sum(self.info(name).nbytes for name in self)
 
+    def _check_unchanged(self) -> None:
+        """Refuse a file replaced under the open map: its digest and tensors would not agree."""
+        for file, stamp in self._stamps.items():
+            if _stamp(file) != stamp:
+                what = "has changed" if file.exists() else "was removed"
+                raise CheckpointError(
+                    f"{file} {what} since it was opened. Put the file back, or load the suite "
+                    "again."
+                )
+
     def _owner(self, name: str) -> _Shard:
         stored = self._stored.get(name)
         if stored is None:
@@ -293,8 +336,21 @@ class Checkpoint:
         return self._owners[stored]
 
 
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What tells one state of a file from another: size, modification time and inode."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):  # absent, or a name that no file can have
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
 def _resolve_folder(path: Path) -> Path:
-    if not path.exists():
+    try:
+        exists = path.exists()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check it.") from error
+    if not exists:
         raise CheckpointError(f"{path} does not exist. Check the path.")
     if not path.is_dir():
         return path

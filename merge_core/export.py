@@ -83,7 +83,8 @@ def write_tensor(stream: BinaryIO, tensor: Tensor, planned: Planned) -> None:
         OutputError: the value does not fit the dtype (overflow in half precision).
     """
     value = tensor.to(planned.dtype).contiguous()
-    if value.dtype.is_floating_point and not bool(torch.isfinite(value.float()).all()):
+    wide = value.float() if value.dtype.itemsize == 1 else value
+    if wide.dtype.is_floating_point and not bool(torch.isfinite(wide).all()):
         raise OutputError(
             f"Parameter {planned.name!r} of the merged model does not fit into "
             f"{planned.dtype}: it overflows. Choose dtype float32 or a smaller scale."
@@ -231,6 +232,8 @@ def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite) -> bytes:
     Raises:
         MergeScopeError: as :func:`merge_to_folder`.
     """
+    check_fits(suite, groups.tasks)
+    check_base(suite, recipe.declaration)
     plan = output_plan(recipe, groups)
     about = provenance(portable(recipe, suite), suite)
     stream = io.BytesIO()

@@ -24,6 +24,15 @@ from merge_core.linalg import Factors, Route, decompose
 FORMAT = "factors-1"
 
 
+def _sound(factors: Factors) -> bool:
+    """Whether what was stored can be a decomposition: unit columns, finite descending values."""
+    U, S, V = factors.U, factors.S, factors.V
+    if U.ndim != 2 or V.ndim != 2 or not U.shape[1] == V.shape[1] == S.numel():
+        return False
+    ordered = bool((S[:-1] >= S[1:]).all() and S.isfinite().all())
+    return ordered and all(bool(((X.norm(dim=0) - 1).abs() < 1e-3).all()) for X in (U, V))
+
+
 class FactorStore:
     """Factors by content key, on disk as float32 safetensors and in memory up to a limit.
 
@@ -83,7 +92,8 @@ class FactorStore:
             return None
         try:
             stored = load_file(path)
-            return Factors(stored["U"], stored["S"], stored["V"])
+            factors = Factors(stored["U"], stored["S"], stored["V"])
+            return factors if _sound(factors) else None
         except (SafetensorError, OSError, KeyError):
             # Written by a killed process or damaged since: computed afresh and replaced.
             return None

@@ -36,19 +36,23 @@ def digest_of(*parts: str | bytes) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, remembered by path, size and modification time.
+    """SHA-256 (hex) of a file's bytes, remembered by path, size and times of change.
 
     Raises:
         OSError: the file cannot be read.
     """
     stat = path.stat()
     memo_key = digest_of(
-        str(path.resolve()), str(stat.st_size), str(stat.st_mtime_ns), str(stat.st_ino)
+        str(path.resolve()),
+        str(stat.st_size),
+        str(stat.st_mtime_ns),
+        str(stat.st_ctime_ns),  # the one that no tool can set back
+        str(stat.st_ino),
     )
     memo = cache_dir() / "digests" / memo_key
-    with suppress(OSError):
+    with suppress(OSError, ValueError):
         known = memo.read_text()
-        if len(known) == 64:
+        if len(bytes.fromhex(known)) == hashlib.sha256().digest_size:
             return known
     whole = hashlib.sha256()
     with path.open("rb") as stream:

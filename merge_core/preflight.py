@@ -88,7 +88,7 @@ def preflight(suite: Suite, tasks: Sequence[str] | None = None) -> Preflight:
         if name in bad:
             continue
         info = first.info(name)
-        rule = suite.treatment(name)
+        rule = suite.treatment(name, chosen[0])
         plan.append(ParameterPlan(name, info.shape, _dtype(info), rule.decomposed, rule.reason))
         peak = max(peak, _working_bytes(info, copies, len(chosen), rule.decomposed))
         disk += info.nbytes
@@ -113,8 +113,8 @@ def _differences(
 
 
 def _working_bytes(info: TensorInfo, copies: int, experts: int, decomposed: bool) -> int:
-    # Stacked experts, their float32 working copies, the result and one temporary.
-    total = (2 * copies + 2) * info.numel * 4
+    # Stacked experts, their working copies (float32 at least), the result and one temporary.
+    total = (2 * copies + 2) * info.numel * max(4, info.dtype.itemsize)
     if decomposed:
         m = info.shape[0]
         n = info.numel // m

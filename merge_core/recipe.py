@@ -77,7 +77,9 @@ class Recipe(BaseModel):
         document = self.model_dump(exclude_none=True)
         if self.tasks is not None:
             document["tasks"] = list(self.tasks)
-        return yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        return yaml.safe_dump(
+            document, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+        )
 
     def to_query(self) -> str:
         """The recipe as a link's query; :func:`recipe_from_query` gives an equal one back."""
@@ -99,10 +101,10 @@ class Recipe(BaseModel):
             SuiteError: unknown tasks.
             CheckpointError: a member cannot be read.
         """
-        method = self.declaration
         return digest_of(
             "recipe-1",
-            suite.members_digest(suite.select(self.tasks), method.needs_base),
+            # The base counts for every method: integer buffers are taken from it.
+            suite.members_digest(suite.select(self.tasks), with_base=True),
             json.dumps([suite.spec.decompose, suite.spec.average]),
             self.method,
             json.dumps(self.parameters, sort_keys=True),
@@ -143,7 +145,7 @@ def recipe_from_yaml(text: str, where: str = "The recipe") -> Recipe:
     """
     try:
         document = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: month 13
         first = str(error).replace("\n", " ")
         raise RecipeError(f"{where} is not valid YAML: {first:.200}") from error
     return make_recipe(document, where)

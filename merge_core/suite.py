@@ -150,18 +150,27 @@ class Suite:
                 return f"no {what} is given for {', '.join(without)}"
         return None
 
-    def treatment(self, parameter: str) -> Treatment:
-        """Whether spectral methods decompose a parameter or average it, and why."""
-        info = self.expert(self.tasks[0]).info(parameter)
+    def treatment(self, parameter: str, task: str | None = None) -> Treatment:
+        """Whether spectral methods decompose a parameter or average it, and why.
+
+        Args:
+            parameter: its name.
+            task: whose header to read (the first expert's when None).
+        """
+        info = self.expert(task or self.tasks[0]).info(parameter)
         return treatment(parameter, info, self.spec.decompose, self.spec.average)
 
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names common to all experts (and the base), in the first expert's order."""
-        members = [self.expert(task) for task in self.tasks[1:]]
+        return self.shared(self.tasks)
+
+    def shared(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Names common to the chosen experts (and the base), in the first one's order."""
+        first, *members = [self.expert(task) for task in tasks]
         if self.base is not None:
             members.append(self.base)
-        return tuple(name for name in self.expert(self.tasks[0]) if all(name in m for m in members))
+        return tuple(name for name in first if all(name in m for m in members))
 
     @cached_property
     def matrices(self) -> tuple[str, ...]:
@@ -215,19 +224,21 @@ def load_suite(reference: str | Path) -> Suite:
     Raises:
         SuiteError: missing file, not YAML, unknown or missing fields.
     """
-    path = BUNDLED_PATH if str(reference) == BUNDLED else Path(reference).expanduser()
-    if path.is_dir():
-        path = path / "suite.yaml"
+    path = BUNDLED_PATH if str(reference) == BUNDLED else Path(reference)
     try:
+        path = path.expanduser()
+        if path.is_dir():
+            path = path / "suite.yaml"
         document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise SuiteError(
-            f"{path} cannot be read ({error.strerror}). "
-            f"Give a suite.yaml, its folder, or {BUNDLED!r} for the bundled suite."
-        ) from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: month 13
         first = str(error).replace("\n", " ")
         raise SuiteError(f"{path} is not valid YAML: {first:.200}") from error
+    except (OSError, RuntimeError) as error:  # RuntimeError: ~someone without a home folder
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise SuiteError(
+            f"{path} cannot be read ({reason}). "
+            f"Give a suite.yaml, its folder, or {BUNDLED!r} for the bundled suite."
+        ) from error
     if not isinstance(document, dict):
         raise SuiteError(f"{path} is not a suite: it must hold fields such as name and experts.")
     try:

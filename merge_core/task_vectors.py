@@ -39,7 +39,7 @@ class ParameterGroup:
         self.name = name
         self.tasks = tuple(tasks)
         self.info = suite.expert(self.tasks[0]).info(name)
-        self.decomposed = suite.treatment(name).decomposed
+        self.decomposed = suite.treatment(name, self.tasks[0]).decomposed
         self._suite = suite
         self._store = store
         self._sums: dict[Origin, tuple[int, Tensor]] = {}
@@ -163,7 +163,8 @@ class Groups:
         self.suite = suite
         self.tasks = suite.select(tasks)
         self.keep = keep
-        self._members = [ParameterGroup(suite, self.tasks, n, store) for n in suite.parameters]
+        names = suite.shared(self.tasks)
+        self._members = [ParameterGroup(suite, self.tasks, name, store) for name in names]
 
     def __len__(self) -> int:
         return len(self._members)

@@ -24,7 +24,7 @@ class CartParameters(MethodParameters):
         minimum=-10,
         maximum=10,
         typical="1 (paper); 1 to 3 as shipped",
-        show=(0, 5),
+        show=(0, 8),
     )
 
 

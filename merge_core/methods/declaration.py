@@ -16,6 +16,7 @@ from merge_core.task_vectors import Groups, ParameterGroup
 
 
 def _check_rank(value: Any) -> float | int:
+    given = value
     if isinstance(value, str):
         try:
             value = int(value) if value.strip().isdigit() else float(value)
@@ -26,7 +27,7 @@ def _check_rank(value: Any) -> float | int:
     if not (share or count):
         raise ValueError(
             "a rank is a share in (0, 1] written with a point (0.08), "
-            f"or a whole number of directions of at least 1; got {value!r}"
+            f"or a whole number of directions of at least 1; got {given!r:.60}"
         )
     return value
 

@@ -99,18 +99,19 @@ def thresholds(groups: Groups, parameters: TiesParameters, progress: Progress) -
 def merge(group: ParameterGroup, parameters: TiesParameters, state: Tensor | None) -> Tensor:
     """θ_0 + λ · disjoint mean of the trimmed task vectors that agree with the elected sign."""
     tau = group.task_vectors("base")
+    magnitude = tau.float().abs()  # both trims rank in float32, as the threshold pass does
     if state is None:
-        flat = tau.abs().flatten(1)
+        flat = magnitude.reshape(len(tau), group.info.numel)
         keep = kept_count(parameters.density, flat.shape[1])
         limit = (
             flat.topk(keep, dim=1).values[:, -1]
             if keep
-            else torch.full((len(tau),), torch.inf, dtype=tau.dtype)
+            else torch.full((len(tau),), torch.inf)
         )
     else:
-        limit = state.to(tau.dtype)
+        limit = state
     limit = limit.reshape(-1, *[1] * (tau.ndim - 1))
-    trimmed = torch.where((tau.float().abs() >= limit) & (tau != 0), tau, 0)
+    trimmed = torch.where((magnitude >= limit) & (tau != 0), tau, 0)
     sign = trimmed.sum(dim=0).sign()
     agrees = (trimmed.sign() == sign) & (trimmed != 0)
     update = (trimmed * agrees).sum(dim=0) / agrees.sum(dim=0).clamp_min(1)

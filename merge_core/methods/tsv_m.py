@@ -26,15 +26,17 @@ class TsvMParameters(MethodParameters):
 def merge(group: ParameterGroup, parameters: TsvMParameters, state: None) -> Tensor:
     """θ_0 + α U⊥ Σ V⊥ᵀ of one matrix; the average of anything else.
 
-    Each task keeps k = max(1, floor(r/T)) triplets, concatenated and orthogonalised.
+    Each task keeps k = max(1, floor(r/T)) triplets, concatenated and orthogonalised; those of
+    zero weight (a task that left this matrix as it was) have arbitrary directions and are dropped.
     """
     if not group.decomposed:
         return group.average
     factors = group.factors("base")
     k = max(1, factors[0].rank // len(factors))
-    U = orthogonalised(torch.cat([f.U[:, :k] for f in factors], dim=1).double())
-    V = orthogonalised(torch.cat([f.V[:, :k] for f in factors], dim=1).double())
     S = torch.cat([f.S[:k] for f in factors]).double()
+    live = S > 0
+    U = orthogonalised(torch.cat([f.U[:, :k] for f in factors], dim=1).double() * live)
+    V = orthogonalised(torch.cat([f.V[:, :k] for f in factors], dim=1).double() * live)
     update = ((U * S) @ V.T).to(group.base.dtype).reshape(group.base.shape)
     return group.base + parameters.scale * update
 

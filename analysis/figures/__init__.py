@@ -1,0 +1,1 @@
+"""Figures: pure functions from a tidy frame to a plotly Figure."""

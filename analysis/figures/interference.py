@@ -1,0 +1,212 @@
+"""Figures of interference: maps of task pairs, curves over the rank, and the trade-off."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis.figures.spectra import short_name
+from analysis.figures.style import (
+    CELLS_WITH_TEXT,
+    DIVERGING,
+    ORIGIN_COLOURS,
+    ORIGIN_DASHES,
+    ORIGIN_MARKERS,
+    ORIGIN_NAMES,
+    SEQUENTIAL,
+    layout,
+    mark_share,
+    percent,
+    share_axis,
+    thinned,
+)
+
+# Column of a frame: its label with unit.
+VALUES = {
+    "cosine": "Cosine (−1 to 1)",
+    "interference": "Interference I(k) (sum over pairs)",
+    "interference_normalised": "Mean interference of a pair, I(k) / T(T−1) (0 to 1)",
+    "reconstruction": "Reconstruction error R(k) (squared weight units)",
+    "reconstruction_share": "Reconstruction error, share of Σσ² lost (0 to 1)",
+    "update_norm": "Norm of the update ‖Σ SVD<sub>k</sub>‖<sub>F</sub> (weight units)",
+}
+
+
+def pair_map(
+    frame: pd.DataFrame,
+    value: str,
+    title: str = "",
+    diverging: bool = False,
+    zmin: float | None = None,
+    zmax: float | None = None,
+) -> go.Figure:
+    """A T x T map of task pairs with the values in its cells.
+
+    Args:
+        frame: one row per ordered pair, with columns first, second and `value`.
+        value: the column drawn.
+        title: the figure's title.
+        diverging: signed values, white at zero; the colour range is then symmetric.
+        zmin: lower end of the colour range; by default 0, or minus the largest magnitude.
+        zmax: upper end of the colour range; by default the largest value or magnitude.
+    """
+    table = frame.pivot_table(index="first", columns="second", values=value, sort=False)
+    tasks = list(table.index)
+    z = table[tasks].to_numpy(dtype=float)
+    top = float(np.nanmax(np.abs(z))) or 1.0
+    label = "Interference I<sub>ij</sub>(k) (0 to 1)" if value == "interference" else VALUES[value]
+    figure = go.Figure(
+        go.Heatmap(
+            z=z,
+            x=tasks,
+            y=tasks,
+            colorscale=DIVERGING if diverging else SEQUENTIAL,
+            zmin=zmin if zmin is not None else (-top if diverging else 0.0),
+            zmax=zmax if zmax is not None else top,
+            xgap=1,
+            ygap=1,
+            texttemplate="%{z:.2f}" if z.size <= CELLS_WITH_TEXT else None,
+            hovertemplate=f"%{{y}} with %{{x}}<br>{label}: %{{z:.6g}}<extra></extra>",
+            colorbar={"title": {"text": label, "side": "right"}, "thickness": 12},
+        )
+    )
+    layout(figure, title, x="Task", y="Task", height=440, legend=False)
+    figure.update_xaxes(type="category", showgrid=False, constrain="domain")
+    figure.update_yaxes(
+        type="category",
+        showgrid=False,
+        autorange="reversed",
+        scaleanchor="x",
+        constrain="domain",
+    )
+    return figure
+
+
+def _curves(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+    """Parameter ("" for a mean over layers), origin and points of each curve, by share."""
+    keyed = frame if "parameter" in frame else frame.assign(parameter="")
+    for (parameter, origin), part in keyed.groupby(["parameter", "origin"], sort=False):
+        yield str(parameter), str(origin), part.sort_values("share")
+
+
+def _hover_head(parameter: str, origin: str, part: pd.DataFrame) -> tuple[str, np.ndarray]:
+    """First lines of a hover text, and the customdata they need: share and rank."""
+    where = f"{short_name(parameter)}, " if parameter else ""
+    if "k" in part:
+        data = part[["share", "k"]].to_numpy(dtype=float)
+        rank = "k = %{customdata[1]:.0f} (%{customdata[0]:.3%} of the directions)"
+    else:
+        data = part[["share"]].to_numpy(dtype=float)
+        rank = "%{customdata[0]:.3%} of the directions"
+    return f"{where}{ORIGIN_NAMES[origin]}<br>{rank}<br>", data
+
+
+def over_rank(
+    frame: pd.DataFrame, value: str, title: str = "", chosen_share: float | None = None
+) -> go.Figure:
+    """A quantity over the share of directions kept, centred against original.
+
+    Args:
+        frame: of :func:`analysis.interference.interference_over_rank` (a curve a matrix) or
+            :func:`analysis.interference.mean_over_layers`, one origin or both.
+        value: the column drawn.
+        title: the figure's title.
+        chosen_share: share of the directions that the page has chosen.
+    """
+    figure = go.Figure()
+    curves = list(_curves(frame))
+    named: set[str] = set()
+    for parameter, origin, part in curves:
+        head, data = _hover_head(parameter, origin, part)
+        figure.add_scatter(
+            x=part["share"].to_numpy(),
+            y=part[value].to_numpy(),
+            customdata=data,
+            mode="lines+markers",
+            name=ORIGIN_NAMES[origin],
+            legendgroup=origin,
+            showlegend=origin not in named,
+            opacity=1.0 if len(curves) <= 2 else 0.6,
+            line={"color": ORIGIN_COLOURS[origin], "dash": ORIGIN_DASHES[origin], "width": 2},
+            marker={"symbol": ORIGIN_MARKERS[origin], "size": 7},
+            hovertemplate=f"{head}{VALUES[value]}: %{{y:.6g}}<extra></extra>",
+        )
+        named.add(origin)
+    layout(figure, title, x="Share of directions kept, k / r (%, log scale)", y=VALUES[value])
+    figure.update_xaxes(**share_axis(frame["share"].to_numpy()))
+    figure.update_yaxes(rangemode="tozero")
+    if chosen_share is not None:
+        mark_share(figure, chosen_share)
+    return figure
+
+
+def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None = None) -> go.Figure:
+    """Interference against reconstruction error, the rank along the curve.
+
+    Down and to the left is better: little lost and little in each other's way.
+
+    Args:
+        frame: of :func:`analysis.interference.interference_over_rank` (a curve a matrix) or
+            :func:`analysis.interference.mean_over_layers`, one origin or both.
+        title: the figure's title.
+        chosen_share: share of the directions that the page has chosen; the nearest computed
+            point of each curve gets a ring.
+    """
+    figure = go.Figure()
+    named: set[str] = set()
+    for parameter, origin, part in _curves(frame):
+        x = part["reconstruction_share"].to_numpy()
+        y = part["interference_normalised"].to_numpy()
+        shares = part["share"].to_numpy()
+        ranks = [f"k={k}" for k in part["k"]] if "k" in part else [percent(s) for s in shares]
+        labelled = set(thinned(len(part), 5).tolist())
+        head, data = _hover_head(parameter, origin, part)
+        hover = f"{head}lost: %{{x:.4%}} of the energy<br>interference: %{{y:.6g}}<extra></extra>"
+        style = {"color": ORIGIN_COLOURS[origin], "dash": ORIGIN_DASHES[origin], "width": 2}
+        figure.add_scatter(
+            x=x,
+            y=y,
+            customdata=data,
+            mode="lines+markers+text",
+            text=[rank if i in labelled else "" for i, rank in enumerate(ranks)],
+            textposition="top right" if origin == "average" else "bottom left",
+            textfont={"size": 11},
+            cliponaxis=False,
+            name=ORIGIN_NAMES[origin],
+            legendgroup=origin,
+            showlegend=origin not in named,
+            line=style,
+            marker={"symbol": ORIGIN_MARKERS[origin], "size": 7},
+            hovertemplate=hover,
+        )
+        named.add(origin)
+        if chosen_share is not None:
+            nearest = int(np.argmin(np.abs(np.log(shares / chosen_share))))
+            figure.add_scatter(
+                x=x[[nearest]],
+                y=y[[nearest]],
+                customdata=data[[nearest]],
+                mode="markers",
+                name=f"chosen: {percent(shares[nearest])}",
+                legendgroup=origin,
+                showlegend=False,
+                marker={
+                    "symbol": "circle-open",
+                    "size": 17,
+                    "color": ORIGIN_COLOURS[origin],
+                    "line": {"width": 3},
+                },
+                hovertemplate="chosen<br>" + hover,
+            )
+    layout(
+        figure,
+        title,
+        x="Reconstruction error R(k) / Σσ² (% of energy lost)",
+        y=VALUES["interference_normalised"],
+    )
+    figure.update_xaxes(tickformat=".0%")
+    figure.update_yaxes(rangemode="tozero")
+    return figure

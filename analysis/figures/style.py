@@ -1,0 +1,145 @@
+"""One look for all figures: colours, dashes, names of origins, layout.
+
+Backgrounds are transparent and texts have no colour, so that the page's theme, light or dark,
+supplies both; reference lines are a grey that shows on either.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+# Okabe and Ito's palette, safe for colour-blind readers; its black vanishes on a dark page and
+# is grey here, and its yellow, faint on a light one, comes last.
+OKABE_ITO = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#D55E00",
+    "#CC79A7",
+    "#56B4E9",
+    "#999999",
+    "#F0E442",
+)
+MARKERS = ("circle", "square", "diamond", "triangle-up", "cross", "x", "star", "pentagon")
+DASHES = ("solid", "dash", "dot", "dashdot", "longdash", "longdashdot")
+SEQUENTIAL = "Cividis"
+DIVERGING = "RdBu_r"
+REFERENCE = "#888888"
+TRANSPARENT = "rgba(0,0,0,0)"
+
+# Above this many cells the numbers in a map no longer fit.
+CELLS_WITH_TEXT = 120
+
+ORIGIN_NAMES = {
+    "average": "about the average (centred)",
+    "base": "about the base (original)",
+}
+ORIGIN_COLOURS = {"average": OKABE_ITO[0], "base": OKABE_ITO[3]}
+ORIGIN_DASHES = {"average": "solid", "base": "dash"}
+ORIGIN_MARKERS = {"average": "circle", "base": "diamond"}
+
+
+def task_colours(tasks: Iterable[str]) -> dict[str, str]:
+    """A colour for each task, by its place; beyond eight tasks colours repeat."""
+    return {task: OKABE_ITO[i % len(OKABE_ITO)] for i, task in enumerate(dict.fromkeys(tasks))}
+
+
+def task_markers(tasks: Iterable[str]) -> dict[str, str]:
+    """A marker for each task, another one for each round of :func:`task_colours`."""
+    names = dict.fromkeys(tasks)
+    return {t: MARKERS[i // len(OKABE_ITO) % len(MARKERS)] for i, t in enumerate(names)}
+
+
+def percent(share: float) -> str:
+    """A share as people read it: 0.08 is ``8 %``, 0.125 is ``12.5 %``."""
+    return f"{100 * share:.3g} %"
+
+
+def thinned(count: int, most: int) -> np.ndarray:
+    """At most `most` of the places 0..count−1, evenly spread, both ends among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
+
+
+def share_axis(shares: Sequence[float] | np.ndarray) -> dict[str, object]:
+    """Settings of a logarithmic axis of shares with ticks at shares that were computed."""
+    values = np.unique(np.asarray(shares, dtype=float))
+    # The computed shares nearest to even steps on the log axis, few enough for a phone.
+    wanted = np.linspace(np.log(values[0]), np.log(values[-1]), min(len(values), 6))
+    places = np.unique([np.argmin(np.abs(np.log(values) - w)) for w in wanted])
+    ticks = values[places]
+    return {
+        "type": "log",
+        "tickmode": "array",
+        "tickvals": ticks,
+        "ticktext": [percent(t) for t in ticks],
+    }
+
+
+def layout(
+    figure: go.Figure, title: str, *, x: str, y: str, height: int = 420, legend: bool = True
+) -> go.Figure:
+    """Give a figure its title, axis labels, margins and a legend below the plot.
+
+    Args:
+        figure: changed in place.
+        title: the question that the figure answers; broken into lines that fit a phone.
+        x: label of the x axis, with unit.
+        y: label of the y axis, with unit.
+        height: pixels.
+        legend: whether to show one.
+
+    Returns:
+        The same figure.
+    """
+    lines = textwrap.wrap(title, 44)
+    figure.update_layout(
+        title={
+            "text": "<br>".join(lines),
+            "font": {"size": 15},
+            "x": 0,
+            "xref": "container",
+            "xanchor": "left",
+            "yref": "container",
+            "y": 1,
+            "yanchor": "top",
+            "pad": {"t": 8, "l": 8},
+        },
+        height=height,
+        margin={"l": 8, "r": 12, "t": 16 + 20 * len(lines), "b": 8},
+        paper_bgcolor=TRANSPARENT,
+        plot_bgcolor=TRANSPARENT,
+        hovermode="closest",
+        showlegend=legend,
+        legend={
+            "orientation": "h",
+            "x": 0,
+            "xanchor": "left",
+            "yref": "container",
+            "y": 0,
+            "yanchor": "bottom",
+            "bgcolor": TRANSPARENT,
+        },
+    )
+    figure.update_xaxes(title={"text": x}, automargin=True, zeroline=False)
+    figure.update_yaxes(title={"text": y}, automargin=True, zeroline=False)
+    return figure
+
+
+def mark_share(figure: go.Figure, share: float) -> None:
+    """A dotted vertical line at the chosen share of directions, on a linear or log x axis."""
+    figure.add_vline(x=share, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
+    # Annotations of log axes are placed in powers of ten, shapes are not.
+    logarithmic = figure.layout.xaxis.type == "log"
+    figure.add_annotation(
+        x=np.log10(share) if logarithmic else share,
+        y=1,
+        yref="paper",
+        yanchor="bottom",
+        text=f"chosen: {percent(share)}",
+        showarrow=False,
+        font={"size": 11},
+    )

@@ -1,0 +1,101 @@
+"""The first thing to look at: base, experts, average, Task Arithmetic and CART side by side."""
+
+from __future__ import annotations
+
+import pandas as pd
+
+from analysis.evaluation import Evaluator
+from analysis.inputs import Split
+from analysis.sweep import best_point, grid, known_sweep, mean_over_tasks
+from merge_core.engine import MergeSession
+from merge_core.progress import Progress
+from merge_core.recipe import Recipe, make_recipe
+
+
+def suggested(
+    method: str, suite: str, session: MergeSession, evaluator: Evaluator
+) -> tuple[Recipe, bool]:
+    """A method's recipe at the best setting known, else at its defaults.
+
+    Args:
+        method: a method with a rank or a scale.
+        suite: as in recipes.
+        session: the merges; its tasks are taken.
+        evaluator: where predictions are kept.
+
+    Returns:
+        The recipe, and whether its setting was chosen on the validation split (a full sweep of
+        the usual grid is stored) rather than by default.
+    """
+    tasks = session.groups.tasks
+    frame = known_sweep(grid(method, suite, tasks), session, evaluator)
+    if frame is None:
+        return make_recipe({"suite": suite, "tasks": tasks, "method": method}), False
+    best = best_point(mean_over_tasks(frame))
+    chosen = {axis: float(best[axis]) for axis in ("rank", "scale") if best[axis] == best[axis]}
+    document = {"suite": suite, "tasks": tasks, "method": method, "parameters": chosen}
+    return make_recipe(document), True
+
+
+def first_recipes(
+    suite: str, session: MergeSession, evaluator: Evaluator
+) -> dict[str, tuple[Recipe, bool]]:
+    """Average, Task Arithmetic (where there is a base) and CART, each as :func:`suggested`.
+
+    Returns:
+        Title to recipe and whether its setting was chosen on the validation split.
+    """
+    average = make_recipe({"suite": suite, "tasks": session.groups.tasks, "method": "average"})
+    recipes = {"Weight average": (average, True)}
+    if session.suite.base is not None:
+        recipes["Task Arithmetic"] = suggested("task_arithmetic", suite, session, evaluator)
+    recipes["CART"] = suggested("cart", suite, session, evaluator)
+    return recipes
+
+
+def first_result(
+    recipes: dict[str, tuple[Recipe, bool]],
+    session: MergeSession,
+    evaluator: Evaluator,
+    split: Split = "test",
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Per-task accuracy of base, experts and the recipes.
+
+    Returns:
+        One row per model and task: model, task, correct, images, accuracy, low, high.
+
+    Raises:
+        MergeScopeError: unfit inputs.
+        Cancelled: between two models.
+    """
+    progress = progress or Progress()
+    tasks = session.groups.tasks
+    total = len(recipes) + 2
+    parts = []
+    progress.step(0, total, "base")
+    if session.suite.base is not None:
+        base = evaluator.checkpoint(session.suite.base, tasks, split)
+        parts.append(base.assign(model="Base"))
+    for done, (title, (recipe, _)) in enumerate(recipes.items(), start=1):
+        progress.step(done, total, title)
+        inner = Progress(cancel=progress.cancel)
+        frame = evaluator.recipe(recipe, session, split, progress=inner)
+        parts.append(frame.assign(model=title))
+    progress.step(total - 1, total, "experts")
+    parts.append(evaluator.experts(tasks, split).assign(model="Experts"))
+    progress.step(total, total, "done")
+    return pd.concat(parts, ignore_index=True)
+
+
+def knows_first_result(
+    recipes: dict[str, tuple[Recipe, bool]], session: MergeSession, evaluator: Evaluator
+) -> bool:
+    """Whether :func:`first_result` on the test split needs no forward pass."""
+    tasks = session.groups.tasks
+    base = session.suite.base
+    return (
+        all(evaluator.knows(recipe, session, "test") for recipe, _ in recipes.values())
+        and all(evaluator.knows_member(session.suite.expert(t), [t], "test") for t in tasks)
+        and (base is None or evaluator.knows_member(base, tasks, "test"))
+    )

@@ -1,0 +1,142 @@
+"""Evaluation inputs of a task: images and labels of a split, and the task's frozen head."""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from merge_core.checkpoint import Checkpoint
+from merge_core.errors import CheckpointError, SuiteError
+from merge_core.suite import Suite
+
+Split = Literal["val", "test"]
+SPLIT_NAMES: dict[Split, str] = {"val": "validation", "test": "test"}
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """One split of one task.
+
+    Attributes:
+        images: uint8, N x H x W x 3.
+        labels: int64, N, in 0..classes−1.
+        class_names: one per class.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen linear classifier: logits = features @ weight.T + bias.
+
+    Attributes:
+        weight: classes x width, float32.
+        bias: classes, float32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    def logits(self, features: Tensor) -> Tensor:
+        """N x classes from N x width."""
+        return features @ self.weight.T + self.bias
+
+
+def load_inputs(suite: Suite, task: str, split: Split, limit: int | None = None) -> TaskInputs:
+    """Read one split of a task's numpy archive.
+
+    The archive (``.npz``) holds ``val_images``, ``val_labels``, ``test_images``,
+    ``test_labels`` and, optionally, ``class_names``.
+
+    Args:
+        suite: the suite.
+        task: a task with data.
+        split: ``val`` for choosing, ``test`` for reporting.
+        limit: only the first so many images.
+
+    Raises:
+        SuiteError: no data, a missing file, or content of another form.
+    """
+    spec = suite.spec.experts[task].data
+    if spec is None:
+        raise SuiteError(f"Task {task!r} has no data; add 'data:' to it in {suite.path}.")
+    path = suite.file(spec.file)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images = archive[f"{split}_images"][:limit]
+            labels = archive[f"{split}_labels"][:limit].astype(np.int64)
+            count = int(labels.max(initial=-1)) + 1
+            names = (
+                tuple(str(name) for name in archive["class_names"])
+                if "class_names" in archive
+                else tuple(str(i) for i in range(count))
+            )
+    except OSError as error:
+        raise SuiteError(f"{path} (data of task {task!r}) cannot be read: {error}.") from error
+    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise SuiteError(
+            f"{path} (data of task {task!r}) is not a numpy archive with {split}_images and "
+            f"{split}_labels ({error})."
+        ) from error
+    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
+        raise SuiteError(
+            f"{path}: {split}_images must be uint8 of shape N x height x width x 3, "
+            f"got {images.dtype} of shape {images.shape}."
+        )
+    if labels.shape != (len(images),) or len(labels) == 0 or labels.min() < 0:
+        raise SuiteError(f"{path}: {split}_labels must be one class number per image, from 0.")
+    return TaskInputs(images, labels, names)
+
+
+def normalised(images: np.ndarray, suite: Suite, task: str) -> Tensor:
+    """float32, N x 3 x H x W: scaled to [0, 1], then (x − mean) / std of the task's data.
+
+    Raises:
+        SuiteError: the task has no data.
+    """
+    spec = suite.spec.experts[task].data
+    if spec is None:
+        raise SuiteError(f"Task {task!r} has no data; add 'data:' to it in {suite.path}.")
+    mean = torch.tensor(spec.mean).reshape(3, 1, 1)
+    std = torch.tensor(spec.std).reshape(3, 1, 1)
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
+    return (pixels / 255 - mean) / std
+
+
+def load_head(suite: Suite, task: str) -> Head:
+    """A task's head: a file with ``weight`` and ``bias`` (a prefix such as ``head.`` is allowed).
+
+    Raises:
+        SuiteError: no head, a missing file, or one without weight and bias.
+    """
+    relative = suite.spec.experts[task].head
+    if relative is None:
+        raise SuiteError(f"Task {task!r} has no head; add 'head:' to it in {suite.path}.")
+    try:
+        checkpoint = Checkpoint(suite.file(relative))
+        found = {
+            end: checkpoint.tensor(name).float()
+            for end in ("weight", "bias")
+            for name in checkpoint
+            if name == end or name.endswith("." + end)
+        }
+    except CheckpointError as error:
+        raise SuiteError(f"Head of task {task!r}: {error}") from error
+    weight = found.get("weight")
+    if weight is None or weight.ndim != 2:
+        raise SuiteError(
+            f"{suite.file(relative)} (head of task {task!r}) must hold a 'weight' of shape "
+            "classes x width, and may hold a 'bias'."
+        )
+    bias = found.get("bias", torch.zeros(len(weight)))
+    if bias.shape != (len(weight),):
+        raise SuiteError(f"{suite.file(relative)}: bias and weight disagree about the classes.")
+    return Head(weight, bias)

@@ -1,0 +1,238 @@
+"""Interference: how tasks get into each other's way, and what a rank cut does about it."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from analysis.figures import interference as figures
+from analysis.interference import (
+    cosine_similarity,
+    interference_over_rank,
+    interference_pairs,
+    mean_over_layers,
+)
+from merge_core.linalg import as_matrix, directions
+from merge_core.task_vectors import Groups, Origin
+from ui import charts, resources, shell
+from ui.parameters import SHARES, share_label
+from ui.resources import View
+
+shell.enter()
+
+LABELS = {"average": "Centred (about the average)", "base": "Original (about the base)"}
+
+
+def origins(view: View) -> tuple[Origin, ...]:
+    """The origins that the suite has."""
+    return ("average", "base") if view.suite.base is not None else ("average",)
+
+
+@st.cache_data(max_entries=32, show_spinner="Comparing task vectors …")
+def cosine_frame(
+    key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, _view: View
+) -> pd.DataFrame:
+    """Cosines of the whole model (layer None) or of one layer."""
+    groups = Groups(_view.suite, tasks, resources.factor_store())
+    return cosine_similarity(groups, origin, layer)
+
+
+@st.cache_data(max_entries=256, show_spinner=False)
+def pairs_frame(
+    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, k: int, side: str, _view: View
+) -> pd.DataFrame:
+    """Interference of each pair at one rank."""
+    return interference_pairs(resources.group(_view), origin, k, side)
+
+
+@st.cache_data(max_entries=32, show_spinner="Measuring interference over rank …")
+def over_rank_frame(
+    key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, side: str, _view: View
+) -> pd.DataFrame:
+    """I(k) and R(k) over the offered ranks, of one layer or averaged over all."""
+    if layer is not None:
+        return interference_over_rank(resources.group(_view), origin, SHARES, side)
+    groups = Groups(_view.suite, tasks, resources.factor_store())
+    return mean_over_layers(interference_over_rank(groups, origin, SHARES, side))
+
+
+def controls(view: View) -> tuple[str | None, float, str]:
+    """Layer (None for all), share of directions, side."""
+    left, middle, right = st.columns([2, 3, 2])
+    with left:
+        scope = st.segmented_control(
+            "Where",
+            ["layer", "model"],
+            default="layer",
+            required=True,
+            format_func={"layer": "Chosen layer", "model": "Whole model"}.get,
+            key="scope",
+            bind="query-params",
+            help="The layer is chosen in the sidebar; the whole model averages over all layers.",
+        )
+    with middle:
+        share = st.select_slider(
+            "Rank (share of directions)",
+            SHARES,
+            value=0.08,
+            format_func=share_label,
+            key="share",
+            bind="query-params",
+            help="How many leading directions of each task vector are kept. Raising it keeps "
+            "more of each task and lets tasks overlap more.",
+        )
+    with right:
+        side = st.segmented_control(
+            "Space",
+            ["row", "column"],
+            default="row",
+            required=True,
+            format_func={"row": "Row (inputs)", "column": "Column (outputs)"}.get,
+            key="side",
+            bind="query-params",
+            help="Row space: which input directions a task reads (CART's measure). "
+            "Column space: which output directions it writes.",
+        )
+    return (view.layer if scope == "layer" else None), share, side
+
+
+@shell.fragment
+def section() -> None:
+    """Maps at the chosen rank, curves over rank, and the trade-off."""
+    view = shell.view()
+    if len(view.tasks) < 2:
+        st.info("Interference needs at least two tasks; choose more in the sidebar.")
+        return
+    layer, share, side = controls(view)
+    group = resources.group(view)
+    k = directions(share, min(as_matrix(group.average).shape))
+    where = "the whole model" if layer is None else layer
+
+    st.subheader("Do two tasks use the same directions?", anchor=False)
+    columns = st.columns(len(origins(view)))
+    pairs = []
+    for column, origin in zip(columns, origins(view), strict=True):
+        frame = pairs_frame(view.key, view.tasks, view.layer, origin, k, side, view)
+        pairs.append(frame)
+        different = frame[frame["first"] != frame["second"]]["interference"]
+        with column:
+            charts.show(
+                figures.pair_map(
+                    frame,
+                    "interference",
+                    title=f"{LABELS[origin]}: mean {different.mean():.3f} at k = {k}",
+                    zmin=0,
+                    zmax=1,
+                ),
+                key=f"pairs_{origin}",
+                alt=f"{side}-space interference of each pair of tasks in {view.layer}, k = {k}",
+                height=430,
+            )
+    charts.how_to_read(
+        f"Each cell compares the leading {k} {side} directions of two tasks in "
+        f"`{view.layer}`, weighted by their singular values: 0 means that they share none, 1 that "
+        "they share all of their strength. A merge adds all tasks up, so what is shared is what "
+        "gets mixed. Centring takes away the part that all tasks have in common.",
+        r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\qquad S_i = "
+        r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)",
+    )
+    charts.numbers(pd.concat(pairs, ignore_index=True), f"interference_pairs_k{k}", key="pairs")
+
+    st.subheader("What does a higher rank cost?", anchor=False)
+    curves = pd.concat(
+        [over_rank_frame(view.key, view.tasks, layer, o, side, view) for o in origins(view)],
+        ignore_index=True,
+    )
+    left, right = st.columns(2)
+    with left:
+        charts.show(
+            figures.over_rank(
+                curves,
+                "interference_normalised",
+                title=f"Interference over rank, {where}",
+                chosen_share=share,
+            ),
+            key="over_rank",
+            alt=f"Mean pairwise interference over rank in {where}",
+            height=400,
+        )
+    with right:
+        charts.show(
+            figures.over_rank(
+                curves,
+                "reconstruction_share",
+                title=f"What the cut leaves out, {where}",
+                chosen_share=share,
+            ),
+            key="reconstruction",
+            alt=f"Reconstruction error over rank in {where}",
+            height=400,
+        )
+    left, right = st.columns(2)
+    with left:
+        charts.show(
+            figures.trade_off(curves, title="The trade-off along the rank", chosen_share=share),
+            key="trade_off",
+            alt="Interference against reconstruction error, one curve per origin",
+            height=400,
+        )
+    with right:
+        charts.show(
+            figures.over_rank(
+                curves,
+                "update_norm",
+                title="Size of the merged update, ‖Σ SVD_k‖",
+                chosen_share=share,
+            ),
+            key="update_norm",
+            alt="Norm of the summed truncated task vectors over rank",
+            height=400,
+        )
+    charts.how_to_read(
+        "A low rank keeps tasks apart but leaves much of each task out; a high rank brings the "
+        "tasks back whole and lets them collide. A good rank lies where the trade-off curve bends. "
+        "The size of the centred update is zero at full rank, because the centred task vectors "
+        "cancel: that is why CART at full rank is the plain average.",
+        r"I(k) = \sum_{i\ne j} I_{ij}(k) \in [0, T(T-1)],\qquad "
+        r"R(k) = \sum_t \sum_{i>k} \sigma_{t,i}^2",
+    )
+    charts.numbers(curves, "interference_over_rank", key="curves")
+
+    st.subheader("Do whole task vectors point the same way?", anchor=False)
+    columns = st.columns(len(origins(view)))
+    cosines = []
+    for column, origin in zip(columns, origins(view), strict=True):
+        frame = cosine_frame(view.key, view.tasks, layer, origin, view)
+        cosines.append(frame)
+        with column:
+            charts.show(
+                figures.pair_map(
+                    frame,
+                    "cosine",
+                    title=LABELS[origin],
+                    diverging=True,
+                    zmin=-1,
+                    zmax=1,
+                ),
+                key=f"cosine_{origin}",
+                alt=f"Cosine similarity of task vectors in {where}, {LABELS[origin]}",
+                height=430,
+            )
+    expected = -1 / (len(view.tasks) - 1)
+    centred = cosines[0]
+    mean = centred[centred["first"] != centred["second"]]["cosine"].mean()
+    charts.how_to_read(
+        "Original task vectors share a common direction, so their cosines are positive. Centred "
+        f"ones sum to zero, so their mean cosine lies near −1/(T−1) = {expected:.3f} by "
+        f"construction (here {mean:.3f}); only the pattern around that value carries meaning.",
+        r"\cos(\tau_i, \tau_j) = \frac{\langle \tau_i, \tau_j\rangle}{\|\tau_i\|\,\|\tau_j\|}",
+    )
+    charts.numbers(pd.concat(cosines, ignore_index=True), "cosine_similarity", key="cosines")
+
+
+charts.heading(
+    "Where do the tasks get into each other's way?",
+    "Merging adds the tasks' changes up. Where two tasks use the same directions, one spoils the "
+    "other; centring at the average and cutting the rank both reduce that overlap.",
+)
+section()

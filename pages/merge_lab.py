@@ -1,0 +1,245 @@
+"""Merge lab: choose a method and its parameters, see every task, compare, download."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from analysis.evaluation import mean_accuracy
+from analysis.figures import accuracy as figures
+from merge_core.errors import RecipeError
+from merge_core.export import merged_bytes, model_card, provenance
+from merge_core.methods import get_method, methods
+from merge_core.recipe import Recipe, make_recipe, recipe_from_query
+from ui import charts, resources, shell
+from ui.parameters import controls
+from ui.progress import run_job
+from ui.resources import View
+
+shell.enter()
+
+DTYPES = ("input", "float32", "float16", "bfloat16")
+# Up to this many parameters a merge is evaluated at once, above it in the background.
+LIVE_PARAMETERS = 5_000_000
+
+
+def declared(view: View) -> Recipe:
+    """Method and parameters from widgets that the declaration makes."""
+    available = [
+        name for name, m in methods().items() if view.suite.base is not None or not m.needs_base
+    ]
+    name = st.selectbox(
+        "Method",
+        available,
+        index=available.index("cart"),
+        format_func=lambda key: get_method(key).title,
+        key="method",
+        bind="query-params",
+        help="Methods that need a base are listed only where the suite names one.",
+    )
+    method = get_method(name)
+    st.markdown(method.summary)
+    parameters = controls(method)
+    dtype = st.selectbox(
+        "Number format of the file",
+        DTYPES,
+        key="dtype",
+        bind="query-params",
+        help="'input' keeps each parameter's own; the merge itself is computed in float32.",
+    )
+    with st.expander("Formula and source", icon=":material/function:"):
+        st.latex(method.formula)
+        st.markdown(method.source)
+    return make_recipe(
+        {
+            "suite": view.name,
+            "tasks": view.tasks,
+            "method": name,
+            "parameters": parameters,
+            "dtype": dtype,
+        }
+    )
+
+
+@st.cache_data(max_entries=64, show_spinner="Merging and evaluating …")
+def accuracy(key: str, tasks: tuple[str, ...], query: str, split: str, _view: View) -> pd.DataFrame:
+    """Per-task accuracy of a recipe, given as its link."""
+    recipe = recipe_from_query(query)
+    return resources.evaluator(_view).recipe(recipe, resources.session(_view, tasks), split)
+
+
+@st.cache_data(max_entries=8, show_spinner="Evaluating the experts …")
+def references(key: str, tasks: tuple[str, ...], split: str, _view: View) -> pd.DataFrame:
+    """Per-task accuracy of the experts on their own tasks."""
+    return resources.evaluator(_view).experts(tasks, split)
+
+
+def pinned(view: View) -> Recipe | None:
+    """The recipe to compare with, from the text field (and so from the link)."""
+    text = st.text_input(
+        "Compare with (a recipe's link form)",
+        key="pin",
+        bind="query-params",
+        placeholder="Pin the current recipe, or paste one",
+        help="A recipe written as a link's query, such as method=average. Pinning fills it in.",
+    ).strip()
+    if not text:
+        return None
+    try:
+        recipe = recipe_from_query(text)
+    except RecipeError as error:
+        st.warning(f"The pinned recipe cannot be read: {error}")
+        return None
+    recipe = recipe.model_copy(update={"suite": view.name, "tasks": view.tasks})
+    st.caption(f"Pinned: {title_of(recipe)}")
+    return recipe
+
+
+def title_of(recipe: Recipe) -> str:
+    """A recipe in a few words, such as ``CART, rank 0.08, scale 2``."""
+    values = [
+        f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value}"
+        for name, value in recipe.parameters.items()
+    ]
+    return ", ".join([get_method(recipe.method).title, *values])
+
+
+def pin_current(recipe: Recipe) -> None:
+    """Take the current recipe as the one to compare with."""
+    document = recipe.model_copy(update={"tasks": None})
+    st.session_state["pin"] = document.to_query()
+
+
+def result(view: View, recipe: Recipe, other: Recipe | None, split: str) -> None:
+    """Per-task accuracy of the recipe beside the experts and the pinned recipe."""
+    evaluator, session = resources.evaluator(view), resources.session(view)
+    size = sum(group.info.numel for group in session.groups)
+    needed = [r for r in (recipe, other) if r is not None]
+    if size > LIVE_PARAMETERS and not all(evaluator.knows(r, session, split) for r in needed):
+        job = run_job(
+            key="lab:" + view.key + ":".join(r.to_query() for r in needed) + split,
+            title="Merge and evaluate",
+            button="Merge and evaluate",
+            note=f"This suite's models have {size / 1e6:,.0f} M parameters; evaluating one takes "
+            "a while and runs in the background.",
+            work=lambda progress: [
+                evaluator.recipe(r, session, split, progress=progress) for r in needed
+            ],
+        )
+        if job is None:
+            return
+    experts = references(view.key, view.tasks, split, view)
+    mine = accuracy(view.key, view.tasks, recipe.to_query(), split, view)
+    frames = [experts.assign(model="Experts"), mine.assign(model=title_of(recipe))]
+    mean = mean_accuracy(mine).iloc[0]
+    expert_mean = experts["accuracy"].mean()
+    delta = None
+    if other is not None and other != recipe:
+        theirs = accuracy(view.key, view.tasks, other.to_query(), split, view)
+        frames.append(theirs.assign(model="Pinned: " + title_of(other)))
+        delta = mean["accuracy"] - theirs["accuracy"].mean()
+    cards = st.columns(4)
+    cards[0].metric(
+        "Mean accuracy",
+        f"{mean['accuracy']:.1%}",
+        delta=None if delta is None else f"{100 * delta:+.1f} points against the pinned one",
+        help=f"95 % interval {mean['low']:.1%} to {mean['high']:.1%}, mean over tasks.",
+    )
+    cards[1].metric("Experts", f"{expert_mean:.1%}")
+    relative = mine["accuracy"].to_numpy() / experts["accuracy"].to_numpy()
+    cards[2].metric(
+        "Normalised", f"{relative.mean():.1%}", help="Each task's accuracy over its expert's, mean."
+    )
+    worst = mine.loc[mine["accuracy"].idxmin()]
+    cards[3].metric(f"Worst task: {worst['task']}", f"{worst['accuracy']:.1%}")
+    drawn = pd.concat(frames, ignore_index=True)
+    charts.show(
+        figures.per_task(drawn, title="How well does the merged model do each task?"),
+        key="per_task",
+        alt="Accuracy of each task: experts, current recipe, pinned recipe",
+        height=430,
+    )
+    charts.how_to_read(
+        "One row is one task; a dot is a model's accuracy and its bar the 95 % sampling interval. "
+        "The gap between the expert and the merge is what merging costs that task. Where the bars "
+        "of two recipes overlap widely, these images do not tell them apart.",
+        recipe.declaration.formula,
+    )
+    charts.numbers(drawn, f"accuracy_{recipe.method}", key="per_task")
+
+
+@shell.fragment
+def lab() -> None:
+    """Controls on the left, results on the right."""
+    view = shell.view()
+    left, right = st.columns([1, 2], gap="large")
+    with left:
+        recipe = declared(view)
+        for warning in recipe.declaration.warnings(len(view.tasks), recipe.checked_parameters):
+            st.warning(warning)
+        st.button(
+            "Pin this recipe for comparison",
+            on_click=pin_current,
+            args=(recipe,),
+            icon=":material/push_pin:",
+            width="stretch",
+        )
+        other = pinned(view)
+    with right:
+        if view.suite.can_evaluate:
+            split = st.segmented_control(
+                "Images",
+                ["val", "test"],
+                default="val",
+                required=True,
+                format_func={"val": "Validation (to choose)", "test": "Test (to report)"}.get,
+                key="split",
+                bind="query-params",
+                help="Choose settings on the validation split; look at the test split once, at "
+                "the end.",
+            )
+            result(view, recipe, other, split)
+        else:
+            shell.explain_no_evaluation(view)
+        st.subheader("Take it with you", anchor=False)
+        st.code(recipe.to_yaml(), language="yaml")
+        session = resources.session(view)
+        name = f"{view.name}_{recipe.method}"
+        buttons = st.columns(3)
+        buttons[0].download_button(
+            "Merged checkpoint",
+            data=lambda: merged_bytes(recipe, session.groups, view.suite),
+            file_name=f"{name}.safetensors",
+            mime="application/octet-stream",
+            on_click="ignore",
+            icon=":material/download:",
+            type="primary",
+            width="stretch",
+        )
+        buttons[1].download_button(
+            "Recipe (YAML)",
+            data=recipe.to_yaml(),
+            file_name=f"{name}.yaml",
+            mime="text/yaml",
+            on_click="ignore",
+            width="stretch",
+        )
+        buttons[2].download_button(
+            "Model card",
+            data=lambda: model_card(recipe, view.suite, provenance(recipe, view.suite)),
+            file_name="README.md",
+            mime="text/markdown",
+            on_click="ignore",
+            width="stretch",
+        )
+        st.markdown(
+            "The file's header holds the recipe, the digests of all inputs and the versions. The "
+            "same merge on the command line: `mergescope merge recipe.yaml --output FOLDER`."
+        )
+
+
+charts.heading(
+    "What does this merge do to each task?",
+    "Choose a method, set its parameters, and compare with the experts or with a pinned recipe.",
+)
+lab()

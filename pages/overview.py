@@ -1,0 +1,182 @@
+"""Overview: what this is, the suite, its tasks, and a first result."""
+
+from __future__ import annotations
+
+import base64
+import io
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+from PIL import Image
+
+from analysis.evaluation import mean_accuracy
+from analysis.figures import accuracy as figures
+from analysis.first_result import first_recipes, first_result, knows_first_result
+from analysis.inputs import load_inputs
+from merge_core.methods import get_method
+from merge_core.recipe import Recipe
+from merge_core.suite import BUNDLED
+from ui import charts, resources, shell
+from ui.parameters import share_label
+from ui.progress import run_job
+from ui.resources import View
+
+shell.enter()
+
+SAMPLES = 6
+SCALE = 2
+
+Recipes = dict[str, tuple[Recipe, bool]]
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def sample_strip(key: str, task: str, _view: View) -> tuple[bytes, str, int, int]:
+    """A PNG strip of validation images of different classes, their names, counts."""
+    inputs = load_inputs(_view.suite, task, "val")
+    classes = np.unique(inputs.labels)
+    step = np.linspace(0, len(classes) - 1, min(SAMPLES, len(classes))).round().astype(int)
+    chosen = [int(np.flatnonzero(inputs.labels == classes[i])[0]) for i in step]
+    strip = np.concatenate(list(inputs.images[chosen]), axis=1)
+    image = Image.fromarray(strip)
+    image = image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST)
+    stream = io.BytesIO()
+    image.save(stream, "PNG")
+    names = ", ".join(inputs.class_names[int(inputs.labels[i])] for i in chosen)
+    return stream.getvalue(), names, len(inputs.class_names), len(inputs.labels)
+
+
+@st.cache_data(max_entries=16, show_spinner="Looking up results …")
+def known_result(
+    key: str, tasks: tuple[str, ...], _view: View
+) -> tuple[Recipes, pd.DataFrame | None]:
+    """The first result if it needs no forward pass, and its recipes."""
+    session, evaluator = resources.session(_view), resources.evaluator(_view)
+    recipes = first_recipes(_view.name, session, evaluator)
+    if not knows_first_result(recipes, session, evaluator):
+        return recipes, None
+    return recipes, first_result(recipes, session, evaluator)
+
+
+def settings_in_words(recipes: Recipes) -> str:
+    """The settings of the recipes that have any, and how they came about."""
+    parts = []
+    for title, (recipe, chosen) in recipes.items():
+        if recipe.parameters:
+            values = []
+            if "rank" in recipe.parameters:
+                values.append(f"rank {share_label(recipe.parameters['rank'])}")
+            values.append(f"λ = {recipe.parameters['scale']:g}")
+            how = "best on the validation split" if chosen else "default"
+            parts.append(f"{title}: {', '.join(values)} ({how})")
+    return "; ".join(parts) + "."
+
+
+def first_section(view: View) -> None:
+    """Base, experts and three merges side by side, on the test split."""
+    st.subheader("What does merging give?", anchor=False)
+    if not view.suite.can_evaluate:
+        shell.explain_no_evaluation(view)
+        return
+    recipes, frame = known_result(view.key, view.tasks, view)
+    if frame is None:
+        session, evaluator = resources.session(view), resources.evaluator(view)
+        job = run_job(
+            key=f"overview:{view.key}:{','.join(view.tasks)}",
+            title="First result",
+            button="Evaluate base, experts and three merges",
+            note="This choice of tasks has not been evaluated yet; it runs in the background.",
+            work=lambda progress: first_result(recipes, session, evaluator, progress=progress),
+        )
+        if job is None:
+            return
+        frame = job.result
+    mean = mean_accuracy(frame, by=["model"])
+    values = mean.set_index("model")["accuracy"]
+    cards = st.columns(len(values))
+    for card, model in zip(cards, values.index, strict=True):
+        row = mean[mean["model"] == model].iloc[0]
+        card.metric(
+            model,
+            f"{row['accuracy']:.1%}",
+            delta=None
+            if model in ("Base", "Experts", "Weight average")
+            else f"{100 * (row['accuracy'] - values['Weight average']):+.1f} vs average",
+            border=True,
+            help=f"Mean accuracy over {len(view.tasks)} tasks on the test split; 95 % interval "
+            f"{row['low']:.1%} to {row['high']:.1%}; differences in percentage points.",
+        )
+    charts.show(
+        figures.per_task(frame, title="Accuracy of each task on the test split"),
+        key="first_result",
+        alt="Accuracy per task of base, average, Task Arithmetic, CART and experts",
+        height=470,
+    )
+    st.markdown(settings_in_words(recipes))
+    charts.how_to_read(
+        "The **experts** are eight models, one a task: the ceiling. The **base** is what all of "
+        "them were fine-tuned from. The other rows are *one* model for all tasks, made from the "
+        "experts' weights alone, without training. CART adds the leading directions of each "
+        "expert's difference to the average back to the average.",
+        get_method("cart").formula,
+    )
+    charts.numbers(frame, "first_result")
+
+
+def card_section(view: View) -> None:
+    """What the suite holds."""
+    suite = view.suite
+    first = suite.expert(suite.tasks[0])
+    count = sum(first.info(name).numel for name in first if first.info(name).is_floating)
+    cards = st.columns(4)
+    cards[0].metric("Experts", len(suite.tasks), border=True)
+    cards[1].metric("Parameters each", f"{count / 1e6:.1f} M", border=True)
+    cards[2].metric(
+        "Weight matrices",
+        len(suite.matrices),
+        border=True,
+        help="Decomposed by spectral methods; everything else is averaged.",
+    )
+    cards[3].metric("Base", "yes" if suite.base is not None else "none", border=True)
+
+
+def tasks_section(view: View) -> None:
+    """Sample images of each task."""
+    st.subheader("The tasks", anchor=False)
+    shown = [t for t in view.suite.tasks if view.suite.spec.experts[t].data is not None]
+    if not shown:
+        st.info("This suite names no data, so there are no images to show.")
+        return
+    columns = st.columns(4)
+    for i, task in enumerate(shown):
+        image, names, classes, images = sample_strip(view.key, task, view)
+        with columns[i % 4]:
+            source = "data:image/png;base64," + base64.b64encode(image).decode()
+            st.image(source, width="stretch", alt=f"Sample images of {task}: {names}")
+            st.markdown(f"**{view.suite.title(task)}** · {classes} classes · {images} validation")
+
+
+def page() -> None:
+    """The page."""
+    view = shell.view()
+    charts.heading(
+        "Why does averaging fine-tuned models work, and how can it work better?",
+        "MergeScope looks inside a merge of fine-tuned models: how many directions each task "
+        "needs, where tasks get into each other's way, and which rank and scale merge best. "
+        f"You are looking at the suite **{view.name}**: {view.suite.spec.description}",
+    )
+    first_section(view)
+    st.subheader("The suite", anchor=False)
+    card_section(view)
+    if view.name == BUNDLED:
+        st.info(
+            "This suite was **made to show the effect at a small size**: a small ViT was "
+            "pre-trained on a harder, noisier domain and fine-tuned gently on each task's clean "
+            "one, with widths and learning rates chosen so that merging works as it does for "
+            "large models. What holds for real models rests on published figures and on suites "
+            "that you open. data/README.md says how it was built."
+        )
+    tasks_section(view)
+
+
+page()

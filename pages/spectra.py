@@ -1,0 +1,208 @@
+"""Spectra: how many directions a task vector has, about the base and about the average."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from analysis.figures import spectra as figures
+from analysis.spectra import cuts, parts_of, spectral_summary, spectrum
+from merge_core.task_vectors import Groups, Origin
+from ui import charts, resources, shell
+from ui.parameters import SHARES, share_label
+from ui.resources import View
+
+shell.enter()
+
+ORIGINS: dict[str, tuple[Origin, ...]] = {
+    "both": ("average", "base"),
+    "average": ("average",),
+    "base": ("base",),
+}
+ORIGIN_LABELS = {"both": "Both", "average": "Centred", "base": "Original"}
+QUANTITIES = {
+    "stable_rank": "Stable rank",
+    "effective_rank": "Effective rank",
+    "participation_ratio": "Participation ratio",
+    "top_share": "Energy in the leading 8 %",
+    "energy_rank_90": "Directions for 90 % energy",
+    "frobenius": "Norm",
+}
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def spectrum_frames(
+    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, part: str, _view: View
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Spectrum and cuts of one layer."""
+    group = resources.group(_view)
+    return spectrum(group, origin, part), cuts(group, origin, part)
+
+
+@st.cache_data(max_entries=32, show_spinner="Decomposing every layer …")
+def summary_frame(key: str, tasks: tuple[str, ...], origin: Origin, _view: View) -> pd.DataFrame:
+    """Scalars of all layers and tasks."""
+    return spectral_summary(Groups(_view.suite, tasks, resources.factor_store()), origin)
+
+
+def open_cell() -> None:
+    """A click on the map opens that layer (the sidebar's selectbox is its keyboard twin)."""
+    points = st.session_state["summary_map"]["selection"]["points"]
+    if points:
+        data = points[0]["customdata"]
+        st.session_state["layer"] = data[0] if isinstance(data, list) else data["0"]
+
+
+@shell.fragment
+def layer_section() -> None:
+    """Scree and cumulative energy of the chosen layer."""
+    view = shell.view()
+    left, middle, right = st.columns([2, 2, 3])
+    with left:
+        options = list(ORIGINS) if view.suite.base is not None else ["average"]
+        choice = st.segmented_control(
+            "Task vectors",
+            options,
+            default=options[0],
+            required=True,
+            format_func=ORIGIN_LABELS.get,
+            key="origin",
+            bind="query-params",
+            help="Centred: about the average of the chosen experts (CART). "
+            "Original: about the base they were fine-tuned from.",
+        )
+    with middle:
+        parts = parts_of(resources.group(view))
+        part = (
+            st.segmented_control(
+                "Part of the fused matrix",
+                parts,
+                default=parts[0],
+                required=True,
+                key="part",
+                bind="query-params",
+                help="Query, key and value share one fused matrix; CART decomposes it whole.",
+            )
+            if len(parts) > 1
+            else parts[0]
+        )
+    with right:
+        share = st.select_slider(
+            "Rank to mark (share of directions)",
+            SHARES,
+            value=0.08,
+            format_func=share_label,
+            key="share",
+            bind="query-params",
+            help="Draws the rank at which a merge would cut. CART's paper uses 8 %.",
+        )
+    frames = [
+        spectrum_frames(view.key, view.tasks, view.layer, origin, part, view)
+        for origin in ORIGINS[choice]
+    ]
+    drawn = pd.concat([frame for frame, _ in frames], ignore_index=True)
+    lines = frames[0][1]
+    kept = drawn[drawn["share"] <= share + 1e-9].groupby(["origin", "task"])["energy"].max()
+    cards = st.columns(4)
+    labels = {"average": "centred", "base": "original"}
+    for card, origin in zip(cards, ORIGINS[choice], strict=False):
+        card.metric(
+            f"Energy kept, {labels[origin]}",
+            f"{kept[origin].mean():.1%}" if origin in kept.index.get_level_values(0) else "0 %",
+            help=f"Share of Σσ² in the leading {share_label(share)} of directions, task mean.",
+        )
+    cards[2].metric(
+        "Gavish-Donoho rank",
+        f"{lines['gavish_donoho_rank'].mean():.0f}",
+        help="Directions above the optimal hard threshold if the rest were white noise "
+        f"({labels[ORIGINS[choice][0]]}, mean over tasks).",
+    )
+    cards[3].metric(
+        "Rank above the noise edge",
+        f"{lines['noise_rank'].mean():.0f}",
+        help="Directions above the Marchenko-Pastur edge, the noise estimated from the median "
+        f"({labels[ORIGINS[choice][0]]}, mean over tasks).",
+    )
+    scree, energy = st.columns(2)
+    with scree:
+        charts.show(
+            figures.scree(drawn, lines, title="How fast do the singular values fall?"),
+            key="scree",
+            alt=f"Singular values of {view.layer} per task on a log axis",
+            height=430,
+        )
+    with energy:
+        charts.show(
+            figures.cumulative_energy(
+                drawn, title="How many directions hold the energy?", chosen_share=share
+            ),
+            key="energy",
+            alt=f"Cumulative energy of {view.layer} over rank",
+            height=430,
+        )
+    charts.how_to_read(
+        "Each line is one task's difference to the **average** of the experts (centred, solid) or "
+        "to the **base** (original, dashed), in the chosen layer. A line that falls steeply, or an "
+        "energy curve that rises steeply, means that a few directions hold most of the "
+        "difference: cutting the rest loses little of the task and takes away much of what gets "
+        "in other tasks' way. The dotted lines are where white noise of the same median would "
+        "end; trained weights are not white noise, so read them as orientation, not as a rule.",
+        r"A = U\Sigma V^\top,\qquad E(k) = \frac{\sum_{i\le k}\sigma_i^2}{\sum_i \sigma_i^2}",
+    )
+    charts.numbers(drawn, f"spectrum_{view.layer}", key="spectrum")
+
+
+@shell.fragment
+def map_section() -> None:
+    """Layer x task map of one scalar."""
+    view = shell.view()
+    st.subheader("Where in the network is a task's change concentrated?", anchor=False)
+    left, right = st.columns([2, 3])
+    with left:
+        options = ["average", "base"] if view.suite.base is not None else ["average"]
+        origin = st.segmented_control(
+            "Task vectors of the map",
+            options,
+            default=options[0],
+            required=True,
+            format_func=ORIGIN_LABELS.get,
+            key="map_origin",
+            bind="query-params",
+        )
+    with right:
+        quantity = st.selectbox(
+            "Quantity",
+            list(QUANTITIES),
+            format_func=QUANTITIES.get,
+            key="quantity",
+            bind="query-params",
+            help="Ranks count directions: stable rank ‖A‖²_F/σ₁², effective rank the exponential "
+            "of the spectrum's entropy, participation ratio (Σσ²)²/Σσ⁴.",
+        )
+    frame = summary_frame(view.key, view.tasks, origin, view)
+    charts.show(
+        figures.summary_map(frame, quantity, title=f"{QUANTITIES[quantity]} per layer and task"),
+        key="summary_map",
+        alt=f"{QUANTITIES[quantity]} for each layer and task",
+        on_select=open_cell,
+        selection_mode="points",
+    )
+    st.caption("Click a cell to open its layer above, or choose it in the sidebar.")
+    charts.how_to_read(
+        "One cell is one task's difference in one weight matrix. Small numbers mean that the "
+        "change lies in few directions. Layers where all tasks have high numbers are those where "
+        "a low rank costs most.",
+        r"\text{stable rank} = \frac{\|A\|_F^2}{\sigma_1^2},\qquad "
+        r"\text{effective rank} = \exp\Bigl(-\sum_i p_i \log p_i\Bigr),\; p_i = "
+        r"\frac{\sigma_i}{\sum_j \sigma_j}",
+    )
+    charts.numbers(frame, f"spectral_summary_{origin}", key="summary")
+
+
+charts.heading(
+    "How many directions does a task need?",
+    "Fine-tuning changes each weight matrix along a few strong directions and many weak ones. "
+    "The spectrum of that change says how low a rank can be before a task is lost.",
+)
+layer_section()
+map_section()

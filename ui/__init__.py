@@ -1,0 +1,1 @@
+"""The dashboard's shell, widgets, jobs and exports."""

@@ -1,0 +1,94 @@
+"""A figure with what belongs to it: how to read it, its numbers, CSV and a link to the view."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import urlencode
+
+import pandas as pd
+import plotly.graph_objects as go
+import streamlit as st
+
+
+def heading(question: str, purpose: str) -> None:
+    """A page's title, a question, and one line on what it shows."""
+    st.header(question, anchor=False)
+    st.markdown(purpose)
+
+
+def show(figure: go.Figure, key: str, alt: str, height: int | None = None, **options: Any) -> Any:
+    """Draw a figure at full width, with a PNG button named after it.
+
+    Args:
+        figure: the figure.
+        key: unique on the page.
+        alt: what a screen reader says.
+        height: in pixels; the figure's own when None.
+        options: of ``st.plotly_chart`` (``on_select``, ``selection_mode``).
+
+    Returns:
+        What ``st.plotly_chart`` returns (the selection, if asked for).
+    """
+    if height is not None:
+        figure.update_layout(height=height)
+    image = {"format": "png", "filename": f"mergescope_{key}", "scale": 2}
+    return st.plotly_chart(
+        figure,
+        key=key,
+        alt=alt,
+        config={"toImageButtonOptions": image, "displaylogo": False},
+        **options,
+    )
+
+
+def how_to_read(text: str, formula: str | None = None) -> None:
+    """The expander under a figure: what it shows, and its formula."""
+    with st.expander("How to read this", icon=":material/menu_book:"):
+        st.markdown(text)
+        if formula is not None:
+            st.latex(formula)
+
+
+def numbers(
+    frame: pd.DataFrame, name: str, columns: Mapping[str, Any] | None = None, key: str | None = None
+) -> None:
+    """The drawn numbers as a table, as CSV, and a link to the view.
+
+    Args:
+        frame: the frame that is drawn.
+        name: file name of the CSV, without ending.
+        columns: column configuration of ``st.dataframe``.
+        key: unique on the page; `name` when None.
+    """
+    key = key or name
+    with st.expander("The numbers", icon=":material/table:"):
+        st.dataframe(frame, hide_index=True, column_config=dict(columns or {}), key=f"table_{key}")
+        left, right = st.columns([1, 2], vertical_alignment="center")
+        left.download_button(
+            "Download CSV",
+            data=lambda: frame.to_csv(index=False).encode(),
+            file_name=f"{name}.csv",
+            mime="text/csv",
+            key=f"csv_{key}",
+            on_click="ignore",
+        )
+        right.code(link(), language=None)
+
+
+def link() -> str:
+    """The address of the current view."""
+    query = urlencode(
+        [(name, value) for name in st.query_params for value in st.query_params.get_all(name)]
+    )
+    base = st.context.url or ""
+    return f"{base}?{query}" if query else base
+
+
+def percent_columns(*names: str, **labels: str) -> dict[str, Any]:
+    """Column configuration that prints shares as percentages with one decimal."""
+    titles = {name: name for name in names} | labels
+    return {
+        name: st.column_config.NumberColumn(title, format="percent")
+        for name, title in titles.items()
+    }

@@ -1,0 +1,109 @@
+"""What all sessions share: suites, factors, merges, evaluators, jobs. Values are read-only.
+
+Every cache key is a string or number; a suite is known by the digest of its file and by the size
+and time of the files that it names, so that a replaced checkpoint is opened afresh.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import streamlit as st
+
+from analysis.evaluation import Evaluator
+from merge_core.engine import MergeSession
+from merge_core.factors import FactorStore
+from merge_core.files import digest_of, file_digest
+from merge_core.suite import Suite, load_suite
+from merge_core.task_vectors import ParameterGroup
+from ui.jobs import JobRunner
+from ui.suites import offered
+
+
+@dataclass(frozen=True)
+class View:
+    """What the sidebar and the link say: suite, tasks and layer.
+
+    Attributes:
+        name: the suite as named in the link and in recipes.
+        key: digest that changes when any of its files does.
+        suite: the loaded suite.
+        tasks: chosen tasks, in the suite's order.
+        layer: the chosen weight matrix.
+    """
+
+    name: str
+    key: str
+    suite: Suite
+    tasks: tuple[str, ...]
+    layer: str
+
+
+def suite_key(name: str) -> str:
+    """A digest of a suite's file and of the size and time of all files that it names.
+
+    Raises:
+        SuiteError: the suite's file is missing or wrong.
+    """
+    suite = load_suite(offered()[name])
+    files = [suite.spec.base] if suite.spec.base else []
+    for expert in suite.spec.experts.values():
+        files += [expert.weights, expert.head or "", expert.data.file if expert.data else ""]
+    parts = [file_digest(suite.path)]
+    for relative in filter(None, files):
+        path = suite.file(relative)
+        stat = path.stat() if path.exists() else None
+        parts.append(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" if stat else f"{path}:missing")
+    return digest_of(*parts)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def open_suite(name: str, key: str) -> Suite:
+    """The suite of that name, as it is at that key."""
+    return load_suite(offered()[name])
+
+
+@st.cache_resource(show_spinner=False)
+def factor_store() -> FactorStore:
+    """The one factor store of the server."""
+    return FactorStore()
+
+
+@st.cache_resource(show_spinner=False)
+def job_runner() -> JobRunner:
+    """The one job runner of the server."""
+    return JobRunner()
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _session(key: str, tasks: tuple[str, ...], _suite: Suite) -> MergeSession:
+    return MergeSession(_suite, tasks, factor_store())
+
+
+def session(view: View, tasks: Sequence[str] | None = None) -> MergeSession:
+    """The merge session of the view's tasks (or of others).
+
+    Raises:
+        SuiteError: the experts do not fit together.
+    """
+    return _session(view.key, view.tasks if tasks is None else tuple(tasks), view.suite)
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _evaluator(key: str, _suite: Suite) -> Evaluator:
+    return Evaluator(_suite)
+
+
+def evaluator(view: View) -> Evaluator:
+    """The evaluator of the view's suite.
+
+    Raises:
+        SuiteError: the suite cannot be evaluated.
+    """
+    return _evaluator(view.key, view.suite)
+
+
+def group(view: View) -> ParameterGroup:
+    """The chosen layer across the chosen tasks."""
+    return ParameterGroup(view.suite, view.tasks, view.layer, factor_store())
