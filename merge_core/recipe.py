@@ -175,11 +175,13 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Suite]:
         RecipeError: missing or wrong recipe.
         SuiteError: missing or wrong suite, or tasks that it does not have.
     """
-    path = Path(path).expanduser()
+    path = Path(path)
     try:
+        path = path.expanduser()
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not a text file"
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~someone without a home
+        told = "not a text file" if isinstance(error, ValueError) else str(error)
+        reason = getattr(error, "strerror", None) or told
         raise RecipeError(
             f"{path} cannot be read ({reason}). Give a recipe's YAML file."
         ) from error
