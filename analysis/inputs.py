@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
@@ -72,7 +73,10 @@ def load_inputs(suite: Suite, task: str, split: Split, limit: int | None = None)
     try:
         with np.load(path, allow_pickle=False) as archive:
             images = archive[f"{split}_images"][:limit]
-            labels = archive[f"{split}_labels"][:limit].astype(np.int64)
+            labels = archive[f"{split}_labels"][:limit]
+            if labels.dtype.kind not in "iu":
+                raise ValueError(f"the labels are {labels.dtype}, not integers")
+            labels = labels.astype(np.int64)
             count = int(labels.max(initial=-1)) + 1
             names = (
                 tuple(str(name) for name in archive["class_names"])
@@ -81,7 +85,16 @@ def load_inputs(suite: Suite, task: str, split: Split, limit: int | None = None)
             )
     except OSError as error:
         raise SuiteError(f"{path} (data of task {task!r}) cannot be read: {error}.") from error
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+    # TypeError: a lone .npy array; IndexError: a number instead of an array; the others: damage.
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise SuiteError(
             f"{path} (data of task {task!r}) is not a numpy archive with {split}_images and "
             f"{split}_labels ({error})."
@@ -122,14 +135,15 @@ def load_head(suite: Suite, task: str) -> Head:
         raise SuiteError(f"Task {task!r} has no head; add 'head:' to it in {suite.path}.")
     try:
         checkpoint = Checkpoint(suite.file(relative))
-        found = {
-            end: checkpoint.tensor(name).float()
-            for end in ("weight", "bias")
-            for name in checkpoint
-            if name == end or name.endswith("." + end)
-        }
+        names = [n for n in checkpoint if n.rpartition(".")[2] in ("weight", "bias")]
+        found = {name.rpartition(".")[2]: checkpoint.tensor(name).float() for name in names}
     except CheckpointError as error:
         raise SuiteError(f"Head of task {task!r}: {error}") from error
+    if len(found) < len(names):
+        raise SuiteError(
+            f"{suite.file(relative)} (head of task {task!r}) holds several layers "
+            f"({', '.join(names[:4])}, ...). Give a file with one 'weight' and one 'bias'."
+        )
     weight = found.get("weight")
     if weight is None or weight.ndim != 2:
         raise SuiteError(

@@ -54,9 +54,10 @@ class Backbone:
             raise SuiteError(f"{self._suite.path}: timm knows no architecture {name!r}.{hint}")
         try:
             model = timm.create_model(name, pretrained=False, num_classes=0, **args)
-        except (TypeError, ValueError, AssertionError, RuntimeError) as error:
+        except Exception as error:  # wrong arguments raise almost anything, from deep inside
             raise SuiteError(
-                f"{self._suite.path}: timm cannot build {name!r} with {args}: {error}."
+                f"{self._suite.path}: timm cannot build {name!r} with {args} "
+                f"({type(error).__name__}: {error}). Correct the args."
             ) from error
         return model.eval().requires_grad_(False)
 
@@ -115,4 +116,11 @@ class Backbone:
                 f"The images of shape {tuple(images.shape[1:])} do not fit the architecture: "
                 f"{str(error).splitlines()[0]:.200}"
             ) from error
-        return torch.cat(parts)
+        features = torch.cat(parts)
+        if features.ndim != 2:
+            raise SuiteError(
+                f"{self._suite.path}: the architecture gives features of shape "
+                f"{tuple(features.shape[1:])} per image, but heads take one vector. Set its "
+                "global_pool (such as 'avg' or 'token')."
+            )
+        return features

@@ -62,7 +62,7 @@ class PredictionStore:
             return None
         try:
             return np.frombuffer(zlib.decompress(blob), dtype=np.int16).astype(np.int64)
-        except (zlib.error, ValueError):
+        except (zlib.error, ValueError, TypeError):
             return None
 
     def put(self, key: str, labels: np.ndarray) -> None:
@@ -82,11 +82,11 @@ class PredictionStore:
 
 def _rows(path: Path, query: str, arguments: tuple[str, ...] = ()) -> dict[str, bytes]:
     """Keys and blobs that a query gives; nothing where the store is missing or unreadable."""
-    if not path.is_file():
-        return {}
     try:
+        if not path.is_file():
+            return {}
         uri = f"{path.resolve().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=5)) as connection:
             return dict(connection.execute(query, arguments).fetchall())
-    except sqlite3.Error:
+    except (sqlite3.Error, OSError):
         return {}

@@ -54,6 +54,11 @@ def grid(
             axes[axis] = usual if given is None else given
         elif given is not None:
             raise RecipeError(f"The method {method!r} has no {axis}; leave --{axis}s out.")
+    for axis, values in axes.items():
+        twice = [value for i, value in enumerate(values) if value in values[:i]]
+        if twice:  # two rows of one setting would count as independent samples
+            hint = " (1 is one direction, 1.0 all of them: sweep either)" if 1 in twice else ""
+            raise RecipeError(f"--{axis}s names {twice[0]:g} twice{hint}.")
     if not axes:
         raise RecipeError(f"The method {method!r} has neither a rank nor a scale to sweep.")
     return [

@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
 
-import click
 import typer
 
 from merge_core.errors import MergeScopeError, OutputError
 
 if TYPE_CHECKING:
     import pandas as pd
+    from rich.console import Console
 
     from merge_core.progress import Progress
     from merge_core.suite import Suite
@@ -29,6 +30,10 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+
+# ClickException of the click that typer uses: newer versions carry a copy of their own.
+ClickException: type[Exception] = typer.BadParameter.__mro__[2]
+CANCELLED = 130
 
 SuiteArgument = Annotated[
     str, typer.Argument(help="A suite.yaml, its folder, or 'demo' for the bundled suite.")
@@ -45,14 +50,15 @@ LimitOption = Annotated[
 def main() -> NoReturn:
     """Run the command line and leave with its exit code (2 for a user's mistake)."""
     try:
-        code = app(standalone_mode=False)
-    except (MergeScopeError, click.ClickException) as error:
-        message = error.format_message() if isinstance(error, click.ClickException) else str(error)
+        code = app(sys.argv[1:] or ["--help"], standalone_mode=False)
+    except (MergeScopeError, ClickException) as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
         typer.echo(f"mergescope: {' '.join(message.split())}", err=True)
         sys.exit(2)
-    except (KeyboardInterrupt, click.exceptions.Abort):
-        typer.echo("mergescope: cancelled; nothing was written.", err=True)
-        sys.exit(130)
+    except (KeyboardInterrupt, typer.Abort):
+        code = CANCELLED
+    if code == CANCELLED:
+        typer.echo("mergescope: cancelled; no half-written output is left.", err=True)
     sys.exit(code if isinstance(code, int) else 0)
 
 
@@ -86,17 +92,13 @@ def inspect(
     ] = False,
 ) -> None:
     """Pre-flight of a suite, and norms and ranks of its task vectors."""
-    from rich.console import Console
-
     from merge_core.preflight import preflight
     from merge_core.suite import load_suite
 
     loaded = load_suite(suite)
     report = preflight(loaded, _split(tasks))
-    console = Console()
-    console.print(
-        f"[bold]{loaded.name}[/bold]: {len(loaded.tasks)} experts ({', '.join(loaded.tasks)})"
-    )
+    console = _console()
+    console.print(f"{loaded.name}: {len(loaded.tasks)} experts ({', '.join(loaded.tasks)})")
     console.print(f"base: {'yes' if loaded.base is not None else 'none'}")
     lacking = loaded.why_not_evaluated
     console.print(f"evaluation: {'ready' if lacking is None else 'not possible, ' + lacking}")
@@ -175,7 +177,9 @@ def _norms(suite: Suite, tasks: list[str] | None) -> pd.DataFrame:
 def merge(
     recipe: Annotated[Path, typer.Argument(help="A recipe's YAML file.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
-    shard_size: Annotated[float, typer.Option(min=0.001, help="Largest shard in GB.")] = 5.0,
+    shard_size: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Largest shard in GB.")
+    ] = 5.0,
 ) -> None:
     """Merge as a recipe says, into a folder with weights, recipe and model card."""
     from merge_core.export import merge_to_folder
@@ -202,7 +206,6 @@ def evaluate(
     """Per-task accuracy with 95 % intervals: of a recipe, or of a suite's members."""
     import pandas as pd
     import yaml
-    from rich.console import Console
 
     from analysis.evaluation import Evaluator, mean_accuracy
     from merge_core.engine import MergeSession
@@ -211,15 +214,15 @@ def evaluate(
     from merge_core.suite import load_suite
 
     part = _checked_split(split)
+    _checked_csv(csv)
     rows = []
-    path = Path(target).expanduser()
-    is_recipe = False
-    if path.is_file():
-        try:
-            document = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError):
-            document = None  # the loader below says what is wrong
-        is_recipe = isinstance(document, dict) and "method" in document
+    path = Path(target)
+    document = None
+    # Whatever is wrong with the file, the loader below says it.
+    with suppress(yaml.YAMLError, ValueError, RecursionError, OSError, RuntimeError):
+        path = path.expanduser()
+        document = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+    is_recipe = isinstance(document, dict) and "method" in document
     if is_recipe:
         recipe, suite = load_recipe(path)
         recipes = {recipe.declaration.title: recipe}
@@ -242,7 +245,7 @@ def evaluate(
     mean = mean_accuracy(table, by=["model"]).assign(task="mean over tasks")
     table = pd.concat([table, mean], ignore_index=True)
     columns = ["model", "task", "accuracy", "low", "high", "correct", "images"]
-    _print_frame(Console(), f"Accuracy on the {split} split, with 95 % intervals", table[columns])
+    _print_frame(_console(), f"Accuracy on the {split} split, with 95 % intervals", table[columns])
     _write_csv(table[columns], csv)
 
 
@@ -260,8 +263,6 @@ def sweep(
     csv: CsvOption = None,
 ) -> None:
     """Accuracy over rank and scale; results are kept, so a sweep interrupted goes on."""
-    from rich.console import Console
-
     from analysis.evaluation import Evaluator
     from analysis.sweep import best_point, grid, mean_over_tasks
     from analysis.sweep import sweep as run_sweep
@@ -270,6 +271,7 @@ def sweep(
     from merge_core.suite import load_suite
 
     part = _checked_split(split)
+    _checked_csv(csv)
     loaded = load_suite(suite)
     recipes = grid(
         method,
@@ -282,7 +284,7 @@ def sweep(
     session = MergeSession(loaded, recipes[0].tasks, FactorStore())
     frame = run_sweep(recipes, session, evaluator, part, limit, _progress("sweeping"))
     mean = mean_over_tasks(frame)
-    console = Console()
+    console = _console()
     _print_frame(console, f"Mean accuracy on the {split} split", mean.dropna(axis=1, how="all"))
     best = best_point(mean)
     setting = ", ".join(
@@ -324,6 +326,13 @@ def _size(count: int) -> str:
     return f"{count:.3g} GB"
 
 
+def _console() -> Console:
+    """A console that prints names as they are: brackets and colons in them are no markup."""
+    from rich.console import Console
+
+    return Console(markup=False, emoji=False)
+
+
 def _print_table(console, title: str, columns: list[str], rows: list[list[str]]) -> None:  # type: ignore[no-untyped-def]
     from rich.table import Table
 
@@ -353,14 +362,17 @@ def _print_frame(console, title: str, frame: pd.DataFrame) -> None:  # type: ign
     _print_table(console, title, [str(name) for name in frame.columns], rows)
 
 
+def _checked_csv(path: Path | None) -> None:
+    """Refuse a name that cannot become a file before anything is computed."""
+    if path is not None and path.is_dir():
+        raise OutputError(f"{path} is a folder; give a file name for the CSV.")
+
+
 def _write_csv(frame: pd.DataFrame, path: Path | None) -> None:
     from merge_core.files import write_atomically
 
-    if path is None:
-        return
-    if path.is_dir():
-        raise OutputError(f"{path} is a folder; give a file name for the CSV.")
-    write_atomically(path, frame.to_csv(index=False).encode())
+    if path is not None:
+        write_atomically(path, frame.to_csv(index=False).encode())
 
 
 def _progress(label: str) -> Progress | None:

@@ -6,6 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis.figures import interference as figures
+from analysis.figures.spectra import short_name
 from analysis.interference import (
     cosine_similarity,
     interference_over_rank,
@@ -20,6 +21,7 @@ from ui.resources import View
 
 shell.enter()
 
+SHORT = {"average": "Centred", "base": "Original"}
 LABELS = {"average": "Centred (about the average)", "base": "Original (about the base)"}
 
 
@@ -54,6 +56,29 @@ def over_rank_frame(
         return interference_over_rank(resources.group(_view), origin, SHARES, side)
     groups = Groups(_view.suite, tasks, resources.factor_store())
     return mean_over_layers(interference_over_rank(groups, origin, SHARES, side))
+
+
+def compared(pairs: list[pd.DataFrame]) -> str:
+    """What centring does to the mean interference here, as measured."""
+    if len(pairs) < 2:
+        return "The suite names no base, so only centred task vectors can be shown."
+    centred, original = (
+        frame[frame["first"] != frame["second"]]["interference"].mean() for frame in pairs
+    )
+    if abs(centred - original) < 0.05 * original:
+        return (
+            f"In this layer centring hardly changes it (mean {centred:.3f} against "
+            f"{original:.3f}): the tasks have little in common here that it could take away."
+        )
+    if centred < original:
+        return (
+            f"In this layer centring lowers it (mean {centred:.3f} against {original:.3f}): it "
+            "takes away the part that all tasks have in common."
+        )
+    return (
+        f"In this layer centring raises it (mean {centred:.3f} against {original:.3f}): the "
+        "average holds a part of every task, which taking it away puts into all the others."
+    )
 
 
 def controls(view: View) -> tuple[str | None, float, str]:
@@ -106,7 +131,7 @@ def section() -> None:
     layer, share, side = controls(view)
     group = resources.group(view)
     k = directions(share, min(as_matrix(group.average).shape))
-    where = "the whole model" if layer is None else layer
+    where = "whole model" if layer is None else short_name(layer)
 
     st.subheader("Do two tasks use the same directions?", anchor=False)
     columns = st.columns(len(origins(view)))
@@ -120,7 +145,7 @@ def section() -> None:
                 figures.pair_map(
                     frame,
                     "interference",
-                    title=f"{LABELS[origin]}: mean {different.mean():.3f} at k = {k}",
+                    title=f"{SHORT[origin]}: mean {different.mean():.3f} at k = {k}",
                     zmin=0,
                     zmax=1,
                 ),
@@ -132,7 +157,7 @@ def section() -> None:
         f"Each cell compares the leading {k} {side} directions of two tasks in "
         f"`{view.layer}`, weighted by their singular values: 0 means that they share none, 1 that "
         "they share all of their strength. A merge adds all tasks up, so what is shared is what "
-        "gets mixed. Centring takes away the part that all tasks have in common.",
+        f"gets mixed. {compared(pairs)}",
         r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\qquad S_i = "
         r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)",
     )
@@ -149,7 +174,7 @@ def section() -> None:
             figures.over_rank(
                 curves,
                 "interference_normalised",
-                title=f"Interference over rank, {where}",
+                title=f"Interference, {where}",
                 chosen_share=share,
             ),
             key="over_rank",
@@ -181,7 +206,7 @@ def section() -> None:
             figures.over_rank(
                 curves,
                 "update_norm",
-                title="Size of the merged update, ‖Σ SVD_k‖",
+                title=f"Size of the merged update, {where}",
                 chosen_share=share,
             ),
             key="update_norm",
@@ -233,6 +258,7 @@ def section() -> None:
 charts.heading(
     "Where do the tasks get into each other's way?",
     "Merging adds the tasks' changes up. Where two tasks use the same directions, one spoils the "
-    "other; centring at the average and cutting the rank both reduce that overlap.",
+    "other. Here is how much they share, about the average and about the base, and what cutting "
+    "the rank does to it.",
 )
 section()

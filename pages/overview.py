@@ -26,6 +26,7 @@ shell.enter()
 
 SAMPLES = 6
 SCALE = 2
+PER_ROW = 4
 
 Recipes = dict[str, tuple[Recipe, bool]]
 
@@ -147,10 +148,11 @@ def tasks_section(view: View) -> None:
     if not shown:
         st.info("This suite names no data, so there are no images to show.")
         return
-    columns = st.columns(4)
     for i, task in enumerate(shown):
+        if i % PER_ROW == 0:
+            columns = st.columns(PER_ROW)
         image, names, classes, images = sample_strip(view.key, task, view)
-        with columns[i % 4]:
+        with columns[i % PER_ROW]:
             source = "data:image/png;base64," + base64.b64encode(image).decode()
             st.image(source, width="stretch", alt=f"Sample images of {task}: {names}")
             st.markdown(f"**{view.suite.title(task)}** · {classes} classes · {images} validation")

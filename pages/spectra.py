@@ -20,6 +20,7 @@ ORIGINS: dict[str, tuple[Origin, ...]] = {
     "base": ("base",),
 }
 ORIGIN_LABELS = {"both": "Both", "average": "Centred", "base": "Original"}
+CLICKED = "_layer_clicked"
 QUANTITIES = {
     "stable_rank": "Stable rank",
     "effective_rank": "Effective rank",
@@ -46,11 +47,16 @@ def summary_frame(key: str, tasks: tuple[str, ...], origin: Origin, _view: View)
 
 
 def open_cell() -> None:
-    """A click on the map opens that layer (the sidebar's selectbox is its keyboard twin)."""
+    """A click on the map opens that layer (the sidebar's selectbox is its keyboard twin).
+
+    The selectbox stands outside the fragment, so the whole page has to run again: see
+    :data:`CLICKED`.
+    """
     points = st.session_state["summary_map"]["selection"]["points"]
     if points:
         data = points[0]["customdata"]
         st.session_state["layer"] = data[0] if isinstance(data, list) else data["0"]
+        st.session_state[CLICKED] = True
 
 
 @shell.fragment
@@ -155,6 +161,8 @@ def layer_section() -> None:
 @shell.fragment
 def map_section() -> None:
     """Layer x task map of one scalar."""
+    if st.session_state.pop(CLICKED, False):
+        st.rerun()
     view = shell.view()
     st.subheader("Where in the network is a task's change concentrated?", anchor=False)
     left, right = st.columns([2, 3])

@@ -46,6 +46,11 @@ class Job:
         return self.state in ("queued", "running")
 
     @property
+    def wanted(self) -> bool:
+        """Whether it is under way and nobody asked it to stop."""
+        return self.active and not self.progress.cancel.is_set()
+
+    @property
     def share(self) -> float:
         """Completed share in [0, 1]."""
         return min(1.0, self.done / self.total) if self.total else 0.0
@@ -73,7 +78,7 @@ class JobRunner:
         with self._lock:
             self._forget_old()
             known = self._jobs.get(key)
-            if known is not None and (known.active or known.state == "done"):
+            if known is not None and (known.state == "done" or known.wanted):
                 return known
             if sum(job.active for job in self._jobs.values()) >= QUEUE_LIMIT:
                 raise MergeScopeError(

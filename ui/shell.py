@@ -18,6 +18,7 @@ import streamlit as st
 from merge_core.errors import MergeScopeError
 from merge_core.recipe import Recipe
 from ui import resources
+from ui.parameters import share_label
 from ui.resources import View
 from ui.suites import offered
 
@@ -58,11 +59,15 @@ def explain_no_evaluation(view: View) -> None:
 
 
 def lab_query(recipe: Recipe) -> dict[str, str | list[str]]:
-    """The Merge lab's link parameters for a recipe."""
-    query: dict[str, str | list[str]] = {"suite": recipe.suite, "method": recipe.method}
+    """The Merge lab's link parameters for a recipe (widgets are in links by their labels)."""
+    method = recipe.declaration
+    query: dict[str, str | list[str]] = {"suite": recipe.suite, "method": method.title}
     if recipe.tasks is not None:
         query["tasks"] = list(recipe.tasks)
-    return query | {name: str(value) for name, value in recipe.parameters.items()}
+    for spec in method.specs:
+        value = recipe.parameters[spec.name]
+        query[spec.name] = share_label(value) if spec.kind == "rank" else str(value)
+    return query
 
 
 def run() -> None:

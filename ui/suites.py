@@ -9,13 +9,21 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from merge_core.errors import SuiteError
 from merge_core.suite import BUNDLED, BUNDLED_PATH
 
 VARIABLE = "MERGESCOPE_SUITES"
 
 
 def environment_for(paths: Sequence[Path]) -> dict[str, str]:
-    """The environment in which the dashboard offers these suite files too."""
+    """The environment in which the dashboard offers these suite files too.
+
+    Raises:
+        SuiteError: a path holds the character that separates paths.
+    """
+    for path in paths:
+        if os.pathsep in str(path):
+            raise SuiteError(f"{path}: the path holds {os.pathsep!r}. Rename or move the folder.")
     return {**os.environ, VARIABLE: os.pathsep.join(str(path) for path in paths)}
 
 

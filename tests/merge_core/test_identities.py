@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from float64_reference import assert_same, average, merge, states
+from tests.merge_core.float64_reference import assert_same, average, merge, states
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

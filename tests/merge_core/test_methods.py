@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from float64_reference import (
+from tests.merge_core.float64_reference import (
     assert_same,
     average,
     cart,

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from float64_reference import svd_k
+from tests.merge_core.float64_reference import svd_k
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, SuiteError

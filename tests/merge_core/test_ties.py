@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from float64_reference import assert_same, merge, states, ties_limits
+from tests.merge_core.float64_reference import assert_same, merge, states, ties_limits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor

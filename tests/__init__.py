@@ -1,0 +1,1 @@
+"""Tests, laid out like the tree that they test; a package, so that helpers can be imported."""

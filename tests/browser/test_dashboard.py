@@ -1,0 +1,256 @@
+"""What only a browser shows: deep links, the address, clicks, downloads, themes, requests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from urllib.parse import parse_qs, urlparse
+
+import pytest
+from playwright.sync_api import Browser, BrowserContext, Page, Request, expect
+from safetensors.torch import load_file
+
+from merge_core.checkpoint import Checkpoint
+from merge_core.engine import MergeSession
+from merge_core.factors import FactorStore
+from merge_core.recipe import make_recipe
+from merge_core.suite import load_suite
+from tests.browser.conftest import Server, metrics, settle, wait_idle
+
+pytestmark = pytest.mark.browser
+
+PAGES = {
+    "": "Why does averaging",
+    "spectra": "How many directions",
+    "interference": "Where do the tasks",
+    "rank_and_scale": "Which rank, and",
+    "merge_lab": "What does this merge do",
+}
+
+
+def query(page: Page) -> dict[str, list[str]]:
+    return parse_qs(urlparse(page.url).query)
+
+
+def step(page: Page, name: str, key: str, times: int = 1) -> None:
+    """Move a slider by the keyboard."""
+    slider = page.get_by_role("slider", name=name)
+    slider.focus()
+    for _ in range(times):
+        page.keyboard.press(key)
+    wait_idle(page)
+
+
+def test_a_deep_link_is_the_first_request_of_a_fresh_server(
+    fresh_server: Server, context: BrowserContext
+) -> None:
+    page = context.new_page()
+    link = "interference?scope=Whole+model&share=16+%25&tasks=digits&tasks=greek&tasks=dots"
+    page.goto(f"{fresh_server.url}/{link}")
+    settle(page)
+    # The shell is there (navigation and sidebar), and so is the state of the link.
+    assert page.get_by_test_id("stSidebarNavLink").count() == len(PAGES)
+    assert page.get_by_role("heading", name=PAGES["interference"]).is_visible()
+    titles = page.locator(".js-plotly-plot .gtitle").all_text_contents()
+    assert any("whole model" in title for title in titles)
+    assert any("k = 40" in title for title in titles)  # 16 % of 256
+    ticks = page.locator(".js-plotly-plot").first.locator(".xtick text").all_text_contents()
+    assert ticks == ["digits", "greek", "dots"]
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_each_page_opens_without_errors_or_foreign_requests(
+    name: str, server: Server, context: BrowserContext, requests: list[Request]
+) -> None:
+    page = context.new_page()
+    messages: list[str] = []
+    page.on("pageerror", lambda error: messages.append(str(error)))
+    page.goto(f"{server.url}/{name}")
+    settle(page)
+    assert page.get_by_role("heading", name=PAGES[name]).is_visible()
+    assert page.get_by_test_id("stException").count() == 0
+    assert page.get_by_test_id("stAlertContentError").count() == 0
+    assert messages == []
+    hosts = {urlparse(r.url).hostname for r in requests if r.url.startswith(("http", "ws"))}
+    assert hosts == {"127.0.0.1"}
+
+
+def test_every_figure_and_picture_has_a_description(
+    server: Server, context: BrowserContext
+) -> None:
+    page = context.new_page()
+    page.goto(server.url)
+    settle(page)
+    assert page.get_by_role("figure").count() >= 1
+    assert all(figure.get_attribute("aria-label") for figure in page.get_by_role("figure").all())
+    assert all(image.get_attribute("alt") for image in page.locator("img").all())
+
+
+def test_choices_stand_in_the_address_and_open_again_as_they_were(
+    server: Server, context: BrowserContext
+) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/merge_lab")
+    settle(page)
+    page.get_by_test_id("stSidebar").get_by_role("button", name="dots").click()
+    wait_idle(page)
+    step(page, "Rank", "ArrowRight", 2)
+    page.get_by_role("button", name="Pin this recipe").click()
+    wait_idle(page)
+    step(page, "Scale", "ArrowRight", 4)
+    address, shown = page.url, metrics(page)
+    assert "dots" not in query(page)["tasks"]
+    assert len(query(page)["tasks"]) == 7
+    assert query(page)["rank"] == ["12 %"]
+    assert "rank=0.12" in query(page)["pin"][0]
+
+    other = context.new_page()
+    other.goto(address)
+    settle(other)
+    assert other.url == address
+    assert metrics(other) == shown
+    assert other.get_by_text("Pinned: CART, rank 0.12, scale 1").count() >= 1
+    recipe = other.get_by_test_id("stCode").filter(has_text="method:")
+    assert "scale: 1.2" in recipe.inner_text()
+
+
+def test_choices_stay_when_the_page_changes(server: Server, context: BrowserContext) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/spectra")
+    settle(page)
+    page.get_by_test_id("stSidebar").get_by_role("button", name="lines").click()
+    wait_idle(page)
+    page.get_by_test_id("stSidebarNavLink").filter(has_text="Interference").click()
+    page.get_by_role("heading", name=PAGES["interference"]).wait_for()
+    settle(page)
+    assert "lines" not in query(page)["tasks"]
+    ticks = page.locator(".js-plotly-plot").first.locator(".xtick text").all_text_contents()
+    assert "lines" not in ticks
+    assert len(ticks) == 7
+
+
+def test_a_slider_redraws_the_figure(server: Server, context: BrowserContext) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/interference")
+    settle(page)
+    title = page.locator(".js-plotly-plot .gtitle").first
+    expect(title).to_contain_text("k = 20")  # 8 % of 256
+    step(page, "Rank", "ArrowRight")
+    expect(title).to_contain_text("k = 25")  # 10 % of 256
+
+
+def click_cell(page: Page, figure: int, column: float, row: float, columns: int, rows: int) -> None:
+    """Click the middle of a heat map's cell, counted from the left and from the top."""
+    area = page.locator(".js-plotly-plot").nth(figure).locator(".nsewdrag").first
+    area.scroll_into_view_if_needed()
+    box = area.bounding_box()
+    assert box is not None
+    page.mouse.click(
+        box["x"] + box["width"] * (column + 0.5) / columns,
+        box["y"] + box["height"] * (row + 0.5) / rows,
+    )
+    wait_idle(page)
+
+
+def test_a_click_on_the_map_of_layers_opens_that_layer(
+    server: Server, context: BrowserContext
+) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/spectra")
+    settle(page)
+    suite = load_suite("demo")
+    click_cell(page, 2, 3, 5, len(suite.tasks), len(suite.matrices))
+    page.wait_for_url("**/spectra?*layer=*")
+    assert query(page)["layer"] == [suite.matrices[5]]
+    expect(page.locator(".js-plotly-plot").first).to_be_visible()
+
+
+def test_a_click_on_the_accuracy_map_chooses_that_point_and_the_lab_opens_there(
+    server: Server, context: BrowserContext
+) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/rank_and_scale")
+    settle(page)
+    figure = page.locator(".js-plotly-plot").first
+    ranks = figure.locator(".xtick text").all_text_contents()
+    scales = figure.locator(".ytick text").all_text_contents()
+    click_cell(page, 0, 3, len(scales) - 1 - 2, len(ranks), len(scales))
+    assert query(page)["at_rank"] == [ranks[3]]
+    assert float(query(page)["at_scale"][0]) == float(scales[2])
+    accuracy = metrics(page)["Chosen point"]
+    page.get_by_role("link", name="Merge lab").last.click()
+    page.get_by_role("heading", name=PAGES["merge_lab"]).wait_for()
+    settle(page)
+    # The same recipe on the same images gives the same number on both pages.
+    assert metrics(page)["Mean accuracy"] == accuracy
+
+
+def test_the_downloaded_checkpoint_is_the_merge(
+    server: Server, context: BrowserContext, tmp_path: Path
+) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/merge_lab?method=Task+Arithmetic&scale=0.4")
+    settle(page)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Merged checkpoint").click()
+    target = tmp_path / "merged.safetensors"
+    download.value.save_as(target)
+    suite = load_suite("demo")
+    assert suite.base is not None
+    merged = load_file(target)
+    assert set(merged) == set(suite.base)
+    recipe = make_recipe({"method": "task_arithmetic", "parameters": {"scale": 0.4}})
+    expected = MergeSession(suite, None, FactorStore()).merge(recipe)
+    for name, value in merged.items():
+        assert value.dtype == suite.base.info(name).dtype
+        assert value.equal(expected[name].to(value.dtype))
+    assert "task_arithmetic" in Checkpoint(target).metadata["mergescope"]
+
+
+def test_the_numbers_can_be_taken_away(
+    server: Server, context: BrowserContext, tmp_path: Path
+) -> None:
+    page = context.new_page()
+    page.goto(server.url)
+    settle(page)
+    page.get_by_text("The numbers").first.click()
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Download CSV").first.click()
+    target = tmp_path / "numbers.csv"
+    download.value.save_as(target)
+    header, *rows = target.read_text().splitlines()
+    assert header.startswith("task,correct,images,accuracy")
+    assert len(rows) == 5 * len(load_suite("demo").tasks)
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_text_stands_out_from_the_background_in_both_themes(
+    scheme: str, server: Server, browser: Browser
+) -> None:
+    session = browser.new_context(color_scheme=scheme, viewport={"width": 1400, "height": 900})  # type: ignore[arg-type]
+    page = session.new_page()
+    page.goto(server.url)
+    settle(page)
+    colours = page.evaluate(
+        """() => {
+            const read = (e, p) => getComputedStyle(e)[p].match(/[0-9.]+/g).slice(0, 3).map(Number);
+            const app = document.querySelector('[data-testid=stApp]');
+            const tick = document.querySelector('.js-plotly-plot .xtick text');
+            return [read(app, 'backgroundColor'), read(app, 'color'), read(tick, 'fill')];
+        }"""
+    )
+    session.close()
+    brightness = [sum(colour) / 3 for colour in colours]
+    assert (brightness[0] < 60) == (scheme == "dark")
+    assert abs(brightness[0] - brightness[1]) > 120
+    assert abs(brightness[0] - brightness[2]) > 60
+
+
+def test_a_phone_sees_the_page_without_scrolling_sideways(server: Server, browser: Browser) -> None:
+    session = browser.new_context(viewport={"width": 390, "height": 844})
+    page = session.new_page()
+    page.goto(f"{server.url}/rank_and_scale")
+    settle(page)
+    main = page.get_by_test_id("stMain")
+    overflow = main.evaluate("e => e.scrollWidth - e.clientWidth")
+    session.close()
+    assert overflow <= 1

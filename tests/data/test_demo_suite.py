@@ -1,0 +1,160 @@
+"""The committed demo suite and the program that rebuilds it."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from data.build_suite import image_hashes, main
+from data.tasks import TASKS
+
+DEMO = Path(__file__).parents[2] / "data" / "demo"
+NAMES = [task.name for task in TASKS]
+LIMIT_BYTES = 40 * 2**20
+
+
+def layout(folder: Path) -> set[str]:
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file()}
+
+
+EXPECTED = {"suite.yaml", "base.safetensors"} | {
+    f"{kind}/{name}.{ending}"
+    for name in NAMES
+    for kind, ending in (("experts", "safetensors"), ("heads", "safetensors"), ("inputs", "npz"))
+}
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("build") / "suite"
+    started = time.monotonic()
+    main(["--quick", "--output", str(output), "--device", "cpu"])
+    assert time.monotonic() - started < 60
+    return output
+
+
+@pytest.fixture(params=["demo", "quick"])
+def suite(request: pytest.FixtureRequest) -> Path:
+    return DEMO if request.param == "demo" else request.getfixturevalue("quick")
+
+
+def described(suite: Path) -> dict[str, Any]:
+    content = yaml.safe_load((suite / "suite.yaml").read_text(encoding="utf-8"))
+    assert isinstance(content, dict)
+    return content
+
+
+def test_layout(suite: Path) -> None:
+    assert layout(suite) >= EXPECTED  # the demo also ships predictions of its default views
+    assert sum(p.stat().st_size for p in suite.rglob("*") if p.is_file()) <= LIMIT_BYTES
+
+
+def test_description_names_the_eight_tasks_and_existing_files(suite: Path) -> None:
+    content = described(suite)
+    assert content["name"] == "demo"
+    assert list(content["experts"]) == NAMES
+    for name, expert in content["experts"].items():
+        assert expert["title"]
+        for path in (expert["weights"], expert["head"], expert["data"]["file"]):
+            assert (suite / path).is_file()
+            assert name in path
+        assert expert["data"]["mean"] == expert["data"]["std"] == [0.5, 0.5, 0.5]
+
+
+def test_checkpoints_fit_the_architecture_and_each_other(suite: Path) -> None:
+    content = described(suite)
+    arch = content["architecture"]
+    model = timm.create_model(arch["name"], num_classes=0, **arch["args"])
+    base = load_file(suite / content["base"])
+    model.load_state_dict(base, strict=True)
+    for name, expert in content["experts"].items():
+        state = load_file(suite / expert["weights"])
+        assert list(state) == list(base)
+        for key, value in state.items():
+            assert value.shape == base[key].shape
+            assert value.dtype == base[key].dtype
+            assert torch.isfinite(value).all(), f"{name}: {key}"
+        moved = [key for key in state if not torch.equal(state[key], base[key])]
+        assert any(key.endswith("attn.qkv.weight") for key in moved)
+
+
+def test_heads_fit_width_and_classes(suite: Path) -> None:
+    content = described(suite)
+    width = content["architecture"]["args"]["embed_dim"]
+    for task in TASKS:
+        head = load_file(suite / content["experts"][task.name]["head"])
+        assert {key: tuple(value.shape) for key, value in head.items()} == {
+            "weight": (len(task.classes), width),
+            "bias": (len(task.classes),),
+        }
+        assert all(torch.isfinite(value).all() for value in head.values())
+
+
+def test_inputs_are_well_formed_and_splits_share_no_image(suite: Path) -> None:
+    for task in TASKS:
+        with np.load(suite / f"inputs/{task.name}.npz") as stored:
+            data = dict(stored)
+        assert set(data) == {
+            "val_images",
+            "val_labels",
+            "test_images",
+            "test_labels",
+            "class_names",
+        }
+        assert tuple(data["class_names"]) == task.classes
+        for split in ("val", "test"):
+            images, labels = data[f"{split}_images"], data[f"{split}_labels"]
+            assert images.dtype == np.uint8
+            assert images.shape == (len(labels), 32, 32, 3)
+            assert labels.dtype == np.int64
+            assert set(labels.tolist()) == set(range(len(task.classes)))
+        val, test = image_hashes(data["val_images"]), image_hashes(data["test_images"])
+        assert len(val) == len(data["val_labels"])
+        assert len(test) == len(data["test_labels"])
+        assert not val & test
+
+
+def test_demo_holds_the_documented_numbers_of_images() -> None:
+    for name in NAMES:
+        with np.load(DEMO / f"inputs/{name}.npz") as data:
+            assert (len(data["val_labels"]), len(data["test_labels"])) == (250, 500)
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+def test_demo_inputs_are_regenerated_from_the_seed(task: Any) -> None:
+    """The committed images are the ones the generators draw, up to a grey level of rounding."""
+    with np.load(DEMO / f"inputs/{task.name}.npz") as data:
+        images, labels = task.clean("val", len(data["val_labels"]), seed=0)
+        np.testing.assert_array_equal(labels, data["val_labels"])
+        gap = np.abs(images.astype(int) - data["val_images"].astype(int))
+    # Another FreeType may move an outline by a fraction of a pixel.
+    assert gap.mean() < 2.0
+
+
+def test_quick_build_is_deterministic_and_replaces_what_was_there(
+    quick: Path, tmp_path: Path
+) -> None:
+    again = tmp_path / "suite"
+    again.mkdir()
+    (again / "stale.txt").write_text("from an older build")
+    main(["--quick", "--output", str(again), "--device", "cpu"])
+    assert layout(again) == EXPECTED
+    for path in sorted(EXPECTED):
+        if path.endswith(".safetensors"):
+            first, second = load_file(quick / path), load_file(again / path)
+            assert all(torch.equal(first[key], second[key]) for key in first), path
+    assert [p.name for p in tmp_path.iterdir()] == ["suite"]
+
+
+def test_quick_build_depends_on_the_seed(quick: Path, tmp_path: Path) -> None:
+    main(["--quick", "--output", str(tmp_path / "s"), "--device", "cpu", "--seed", "1"])
+    first, second = (load_file(f / "base.safetensors") for f in (quick, tmp_path / "s"))
+    assert any(not torch.equal(first[key], second[key]) for key in first)

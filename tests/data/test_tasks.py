@@ -1,0 +1,222 @@
+"""The seeded generators: determinism, form, balance, and labels derived again from the pixels."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+from scipy import ndimage
+
+from data.build_suite import QUICK, image_hashes, make_splits
+from data.tasks import SPLITS, TASKS, Task, auxiliary, stream
+from data.tasks.canvas import Pose, balanced_labels, warp
+from data.tasks.digits import BLOCKS, draw_digits
+from data.tasks.dots import draw_dots
+from data.tasks.glyphs import AUXILIARY, GREEK, LETTERS, SYMBOLS, draw_glyphs
+from data.tasks.lines import ORIENTATIONS, STEP_DEGREES, draw_lines
+from data.tasks.shapes import SHAPES, draw_shapes
+from data.tasks.styles import BRIGHT_SHARE, Paper, clean_style, wild_style
+from data.tasks.textures import TEXTURES, draw_textures
+
+every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+
+
+@every_task
+def test_clean_domain_is_well_formed_and_seeded(task: Task) -> None:
+    images, labels = task.clean("val", 60, seed=3)
+    assert images.shape == (60, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert labels.dtype == np.int64
+    assert set(labels.tolist()) <= set(range(len(task.classes)))
+    again, labels_again = task.clean("val", 60, seed=3)
+    np.testing.assert_array_equal(images, again)
+    np.testing.assert_array_equal(labels, labels_again)
+    other, _ = task.clean("val", 60, seed=4)
+    assert not np.array_equal(images, other)
+
+
+@every_task
+def test_wild_domain_is_well_formed_and_differs_from_the_clean_one(task: Task) -> None:
+    images, labels = task.wild(60, seed=3)
+    assert images.shape == (60, 32, 32, 3)
+    assert images.dtype == np.uint8
+    assert len(np.unique(labels)) > 1
+    np.testing.assert_array_equal(images, task.wild(60, seed=3)[0])
+    clean, _ = task.clean("train", 60, seed=3)
+
+    def roughness(stack: np.ndarray) -> float:
+        return float(np.abs(np.diff(stack.astype(float), axis=2)).mean())
+
+    if task.name != "textures":  # whose clean images are themselves full of edges
+        assert roughness(images) > roughness(clean)
+
+
+@every_task
+def test_classes_are_named_once_and_balanced(task: Task) -> None:
+    assert len(set(task.classes)) == len(task.classes)
+    _, labels = task.clean("val", 250, seed=0)
+    counts = np.bincount(labels, minlength=len(task.classes))
+    # The digits' blocks are what the writers wrote; the others are balanced by construction.
+    spread = 10 if task.name == "digits" else 1
+    assert counts.max() - counts.min() <= spread
+
+
+@every_task
+def test_splits_share_no_image(task: Task) -> None:
+    splits = make_splits(task, QUICK, seed=0)
+    assert [len(splits[name][1]) for name in SPLITS] == [QUICK.train, QUICK.val, QUICK.test]
+    sets = [image_hashes(splits[name][0]) for name in SPLITS]
+    assert len(set.union(*sets)) == sum(len(s) for s in sets)
+
+
+def test_a_shared_image_is_refused() -> None:
+    class Leaky(Task):
+        def clean(self, split: str, count: int, seed: int):  # type: ignore[no-untyped-def]
+            return super().clean("train", count, seed)
+
+    leaky = Leaky("leaky", "Leaky", ORIENTATIONS, draw_lines, TASKS[0].paper)
+    # The three splits draw a different number from one stream; equal sizes make them equal.
+    with pytest.raises(ValueError, match="leaky: train and val share 10 images"):
+        make_splits(leaky, replace(QUICK, train=10, val=10, test=10), seed=0)
+
+
+def test_task_order_is_the_one_documented() -> None:
+    assert [task.name for task in TASKS] == [
+        "digits",
+        "letters",
+        "greek",
+        "symbols",
+        "shapes",
+        "lines",
+        "dots",
+        "textures",
+    ]
+
+
+def test_streams_differ_by_name_and_seed() -> None:
+    draws = {
+        stream(seed, *names).integers(2**40)
+        for seed in (0, 1)
+        for names in (("a",), ("b",), ("a", "b"), ("b", "a"))
+    }
+    assert len(draws) == 8
+
+
+def test_balanced_labels_differ_by_at_most_one() -> None:
+    counts = np.bincount(balanced_labels(103, 10, np.random.default_rng(0)))
+    assert sorted(counts.tolist()) == [10] * 7 + [11] * 3
+
+
+@pytest.mark.parametrize("hard", [False, True])
+def test_dots_can_be_counted(hard: bool) -> None:
+    ink, labels = draw_dots(120, np.random.default_rng(1), hard=hard)
+    counted = [ndimage.label(canvas > 0.5, structure=np.ones((3, 3)))[1] for canvas in ink]
+    np.testing.assert_array_equal(np.array(counted) - 1, labels)
+
+
+@pytest.mark.parametrize(("hard", "off"), [(False, 5.5), (True, 7.4)])
+def test_line_angles_follow_from_second_moments(hard: bool, off: float) -> None:
+    ink, labels = draw_lines(240, np.random.default_rng(2), hard=hard)
+    y, x = np.mgrid[:32, :32].astype(float)
+    y = -y  # up is positive
+    mass = ink.sum(axis=(1, 2))
+    dx = x - ((ink * x).sum(axis=(1, 2)) / mass)[:, None, None]
+    dy = y - ((ink * y).sum(axis=(1, 2)) / mass)[:, None, None]
+    xx, yy, xy = ((ink * m).sum(axis=(1, 2)) for m in (dx * dx, dy * dy, dx * dy))
+    angle = np.rad2deg(0.5 * np.arctan2(2 * xy, xx - yy))
+    error = np.mod(angle - labels * STEP_DEGREES + 90, 180) - 90
+    assert np.abs(error).max() < off
+
+
+def test_shapes_have_their_areas() -> None:
+    """Filled shapes of one radius: circle > hexagon > pentagon > triangle, the star the least."""
+    ink, labels = draw_shapes(2000, np.random.default_rng(3), hard=False)
+    area = ink.sum(axis=(1, 2))
+    filled = ndimage.maximum_filter(ink, (1, 1, 1))[:, 12:20, 12:20].mean(axis=(1, 2)) > 0.9
+    mean = {name: area[filled & (labels == SHAPES.index(name))].mean() for name in SHAPES[:6]}
+    assert mean["circle"] > mean["pentagon"] > mean["triangle"] > mean["star"]
+    assert mean["hexagon"] > mean["pentagon"]
+
+
+def test_textures_fill_the_canvas_with_both_tones() -> None:
+    ink, labels = draw_textures(200, np.random.default_rng(4), hard=False)
+    assert np.bincount(labels).tolist() == [20] * len(TEXTURES)
+    assert (ink.min(axis=(1, 2)) < 0.3).all()
+    assert (ink.max(axis=(1, 2)) > 0.7).all()
+
+
+@pytest.mark.parametrize("characters", [LETTERS, GREEK, SYMBOLS, AUXILIARY])
+def test_every_glyph_is_drawn(characters: tuple[str, ...]) -> None:
+    count = 2 * len(characters)
+    ink, labels = draw_glyphs(characters, count, np.random.default_rng(5), hard=False)
+    assert np.bincount(labels).tolist() == [2] * len(characters)
+    assert (ink.max(axis=(1, 2)) > 0.6).all()
+
+
+def test_glyphs_of_different_classes_differ() -> None:
+    """Mean images of the classes are distinct: no character fell back to a placeholder box."""
+    ink, labels = draw_glyphs(SYMBOLS, 24 * 40, np.random.default_rng(6), hard=False)
+    means = np.stack([ink[labels == c].mean(axis=0).ravel() for c in range(len(SYMBOLS))])
+    gaps = np.linalg.norm(means[:, None] - means[None], axis=-1)
+    assert gaps[~np.eye(len(SYMBOLS), dtype=bool)].min() > 0.8
+
+
+def test_unknown_glyph_is_an_error() -> None:
+    with pytest.raises(ValueError, match="no bundled font has"):
+        draw_glyphs(("A", "\U000f0000"), 2, np.random.default_rng(0), hard=False)
+
+
+def test_digit_blocks_are_disjoint_and_cover_the_set() -> None:
+    rows = [set(range(1797)[block]) for block in BLOCKS.values()]
+    assert set.union(*rows) == set(range(1797))
+    assert sum(map(len, rows)) == 1797
+
+
+def test_digits_cannot_be_asked_for_twice() -> None:
+    with pytest.raises(ValueError, match="holds 250 digits, 251 were asked for"):
+        draw_digits(251, np.random.default_rng(0), hard=False, split="val")
+
+
+def test_auxiliary_set_is_large_and_apart_from_the_tasks() -> None:
+    assert len(AUXILIARY) >= 100
+    assert len(set(AUXILIARY)) == len(AUXILIARY)
+    assert not set(AUXILIARY) & (set(LETTERS) | set(GREEK) | set(SYMBOLS))
+    images, labels = auxiliary(len(AUXILIARY), seed=0)
+    assert images.shape == (len(AUXILIARY), 32, 32, 3)
+    assert sorted(labels.tolist()) == list(range(len(AUXILIARY)))
+
+
+def test_warp_at_rest_is_a_plain_reduction() -> None:
+    pose = Pose(1, np.random.default_rng(0), hard=False)
+    for name in ("angle", "shear", "dx", "dy"):
+        setattr(pose, name, np.zeros(1))
+    pose.scale = np.ones(1)
+    master = np.zeros((1, 64, 64), dtype=np.float32)
+    master[0, 16:32, 40:48] = 1
+    expected = master.reshape(1, 32, 2, 32, 2).mean(axis=(2, 4))
+    np.testing.assert_allclose(warp(master, np.array([0]), pose), expected, atol=1e-5)
+
+
+def test_clean_style_paints_paper_and_ink() -> None:
+    paper = Paper((1.0, 0.9, 0.8), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), "plain")
+    ink = np.zeros((1, 32, 32), dtype=np.float32)
+    ink[:, 16:] = 1
+    image = clean_style(ink, paper, np.random.default_rng(0))[0] / 255
+    np.testing.assert_allclose(image[0, 0], paper.paper, atol=0.035)
+    np.testing.assert_allclose(image[-1, -1], paper.ink, atol=0.035)
+
+
+def test_unknown_ruling_is_an_error() -> None:
+    paper = Paper((1, 1, 1), (0, 0, 0), (0, 0, 0), "spiral")
+    with pytest.raises(ValueError, match="unknown ruling 'spiral'"):
+        clean_style(np.zeros((1, 32, 32), dtype=np.float32), paper, np.random.default_rng(0))
+
+
+def test_wild_style_is_mostly_bright_on_dark() -> None:
+    ink = np.zeros((400, 32, 32), dtype=np.float32)
+    ink[:, 8:24, 8:24] = 1
+    images = wild_style(ink, np.random.default_rng(0)).astype(float)
+    inside = images[:, 8:24, 8:24].mean(axis=(1, 2, 3))
+    corner = images[:, :6, :6].mean(axis=(1, 2, 3))
+    assert abs((inside > corner).mean() - BRIGHT_SHARE) < 0.08

@@ -1,0 +1,182 @@
+"""Pages on suites that people bring: weights only, no base, broken ones, and a sweep to run."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import streamlit as st
+import torch
+from safetensors.torch import load_file, save_file
+from streamlit.testing.v1 import AppTest
+
+from tests.evaluable import write_evaluable
+from tests.pages.test_pages import PAGES, figures, metrics, open_page
+
+NEEDS_EVALUATION = ("overview", "rank_and_scale", "merge_lab")
+
+
+@pytest.fixture(autouse=True)
+def empty_caches() -> Iterator[None]:
+    """No test sees what another one left in the server's caches."""
+    yield
+    st.cache_data.clear()
+    st.cache_resource.clear()
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Write a suite named ``mine``, damage it, and offer it to the dashboard."""
+
+    def make(damage: Callable[[Path], None] = lambda folder: None, **fields: object) -> Path:
+        path = write_evaluable(tmp_path / "mine", **fields)
+        damage(path.parent)
+        monkeypatch.setenv("MERGESCOPE_SUITES", os.pathsep.join([str(path)]))
+        return path
+
+    return make
+
+
+def drop(*lines: str) -> Callable[[Path], None]:
+    """Take whole fields out of suite.yaml, by the names they begin with."""
+
+    def damage(folder: Path) -> None:
+        import yaml
+
+        path = folder / "suite.yaml"
+        document = yaml.safe_load(path.read_text())
+        for name in lines:
+            document.pop(name, None)
+            for expert in document["experts"].values():
+                expert.pop(name, None)
+        path.write_text(yaml.safe_dump(document, sort_keys=False))
+
+    return damage
+
+
+def change(file: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Path], None]:
+    """Change every two-dimensional tensor of a file of the suite."""
+
+    def damage(folder: Path) -> None:
+        state = load_file(folder / file)
+        changed = {k: how(v).contiguous() if v.ndim == 2 else v for k, v in state.items()}
+        save_file(changed, folder / file)
+
+    return damage
+
+
+def truncated(folder: Path) -> None:
+    path = folder / "experts" / "shapes.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def plain_text(folder: Path) -> None:
+    (folder / "experts" / "shapes.safetensors").write_text("not weights at all")
+
+
+def headless(folder: Path) -> None:
+    (folder / "heads" / "shapes.safetensors").unlink()
+
+
+@pytest.mark.parametrize("lost", [("head",), ("data",), ("architecture",), ("head", "data")])
+@pytest.mark.parametrize("name", PAGES)
+def test_without_heads_or_data_pages_analyse_and_say_politely_what_is_missing(
+    name: str, lost: tuple[str, ...], offer: Callable[..., Path]
+) -> None:
+    offer(drop(*lost))
+    at = open_page(name, suite="mine")
+    assert not at.exception
+    assert [error.value for error in at.error] == []
+    notes = " ".join(info.value for info in at.info)
+    if name in NEEDS_EVALUATION:
+        assert "can be analysed and merged but not evaluated" in notes
+        assert lost[0] in notes
+    else:
+        assert figures(at)
+    if name == "merge_lab":
+        assert any("method: cart" in code.value for code in at.code)
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_without_a_base_everything_about_the_average_works(
+    name: str, offer: Callable[..., Path]
+) -> None:
+    offer(drop("base"))
+    at = open_page(name, suite="mine")
+    assert not at.exception
+    assert [error.value for error in at.error] == []
+    if name == "merge_lab":
+        assert set(at.selectbox(key="method").options) == {"Weight average", "CART"}
+
+
+@pytest.mark.parametrize(
+    ("damage", "named"),
+    [
+        (truncated, "shapes.safetensors"),
+        (plain_text, "shapes.safetensors"),
+        (change("experts/shapes.safetensors", lambda v: v * float("nan")), "NaN"),
+        (change("experts/shapes.safetensors", lambda v: v[:, :-1]), "shape"),
+        (headless, "head"),
+        (lambda folder: (folder / "suite.yaml").write_text("name: x\nexpert: {}"), "experts"),
+        (lambda folder: (folder / "suite.yaml").write_text("name: [x"), "YAML"),
+        (lambda folder: (folder / "suite.yaml").unlink(), "suite.yaml"),
+    ],
+    ids=["truncated", "text", "nan", "shape", "no-head", "field", "yaml", "missing"],
+)
+def test_a_damaged_suite_is_explained_on_the_page(
+    damage: Callable[[Path], None], named: str, offer: Callable[..., Path]
+) -> None:
+    offer(damage)
+    at = open_page("merge_lab", suite="mine")
+    assert not at.exception
+    messages = [error.value for error in at.error]
+    assert len(messages) == 1
+    assert named in messages[0]
+    assert "Traceback" not in messages[0]
+    assert "unexpectedly" not in messages[0]
+    # The sidebar still lets one choose another suite.
+    assert at.sidebar.selectbox(key="suite").options == ["demo", "mine"]
+
+
+def wait_for_figures(at: AppTest) -> AppTest:
+    """Run the page again until its background job has ended."""
+    deadline = time.monotonic() + 120
+    while not figures(at) and time.monotonic() < deadline:
+        time.sleep(0.3)
+        at.run()
+    assert not at.exception
+    return at
+
+
+def test_a_sweep_runs_in_the_background_and_then_shows_its_result(
+    offer: Callable[..., Path],
+) -> None:
+    offer()
+    at = open_page("rank_and_scale", suite="mine")
+    assert not figures(at)
+    next(b for b in at.button if b.label == "Run the sweep").click()
+    at = wait_for_figures(at.run())
+    assert "Best point" in metrics(at)
+    # What was computed is known from now on, also after the server's caches are gone.
+    st.cache_data.clear()
+    st.cache_resource.clear()
+    assert figures(open_page("rank_and_scale", suite="mine"))
+
+
+def test_the_first_result_of_a_new_suite_is_a_button_away(offer: Callable[..., Path]) -> None:
+    offer()
+    at = open_page("overview", suite="mine")
+    next(b for b in at.button if b.label.startswith("Evaluate base")).click()
+    at = wait_for_figures(at.run())
+    assert {"Base", "Weight average", "Task Arithmetic", "CART", "Experts"} <= set(metrics(at))
+    assert any("default" in m.value for m in at.markdown)
+
+
+def test_a_replaced_checkpoint_is_read_again(offer: Callable[..., Path]) -> None:
+    path = offer()
+    before = metrics(open_page("spectra", suite="mine"))
+    change("experts/shapes.safetensors", lambda v: v + torch.ones_like(v))(path.parent)
+    assert metrics(open_page("spectra", suite="mine")) != before

@@ -1,0 +1,245 @@
+"""Every page through AppTest: what it draws is true, and its controls do what they say."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import streamlit as st
+import yaml
+from streamlit.testing.v1 import AppTest
+
+from merge_core.linalg import as_matrix
+from merge_core.methods import methods
+from merge_core.suite import load_suite
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = ("overview", "spectra", "interference", "rank_and_scale", "merge_lab")
+HEADINGS = {
+    "overview": "Why does averaging",
+    "spectra": "How many directions",
+    "interference": "Where do the tasks",
+    "rank_and_scale": "Which rank",
+    "merge_lab": "What does this merge do",
+}
+
+
+@pytest.fixture(autouse=True)
+def empty_caches() -> Iterator[None]:
+    """No test sees what another one left in the server's caches."""
+    yield
+    st.cache_data.clear()
+    st.cache_resource.clear()
+
+
+def open_page(name: str, **query: str | list[str]) -> AppTest:
+    """Run a page as Streamlit does when a link to it is opened.
+
+    AppTest, like a fresh server, starts the page's file without the entry: the page itself has
+    to bring the shell.
+    """
+    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=120)
+    at.switch_page(str(ROOT / "pages" / f"{name}.py"))
+    for key, value in query.items():
+        at.query_params[key] = value
+    return at.run()
+
+
+def healthy(at: AppTest) -> AppTest:
+    """The page has neither an exception nor an error message."""
+    assert not at.exception, at.exception
+    assert [error.value for error in at.error] == []
+    return at
+
+
+def figures(at: AppTest) -> list[dict[str, Any]]:
+    """The drawn figures as Plotly's own dictionaries."""
+    return [json.loads(chart.proto.spec) for chart in at.get("plotly_chart")]
+
+
+def array(value: Any) -> np.ndarray:
+    """A drawn array, from a list or from Plotly's typed encoding."""
+    if isinstance(value, dict):
+        flat = np.frombuffer(base64.b64decode(value["bdata"]), dtype=value["dtype"])
+        shape = value.get("shape")
+        return flat.reshape([int(n) for n in str(shape).split(",")]) if shape else flat
+    return np.asarray(value)
+
+
+def trace(figure: dict[str, Any], **wanted: Any) -> dict[str, Any]:
+    """The first trace with these properties."""
+    return next(t for t in figure["data"] if all(t.get(k) == v for k, v in wanted.items()))
+
+
+def metrics(at: AppTest) -> dict[str, str]:
+    return {metric.label: metric.value for metric in at.metric}
+
+
+def weights(parameter: str) -> np.ndarray:
+    """The parameter of all experts of the bundled suite, float64."""
+    suite = load_suite("demo")
+    return np.stack([suite.expert(t).tensor(parameter).double().numpy() for t in suite.tasks])
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_each_page_opens_with_the_shell_around_it(name: str) -> None:
+    at = healthy(open_page(name))
+    assert at.header[0].value.startswith(HEADINGS[name])
+    assert at.sidebar.selectbox(key="suite").value == "demo"
+    assert list(at.sidebar.get("button_group")[0].value) == list(load_suite("demo").tasks)
+    assert figures(at)
+    assert any(expander.label == "How to read this" for expander in at.expander)
+    assert any(expander.label == "The numbers" for expander in at.expander)
+
+
+@pytest.mark.parametrize("name", PAGES)
+@pytest.mark.parametrize("tasks", [["digits"], ["digits", "greek"]])
+def test_one_task_and_two_tasks_are_defined_everywhere(name: str, tasks: list[str]) -> None:
+    healthy(open_page(name, tasks=tasks))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_values_that_a_link_cannot_have_fall_back(name: str) -> None:
+    at = open_page(name, share="9999", method="nope", layer="nope", tasks="nope", rank="x")
+    assert not at.exception
+
+
+def test_the_scree_is_the_spectrum_of_the_task_vectors() -> None:
+    layer = "blocks.1.mlp.fc1.weight"
+    at = healthy(open_page("spectra", layer=layer))
+    stacked = weights(layer)
+    centred = stacked - stacked.mean(axis=0)
+    expected = np.linalg.svd(centred[0], compute_uv=False)
+    drawn = figures(at)[0]
+    assert drawn["layout"]["yaxis"]["type"] == "log"
+    digits = next(t for t in drawn["data"] if t.get("name") == "digits" and t.get("y"))
+    shown, places = array(digits["y"]), array(digits["x"]).astype(int)
+    strong = expected[places - 1] > 1e-5
+    np.testing.assert_allclose(shown[strong], expected[places - 1][strong], rtol=1e-4)
+
+
+def test_energy_kept_follows_the_rank() -> None:
+    layer = load_suite("demo").matrices[0]
+    at = healthy(open_page("spectra", layer=layer, share="16 %"))
+    stacked = weights(layer)
+    centred = stacked - stacked.mean(axis=0)
+    kept = []
+    for matrix in centred:
+        energy = np.linalg.svd(matrix, compute_uv=False) ** 2
+        kept.append(energy[: int(0.16 * len(energy))].sum() / energy.sum())
+    assert metrics(at)["Energy kept, centred"] == f"{np.mean(kept):.1%}"
+
+
+def test_the_interference_map_is_the_definition() -> None:
+    layer = "blocks.0.mlp.fc2.weight"
+    at = healthy(open_page("interference", layer=layer, share="4 %"))
+    stacked = weights(layer)
+    centred = stacked - stacked.mean(axis=0)
+    k = int(0.04 * min(centred.shape[1:]))
+    factors = [np.linalg.svd(matrix, full_matrices=False) for matrix in centred]
+    (_, s_a, v_a), (_, s_b, v_b) = factors[0], factors[3]
+    s_a, s_b = s_a[:k] / np.linalg.norm(s_a[:k]), s_b[:k] / np.linalg.norm(s_b[:k])
+    expected = np.linalg.norm(np.diag(s_a) @ v_a[:k] @ v_b[:k].T @ np.diag(s_b))
+    drawn = array(trace(figures(at)[0], type="heatmap")["z"])
+    assert drawn[0, 3] == pytest.approx(expected, rel=1e-3)
+
+
+def test_centred_cosines_have_the_mean_that_their_sum_forces() -> None:
+    at = healthy(open_page("interference", scope="Whole model"))
+    maps = [f for f in figures(at) if f["data"][0].get("type") == "heatmap"]
+    cosines = array(maps[2]["data"][0]["z"])
+    tasks = len(cosines)
+    off_diagonal = cosines[~np.eye(tasks, dtype=bool)]
+    assert np.diag(cosines) == pytest.approx(np.ones(tasks))
+    assert off_diagonal.mean() == pytest.approx(-1 / (tasks - 1), abs=0.02)
+
+
+def test_the_shown_best_point_is_the_largest_of_the_map() -> None:
+    at = healthy(open_page("rank_and_scale"))
+    drawn = array(trace(figures(at)[0], type="heatmap")["z"])
+    assert metrics(at)["Best point"] == f"{drawn.max() / 100:.1%}"
+    # At rank 100 % CART is the average, whatever the scale.
+    assert np.ptp(drawn[:, -1]) == pytest.approx(0)
+    assert metrics(at)["Average of the weights"] == f"{drawn[0, -1] / 100:.1%}"
+
+
+def test_choosing_a_point_and_going_back_to_the_best() -> None:
+    at = healthy(open_page("rank_and_scale", at_rank="100 %", at_scale="1.0"))
+    shown = metrics(at)
+    assert shown["Chosen point"] == shown["Average of the weights"] != shown["Best point"]
+    next(b for b in at.button if b.label == "Go to the best point").click()
+    shown = metrics(healthy(at.run()))
+    assert shown["Chosen point"] == shown["Best point"]
+
+
+def test_two_tasks_are_told_that_cart_is_the_average() -> None:
+    at = open_page("merge_lab", tasks=["digits", "dots"])
+    assert any("equals the weight average" in warning.value for warning in at.warning)
+
+
+@pytest.mark.parametrize("name", list(methods()))
+def test_the_lab_offers_just_what_a_method_declares(name: str) -> None:
+    method = methods()[name]
+    at = healthy(open_page("merge_lab", method=method.title))
+    recipe = yaml.safe_load(next(c.value for c in at.code if "method:" in c.value))
+    assert recipe["method"] == name
+    assert list(recipe["parameters"]) == list(method.parameters.model_fields)
+    assert recipe["parameters"] == method.parameters().model_dump()
+    keys = {w.key for w in (*at.slider, *at.select_slider, *at.get("button_group"))}
+    assert {spec.name for spec in method.specs} <= keys
+    assert 0 < float(metrics(at)["Mean accuracy"].rstrip("%")) <= 100
+
+
+def test_the_lab_compares_with_a_pinned_recipe() -> None:
+    at = healthy(open_page("merge_lab", pin="method=average"))
+    names = [t.get("name") for t in figures(at)[0]["data"]]
+    assert "Pinned: Weight average" in names
+    drawn = trace(figures(at)[0], name="Pinned: Weight average")
+    map_at = healthy(open_page("rank_and_scale"))
+    average = metrics(map_at)["Average of the weights"]
+    assert f"{array(drawn['x'])[-1] / 100:.1%}" == average
+
+
+def test_pinning_takes_the_current_recipe() -> None:
+    at = healthy(open_page("merge_lab", rank="32 %", scale="2.0"))
+    next(b for b in at.button if b.label.startswith("Pin this")).click()
+    healthy(at.run())
+    assert "rank=0.32" in at.text_input(key="pin").value
+    assert "scale=2.0" in at.text_input(key="pin").value
+
+
+def test_a_pin_that_is_no_recipe_is_explained() -> None:
+    at = open_page("merge_lab", pin="method=cart&rank=7.5")
+    assert not at.exception
+    assert any("rank" in warning.value for warning in at.warning)
+
+
+def test_the_overview_names_the_settings_and_how_they_came_about() -> None:
+    at = healthy(open_page("overview"))
+    text = " ".join(m.value for m in at.markdown)
+    assert "CART: rank" in text
+    assert "best on the validation split" in text
+    assert "made to show the effect at a small size" in " ".join(i.value for i in at.info)
+
+
+def test_no_task_chosen_asks_for_one() -> None:
+    at = open_page("spectra")
+    at.sidebar.get("button_group")[0].set_value([])
+    at.run()
+    assert not at.exception
+    assert any("at least one task" in info.value for info in at.info)
+
+
+def test_pages_leave_the_weights_as_they_are() -> None:
+    suite = load_suite("demo")
+    before = {t: as_matrix(suite.expert(t).tensor(suite.matrices[0])).clone() for t in suite.tasks}
+    for name in PAGES:
+        open_page(name)
+    again = load_suite("demo")
+    for task, value in before.items():
+        assert again.expert(task).tensor(suite.matrices[0]).equal(value)

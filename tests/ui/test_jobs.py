@@ -1,0 +1,205 @@
+"""Background jobs: order, sharing, progress, cancelling, and failures in words."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+
+from merge_core.errors import MergeScopeError, SuiteError
+from merge_core.progress import Progress
+from ui import jobs
+from ui.jobs import QUEUE_LIMIT, Job, JobRunner
+
+
+@pytest.fixture
+def runner() -> Iterator[JobRunner]:
+    runner = JobRunner(threads=1)
+    yield runner
+    for job in list(runner._jobs.values()):
+        job.progress.cancel.set()
+    runner._pool.shutdown(wait=True, cancel_futures=True)
+
+
+def finished(job: Job) -> Job:
+    """Wait for a job to end."""
+    end = time.monotonic() + 20
+    while job.finished is None:
+        assert time.monotonic() < end, f"{job} does not end"
+        time.sleep(0.002)
+    return job
+
+
+class Gate:
+    """Work that says when it runs and goes on when it is let."""
+
+    def __init__(self, result: object = None) -> None:
+        self.running, self.open, self.result = threading.Event(), threading.Event(), result
+
+    def __call__(self, progress: Progress) -> object:
+        self.running.set()
+        while not self.open.wait(0.002):
+            progress.step(1, 4, "waiting")
+        progress.step(4, 4, "end")
+        return self.result
+
+
+def test_progress_and_result(runner: JobRunner) -> None:
+    gate = Gate({"accuracy": 0.5})
+    job = runner.submit("k", "A sweep", gate)
+    assert gate.running.wait(20)
+    end = time.monotonic() + 20
+    while job.label != "waiting":
+        assert time.monotonic() < end
+        time.sleep(0.002)
+    assert (job.state, job.active, job.done, job.total, job.share) == ("running", True, 1, 4, 0.25)
+    assert job.result is None
+    assert runner.get("k") is job
+    gate.open.set()
+    finished(job)
+    assert (job.state, job.active, job.share, job.error) == ("done", False, 1.0, "")
+    assert job.result == {"accuracy": 0.5}
+    assert runner.get("other") is None
+
+
+def test_the_share_is_a_share() -> None:
+    assert Job("k", "t").share == 0.0
+    assert Job("k", "t", done=3, total=2).share == 1.0
+
+
+def test_equal_keys_share_one_job(runner: JobRunner) -> None:
+    gate, calls = Gate("one"), []
+    job = runner.submit("k", "A", gate)
+    again = runner.submit("k", "A", lambda progress: calls.append(1))
+    assert again is job
+    gate.open.set()
+    finished(job)
+    assert runner.submit("k", "A", lambda progress: calls.append(1)) is job  # done: kept
+    other = finished(runner.submit("l", "B", lambda progress: "two"))
+    assert (job.result, other.result, calls) == ("one", "two", [])
+
+
+def test_one_at_a_time_in_the_order_of_arrival(runner: JobRunner) -> None:
+    seen: list[str] = []
+    active = 0
+
+    def work(name: str) -> Callable[[Progress], None]:
+        def run(progress: Progress) -> None:
+            nonlocal active
+            active += 1
+            assert active == 1
+            seen.append(name)
+            time.sleep(0.01)
+            active -= 1
+
+        return run
+
+    submitted = [runner.submit(name, name, work(name)) for name in "abcde"]
+    assert submitted[-1].state == "queued"
+    assert all(finished(job).state == "done" for job in submitted)
+    assert seen == list("abcde")
+
+
+def test_a_users_mistake_is_told_in_its_own_words(runner: JobRunner) -> None:
+    def work(progress: Progress) -> None:
+        raise SuiteError("suite.yaml names no base. Add one.")
+
+    job = finished(runner.submit("k", "A", work))
+    assert (job.state, job.error, job.result) == (
+        "failed",
+        "suite.yaml names no base. Add one.",
+        None,
+    )
+    assert finished(runner.submit("k", "A", lambda progress: 1)).result == 1  # may be tried again
+
+
+def test_the_unexpected_is_told_without_a_traceback(
+    runner: JobRunner, caplog: pytest.LogCaptureFixture
+) -> None:
+    def work(progress: Progress) -> None:
+        raise ZeroDivisionError("secret /home/someone/path")
+
+    job = finished(runner.submit("k", "The sweep", work))
+    assert job.state == "failed"
+    assert job.error == (
+        "The sweep failed unexpectedly (ZeroDivisionError). The server's log has the details."
+    )
+    assert "secret /home/someone/path" in caplog.text
+    assert finished(runner.submit("l", "B", lambda progress: 2)).result == 2  # the worker lives
+
+
+def test_cancel_while_running(runner: JobRunner) -> None:
+    gate = Gate()
+    job = runner.submit("k", "A", gate)
+    assert gate.running.wait(20)
+    runner.cancel("k")
+    assert finished(job).state == "cancelled"
+    assert job.error.startswith("Cancelled after 1 of 4")
+    assert job.result is None
+    runner.cancel("no such key")
+
+
+def test_cancel_while_queued(runner: JobRunner) -> None:
+    gate, calls = Gate(), []
+    first = runner.submit("k", "A", gate)
+    second = runner.submit("l", "B", lambda progress: calls.append(1))
+    runner.cancel("l")
+    gate.open.set()
+    assert finished(second).state == "cancelled"
+    assert finished(first).state == "done"
+    assert calls == []
+
+
+def test_a_wish_after_cancelling_is_a_new_job(runner: JobRunner) -> None:
+    gate = Gate()
+    first = runner.submit("k", "A", gate)
+    assert gate.running.wait(20)
+    runner.cancel("k")
+    second = runner.submit("k", "A", lambda progress: "afresh")
+    assert second is not first
+    assert finished(first).state == "cancelled"
+    assert (finished(second).state, second.result) == ("done", "afresh")
+    assert runner.get("k") is second
+
+
+def test_the_queue_has_an_end(runner: JobRunner) -> None:
+    gate = Gate()
+    for i in range(QUEUE_LIMIT):
+        runner.submit(str(i), str(i), gate)
+    with pytest.raises(MergeScopeError, match=f"{QUEUE_LIMIT} jobs are waiting already"):
+        runner.submit("one more", "X", gate)
+    assert runner.get("one more") is None
+    assert runner.submit("0", "0", gate) is runner.get("0")  # joining is always allowed
+    gate.open.set()
+    for i in range(QUEUE_LIMIT):
+        job = runner.get(str(i))
+        assert job is not None
+        assert finished(job).state == "done"
+    assert finished(runner.submit("one more", "X", gate)).state == "done"
+
+
+def test_old_jobs_are_forgotten(runner: JobRunner, monkeypatch: pytest.MonkeyPatch) -> None:
+    gate = Gate()
+    old = finished(runner.submit("old", "A", lambda progress: 1))
+    running = runner.submit("running", "B", gate)
+    monkeypatch.setattr(jobs, "KEPT_SECONDS", 3600.0)
+    runner.submit("x", "X", gate)
+    assert runner.get("old") is old
+    monkeypatch.setattr(jobs, "KEPT_SECONDS", 0.0)
+    time.sleep(0.002)
+    runner.submit("y", "Y", gate)
+    assert runner.get("old") is None
+    assert runner.get("running") is running  # however long it takes
+    gate.open.set()
+
+
+def test_the_worker_leaves_a_core_to_the_pages() -> None:
+    runner = JobRunner(threads=3)
+    try:
+        assert finished(runner.submit("k", "A", lambda p: torch.get_num_threads())).result == 3
+    finally:
+        runner._pool.shutdown()
+        torch.set_num_threads(1)
