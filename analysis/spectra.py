@@ -19,7 +19,7 @@ from merge_core.linalg import as_matrix, directions, singular_values
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
-PART = Literal["whole", "q", "k", "v"]
+Part = Literal["whole", "q", "k", "v"]
 
 # CART's recommended share of directions.
 TOP_SHARE = 0.08
@@ -81,11 +81,11 @@ def energy_rank(S: Tensor | ArrayLike, share: float) -> int:
     return int(np.searchsorted(energy, share)) + 1 if energy[-1] > 0 else 0
 
 
-def parts_of(group: ParameterGroup) -> tuple[str, ...]:
+def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
     """The parts a matrix can be looked at in: q, k and v too where it fuses them by rows."""
     rows = group.info.shape[0] if group.info.shape else 0
     fused = "qkv" in group.name or "in_proj" in group.name
-    return get_args(PART) if fused and group.decomposed and rows % 3 == 0 else ("whole",)
+    return get_args(Part) if fused and group.decomposed and rows % 3 == 0 else ("whole",)
 
 
 def decomposed(groups: Groups | ParameterGroup) -> tuple[int, Iterator[ParameterGroup]]:
@@ -96,7 +96,7 @@ def decomposed(groups: Groups | ParameterGroup) -> tuple[int, Iterator[Parameter
 
 
 def _spectra(
-    group: ParameterGroup, origin: Origin, part: PART
+    group: ParameterGroup, origin: Origin, part: Part
 ) -> tuple[tuple[int, int], list[np.ndarray]]:
     """Rows and columns of a part of a matrix, and its singular values for each task."""
     if part == "whole":
@@ -113,7 +113,7 @@ def _spectra(
     return (m, n), [as_array(singular_values(A)) for A in matrices]
 
 
-def spectrum(group: ParameterGroup, origin: Origin, part: PART = "whole") -> pd.DataFrame:
+def spectrum(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
     """Singular values of each task vector of one matrix.
 
     Args:
@@ -144,7 +144,7 @@ def spectrum(group: ParameterGroup, origin: Origin, part: PART = "whole") -> pd.
     )
 
 
-def cuts(group: ParameterGroup, origin: Origin, part: PART = "whole") -> pd.DataFrame:
+def cuts(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
     """Noise bounds of each task vector of one matrix, and how many directions pass them.
 
     Args:

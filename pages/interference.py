@@ -8,6 +8,7 @@ import streamlit as st
 from analysis.figures import interference as figures
 from analysis.figures.spectra import short_name
 from analysis.interference import (
+    Side,
     cosine_similarity,
     interference_over_rank,
     interference_pairs,
@@ -16,8 +17,8 @@ from analysis.interference import (
 from merge_core.linalg import as_matrix, directions
 from merge_core.task_vectors import Groups, Origin
 from ui import charts, resources, shell
-from ui.parameters import SHARES, share_label
 from ui.resources import View
+from ui.widgets import SHARES, choice, share_slider
 
 shell.enter()
 
@@ -41,7 +42,7 @@ def cosine_frame(
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def pairs_frame(
-    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, k: int, side: str, _view: View
+    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, k: int, side: Side, _view: View
 ) -> pd.DataFrame:
     """Interference of each pair at one rank."""
     return interference_pairs(resources.group(_view), origin, k, side)
@@ -49,7 +50,7 @@ def pairs_frame(
 
 @st.cache_data(max_entries=32, show_spinner="Measuring interference over rank …")
 def over_rank_frame(
-    key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, side: str, _view: View
+    key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, side: Side, _view: View
 ) -> pd.DataFrame:
     """I(k) and R(k) over the offered ranks, of one layer or averaged over all."""
     if layer is not None:
@@ -81,41 +82,30 @@ def compared(pairs: list[pd.DataFrame]) -> str:
     )
 
 
-def controls(view: View) -> tuple[str | None, float, str]:
+def controls(view: View) -> tuple[str | None, float, Side]:
     """Layer (None for all), share of directions, side."""
     left, middle, right = st.columns([2, 3, 2])
     with left:
-        scope = st.segmented_control(
+        scope = choice(
             "Where",
-            ["layer", "model"],
-            default="layer",
-            required=True,
-            format_func={"layer": "Chosen layer", "model": "Whole model"}.get,
-            key="scope",
-            bind="query-params",
-            help="The layer is chosen in the sidebar; the whole model averages over all layers.",
+            {"layer": "Chosen layer", "model": "Whole model"},
+            "scope",
+            "The layer is chosen in the sidebar; the whole model averages over all layers.",
         )
     with middle:
-        share = st.select_slider(
+        share = share_slider(
             "Rank (share of directions)",
-            SHARES,
-            value=0.08,
-            format_func=share_label,
-            key="share",
-            bind="query-params",
-            help="How many leading directions of each task vector are kept. Raising it keeps "
+            "share",
+            "How many leading directions of each task vector are kept. Raising it keeps "
             "more of each task and lets tasks overlap more.",
         )
     with right:
-        side = st.segmented_control(
+        sides: dict[Side, str] = {"row": "Row (inputs)", "column": "Column (outputs)"}
+        side = choice(
             "Space",
-            ["row", "column"],
-            default="row",
-            required=True,
-            format_func={"row": "Row (inputs)", "column": "Column (outputs)"}.get,
-            key="side",
-            bind="query-params",
-            help="Row space: which input directions a task reads (CART's measure). "
+            sides,
+            "side",
+            "Row space: which input directions a task reads (CART's measure). "
             "Column space: which output directions it writes.",
         )
     return (view.layer if scope == "layer" else None), share, side

@@ -7,20 +7,22 @@ import streamlit as st
 
 from analysis.evaluation import mean_accuracy
 from analysis.figures import accuracy as figures
+from analysis.inputs import Split
 from merge_core.errors import RecipeError
 from merge_core.export import merged_bytes, model_card, provenance
 from merge_core.methods import get_method, methods
 from merge_core.recipe import Recipe, make_recipe, recipe_from_query
 from ui import charts, resources, shell
-from ui.parameters import controls
 from ui.progress import run_job
 from ui.resources import View
+from ui.widgets import choice, controls
 
 shell.enter()
 
 DTYPES = ("input", "float32", "float16", "bfloat16")
 # Up to this many parameters a merge is evaluated at once, above it in the background.
 LIVE_PARAMETERS = 5_000_000
+DOWNLOAD_BYTES = 1_000_000_000
 
 
 def declared(view: View) -> Recipe:
@@ -62,14 +64,16 @@ def declared(view: View) -> Recipe:
 
 
 @st.cache_data(max_entries=64, show_spinner="Merging and evaluating …")
-def accuracy(key: str, tasks: tuple[str, ...], query: str, split: str, _view: View) -> pd.DataFrame:
+def accuracy(
+    key: str, tasks: tuple[str, ...], query: str, split: Split, _view: View
+) -> pd.DataFrame:
     """Per-task accuracy of a recipe, given as its link."""
     recipe = recipe_from_query(query)
     return resources.evaluator(_view).recipe(recipe, resources.session(_view, tasks), split)
 
 
 @st.cache_data(max_entries=8, show_spinner="Evaluating the experts …")
-def references(key: str, tasks: tuple[str, ...], split: str, _view: View) -> pd.DataFrame:
+def references(key: str, tasks: tuple[str, ...], split: Split, _view: View) -> pd.DataFrame:
     """Per-task accuracy of the experts on their own tasks."""
     return resources.evaluator(_view).experts(tasks, split)
 
@@ -110,7 +114,7 @@ def pin_current(recipe: Recipe) -> None:
     st.session_state["pin"] = document.to_query()
 
 
-def result(view: View, recipe: Recipe, other: Recipe | None, split: str) -> None:
+def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> None:
     """Per-task accuracy of the recipe beside the experts and the pinned recipe."""
     evaluator, session = resources.evaluator(view), resources.session(view)
     size = sum(group.info.numel for group in session.groups)
@@ -150,7 +154,7 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: str) -> None
     cards[2].metric(
         "Normalised", f"{relative.mean():.1%}", help="Each task's accuracy over its expert's, mean."
     )
-    worst = mine.loc[mine["accuracy"].idxmin()]
+    worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
     cards[3].metric(f"Worst task: {worst['task']}", f"{worst['accuracy']:.1%}")
     drawn = pd.concat(frames, ignore_index=True)
     charts.show(
@@ -187,16 +191,15 @@ def lab() -> None:
         other = pinned(view)
     with right:
         if view.suite.can_evaluate:
-            split = st.segmented_control(
+            splits: dict[Split, str] = {
+                "val": "Validation (to choose)",
+                "test": "Test (to report)",
+            }
+            split = choice(
                 "Images",
-                ["val", "test"],
-                default="val",
-                required=True,
-                format_func={"val": "Validation (to choose)", "test": "Test (to report)"}.get,
-                key="split",
-                bind="query-params",
-                help="Choose settings on the validation split; look at the test split once, at "
-                "the end.",
+                splits,
+                "split",
+                "Choose settings on the validation split; look at the test split once, at the end.",
             )
             result(view, recipe, other, split)
         else:
@@ -205,9 +208,15 @@ def lab() -> None:
         st.code(recipe.to_yaml(), language="yaml")
         session = resources.session(view)
         name = f"{view.name}_{recipe.method}"
+        size = view.suite.expert(view.tasks[0]).nbytes
         buttons = st.columns(3)
         buttons[0].download_button(
             "Merged checkpoint",
+            disabled=size > DOWNLOAD_BYTES,
+            help=None
+            if size <= DOWNLOAD_BYTES
+            else f"This model has {size / 1e9:.1f} GB, too much for the browser: take the recipe "
+            "and merge on the command line, which streams.",
             data=lambda: merged_bytes(recipe, session.groups, view.suite),
             file_name=f"{name}.safetensors",
             mime="application/octet-stream",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
+from dataclasses import asdict
 
 import numpy as np
 import pandas as pd
@@ -15,12 +16,13 @@ from analysis.figures import accuracy as figures
 from analysis.first_result import first_recipes, first_result, knows_first_result
 from analysis.inputs import load_inputs
 from merge_core.methods import get_method
+from merge_core.preflight import preflight
 from merge_core.recipe import Recipe
 from merge_core.suite import BUNDLED
 from ui import charts, resources, shell
-from ui.parameters import share_label
 from ui.progress import run_job
 from ui.resources import View
+from ui.widgets import share_label
 
 shell.enter()
 
@@ -139,6 +141,22 @@ def card_section(view: View) -> None:
         help="Decomposed by spectral methods; everything else is averaged.",
     )
     cards[3].metric("Base", "yes" if suite.base is not None else "none", border=True)
+    report = preflight(suite, view.tasks)
+    for difference in report.blocking:
+        st.warning(
+            f"**{difference.member}**, `{difference.parameter}`: {difference.kind}, "
+            f"{difference.detail}. These experts cannot be merged."
+        )
+    with st.expander("Pre-flight: what a merge will do and take", icon=":material/checklist:"):
+        st.markdown(
+            f"A streamed merge takes about {report.memory_bytes / 1e6:,.0f} MB of memory and "
+            f"{report.disk_bytes / 1e6:,.1f} MB on disk. Spectral methods decompose the matrices "
+            "of attention and MLP and average everything else."
+        )
+        plan = pd.DataFrame([asdict(row) for row in report.plan])
+        st.dataframe(plan, hide_index=True)
+        if report.differences:
+            st.dataframe(pd.DataFrame([asdict(d) for d in report.differences]), hide_index=True)
 
 
 def tasks_section(view: View) -> None:

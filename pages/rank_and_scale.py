@@ -17,9 +17,9 @@ from analysis.sweep import (
 from merge_core.methods import get_method
 from merge_core.recipe import make_recipe
 from ui import charts, resources, shell
-from ui.parameters import share_label
 from ui.progress import run_job
 from ui.resources import View
+from ui.widgets import choice, share_label
 
 shell.enter()
 
@@ -84,15 +84,11 @@ def section(frame: pd.DataFrame, view: View) -> None:
     experts = expert_accuracy(view.key, view.tasks, view)
     method = CENTRED
     if view.suite.base is not None:
-        method = st.segmented_control(
+        method = choice(
             "Low-rank task vectors",
-            [CENTRED, ORIGINAL],
-            default=CENTRED,
-            required=True,
-            format_func={CENTRED: "Centred (CART)", ORIGINAL: "Original (about the base)"}.get,
-            key="vectors",
-            bind="query-params",
-            help="Centred vectors are added to the average, original ones to the base.",
+            {CENTRED: "Centred (CART)", ORIGINAL: "Original (about the base)"},
+            "vectors",
+            "Centred vectors are added to the average, original ones to the base.",
         )
     mean = mean_over_tasks(frame)
     mine = mean[mean["method"] == method]

@@ -6,11 +6,11 @@ import pandas as pd
 import streamlit as st
 
 from analysis.figures import spectra as figures
-from analysis.spectra import cuts, parts_of, spectral_summary, spectrum
+from analysis.spectra import Part, cuts, parts_of, spectral_summary, spectrum
 from merge_core.task_vectors import Groups, Origin
 from ui import charts, resources, shell
-from ui.parameters import SHARES, share_label
 from ui.resources import View
+from ui.widgets import choice, share_label, share_slider
 
 shell.enter()
 
@@ -33,7 +33,7 @@ QUANTITIES = {
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def spectrum_frames(
-    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, part: str, _view: View
+    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, part: Part, _view: View
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spectrum and cuts of one layer."""
     group = resources.group(_view)
@@ -65,53 +65,39 @@ def layer_section() -> None:
     view = shell.view()
     left, middle, right = st.columns([2, 2, 3])
     with left:
-        options = list(ORIGINS) if view.suite.base is not None else ["average"]
-        choice = st.segmented_control(
+        which = choice(
             "Task vectors",
-            options,
-            default=options[0],
-            required=True,
-            format_func=ORIGIN_LABELS.get,
-            key="origin",
-            bind="query-params",
-            help="Centred: about the average of the chosen experts (CART). "
+            ORIGIN_LABELS if view.suite.base is not None else {"average": "Centred"},
+            "origin",
+            "Centred: about the average of the chosen experts (CART). "
             "Original: about the base they were fine-tuned from.",
         )
     with middle:
         parts = parts_of(resources.group(view))
-        part = (
-            st.segmented_control(
+        part: Part = parts[0]
+        if len(parts) > 1:
+            part = choice(
                 "Part of the fused matrix",
-                parts,
-                default=parts[0],
-                required=True,
-                key="part",
-                bind="query-params",
-                help="Query, key and value share one fused matrix; CART decomposes it whole.",
+                {name: name for name in parts},
+                "part",
+                "Query, key and value share one fused matrix; CART decomposes it whole.",
             )
-            if len(parts) > 1
-            else parts[0]
-        )
     with right:
-        share = st.select_slider(
+        share = share_slider(
             "Rank to mark (share of directions)",
-            SHARES,
-            value=0.08,
-            format_func=share_label,
-            key="share",
-            bind="query-params",
-            help="Draws the rank at which a merge would cut. CART's paper uses 8 %.",
+            "share",
+            "Draws the rank at which a merge would cut. CART's paper uses 8 %.",
         )
     frames = [
         spectrum_frames(view.key, view.tasks, view.layer, origin, part, view)
-        for origin in ORIGINS[choice]
+        for origin in ORIGINS[which]
     ]
     drawn = pd.concat([frame for frame, _ in frames], ignore_index=True)
     lines = frames[0][1]
     kept = drawn[drawn["share"] <= share + 1e-9].groupby(["origin", "task"])["energy"].max()
     cards = st.columns(4)
     labels = {"average": "centred", "base": "original"}
-    for card, origin in zip(cards, ORIGINS[choice], strict=False):
+    for card, origin in zip(cards, ORIGINS[which], strict=False):
         card.metric(
             f"Energy kept, {labels[origin]}",
             f"{kept[origin].mean():.1%}" if origin in kept.index.get_level_values(0) else "0 %",
@@ -121,13 +107,13 @@ def layer_section() -> None:
         "Gavish-Donoho rank",
         f"{lines['gavish_donoho_rank'].mean():.0f}",
         help="Directions above the optimal hard threshold if the rest were white noise "
-        f"({labels[ORIGINS[choice][0]]}, mean over tasks).",
+        f"({labels[ORIGINS[which][0]]}, mean over tasks).",
     )
     cards[3].metric(
         "Rank above the noise edge",
         f"{lines['noise_rank'].mean():.0f}",
         help="Directions above the Marchenko-Pastur edge, the noise estimated from the median "
-        f"({labels[ORIGINS[choice][0]]}, mean over tasks).",
+        f"({labels[ORIGINS[which][0]]}, mean over tasks).",
     )
     scree, energy = st.columns(2)
     with scree:
@@ -167,21 +153,15 @@ def map_section() -> None:
     st.subheader("Where in the network is a task's change concentrated?", anchor=False)
     left, right = st.columns([2, 3])
     with left:
-        options = ["average", "base"] if view.suite.base is not None else ["average"]
-        origin = st.segmented_control(
-            "Task vectors of the map",
-            options,
-            default=options[0],
-            required=True,
-            format_func=ORIGIN_LABELS.get,
-            key="map_origin",
-            bind="query-params",
-        )
+        labels: dict[Origin, str] = {"average": "Centred"}
+        if view.suite.base is not None:
+            labels["base"] = "Original"
+        origin = choice("Task vectors of the map", labels, "map_origin")
     with right:
         quantity = st.selectbox(
             "Quantity",
             list(QUANTITIES),
-            format_func=QUANTITIES.get,
+            format_func=QUANTITIES.__getitem__,
             key="quantity",
             bind="query-params",
             help="Ranks count directions: stable rank ‖A‖²_F/σ₁², effective rank the exponential "

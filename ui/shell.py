@@ -18,9 +18,9 @@ import streamlit as st
 from merge_core.errors import MergeScopeError
 from merge_core.recipe import Recipe
 from ui import resources
-from ui.parameters import share_label
 from ui.resources import View
 from ui.suites import offered
+from ui.widgets import share_label
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNING = "_shell_is_running"

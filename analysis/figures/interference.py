@@ -21,7 +21,6 @@ from analysis.figures.style import (
     mark_share,
     percent,
     share_axis,
-    thinned,
 )
 
 # Column of a frame: its label with unit.
@@ -143,6 +142,15 @@ def over_rank(
     return figure
 
 
+def _apart(x: np.ndarray, y: np.ndarray, gap: float = 0.15) -> set[int]:
+    """Places along a curve, drawn in the unit square, whose labels do not cover each other."""
+    chosen: list[int] = []
+    for i in range(len(x)):
+        if all(np.hypot(x[i] - x[j], y[i] - y[j]) >= gap for j in chosen):
+            chosen.append(i)
+    return set(chosen)
+
+
 def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None = None) -> go.Figure:
     """Interference against reconstruction error, the rank along the curve.
 
@@ -162,7 +170,7 @@ def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None =
         y = part["interference_normalised"].to_numpy()
         shares = part["share"].to_numpy()
         ranks = [f"k={k}" for k in part["k"]] if "k" in part else [percent(s) for s in shares]
-        labelled = set(thinned(len(part), 5).tolist())
+        labelled = _apart(x / max(float(x.max()), 1e-12), y / max(float(y.max()), 1e-12))
         head, data = _hover_head(parameter, origin, part)
         hover = f"{head}lost: %{{x:.4%}} of the energy<br>interference: %{{y:.6g}}<extra></extra>"
         style = {"color": ORIGIN_COLOURS[origin], "dash": ORIGIN_DASHES[origin], "width": 2}

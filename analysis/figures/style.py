@@ -106,10 +106,11 @@ def layout(
             "yref": "container",
             "y": 1,
             "yanchor": "top",
-            "pad": {"t": 8, "l": 8},
+            # Plotly hangs a title by its last line but one: room for those above it.
+            "pad": {"t": 8 + 12 * (len(lines) - 1), "l": 8},
         },
         height=height,
-        margin={"l": 8, "r": 12, "t": 16 + 20 * len(lines), "b": 8},
+        margin={"l": 8, "r": 12, "t": 16 + 22 * len(lines), "b": 8},
         paper_bgcolor=TRANSPARENT,
         plot_bgcolor=TRANSPARENT,
         hovermode="closest",
@@ -131,6 +132,8 @@ def layout(
 
 def mark_share(figure: go.Figure, share: float) -> None:
     """A dotted vertical line at the chosen share of directions, on a linear or log x axis."""
+    if figure.layout.margin.t is not None:
+        figure.layout.margin.t += 12  # the label stands between the title and the plot
     figure.add_vline(x=share, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
     # Annotations of log axes are placed in powers of ten, shapes are not.
     logarithmic = figure.layout.xaxis.type == "log"

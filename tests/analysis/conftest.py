@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from tiny_suite import FC, QKV, TASKS, random_states, write_suite
+from tests.analysis.tiny_suite import FC, QKV, TASKS, random_states, write_suite
 
 from merge_core.factors import FactorStore
 from merge_core.suite import Suite

@@ -10,10 +10,13 @@ from analysis import sweep as sweep_module
 from analysis.evaluation import Evaluator
 from analysis.first_result import first_recipes, first_result, knows_first_result, suggested
 from analysis.sweep import best_point, grid, mean_over_tasks, sweep
+from data.precompute import precompute
 from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled
 from merge_core.factors import FactorStore
+from merge_core.methods import methods
 from merge_core.progress import Progress
+from merge_core.recipe import make_recipe
 from merge_core.suite import Suite, load_suite
 from tests.evaluable import CLASSES, IMAGES, TASKS, edit_arrays, edit_document, evaluable
 
@@ -146,3 +149,32 @@ def test_cancel(suite: Suite) -> None:
     with pytest.raises(Cancelled):
         first_result(first_recipes(".", session, evaluator), session, evaluator, progress=progress)
     assert evaluator.forward_images == 3 * IMAGES  # the base, and nothing after it
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+def test_a_shipped_store_makes_the_first_views_free(suite: Suite, with_base: bool) -> None:
+    if not with_base:
+        suite = edit_document(suite.root, base=None)
+    target = precompute(str(suite.path))
+    assert target == suite.root / "predictions.sqlite"
+    assert {path.name for path in suite.root.iterdir() if path.is_dir()} == {
+        "experts",
+        "heads",
+        "inputs",
+    }
+    loaded = load_suite(suite.path)
+    session, evaluator = sessions(loaded)
+    recipes = first_recipes(str(suite.path), session, evaluator)
+    assert all(chosen for _, chosen in recipes.values())
+    assert knows_first_result(recipes, session, evaluator)
+    first_result(recipes, session, evaluator)
+    for name, method in methods().items():
+        if with_base or not method.needs_base:
+            evaluator.recipe(make_recipe({"suite": ".", "method": name}), session)
+    evaluator.experts(TASKS)
+    assert evaluator.forward_images == 0
+    # Of the test split only what was chosen on validation is there.
+    other = make_recipe({"suite": ".", "method": "cart", "parameters": {"rank": 5}})
+    assert not evaluator.knows(other, session)
+    points = [r for r in grid("cart", ".", TASKS) if evaluator.knows(r, session, "test")]
+    assert points == [recipes["CART"][0].model_copy(update={"suite": "."})]

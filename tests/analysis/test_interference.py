@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
-from tiny_suite import BIAS, FC, MATRICES, QKV, SHAPES, TASKS, task_vectors, write_suite
+from tests.analysis.tiny_suite import BIAS, FC, MATRICES, QKV, SHAPES, TASKS, task_vectors, write_suite
 
 from analysis.interference import (
     cosine_similarity,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_suite import BIAS, CONV, MATRICES, QKV, TASKS, task_vectors, write_suite
+from tests.analysis.tiny_suite import BIAS, CONV, MATRICES, QKV, TASKS, task_vectors, write_suite
 
 from analysis.noise import gavish_donoho_cut, noise_edge
 from analysis.spectra import (

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from tiny_suite import MATRICES, TASKS
+from tests.analysis.tiny_suite import MATRICES, TASKS
 
 from analysis.figures import interference as interference_figures
 from analysis.figures import spectra as spectra_figures

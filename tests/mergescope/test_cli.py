@@ -254,3 +254,20 @@ def test_without_arguments_it_helps(monkeypatch: pytest.MonkeyPatch, capsys: Any
     captured = capsys.readouterr()
     assert "Commands:" in captured.out
     assert captured.err == ""
+
+
+def test_a_terminal_sees_how_far_it_is(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    assert call(monkeypatch, "merge", write_recipe(folder), "-o", tmp_path / "out") == 0
+    lines = capsys.readouterr().err.split("\r\x1b[2K")[1:]
+    count = len(load_file(tmp_path / "out" / "model.safetensors"))
+    assert len(lines) == count + 1
+    assert lines[0].startswith(f"merging [{'.' * 24}] 0/{count} ")
+    assert lines[-1] == f"merging [{'#' * 24}] {count}/{count} merged\n"
+
+
+def test_sizes_in_words() -> None:
+    sizes = {999: "999 B", 1500: "1.5 KB", 25_000_000: "25 MB", 3_210_000_000: "3.21 GB"}
+    assert {size: cli._size(size) for size in sizes} == sizes

@@ -1,0 +1,1 @@
+"""Speed and memory, measured; ratios are taken within one run."""

@@ -1,0 +1,108 @@
+"""Widgets whose values stand in the link, and those made from a method's declaration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, TypeVar
+
+import streamlit as st
+
+from merge_core.methods.declaration import Method, ParameterSpec
+
+# Shares of min(m, n) that a slider offers: finer where the published ranks lie.
+SHARES = (
+    0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.5, 0.6,
+    0.7, 0.8, 0.9, 1.0,
+)  # fmt: skip
+RANK_UNITS = {"share": "Share of directions", "count": "Number of directions"}
+Value = TypeVar("Value")
+
+
+def share_label(share: float) -> str:
+    """A share of directions in words, such as ``8 %``."""
+    return f"{share:.1%}".replace(".0%", "%").replace("%", " %")
+
+
+def choice(label: str, options: Mapping[Value, str], key: str, help: str | None = None) -> Value:
+    """One of a few options side by side; the first is the default.
+
+    Args:
+        label: above the control.
+        options: value to what is written on it.
+        key: name in the link.
+        help: tooltip.
+    """
+    values = list(options)
+    chosen: Value = st.segmented_control(
+        label,
+        values,
+        default=values[0],
+        required=True,
+        format_func=options.__getitem__,
+        key=key,
+        bind="query-params",
+        help=help,
+    )
+    return chosen
+
+
+def share_slider(label: str, key: str, help: str, default: float = 0.08) -> float:
+    """A rank as a share of min(m, n)."""
+    return float(
+        st.select_slider(
+            label,
+            SHARES,
+            value=default,
+            format_func=share_label,
+            key=key,
+            bind="query-params",
+            help=help,
+        )
+    )
+
+
+def controls(method: Method) -> dict[str, Any]:
+    """One widget per declared parameter, named in the link as in recipes.
+
+    Returns:
+        Values by parameter name, ready for a recipe.
+    """
+    return {spec.name: _widget(spec) for spec in method.specs}
+
+
+def _widget(spec: ParameterSpec) -> Any:
+    help = spec.help + (f" Typical: {spec.typical}." if spec.typical else "")
+    label = spec.name.replace("_", " ").capitalize()
+    if spec.kind == "rank":
+        return _rank(spec, label, help)
+    if spec.kind == "choice":
+        ordered = sorted(spec.choices, key=lambda option: option != spec.default)
+        return choice(label, {option: option for option in ordered}, spec.name, help)
+    span = spec.high - spec.low
+    return st.slider(
+        label,
+        spec.low,
+        spec.high,
+        float(spec.default),
+        step=0.05 if span > 1 else 0.01,
+        key=spec.name,
+        bind="query-params",
+        help=help,
+    )
+
+
+def _rank(spec: ParameterSpec, label: str, help: str) -> float | int:
+    """A rank as a share (a float) or as a number of directions (an integer)."""
+    if choice(f"{label} given as", RANK_UNITS, f"{spec.name}_unit") == "share":
+        return share_slider(f"{label} (share of directions)", spec.name, help, spec.default)
+    return int(
+        st.number_input(
+            f"{label} (directions)",
+            min_value=1,
+            value=16,
+            step=1,
+            key=f"{spec.name}_count",
+            bind="query-params",
+            help=f"{help} Matrices with fewer directions keep all of theirs.",
+        )
+    )
