@@ -20,7 +20,7 @@ from analysis.inputs import Head, Split, load_head, load_inputs, normalised
 from analysis.model import Backbone
 from analysis.predictions import SHIPPED_NAME, PredictionStore, prediction_key
 from merge_core.checkpoint import Checkpoint
-from merge_core.engine import MergeSession
+from merge_core.engine import MergeSession, written_dtype
 from merge_core.errors import SuiteError
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
@@ -238,7 +238,7 @@ class Evaluator:
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
-        """Accuracy of a merge on its tasks (see :func:`accuracy_frame`).
+        """Accuracy of a merge on its tasks, as it would be written (see :func:`accuracy_frame`).
 
         Raises:
             MergeScopeError: unfit inputs.
@@ -246,7 +246,7 @@ class Evaluator:
         """
         progress = progress or Progress()
         tasks = session.groups.tasks
-        weights = cache(lambda: session.merge(recipe))
+        weights = cache(lambda: _as_written(recipe, session))
         digest = recipe.digest(self.suite)
         hits = {}
         for done, task in enumerate(tasks):
@@ -270,3 +270,12 @@ class Evaluator:
         if task not in self._digests:
             self._digests[task] = self.suite.data_digest(task)
         return self._digests[task]
+
+
+def _as_written(recipe: Recipe, session: MergeSession) -> dict[str, Tensor]:
+    """The merged weights, rounded to the dtypes that a file of them would have."""
+    stored = {group.name: group.info.dtype for group in session.groups}
+    return {
+        name: value.to(written_dtype(recipe, stored[name]))
+        for name, value in session.merge(recipe).items()
+    }

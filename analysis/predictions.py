@@ -10,7 +10,7 @@ from __future__ import annotations
 import sqlite3
 import threading
 import zlib
-from contextlib import closing
+from contextlib import closing, suppress
 from pathlib import Path
 
 import numpy as np
@@ -68,16 +68,22 @@ class PredictionStore:
     def put(self, key: str, labels: np.ndarray) -> None:
         """Keep predicted classes (integers below 32768, N)."""
         blob = zlib.compress(labels.astype(np.int16).tobytes(), level=9)
-        try:
-            with self._lock:
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                with closing(sqlite3.connect(self.path, timeout=5)) as connection, connection:
-                    connection.execute(SCHEMA)
-                    connection.execute(
-                        "INSERT OR REPLACE INTO predictions VALUES (?, ?)", (key, blob)
-                    )
-        except (sqlite3.Error, OSError):
-            return
+        with self._lock:
+            try:
+                self._write(key, blob)
+            except sqlite3.OperationalError:
+                return  # read-only, full or locked
+            except (sqlite3.DatabaseError, OSError):
+                # Damaged beyond use: start afresh rather than compute everything for ever.
+                with suppress(sqlite3.Error, OSError):
+                    self.path.unlink(missing_ok=True)
+                    self._write(key, blob)
+
+    def _write(self, key: str, blob: bytes) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with closing(sqlite3.connect(self.path, timeout=5)) as connection, connection:
+            connection.execute(SCHEMA)
+            connection.execute("INSERT OR REPLACE INTO predictions VALUES (?, ?)", (key, blob))
 
 
 def _rows(path: Path, query: str, arguments: tuple[str, ...] = ()) -> dict[str, bytes]:

@@ -48,6 +48,19 @@ def check_base(suite: Suite, method: Method) -> None:
         )
 
 
+def written_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
+    """The dtype in which a parameter of the output is written.
+
+    Args:
+        recipe: whose `dtype` asks for one, or keeps the input's.
+        stored: the dtype of the experts' parameter; integers stay as they are.
+    """
+    if recipe.dtype == "input" or not stored.is_floating_point:
+        return stored
+    chosen: torch.dtype = getattr(torch, recipe.dtype)
+    return chosen
+
+
 def merged_tensors(
     recipe: Recipe, groups: Groups, progress: Progress | None = None
 ) -> Iterator[tuple[str, Tensor]]:

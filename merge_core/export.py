@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_core.checkpoint import SAFETENSORS_DTYPES
-from merge_core.engine import check_base, check_fits, merged_tensors
+from merge_core.engine import check_base, check_fits, merged_tensors, written_dtype
 from merge_core.errors import OutputError
 from merge_core.factors import FactorStore
 from merge_core.files import folder_written_whole
@@ -94,13 +94,8 @@ def write_tensor(stream: BinaryIO, tensor: Tensor, planned: Planned) -> None:
 
 def output_plan(recipe: Recipe, groups: Groups) -> list[Planned]:
     """Name, shape and dtype of each tensor of the output."""
-    chosen = None if recipe.dtype == "input" else getattr(torch, recipe.dtype)
     return [
-        Planned(
-            group.name,
-            group.info.shape,
-            chosen if chosen is not None and group.info.is_floating else group.info.dtype,
-        )
+        Planned(group.name, group.info.shape, written_dtype(recipe, group.info.dtype))
         for group in groups
     ]
 

@@ -140,7 +140,8 @@ def inspect(
         )
     if report.blocking:
         raise MergeScopeError(
-            f"{len(report.blocking)} differences make a merge impossible (see the table above)."
+            f"A merge is impossible; differences that prevent it: {len(report.blocking)} "
+            "(see the table above)."
         )
 
 
@@ -222,7 +223,7 @@ def evaluate(
     with suppress(yaml.YAMLError, ValueError, RecursionError, OSError, RuntimeError):
         path = path.expanduser()
         document = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
-    is_recipe = isinstance(document, dict) and "method" in document
+    is_recipe = isinstance(document, dict) and "experts" not in document
     if is_recipe:
         recipe, suite = load_recipe(path)
         recipes = {recipe.declaration.title: recipe}

@@ -32,6 +32,8 @@ def offered() -> dict[str, Path]:
     suites = {BUNDLED: BUNDLED_PATH}
     for text in filter(None, os.environ.get(VARIABLE, "").split(os.pathsep)):
         path = Path(text)
+        if path == BUNDLED_PATH:
+            continue
         stem = path.parent.name if path.name == "suite.yaml" else path.stem
         name, number = stem, 2
         while name in suites:

@@ -53,9 +53,7 @@ def short_name(parameter: str) -> str:
     split = numbers[-1] + 1 if numbers else 0
     place = [word for word in words[:split] if word not in _CONTAINERS]
     rest = words[split:]
-    if not rest:  # a weight right under its block's number
-        return ".".join(words)
-    while not split and len(rest) > 1 and rest[0] in _CONTAINERS:
+    while not split and len(rest) > 1 and rest[0] in _CONTAINERS and not rest[1].isdigit():
         rest = rest[1:]
     short = " ".join(part for part in (".".join(place), ".".join(rest)) if part)
     return short or parameter

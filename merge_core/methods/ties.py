@@ -103,11 +103,7 @@ def merge(group: ParameterGroup, parameters: TiesParameters, state: Tensor | Non
     if state is None:
         flat = magnitude.reshape(len(tau), group.info.numel)
         keep = kept_count(parameters.density, flat.shape[1])
-        limit = (
-            flat.topk(keep, dim=1).values[:, -1]
-            if keep
-            else torch.full((len(tau),), torch.inf)
-        )
+        limit = flat.topk(keep, dim=1).values[:, -1] if keep else torch.full((len(tau),), torch.inf)
     else:
         limit = state
     limit = limit.reshape(-1, *[1] * (tau.ndim - 1))

@@ -16,6 +16,7 @@ from analysis.predictions import PredictionStore
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled, CheckpointError, SuiteError
+from merge_core.export import merge_to_folder
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, make_recipe
@@ -28,6 +29,7 @@ from tests.evaluable import (
     edit_document,
     evaluable,
     state_of,
+    write_evaluable,
 )
 
 
@@ -200,11 +202,12 @@ class TestForwardPasses:
         expected = Evaluator(suite).experts(suite.tasks)
         (tmp_path / "damaged.sqlite").write_bytes(b"damaged" * 999)
         (tmp_path / "file").touch()
-        for path in (tmp_path / "damaged.sqlite", tmp_path / "file" / "p.sqlite"):
+        # A damaged file is replaced, so its second evaluation is known; no folder, never known.
+        for path, runs in ((tmp_path / "damaged.sqlite", 1), (tmp_path / "file" / "p.sqlite", 2)):
             evaluator = Evaluator(suite, PredictionStore(path))
-            for times in (1, 2):
+            for _ in range(2):
                 pd.testing.assert_frame_equal(evaluator.experts(suite.tasks), expected)
-                assert evaluator.forward_images == times * 3 * IMAGES
+            assert evaluator.forward_images == runs * 3 * IMAGES
 
     def test_the_shipped_store_of_the_suite_is_used(self, suite: Suite, tmp_path: Path) -> None:
         store = PredictionStore(suite.root / "predictions.sqlite")
@@ -267,3 +270,19 @@ class TestRefusals:
             SuiteError, match=rf"head of task 'digits' \({classes} classes of width {width}\)"
         ):
             Evaluator(suite).experts(["digits"])
+
+
+def test_what_is_evaluated_is_what_would_be_written(tmp_path: Path) -> None:
+    """A merge written in float16 is judged by its float16 weights, not by what was rounded."""
+    suite = load_suite(write_evaluable(tmp_path / "suite"))
+    recipe = make_recipe({"suite": str(suite.path), "method": "average", "dtype": "float16"})
+    session = MergeSession(suite, None, FactorStore(tmp_path / "factors"))
+    folder = merge_to_folder(recipe, suite, tmp_path / "merged")
+    written = Checkpoint(folder)
+    state = {name: written.tensor(name) for name in written}
+    assert {value.dtype for value in state.values()} == {torch.float16}
+    shown = Evaluator(suite, PredictionStore(tmp_path / "p.sqlite")).recipe(recipe, session)
+    for task in suite.tasks:
+        predicted, labels = by_hand(state, tmp_path / "suite", task, "val")
+        row = shown[shown["task"] == task].iloc[0]
+        assert row["correct"] == (predicted == labels).sum()

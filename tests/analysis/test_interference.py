@@ -12,7 +12,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.linalg import subspace_angles
-from tests.analysis.tiny_suite import BIAS, FC, MATRICES, QKV, SHAPES, TASKS, task_vectors, write_suite
 
 from analysis.interference import (
     cosine_similarity,
@@ -30,6 +29,16 @@ from merge_core.linalg import Factors, decompose
 from merge_core.progress import Progress
 from merge_core.suite import Suite
 from merge_core.task_vectors import Groups, ParameterGroup
+from tests.analysis.tiny_suite import (
+    BIAS,
+    FC,
+    MATRICES,
+    QKV,
+    SHAPES,
+    TASKS,
+    task_vectors,
+    write_suite,
+)
 
 ALGEBRA = settings(max_examples=25, deadline=None)
 SEEDS = st.integers(0, 10**6)

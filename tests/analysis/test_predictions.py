@@ -134,3 +134,12 @@ def test_threads_write_at_the_same_time(tmp_path: Path) -> None:
         got = PredictionStore(path).get(f"{worker}-{i}")
         assert got is not None
         assert got.tolist() == [worker, i]
+
+
+def test_a_damaged_store_is_replaced_by_a_new_one(tmp_path: Path) -> None:
+    path = tmp_path / "predictions.sqlite"
+    path.write_bytes(b"this is no database, and long enough to be read as one" * 100)
+    store = PredictionStore(path)
+    assert store.get("key") is None
+    store.put("key", np.array([1, 2, 3]))
+    assert PredictionStore(path).get("key").tolist() == [1, 2, 3]

@@ -10,7 +10,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.analysis.tiny_suite import BIAS, CONV, MATRICES, QKV, TASKS, task_vectors, write_suite
 
 from analysis.noise import gavish_donoho_cut, noise_edge
 from analysis.spectra import (
@@ -29,6 +28,7 @@ from merge_core.factors import FactorStore
 from merge_core.progress import Progress
 from merge_core.suite import Suite
 from merge_core.task_vectors import Groups, ParameterGroup
+from tests.analysis.tiny_suite import BIAS, CONV, MATRICES, QKV, TASKS, task_vectors, write_suite
 
 SPECTRA = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30).map(
     lambda values: np.sort(values)[::-1]

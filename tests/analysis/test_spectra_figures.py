@@ -8,7 +8,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
-from tests.analysis.tiny_suite import MATRICES, TASKS
 
 from analysis.figures import interference as interference_figures
 from analysis.figures import spectra as spectra_figures
@@ -21,6 +20,7 @@ from analysis.interference import (
 )
 from analysis.spectra import cuts, spectral_summary, spectrum
 from merge_core.task_vectors import Groups, ParameterGroup
+from tests.analysis.tiny_suite import MATRICES, TASKS
 
 ORIGINS = ("average", "base")
 SHARES = (0.1, 0.25, 0.5, 1.0)

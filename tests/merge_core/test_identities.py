@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.merge_core.float64_reference import assert_same, average, merge, states
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_core.methods import get_method, methods
 from merge_core.suite import Suite
+from tests.merge_core.float64_reference import assert_same, average, merge, states
 
 Make = Callable[..., Suite]
 States = Callable[..., tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]]

@@ -10,6 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from merge_core.methods import get_method, methods
+from merge_core.suite import Suite
 from tests.merge_core.float64_reference import (
     assert_same,
     average,
@@ -22,11 +27,6 @@ from tests.merge_core.float64_reference import (
     ties,
     tsv_m,
 )
-from hypothesis import given
-from hypothesis import strategies as st
-
-from merge_core.methods import get_method, methods
-from merge_core.suite import Suite
 
 Make = Callable[..., Suite]
 States = Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor]]]

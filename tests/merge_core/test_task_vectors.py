@@ -15,13 +15,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tests.merge_core.float64_reference import svd_k
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, SuiteError
 from merge_core.factors import FactorStore
 from merge_core.suite import Suite
 from merge_core.task_vectors import Groups, ParameterGroup
+from tests.merge_core.float64_reference import svd_k
 
 Make = Callable[..., Suite]
 

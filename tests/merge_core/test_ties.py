@@ -7,7 +7,6 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tests.merge_core.float64_reference import assert_same, merge, states, ties_limits
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,6 +16,7 @@ from merge_core.methods.ties import TiesParameters, kept_count, thresholds
 from merge_core.progress import Progress
 from merge_core.suite import Suite
 from merge_core.task_vectors import Groups
+from tests.merge_core.float64_reference import assert_same, merge, states, ties_limits
 
 Make = Callable[..., Suite]
 

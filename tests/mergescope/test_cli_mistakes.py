@@ -123,7 +123,7 @@ def test_inspect_shows_differences_and_fails(
     captured = capsys.readouterr()
     assert caught.value.code == 2
     assert captured.err == (
-        "mergescope: 1 differences make a merge impossible (see the table above).\n"
+        "mergescope: A merge is impossible; differences that prevent it: 1 (see the table above).\n"
     )
     (row,) = [line for line in captured.out.splitlines() if "norm.weight" in line]
     assert "shapes" in row
