@@ -27,7 +27,7 @@ from analysis.figures.style import (
 VALUES = {
     "cosine": "Cosine (−1 to 1)",
     "interference": "Interference I(k) (sum over pairs)",
-    "interference_normalised": "Mean interference of a pair, I(k) / T(T−1) (0 to 1)",
+    "interference_normalised": "Mean interference of a pair (0 to 1)",
     "reconstruction": "Reconstruction error R(k) (squared weight units)",
     "reconstruction_share": "Reconstruction error, share of Σσ² lost (0 to 1)",
     "update_norm": "Norm of the update ‖Σ SVD<sub>k</sub>‖<sub>F</sub> (weight units)",
@@ -180,7 +180,7 @@ def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None =
             customdata=data,
             mode="lines+markers+text",
             text=[rank if i in labelled else "" for i, rank in enumerate(ranks)],
-            textposition="top right" if origin == "average" else "bottom left",
+            textposition="top right" if origin == "average" else "bottom right",
             textfont={"size": 11},
             cliponaxis=False,
             name=ORIGIN_NAMES[origin],
@@ -212,7 +212,7 @@ def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None =
     layout(
         figure,
         title,
-        x="Reconstruction error R(k) / Σσ² (% of energy lost)",
+        x="Energy lost, R(k) / Σσ² (%)",
         y=VALUES["interference_normalised"],
     )
     figure.update_xaxes(tickformat=".0%")

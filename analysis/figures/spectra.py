@@ -36,6 +36,9 @@ SUMMARY_VALUES: dict[str, tuple[str, str, str]] = {
     "noise_rank": ("Rank above the noise edge", "directions", ".0f"),
 }
 
+_BOUND_DASHES = {"average": "dot", "base": "dashdot"}
+_SHORT_ORIGINS = {"average": "centred", "base": "original"}
+
 # Words that name a container of layers, not a layer.
 _CONTAINERS = frozenset(
     {"model", "module", "visual", "vision_model", "text_model", "transformer", "encoder"}
@@ -93,7 +96,13 @@ def scree(frame: pd.DataFrame, cuts: pd.DataFrame | None = None, title: str = ""
         )
     if len(origins) > 1:
         _explain_dashes(figure, origins)
-    layout(figure, title, x="Direction i (count)", y="Singular value σ<sub>i</sub> (weight units)")
+    layout(
+        figure,
+        title,
+        x="Direction i (count)",
+        y="Singular value σ<sub>i</sub> (weight units)",
+        height=480,
+    )
     figure.update_yaxes(type="log", exponentformat="power", dtick=1)
     if cuts is not None:
         _draw_cuts(figure, cuts, last=int(frame["index"].max()))
@@ -131,35 +140,30 @@ def _explain_dashes(figure: go.Figure, origins: Sequence[str]) -> None:
 
 
 def _draw_cuts(figure: go.Figure, cuts: pd.DataFrame, last: int) -> None:
-    """Dotted lines with a label at one end, one end for each origin."""
+    """Thin lines of both bounds: labels at the right end, origins told apart in the legend."""
     bounds = (
-        ("noise_edge", "noise_rank", "noise edge", "bottom"),
-        ("gavish_donoho", "gavish_donoho_rank", "Gavish-Donoho", "top"),
+        ("noise_edge", "noise_rank", "noise edge", "bottom left"),
+        ("gavish_donoho", "gavish_donoho_rank", "Gavish-Donoho", "top left"),
     )
-    origins = list(dict.fromkeys(cuts["origin"]))
-    for place, origin in enumerate(origins):
-        part = cuts[cuts["origin"] == origin]
-        tasks = part["task"].nunique()
-        note = ("" if tasks == 1 else ", mean over tasks") + (
-            "" if len(origins) == 1 else (", centred" if origin == "average" else ", original")
-        )
-        for column, rank, name, side in bounds:
-            height = float(part[column].mean())
-            if not height > 0:
-                continue
-            label = f"{name}{note}"
+    means = cuts.groupby("origin", sort=False)[[c for column in bounds for c in column[:2]]].mean()
+    note = "" if len(set(cuts["task"])) == 1 else ", mean over tasks"
+    for column, rank, name, side in bounds:
+        # One label a bound: above the higher line, or below the lower one.
+        labelled = means[column].idxmax() if side == "top left" else means[column].idxmin()
+        for origin, mean in means[means[column] > 0].iterrows():
             figure.add_scatter(
                 x=np.array([1.0, last]),
-                y=np.array([height, height]),
+                y=np.array([mean[column], mean[column]]),
                 mode="lines+text",
-                text=["", label] if place == 0 else [label, ""],
-                textposition=f"{side} left" if place == 0 else f"{side} right",
+                text=["", f"{name}{note}"] if origin == labelled else ["", ""],
+                textposition=side,
                 textfont={"size": 11},
-                line={"color": REFERENCE, "dash": "dot", "width": 1},
-                name=label,
-                showlegend=False,
-                hovertemplate=f"{label}: σ = %{{y:.6g}}<br>"
-                f"{part[rank].mean():.3g} directions above it<extra></extra>",
+                line={"color": REFERENCE, "dash": _BOUND_DASHES[str(origin)], "width": 1},
+                name=f"noise bounds, {_SHORT_ORIGINS[str(origin)]}",
+                legendgroup=f"bounds {origin}",
+                showlegend=len(means) > 1 and column == "noise_edge",
+                hovertemplate=f"{name}, {ORIGIN_NAMES[str(origin)]}{note}<br>σ = %{{y:.6g}}<br>"
+                f"{mean[rank]:.3g} directions above it<extra></extra>",
             )
 
 
@@ -194,14 +198,20 @@ def cumulative_energy(
     if len(origins) > 1:
         _explain_dashes(figure, origins)
     layout(figure, title, x="Share of directions kept, k / r (%)", y="Share of energy Σσ² kept (%)")
-    figure.update_xaxes(range=[0, 1.0], tickformat=".0%")
+    figure.update_xaxes(range=[0, 1.02], tickformat=".0%")
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
-    for mark in marks:
-        figure.add_hline(
+    for place, mark in enumerate(marks):
+        figure.add_hline(y=mark, line={"color": REFERENCE, "dash": "dot", "width": 1})
+        # Side by side: marks near each other would cover one another's label.
+        figure.add_annotation(
+            x=1 - 0.17 * place,
+            xref="paper",
+            xanchor="right",
             y=mark,
-            line={"color": REFERENCE, "dash": "dot", "width": 1},
-            annotation={"text": percent(mark), "font": {"size": 11}},
-            annotation_position="bottom right",
+            yanchor="top",
+            text=percent(mark),
+            showarrow=False,
+            font={"size": 11},
         )
     if chosen_share is not None:
         mark_share(figure, chosen_share)

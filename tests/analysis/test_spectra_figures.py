@@ -108,7 +108,9 @@ def test_scree_draws_one_tasks_bounds_or_their_mean(fc: ParameterGroup) -> None:
     assert edge.text[1] == "noise edge"
     two = spectra_figures.scree(both(spectrum, fc), both(cuts, fc))
     labels = {text for trace in two.data[-4:] for text in trace.text if text}
-    assert len(labels) == 4
+    assert labels == {"noise edge, mean over tasks", "Gavish-Donoho, mean over tasks"}
+    legend = [trace.name for trace in two.data[-4:] if trace.showlegend]
+    assert legend == ["noise bounds, centred", "noise bounds, original"]
     nothing = bounds.assign(noise_edge=0.0, gavish_donoho=0.0)
     assert len(spectra_figures.scree(frame, nothing).data) == len(TASKS)
 
