@@ -290,6 +290,26 @@ def _angles(P: Tensor, Q: Tensor) -> np.ndarray:
     return torch.where(cosine**2 < 0.5, cosine.arccos(), sine.arcsin()).numpy()
 
 
+def mean_angles(angles: pd.DataFrame) -> pd.DataFrame:
+    """The mean principal angle of each pair, as a full T x T table.
+
+    Args:
+        angles: of :func:`principal_angles`.
+
+    Returns:
+        One row per ordered pair: first, second, angle in degrees (0 with itself).
+    """
+    mean = angles.groupby(["first", "second"], sort=False, as_index=False)["angle"].mean()
+    mirrored = mean.rename(columns={"first": "second", "second": "first"})
+    tasks = list(dict.fromkeys([*mean["first"], *mean["second"]]))
+    itself = pd.DataFrame({"first": tasks, "second": tasks, "angle": 0.0})
+    both = pd.concat([itself, mean, mirrored], ignore_index=True)
+    place = {task: i for i, task in enumerate(tasks)}
+    return both.sort_values(
+        ["first", "second"], key=lambda column: column.map(place), ignore_index=True
+    )
+
+
 def sign_conflict(groups: Groups, origin: Origin, parameter: str | None = None) -> pd.DataFrame:
     """How far tasks pull single weights in opposite directions.
 

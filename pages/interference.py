@@ -12,13 +12,16 @@ from analysis.interference import (
     cosine_similarity,
     interference_over_rank,
     interference_pairs,
+    mean_angles,
     mean_over_layers,
+    principal_angles,
+    sign_conflict,
 )
 from merge_core.linalg import as_matrix, directions
 from merge_core.task_vectors import Groups, Origin
 from ui import charts, resources, shell
 from ui.resources import View
-from ui.widgets import SHARES, choice, share_slider
+from ui.widgets import SHARES, choice, share_label, share_slider
 
 shell.enter()
 
@@ -243,6 +246,65 @@ def section() -> None:
         r"\cos(\tau_i, \tau_j) = \frac{\langle \tau_i, \tau_j\rangle}{\|\tau_i\|\,\|\tau_j\|}",
     )
     charts.numbers(pd.concat(cosines, ignore_index=True), "cosine_similarity", key="cosines")
+    angles_and_signs(view, share, k, side)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def angles_frame(
+    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, k: int, side: Side, _view: View
+) -> pd.DataFrame:
+    """Mean principal angle of each pair at one rank."""
+    return mean_angles(principal_angles(resources.group(_view), origin, k, side))
+
+
+@st.cache_data(max_entries=16, show_spinner="Comparing signs …")
+def sign_frame(key: str, tasks: tuple[str, ...], _view: View) -> pd.DataFrame:
+    """Sign conflict of every weight matrix about the base."""
+    frame = sign_conflict(Groups(_view.suite, tasks, resources.factor_store()), "base")
+    return frame[frame["parameter"].isin(_view.suite.matrices)]
+
+
+def angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
+    """Two further looks at the same question, computed only when asked for."""
+    st.subheader("Angles between subspaces, clashes of signs", anchor=False)
+    more = st.toggle(
+        "Show angles and signs",
+        key="more",
+        bind="query-params",
+        help="Principal angles ignore how strong a direction is; signs are what TIES elects.",
+    )
+    if not more:
+        return
+    left, right = st.columns(2)
+    origin = origins(view)[0]
+    angles = angles_frame(view.key, view.tasks, view.layer, origin, k, side, view)
+    with left:
+        charts.show(
+            figures.pair_map(angles, "angle", title=f"{SHORT[origin]}: angles at k = {k}", zmax=90),
+            key="angles",
+            alt=f"Mean principal angle of each pair of tasks in {view.layer}, k = {k}",
+            height=430,
+        )
+        charts.numbers(angles, f"principal_angles_k{k}", key="angles")
+    if "base" in origins(view):
+        signs = sign_frame(view.key, view.tasks, view)
+        with right:
+            charts.show(
+                figures.conflict_bars(signs, title="Where do signs clash? (original)"),
+                key="signs",
+                alt="Share of magnitude that cancels and of entries with both signs per matrix",
+                height=430,
+            )
+            charts.numbers(signs, "sign_conflict", key="signs")
+    charts.how_to_read(
+        f"Left: the mean angle between the leading {k} directions ({share_label(share)}) of two "
+        "tasks, however strong each is; 90° means that they share none, and random subspaces of "
+        "a wide matrix are close to that. Right: adding the task vectors up cancels this share of "
+        "their magnitude, and in this share of the entries at least two tasks pull in opposite "
+        "directions.",
+        r"\cos\theta_a = \sigma_a(V_i^\top V_j),\qquad "
+        r"1 - \frac{\sum_e |\sum_t \tau_{t,e}|}{\sum_e \sum_t |\tau_{t,e}|}",
+    )
 
 
 charts.heading(

@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.spectra import short_name
+from analysis.figures.spectra import short_name, short_names
 from analysis.figures.style import (
     CELLS_WITH_TEXT,
     DIVERGING,
+    OKABE_ITO,
     ORIGIN_COLOURS,
     ORIGIN_DASHES,
     ORIGIN_MARKERS,
@@ -30,6 +31,7 @@ VALUES = {
     "interference_normalised": "Mean interference of a pair (0 to 1)",
     "reconstruction": "Reconstruction error R(k) (squared weight units)",
     "reconstruction_share": "Reconstruction error, share of Σσ² lost (0 to 1)",
+    "angle": "Mean principal angle (degrees)",
     "update_norm": "Norm of the update ‖Σ SVD<sub>k</sub>‖<sub>F</sub> (weight units)",
 }
 
@@ -67,7 +69,9 @@ def pair_map(
             zmax=zmax if zmax is not None else top,
             xgap=1,
             ygap=1,
-            texttemplate="%{z:.2f}" if z.size <= CELLS_WITH_TEXT else None,
+            texttemplate=("%{z:.0f}" if top > 10 else "%{z:.2f}")
+            if z.size <= CELLS_WITH_TEXT
+            else None,
             hovertemplate=f"%{{y}} with %{{x}}<br>{label}: %{{z:.6g}}<extra></extra>",
             colorbar={"title": {"text": label, "side": "right"}, "thickness": 12},
         )
@@ -217,4 +221,33 @@ def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None =
     )
     figure.update_xaxes(tickformat=".0%")
     figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def conflict_bars(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Per parameter: the magnitude that cancels in the sum, and the entries with both signs.
+
+    Args:
+        frame: of :func:`analysis.interference.sign_conflict`.
+        title: the figure's title.
+    """
+    names = short_names(frame["parameter"])
+    labels = [names[parameter] for parameter in frame["parameter"]]
+    figure = go.Figure()
+    for column, name, colour in (
+        ("conflict", "magnitude that cancels", OKABE_ITO[0]),
+        ("opposed", "entries with both signs", OKABE_ITO[5]),
+    ):
+        figure.add_bar(
+            y=labels,
+            x=100 * frame[column].to_numpy(),
+            name=name,
+            orientation="h",
+            marker={"color": colour},
+            hovertemplate="%{y}: %{x:.1f} %<extra>" + name + "</extra>",
+        )
+    layout(figure, title, x="Share (%)", y="Matrix", height=140 + 34 * len(labels))
+    figure.update_layout(barmode="group")
+    figure.update_xaxes(range=[0, 100])
+    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     return figure

@@ -17,6 +17,7 @@ from analysis.interference import (
     cosine_similarity,
     interference_over_rank,
     interference_pairs,
+    mean_angles,
     mean_over_layers,
     pair_interference,
     principal_angles,
@@ -345,3 +346,19 @@ def test_one_task_alone_does_not_interfere(suite: Suite, store: FactorStore) -> 
     assert frame["interference"].tolist() == [0.0]
     assert principal_angles(alone, "base", 2).empty
     assert list(principal_angles(alone, "base", 2)) == ["first", "second", "index", "angle"]
+
+
+def test_mean_angles_are_a_symmetric_table_of_scipys_angles(
+    qkv: ParameterGroup, suite: Suite
+) -> None:
+    table = mean_angles(principal_angles(qkv, "average", 2))
+    square = table.pivot_table(index="first", columns="second", values="angle", sort=False)
+    square = square.loc[list(TASKS), list(TASKS)].to_numpy()
+    tops = [
+        np.linalg.svd(tau.numpy().reshape(tau.shape[0], -1))[2][:2].T
+        for tau in task_vectors(suite, QKV, "average")
+    ]
+    for i, first in enumerate(tops):
+        for j, second in enumerate(tops):
+            expected = 0.0 if i == j else np.degrees(subspace_angles(first, second)).mean()
+            assert square[i, j] == pytest.approx(expected, abs=1e-3)

@@ -261,3 +261,13 @@ def test_share_axis_has_few_ticks_at_computed_shares() -> None:
     assert set(axis["tickvals"]) <= set(shares)
     assert axis["ticktext"][-1] == "100 %"
     assert style.share_axis([0.5])["ticktext"] == ["50 %"]
+
+
+def test_conflict_bars_draw_both_shares_of_each_matrix() -> None:
+    frame = pd.DataFrame(
+        {"parameter": ["blocks.0.a.weight", "blocks.1.a.weight"], "conflict": [0.25, 0.5],
+         "opposed": [0.75, 1.0], "entries": [8, 8]}
+    )  # fmt: skip
+    figure = interference_figures.conflict_bars(frame)
+    assert [list(bar.y) for bar in figure.data] == [["0 a", "1 a"]] * 2
+    assert np.concatenate([bar.x for bar in figure.data]).tolist() == [25, 50, 75, 100]

@@ -243,3 +243,17 @@ def test_pages_leave_the_weights_as_they_are() -> None:
     again = load_suite("demo")
     for task, value in before.items():
         assert again.expert(task).tensor(suite.matrices[0]).equal(value)
+
+
+def test_angles_and_signs_are_drawn_when_asked_for() -> None:
+    layer = "blocks.1.attn.proj.weight"
+    assert len(figures(open_page("interference", layer=layer))) == 8
+    at = healthy(open_page("interference", layer=layer, share="4 %", more="true"))
+    assert len(figures(at)) == 10
+    stacked = weights(layer)
+    centred = stacked - stacked.mean(axis=0)
+    k = int(0.04 * min(centred.shape[1:]))
+    tops = [np.linalg.svd(matrix)[2][:k] for matrix in centred[:2]]
+    cosines = np.linalg.svd(tops[0] @ tops[1].T, compute_uv=False).clip(0, 1)
+    drawn = array(trace(figures(at)[8], type="heatmap")["z"])
+    assert drawn[0, 1] == pytest.approx(np.degrees(np.arccos(cosines)).mean(), abs=0.05)
