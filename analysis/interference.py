@@ -299,7 +299,7 @@ def mean_angles(angles: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per ordered pair: first, second, angle in degrees (0 with itself).
     """
-    mean = angles.groupby(["first", "second"], sort=False, as_index=False)["angle"].mean()
+    mean = angles.groupby(["first", "second"], sort=False)["angle"].mean().reset_index()
     mirrored = mean.rename(columns={"first": "second", "second": "first"})
     tasks = list(dict.fromkeys([*mean["first"], *mean["second"]]))
     itself = pd.DataFrame({"first": tasks, "second": tasks, "angle": 0.0})

@@ -16,6 +16,8 @@ from merge_core.recipe import Recipe
 from merge_core.suite import Suite
 from merge_core.task_vectors import Groups
 
+HELD_BYTES = 2 << 30
+
 
 def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
     """Refuse experts that do not fit together.
@@ -93,7 +95,10 @@ def merged_tensors(
 
 
 class MergeSession:
-    """Merges of one suite and task set held in memory, for many settings in a row.
+    """Merges of one suite and task set, for many settings in a row.
+
+    Weights that were read stay in memory if all members together take at most
+    :data:`HELD_BYTES` there; larger suites are read again for each merge.
 
     Args:
         suite: the suite.
@@ -106,8 +111,12 @@ class MergeSession:
 
     def __init__(self, suite: Suite, tasks: tuple[str, ...] | None, store: FactorStore) -> None:
         self.suite = suite
-        self.groups = Groups(suite, tasks, store, keep=True)
-        check_fits(suite, self.groups.tasks)
+        chosen = suite.select(tasks)
+        check_fits(suite, chosen)
+        first = suite.expert(chosen[0])
+        members = len(chosen) + (suite.base is not None)
+        size = 4 * members * sum(first.info(name).numel for name in first)
+        self.groups = Groups(suite, chosen, store, keep=size <= HELD_BYTES)
 
     @torch.inference_mode()
     def merge(self, recipe: Recipe, progress: Progress | None = None) -> dict[str, Tensor]:

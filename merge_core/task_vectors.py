@@ -112,15 +112,18 @@ class ParameterGroup:
 
     def sum_of_truncations(self, origin: Origin, k: int) -> Tensor:
         """shape: Σ_t SVD_k(task vector t), kept until another k is asked for."""
-        if origin not in self._sums or self._sums[origin][0] != k:
+        held = self._sums.get(origin)
+        if held is None or held[0] != k:
             if origin == "average":
                 # Σ_t C_t = 0 exactly; the sum of rounded differences is not.
                 total = torch.zeros_like(as_matrix(self.average))
             else:
                 total = as_matrix(self.experts.sum(dim=0) - len(self.tasks) * self.base)
             update = sum_of_truncations(self.factors(origin), k, total)
-            self._sums[origin] = (k, update.reshape(self.average.shape).to(self.average.dtype))
-        return self._sums[origin][1]
+            held = (k, update.reshape(self.average.shape).to(self.average.dtype))
+            # Several threads may merge at once: each returns the sum that it asked for.
+            self._sums[origin] = held
+        return held[1]
 
     def release(self) -> None:
         """Forget what was read; it is read again when asked for."""

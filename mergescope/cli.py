@@ -181,9 +181,14 @@ def merge(
     shard_size: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Largest shard in GB.")
     ] = 5.0,
+    full_svd: Annotated[
+        bool,
+        typer.Option("--full-svd", help="Decompose by LAPACK's SVD instead of the Gram matrix."),
+    ] = False,
 ) -> None:
     """Merge as a recipe says, into a folder with weights, recipe and model card."""
     from merge_core.export import merge_to_folder
+    from merge_core.factors import FactorStore
     from merge_core.recipe import load_recipe
 
     loaded, suite = load_recipe(recipe)
@@ -192,7 +197,12 @@ def merge(
     ):
         typer.echo(f"note: {warning}", err=True)
     merge_to_folder(
-        loaded, suite, output, progress=_progress("merging"), shard_bytes=int(shard_size * 1e9)
+        loaded,
+        suite,
+        output,
+        FactorStore(route="svd" if full_svd else "gram"),
+        _progress("merging"),
+        int(shard_size * 1e9),
     )
     typer.echo(str(output))
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
+import threading
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -17,8 +18,10 @@ import pytest
 import torch
 
 from merge_core.checkpoint import Checkpoint
+from merge_core.engine import MergeSession
 from merge_core.errors import CheckpointError, SuiteError
 from merge_core.factors import FactorStore
+from merge_core.recipe import make_recipe
 from merge_core.suite import Suite
 from merge_core.task_vectors import Groups, ParameterGroup
 from tests.merge_core.float64_reference import svd_k
@@ -175,3 +178,40 @@ def test_a_streamed_merge_takes_less_memory_than_one_model(
     # In memory it takes three experts, the base and the result: five times the model at least.
     for method, peak in found["peaks"].items():
         assert peak < 0.8 * found["disk"], method
+
+
+def test_threads_that_ask_for_different_ranks_each_get_their_own(
+    synthetic_suite: Make, tmp_path: Path
+) -> None:
+    suite = synthetic_suite(tasks=4)
+    name = next(name for name in suite.matrices)
+    group = ParameterGroup(suite, suite.tasks, name, FactorStore(tmp_path))
+    expected = {k: group.sum_of_truncations("average", k).clone() for k in (1, 2, 3)}
+    wrong: list[int] = []
+
+    def ask(k: int) -> None:
+        for _ in range(200):
+            if not torch.equal(group.sum_of_truncations("average", k), expected[k]):
+                wrong.append(k)
+
+    threads = [threading.Thread(target=ask, args=(k,)) for k in expected]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_a_large_suite_is_not_held_in_memory(
+    synthetic_suite: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = synthetic_suite(tasks=3)
+    recipe = make_recipe({"suite": str(suite.path), "method": "cart"})
+    held = MergeSession(suite, None, FactorStore(tmp_path))
+    small = held.merge(recipe)
+    monkeypatch.setattr("merge_core.engine.HELD_BYTES", 100)
+    streamed = MergeSession(suite, None, FactorStore(tmp_path))
+    again = streamed.merge(recipe)
+    assert all(torch.equal(again[name], value) for name, value in small.items())
+    assert any("experts" in vars(group) for group in held.groups)
+    assert not any("experts" in vars(group) for group in streamed.groups)
