@@ -230,15 +230,15 @@ class Evaluator:
             {t: self.hits(checkpoint.digest, weights, t, split, limit) for t in tasks}
         )
 
-    def recipe(
+    def recipe_hits(
         self,
         recipe: Recipe,
         session: MergeSession,
         split: Split = "val",
         limit: int | None = None,
         progress: Progress | None = None,
-    ) -> pd.DataFrame:
-        """Accuracy of a merge on its tasks, as it would be written (see :func:`accuracy_frame`).
+    ) -> dict[str, np.ndarray]:
+        """Which images of each of its tasks a merge, as it would be written, classifies correctly.
 
         Raises:
             MergeScopeError: unfit inputs.
@@ -253,7 +253,23 @@ class Evaluator:
             progress.step(done, len(tasks), f"{recipe.method} on {task}")
             hits[task] = self.hits(digest, weights, task, split, limit)
         progress.step(len(tasks), len(tasks), recipe.method)
-        return accuracy_frame(hits)
+        return hits
+
+    def recipe(
+        self,
+        recipe: Recipe,
+        session: MergeSession,
+        split: Split = "val",
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> pd.DataFrame:
+        """Accuracy of a merge on its tasks (see :func:`accuracy_frame`).
+
+        Raises:
+            MergeScopeError: unfit inputs.
+            Cancelled: between two tasks.
+        """
+        return accuracy_frame(self.recipe_hits(recipe, session, split, limit, progress))
 
     def experts(
         self, tasks: Sequence[str], split: Split = "val", limit: int | None = None
