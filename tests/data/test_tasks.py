@@ -129,14 +129,24 @@ def test_line_angles_follow_from_second_moments(hard: bool, off: float) -> None:
     assert np.abs(error).max() < off
 
 
-def test_shapes_have_their_areas() -> None:
-    """Filled shapes of one radius: circle > hexagon > pentagon > triangle, the star the least."""
-    ink, labels = draw_shapes(2000, np.random.default_rng(3), hard=False)
+def test_filled_shapes_have_their_areas() -> None:
+    ink, labels = draw_shapes(4000, np.random.default_rng(3), hard=False)
+    middle = np.array([ndimage.center_of_mass(canvas) for canvas in ink]).round().astype(int)
+    filled = ink[np.arange(len(ink)), middle[:, 0], middle[:, 1]] > 0.9
     area = ink.sum(axis=(1, 2))
-    filled = ndimage.maximum_filter(ink, (1, 1, 1))[:, 12:20, 12:20].mean(axis=(1, 2)) > 0.9
-    mean = {name: area[filled & (labels == SHAPES.index(name))].mean() for name in SHAPES[:6]}
-    assert mean["circle"] > mean["pentagon"] > mean["triangle"] > mean["star"]
-    assert mean["hexagon"] > mean["pentagon"]
+    # Areas for circumradius 1 (the circle's is 0.9, half the square's side 0.78).
+    expected = {
+        "circle": np.pi * 0.9**2,
+        "square": (2 * 0.78) ** 2,
+        **{
+            name: n / 2 * np.sin(2 * np.pi / n)
+            for name, n in (("triangle", 3), ("pentagon", 5), ("hexagon", 6))
+        },
+    }
+    mean_square = (10.0**2 + 10.0 * 12.5 + 12.5**2) / 3  # of radii uniform in 10 to 12.5
+    for name, value in expected.items():
+        found = area[filled & (labels == SHAPES.index(name))].mean()
+        assert found == pytest.approx(value * mean_square, rel=0.06), name
 
 
 def test_textures_fill_the_canvas_with_both_tones() -> None:
@@ -199,7 +209,7 @@ def test_warp_at_rest_is_a_plain_reduction() -> None:
 
 
 def test_clean_style_paints_paper_and_ink() -> None:
-    paper = Paper((1.0, 0.9, 0.8), (0.1, 0.2, 0.3), (0.5, 0.5, 0.5), "plain")
+    paper = Paper((1.0, 0.9, 0.8), (0.1, 0.2, 0.3), "plain")
     ink = np.zeros((1, 32, 32), dtype=np.float32)
     ink[:, 16:] = 1
     image = clean_style(ink, paper, np.random.default_rng(0))[0] / 255
@@ -207,8 +217,21 @@ def test_clean_style_paints_paper_and_ink() -> None:
     np.testing.assert_allclose(image[-1, -1], paper.ink, atol=0.035)
 
 
+def test_ruling_lies_between_paper_and_ink() -> None:
+    blank = np.zeros((1, 32, 32), dtype=np.float32)
+    faint, strong = (
+        clean_style(blank, Paper((1, 1, 1), (0, 0, 0), "lined", 8.0, 2.0, s), stream(0, "r"))
+        for s in (0.2, 0.6)
+    )
+    assert abs(faint.min() / 255 - 0.8) < 0.04
+    assert abs(strong.min() / 255 - 0.4) < 0.04
+    # Lines of width 2, every 8 pixels: a quarter of the canvas.
+    share = (255 - strong.astype(float)).mean() / 255 / 0.6
+    assert 0.15 < share < 0.35
+
+
 def test_unknown_ruling_is_an_error() -> None:
-    paper = Paper((1, 1, 1), (0, 0, 0), (0, 0, 0), "spiral")
+    paper = Paper((1, 1, 1), (0, 0, 0), "spiral")
     with pytest.raises(ValueError, match="unknown ruling 'spiral'"):
         clean_style(np.zeros((1, 32, 32), dtype=np.float32), paper, np.random.default_rng(0))
 

@@ -1,0 +1,86 @@
+"""Measure a suite against the bars of data/README.md: ``python -m data.bars``.
+
+Rank and scales are chosen on the validation split; the test split is read at the chosen ones only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+from analysis.evaluation import CONFIDENCE, Evaluator, mean_accuracy
+from analysis.first_result import first_recipes, first_result
+from analysis.inputs import Split
+from analysis.sweep import grid, sweep
+from merge_core.engine import MergeSession
+from merge_core.factors import FactorStore
+from merge_core.recipe import Recipe
+from merge_core.suite import BUNDLED, load_suite
+
+MODELS = ("Base", "Experts", "Weight average", "Task Arithmetic", "CART")
+
+
+def _percent(row: pd.Series) -> str:
+    """``81.2 [79.0, 83.1]`` from shares."""
+    return f"{100 * row.accuracy:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
+
+
+def gap(
+    first: Recipe, second: Recipe, session: MergeSession, evaluator: Evaluator, split: Split
+) -> tuple[float, float]:
+    """Difference of two merges' mean accuracies over tasks, and its 95 % half-width (shares).
+
+    Both see the same images, so the variance is that of the per-image differences d:
+    sum_t Var(d_t) / n_t / T^2.
+    """
+    ours = evaluator.recipe_hits(first, session, split)
+    theirs = evaluator.recipe_hits(second, session, split)
+    means, variances = [], []
+    for task, hits in ours.items():
+        difference = hits.astype(float) - theirs[task].astype(float)
+        means.append(difference.mean())
+        variances.append(difference.var() / len(difference))
+    half = norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(sum(variances)) / len(variances)
+    return float(np.mean(means)), float(half)
+
+
+def report(reference: str) -> str:
+    """The tables of data/README.md as Markdown.
+
+    Raises:
+        MergeScopeError: the suite cannot be evaluated.
+    """
+    suite = load_suite(reference)
+    session, evaluator = MergeSession(suite, None, FactorStore()), Evaluator(suite)
+    for method in ("cart", "task_arithmetic"):
+        sweep(grid(method, reference, session.groups.tasks), session, evaluator)
+    recipes = first_recipes(reference, session, evaluator)
+    results = {split: first_result(recipes, session, evaluator, split) for split in ("val", "test")}
+    means = {s: mean_accuracy(frame, by=["model"]) for s, frame in results.items()}
+    lines = ["| model | validation | test |", "|---|---|---|"]
+    for model in MODELS:
+        cells = [_percent(mean[mean["model"] == model].iloc[0]) for mean in means.values()]
+        lines.append(f"| {model} | {' | '.join(cells)} |")
+    lines += ["", *(f"{title}: {recipe.parameters}" for title, (recipe, _) in recipes.items())]
+    cart = recipes["CART"][0]
+    for other in ("Weight average", "Task Arithmetic"):
+        for split in ("val", "test"):
+            mean, half = gap(cart, recipes[other][0], session, evaluator, split)
+            lines.append(f"CART - {other}, {split}: {100 * mean:+.1f} ± {100 * half:.1f}")
+    for split, frame in results.items():
+        lines += ["", f"| {split} | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]
+        for task in session.groups.tasks:
+            rows = frame[frame["task"] == task]
+            cells = [_percent(rows[rows["model"] == model].iloc[0]) for model in MODELS]
+            lines.append(f"| {task} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", nargs="?", default=BUNDLED)
+    sys.stdout.write(f"{report(parser.parse_args().suite)}\n")

@@ -1,0 +1,76 @@
+"""Predictions that a suite ships, so that the dashboard's default views need no forward pass.
+
+Run ``python -m data.precompute`` after the bundled suite was rebuilt. Predictions are known by
+the content of weights and data, so stale ones are never used, only useless.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from analysis.evaluation import Evaluator
+from analysis.first_result import first_recipes, first_result
+from analysis.predictions import SHIPPED_NAME, PredictionStore
+from analysis.sweep import grid, sweep
+from merge_core.engine import MergeSession
+from merge_core.factors import FactorStore
+from merge_core.methods import methods
+from merge_core.progress import Progress
+from merge_core.recipe import make_recipe
+from merge_core.suite import BUNDLED, load_suite
+
+# What the pages show without being asked: the sweeps of Rank and scale and of the Overview.
+SWEPT = ("cart", "low_rank_task_arithmetic", "task_arithmetic")
+
+
+def precompute(reference: str = BUNDLED) -> Path:
+    """Evaluate what the default views show, and write it beside the suite.
+
+    Args:
+        reference: ``demo``, or a suite.yaml whose folder may be written.
+
+    Returns:
+        The path of the store.
+
+    Raises:
+        MergeScopeError: the suite cannot be evaluated.
+    """
+    suite = load_suite(reference)
+    target = suite.root / SHIPPED_NAME
+    with tempfile.TemporaryDirectory(dir=suite.root) as folder:
+        predictions = PredictionStore(Path(folder) / SHIPPED_NAME)
+        evaluator = Evaluator(suite, predictions)
+        session = MergeSession(suite, None, FactorStore())
+        tasks = session.groups.tasks
+        usable = [m.name for m in methods().values() if suite.base is not None or not m.needs_base]
+        for name in usable:
+            recipe = make_recipe({"suite": reference, "tasks": tasks, "method": name})
+            evaluator.recipe(recipe, session)
+            if name in SWEPT:
+                recipes = grid(name, reference, tasks)
+                sweep(recipes, session, evaluator, progress=_progress(f"sweep of {name}"))
+        evaluator.experts(tasks)
+        if suite.base is not None:
+            evaluator.checkpoint(suite.base, tasks)
+        # Only the settings chosen on the validation split are looked at on the test split.
+        first_result(first_recipes(reference, session, evaluator), session, evaluator)
+        predictions.path.replace(target)
+    return target
+
+
+def _progress(title: str) -> Progress:
+    def show(done: int, total: int, label: str) -> None:
+        end = "\n" if done == total else ""
+        sys.stderr.write(f"\r\x1b[2K{title}: {done}/{total} {label}{end}")
+        sys.stderr.flush()
+
+    return Progress(show)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("suite", nargs="?", default=BUNDLED)
+    sys.stdout.write(f"{precompute(parser.parse_args().suite)}\n")

@@ -1,0 +1,100 @@
+"""From ink to colour: the wild domain of pre-training and the eight papers of the tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data.tasks.canvas import Images, Ink, column, pixel_grid, rotated_grid, soft
+
+# The clean papers oppose colour channels; here ink is brighter, or darker, in all three.
+BRIGHT_SHARE = 0.75
+
+Colour = tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class Paper:
+    """The look of one task's clean domain: colours in [0, 1], a ruling, lengths in pixels.
+
+    ``strength`` is how far the ruling's colour lies on the way from the paper's to the ink's.
+    """
+
+    paper: Colour
+    ink: Colour
+    ruling: str = "plain"
+    period: float = 8.0
+    width: float = 1.2
+    strength: float = 0.3
+
+
+def _to_images(values: NDArray[np.floating]) -> Images:
+    return (np.clip(values, 0, 1) * 255 + 0.5).astype(np.uint8)
+
+
+def _ruling(paper: Paper, count: int, rng: np.random.Generator) -> Ink:
+    """Ink of a ruling in random phase and a little turned, count x 32 x 32."""
+    phase = rng.uniform(0, paper.period, (2, count))
+    u, v = rotated_grid(rng.uniform(-0.06, 0.06, count), phase[0], phase[1])
+    period = paper.period
+
+    def lines(w: NDArray[np.floating]) -> NDArray[np.floating]:
+        return np.abs(w - period * np.round(w / period)) - paper.width / 2
+
+    match paper.ruling:
+        case "lined":
+            return soft(lines(v))
+        case "columns":
+            return soft(lines(u))
+        case "squared":
+            return soft(np.minimum(lines(u), lines(v)))
+        case "rising":
+            return soft(lines((u + v) * np.float32(np.sqrt(0.5))))
+        case "dotted":
+            du, dv = u - period * np.round(u / period), v - period * np.round(v / period)
+            return soft(np.hypot(du, dv) - paper.width)
+        case "diamonds":
+            a, b = (u + v) * np.float32(np.sqrt(0.5)), (u - v) * np.float32(np.sqrt(0.5))
+            return soft(np.minimum(lines(a), lines(b)))
+        case "plain":
+            return np.zeros_like(u)
+    raise ValueError(f"unknown ruling {paper.ruling!r}")
+
+
+def clean_style(ink: Ink, paper: Paper, rng: np.random.Generator) -> Images:
+    """Draw ink (N x 32 x 32) on a task's own ruled paper; returns uint8 N x 32 x 32 x 3."""
+    count = len(ink)
+
+    def tint(colour: NDArray[np.floating]) -> NDArray[np.floating]:
+        jitter = rng.uniform(-0.03, 0.03, (count, 3)).astype(np.float32)
+        return (colour + jitter)[:, None, None, :]
+
+    ground = np.asarray(paper.paper, dtype=np.float32)
+    colour = np.asarray(paper.ink, dtype=np.float32)
+    rule = _ruling(paper, count, rng)[..., None]
+    sheet = tint(ground)
+    sheet = sheet + rule * (tint(ground + paper.strength * (colour - ground)) - sheet)
+    return _to_images(sheet + ink[..., None] * (tint(colour) - sheet))
+
+
+def wild_style(ink: Ink, rng: np.random.Generator) -> Images:
+    """Draw ink (N x 32 x 32) in random colours on an uneven ground under strong noise.
+
+    Most canvases (``BRIGHT_SHARE``) have ink brighter than the ground, the others darker.
+    Returns uint8 N x 32 x 32 x 3.
+    """
+    count = len(ink)
+    dark = rng.uniform(0.0, 0.55, (count, 3)).astype(np.float32)
+    light = rng.uniform(0.45, 1.0, (count, 3)).astype(np.float32)
+    bright = rng.random(count)[:, None] < BRIGHT_SHARE
+    ground, colour = np.where(bright, dark, light), np.where(bright, light, dark)
+    x, y = pixel_grid()
+    angle = rng.uniform(0, 2 * np.pi, count)
+    ramp = (column(np.cos(angle)) * x + column(np.sin(angle)) * y) / 16
+    sheet = ground[:, None, None] + (ramp * column(rng.uniform(0, 0.15, count)))[..., None]
+    images = sheet + ink[..., None] * (colour - ground)[:, None, None]
+    noise = rng.standard_normal(images.shape, dtype=np.float32)
+    noise *= column(rng.uniform(0.03, 0.16, count))[..., None]
+    return _to_images(images + noise)

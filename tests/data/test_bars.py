@@ -1,0 +1,57 @@
+"""The measuring program, on a toy suite."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import data.bars
+from analysis.evaluation import Evaluator
+from analysis.predictions import PredictionStore
+from analysis.sweep import grid
+from data.build_suite import main
+from data.tasks import TASKS
+from merge_core.engine import MergeSession
+from merge_core.factors import FactorStore
+from merge_core.recipe import make_recipe
+from merge_core.suite import load_suite
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    output = tmp_path_factory.mktemp("bars") / "suite"
+    main(["--quick", "--output", str(output), "--device", "cpu"])
+    return str(output / "suite.yaml")
+
+
+def test_gap_is_the_difference_of_paired_means(toy: str, tmp_path: Path) -> None:
+    suite = load_suite(toy)
+    session = MergeSession(suite, None, FactorStore())
+    evaluator = Evaluator(suite, PredictionStore(tmp_path / "predictions.sqlite"))
+    average, far = (
+        make_recipe(
+            {"suite": toy, "tasks": session.groups.tasks, "method": method, "parameters": chosen}
+        )
+        for method, chosen in (("average", {}), ("cart", {"rank": 0.5, "scale": 60.0}))
+    )
+    frames = [evaluator.recipe(recipe, session) for recipe in (far, average)]
+    expected = np.mean(frames[0]["accuracy"] - frames[1]["accuracy"])
+    mean, half = data.bars.gap(far, average, session, evaluator, "val")
+    assert mean == pytest.approx(expected)
+    assert half > 0  # the scale is so large that some answers change
+    assert data.bars.gap(average, far, session, evaluator, "val") == pytest.approx((-mean, half))
+    assert data.bars.gap(average, average, session, evaluator, "val") == (0, 0)
+
+
+def test_report_has_a_row_for_every_model_and_task(
+    toy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data.bars, "grid", lambda *arguments: grid(*arguments)[:1])
+    text = data.bars.report(toy)
+    for model in data.bars.MODELS:
+        assert text.count(f"| {model} | ") >= 1
+    for task in TASKS:
+        assert text.count(f"| {task.name} | ") == 2
+    assert "CART - Weight average, val: " in text
