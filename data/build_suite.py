@@ -24,6 +24,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from data.precompute import precompute
 from data.tasks import SPLITS, TASKS, Task, auxiliary, stream
 from data.tasks.canvas import Images, Labels
 from data.tasks.glyphs import AUXILIARY
@@ -33,7 +34,7 @@ LOG = logging.getLogger("data.build_suite")
 ARCHITECTURE = "vit_tiny_patch16_224"
 DESCRIPTION = (
     "Eight small vision tasks and one tiny ViT, pre-trained on noisy colours and fine-tuned on "
-    "each task's own paper; made to show the effects of merging at a small size."
+    "each task's own colours and background; made to show the effects of merging at a small size."
 )
 
 
@@ -81,7 +82,7 @@ QUICK = Plan(
     test=78,
     auxiliary_share=4,
     pretraining=Schedule(steps=3, batch=4, rate=1e-3, warmup=1),
-    finetuning=Schedule(steps=2, batch=8, rate=1e-3, warmup=1),
+    finetuning=Schedule(steps=2, batch=8, rate=5e-3, warmup=1),
 )
 
 
@@ -233,6 +234,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     build(options.output, QUICK if options.quick else Plan(), options.seed, options.device)
+    if not options.quick:
+        precompute(str(options.output / "suite.yaml"))
 
 
 if __name__ == "__main__":

@@ -128,10 +128,13 @@ def section() -> None:
 
     st.subheader("Do two tasks use the same directions?", anchor=False)
     columns = st.columns(len(origins(view)))
-    pairs = []
-    for column, origin in zip(columns, origins(view), strict=True):
-        frame = pairs_frame(view.key, view.tasks, view.layer, origin, k, side, view)
-        pairs.append(frame)
+    pairs = [
+        pairs_frame(view.key, view.tasks, view.layer, origin, k, side, view)
+        for origin in origins(view)
+    ]
+    # One colour range for both maps, so that they can be compared.
+    top = max(float(frame["interference"].max()) for frame in pairs)
+    for column, origin, frame in zip(columns, origins(view), pairs, strict=True):
         different = frame[frame["first"] != frame["second"]]["interference"]
         with column:
             charts.show(
@@ -140,7 +143,7 @@ def section() -> None:
                     "interference",
                     title=f"{SHORT[origin]}: mean {different.mean():.3f} at k = {k}",
                     zmin=0,
-                    zmax=1,
+                    zmax=top,
                 ),
                 key=f"pairs_{origin}",
                 alt=f"{side}-space interference of each pair of tasks in {view.layer}, k = {k}",

@@ -205,7 +205,7 @@ def lab() -> None:
         else:
             shell.explain_no_evaluation(view)
         st.subheader("Take it with you", anchor=False)
-        st.code(recipe.to_yaml(), language="yaml")
+        st.code(recipe.to_yaml(), language="yaml", wrap_lines=True)
         session = resources.session(view)
         name = f"{view.name}_{recipe.method}"
         size = view.suite.expert(view.tasks[0]).nbytes

@@ -191,10 +191,10 @@ def page() -> None:
     if view.name == BUNDLED:
         st.info(
             "This suite was **made to show the effect at a small size**: a small ViT was "
-            "pre-trained on a harder, noisier domain and fine-tuned gently on each task's clean "
-            "one, with widths and learning rates chosen so that merging works as it does for "
-            "large models. What holds for real models rests on published figures and on suites "
-            "that you open. data/README.md says how it was built."
+            "pre-trained on a harder, noisier domain and fine-tuned gently on each task's own "
+            "colours and background, and these choices were changed until the methods differed "
+            "clearly on the validation split. What holds for real models rests on published "
+            "figures and on suites that you open. data/README.md says how it was built."
         )
     tasks_section(view)
 

@@ -14,7 +14,7 @@ SHARES = (
     0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.5, 0.6,
     0.7, 0.8, 0.9, 1.0,
 )  # fmt: skip
-RANK_UNITS = {"share": "Share of directions", "count": "Number of directions"}
+RANK_UNITS = {"share": "Share", "count": "Number"}
 Value = TypeVar("Value")
 
 

@@ -34,7 +34,7 @@ def test_gap_is_the_difference_of_paired_means(toy: str, tmp_path: Path) -> None
         make_recipe(
             {"suite": toy, "tasks": session.groups.tasks, "method": method, "parameters": chosen}
         )
-        for method, chosen in (("average", {}), ("cart", {"rank": 0.5, "scale": 60.0}))
+        for method, chosen in (("average", {}), ("cart", {"rank": 0.1, "scale": 10.0}))
     )
     frames = [evaluator.recipe(recipe, session) for recipe in (far, average)]
     expected = np.mean(frames[0]["accuracy"] - frames[1]["accuracy"])
