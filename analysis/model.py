@@ -84,7 +84,7 @@ class Backbone:
                     f"Correct the architecture's args in {self._suite.path}."
                 )
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def features(self, weights: Mapping[str, Tensor], images: Tensor, batch: int = 250) -> Tensor:
         """Pooled features after the final norm, the input of the heads.
 

@@ -118,7 +118,7 @@ class MergeSession:
         size = 4 * members * sum(first.info(name).numel for name in first)
         self.groups = Groups(suite, chosen, store, keep=size <= HELD_BYTES)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def merge(self, recipe: Recipe, progress: Progress | None = None) -> dict[str, Tensor]:
         """The merged state dict (its `suite` and `tasks` must be this session's).
 
@@ -128,4 +128,5 @@ class MergeSession:
         if self.suite.select(recipe.tasks) != self.groups.tasks:
             raise SuiteError("The recipe's tasks are not the ones that this session holds.")
         check_base(self.suite, recipe.declaration)
-        return dict(merged_tensors(recipe, self.groups, progress))
+        # Copies: what is only averaged would otherwise be the very tensor that the session holds.
+        return {n: value.clone() for n, value in merged_tensors(recipe, self.groups, progress)}

@@ -178,7 +178,7 @@ def merge_to_folder(
     check_base(suite, recipe.declaration)
     recipe = portable(recipe, suite)
     groups = Groups(suite, tasks, store or FactorStore())
-    with folder_written_whole(output) as staging, torch.inference_mode():
+    with folder_written_whole(output) as staging, torch.no_grad():
         about = provenance(recipe, suite)
         notes = {"format": "pt", RECIPE_KEY: json.dumps(about)}
         shards = plan_shards(output_plan(recipe, groups), shard_bytes)
@@ -233,7 +233,7 @@ def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite) -> bytes:
     about = provenance(portable(recipe, suite), suite)
     stream = io.BytesIO()
     stream.write(safetensors_header(plan, {"format": "pt", RECIPE_KEY: json.dumps(about)}))
-    with torch.inference_mode():
+    with torch.no_grad():
         for planned, (_, tensor) in zip(plan, merged_tensors(recipe, groups), strict=True):
             write_tensor(stream, tensor, planned)
     return stream.getvalue()

@@ -335,3 +335,19 @@ def test_write_tensor_casts_once_and_in_row_major_order() -> None:
     turned = torch.arange(6.0).reshape(2, 3).T
     export.write_tensor(stream, turned, Planned("w", (3, 2), torch.float16))
     assert stream.getvalue() == turned.to(torch.float16).contiguous().numpy().tobytes()
+
+
+def test_merged_weights_can_be_used_like_any_tensors(synthetic_suite: Callable[..., Suite]) -> None:
+    suite = synthetic_suite()
+    recipe = make_recipe({"suite": str(suite.path), "method": "cart"})
+    session = MergeSession(suite, None, FactorStore())
+    merged = session.merge(recipe)
+    before = {name: value.clone() for name, value in merged.items()}
+    for value in merged.values():
+        value.mul_(2)
+    # What a user does to a result never reaches the next merge.
+    assert all(value.equal(before[name]) for name, value in session.merge(recipe).items())
+    name = suite.matrices[0]
+    layer = torch.nn.Parameter(merged[name])
+    (layer.sum() ** 2).backward()
+    assert layer.grad is not None
