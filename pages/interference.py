@@ -150,6 +150,7 @@ def section() -> None:
                 height=430,
             )
     charts.how_to_read(
+        "pairs",
         f"Each cell compares the leading {k} {side} directions of two tasks in "
         f"`{view.layer}`, weighted by their singular values: 0 means that they share none, 1 that "
         "they share all of their strength. A merge adds all tasks up, so what is shared is what "
@@ -210,6 +211,7 @@ def section() -> None:
             height=400,
         )
     charts.how_to_read(
+        "curves",
         "A low rank keeps tasks apart but leaves much of each task out; a high rank brings the "
         "tasks back whole and lets them collide. A good rank lies where the trade-off curve bends. "
         "The size of the centred update is zero at full rank, because the centred task vectors "
@@ -243,6 +245,7 @@ def section() -> None:
     centred = cosines[0]
     mean = centred[centred["first"] != centred["second"]]["cosine"].mean()
     charts.how_to_read(
+        "cosines",
         "Original task vectors share a common direction, so their cosines are positive. Centred "
         f"ones sum to zero, so their mean cosine lies near −1/(T−1) = {expected:.3f} by "
         f"construction (here {mean:.3f}); only the pattern around that value carries meaning.",
@@ -300,6 +303,7 @@ def angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
             )
             charts.numbers(signs, "sign_conflict", key="signs")
     charts.how_to_read(
+        "angles",
         f"Left: the mean angle between the leading {k} directions ({share_label(share)}) of two "
         "tasks, however strong each is; 90° means that they share none, and random subspaces of "
         "a wide matrix are close to that. Right: adding the task vectors up cancels this share of "

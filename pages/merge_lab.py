@@ -164,6 +164,7 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> No
         height=430,
     )
     charts.how_to_read(
+        "per_task",
         "One row is one task; a dot is a model's accuracy and its bar the 95 % sampling interval. "
         "The gap between the expert and the merge is what merging costs that task. Where the bars "
         "of two recipes overlap widely, these images do not tell them apart.",

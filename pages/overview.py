@@ -117,13 +117,14 @@ def first_section(view: View) -> None:
     )
     st.markdown(settings_in_words(recipes))
     charts.how_to_read(
+        "first",
         "The **experts** are eight models, one a task: the ceiling. The **base** is what all of "
         "them were fine-tuned from. The other rows are *one* model for all tasks, made from the "
         "experts' weights alone, without training. CART adds the leading directions of each "
         "expert's difference to the average back to the average.",
         get_method("cart").formula,
     )
-    charts.numbers(frame, "first_result")
+    charts.numbers(frame, "first_result", key="first")
 
 
 def card_section(view: View) -> None:

@@ -174,6 +174,7 @@ def section(frame: pd.DataFrame, view: View) -> None:
             height=460,
         )
     charts.how_to_read(
+        "map",
         "At rank 100 % the centred vectors cancel and CART is the plain average; at rank 0 it is "
         "the average too. In between accuracy rises and falls: **the bell**. Left of its top the "
         "tasks are cut short, right of it they collide. Original vectors (about the base) have no "

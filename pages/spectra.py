@@ -60,10 +60,37 @@ def open_cell() -> None:
 
 
 @shell.fragment
+def energy_section(drawn: pd.DataFrame) -> None:
+    """Cumulative energy and what the marked rank keeps of it (alone when the rank moves)."""
+    cards = st.columns(2)
+    share = share_slider(
+        "Rank to mark (share of directions)",
+        "share",
+        "Draws the rank at which a merge would cut. CART's paper uses 8 %.",
+    )
+    kept = drawn[drawn["share"] <= share + 1e-9].groupby(["origin", "task"])["energy"].max()
+    for card, origin in zip(cards, drawn["origin"].unique(), strict=False):
+        known = origin in kept.index.get_level_values("origin")
+        card.metric(
+            f"Energy kept, {ORIGIN_LABELS[origin].lower()}",
+            f"{kept[origin].mean():.1%}" if known else "0 %",
+            help=f"Share of Σσ² in the leading {share_label(share)} of directions, task mean.",
+        )
+    charts.show(
+        figures.cumulative_energy(
+            drawn, title="How many directions hold the energy?", chosen_share=share
+        ),
+        key="energy",
+        alt=f"Cumulative energy of {shell.view().layer} over rank",
+        height=440,
+    )
+
+
+@shell.fragment
 def layer_section() -> None:
     """Scree and cumulative energy of the chosen layer."""
     view = shell.view()
-    left, middle, right = st.columns([2, 2, 3])
+    left, right = st.columns(2)
     with left:
         which = choice(
             "Task vectors",
@@ -72,7 +99,7 @@ def layer_section() -> None:
             "Centred: about the average of the chosen experts (CART). "
             "Original: about the base they were fine-tuned from.",
         )
-    with middle:
+    with right:
         parts = parts_of(resources.group(view))
         part: Part = parts[0]
         if len(parts) > 1:
@@ -82,57 +109,38 @@ def layer_section() -> None:
                 "part",
                 "Query, key and value share one fused matrix; CART decomposes it whole.",
             )
-    with right:
-        share = share_slider(
-            "Rank to mark (share of directions)",
-            "share",
-            "Draws the rank at which a merge would cut. CART's paper uses 8 %.",
-        )
     frames = [
         spectrum_frames(view.key, view.tasks, view.layer, origin, part, view)
         for origin in ORIGINS[which]
     ]
     drawn = pd.concat([frame for frame, _ in frames], ignore_index=True)
     lines = frames[0][1]
-    kept = drawn[drawn["share"] <= share + 1e-9].groupby(["origin", "task"])["energy"].max()
-    cards = st.columns(4)
-    labels = {"average": "centred", "base": "original"}
-    for card, origin in zip(cards, ORIGINS[which], strict=False):
-        card.metric(
-            f"Energy kept, {labels[origin]}",
-            f"{kept[origin].mean():.1%}" if origin in kept.index.get_level_values(0) else "0 %",
-            help=f"Share of Σσ² in the leading {share_label(share)} of directions, task mean.",
-        )
-    cards[2].metric(
-        "Gavish-Donoho rank",
-        f"{lines['gavish_donoho_rank'].mean():.0f}",
-        help="Directions above the optimal hard threshold if the rest were white noise "
-        f"({labels[ORIGINS[which][0]]}, mean over tasks).",
-    )
-    cards[3].metric(
-        "Rank above the noise edge",
-        f"{lines['noise_rank'].mean():.0f}",
-        help="Directions above the Marchenko-Pastur edge, the noise estimated from the median "
-        f"({labels[ORIGINS[which][0]]}, mean over tasks).",
-    )
     scree, energy = st.columns(2)
     with scree:
+        cards = st.columns(2)
+        about = f"({ORIGIN_LABELS[ORIGINS[which][0]].lower()}, mean over tasks)."
+        cards[0].metric(
+            "Gavish-Donoho rank",
+            f"{lines['gavish_donoho_rank'].mean():.0f}",
+            help="Directions above the optimal hard threshold if the rest were white noise "
+            + about,
+        )
+        cards[1].metric(
+            "Rank above the noise edge",
+            f"{lines['noise_rank'].mean():.0f}",
+            help="Directions above the Marchenko-Pastur edge, the noise estimated from the median "
+            + about,
+        )
         charts.show(
             figures.scree(drawn, lines, title="How fast do the singular values fall?"),
             key="scree",
             alt=f"Singular values of {view.layer} per task on a log axis",
-            height=430,
+            height=520,
         )
     with energy:
-        charts.show(
-            figures.cumulative_energy(
-                drawn, title="How many directions hold the energy?", chosen_share=share
-            ),
-            key="energy",
-            alt=f"Cumulative energy of {view.layer} over rank",
-            height=430,
-        )
+        energy_section(drawn)
     charts.how_to_read(
+        "layer",
         "Each line is one task's difference to the **average** of the experts (centred, solid) or "
         "to the **base** (original, dashed), in the chosen layer. A line that falls steeply, or an "
         "energy curve that rises steeply, means that a few directions hold most of the "
@@ -177,6 +185,7 @@ def map_section() -> None:
     )
     st.caption("Click a cell to open its layer above, or choose it in the sidebar.")
     charts.how_to_read(
+        "map",
         "One cell is one task's difference in one weight matrix. Small numbers mean that the "
         "change lies in few directions. Layers where all tasks have high numbers are those where "
         "a low rank costs most.",

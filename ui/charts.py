@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
@@ -42,28 +41,37 @@ def show(figure: go.Figure, key: str, alt: str, height: int | None = None, **opt
     )
 
 
-def how_to_read(text: str, formula: str | None = None) -> None:
-    """The expander under a figure: what it shows, and its formula."""
-    with st.expander("How to read this", icon=":material/menu_book:"):
-        st.markdown(text)
-        if formula is not None:
+def how_to_read(key: str, text: str, formula: str) -> None:
+    """The expander under a figure: what it shows, and its formula.
+
+    Like :func:`numbers` it is filled when it is opened: formulas and tables that nobody looks at
+    would double the time until a page's first figure.
+
+    Args:
+        key: unique on the page.
+        text: Markdown.
+        formula: LaTeX.
+    """
+    label, icon = "How to read this", ":material/menu_book:"
+    with st.expander(label, icon=icon, key=f"how_{key}", on_change="rerun") as opened:
+        if opened.open:
+            st.markdown(text)
             st.latex(formula)
 
 
-def numbers(
-    frame: pd.DataFrame, name: str, columns: Mapping[str, Any] | None = None, key: str | None = None
-) -> None:
+def numbers(frame: pd.DataFrame, name: str, key: str) -> None:
     """The drawn numbers as a table, as CSV, and a link to the view.
 
     Args:
         frame: the frame that is drawn.
         name: file name of the CSV, without ending.
-        columns: column configuration of ``st.dataframe``.
-        key: unique on the page; `name` when None.
+        key: unique on the page.
     """
-    key = key or name
-    with st.expander("The numbers", icon=":material/table:"):
-        st.dataframe(frame, hide_index=True, column_config=dict(columns or {}), key=f"table_{key}")
+    label, icon = "The numbers", ":material/table:"
+    with st.expander(label, icon=icon, key=f"numbers_{key}", on_change="rerun") as opened:
+        if not opened.open:
+            return
+        st.dataframe(frame, hide_index=True, key=f"table_{key}")
         left, right = st.columns([1, 2], vertical_alignment="center")
         left.download_button(
             "Download CSV",
@@ -83,12 +91,3 @@ def link() -> str:
     )
     base = st.context.url or ""
     return f"{base}?{query}" if query else base
-
-
-def percent_columns(*names: str, **labels: str) -> dict[str, Any]:
-    """Column configuration that prints shares as percentages with one decimal."""
-    titles = {name: name for name in names} | labels
-    return {
-        name: st.column_config.NumberColumn(title, format="percent")
-        for name, title in titles.items()
-    }

@@ -257,3 +257,26 @@ def test_angles_and_signs_are_drawn_when_asked_for() -> None:
     cosines = np.linalg.svd(tops[0] @ tops[1].T, compute_uv=False).clip(0, 1)
     drawn = array(trace(figures(at)[8], type="heatmap")["z"])
     assert drawn[0, 1] == pytest.approx(np.degrees(np.arccos(cosines)).mean(), abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("name", "key"),
+    [
+        ("overview", "first"),
+        ("spectra", "summary"),
+        ("interference", "curves"),
+        ("rank_and_scale", "mean"),
+        ("merge_lab", "per_task"),
+    ],
+)
+def test_explanation_and_numbers_are_there_when_opened(name: str, key: str) -> None:
+    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=120)
+    at.switch_page(str(ROOT / "pages" / f"{name}.py"))
+    closed = len(healthy(at.run()).dataframe)
+    for which in (f"numbers_{key}", f"how_{'map' if key in ('summary', 'mean') else key}"):
+        at.session_state[which] = True
+    healthy(at.run())
+    assert len(at.dataframe) == closed + 1
+    assert not at.dataframe[-1].value.empty
+    assert at.get("download_button")
+    assert at.latex
