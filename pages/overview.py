@@ -106,6 +106,7 @@ def first_section(view: View) -> None:
             if model in ("Base", "Experts", "Weight average")
             else f"{100 * (row['accuracy'] - values['Weight average']):+.1f} vs average",
             border=True,
+            height="stretch",
             help=f"Mean accuracy over {len(view.tasks)} tasks on the test split; 95 % interval "
             f"{row['low']:.1%} to {row['high']:.1%}; differences in percentage points.",
         )

@@ -207,8 +207,6 @@ def test_only_common_parameters_are_listed(suite_of: Callable[..., Suite]) -> No
 def test_the_bundled_demo_suite_goes_through_the_same_door() -> None:
     from merge_core.suite import BUNDLED_PATH
 
-    if not BUNDLED_PATH.is_file():
-        pytest.skip("the bundled suite is not made yet")
     suite = load_suite("demo")
     assert suite.path == BUNDLED_PATH
     assert suite.can_evaluate, suite.why_not_evaluated
