@@ -144,10 +144,12 @@ def settle(page: Page) -> None:
 
 
 def wait_idle(page: Page) -> None:
-    """Wait until no script of the page runs."""
-    page.wait_for_timeout(400)
-    page.wait_for_function("!document.querySelector('[data-testid=stStatusWidget]')")
-    page.wait_for_timeout(300)
+    """Wait until no script of the page runs (Streamlit itself waits 200 ms for further keys)."""
+    page.wait_for_timeout(450)
+    page.wait_for_function(
+        "document.querySelector('[data-testid=stApp]').dataset.testScriptState === 'notRunning'"
+    )
+    page.wait_for_timeout(250)
 
 
 def metrics(page: Page) -> dict[str, str]:

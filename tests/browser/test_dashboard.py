@@ -97,6 +97,9 @@ def test_choices_stand_in_the_address_and_open_again_as_they_were(
     page.get_by_role("button", name="Pin this recipe").click()
     wait_idle(page)
     step(page, "Scale", "ArrowRight", 4)
+    recipe = page.get_by_test_id("stCode").filter(has_text="method:")
+    expect(recipe).to_contain_text("scale: 1.2")
+    wait_idle(page)
     address, shown = page.url, metrics(page)
     assert "dots" not in query(page)["tasks"]
     assert len(query(page)["tasks"]) == 7
@@ -109,8 +112,7 @@ def test_choices_stand_in_the_address_and_open_again_as_they_were(
     assert other.url == address
     assert metrics(other) == shown
     assert other.get_by_text("Pinned: CART, rank 0.12, scale 1").count() >= 1
-    recipe = other.get_by_test_id("stCode").filter(has_text="method:")
-    assert "scale: 1.2" in recipe.inner_text()
+    expect(other.get_by_test_id("stCode").filter(has_text="method:")).to_contain_text("scale: 1.2")
 
 
 def test_choices_stay_when_the_page_changes(server: Server, context: BrowserContext) -> None:
