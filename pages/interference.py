@@ -307,8 +307,8 @@ def angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
         f"Left: the mean angle between the leading {k} directions ({share_label(share)}) of two "
         "tasks, however strong each is; 90° means that they share none, which random "
         "subspaces approach only where the matrix is much wider than k. Right: adding the task "
-        "vectors up cancels this share of their magnitude, and in this share of the entries at least two tasks pull in opposite "
-        "directions.",
+        "vectors up cancels this share of their magnitude, and in this share of the entries at "
+        "least two tasks pull in opposite directions.",
         r"\cos\theta_a = \sigma_a(V_i^\top V_j),\qquad "
         r"1 - \frac{\sum_e |\sum_t \tau_{t,e}|}{\sum_e \sum_t |\tau_{t,e}|}",
     )
