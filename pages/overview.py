@@ -119,9 +119,9 @@ def first_section(view: View) -> None:
     st.markdown(settings_in_words(recipes))
     charts.how_to_read(
         "first",
-        "The **experts** are eight models, one a task: the ceiling. The **base** is what all of "
-        "them were fine-tuned from. The other rows are *one* model for all tasks, made from the "
-        "experts' weights alone, without training. CART adds the leading directions of each "
+        f"The **experts** are {len(view.tasks)} models, one a task. The **base** is what all of "
+        "them were fine-tuned from. The other rows are *one* model for all tasks, made from "
+        "weights alone, without training. CART adds the leading directions of each "
         "expert's difference to the average back to the average.",
         get_method("cart").formula,
     )

@@ -175,11 +175,13 @@ def section(frame: pd.DataFrame, view: View) -> None:
         )
     charts.how_to_read(
         "map",
-        "At rank 100 % the centred vectors cancel and CART is the plain average; at rank 0 it is "
-        "the average too. In between accuracy rises and falls: **the bell**. Left of its top the "
-        "tasks are cut short, right of it they collide. Original vectors (about the base) have no "
-        "such bell. The band is the 95 % sampling interval of the mean over these tasks. The "
-        "point is chosen on the validation split; the Overview reports the test split.",
+        "At rank 100 % the centred vectors cancel and CART is the plain average; at rank 0 it "
+        "is the average too. Where accuracy rises and falls in between, one sees **the bell**. "
+        "Little of each task is kept on its left, and a large λ overstretches that little; on "
+        "its right the vectors cancel more and more. Original vectors (about the base) do not "
+        "cancel: at full rank they end at Task Arithmetic on the matrices. The band is the 95 % "
+        "sampling interval of the mean over these tasks. The point is chosen on the validation "
+        "split; the Overview reports the test split.",
         r"\theta = \theta_{avg} + \lambda \sum_t \mathrm{SVD}_k(\theta_t - \theta_{avg}),\qquad "
         r"k = \max(1, \lfloor \rho r \rfloor)",
     )

@@ -144,9 +144,9 @@ def layer_section() -> None:
         "Each line is one task's difference to the **average** of the experts (centred, solid) or "
         "to the **base** (original, dashed), in the chosen layer. A line that falls steeply, or an "
         "energy curve that rises steeply, means that a few directions hold most of the "
-        "difference: cutting the rest loses little of the task and takes away much of what gets "
-        "in other tasks' way. The dotted lines are where white noise of the same median would "
-        "end; trained weights are not white noise, so read them as orientation, not as a rule.",
+        "difference, so that cutting the rest changes it little. The dotted lines are where "
+        "white noise of the same median would end; trained weights are not white noise, so read "
+        "them as orientation, not as a rule.",
         r"A = U\Sigma V^\top,\qquad E(k) = \frac{\sum_{i\le k}\sigma_i^2}{\sum_i \sigma_i^2}",
     )
     charts.numbers(drawn, f"spectrum_{view.layer}", key="spectrum")
@@ -186,9 +186,9 @@ def map_section() -> None:
     st.caption("Click a cell to open its layer above, or choose it in the sidebar.")
     charts.how_to_read(
         "map",
-        "One cell is one task's difference in one weight matrix. Small numbers mean that the "
-        "change lies in few directions. Layers where all tasks have high numbers are those where "
-        "a low rank costs most.",
+        "One cell is one task's difference in one weight matrix. Of the ranks, small numbers "
+        "mean that the change lies in few directions; of the energy in the leading 8 %, large ones "
+        "do. The norm says how large the change is, not how it is spread.",
         r"\text{stable rank} = \frac{\|A\|_F^2}{\sigma_1^2},\qquad "
         r"\text{effective rank} = \exp\Bigl(-\sum_i p_i \log p_i\Bigr),\; p_i = "
         r"\frac{\sigma_i}{\sum_j \sigma_j}",

@@ -15,7 +15,8 @@ class CartParameters(MethodParameters):
     rank: Rank = parameter(
         0.08,
         "Directions kept of each centred task vector: a share of min(m, n), or a whole number. "
-        "Too few lose the task, too many bring interference back; all of them give the average.",
+        "Too few lose the task; with more and more of them the centred vectors cancel, and all of "
+        "them give the average.",
         typical="0.08 (paper); 0.12 to 0.32 as shipped",
     )
     scale: float = parameter(
@@ -53,7 +54,7 @@ METHOD = Method(
     title="CART",
     place=6,
     summary="Adds the low-rank parts of the task vectors centred at the average back to the "
-    "average, which leaves out the directions in which the tasks interfere.",
+    "average: what is strongest in each task is kept, the rest is left out.",
     formula=r"\theta = \theta_{avg} + \lambda \sum_t \mathrm{SVD}_k(\theta_t - \theta_{avg})",
     source="Choi et al., Revisiting weight averaging for model merging, arXiv:2412.12153",
     parameters=CartParameters,

@@ -106,7 +106,7 @@ def test_one_task_and_two_tasks_are_defined_everywhere(name: str, tasks: list[st
 @pytest.mark.parametrize("name", PAGES)
 def test_values_that_a_link_cannot_have_fall_back(name: str) -> None:
     at = open_page(name, share="9999", method="nope", layer="nope", tasks="nope", rank="x")
-    assert not at.exception
+    assert figures(healthy(at))
 
 
 def test_the_scree_is_the_spectrum_of_the_task_vectors() -> None:
@@ -243,6 +243,18 @@ def test_pages_leave_the_weights_as_they_are() -> None:
     again = load_suite("demo")
     for task, value in before.items():
         assert again.expert(task).tensor(suite.matrices[0]).equal(value)
+
+
+def test_the_explanation_of_the_rank_says_what_the_curve_shows() -> None:
+    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=120)
+    at.switch_page(str(ROOT / "pages" / "interference.py"))
+    at.session_state["how_curves"] = True
+    healthy(at.run())
+    curve = trace(figures(at)[2], name="about the average (centred)")
+    first, last = array(curve["y"])[[0, -1]]
+    text = next(m.value for m in at.markdown if "lowest to the full rank" in m.value)
+    assert f"({first:.3f} to {last:.3f})" in text
+    assert ("lowers" in text) == (last < 0.95 * first)
 
 
 def test_angles_and_signs_are_drawn_when_asked_for() -> None:
