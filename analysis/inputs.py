@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_core.checkpoint import Checkpoint
-from merge_core.errors import CheckpointError, SuiteError
+from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
 from merge_core.suite import Suite
 
 Split = Literal["val", "test"]
@@ -24,7 +26,7 @@ class TaskInputs:
     """One split of one task.
 
     Attributes:
-        images: uint8, N x H x W x 3.
+        images: uint8, N x H x W x channels.
         labels: int64, N, in 0..classes−1.
         class_names: one per class.
     """
@@ -69,7 +71,31 @@ def load_inputs(suite: Suite, task: str, split: Split, limit: int | None = None)
     spec = suite.spec.experts[task].data
     if spec is None:
         raise SuiteError(f"Task {task!r} has no data; add 'data:' to it in {suite.path}.")
-    path = suite.file(spec.file)
+    what = f"data of task {task!r}"
+    return read_split(suite.file(spec.file), split, what, SuiteError, channels=3, limit=limit)
+
+
+def read_split(
+    path: Path,
+    split: Split | Literal["train"],
+    what: str,
+    error: type[MergeScopeError],
+    channels: int,
+    limit: int | None = None,
+) -> TaskInputs:
+    """Read one split of a numpy archive of images.
+
+    Args:
+        path: the archive.
+        split: its arrays are ``{split}_images`` and ``{split}_labels``.
+        what: whose data these are, for messages.
+        error: what is raised.
+        channels: the number of colour channels expected.
+        limit: only the first so many images.
+
+    Raises:
+        MergeScopeError: of the given kind: a missing file, or content of another form.
+    """
     try:
         with np.load(path, allow_pickle=False) as archive:
             images = archive[f"{split}_images"][:limit]
@@ -83,8 +109,8 @@ def load_inputs(suite: Suite, task: str, split: Split, limit: int | None = None)
                 if "class_names" in archive
                 else tuple(str(i) for i in range(count))
             )
-    except OSError as error:
-        raise SuiteError(f"{path} (data of task {task!r}) cannot be read: {error}.") from error
+    except OSError as fault:
+        raise error(f"{path} ({what}) cannot be read: {fault}.") from fault
     # TypeError: a lone .npy array; IndexError: a number instead of an array; the others: damage.
     except (
         ValueError,
@@ -94,18 +120,18 @@ def load_inputs(suite: Suite, task: str, split: Split, limit: int | None = None)
         RuntimeError,
         zipfile.BadZipFile,
         zlib.error,
-    ) as error:
-        raise SuiteError(
-            f"{path} (data of task {task!r}) is not a numpy archive with {split}_images and "
-            f"{split}_labels ({error})."
-        ) from error
-    if images.ndim != 4 or images.shape[-1] != 3 or images.dtype != np.uint8:
-        raise SuiteError(
-            f"{path}: {split}_images must be uint8 of shape N x height x width x 3, "
+    ) as fault:
+        raise error(
+            f"{path} ({what}) is not a numpy archive with {split}_images and "
+            f"{split}_labels ({fault})."
+        ) from fault
+    if images.ndim != 4 or images.shape[-1] != channels or images.dtype != np.uint8:
+        raise error(
+            f"{path}: {split}_images must be uint8 of shape N x height x width x {channels}, "
             f"got {images.dtype} of shape {images.shape}."
         )
     if labels.shape != (len(images),) or len(labels) == 0 or labels.min() < 0:
-        raise SuiteError(f"{path}: {split}_labels must be one class number per image, from 0.")
+        raise error(f"{path}: {split}_labels must be one class number per image, from 0.")
     return TaskInputs(images, labels, names)
 
 
@@ -118,10 +144,14 @@ def normalised(images: np.ndarray, suite: Suite, task: str) -> Tensor:
     spec = suite.spec.experts[task].data
     if spec is None:
         raise SuiteError(f"Task {task!r} has no data; add 'data:' to it in {suite.path}.")
-    mean = torch.tensor(spec.mean).reshape(3, 1, 1)
-    std = torch.tensor(spec.std).reshape(3, 1, 1)
+    return scaled(images, spec.mean, spec.std)
+
+
+def scaled(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """float32, N x C x H x W: (x / 255 − mean) / std of uint8 images N x H x W x C."""
+    shift, scale = (torch.tensor(constants).reshape(-1, 1, 1) for constants in (mean, std))
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
-    return (pixels / 255 - mean) / std
+    return (pixels / 255 - shift) / scale
 
 
 def load_head(suite: Suite, task: str) -> Head:

@@ -8,15 +8,13 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from analysis.networks import build_network, check_state
 from merge_core.errors import SuiteError
 from merge_core.suite import Suite
 
-# Arguments of timm that would fetch weights or open other files.
-REFUSED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "scriptable")
-
 
 class Backbone:
-    """A timm model without classifier, whose weights are given with each call.
+    """A network without classifier, whose weights are given with each call.
 
     Args:
         suite: a suite that names an architecture.
@@ -36,30 +34,9 @@ class Backbone:
 
     @cached_property
     def model(self) -> nn.Module:
-        """The timm module in evaluation mode (its own weights are never used)."""
-        import timm  # three seconds: only where a model is run
-
+        """The network in evaluation mode (its own weights are never used)."""
         assert self._architecture is not None
-        name, args = self._architecture.name, self._architecture.args
-        refused = [arg for arg in args if arg.startswith(REFUSED_ARGS)]
-        if ":" in name or refused:
-            what = f"the argument {refused[0]!r}" if refused else f"the name {name!r}"
-            raise SuiteError(
-                f"{self._suite.path}: architecture: {what} would fetch files. Give the plain "
-                "timm name and its shape arguments; the weights come from the suite."
-            )
-        if not timm.is_model(name):
-            near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
-            hint = f" Similar: {near}." if near else ""
-            raise SuiteError(f"{self._suite.path}: timm knows no architecture {name!r}.{hint}")
-        try:
-            model = timm.create_model(name, pretrained=False, num_classes=0, **args)
-        except Exception as error:  # wrong arguments raise almost anything, from deep inside
-            raise SuiteError(
-                f"{self._suite.path}: timm cannot build {name!r} with {args} "
-                f"({type(error).__name__}: {error}). Correct the args."
-            ) from error
-        return model.eval().requires_grad_(False)
+        return build_network(self._architecture, self._suite.path, SuiteError, num_classes=0)
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Refuse weights that do not fill the architecture.
@@ -69,20 +46,7 @@ class Backbone:
         """
         assert self._architecture is not None
         expected = self.model.state_dict()
-        missing = [name for name in expected if name not in weights]
-        if missing:
-            raise SuiteError(
-                f"The weights lack {missing[0]!r}, which the architecture "
-                f"{self._architecture.name!r} needs ({len(missing)} missing in all). "
-                f"Correct the architecture in {self._suite.path}."
-            )
-        for name, value in expected.items():
-            if weights[name].shape != value.shape:
-                raise SuiteError(
-                    f"{name!r} has shape {tuple(weights[name].shape)}, but the architecture "
-                    f"{self._architecture.name!r} needs {tuple(value.shape)}. "
-                    f"Correct the architecture's args in {self._suite.path}."
-                )
+        check_state(expected, weights, self._architecture.name, self._suite.path, SuiteError)
 
     @torch.no_grad()
     def features(self, weights: Mapping[str, Tensor], images: Tensor, batch: int = 250) -> Tensor:

@@ -17,6 +17,10 @@ class SuiteError(MergeScopeError):
     """suite.yaml is wrong, or its members do not fit together."""
 
 
+class PoolError(MergeScopeError):
+    """pool.yaml is wrong, or its members do not fit together."""
+
+
 class RecipeError(MergeScopeError):
     """A recipe names something unknown or gives a parameter outside its range."""
 

@@ -10,8 +10,11 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
-from merge_core.errors import OutputError
+import yaml
+
+from merge_core.errors import MergeScopeError, OutputError
 
 CHUNK = 1 << 22
 
@@ -61,6 +64,57 @@ def file_digest(path: Path) -> str:
     with suppress(OSError, OutputError):
         write_atomically(memo, whole.hexdigest().encode())
     return whole.hexdigest()
+
+
+def read_yaml(
+    path: Path, usual_name: str, error: type[MergeScopeError], alternative: str
+) -> tuple[dict[str, Any], Path]:
+    """Read a YAML file that describes something.
+
+    Args:
+        path: the file, or the folder that holds it under its usual name.
+        usual_name: ``suite.yaml``, say.
+        error: what is raised.
+        alternative: what may be given in place of a path, for the message.
+
+    Returns:
+        Its fields, and the path of the file.
+
+    Raises:
+        MergeScopeError: of the given kind: unreadable, not YAML, or not a table of fields.
+    """
+    try:
+        path = path.expanduser()
+        if path.is_dir():
+            path = path / usual_name
+        document = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, ValueError, RecursionError) as fault:  # ValueError: month 13
+        first = str(fault).replace("\n", " ")
+        raise error(f"{path} is not valid YAML: {first:.200}") from fault
+    except (OSError, RuntimeError) as fault:  # RuntimeError: ~someone without a home folder
+        reason = fault.strerror if isinstance(fault, OSError) else str(fault)
+        raise error(
+            f"{path} cannot be read ({reason}). Give a {usual_name}, its folder, or {alternative}."
+        ) from fault
+    if not isinstance(document, dict):
+        what = Path(usual_name).stem
+        raise error(f"{path} is not a {what}: it must hold fields such as name.")
+    return document, path
+
+
+def evict(folder: Path, most: int) -> None:
+    """Delete the least recently changed files of a folder until it holds at most `most` bytes.
+
+    Raises:
+        OSError: the folder cannot be read.
+    """
+    files = [(path, path.stat()) for path in folder.iterdir() if path.is_file()]
+    excess = sum(stat.st_size for _, stat in files) - most
+    for path, stat in sorted(files, key=lambda pair: pair[1].st_mtime):
+        if excess <= 0:
+            return
+        path.unlink(missing_ok=True)
+        excess -= stat.st_size
 
 
 def explain_os_error(error: OSError, target: Path) -> OutputError:

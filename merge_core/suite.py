@@ -10,12 +10,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, SuiteError, explain_validation
-from merge_core.files import digest_of, file_digest
+from merge_core.files import digest_of, file_digest, read_yaml
 from merge_core.parameters import Treatment, treatment
 
 BUNDLED = "demo"
@@ -224,23 +223,12 @@ def load_suite(reference: str | Path) -> Suite:
     Raises:
         SuiteError: missing file, not YAML, unknown or missing fields.
     """
-    path = BUNDLED_PATH if str(reference) == BUNDLED else Path(reference)
-    try:
-        path = path.expanduser()
-        if path.is_dir():
-            path = path / "suite.yaml"
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: month 13
-        first = str(error).replace("\n", " ")
-        raise SuiteError(f"{path} is not valid YAML: {first:.200}") from error
-    except (OSError, RuntimeError) as error:  # RuntimeError: ~someone without a home folder
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise SuiteError(
-            f"{path} cannot be read ({reason}). "
-            f"Give a suite.yaml, its folder, or {BUNDLED!r} for the bundled suite."
-        ) from error
-    if not isinstance(document, dict):
-        raise SuiteError(f"{path} is not a suite: it must hold fields such as name and experts.")
+    document, path = read_yaml(
+        BUNDLED_PATH if str(reference) == BUNDLED else Path(reference),
+        "suite.yaml",
+        SuiteError,
+        f"{BUNDLED!r} for the bundled suite",
+    )
     try:
         spec = SuiteSpec.model_validate(document)
     except ValidationError as error:

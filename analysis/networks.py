@@ -1,0 +1,221 @@
+"""The network that a suite or a pool names, run with any weights of its layout."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analysis.plain_networks import PLAIN
+from merge_core.errors import MergeScopeError, PoolError
+from merge_core.pool import Pool
+from merge_core.suite import ArchitectureSpec
+
+# Arguments of timm that would fetch weights or open other files.
+REFUSED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "scriptable")
+BATCH = 250
+
+State = Mapping[str, Tensor]
+
+
+def build_network(
+    architecture: ArchitectureSpec,
+    path: Path,
+    error: type[MergeScopeError],
+    num_classes: int | None = None,
+) -> nn.Module:
+    """A network in evaluation mode, without gradients; its own weights are random.
+
+    Args:
+        architecture: ``linear``, ``mlp``, ``vgg`` (see :mod:`analysis.plain_networks`) or a name
+            of timm, and arguments.
+        path: the file that names it, for messages.
+        error: what is raised.
+        num_classes: overrides the arguments'; 0 for no classifier.
+
+    Raises:
+        MergeScopeError: of the given kind: unknown, or not buildable with these arguments.
+    """
+    name, args = architecture.name, dict(architecture.args)
+    if num_classes is not None:
+        if "num_classes" in args:
+            raise error(f"{path}: architecture: leave out num_classes; the heads say it.")
+        args["num_classes"] = num_classes
+    refused = [arg for arg in args if arg.startswith(REFUSED_ARGS)]
+    if ":" in name or refused:
+        what = f"the argument {refused[0]!r}" if refused else f"the name {name!r}"
+        raise error(
+            f"{path}: architecture: {what} would fetch files. Give the plain "
+            "timm name and its shape arguments; the weights come from the suite or pool."
+        )
+    try:
+        if name in PLAIN:
+            return PLAIN[name](**args).eval().requires_grad_(False)
+        import timm  # three seconds: only where a model is run
+
+        if timm.is_model(name):
+            model: nn.Module = timm.create_model(name, pretrained=False, **args)
+            return model.eval().requires_grad_(False)
+    except Exception as fault:  # wrong arguments raise almost anything, from deep inside
+        raise error(
+            f"{path}: {'timm' if name not in PLAIN else 'MergeScope'} cannot build {name!r} with "
+            f"{args} ({type(fault).__name__}: {fault}). Correct the args."
+        ) from fault
+    near = ", ".join(timm.list_models(f"*{name.split('_')[0]}*")[:3])
+    raise error(
+        f"{path}: timm knows no architecture {name!r}." + (f" Similar: {near}." if near else "")
+    )
+
+
+def check_state(
+    expected: State, weights: State, name: str, path: Path, error: type[MergeScopeError]
+) -> None:
+    """Refuse weights that do not fill an architecture.
+
+    Args:
+        expected: the architecture's own state.
+        weights: what is to be run; more than `expected` is ignored.
+        name: of the architecture.
+        path: the file that names it, for messages.
+        error: what is raised.
+
+    Raises:
+        MergeScopeError: of the given kind: a parameter missing or of another shape.
+    """
+    missing = [key for key in expected if key not in weights]
+    if missing:
+        raise error(
+            f"The weights lack {missing[0]!r}, which the architecture {name!r} needs "
+            f"({len(missing)} missing in all). Correct the architecture in {path}."
+        )
+    for key, value in expected.items():
+        if weights[key].shape != value.shape:
+            raise error(
+                f"{key!r} has shape {tuple(weights[key].shape)}, but the architecture {name!r} "
+                f"needs {tuple(value.shape)}. Correct the architecture's args in {path}."
+            )
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gives for N images.
+
+    Attributes:
+        features: the input of the last linear layer, after any final norm, N x width.
+        logits: N x classes.
+    """
+
+    features: Tensor
+    logits: Tensor
+
+
+class _Split(nn.Module):
+    """A network that gives features and logits at once."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        network: Any = self.network
+        features = network.forward_head(network.forward_features(images), pre_logits=True)
+        return features, network.get_classifier()(features)
+
+
+class Network:
+    """The architecture of a pool in evaluation mode; weights are given with each call.
+
+    Args:
+        pool: the pool that names it.
+    """
+
+    def __init__(self, pool: Pool) -> None:
+        self._path = pool.path
+        self.architecture = pool.spec.architecture
+
+    @cached_property
+    def module(self) -> Any:
+        """The network itself (its own weights are never used).
+
+        Raises:
+            PoolError: it cannot be built, or does not end in one linear layer.
+        """
+        module = build_network(self.architecture, self._path, PoolError)
+        head = module.get_classifier() if hasattr(module, "get_classifier") else None
+        if not isinstance(head, nn.Linear) or not hasattr(module, "forward_head"):
+            raise PoolError(
+                f"{self._path}: {self.architecture.name!r} does not end in one linear layer, "
+                "which features and heads need. Choose another architecture."
+            )
+        return module
+
+    @cached_property
+    def head_name(self) -> str:
+        """The name of the last linear layer, such as ``head`` or ``fc``."""
+        head = self.module.get_classifier()
+        return next(name for name, module in self.module.named_modules() if module is head)
+
+    def head(self, weights: State) -> tuple[Tensor, Tensor]:
+        """Weight (classes x width) and bias (classes; zeros where it has none) of the last layer.
+
+        Raises:
+            PoolError: weights that do not fit.
+        """
+        self.check(weights)
+        weight = weights[f"{self.head_name}.weight"].float()
+        bias = weights.get(f"{self.head_name}.bias")
+        return weight, torch.zeros(len(weight)) if bias is None else bias.float()
+
+    def check(self, weights: State) -> None:
+        """Refuse weights that do not fill the architecture.
+
+        Raises:
+            PoolError: a parameter missing or of another shape.
+        """
+        expected = self.module.state_dict()
+        check_state(expected, weights, self.architecture.name, self._path, PoolError)
+
+    @torch.no_grad()
+    def outputs(
+        self,
+        weights: State,
+        images: Tensor,
+        dtype: torch.dtype = torch.float32,
+        batch: int = BATCH,
+    ) -> Outputs:
+        """Features and logits in evaluation mode (no dropout, stored statistics).
+
+        Args:
+            weights: one tensor per parameter and buffer (more are ignored).
+            images: N x channels x H x W, normalised.
+            dtype: in which everything is computed; float64 where float32 would overflow.
+            batch: images per forward pass.
+
+        Raises:
+            PoolError: weights or images that do not fit the architecture.
+        """
+        self.check(weights)
+        known = self.module.state_dict().keys()
+        state = {
+            f"network.{name}": value.to(dtype) if value.is_floating_point() else value
+            for name, value in weights.items()
+            if name in known
+        }
+        split = _Split(self.module)
+        try:
+            parts = [
+                torch.func.functional_call(split, state, (part.to(dtype),))
+                for part in images.split(batch)
+            ]
+        except (RuntimeError, AssertionError) as fault:
+            raise PoolError(
+                f"{self._path}: images of shape {tuple(images.shape[1:])} do not fit the "
+                f"architecture: {str(fault).splitlines()[0]:.200}"
+            ) from fault
+        features, logits = (torch.cat(column) for column in zip(*parts, strict=True))
+        return Outputs(features, logits)
