@@ -44,7 +44,10 @@ def build_network(
     name, args = architecture.name, dict(architecture.args)
     if num_classes is not None:
         if "num_classes" in args:
-            raise error(f"{path}: architecture: leave out num_classes; the heads say it.")
+            raise error(
+                f"{path}: timm cannot build {name!r} with num_classes here, as the classes come "
+                "from the heads. Correct the args."
+            )
         args["num_classes"] = num_classes
     refused = [arg for arg in args if arg.startswith(REFUSED_ARGS)]
     if ":" in name or refused:
@@ -145,7 +148,7 @@ class Network:
         Raises:
             PoolError: it cannot be built, or does not end in one linear layer.
         """
-        module = build_network(self.architecture, self._path, PoolError)
+        module: Any = build_network(self.architecture, self._path, PoolError)
         head = module.get_classifier() if hasattr(module, "get_classifier") else None
         if not isinstance(head, nn.Linear) or not hasattr(module, "forward_head"):
             raise PoolError(
