@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import threading
+import zipfile
+import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
@@ -159,7 +161,8 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 def _read(key: str) -> Outputs | None:
     path = cache_dir() / "outputs" / f"{key}.npz"
-    with suppress(OSError, ValueError, LookupError, EOFError):
+    damaged = (ValueError, LookupError, EOFError, zipfile.BadZipFile, zlib.error)
+    with suppress(OSError, *damaged):
         with np.load(path, allow_pickle=False) as archive:
             features, logits = archive["features"], archive["logits"]
         path.touch()  # the least recently used are dropped first

@@ -188,6 +188,20 @@ def bundled_pools() -> dict[str, Path]:
     return {path.parent.name: path for path in sorted(BUNDLED_POOLS.glob("*/pool.yaml"))}
 
 
+def describes_pool(reference: str | Path) -> bool:
+    """Whether a path or name is a pool's rather than a suite's (False for what is neither)."""
+    if str(reference) in bundled_pools():
+        return True
+    path = Path(reference).expanduser()
+    if path.is_dir():
+        return (path / "pool.yaml").is_file() and not (path / "suite.yaml").is_file()
+    try:
+        document, _ = read_yaml(path, "pool.yaml", PoolError, "")
+    except PoolError:
+        return False
+    return "members" in document
+
+
 def load_pool(reference: str | Path) -> Pool:
     """Read a ``pool.yaml``; nothing of the checkpoints is opened yet.
 

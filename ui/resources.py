@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import streamlit as st
 
@@ -17,8 +18,8 @@ from merge_core.factors import FactorStore
 from merge_core.files import digest_of, file_digest
 from merge_core.suite import Suite, load_suite
 from merge_core.task_vectors import ParameterGroup
+from ui.catalog import SUITES
 from ui.jobs import JobRunner
-from ui.suites import offered
 
 
 @dataclass(frozen=True)
@@ -46,22 +47,24 @@ def suite_key(name: str) -> str:
     Raises:
         SuiteError: the suite's file is missing or wrong.
     """
-    suite = load_suite(offered()[name])
+    suite = load_suite(SUITES.offered()[name])
     files = [suite.spec.base] if suite.spec.base else []
     for expert in suite.spec.experts.values():
         files += [expert.weights, expert.head or "", expert.data.file if expert.data else ""]
-    parts = [file_digest(suite.path)]
-    for relative in filter(None, files):
-        path = suite.file(relative)
-        stat = path.stat() if path.exists() else None
-        parts.append(f"{path}:{stat.st_size}:{stat.st_mtime_ns}" if stat else f"{path}:missing")
-    return digest_of(*parts)
+    stamps = [stamp(suite.file(relative)) for relative in filter(None, files)]
+    return digest_of(file_digest(suite.path), *stamps)
+
+
+def stamp(path: Path) -> str:
+    """What tells one state of a file from another, without reading it."""
+    stat = path.stat() if path.exists() else None
+    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}" if stat else f"{path}:missing"
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def open_suite(name: str, key: str) -> Suite:
     """The suite of that name, as it is at that key."""
-    return load_suite(offered()[name])
+    return load_suite(SUITES.offered()[name])
 
 
 @st.cache_resource(show_spinner=False)

@@ -9,44 +9,99 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import streamlit as st
 
 from merge_core.errors import MergeScopeError
 from merge_core.recipe import Recipe
-from ui import resources
+from ui import sidebar
+from ui.pool_resources import PoolView
 from ui.resources import View
-from ui.suites import offered
 from ui.widgets import share_label
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNING = "_shell_is_running"
 VIEW = "_view"
+POOL_VIEW = "_pool_view"
 log = logging.getLogger(__name__)
 
-PAGES = (
-    ("overview", "Overview", ":material/biotech:", "The suite and a first result"),
-    ("spectra", "Spectra", ":material/show_chart:", "How many directions a task vector has"),
-    ("interference", "Interference", ":material/grid_on:", "How tasks get into each other's way"),
-    ("rank_and_scale", "Rank and scale", ":material/tune:", "Which rank and scale merge best"),
-    ("merge_lab", "Merge lab", ":material/science:", "Merge, compare, download"),
+
+@dataclass(frozen=True)
+class PageEntry:
+    """A page of the navigation.
+
+    Attributes:
+        name: its file in ``pages/``.
+        title: in the menu.
+        icon: in the menu.
+        help: one line on what it shows.
+        subject: what the sidebar chooses for it (``own``: the page itself chooses).
+    """
+
+    name: str
+    title: str
+    icon: str
+    help: str
+    subject: Literal["suite", "pool", "own"]
+
+
+MERGING = (
+    PageEntry(
+        "overview", "Overview", ":material/biotech:", "The suite and a first result", "suite"
+    ),
+    PageEntry(
+        "spectra",
+        "Spectra",
+        ":material/show_chart:",
+        "How many directions a task vector has",
+        "suite",
+    ),
+    PageEntry(
+        "interference",
+        "Interference",
+        ":material/grid_on:",
+        "How tasks get into each other's way",
+        "suite",
+    ),
+    PageEntry(
+        "rank_and_scale",
+        "Rank and scale",
+        ":material/tune:",
+        "Which rank and scale merge best",
+        "suite",
+    ),
+    PageEntry("merge_lab", "Merge lab", ":material/science:", "Merge, compare, download", "suite"),
 )
+AVERAGING = (
+    PageEntry(
+        "weights_or_features",
+        "Weights or features?",
+        ":material/call_merge:",
+        "Averaging weights against averaging outputs",
+        "pool",
+    ),
+)
+SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING}
+PAGES = tuple(entry for entries in SECTIONS.values() for entry in entries)
 
 
-def pages() -> list[Any]:
-    """The registered pages; the first is the default."""
-    return [
-        st.Page(ROOT / "pages" / f"{name}.py", title=title, icon=icon, help=help, default=i == 0)
-        for i, (name, title, icon, help) in enumerate(PAGES)
-    ]
+def _page(entry: PageEntry) -> Any:
+    return st.Page(
+        ROOT / "pages" / f"{entry.name}.py",
+        title=entry.title,
+        icon=entry.icon,
+        help=entry.help,
+        default=entry is PAGES[0],
+    )
 
 
 def page(name: str) -> Any:
     """The registered page of that file name."""
-    return pages()[[entry[0] for entry in PAGES].index(name)]
+    return _page(next(entry for entry in PAGES if entry.name == name))
 
 
 def explain_no_evaluation(view: View) -> None:
@@ -73,10 +128,12 @@ def lab_query(recipe: Recipe) -> dict[str, str | list[str]]:
 def run() -> None:
     """Draw the shell, then the page that was asked for."""
     st.set_page_config(page_title="MergeScope", page_icon="🔬", layout="wide")
-    page = st.navigation(pages())
+    groups = {title: [_page(e) for e in entries] for title, entries in SECTIONS.items()}
+    page = st.navigation(groups)
+    entry = next(entry for entry in PAGES if entry.title == page.title)
     st.session_state[RUNNING] = True
     try:
-        _in_words(lambda: _run_page(page))
+        _in_words(lambda: _run_page(page, entry))
     finally:
         st.session_state[RUNNING] = False
 
@@ -89,8 +146,14 @@ def enter() -> None:
 
 
 def view() -> View:
-    """What the sidebar and the link say (also inside fragments)."""
+    """The suite, tasks and layer that the sidebar and the link say (also inside fragments)."""
     chosen: View = st.session_state[VIEW]
+    return chosen
+
+
+def pool_view() -> PoolView:
+    """The pool and members that the sidebar and the link say (also inside fragments)."""
+    chosen: PoolView = st.session_state[POOL_VIEW]
     return chosen
 
 
@@ -107,49 +170,13 @@ def fragment(function: Callable[..., None] | None = None, *, run_every: float | 
     return decorate if function is None else decorate(function)
 
 
-def _run_page(page: Any) -> None:
-    st.session_state[VIEW] = _sidebar()
-    page.run()
-
-
-def _sidebar() -> View:
-    """The global choices, kept across pages and in the link."""
+def _run_page(page: Any, entry: PageEntry) -> None:
     with st.sidebar:
-        names = list(offered())
-        name = st.selectbox(
-            "Suite",
-            names,
-            key="suite",
-            bind="query-params",
-            help="Experts fine-tuned from one base. Start with `mergescope app my/suite.yaml` "
-            "to see your own.",
-        )
-        key = resources.suite_key(name)
-        suite = resources.open_suite(name, key)
-        chosen = st.pills(
-            "Tasks to merge",
-            suite.tasks,
-            selection_mode="multi",
-            default=suite.tasks,
-            key="tasks",
-            bind="query-params",
-            help="Which experts take part. CART needs three or more: with two it equals the "
-            "average.",
-        )
-        if not chosen:
-            st.info("Choose at least one task.")
-            st.stop()
-        layer = st.selectbox(
-            "Layer",
-            suite.matrices,
-            key="layer",
-            bind="query-params",
-            help="The weight matrix that Spectra and Interference look into.",
-        )
-        if layer is None:
-            st.warning("This suite has no weight matrix to decompose.")
-            st.stop()
-    return View(name, key, suite, suite.select(chosen), layer)
+        if entry.subject == "suite":
+            st.session_state[VIEW] = sidebar.choose_suite()
+        elif entry.subject == "pool":
+            st.session_state[POOL_VIEW] = sidebar.choose_pool()
+    page.run()
 
 
 def _in_words(body: Callable[[], None]) -> None:
