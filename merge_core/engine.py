@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from merge_core.errors import SuiteError
 from merge_core.factors import FactorStore
-from merge_core.methods.declaration import Method
+from merge_core.methods import get_postprocessor, methods
+from merge_core.methods.declaration import Run
 from merge_core.preflight import preflight
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
+from merge_core.recipe import Recipe, checked_parameters
 from merge_core.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import Groups, ParameterGroup
 
 HELD_BYTES = 2 << 30
 
@@ -36,18 +38,27 @@ def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
         )
 
 
-def check_base(suite: Suite, method: Method) -> None:
-    """Refuse a method that needs a base where the suite names none.
+def check_recipe(suite: Suite, recipe: Recipe) -> None:
+    """Refuse a recipe that its suite cannot serve: no base, or too many or too few experts.
 
     Raises:
-        SuiteError: no base.
+        SuiteError: no base where one is needed, an unknown task, or another number of tasks.
     """
-    if method.needs_base and suite.base is None:
+    method, tasks = recipe.declaration, suite.select(recipe.tasks)
+    if recipe.needs_base and suite.base is None:
+        free = ", ".join(name for name, m in methods().items() if not m.needs_base())
         raise SuiteError(
             f"{method.title} needs the base that the experts were fine-tuned from, and the suite "
             f"{suite.name!r} names none. Add 'base:' to suite.yaml, or take a method that needs "
-            "none (average, cart)."
+            f"none ({free})."
         )
+    if method.tasks is not None and len(tasks) != method.tasks:
+        raise SuiteError(
+            f"{method.title} merges {method.tasks} experts, not {len(tasks)}. Choose "
+            f"{method.tasks} tasks."
+        )
+    if unknown := set(recipe.weights) - set(tasks):
+        raise SuiteError(f"The recipe gives a weight to {min(unknown)!r}, which is not merged.")
 
 
 def written_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
@@ -82,16 +93,30 @@ def merged_tensors(
         Cancelled: between two parameters.
     """
     progress = progress or Progress()
-    method = recipe.declaration
-    parameters = recipe.checked_parameters
-    state = None if method.prepare is None else method.prepare(groups, parameters, progress)
+    method, run = recipe.declaration, recipe.run(groups.tasks)
+    if method.prepare is not None:
+        state = method.prepare(groups, recipe.checked_parameters, run, progress)
+        run = replace(run, state=state)
     for done, group in enumerate(groups):
         progress.step(done, len(groups), group.name)
         if group.info.is_floating:
-            yield group.name, method.merge(group, parameters, state)
+            merged = method.merge(group, recipe.parameters_of(group.name), run)
+            yield group.name, _postprocessed(recipe, group, merged, run)
         else:
             yield group.name, group.buffer
     progress.step(len(groups), len(groups), "merged")
+
+
+def _postprocessed(recipe: Recipe, group: ParameterGroup, merged: Tensor, run: Run) -> Tensor:
+    """The merged tensor after the recipe's chain, which acts on updates of weight matrices."""
+    if not recipe.then or not group.decomposed:
+        return merged
+    origin = group.origin(run.origin)
+    update = merged - origin
+    for step in recipe.then:
+        post = get_postprocessor(step.method)
+        update = post.apply(group, update, checked_parameters(post, step.parameters), run)
+    return origin + update
 
 
 class MergeSession:
@@ -127,6 +152,6 @@ class MergeSession:
         """
         if self.suite.select(recipe.tasks) != self.groups.tasks:
             raise SuiteError("The recipe's tasks are not the ones that this session holds.")
-        check_base(self.suite, recipe.declaration)
+        check_recipe(self.suite, recipe)
         # Copies: what is only averaged would otherwise be the very tensor that the session holds.
         return {n: value.clone() for n, value in merged_tensors(recipe, self.groups, progress)}

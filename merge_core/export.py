@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from merge_core.checkpoint import SAFETENSORS_DTYPES
-from merge_core.engine import check_base, check_fits, merged_tensors, written_dtype
+from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError
 from merge_core.factors import FactorStore
 from merge_core.files import folder_written_whole
@@ -104,10 +104,10 @@ def provenance(recipe: Recipe, suite: Suite) -> dict[str, object]:
     """Recipe, digests of all inputs, and versions: what a merged file says of itself."""
     tasks = suite.select(recipe.tasks)
     inputs = {task: suite.expert(task).digest for task in tasks}
-    if suite.base is not None and recipe.declaration.needs_base:
+    if suite.base is not None and recipe.needs_base:
         inputs["base"] = suite.base.digest
     return {
-        "recipe": recipe.model_dump(exclude_none=True),
+        "recipe": recipe.model_dump(mode="json", exclude_none=True),
         "digest": recipe.digest(suite),
         "inputs": inputs,
         "versions": {
@@ -175,7 +175,7 @@ def merge_to_folder(
     """
     tasks = suite.select(recipe.tasks)
     check_fits(suite, tasks)
-    check_base(suite, recipe.declaration)
+    check_recipe(suite, recipe)
     recipe = portable(recipe, suite)
     groups = Groups(suite, tasks, store or FactorStore())
     with folder_written_whole(output) as staging, torch.no_grad():
@@ -228,7 +228,7 @@ def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite) -> bytes:
         MergeScopeError: as :func:`merge_to_folder`.
     """
     check_fits(suite, groups.tasks)
-    check_base(suite, recipe.declaration)
+    check_recipe(suite, recipe)
     plan = output_plan(recipe, groups)
     about = provenance(portable(recipe, suite), suite)
     stream = io.BytesIO()

@@ -28,7 +28,7 @@ DOWNLOAD_BYTES = 1_000_000_000
 def declared(view: View) -> Recipe:
     """Method and parameters from widgets that the declaration makes."""
     available = [
-        name for name, m in methods().items() if view.suite.base is not None or not m.needs_base
+        name for name, m in methods().items() if view.suite.base is not None or not m.needs_base()
     ]
     name = st.selectbox(
         "Method",

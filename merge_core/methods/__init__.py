@@ -1,4 +1,4 @@
-"""Merge methods, one small file each; a file in this folder that defines METHOD is registered.
+"""Merge methods, one small file each; what a file in this folder declares is registered.
 
 A method is declared once: formula, source, parameters with range, default and help. The command
 line, the check of recipes, the widgets of the pages and the documentation derive from that.
@@ -11,18 +11,30 @@ import pkgutil
 from functools import cache
 
 from merge_core.errors import RecipeError
-from merge_core.methods.declaration import Method
+from merge_core.methods.declaration import Method, Postprocessor
+
+
+def _declared() -> list[Method | Postprocessor]:
+    """Everything that the files of this folder declare: METHOD, METHODS or POSTPROCESSOR."""
+    found: list[Method | Postprocessor] = []
+    for info in pkgutil.iter_modules(__path__):
+        module = importlib.import_module(f"{__name__}.{info.name}")
+        single = [getattr(module, name, None) for name in ("METHOD", "POSTPROCESSOR")]
+        found += [entry for entry in single if entry is not None]
+        found += getattr(module, "METHODS", ())
+    return sorted(found, key=lambda entry: (entry.place, entry.name))
 
 
 @cache
 def methods() -> dict[str, Method]:
     """All registered methods by name, plain ones first (in the order of their `place`)."""
-    found: list[Method] = []
-    for module in pkgutil.iter_modules(__path__):
-        method = getattr(importlib.import_module(f"{__name__}.{module.name}"), "METHOD", None)
-        if isinstance(method, Method):
-            found.append(method)
-    return {method.name: method for method in sorted(found, key=lambda m: (m.place, m.name))}
+    return {entry.name: entry for entry in _declared() if isinstance(entry, Method)}
+
+
+@cache
+def postprocessors() -> dict[str, Postprocessor]:
+    """All registered post-processors of a merged update by name."""
+    return {entry.name: entry for entry in _declared() if isinstance(entry, Postprocessor)}
 
 
 def get_method(name: str) -> Method:
@@ -34,4 +46,16 @@ def get_method(name: str) -> Method:
     known = methods()
     if name not in known:
         raise RecipeError(f"There is no method {name!r}. Known: {', '.join(known)}.")
+    return known[name]
+
+
+def get_postprocessor(name: str) -> Postprocessor:
+    """The post-processor of that name.
+
+    Raises:
+        RecipeError: there is none.
+    """
+    known = postprocessors()
+    if name not in known:
+        raise RecipeError(f"There is no post-processor {name!r}. Known: {', '.join(known)}.")
     return known[name]

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from merge_core.methods.declaration import Method, MethodParameters
+from merge_core.errors import RecipeError
+from merge_core.methods.declaration import Method, MethodParameters, Run
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -12,19 +13,25 @@ class AverageParameters(MethodParameters):
     """Weight averaging has none."""
 
 
-def merge(group: ParameterGroup, parameters: AverageParameters, state: None) -> Tensor:
-    """θ_avg of one parameter."""
-    return group.average
+def merge(group: ParameterGroup, parameters: AverageParameters, run: Run) -> Tensor:
+    """θ_avg of one parameter, or the mean under the recipe's per-task weights."""
+    if not run.weights:
+        return group.average
+    if sum(run.weights) == 0:
+        raise RecipeError("The weights of an average must not sum to zero. Change one of them.")
+    return run.weighted(group.experts).sum(dim=0) / sum(run.weights)
 
 
 METHOD = Method(
     name="average",
     title="Weight average",
     place=0,
-    summary="The mean of the experts' weights. It needs no base and has nothing to tune.",
-    formula=r"\theta_{avg} = \frac{1}{T} \sum_t \theta_t",
+    summary="The mean of the experts' weights, plain or under per-task weights. It needs no base.",
+    formula=r"\theta_{avg} = \frac{1}{T} \sum_t \theta_t,\quad \text{or } "
+    r"\sum_t w_t \theta_t \big/ \sum_t w_t",
     source="Wortsman et al., Model soups, arXiv:2203.05482 (uniform soup)",
     parameters=AverageParameters,
     merge=merge,
-    needs_base=False,
+    weighted=True,
+    averaged="everything",
 )

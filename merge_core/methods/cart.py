@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_core.linalg import as_matrix, directions
-from merge_core.methods.declaration import Method, MethodParameters, Rank, parameter
+from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -29,7 +29,7 @@ class CartParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: CartParameters, state: None) -> Tensor:
+def merge(group: ParameterGroup, parameters: CartParameters, run: Run) -> Tensor:
     """θ_avg + λ Σ_t SVD_k(C_t) of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
@@ -59,6 +59,7 @@ METHOD = Method(
     source="Choi et al., Revisiting weight averaging for model merging, arXiv:2412.12153",
     parameters=CartParameters,
     merge=merge,
-    needs_base=False,
+    origins=("average",),
+    averaged="everything but the weight matrices of attention and MLP",
     warnings=warnings,
 )

@@ -6,13 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
+import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from torch import Tensor
 
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
 
 def _check_rank(value: Any) -> float | int:
@@ -110,6 +111,34 @@ def _no_warnings(tasks: int, parameters: MethodParameters) -> list[str]:
 
 
 @dataclass(frozen=True)
+class Run:
+    """What a recipe says besides a method's parameters, as the method sees it.
+
+    Attributes:
+        origin: the point that task vectors are taken about.
+        weights: one factor per task, in the tasks' order; empty where all are 1.
+        seed: of random numbers.
+        state: what the method's `prepare` returned.
+    """
+
+    origin: Origin = "base"
+    weights: tuple[float, ...] = ()
+    seed: int = 0
+    state: Any = None
+
+    def weighted(self, stacked: Tensor) -> Tensor:
+        """T x shape, each task multiplied by its weight (the very tensor where all are 1)."""
+        if not self.weights:
+            return stacked
+        values = torch.tensor(self.weights, dtype=stacked.dtype)
+        return stacked * values.reshape(-1, *[1] * (stacked.ndim - 1))
+
+    def task_vectors(self, group: ParameterGroup) -> Tensor:
+        """T x shape: the task vectors about the run's origin under the recipe's weights."""
+        return self.weighted(group.task_vectors(self.origin))
+
+
+@dataclass(frozen=True)
 class Method:
     """A merge rule with its declaration.
 
@@ -121,9 +150,15 @@ class Method:
         formula: LaTeX.
         source: paper and equation.
         parameters: the pydantic model of its parameters.
-        merge: from one parameter's group, the checked parameters and what `prepare` returned,
-            the merged tensor (shape of one expert).
-        needs_base: whether θ_0 is needed.
+        merge: from one parameter's group, the checked parameters and the run, the merged tensor
+            (shape of one expert).
+        origins: the points about which it can take task vectors, the usual one first; empty for
+            a method that takes none.
+        weighted: whether per-task weights of a recipe mean something to it.
+        random: whether it draws random numbers, so that the seed counts.
+        tasks: the number of experts that it merges, where that is fixed.
+        averaged: which parameters it only averages, in words.
+        deviations: where it differs from the paper or the authors' code, in words.
         prepare: a pass over the whole model before merging, for methods that need one.
         warnings: what a user should know about these parameters and tasks.
     """
@@ -135,10 +170,47 @@ class Method:
     formula: str
     source: str
     parameters: type[MethodParameters]
-    merge: Callable[[ParameterGroup, Any, Any], Tensor]
-    needs_base: bool
-    prepare: Callable[[Groups, Any, Progress], Any] | None = None
+    merge: Callable[[ParameterGroup, Any, Run], Tensor]
+    origins: tuple[Origin, ...] = ()
+    weighted: bool = False
+    random: bool = False
+    tasks: int | None = None
+    averaged: str = "nothing"
+    deviations: str = "none known"
+    prepare: Callable[[Groups, Any, Run, Progress], Any] | None = None
     warnings: Callable[[int, Any], list[str]] = field(default=_no_warnings)
+
+    @property
+    def specs(self) -> tuple[ParameterSpec, ...]:
+        """The declared parameters in order."""
+        return tuple(_spec(name, f) for name, f in self.parameters.model_fields.items())
+
+    def needs_base(self, origin: Origin | None = None) -> bool:
+        """Whether θ_0 is needed with task vectors about `origin` (its usual one when None)."""
+        return bool(self.origins) and (origin or self.origins[0]) == "base"
+
+
+@dataclass(frozen=True)
+class Postprocessor:
+    """A rule that changes a merged update, whatever method made it.
+
+    Attributes:
+        name, title, place, summary, formula, source, parameters: as in :class:`Method`.
+        apply: from one weight matrix's group, the update (shape of one expert, about the run's
+            origin), the checked parameters and the run, the new update. What is not a weight
+            matrix passes unchanged.
+        deviations: where it differs from the paper or the authors' code, in words.
+    """
+
+    name: str
+    title: str
+    place: int
+    summary: str
+    formula: str
+    source: str
+    parameters: type[MethodParameters]
+    apply: Callable[[ParameterGroup, Tensor, Any, Run], Tensor]
+    deviations: str = "none known"
 
     @property
     def specs(self) -> tuple[ParameterSpec, ...]:

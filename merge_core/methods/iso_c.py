@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_core.linalg import as_matrix, decompose
-from merge_core.methods.declaration import Method, MethodParameters, parameter
+from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -22,7 +22,7 @@ class IsoCParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: IsoCParameters, state: None) -> Tensor:
+def merge(group: ParameterGroup, parameters: IsoCParameters, run: Run) -> Tensor:
     """θ_0 + α σ̄ U Vᵀ of one matrix, from Σ τ_t = U Σ Vᵀ; the average of anything else."""
     if not group.decomposed:
         return group.average
@@ -45,5 +45,6 @@ METHOD = Method(
     source="Marczak et al., No task left behind: isotropic model merging, arXiv:2502.04959",
     parameters=IsoCParameters,
     merge=merge,
-    needs_base=True,
+    origins=("base",),
+    averaged="everything but the weight matrices of attention and MLP",
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_core.linalg import as_matrix, directions
-from merge_core.methods.declaration import Method, MethodParameters, Rank, parameter
+from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -28,9 +28,7 @@ class LowRankTaskArithmeticParameters(MethodParameters):
     )
 
 
-def merge(
-    group: ParameterGroup, parameters: LowRankTaskArithmeticParameters, state: None
-) -> Tensor:
+def merge(group: ParameterGroup, parameters: LowRankTaskArithmeticParameters, run: Run) -> Tensor:
     """θ_0 + λ Σ_t SVD_k(τ_t) of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
@@ -48,5 +46,6 @@ METHOD = Method(
     source="The uncentred comparison of CART, arXiv:2412.12153, section 4",
     parameters=LowRankTaskArithmeticParameters,
     merge=merge,
-    needs_base=True,
+    origins=("base",),
+    averaged="everything but the weight matrices of attention and MLP",
 )

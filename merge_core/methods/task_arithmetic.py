@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from merge_core.methods.declaration import Method, MethodParameters, parameter
+from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -22,20 +22,23 @@ class TaskArithmeticParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: TaskArithmeticParameters, state: None) -> Tensor:
-    """θ_0 + λ Σ_t (θ_t − θ_0) of one parameter."""
-    tasks = len(group.tasks)
-    return group.base + parameters.scale * tasks * (group.average - group.base)
+def merge(group: ParameterGroup, parameters: TaskArithmeticParameters, run: Run) -> Tensor:
+    """θ_0 + λ Σ_t w_t (θ_t − θ_0) of one parameter."""
+    if not run.weights:
+        return group.base + parameters.scale * len(group.tasks) * (group.average - group.base)
+    return group.base + parameters.scale * run.task_vectors(group).sum(dim=0)
 
 
 METHOD = Method(
     name="task_arithmetic",
     title="Task Arithmetic",
     place=1,
-    summary="Adds the scaled sum of all task vectors to the base.",
-    formula=r"\theta = \theta_0 + \lambda \sum_t \tau_t",
+    summary="Adds the scaled sum of all task vectors to the base; per-task weights give every task "
+    "a scaling coefficient of its own.",
+    formula=r"\theta = \theta_0 + \lambda \sum_t w_t \tau_t",
     source="Ilharco et al., Editing models with task arithmetic, arXiv:2212.04089",
     parameters=TaskArithmeticParameters,
     merge=merge,
-    needs_base=True,
+    origins=("base",),
+    weighted=True,
 )

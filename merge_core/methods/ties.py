@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merge_core.methods.declaration import Method, MethodParameters, parameter
+from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, ParameterGroup
 
@@ -50,7 +50,9 @@ def _magnitude_bits(values: Tensor) -> Tensor:
     return values.float().abs().contiguous().view(torch.int32).flatten()
 
 
-def thresholds(groups: Groups, parameters: TiesParameters, progress: Progress) -> Tensor | None:
+def thresholds(
+    groups: Groups, parameters: TiesParameters, run: Run, progress: Progress
+) -> Tensor | None:
     """The magnitude that each task's kept entries reach, over the whole model, exactly.
 
     A radix selection in two passes over the parameters (upper, then lower 16 bits of the
@@ -59,6 +61,7 @@ def thresholds(groups: Groups, parameters: TiesParameters, progress: Progress) -
     Args:
         groups: all parameters.
         parameters: the method's parameters.
+        run: says the origin and the weights of the task vectors.
         progress: reports each parameter of each pass.
 
     Returns:
@@ -74,7 +77,7 @@ def thresholds(groups: Groups, parameters: TiesParameters, progress: Progress) -
         progress.step(i, 2 * len(groups), f"magnitudes of {group.name}")
         if group.info.is_floating:
             total += group.info.numel
-            for t, vector in enumerate(group.task_vectors("base")):
+            for t, vector in enumerate(run.task_vectors(group)):
                 upper[t] += torch.bincount(_magnitude_bits(vector) >> 16, minlength=1 << 16)
     keep = kept_count(parameters.density, total)
     if keep == 0:
@@ -87,7 +90,7 @@ def thresholds(groups: Groups, parameters: TiesParameters, progress: Progress) -
     for i, group in enumerate(groups):
         progress.step(len(groups) + i, 2 * len(groups), f"thresholds of {group.name}")
         if group.info.is_floating:
-            for t, vector in enumerate(group.task_vectors("base")):
+            for t, vector in enumerate(run.task_vectors(group)):
                 bits = _magnitude_bits(vector)
                 inside = bits[(bits >> 16) == bins[t]] & 0xFFFF
                 lower[t] += torch.bincount(inside, minlength=1 << 16)
@@ -96,22 +99,22 @@ def thresholds(groups: Groups, parameters: TiesParameters, progress: Progress) -
     return pattern.to(torch.int32).view(torch.float32)
 
 
-def merge(group: ParameterGroup, parameters: TiesParameters, state: Tensor | None) -> Tensor:
+def merge(group: ParameterGroup, parameters: TiesParameters, run: Run) -> Tensor:
     """θ_0 + λ · disjoint mean of the trimmed task vectors that agree with the elected sign."""
-    tau = group.task_vectors("base")
+    tau = run.task_vectors(group)
     magnitude = tau.float().abs()  # both trims rank in float32, as the threshold pass does
-    if state is None:
+    if run.state is None:
         flat = magnitude.reshape(len(tau), group.info.numel)
         keep = kept_count(parameters.density, flat.shape[1])
         limit = flat.topk(keep, dim=1).values[:, -1] if keep else torch.full((len(tau),), torch.inf)
     else:
-        limit = state
+        limit = run.state
     limit = limit.reshape(-1, *[1] * (tau.ndim - 1))
     trimmed = torch.where((magnitude >= limit) & (tau != 0), tau, 0)
     sign = trimmed.sum(dim=0).sign()
     agrees = (trimmed.sign() == sign) & (trimmed != 0)
     update = (trimmed * agrees).sum(dim=0) / agrees.sum(dim=0).clamp_min(1)
-    return group.base + parameters.scale * update
+    return group.origin(run.origin) + parameters.scale * update
 
 
 METHOD = Method(
@@ -126,6 +129,7 @@ METHOD = Method(
     source="Yadav et al., TIES-Merging, arXiv:2306.01708, algorithm 1",
     parameters=TiesParameters,
     merge=merge,
-    needs_base=True,
+    origins=("base", "average"),
+    weighted=True,
     prepare=thresholds,
 )

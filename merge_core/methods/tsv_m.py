@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from merge_core.linalg import orthogonalised
-from merge_core.methods.declaration import Method, MethodParameters, parameter
+from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -23,7 +23,7 @@ class TsvMParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: TsvMParameters, state: None) -> Tensor:
+def merge(group: ParameterGroup, parameters: TsvMParameters, run: Run) -> Tensor:
     """θ_0 + α U⊥ Σ V⊥ᵀ of one matrix; the average of anything else.
 
     Each task keeps k = max(1, floor(r/T)) triplets, concatenated and orthogonalised; those of
@@ -31,14 +31,15 @@ def merge(group: ParameterGroup, parameters: TsvMParameters, state: None) -> Ten
     """
     if not group.decomposed:
         return group.average
-    factors = group.factors("base")
+    factors = group.factors(run.origin)
     k = max(1, factors[0].rank // len(factors))
     S = torch.cat([f.S[:k] for f in factors]).double()
     live = S > 0
     U = orthogonalised(torch.cat([f.U[:, :k] for f in factors], dim=1).double() * live)
     V = orthogonalised(torch.cat([f.V[:, :k] for f in factors], dim=1).double() * live)
-    update = ((U * S) @ V.T).to(group.base.dtype).reshape(group.base.shape)
-    return group.base + parameters.scale * update
+    origin = group.origin(run.origin)
+    update = ((U * S) @ V.T).to(origin.dtype).reshape(origin.shape)
+    return origin + parameters.scale * update
 
 
 METHOD = Method(
@@ -53,5 +54,6 @@ METHOD = Method(
     source="Gargiulo et al., Task singular vectors, arXiv:2412.00081, algorithm 1",
     parameters=TsvMParameters,
     merge=merge,
-    needs_base=True,
+    origins=("base", "average"),
+    averaged="everything but the weight matrices of attention and MLP",
 )

@@ -295,7 +295,7 @@ def test_a_method_that_needs_a_base_says_so_before_any_work(
             lambda r=recipe: merged_bytes(r, Groups(suite, None, FactorStore()), suite),
         ]
         for run in runs:
-            if method.needs_base:
+            if method.needs_base():
                 with pytest.raises(SuiteError, match="base"):
                     run()
             else:

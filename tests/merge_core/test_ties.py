@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_core.factors import FactorStore
+from merge_core.methods.declaration import Run
 from merge_core.methods.ties import TiesParameters, kept_count, thresholds
 from merge_core.progress import Progress
 from merge_core.suite import Suite
@@ -106,7 +107,7 @@ def test_a_density_keeps_the_floor_and_at_least_one(density: float, total: int, 
 
 def radix_limits(suite: Suite, density: float) -> list[float]:
     groups = Groups(suite, None, FactorStore())
-    state = thresholds(groups, TiesParameters(density=density), Progress())
+    state = thresholds(groups, TiesParameters(density=density), Run(), Progress())
     assert state is not None
     return state.tolist()
 
