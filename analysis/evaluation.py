@@ -7,7 +7,7 @@ split is for reporting.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property
+from functools import cache, cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -246,12 +246,14 @@ class Evaluator:
         """
         progress = progress or Progress()
         tasks = session.groups.tasks
-        weights = cache(lambda: _as_written(recipe, session))
+        indexed = recipe.declaration.indexed
+        joint = cache(lambda: _as_written(recipe, session, None))
         digest = recipe.digest(self.suite)
         hits = {}
         for done, task in enumerate(tasks):
             progress.step(done, len(tasks), f"{recipe.method} on {task}")
-            hits[task] = self.hits(digest, weights, task, split, limit)
+            model = partial(_as_written, recipe, session, task) if indexed else joint
+            hits[task] = self.hits(digest, model, task, split, limit)
         progress.step(len(tasks), len(tasks), recipe.method)
         return hits
 
@@ -288,10 +290,10 @@ class Evaluator:
         return self._digests[task]
 
 
-def _as_written(recipe: Recipe, session: MergeSession) -> dict[str, Tensor]:
+def _as_written(recipe: Recipe, session: MergeSession, task: str | None) -> dict[str, Tensor]:
     """The merged weights, rounded to the dtypes that a file of them would have."""
     stored = {group.name: group.info.dtype for group in session.groups}
     return {
         name: value.to(written_dtype(recipe, stored[name]))
-        for name, value in session.merge(recipe).items()
+        for name, value in session.merge(recipe, task=task).items()
     }

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from merge_core.errors import SuiteError
+from merge_core.errors import RecipeError, SuiteError
 from merge_core.factors import FactorStore
 from merge_core.methods import get_postprocessor, methods
 from merge_core.methods.declaration import Run
@@ -75,7 +76,7 @@ def written_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
 
 
 def merged_tensors(
-    recipe: Recipe, groups: Groups, progress: Progress | None = None
+    recipe: Recipe, groups: Groups, progress: Progress | None = None, task: str | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge one parameter after another.
 
@@ -83,16 +84,19 @@ def merged_tensors(
         recipe: what to do; its tasks must be those of `groups`.
         groups: the parameters.
         progress: reports each parameter, and cancels between two.
+        task: whose model, for a method that gives one per task.
 
     Yields:
         Name and merged tensor, in the working dtype (float32, or float64 for such weights);
         integer buffers as they are in the base, else in the first expert.
 
     Raises:
+        RecipeError: a task where there is one model for all, or none where there is one each.
         MergeScopeError: unreadable or unfit inputs.
         Cancelled: between two parameters.
     """
     progress = progress or Progress()
+    merge = _rule(recipe, groups, task)
     method, run = recipe.declaration, recipe.run(groups.tasks)
     if method.prepare is not None:
         state = method.prepare(groups, recipe.checked_parameters, run, progress)
@@ -100,11 +104,28 @@ def merged_tensors(
     for done, group in enumerate(groups):
         progress.step(done, len(groups), group.name)
         if group.info.is_floating:
-            merged = method.merge(group, recipe.parameters_of(group.name), run)
+            merged = merge(group, recipe.parameters_of(group.name), run)
             yield group.name, _postprocessed(recipe, group, merged, run)
         else:
             yield group.name, group.buffer
     progress.step(len(groups), len(groups), "merged")
+
+
+def _rule(
+    recipe: Recipe, groups: Groups, task: str | None
+) -> Callable[[ParameterGroup, Any, Run], Tensor]:
+    """How one parameter is merged: for all tasks, or for the one that is asked for."""
+    method = recipe.declaration
+    if method.merge is not None and task is None:
+        return method.merge
+    if method.merge_for is None:
+        raise RecipeError(f"{method.title} gives one model for all tasks; name no task.")
+    if task not in groups.tasks:
+        raise RecipeError(
+            f"{method.title} gives one model per task. Name one of {', '.join(groups.tasks)}."
+        )
+    merge_for, place = method.merge_for, groups.tasks.index(task)
+    return lambda group, parameters, run: merge_for(group, parameters, run, place)
 
 
 def _postprocessed(recipe: Recipe, group: ParameterGroup, merged: Tensor, run: Run) -> Tensor:
@@ -144,8 +165,15 @@ class MergeSession:
         self.groups = Groups(suite, chosen, store, keep=size <= HELD_BYTES)
 
     @torch.no_grad()
-    def merge(self, recipe: Recipe, progress: Progress | None = None) -> dict[str, Tensor]:
+    def merge(
+        self, recipe: Recipe, progress: Progress | None = None, task: str | None = None
+    ) -> dict[str, Tensor]:
         """The merged state dict (its `suite` and `tasks` must be this session's).
+
+        Args:
+            recipe: what to do.
+            progress: reports each parameter, and cancels between two.
+            task: whose model, for a method that gives one per task.
 
         Raises:
             MergeScopeError: unfit inputs.
@@ -154,4 +182,6 @@ class MergeSession:
             raise SuiteError("The recipe's tasks are not the ones that this session holds.")
         check_recipe(self.suite, recipe)
         # Copies: what is only averaged would otherwise be the very tensor that the session holds.
-        return {n: value.clone() for n, value in merged_tensors(recipe, self.groups, progress)}
+        return {
+            n: value.clone() for n, value in merged_tensors(recipe, self.groups, progress, task)
+        }

@@ -154,6 +154,8 @@ def merge_to_folder(
 ) -> Path:
     """Merge and write ``model.safetensors`` (or shards with an index), recipe and model card.
 
+    A method that gives one model per task writes each into a folder named after the task.
+
     Memory grows with the largest parameter times the number of experts, not with the model.
     The folder appears complete or not at all.
 
@@ -180,21 +182,33 @@ def merge_to_folder(
     groups = Groups(suite, tasks, store or FactorStore())
     with folder_written_whole(output) as staging, torch.no_grad():
         about = provenance(recipe, suite)
-        notes = {"format": "pt", RECIPE_KEY: json.dumps(about)}
-        shards = plan_shards(output_plan(recipe, groups), shard_bytes)
-        names = _write_shards(staging, shards, merged_tensors(recipe, groups, progress), notes)
-        if len(shards) > 1:
-            index = {
-                "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard)},
-                "weight_map": {
-                    t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
-                },
+        for task in tasks if recipe.declaration.indexed else (None,):
+            folder = staging if task is None else staging / task
+            folder.mkdir(exist_ok=True)
+            notes = {
+                "format": "pt",
+                RECIPE_KEY: json.dumps(about if task is None else {**about, "task": task}),
             }
-            text = json.dumps(index, indent=2)
-            (staging / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+            shards = plan_shards(output_plan(recipe, groups), shard_bytes)
+            tensors = merged_tensors(recipe, groups, progress, task)
+            _write_index(folder, _write_shards(folder, shards, tensors, notes), shards)
         (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (staging / "README.md").write_text(model_card(recipe, suite, about), encoding="utf-8")
     return output
+
+
+def _write_index(folder: Path, names: list[str], shards: list[list[Planned]]) -> None:
+    """The index of several shards; one file needs none."""
+    if len(shards) == 1:
+        return
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard)},
+        "weight_map": {
+            t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
+        },
+    }
+    text = json.dumps(index, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def _write_shards(

@@ -151,7 +151,10 @@ class Method:
         source: paper and equation.
         parameters: the pydantic model of its parameters.
         merge: from one parameter's group, the checked parameters and the run, the merged tensor
-            (shape of one expert).
+            (shape of one expert). None where the task must be known at inference.
+        merge_for: instead of `merge`, one model per task: the same with the task's place.
+        storage: with `merge_for`, the bytes that one parameter takes for all tasks together, in
+            the method's compact form with two-byte numbers.
         origins: the points about which it can take task vectors, the usual one first; empty for
             a method that takes none.
         weighted: whether per-task weights of a recipe mean something to it.
@@ -170,7 +173,9 @@ class Method:
     formula: str
     source: str
     parameters: type[MethodParameters]
-    merge: Callable[[ParameterGroup, Any, Run], Tensor]
+    merge: Callable[[ParameterGroup, Any, Run], Tensor] | None = None
+    merge_for: Callable[[ParameterGroup, Any, Run, int], Tensor] | None = None
+    storage: Callable[[ParameterGroup, Any, Run], int] | None = None
     origins: tuple[Origin, ...] = ()
     weighted: bool = False
     random: bool = False
@@ -184,6 +189,11 @@ class Method:
     def specs(self) -> tuple[ParameterSpec, ...]:
         """The declared parameters in order."""
         return tuple(_spec(name, f) for name, f in self.parameters.model_fields.items())
+
+    @property
+    def indexed(self) -> bool:
+        """Whether it gives one model per task, so that the task must be known at inference."""
+        return self.merge_for is not None
 
     def needs_base(self, origin: Origin | None = None) -> bool:
         """Whether θ_0 is needed with task vectors about `origin` (its usual one when None)."""
