@@ -15,7 +15,12 @@ POLL_SECONDS = 0.25
 
 
 def run_job(
-    key: str, title: str, button: str, note: str, work: Callable[[Progress], Any]
+    key: str,
+    title: str,
+    button: str,
+    note: str,
+    work: Callable[[Progress], Any],
+    at_once: bool = False,
 ) -> Job | None:
     """A button that starts work in the background; then its progress; then its result.
 
@@ -25,12 +30,16 @@ def run_job(
         button: label of the button.
         note: what to know before starting, such as the number of forward passes.
         work: the work; it must not call Streamlit.
+        at_once: start without being asked; the button is there after a cancellation or a fault.
 
     Returns:
         The finished job, or None while there is no result.
     """
     runner = resources.job_runner()
     job = runner.get(key)
+    if job is None and at_once:
+        _start(key, title, work)
+        job = runner.get(key)
     if job is not None and job.state == "done":
         return job
     if job is None or not job.active:

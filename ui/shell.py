@@ -84,6 +84,13 @@ AVERAGING = (
         "Averaging weights against averaging outputs",
         "pool",
     ),
+    PageEntry(
+        "magnitude_and_stability",
+        "Magnitude and stability",
+        ":material/zoom_out_map:",
+        "What scaling and noise do to predictions",
+        "pool",
+    ),
 )
 SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING}
 PAGES = tuple(entry for entries in SECTIONS.values() for entry in entries)

@@ -67,6 +67,7 @@ def choose_pool() -> PoolView:
         index=next((i for i, starts in enumerate(groups.values()) if OPENED in starts.values()), 0),
         key="pool",
         bind="query-params",
+        on_change=all_members,
         help="Models of one architecture trained on one task. Start with "
         "`mergescope app my/pool.yaml` to see your own.",
     )
@@ -80,7 +81,7 @@ def choose_pool() -> PoolView:
     )
     name = starts[start]
     key, pool = pool_resources.open_pool(pools[name])
-    numbers = range(1, len(pool) + 1)
+    numbers = range(len(pool))
     chosen = st.pills(
         "Members",
         numbers,
@@ -93,7 +94,12 @@ def choose_pool() -> PoolView:
     if not chosen:
         st.info("Choose at least one member.")
         st.stop()
-    return PoolView(name, key, pool, pool.select([number - 1 for number in chosen]))
+    return PoolView(name, key, pool, pool.select(chosen))
+
+
+def all_members() -> None:
+    """Another pool has other members: choose all of them again."""
+    st.session_state.pop("members", None)
 
 
 def grouped(pools: Mapping[str, Pool]) -> dict[str, dict[str, str]]:

@@ -1,0 +1,370 @@
+"""Weights or features?: soups against ensembles, and what explains their difference."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from analysis import similarity, soups, taylor
+from analysis.ensembles import accuracy_over_members, agreement
+from analysis.figures import ensembles as figures
+from analysis.figures.similarity import agreement_map, cka_layers
+from analysis.gaps import covariance_frame, covariance_summary, gap_to_ensemble
+from analysis.inputs import SPLIT_NAMES, Split
+from analysis.soups import Statistics
+from merge_core.files import digest_of
+from merge_core.progress import Progress
+from ui import charts, pool_resources, shell
+from ui.pool_resources import PoolView
+from ui.progress import run_job
+from ui.widgets import choice
+
+shell.enter()
+
+
+@st.cache_data(max_entries=64, show_spinner="Running the members and their soups …")
+def over_members(
+    key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
+) -> pd.DataFrame:
+    """Accuracy of every rule for the first n members."""
+    return accuracy_over_members(pool_resources.evaluator(_view), members, split, statistics)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def agreement_frame(
+    key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
+) -> pd.DataFrame:
+    """How often two models predict alike."""
+    return agreement(pool_resources.evaluator(_view), members, split, statistics)
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def trace_frame(
+    key: str, members: tuple[int, ...], statistics: Statistics, _view: PoolView
+) -> pd.DataFrame:
+    """The greedy soup's steps."""
+    return soups.greedy_soup(pool_resources.evaluator(_view), members, statistics)[1]
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def gap_frames(
+    key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
+) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
+    """The covariance term, its summary, and the summary of soup against ensemble."""
+    evaluator = pool_resources.evaluator(_view)
+    return (
+        covariance_frame(evaluator, members, split),
+        covariance_summary(evaluator, members, split),
+        gap_to_ensemble(evaluator, members, split, statistics),
+    )
+
+
+def at(frame: pd.DataFrame, rule: str) -> pd.Series:
+    """A rule's row with all members."""
+    return frame[(frame["n"] == frame["n"].max()) & (frame["rule"] == rule)].iloc[0]
+
+
+def in_words(frame: pd.DataFrame, chance: float) -> str:
+    """What the accuracies of all members say, in a sentence or two."""
+    single, soup = at(frame, "individuals"), at(frame, "uniform_soup")
+    ensemble = at(frame, "logit_ensemble")
+    n = int(frame["n"].max())
+    if n == 1:
+        return "With one member every rule is that member. Choose more of them in the sidebar."
+    gain = 100 * (ensemble["accuracy"] - single["accuracy"])
+    passes = f"{n} forward passes an image"
+    text = (
+        f"The logit ensemble of {n} members is **{abs(gain):.1f} points "
+        f"{'above' if gain >= 0 else 'below'}** a single member, at {passes}. "
+    )
+    step = 100 * (soup["accuracy"] - single["accuracy"])
+    if soup["low"] <= chance <= soup["high"]:
+        text += (
+            f"Their uniform soup, one pass, cannot be told from guessing "
+            f"({soup['accuracy']:.1%}; chance is {chance:.1%})."
+        )
+    else:
+        text += (
+            f"Their uniform soup, one pass, is {abs(step):.1f} points "
+            f"{'above' if step >= 0 else 'below'} a single member ({soup['accuracy']:.1%})."
+        )
+    if non_finite := int(frame[frame["n"] == n]["non_finite"].max()):
+        text += f" {non_finite} images get non-finite logits from a rule and count as wrong."
+    return text
+
+
+@shell.fragment
+def rules_section() -> None:
+    """Accuracy of each rule, over the number of members, and against its cost."""
+    view = shell.pool_view()
+    evaluator = pool_resources.evaluator(view)
+    left, right = st.columns(2)
+    splits: dict[Split, str] = {"test": "Test", "val": "Validation"}
+    handling: dict[Statistics, str] = {"average": "Averaged", "reestimate": "Re-estimated"}
+    with left:
+        split = choice(
+            "Images",
+            splits,
+            "split",
+            "Greedy soup and best individual are picked on validation, whatever is shown here.",
+        )
+    statistics: Statistics = "average"
+    if soups.has_batchnorm(evaluator):
+        with right:
+            statistics = choice(
+                "BatchNorm statistics of soups",
+                handling,
+                "bn",
+                "A soup's activations differ from its members'. Re-estimated: means and variances "
+                "are computed anew on training images.",
+            )
+    frame = over_members(view.key, view.members, split, statistics, view)
+    chance = 1 / len(evaluator.class_names)
+    full = frame[frame["n"] == frame["n"].max()]
+    cards = st.columns(4)
+    for card, rule, title in zip(
+        cards,
+        ("individuals", "uniform_soup", "logit_ensemble", "feature_ensemble_averaged_head"),
+        ("Individuals", "Uniform soup", "Logit ensemble", "Feature ensemble"),
+        strict=True,
+    ):
+        row = at(frame, rule)
+        card.metric(
+            title,
+            f"{row['accuracy']:.1%}",
+            delta=None
+            if rule == "individuals"
+            else f"{100 * (row['accuracy'] - at(frame, 'individuals')['accuracy']):+.1f} points",
+            border=True,
+            help=f"{row['label']}: {SPLIT_NAMES[split]} split, 95 % interval {row['low']:.1%} to "
+            f"{row['high']:.1%}; {row['passes']} forward passes per image.",
+        )
+    st.markdown(in_words(frame, chance))
+    where = f"{view.pool.title} ({SPLIT_NAMES[split]})"
+    left, right = st.columns(2)
+    with left:
+        charts.show(
+            figures.rules_dots(full, title=f"Which rule wins? {where}", chance=chance),
+            key="rules",
+            alt=f"Accuracy of each rule for {view.pool.title}",
+            height=460,
+        )
+    with right:
+        charts.show(
+            figures.accuracy_over_n(frame, title="What does one more member bring?", chance=chance),
+            key="over_n",
+            alt="Accuracy of each rule over the number of members",
+            height=460,
+        )
+    charts.how_to_read(
+        "rules",
+        "**Individuals** are the members one by one; the band runs from the worst to the best. "
+        "A **soup** is one model with averaged weights and costs one forward pass. A **logit** "
+        "(or probability) **ensemble** averages outputs, a **feature ensemble** averages φ, the "
+        "input of the last linear layer, and applies the first member's head or the averaged "
+        "one. Bars are 95 % Wilson intervals of these images, not of other trainings. Dotted: "
+        "guessing.",
+        r"\text{soup } f\bigl(x;\tfrac1N\textstyle\sum_i\theta_i\bigr),\quad "
+        r"\text{ensemble } \tfrac1N\sum_i f(x;\theta_i),\quad "
+        r"\text{features } \bar W\bar\varphi(x)+\bar b",
+    )
+    charts.numbers(frame, f"rules_{view.name}", key="rules")
+
+    left, right = st.columns(2)
+    with left:
+        charts.show(
+            figures.accuracy_against_cost(
+                frame, title="What does accuracy cost in forward passes?", chance=chance
+            ),
+            key="cost",
+            alt="Accuracy against forward passes per image",
+            height=430,
+        )
+    with right:
+        pairs = agreement_frame(view.key, view.members, split, statistics, view)
+        charts.show(
+            agreement_map(pairs, title="How often do two models predict alike?"),
+            key="agreement",
+            alt="Share of equal predictions for each pair of models",
+            height=430,
+        )
+    charts.how_to_read(
+        "cost",
+        "Left: a soup stays at one pass however many members it has; an ensemble runs each of "
+        "them. Right: share of images on which two models predict the same class. Members that "
+        "err on different images are what an ensemble gains from.",
+        r"a_{ij} = \frac1M\sum_x \bigl[\arg\max f(x;\theta_i) = \arg\max f(x;\theta_j)\bigr]",
+    )
+    charts.numbers(pairs, f"agreement_{view.name}", key="agreement")
+    greedy_section(view, statistics)
+    why_section(view, split, statistics)
+    similarity_section(view)
+
+
+def greedy_section(view: PoolView, statistics: Statistics) -> None:
+    """The greedy soup's trace."""
+    st.subheader("Which members may go into the pot?", anchor=False)
+    trace = trace_frame(view.key, view.members, statistics, view)
+    kept = trace[trace["kept"]]
+    st.markdown(
+        f"Greedy soup, picked on the **validation** split: {len(kept)} of {len(trace)} members "
+        f"stay, in the order {', '.join(str(m) for m in kept['member'])}."
+    )
+    charts.show(
+        figures.greedy_trace(trace, title="Validation accuracy as members are tried, best first"),
+        key="greedy",
+        alt="Validation accuracy of the candidate soup at each step",
+        height=400,
+    )
+    charts.how_to_read(
+        "greedy",
+        "Members are sorted by validation accuracy. Each is tried in the soup and stays unless "
+        "the soup's validation accuracy falls. The running mean weighs all kept members alike. "
+        "With independent starts the first member usually stays alone.",
+        r"S \leftarrow S\cup\{i\}\ \text{ if }\ \mathrm{acc}_{val}\bigl(\bar\theta_{S\cup\{i\}}"
+        r"\bigr)\ge \mathrm{acc}_{val}\bigl(\bar\theta_S\bigr)",
+    )
+    charts.numbers(trace, f"greedy_{view.name}", key="greedy")
+
+
+def why_section(view: PoolView, split: Split, statistics: Statistics) -> None:
+    """What separates the rules: the covariance term and the curvature."""
+    st.subheader("Where do the rules part?", anchor=False)
+    term, covariance, gap = gap_frames(view.key, view.members, split, statistics, view)
+    about, apart = covariance.iloc[0], gap.iloc[0]
+    cards = st.columns(4)
+    cards[0].metric(
+        "Covariance term",
+        f"{about['ratio']:.1%}",
+        help="Root mean square of logit ensemble − feature ensemble with averaged head, relative "
+        "to the ensemble's logits.",
+    )
+    cards[1].metric(
+        "Predictions it changes",
+        f"{about['changed']:.1%}",
+        help="Share of images on which those two ensembles predict different classes.",
+    )
+    cards[2].metric(
+        "Soup − ensemble",
+        f"{apart['ratio']:.1%}",
+        help="Root mean square of the logits' difference, relative to the ensemble's logits.",
+    )
+    cards[3].metric(
+        "Predictions that differ",
+        f"{apart['changed']:.1%}",
+        help="Share of images on which soup and logit ensemble predict different classes.",
+    )
+    left, right = st.columns(2)
+    with left:
+        charts.show(
+            figures.covariance_scatter(
+                term, title="What do heads and features lose when averaged apart?"
+            ),
+            key="covariance",
+            alt="Logits of the averaged-head feature ensemble against the logit ensemble's",
+            height=430,
+        )
+        st.caption(
+            "What lies off the line is the covariance term, an identity that holds here to "
+            f"{about['deviation']:.0e} logits (their size is {about['rms_logits']:.3g})."
+        )
+    with right:
+        curvature_section(view, statistics)
+    charts.how_to_read(
+        "gap",
+        "Left: heads and features vary together over the members; averaging each by itself loses "
+        "exactly their covariance, the distance to the line. Right: for a network that is linear "
+        "in its parameters the soup is the ensemble. The second-order term, from the curvature H "
+        "at the averaged weights, predicts their difference as long as the members are close together; the line is exact "
+        "agreement. With independent starts the members are too far apart for any expansion.",
+        r"\bar f - (\bar W\bar\varphi+\bar b)=\tfrac1N\sum_i (W_i-\bar W)(\varphi_i-\bar\varphi),"
+        r"\qquad f(\bar\theta)-\bar f\approx-\tfrac12\,\mathrm{tr}\bigl(H\,\mathrm{Cov}\,\theta"
+        r"\bigr)",
+    )
+    charts.numbers(term, f"covariance_{view.name}", key="covariance")
+
+
+def curvature_section(view: PoolView, statistics: Statistics) -> None:
+    """Soup − ensemble against its second-order prediction, on demand."""
+    evaluator = pool_resources.evaluator(view)
+    if len(view.members) < 2:
+        st.info("One member has no spread to predict from. Choose two or more.")
+        return
+
+    def work(progress: Progress) -> pd.DataFrame:
+        return taylor.predicted_gap(evaluator, view.members, progress=progress)
+
+    members = ",".join(map(str, view.members))
+    job = run_job(
+        digest_of("taylor", view.key, members),
+        "Second-order prediction",
+        "Predict soup − ensemble from the curvature",
+        f"Takes second derivatives along {len(view.members)} directions on "
+        f"200 test images; some seconds for the bundled pools.",
+        work,
+    )
+    if job is None:
+        return
+    frame: pd.DataFrame = job.result
+    charts.show(
+        figures.gap_scatter(frame, title="Soup − logit ensemble against its prediction"),
+        key="taylor",
+        alt="Measured soup minus ensemble against the second-order prediction",
+        height=430,
+    )
+    said = taylor.gap_summary(frame).iloc[0]
+    st.caption(
+        f"Correlation {said['correlation']:.2f}, slope {said['slope']:.2f} (1 would be exact); "
+        "test images, BatchNorm statistics averaged."
+    )
+    charts.numbers(frame, f"taylor_{view.name}", key="taylor")
+
+
+def similarity_section(view: PoolView) -> None:
+    """Layer-wise CKA between members, on demand where it takes long."""
+    st.subheader("Do the members see alike, layer by layer?", anchor=False)
+    evaluator = pool_resources.evaluator(view)
+    if len(view.members) < 2:
+        st.info("Similarity needs two members or more.")
+        return
+
+    def work(progress: Progress) -> pd.DataFrame:
+        return similarity.cka_frame(evaluator, view.members, progress=progress)
+
+    members = ",".join(map(str, view.members))
+    job = run_job(
+        digest_of("cka", view.key, members),
+        "Similarity of layers",
+        "Compare the members' layers",
+        f"Runs {len(view.members)} members on 256 test images.",
+        work,
+    )
+    if job is None:
+        return
+    frame: pd.DataFrame = job.result
+    charts.show(
+        cka_layers(
+            similarity.mean_cka(frame), title="Linear CKA between members, from input to output"
+        ),
+        key="cka",
+        alt="Linear CKA of each pair of members over the layers",
+        height=430,
+    )
+    charts.how_to_read(
+        "cka",
+        "1 means that two members represent the images alike up to a rotation and a scale of "
+        "their units; averaging weights needs more than that, namely the same units in the same "
+        "places. Independent members can be alike in this sense and still not average.",
+        r"\mathrm{CKA}(X,Y)=\frac{\|Y^\top X\|_F^2}{\|X^\top X\|_F\,\|Y^\top Y\|_F}"
+        r"\quad(\text{columns centred})",
+    )
+    charts.numbers(frame, f"cka_{view.name}", key="cka")
+
+
+charts.heading(
+    "Average the weights, or the outputs?",
+    "Several models of one task can be joined into one by averaging their **weights** (a soup, "
+    "one forward pass) or asked together by averaging their **features or outputs** (an "
+    "ensemble, one pass each). Whether the two agree depends on where training began.",
+)
+rules_section()
