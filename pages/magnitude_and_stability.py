@@ -82,7 +82,7 @@ def choose(view: PoolView, evaluator: PoolEvaluator) -> tuple[Who, What, str | N
     """Who is scaled, and what."""
     left, right = st.columns(2)
     with left:
-        shown = WHO if len(view.members) > 1 else {"all": WHO["all"]}
+        shown: dict[Who, str] = dict(WHO) if len(view.members) > 1 else {"all": WHO["all"]}
         who: Who = choice(
             "Who is multiplied by m",
             {key: label.capitalize() for key, label in shown.items()},

@@ -275,8 +275,9 @@ def why_section(view: PoolView, split: Split, statistics: Statistics) -> None:
         "Left: heads and features vary together over the members; averaging each by itself loses "
         "exactly their covariance, the distance to the line. Right: for a network that is linear "
         "in its parameters the soup is the ensemble. The second-order term, from the curvature H "
-        "at the averaged weights, predicts their difference as long as the members are close together; the line is exact "
-        "agreement. With independent starts the members are too far apart for any expansion.",
+        "at the averaged weights, predicts their difference as long as the members are close "
+        "together; the line is exact agreement. With independent starts the members are too far "
+        "apart for any expansion.",
         r"\bar f - (\bar W\bar\varphi+\bar b)=\tfrac1N\sum_i (W_i-\bar W)(\varphi_i-\bar\varphi),"
         r"\qquad f(\bar\theta)-\bar f\approx-\tfrac12\,\mathrm{tr}\bigl(H\,\mathrm{Cov}\,\theta"
         r"\bigr)",

@@ -78,6 +78,13 @@ MERGING = (
 )
 AVERAGING = (
     PageEntry(
+        "patterns",
+        "Patterns in weights",
+        ":material/image_search:",
+        "Classifiers and filters as pictures",
+        "own",
+    ),
+    PageEntry(
         "weights_or_features",
         "Weights or features?",
         ":material/call_merge:",

@@ -1,0 +1,138 @@
+"""The part of "Patterns in weights" about deeper networks: filters, norms, positions and heads."""
+
+from __future__ import annotations
+
+import streamlit as st
+from torch import Tensor
+
+from analysis import patterns
+from analysis.figures import patterns as figures
+from analysis.images import Normalisation
+from ui import charts, shell
+from ui.pictured import AVERAGE, Source, open_source, pictured, source_names
+from ui.widgets import choice
+
+NORMALISATIONS: dict[Normalisation, str] = {
+    "symmetric": "Symmetric (grey is zero)",
+    "joint": "Min-max (as in the paper)",
+}
+
+EXPLAINED = {
+    "kernels": (
+        "Each tile is one filter of the first convolution, its channels drawn as colours. Filters "
+        "of one start stay alike under fine-tuning: the difference shows what changed. "
+        "Principal components say which patterns the filters are mixtures of.",
+        r"W_{o} = \sum_j a_{oj}\, v_j + \bar W",
+    ),
+    "patch_embedding": (
+        "Each tile is one filter by which a vision transformer reads a patch; the components "
+        "below are ordered by the share of the filters' variance that they explain.",
+        r"z_{p} = E\, x_p + b,\qquad E = \sum_j \sigma_j u_j v_j^\top",
+    ),
+    "norms": (
+        "Each row is a layer, its filters sorted by their root mean square weight.",
+        r"\|W_o\| / \sqrt{\text{number of weights}}",
+    ),
+    "positions": (
+        "Each small map belongs to one position of the image and shows the cosine of its learned "
+        "embedding with those of all positions.",
+        r"\cos(p_i, p_j)",
+    ),
+}
+
+
+@shell.fragment
+def deeper_section() -> None:
+    """First filters, norms, positions and heads of two models and of their difference."""
+    st.subheader("What do deeper networks hold in their first layers?", anchor=False)
+    sources = source_names()
+    left, middle, right = st.columns(3)
+    label = left.selectbox("Models of", list(sources), key="source", bind="query-params")
+    source = open_source(sources[label])
+    place = list(sources).index(label)
+    first = middle.selectbox("Model", source.models, index=1, key=f"shown_{place}")
+    second = right.selectbox(
+        "Compared with", source.models, index=source.models.index(AVERAGE), key=f"compared_{place}"
+    )
+    one = pictured(source.key, first, source)
+    two = pictured(source.key, second, source)
+    shown = {first: one, second: two, f"{first} − {second}": patterns.difference(one, two)}
+    if first == second:
+        shown = {first: one}
+    views = patterns.available_views(one)
+    if not views:
+        st.info("These models have no kernels, patch embedding, positions or fused attention.")
+        return
+    titles = {view: patterns.VIEWS[view].capitalize() for view in views}
+    view = choice("Look at", titles, "view")
+    if view == "heads":
+        heads_view(source, shown)
+        return
+    levels = choice("Grey levels of filters", NORMALISATIONS, "filter_levels")
+    for column, (name, weights) in zip(st.columns(len(shown)), shown.items(), strict=True):
+        with column:
+            draw(view, name, weights, levels)
+    charts.how_to_read("deeper", *EXPLAINED[view])
+
+
+def draw(view: str, name: str, weights: dict[str, Tensor], levels: Normalisation) -> None:
+    """One view of one model."""
+    key = f"{view}_{name}"
+    if view in ("kernels", "patch_embedding"):
+        kernels = patterns.first_kernels(weights)
+        charts.show(
+            figures.kernel_grid(kernels.filters, title=name, kind=levels, columns=8, most=32),
+            key=key,
+            alt=f"First filters of {name}",
+        )
+        components = patterns.filter_components(kernels.filters)
+        charts.show(
+            figures.components_grid(
+                components, title=f"{name}: principal components", kind=levels, most=14
+            ),
+            key=f"components_{name}",
+            alt=f"Principal components of the first filters of {name}",
+        )
+    elif view == "norms":
+        frame = patterns.kernel_norms(weights)
+        charts.show(figures.kernel_norm_map(frame, title=name), key=key, alt=f"Norms of {name}")
+        charts.numbers(frame, f"kernel_norms_{name}", key=key)
+    else:
+        grid = patterns.position_similarity(patterns.position_embedding(weights))
+        charts.show(
+            figures.position_grid(grid, title=name), key=key, alt=f"Similar positions of {name}"
+        )
+
+
+def heads_view(source: Source, shown: dict[str, dict[str, Tensor]]) -> None:
+    """The bilinear form of each head of a layer."""
+    heads = source.heads()
+    if heads is None:
+        st.info(
+            "The weights alone do not tell the number of attention heads. Add 'architecture:' to "
+            "suite.yaml."
+        )
+        return
+    layers = patterns.attention_layers(next(iter(shown.values())))
+    layer = st.selectbox("Attention layer", layers, key="attention", bind="query-params")
+    for column, (name, weights) in zip(st.columns(len(shown)), shown.items(), strict=True):
+        with column:
+            form = patterns.query_key(weights, layer, heads)
+            charts.show(
+                figures.head_maps(form, title=name), key=f"heads_{name}", alt=f"Heads of {name}"
+            )
+            frame = patterns.head_spectrum(weights, layer, heads)
+            charts.show(
+                figures.head_spectrum(frame, title=f"{name}: singular values"),
+                key=f"spectrum_{name}",
+                alt=f"Singular values of the heads of {name}",
+            )
+            charts.numbers(frame, f"heads_{name}", key=f"heads_{name}")
+    charts.how_to_read(
+        "heads",
+        "Head h lets token x attend to token y by x B_h yᵀ (before biases and softmax). A "
+        "symmetric B_h matches tokens that are alike; the part that is antisymmetric matches in "
+        "one direction only. For a difference of two models, the form shown is that of the "
+        "differing query and key weights, not the difference of the forms.",
+        r"B_h = W_{Q,h}^\top W_{K,h} / \sqrt d",
+    )
