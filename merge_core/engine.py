@@ -76,7 +76,11 @@ def written_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
 
 
 def merged_tensors(
-    recipe: Recipe, groups: Groups, progress: Progress | None = None, task: str | None = None
+    recipe: Recipe,
+    groups: Groups,
+    progress: Progress | None = None,
+    task: str | None = None,
+    learned: Any = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge one parameter after another.
 
@@ -85,20 +89,29 @@ def merged_tensors(
         groups: the parameters.
         progress: reports each parameter, and cancels between two.
         task: whose model, for a method that gives one per task.
+        learned: what a method that needs data has learnt from it.
 
     Yields:
         Name and merged tensor, in the working dtype (float32, or float64 for such weights);
         integer buffers as they are in the base, else in the first expert.
 
     Raises:
-        RecipeError: a task where there is one model for all, or none where there is one each.
+        RecipeError: a task where there is one model for all, or none where there is one each;
+            nothing learnt where data are needed.
         MergeScopeError: unreadable or unfit inputs.
         Cancelled: between two parameters.
     """
     progress = progress or Progress()
     merge = _rule(recipe, groups, task)
     method, run = recipe.declaration, recipe.run(groups.tasks)
-    if method.prepare is not None:
+    if method.learns is not None:
+        if learned is None:
+            raise RecipeError(
+                f"{method.title} learns from the suite's data before it merges. Use "
+                "'mergescope merge' or the dashboard, with a suite that can be evaluated."
+            )
+        run = replace(run, state=learned)
+    elif method.prepare is not None:
         state = method.prepare(groups, recipe.checked_parameters, run, progress)
         run = replace(run, state=state)
     for done, group in enumerate(groups):
@@ -166,7 +179,11 @@ class MergeSession:
 
     @torch.no_grad()
     def merge(
-        self, recipe: Recipe, progress: Progress | None = None, task: str | None = None
+        self,
+        recipe: Recipe,
+        progress: Progress | None = None,
+        task: str | None = None,
+        learned: Any = None,
     ) -> dict[str, Tensor]:
         """The merged state dict (its `suite` and `tasks` must be this session's).
 
@@ -174,6 +191,7 @@ class MergeSession:
             recipe: what to do.
             progress: reports each parameter, and cancels between two.
             task: whose model, for a method that gives one per task.
+            learned: what a method that needs data has learnt from it.
 
         Raises:
             MergeScopeError: unfit inputs.
@@ -182,6 +200,5 @@ class MergeSession:
             raise SuiteError("The recipe's tasks are not the ones that this session holds.")
         check_recipe(self.suite, recipe)
         # Copies: what is only averaged would otherwise be the very tensor that the session holds.
-        return {
-            n: value.clone() for n, value in merged_tensors(recipe, self.groups, progress, task)
-        }
+        tensors = merged_tensors(recipe, self.groups, progress, task, learned)
+        return {name: value.clone() for name, value in tensors}

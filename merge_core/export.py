@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
@@ -151,6 +151,7 @@ def merge_to_folder(
     store: FactorStore | None = None,
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
+    learned: Any = None,
 ) -> Path:
     """Merge and write ``model.safetensors`` (or shards with an index), recipe and model card.
 
@@ -166,6 +167,7 @@ def merge_to_folder(
         store: where factors are kept.
         progress: reports each parameter; cancels between two.
         shard_bytes: largest size of one shard.
+        learned: what a method that needs data has learnt from it.
 
     Returns:
         `output`.
@@ -190,7 +192,7 @@ def merge_to_folder(
                 RECIPE_KEY: json.dumps(about if task is None else {**about, "task": task}),
             }
             shards = plan_shards(output_plan(recipe, groups), shard_bytes)
-            tensors = merged_tensors(recipe, groups, progress, task)
+            tensors = merged_tensors(recipe, groups, progress, task, learned)
             _write_index(folder, _write_shards(folder, shards, tensors, notes), shards)
         (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (staging / "README.md").write_text(model_card(recipe, suite, about), encoding="utf-8")
@@ -235,8 +237,14 @@ def _write_shards(
     return names
 
 
-def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite) -> bytes:
+def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite, learned: Any = None) -> bytes:
     """The merged checkpoint as the bytes of one safetensors file (for a download).
+
+    Args:
+        recipe: of a method that gives one model for all tasks.
+        groups: of the recipe's tasks.
+        suite: the suite that it names.
+        learned: what a method that needs data has learnt from it.
 
     Raises:
         MergeScopeError: as :func:`merge_to_folder`.
@@ -247,7 +255,8 @@ def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite) -> bytes:
     about = provenance(portable(recipe, suite), suite)
     stream = io.BytesIO()
     stream.write(safetensors_header(plan, {"format": "pt", RECIPE_KEY: json.dumps(about)}))
+    tensors = merged_tensors(recipe, groups, learned=learned)
     with torch.no_grad():
-        for planned, (_, tensor) in zip(plan, merged_tensors(recipe, groups), strict=True):
+        for planned, (_, tensor) in zip(plan, tensors, strict=True):
             write_tensor(stream, tensor, planned)
     return stream.getvalue()

@@ -301,7 +301,7 @@ def curvature_section(view: PoolView, statistics: Statistics) -> None:
         "Second-order prediction",
         "Predict soup − ensemble from the curvature",
         f"Takes second derivatives along {len(view.members)} directions on "
-        f"200 test images; some seconds for the bundled pools.",
+        f"100 test images; some seconds for the bundled pools.",
         work,
     )
     if job is None:

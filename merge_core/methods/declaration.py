@@ -160,6 +160,10 @@ class Method:
         weighted: whether per-task weights of a recipe mean something to it.
         random: whether it draws random numbers, so that the seed counts.
         tasks: the number of experts that it merges, where that is fixed.
+        learns: what has to be computed from the suite's data before the merge, as
+            :data:`analysis.learning.LEARNERS` names it; it becomes the run's state.
+        data: which of the suite's data that takes.
+        gradients: whether it differentiates the model.
         averaged: which parameters it only averages, in words.
         deviations: where it differs from the paper or the authors' code, in words.
         prepare: a pass over the whole model before merging, for methods that need one.
@@ -180,6 +184,9 @@ class Method:
     weighted: bool = False
     random: bool = False
     tasks: int | None = None
+    learns: str | None = None
+    data: Literal["none", "inputs", "labels"] = "none"
+    gradients: bool = False
     averaged: str = "nothing"
     deviations: str = "none known"
     prepare: Callable[[Groups, Any, Run, Progress], Any] | None = None

@@ -20,7 +20,14 @@ from torch import Tensor
 import merge_core.export as export
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession
-from merge_core.errors import Cancelled, CheckpointError, MergeScopeError, OutputError, SuiteError
+from merge_core.errors import (
+    Cancelled,
+    CheckpointError,
+    MergeScopeError,
+    OutputError,
+    RecipeError,
+    SuiteError,
+)
 from merge_core.export import Planned, merge_to_folder, merged_bytes, plan_shards
 from merge_core.factors import FactorStore
 from merge_core.methods import methods
@@ -57,14 +64,25 @@ def leftovers(folder: Path) -> list[str]:
     return sorted(p.name for p in folder.iterdir())
 
 
-@pytest.mark.parametrize("method", list(methods()))
+@pytest.mark.parametrize("method", [m.name for m in methods().values() if m.learns is None])
 def test_a_streamed_folder_is_bitwise_the_sessions_result(
     synthetic_suite: Make, tmp_path: Path, method: str
 ) -> None:
-    suite = synthetic_suite(seed=3)
+    declared = methods()[method]
+    suite = synthetic_suite(declared.tasks or 3, seed=3)
     recipe = recipe_for(suite, method)
     folder = merge_to_folder(recipe, suite, tmp_path / "out", FactorStore(tmp_path / "factors"))
-    expected = in_memory(suite, recipe)
+    session = MergeSession(suite, None, FactorStore())
+    if declared.indexed:
+        assert leftovers(folder) == ["README.md", "recipe.yaml", *suite.tasks]
+        for task in suite.tasks:
+            assert_bitwise(read(folder / task), session.merge(recipe, task=task))
+            with safe_open(folder / task / "model.safetensors", "pt") as file:
+                assert json.loads(file.metadata()["mergescope"])["task"] == task
+        with pytest.raises(RecipeError, match="one model per task"):
+            merged_bytes(recipe, session.groups, suite)
+        return
+    expected = session.merge(recipe)
     assert_bitwise(read(folder), expected)
     assert_bitwise(load_file(folder / "model.safetensors"), expected)
     bytes_ = merged_bytes(recipe, Groups(suite, None, FactorStore()), suite)
@@ -112,7 +130,8 @@ def test_the_file_says_what_it_was_made_of(synthetic_suite: Make, tmp_path: Path
         notes = file.metadata()
     assert notes["format"] == "pt"
     about = json.loads(notes["mergescope"])
-    assert about["recipe"]["parameters"] == {"density": 0.5, "scale": 1.0, "trim": "global"}
+    assert about["recipe"]["parameters"] == recipe.parameters
+    assert recipe.parameters["density"] == 0.5
     assert make_recipe(about["recipe"]) == recipe
     assert about["digest"] == recipe.digest(suite)
     assert suite.base is not None
@@ -286,13 +305,15 @@ def test_a_bad_tensor_in_mid_run_leaves_nothing(suite_of: Make, tmp_path: Path) 
 def test_a_method_that_needs_a_base_says_so_before_any_work(
     synthetic_suite: Make, tmp_path: Path
 ) -> None:
-    suite = synthetic_suite(with_base=False)
     for name, method in methods().items():
+        if method.indexed or method.learns is not None:
+            continue  # one model per task; what data teach
+        suite = synthetic_suite(method.tasks or 3, with_base=False)
         recipe = recipe_for(suite, name)
         runs: list[Callable[[], Any]] = [
-            lambda r=recipe, n=name: merge_to_folder(r, suite, tmp_path / n),
-            lambda r=recipe: in_memory(suite, r),
-            lambda r=recipe: merged_bytes(r, Groups(suite, None, FactorStore()), suite),
+            lambda r=recipe, s=suite, n=name: merge_to_folder(r, s, tmp_path / n),
+            lambda r=recipe, s=suite: in_memory(s, r),
+            lambda r=recipe, s=suite: merged_bytes(r, Groups(s, None, FactorStore()), s),
         ]
         for run in runs:
             if method.needs_base():
