@@ -18,7 +18,16 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 from tests.browser.conftest import ARGUMENTS, Server, find_chromium, settle
 
-PAGES = ("", "spectra", "interference", "rank_and_scale", "merge_lab")
+PAGES = (
+    "",
+    "spectra",
+    "interference",
+    "rank_and_scale",
+    "merge_lab",
+    "patterns",
+    "weights_or_features",
+    "magnitude_and_stability",
+)
 FIGURE = ".js-plotly-plot .main-svg"
 # Page and the figure that is watched while its rank slider moves.
 REDRAWN = {"spectra": 1, "interference": 0}
