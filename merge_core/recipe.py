@@ -15,7 +15,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from merge_core.errors import RecipeError, explain_validation
 from merge_core.files import digest_of
 from merge_core.methods import get_method, get_postprocessor
-from merge_core.methods.declaration import Method, MethodParameters, Postprocessor, Run
+from merge_core.methods.declaration import (
+    Method,
+    MethodParameters,
+    Postprocessor,
+    Run,
+    settled,
+)
 from merge_core.suite import BUNDLED, Suite, load_suite
 from merge_core.task_vectors import Origin
 
@@ -191,7 +197,7 @@ class Recipe(_Strict):
             suite.members_digest(suite.select(self.tasks), with_base=True),
             json.dumps([suite.spec.decompose, suite.spec.average]),
             self.method,
-            json.dumps(self.parameters, sort_keys=True),
+            json.dumps(settled(self.checked_parameters), sort_keys=True),
             str(self.seed),
             self.dtype,
             # Added later: recipes without them keep the digests that their predictions are under.

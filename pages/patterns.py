@@ -157,7 +157,7 @@ def classifier_section() -> None:
         help="Share of templates whose largest cosine with the (centred) class means is with "
         "their own class.",
     )
-    logits = evaluator.checkpoint(checkpoint, "test").logits
+    logits = evaluator.merge(checkpoint.digest, lambda: weights, "test").logits
     right_ones = (logits.argmax(dim=1).numpy() == evaluator.labels("test")).mean()
     cards[3].metric("Test accuracy", f"{right_ones:.1%}")
     charts.show(

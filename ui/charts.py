@@ -69,19 +69,29 @@ def numbers(frame: pd.DataFrame, name: str, key: str) -> None:
     """
     label, icon = "The numbers", ":material/table:"
     with st.expander(label, icon=icon, key=f"numbers_{key}", on_change="rerun") as opened:
-        if not opened.open:
-            return
-        st.dataframe(frame, hide_index=True, key=f"table_{key}")
-        left, right = st.columns([1, 2], vertical_alignment="center")
-        left.download_button(
-            "Download CSV",
-            data=lambda: frame.to_csv(index=False).encode(),
-            file_name=f"{name}.csv",
-            mime="text/csv",
-            key=f"csv_{key}",
-            on_click="ignore",
-        )
-        right.code(link(), language=None)
+        if opened.open:
+            table(frame, name, key)
+
+
+def table(frame: pd.DataFrame, name: str, key: str) -> None:
+    """A table, its CSV, and a link to the view.
+
+    Args:
+        frame: the numbers.
+        name: file name of the CSV, without ending.
+        key: unique on the page.
+    """
+    st.dataframe(frame, hide_index=True, key=f"table_{key}")
+    left, right = st.columns([1, 2], vertical_alignment="center")
+    left.download_button(
+        "Download CSV",
+        data=lambda: frame.to_csv(index=False).encode(),
+        file_name=f"{name}.csv",
+        mime="text/csv",
+        key=f"csv_{key}",
+        on_click="ignore",
+    )
+    right.code(link(), language=None)
 
 
 def link() -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import plotly.graph_objects as go
 import streamlit as st
 from torch import Tensor
 
@@ -16,6 +19,8 @@ NORMALISATIONS: dict[Normalisation, str] = {
     "symmetric": "Symmetric (grey is zero)",
     "joint": "Min-max (as in the paper)",
 }
+
+PER_ROW, SHOWN, TILE = 6, 24, 54
 
 EXPLAINED = {
     "kernels": (
@@ -79,29 +84,37 @@ def draw(view: str, name: str, weights: dict[str, Tensor], levels: Normalisation
     """One view of one model."""
     key = f"{view}_{name}"
     if view in ("kernels", "patch_embedding"):
-        kernels = patterns.first_kernels(weights)
-        charts.show(
-            figures.kernel_grid(kernels.filters, title=name, kind=levels, columns=8, most=32),
-            key=key,
-            alt=f"First filters of {name}",
+        filters = patterns.first_kernels(weights).filters
+        grid = figures.kernel_grid(filters, title=name, kind=levels, columns=PER_ROW, most=SHOWN)
+        rows = math.ceil(min(len(filters), SHOWN) / PER_ROW)
+        charts.show(grid, key=key, alt=f"First filters of {name}", height=fitted(grid, rows))
+        components = figures.components_grid(
+            patterns.filter_components(filters),
+            title=f"{name}: principal components",
+            kind=levels,
+            columns=PER_ROW,
+            most=2 * PER_ROW,
         )
-        components = patterns.filter_components(kernels.filters)
         charts.show(
-            figures.components_grid(
-                components, title=f"{name}: principal components", kind=levels, most=14
-            ),
+            components,
             key=f"components_{name}",
             alt=f"Principal components of the first filters of {name}",
+            height=fitted(components, 2.6),
         )
     elif view == "norms":
         frame = patterns.kernel_norms(weights)
         charts.show(figures.kernel_norm_map(frame, title=name), key=key, alt=f"Norms of {name}")
         charts.numbers(frame, f"kernel_norms_{name}", key=key)
     else:
-        grid = patterns.position_similarity(patterns.position_embedding(weights))
+        similar = patterns.position_similarity(patterns.position_embedding(weights))
         charts.show(
-            figures.position_grid(grid, title=name), key=key, alt=f"Similar positions of {name}"
+            figures.position_grid(similar, title=name), key=key, alt=f"Similar positions of {name}"
         )
+
+
+def fitted(figure: go.Figure, rows: float) -> int:
+    """The height at which rows of tiles fill a third of a wide page, or a phone's width."""
+    return round(figure.layout.margin.t + 24 + TILE * rows)
 
 
 def heads_view(source: Source, shown: dict[str, dict[str, Tensor]]) -> None:

@@ -79,6 +79,16 @@ def _widget(spec: ParameterSpec) -> Any:
         ordered = sorted(spec.choices, key=lambda option: option != spec.default)
         return choice(label, {option: option for option in ordered}, spec.name, help)
     span = spec.high - spec.low
+    if spec.kind == "integer":
+        return st.slider(
+            label,
+            int(spec.low),
+            int(spec.high),
+            int(spec.default),
+            key=spec.name,
+            bind="query-params",
+            help=help,
+        )
     return st.slider(
         label,
         spec.low,

@@ -56,8 +56,10 @@ def rules_dots(frame: pd.DataFrame, title: str = "", chance: float | None = None
             showlegend=False,
         )
     _mark_non_finite(figure, frame)
-    _chance(figure, chance, vertical=True)
     layout(figure, title, x=ACCURACY, y="", height=130 + 40 * len(frame), legend=False)
+    if chance is not None:
+        figure.layout.margin.t += 16  # its label stands between the title and the plot
+    _chance(figure, chance, vertical=True)
     # Long names would leave no room on a phone: broken before the comma or the bracket.
     texts = [label.replace(", ", ",<br>").replace(" (", "<br>(") for label in frame["label"]]
     figure.update_yaxes(

@@ -9,7 +9,6 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.figures.magnitude import COLOURS, LINES, SYMBOLS
-from analysis.figures.spectra import short_names
 from analysis.figures.style import OKABE_ITO, REFERENCE, layout
 from analysis.magnitude import SUBJECTS
 from analysis.robustness import CORRUPTIONS, Corruption
@@ -18,8 +17,7 @@ NAMES = SUBJECTS | {"individuals": "individuals"}
 
 
 def _labels(frame: pd.DataFrame) -> list[str]:
-    names = short_names(frame["parameter"])
-    return [names[parameter] for parameter in frame["parameter"]]
+    return [parameter.removesuffix(".weight") for parameter in frame["parameter"]]
 
 
 def norm_ratios(frame: pd.DataFrame, title: str = "") -> go.Figure:

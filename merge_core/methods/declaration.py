@@ -51,6 +51,7 @@ def parameter(
     maximum: float | None = None,
     typical: str = "",
     show: tuple[float, float] | None = None,
+    later: bool = False,
 ) -> Any:
     """Declare one parameter of a method.
 
@@ -61,8 +62,10 @@ def parameter(
         maximum: largest allowed value.
         typical: values in use, for people.
         show: range that a slider offers, where the allowed one is wider.
+        later: added to a method that was in use: at its default it is left out of digests, so
+            that predictions made before are still known.
     """
-    extra: dict[str, Any] = {"typical": typical}
+    extra: dict[str, Any] = {"typical": typical, "later": later}
     if show is not None:
         extra["show"] = list(show)
     return Field(default=default, ge=minimum, le=maximum, description=help, json_schema_extra=extra)
@@ -73,19 +76,29 @@ class ParameterSpec:
     """One parameter's declaration, read back for widgets, tables and the command line.
 
     Attributes:
-        kind: ``rank``, ``number`` or ``choice``.
+        kind: ``rank``, ``number``, ``integer`` or ``choice``.
         choices: of a ``choice``.
-        low, high: range that a slider offers (of a number).
+        low, high: range that a slider offers (of a number or an integer).
     """
 
     name: str
-    kind: Literal["rank", "number", "choice"]
+    kind: Literal["rank", "number", "integer", "choice"]
     default: Any
     help: str
     typical: str
     choices: tuple[str, ...] = ()
     low: float = 0.0
     high: float = 1.0
+
+
+def settled(parameters: MethodParameters) -> dict[str, Any]:
+    """The values that a digest is made of: all but later parameters at their default."""
+    values = parameters.model_dump()
+    for name, info in type(parameters).model_fields.items():
+        extra = info.json_schema_extra
+        if isinstance(extra, dict) and extra.get("later") and values[name] == info.default:
+            del values[name]
+    return values
 
 
 def _spec(name: str, info: FieldInfo) -> ParameterSpec:
@@ -101,8 +114,9 @@ def _spec(name: str, info: FieldInfo) -> ParameterSpec:
     low = getattr(bounds.get("Ge"), "ge", 0.0)
     high = getattr(bounds.get("Le"), "le", 1.0)
     shown: Any = extra.get("show", (low, high))
+    kind: Literal["number", "integer"] = "integer" if info.annotation is int else "number"
     return ParameterSpec(
-        name, "number", default, common[1], common[2], low=float(shown[0]), high=float(shown[1])
+        name, kind, default, common[1], common[2], low=float(shown[0]), high=float(shown[1])
     )
 
 

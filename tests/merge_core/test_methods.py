@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from merge_core.methods import get_method, methods
 from merge_core.suite import Suite
+from tests.merge_core import sparse_reference, spectral_reference
 from tests.merge_core.float64_reference import (
     assert_same,
     average,
@@ -27,6 +28,8 @@ from tests.merge_core.float64_reference import (
     ties,
     tsv_m,
 )
+from tests.merge_core.sparse_reference import SPARSE_REFERENCES
+from tests.merge_core.spectral_reference import SPECTRAL_REFERENCES
 
 Make = Callable[..., Suite]
 States = Callable[..., tuple[dict[str, Any], dict[str, torch.Tensor]]]
@@ -114,11 +117,17 @@ REFERENCES: dict[str, tuple[dict[str, Any], Callable[[Suite], dict[str, np.ndarr
     "tsv_m": ({}, lambda s: tsv_m(s, 1.0)),
     "iso_c": ({}, lambda s: iso_c(s, 1.0)),
     "cart": ({"rank": 2}, lambda s: cart(s, lambda r: min(2, r), 1.0)),
+    **SPARSE_REFERENCES,
+    # SLERP takes two experts: see test_geometric_methods.
+    **{name: entry for name, entry in SPECTRAL_REFERENCES.items() if name != "slerp"},
 }
 
 
-def test_every_registered_method_has_a_reference_here() -> None:
-    assert set(methods()) == set(REFERENCES)
+def test_every_registered_method_has_a_reference() -> None:
+    learning = {name for name, method in methods().items() if method.learns is not None}
+    indexed = {name for name, method in methods().items() if method.indexed}
+    assert indexed == {*sparse_reference.INDEXED_REFERENCES, *spectral_reference.INDEXED_REFERENCES}
+    assert set(methods()) == {*REFERENCES, "slerp"} | indexed | learning
 
 
 def test_methods_are_listed_in_the_order_of_their_place() -> None:

@@ -132,6 +132,8 @@ def value_of(spec: Any) -> st.SearchStrategy[Any]:
         )
     if spec.kind == "choice":
         return st.sampled_from(spec.choices)
+    if spec.kind == "integer":
+        return st.integers(int(spec.low), int(spec.high))
     return st.floats(spec.low, spec.high)
 
 
@@ -276,13 +278,16 @@ def test_every_declaration_can_be_shown_and_its_defaults_are_valid(name: str) ->
     for spec in method.specs:
         assert spec.help
         assert recipe.parameters[spec.name] == spec.default
-        assert spec.kind in ("rank", "number", "choice")
+        assert spec.kind in ("rank", "number", "integer", "choice")
         if spec.kind == "choice":
             assert spec.default in spec.choices
             values: list[Any] = list(spec.choices)
         elif spec.kind == "number":
             assert spec.low <= spec.default <= spec.high
             values = [spec.low, spec.high]
+        elif spec.kind == "integer":
+            assert spec.low <= spec.default <= spec.high
+            values = [int(spec.low), int(spec.high)]
         else:
             values = [1, 1.0, 0.5]
         for value in values:  # whatever a widget offers, the check accepts

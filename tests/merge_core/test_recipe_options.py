@@ -12,6 +12,7 @@ from torch import Tensor
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError, SuiteError
 from merge_core.factors import FactorStore
+from merge_core.methods.declaration import settled
 from merge_core.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml
 from merge_core.suite import Suite
 
@@ -191,3 +192,13 @@ def test_a_recipe_is_a_value() -> None:
     assert recipe.run(TASKS).weights == (2.0, 1.0, 0.5)
     assert recipe.run(TASKS).origin == "average"
     assert make_recipe({"method": "ties", "weights": {"a": 1}}).run(TASKS).weights == ()
+
+
+def test_predictions_from_before_a_parameter_was_added_are_still_known(suite: Suite) -> None:
+    """`combine` came to TIES later: at its default the digest is that of a recipe without it."""
+    plain = make_recipe({"method": "ties"})
+    assert plain.parameters["combine"] == "mean"
+    assert "combine" not in settled(plain.checked_parameters)
+    other = plain.with_parameters(combine="sum")
+    assert settled(other.checked_parameters)["combine"] == "sum"
+    assert other.digest(suite) != plain.digest(suite)

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from merge_core.factors import FactorStore
 from merge_core.methods.declaration import Run
-from merge_core.methods.ties import TiesParameters, kept_count, thresholds
+from merge_core.methods.selection import kept_count
+from merge_core.methods.sparse import TiesParameters, thresholds
 from merge_core.progress import Progress
 from merge_core.suite import Suite
 from merge_core.task_vectors import Groups

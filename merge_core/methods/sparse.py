@@ -1,0 +1,336 @@
+"""TIES, DARE and Breadcrumbs: one family, sparsify x elect x combine.
+
+Each method is a row of :data:`FAMILY`: which entries of the task vectors stay, whether a sign is
+elected for each entry, and how what is left becomes one update.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from merge_core.errors import RecipeError
+from merge_core.files import digest_of
+from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
+from merge_core.methods.selection import Passes, kept_count, kth_largest
+from merge_core.progress import Progress
+from merge_core.task_vectors import Groups, ParameterGroup
+
+Combine = Literal["mean", "sum"]
+COMBINE_HELP = (
+    "What becomes of the entries that agree with the elected sign: their mean (the paper), or "
+    "their sum, as the vision ports take it; a sum grows with the tasks and wants λ near 0.3."
+)
+
+
+def _scale(default: float, help: str, typical: str, most: float) -> Any:
+    return parameter(default, help, minimum=-10, maximum=10, typical=typical, show=(0, most))
+
+
+def _drop() -> Any:
+    return parameter(
+        0.9,
+        "Probability p that an entry of a task vector is dropped; those that stay are divided by "
+        "1 − p. Raising it leaves fewer, larger entries and a noisier merge.",
+        minimum=0.0,
+        maximum=0.999,
+        typical="0.9 (paper); 0.5 in several ports",
+        show=(0, 0.99),
+    )
+
+
+class TiesParameters(MethodParameters):
+    """Parameters of TIES-Merging."""
+
+    density: float = parameter(
+        0.2,
+        "Share of the largest entries kept of each task vector; the others are set to zero.",
+        minimum=0.0,
+        maximum=1.0,
+        typical="0.2",
+        show=(0.01, 1),
+    )
+    scale: float = _scale(
+        1.0, "Scaling coefficient λ of the merged task vector.", "1 (searched in 0.8 to 3)", 3
+    )
+    trim: Literal["global", "tensor"] = parameter(
+        "global",
+        "Where the largest entries are taken: over the whole model (the paper) or in each tensor "
+        "by itself (as several toolkits do).",
+    )
+    combine: Combine = parameter("mean", COMBINE_HELP, later=True)
+
+
+class DareTaskArithmeticParameters(MethodParameters):
+    """Parameters of DARE with Task Arithmetic."""
+
+    drop: float = _drop()
+    scale: float = _scale(
+        0.3, "Scaling coefficient λ of the summed task vectors.", "0.3 for 8 tasks", 1.5
+    )
+
+
+class DareTiesParameters(MethodParameters):
+    """Parameters of DARE with TIES."""
+
+    drop: float = _drop()
+    scale: float = _scale(1.0, "Scaling coefficient λ of the merged task vector.", "1", 3)
+    combine: Combine = parameter("mean", COMBINE_HELP)
+
+
+class BreadcrumbsParameters(MethodParameters):
+    """Parameters of Model Breadcrumbs."""
+
+    drop_small: float = parameter(
+        0.85,
+        "Share of the smallest entries dropped from each tensor of a task vector. Raising it "
+        "leaves fewer entries.",
+        minimum=0.0,
+        maximum=1.0,
+        typical="0.8 to 0.95",
+    )
+    drop_large: float = parameter(
+        0.006,
+        "Share of the largest entries, the outliers, dropped from each tensor of a task vector.",
+        minimum=0.0,
+        maximum=1.0,
+        typical="0.001 to 0.01",
+        show=(0, 0.1),
+    )
+    scale: float = _scale(
+        0.3, "Scaling coefficient α of the summed task vectors.", "0.2 to 0.3", 1.5
+    )
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The magnitudes that TIES keeps over the whole model, and the settings they were found for.
+
+    Attributes:
+        density: of the recipe.
+        values: T thresholds, or None for tensor-wise trimming.
+    """
+
+    density: float
+    values: Tensor | None
+
+
+def thresholds(
+    groups: Groups, parameters: TiesParameters, run: Run, progress: Progress
+) -> Tensor | None:
+    """The magnitude that each task's kept entries reach, over the whole model, exactly.
+
+    Two passes over the parameters, see :func:`merge_core.methods.selection.kth_largest`.
+
+    Args:
+        groups: all parameters.
+        parameters: the method's parameters.
+        run: says the origin and the weights of the task vectors.
+        progress: reports each parameter of each pass.
+
+    Returns:
+        T thresholds (entries of at least that magnitude are kept), or None for tensor-wise
+        trimming.
+    """
+    if parameters.trim == "tensor":
+        return None
+    passes = Passes(groups, run.task_vectors, progress, 2)
+    keep = kept_count(parameters.density, passes.entries)
+    if keep == 0:
+        return torch.full((passes.tasks,), torch.inf)
+    return kth_largest(passes, _magnitude, (keep,), "magnitudes")[:, 0]
+
+
+def _limits(groups: Groups, parameters: TiesParameters, run: Run, progress: Progress) -> Limits:
+    return Limits(parameters.density, thresholds(groups, parameters, run, progress))
+
+
+# Sparsify: from one parameter's task vectors (T x shape) those entries that stay, others zero.
+
+
+def _magnitude(tau: Tensor) -> Tensor:
+    """|τ| in float32, in which every threshold is found and applied."""
+    return tau.float().abs()
+
+
+def _kth_in_tensor(magnitude: Tensor, k: int) -> Tensor:
+    """T values: the k-th largest magnitude of each task's tensor, infinite for k = 0."""
+    flat = magnitude.reshape(len(magnitude), magnitude[0].numel())
+    if k == 0:
+        return torch.full((len(flat),), torch.inf)
+    return flat.kthvalue(flat.shape[1] - k + 1, dim=1).values
+
+
+def _per_task(values: Tensor, tau: Tensor) -> Tensor:
+    """T values as T x 1 x … x 1, to go with T x shape."""
+    return values.reshape(-1, *[1] * (tau.ndim - 1))
+
+
+def largest(group: ParameterGroup, tau: Tensor, parameters: TiesParameters, run: Run) -> Tensor:
+    """The entries of largest magnitude, over the model or in this tensor."""
+    magnitude = _magnitude(tau)
+    if parameters.trim == "tensor":
+        limit = _kth_in_tensor(magnitude, kept_count(parameters.density, group.info.numel))
+    else:
+        found = run.state
+        if found.values is None or found.density != parameters.density:
+            raise RecipeError(
+                "With trim: global, TIES takes one threshold over the whole model, so that an "
+                "override can change neither density nor trim. Take trim: tensor for the whole "
+                "recipe."
+            )
+        limit = found.values
+    return torch.where(magnitude >= _per_task(limit, tau), tau, 0)
+
+
+def random_share(
+    group: ParameterGroup,
+    tau: Tensor,
+    parameters: DareTaskArithmeticParameters | DareTiesParameters,
+    run: Run,
+) -> Tensor:
+    """Entries that a coin of probability 1 − p keeps, divided by 1 − p.
+
+    The coins of a parameter and task follow from the seed and the two names alone: neither the
+    other experts, nor their order, nor streaming changes them.
+    """
+    coins = []
+    for task in group.tasks:
+        seed = int(digest_of("dare", str(run.seed), group.name, task)[:15], 16)
+        source = torch.Generator().manual_seed(seed)
+        coins.append(torch.rand(group.info.shape, generator=source))
+    return torch.where(torch.stack(coins) >= parameters.drop, tau, 0) / (1 - parameters.drop)
+
+
+def middle(
+    group: ParameterGroup, tau: Tensor, parameters: BreadcrumbsParameters, run: Run
+) -> Tensor:
+    """Entries of this tensor that are neither among the smallest nor among the largest."""
+    total = group.info.numel
+    small = int(parameters.drop_small * total + 1e-9)
+    large = int(parameters.drop_large * total + 1e-9)
+    if small + large >= total:
+        return torch.zeros_like(tau)
+    magnitude = _magnitude(tau)
+    most = _per_task(_kth_in_tensor(magnitude, large + 1), tau)
+    least = _per_task(_kth_in_tensor(magnitude, total - small), tau)
+    return torch.where((magnitude >= least) & (magnitude <= most), tau, 0)
+
+
+def elected(tau: Tensor) -> Tensor:
+    """T x shape: entries whose sign is that of the sum over tasks, others zero."""
+    return torch.where(tau.sign() == tau.sum(dim=0).sign(), tau, 0)
+
+
+def combined(tau: Tensor, how: Combine) -> Tensor:
+    """shape: the sum over tasks, or the mean over the tasks whose entry is not zero."""
+    total = tau.sum(dim=0)
+    return total if how == "sum" else total / (tau != 0).sum(dim=0).clamp_min(1)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method of the family.
+
+    Attributes:
+        sparsify: which entries stay.
+        elect: whether only entries of the elected sign stay, and `combine` is a parameter;
+            otherwise what stays is summed, as in Task Arithmetic.
+    """
+
+    sparsify: Callable[[ParameterGroup, Tensor, Any, Run], Tensor]
+    elect: bool
+
+
+FAMILY = {
+    "ties": Row(largest, elect=True),
+    "dare_task_arithmetic": Row(random_share, elect=False),
+    "dare_ties": Row(random_share, elect=True),
+    "breadcrumbs": Row(middle, elect=False),
+}
+
+
+def merge(row: Row, group: ParameterGroup, parameters: Any, run: Run) -> Tensor:
+    """Origin + λ · combine(elect(sparsify(τ_1 … τ_T))) of one parameter."""
+    kept = row.sparsify(group, run.task_vectors(group), parameters, run)
+    update = combined(elected(kept), parameters.combine) if row.elect else combined(kept, "sum")
+    return group.origin(run.origin) + parameters.scale * update
+
+
+ELECTED = (
+    r"\tau_j = \mathrm{mean}\{\hat\tau_{t,j} : \mathrm{sgn}\,\hat\tau_{t,j} = "
+    r"\mathrm{sgn} \textstyle\sum_s \hat\tau_{s,j}\}"
+)
+DROPPED = r"\hat\tau_t = \frac{m_t \odot \tau_t}{1 - p},\; m_{t,j} \sim \mathrm{Bernoulli}(1 - p)"
+
+METHODS = (
+    Method(
+        name="ties",
+        title="TIES",
+        place=2,
+        summary="Keeps the largest entries of each task vector, elects one sign per entry, and "
+        "averages (or sums) the entries that agree with it.",
+        formula=rf"\theta = \theta_0 + \lambda \tau,\quad {ELECTED}",
+        source="Yadav et al., TIES-Merging, arXiv:2306.01708, algorithm 1",
+        parameters=TiesParameters,
+        merge=partial(merge, FAMILY["ties"]),
+        origins=("base", "average"),
+        weighted=True,
+        deviations="An even vote changes nothing (the authors' code then takes the sign that most "
+        "entries of the model have). Entries as large as the smallest kept one are kept too.",
+        prepare=_limits,
+    ),
+    Method(
+        name="dare_task_arithmetic",
+        title="DARE with Task Arithmetic",
+        place=10,
+        summary="Drops most entries of each task vector at random, rescales the others so that "
+        "the expectation stays what it was, and adds the scaled sum to the base.",
+        formula=rf"\theta = \theta_0 + \lambda \sum_t \hat\tau_t,\quad {DROPPED}",
+        source="Yu et al., Language models are super Mario, arXiv:2311.03099, section 3",
+        parameters=DareTaskArithmeticParameters,
+        merge=partial(merge, FAMILY["dare_task_arithmetic"]),
+        origins=("base", "average"),
+        weighted=True,
+        random=True,
+    ),
+    Method(
+        name="dare_ties",
+        title="DARE with TIES",
+        place=11,
+        summary="Drops entries of each task vector at random and rescales the others; then elects "
+        "one sign per entry and averages (or sums) the entries that agree with it.",
+        formula=rf"\theta = \theta_0 + \lambda \tau,\quad {ELECTED},\quad {DROPPED}",
+        source="Yu et al., Language models are super Mario, arXiv:2311.03099, section 3, with the "
+        "sign election of TIES-Merging, arXiv:2306.01708",
+        parameters=DareTiesParameters,
+        merge=partial(merge, FAMILY["dare_ties"]),
+        origins=("base", "average"),
+        weighted=True,
+        random=True,
+        deviations="The random drop replaces the trim of TIES, as in PEFT and mergekit; the "
+        "authors' code trims by magnitude after the drop as well.",
+    ),
+    Method(
+        name="breadcrumbs",
+        title="Breadcrumbs",
+        place=12,
+        summary="Drops both the smallest and the largest entries of each tensor of a task vector "
+        "and adds the scaled sum of the rest to the base.",
+        formula=r"\theta = \theta_0 + \alpha \sum_t m_t \odot \tau_t,\quad "
+        r"m_{t,j} = 1\{\beta_t \le |\tau_{t,j}| \le \gamma_t\}\ \text{in each tensor}",
+        source="Davari and Belilovsky, Model Breadcrumbs, arXiv:2312.06795, section 3",
+        parameters=BreadcrumbsParameters,
+        merge=partial(merge, FAMILY["breadcrumbs"]),
+        origins=("base", "average"),
+        weighted=True,
+        deviations="Shares are of each tensor, as in the paper; the authors' code takes them of "
+        "each row (the last dimension) and leaves scalars whole. Entries as large as the smallest "
+        "or as the largest kept one are kept too.",
+    ),
+)

@@ -1,0 +1,50 @@
+"""TSV-C: each task vector compressed to its leading 1/T of directions."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from merge_core.methods.declaration import Method, MethodParameters, Run
+from merge_core.methods.spectral import factored_bytes, matrix_shape
+from merge_core.task_vectors import ParameterGroup
+
+
+class TsvCParameters(MethodParameters):
+    """TSV-C has none: the number of tasks sets the rank."""
+
+
+def kept(group: ParameterGroup) -> int:
+    """k = max(1, floor(r / T)) directions of each task."""
+    return max(1, min(matrix_shape(group)) // len(group.tasks))
+
+
+def merge_for(group: ParameterGroup, parameters: TsvCParameters, run: Run, place: int) -> Tensor:
+    """θ_0 + SVD_k(τ_t) of one matrix; the expert's own of anything else."""
+    if not group.decomposed or kept(group) == min(matrix_shape(group)):
+        return group.experts[place]
+    update = group.factors("base")[place].truncated(kept(group))
+    return group.base + update.reshape(group.base.shape).to(group.base.dtype)
+
+
+def storage(group: ParameterGroup, parameters: TsvCParameters, run: Run) -> int:
+    """θ_0 and k(m + n + 1) numbers a task of one matrix; each expert's own of the rest."""
+    return factored_bytes(group, kept(group) if group.decomposed else 0)
+
+
+METHOD = Method(
+    name="tsv_c",
+    title="TSV-C",
+    place=41,
+    summary="One model per task, where the task is known at inference: the base and the leading "
+    "1/T of the task vector's directions. What is not a weight matrix is the expert's own.",
+    formula=r"\theta_t' = \theta_0 + \mathrm{SVD}_k(\theta_t - \theta_0),\quad "
+    r"k = \lfloor r/T \rfloor",
+    source="Gargiulo et al., Task singular vectors, arXiv:2412.00081, TSV-Compress",
+    parameters=TsvCParameters,
+    merge_for=merge_for,
+    storage=storage,
+    origins=("base",),
+    deviations="At least one direction is kept where T exceeds r. Storage counts θ_0 once, the "
+    "factors of each task (or its whole matrix where that is smaller), and of what is not a matrix "
+    "each expert's own, in two-byte numbers.",
+)

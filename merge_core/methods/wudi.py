@@ -1,0 +1,144 @@
+"""WUDI: the update that interferes least with every task's own input space."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
+from merge_core.methods.spectral import AVERAGED, moved, task_matrices
+from merge_core.task_vectors import ParameterGroup
+
+# Eigenvalues below this share of the largest are rounding noise of float64.
+ROUNDING = 1e-14
+# Adam's constants, PyTorch's defaults.
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+class WudiParameters(MethodParameters):
+    """Parameters of WUDI."""
+
+    solver: Literal["closed", "descent"] = parameter(
+        "closed",
+        "The minimum in closed form, or the authors' descent by Adam from the sum of the task "
+        "vectors, which stops early.",
+    )
+    cut: float = parameter(
+        1e-10,
+        "Eigenvalues of Σ G below this share of the largest are left out of its inverse, in closed "
+        "form only. Raising it leaves weak input directions, which few tasks agree on, at the "
+        "base.",
+        minimum=0.0,
+        maximum=1.0,
+        typical="1e-10 (the minimum itself); 0.001 to 0.1 regularises",
+        show=(0, 0.1),
+    )
+    norm: Literal["squared", "plain"] = parameter(
+        "squared",
+        "What each task's interference is divided by: the squared norm of its task vector (the "
+        "paper) or the norm (the authors' code), which lets strong tasks weigh more.",
+    )
+    learning_rate: float = parameter(
+        1e-5,
+        "Adam's learning rate, of the descent only.",
+        minimum=0.0,
+        maximum=1.0,
+        typical="1e-5",
+        show=(0, 1e-3),
+    )
+    steps: int = parameter(
+        300,
+        "Steps of the descent; more of them come closer to the closed form.",
+        minimum=0,
+        maximum=100_000,
+        typical="300",
+        show=(0, 1000),
+    )
+
+
+def normal_equations(tau: Tensor, norm: str) -> tuple[Tensor, Tensor]:
+    """A = Σ G_i and B = Σ τ_i G_i, with G_i = τ_iᵀτ_i / ‖τ_i‖²_F: the loss is least where X A = B.
+
+    Args:
+        tau: T x m x n, float64; a zero task vector counts for nothing.
+        norm: ``squared``, or ``plain`` to divide by ‖τ_i‖_F instead.
+
+    Returns:
+        n x n and m x n.
+    """
+    power = 2 if norm == "squared" else 1
+    A = tau.new_zeros(tau.shape[2], tau.shape[2])
+    B = tau.new_zeros(tau.shape[1:])
+    for matrix in tau:
+        size = torch.linalg.matrix_norm(matrix)
+        if size > 0:
+            gram = (matrix / size).T @ (matrix / size) * size ** (2 - power)
+            A += gram
+            B += matrix @ gram
+    return A, B
+
+
+def closed_form(A: Tensor, B: Tensor, cut: float) -> Tensor:
+    """B A⁺, m x n: the least-norm minimum.
+
+    Args:
+        A: n x n, symmetric, no negative eigenvalues.
+        B: m x n.
+        cut: eigenvalues up to this share of the largest count as zero (and those that float64
+            cannot tell from zero always do).
+    """
+    values, vectors = torch.linalg.eigh(A)
+    live = values > max(cut, ROUNDING) * values[-1]
+    inverse = torch.where(live, 1 / torch.where(live, values, 1.0), 0.0)
+    return (B @ vectors * inverse) @ vectors.T
+
+
+def descent(start: Tensor, A: Tensor, B: Tensor, rate: float, steps: int) -> Tensor:
+    """Adam on Σ_i ‖(X − τ_i) τ_iᵀ‖² / ‖τ_i‖², whose gradient is 2 (X A − B), from `start`."""
+    X = start.clone()
+    first, second = torch.zeros_like(X), torch.zeros_like(X)
+    for step in range(1, steps + 1):
+        gradient = 2 * (X @ A - B)
+        first.lerp_(gradient, 1 - BETAS[0])
+        second.lerp_(gradient.square(), 1 - BETAS[1])
+        root = (second / (1 - BETAS[1] ** step)).sqrt() + EPSILON
+        X -= rate / (1 - BETAS[0] ** step) * first / root
+    return X
+
+
+def merge(group: ParameterGroup, parameters: WudiParameters, run: Run) -> Tensor:
+    """θ_0 + the update of least interference of one matrix; the average of anything else."""
+    if not group.decomposed:
+        return group.average
+    tau = task_matrices(group, run.origin)
+    A, B = normal_equations(tau, parameters.norm)
+    if parameters.solver == "closed":
+        update = closed_form(A, B, parameters.cut)
+    else:
+        update = descent(tau.sum(dim=0), A, B, parameters.learning_rate, parameters.steps)
+    return moved(group, run.origin, update)
+
+
+METHOD = Method(
+    name="wudi",
+    title="WUDI",
+    place=24,
+    summary="The update whose difference from each task vector lies as far as possible outside "
+    "that task's own input directions, in closed form or by the authors' descent. What is not a "
+    "weight matrix is averaged.",
+    formula=r"\theta = \theta_0 + \arg\min_\tau \sum_t \frac{\|(\tau - \tau_t)\, \tau_t^\top\|_F^2}"
+    r"{\|\tau_t\|_F^2} = \theta_0 + \Big(\sum_t \tau_t G_t\Big)\Big(\sum_t G_t\Big)^{+},\quad "
+    r"G_t = \tau_t^\top \tau_t / \|\tau_t\|_F^2",
+    source="Cheng et al., Whoever started the interference should end it, arXiv:2503.08099",
+    parameters=WudiParameters,
+    merge=merge,
+    origins=("base",),
+    averaged=AVERAGED,
+    deviations="The paper descends 300 steps of Adam, which moves no entry by more than about 300 "
+    "learning rates; the default here is the minimum itself, of least norm and with the stated "
+    "cut, which can lie far from there. The authors' code divides by the norm, not its square: "
+    "norm = plain. The descent runs in float64.",
+)

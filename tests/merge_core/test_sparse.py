@@ -1,0 +1,469 @@
+"""TIES, DARE, Breadcrumbs and PCB: formulas, hand-worked examples, identities."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from merge_core.errors import Cancelled, RecipeError
+from merge_core.factors import FactorStore
+from merge_core.methods import get_method, selection
+from merge_core.methods.declaration import Run
+from merge_core.methods.selection import Passes, kth_largest
+from merge_core.methods.sparse import FAMILY
+from merge_core.progress import Progress
+from merge_core.suite import Suite
+from merge_core.task_vectors import Groups
+from tests.merge_core.float64_reference import assert_same, merge, states, task_arithmetic, ties
+from tests.merge_core.sparse_reference import (
+    SPARSE_REFERENCES,
+    breadcrumbs,
+    dare,
+    pcb,
+    run,
+    ties_sum,
+)
+
+Make = Callable[..., Suite]
+States = Callable[..., tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]]
+
+seeds = st.integers(0, 10_000)
+experts = st.integers(1, 5)
+scales = st.floats(-2, 3).map(lambda x: round(x, 3))
+shares = st.floats(0, 1).map(lambda x: round(x, 3))
+VARIANTS = ("paper", "code")
+HAND = ([[1.0, 4.0], [-6.0, 0.0]], [[3.0, -2.0], [1.0, 5.0]])
+
+
+def of_vectors(suite_of: Make, *taus: Any, base: float = 0.0) -> Suite:
+    """A suite of one parameter whose task vectors are these matrices."""
+    start = torch.full_like(torch.tensor(taus[0]), base)
+    members = {f"t{i}": {"w.weight": start + torch.tensor(tau)} for i, tau in enumerate(taus)}
+    return suite_of(members, {"w.weight": start})
+
+
+def matrix(suite: Suite, method: str, **parameters: Any) -> list[list[float]]:
+    return merge(suite, method, **parameters)["w.weight"].tolist()
+
+
+# Formulas
+
+
+@given(seeds, experts, scales, shares, st.sampled_from(["global", "tensor"]))
+def test_ties_sums_what_agrees_where_asked(
+    synthetic_suite: Make, seed: int, T: int, scale: float, density: float, trim: str
+) -> None:
+    suite = synthetic_suite(T, seed=seed)
+    got = merge(suite, "ties", density=density, scale=scale, trim=trim, combine="sum")
+    assert_same(got, ties_sum(suite, density, scale, trim))
+
+
+@given(seeds, experts, scales, st.floats(0, 0.99))
+def test_dare_follows_its_formulas(
+    synthetic_suite: Make, seed: int, T: int, scale: float, drop: float
+) -> None:
+    suite = synthetic_suite(T, seed=seed, spread=0.03)
+    got = merge(suite, "dare_task_arithmetic", drop=drop, scale=scale)
+    assert_same(got, dare(suite, drop, scale), 1e-4)
+    for how in ("mean", "sum"):
+        got = merge(suite, "dare_ties", drop=drop, scale=scale, combine=how)
+        assert_same(got, dare(suite, drop, scale, how), 1e-4)
+
+
+@given(seeds, experts, scales, shares, shares)
+def test_breadcrumbs_follows_its_formula(
+    synthetic_suite: Make, seed: int, T: int, scale: float, small: float, large: float
+) -> None:
+    suite = synthetic_suite(T, seed=seed)
+    got = merge(suite, "breadcrumbs", drop_small=small, drop_large=large, scale=scale)
+    assert_same(got, breadcrumbs(suite, small, large, scale))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@given(seeds, experts, scales, st.floats(0.001, 1))
+def test_pcb_follows_both_variants(
+    synthetic_suite: Make, variant: str, seed: int, T: int, scale: float, density: float
+) -> None:
+    suite = synthetic_suite(T, seed=seed)
+    got = merge(suite, "pcb", variant=variant, density=density, scale=scale)
+    assert_same(got, pcb(suite, density, scale, variant), 1e-4)
+
+
+@pytest.mark.parametrize("name", SPARSE_REFERENCES)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_other_dtypes_change_the_inputs_only(
+    synthetic_suite: Make, name: str, dtype: torch.dtype
+) -> None:
+    suite = synthetic_suite(dtype=dtype, seed=11)
+    parameters, reference = SPARSE_REFERENCES[name]
+    merged = merge(suite, name, **parameters)
+    assert_same(merged, reference(suite), 1e-4)
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assert all(merged[key].dtype == wide for key in suite.parameters if key in states(suite)[1])
+
+
+def test_the_family_has_one_row_per_method() -> None:
+    for name, row in FAMILY.items():
+        fields = get_method(name).parameters.model_fields
+        assert ("combine" in fields) == row.elect
+        assert get_method(name).random == name.startswith("dare")
+
+
+# By hand
+
+
+def test_ties_by_hand_with_a_disjoint_sum(suite_of: Make) -> None:
+    # entry by entry: (1, 3) agree: 4; (4, −2) elect +: 4; (−6, 1) elect −: −6; (0, 5): 5
+    suite = of_vectors(suite_of, *HAND)
+    assert matrix(suite, "ties", density=1, combine="sum") == [[4.0, 4.0], [-6.0, 5.0]]
+    assert matrix(suite, "ties", density=1, combine="mean") == [[2.0, 4.0], [-6.0, 5.0]]
+
+
+def test_breadcrumbs_by_hand(suite_of: Make) -> None:
+    # Of 4 entries a quarter goes at either end: {0, −6} of the first, {1, 5} of the second.
+    suite = of_vectors(suite_of, *HAND, base=10.0)
+    half = matrix(suite, "breadcrumbs", drop_small=0.25, drop_large=0.25, scale=0.5)
+    assert half == [[12.0, 11.0], [10.0, 10.0]]
+    # Only the largest: −6 and 5. Only the smallest half: {1, 0}, {−2, 1}.
+    top = matrix(suite, "breadcrumbs", drop_small=0, drop_large=0.25, scale=1)
+    assert top == [[14.0, 12.0], [11.0, 10.0]]
+    low = matrix(suite, "breadcrumbs", drop_small=0.5, drop_large=0, scale=1)
+    assert low == [[13.0, 14.0], [4.0, 15.0]]
+
+
+def test_breadcrumbs_shares_are_of_each_tensor(suite_of: Make) -> None:
+    zero = {"loud": torch.zeros(4), "quiet": torch.zeros(4)}
+    tau = {"loud": torch.tensor([9.0, 8, 7, 6]), "quiet": torch.tensor([0.1, 0.2, 0.3, 0.4])}
+    got = merge(suite_of({"t": tau}, zero), "breadcrumbs", drop_small=0.5, drop_large=0.25, scale=1)
+    assert got["loud"].tolist() == [0, 8, 0, 0]
+    assert got["quiet"].tolist() == [0, 0, pytest.approx(0.3), 0]
+
+
+def test_breadcrumbs_that_drops_everything_gives_the_base(synthetic_suite: Make) -> None:
+    suite = synthetic_suite(3, seed=1)
+    got = merge(suite, "breadcrumbs", drop_small=0.6, drop_large=0.6)
+    small = {n: v for n, v in states(suite)[1].items() if v.size > 1}
+    assert_same(got, small, 1e-7)
+
+
+def test_pcb_code_by_hand(suite_of: Make) -> None:
+    # One task, τ = (1, 2, 3, 4): tails clip to [1, 3], intra exp(((|τ|−1)/2)²), inter tanh(τ²).
+    # Half is kept: the threshold is the third score (int(4·0.5) = 2), the fourth the largest.
+    # Scores 3 and 4 differ only by tanh(9) and tanh(16): weights 0 and 1; 4 is clipped to 3.
+    suite = of_vectors(suite_of, [[0.25, 0.5], [0.75, 1.0]])
+    got = matrix(suite, "pcb", variant="code", density=0.5, scale=1)
+    assert got == [[0.0, 0.0], [0.0, 0.75]]
+
+
+def test_pcb_paper_by_hand(suite_of: Make) -> None:
+    # τ_1 = (2, 1), τ_2 = (1, 2). Norm(τ_1²) = (1, 0), Norm(τ_1 τ_2) = (0, 0), T = 2:
+    # β_1 ∝ (e², 1)/(e² + 1) · ((e, 1)/(e + 1) + (1, 1)/2), β_2 the same reversed.
+    e = np.e
+    strong = e**2 / (e**2 + 1) * (e / (e + 1) + 0.5)
+    weak = 1 / (e**2 + 1) * (1 / (e + 1) + 0.5)
+    mean = (strong * 2 + weak * 1) / (strong + weak)
+    suite = of_vectors(suite_of, [[2.0, 1.0]], [[1.0, 2.0]])
+    got = matrix(suite, "pcb", density=1, scale=1)
+    np.testing.assert_allclose(got, [[mean, mean]], rtol=1e-6)
+    # Half of two entries: each keeps its own 2.
+    assert matrix(suite, "pcb", density=0.5, scale=1) == [[2.0, 2.0]]
+
+
+# DARE
+
+
+def test_dare_keeps_an_entry_whole_or_not_at_all(suite_of: Make) -> None:
+    tau = torch.randn(100, 80, generator=torch.Generator().manual_seed(1))
+    suite = suite_of({"t": {"w": tau}}, {"w": torch.zeros(100, 80)})
+    got = merge(suite, "dare_task_arithmetic", drop=0.75, scale=1)["w"]
+    kept = got != 0
+    torch.testing.assert_close(got[kept], 4 * tau[kept])
+    # 8000 coins: a standard deviation of 0.0048
+    assert abs(kept.double().mean().item() - 0.25) < 0.02
+    # The coins know nothing of the entries, of each other's rows, or of their columns.
+    assert abs(kept.double().mean(dim=0).std().item() - (0.25 * 0.75 / 100) ** 0.5) < 0.01
+    assert abs(kept.double().mean(dim=1).std().item() - (0.25 * 0.75 / 80) ** 0.5) < 0.01
+
+
+def test_the_expectation_of_dare_is_task_arithmetic(synthetic_suite: Make) -> None:
+    suite = synthetic_suite(2, seed=3, counter=False)
+    draws = [
+        run(suite, "dare_task_arithmetic", parameters={"drop": 0.5, "scale": 0.4}, seed=seed)
+        for seed in range(400)
+    ]
+    plain = task_arithmetic(suite, 0.4)
+    for name, expected in plain.items():
+        mean = torch.stack([d[name] for d in draws]).double().mean(dim=0).numpy()
+        # An entry's deviation is 0.4·|τ| per task (p/(1−p) = 1), over 20 in the mean; 5 of these.
+        np.testing.assert_allclose(mean, expected, atol=5 * 0.4 * 1.5 / 20)
+
+
+@pytest.mark.parametrize("name", ["dare_task_arithmetic", "dare_ties"])
+def test_the_seed_decides_the_coins(synthetic_suite: Make, name: str) -> None:
+    suite = synthetic_suite(3, seed=5)
+    first, again, other = (run(suite, name, seed=seed) for seed in (7, 7, 8))
+    assert all(torch.equal(first[key], again[key]) for key in first)
+    assert any(not torch.equal(first[key], other[key]) for key in first)
+
+
+def test_the_coins_depend_on_names_alone(suite_of: Make, synthetic_states: States) -> None:
+    members, base = synthetic_states(["a", "b", "c"], seed=8, counter=False)
+    settings = {"parameters": {"drop": 0.5, "scale": 1}}
+    one = suite_of(members, base)
+    alone = {
+        t: run(one, "dare_task_arithmetic", tasks=[t], keep=False, **settings) for t in members
+    }
+    whole = run(one, "dare_task_arithmetic", **settings)
+    turned = run(
+        suite_of({t: members[t] for t in "cab"}, dict(reversed(base.items()))),
+        "dare_task_arithmetic",
+        **settings,
+    )
+    for name, start in base.items():
+        total = start + sum(alone[t][name] - start for t in members)
+        torch.testing.assert_close(whole[name], total, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(turned[name], whole[name], atol=1e-5, rtol=1e-5)
+    coins = {t: {n: alone[t][n] != base[n] for n in base} for t in members}
+    # Neither two tasks nor two parameters of one shape share their coins.
+    name = "blocks.0.attn.qkv.weight"
+    assert not torch.equal(coins["a"][name], coins["b"][name])
+    twins = suite_of(
+        {"a": {"x": torch.ones(64), "y": torch.ones(64)}},
+        {"x": torch.zeros(64), "y": torch.zeros(64)},
+    )
+    got = run(twins, "dare_task_arithmetic", **settings)
+    assert not torch.equal(got["x"], got["y"])
+
+
+@given(seeds, experts)
+def test_dare_without_dropping_is_the_method_it_feeds(
+    synthetic_suite: Make, seed: int, T: int
+) -> None:
+    suite = synthetic_suite(T, seed=seed)
+    plain = merge(suite, "dare_task_arithmetic", drop=0, scale=0.4)
+    assert_same(plain, task_arithmetic(suite, 0.4))
+    assert_same(merge(suite, "dare_ties", drop=0), ties(suite, 1.0, 1.0, "global"))
+
+
+# Identities
+
+
+@given(seeds)
+def test_one_expert_gives_itself_back(synthetic_suite: Make, seed: int) -> None:
+    suite = synthetic_suite(1, seed=seed)
+    expected = states(suite)[0][0]
+    for method, parameters in [
+        ("ties", {"density": 1, "combine": "sum"}),
+        ("dare_task_arithmetic", {"drop": 0, "scale": 1}),
+        ("dare_ties", {"drop": 0}),
+        ("breadcrumbs", {"drop_small": 0, "drop_large": 0, "scale": 1}),
+        ("pcb", {"density": 1, "scale": 1}),
+    ]:
+        assert_same(merge(suite, method, **parameters), expected, 1e-5)
+
+
+@given(seeds, st.integers(1, 4))
+def test_equal_experts_give_that_expert(
+    suite_of: Make, synthetic_states: States, seed: int, T: int
+) -> None:
+    members, base = synthetic_states(["only"], seed=seed)
+    suite = suite_of({f"t{i}": members["only"] for i in range(T)}, base)
+    expected = states(suite)[0][0]
+    for method, parameters in [
+        ("ties", {"density": 1, "combine": "sum", "scale": 1 / T}),
+        ("dare_task_arithmetic", {"drop": 0, "scale": 1 / T}),
+        ("dare_ties", {"drop": 0}),
+        ("breadcrumbs", {"drop_small": 0, "drop_large": 0, "scale": 1 / T}),
+        ("pcb", {"density": 1, "scale": 1}),
+    ]:
+        assert_same(merge(suite, method, **parameters), expected, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare_task_arithmetic", "dare_ties", "breadcrumbs"])
+def test_a_tasks_weight_scales_its_task_vector(
+    suite_of: Make, synthetic_states: States, method: str
+) -> None:
+    members, base = synthetic_states(["a", "b"], seed=4, counter=False)
+    doubled = {k: base[k] + 2 * (v - base[k]) for k, v in members["a"].items()}
+    weighted = run(suite_of(members, base), method, weights={"a": 2.0})
+    direct = run(suite_of(members | {"a": doubled}, base), method)
+    assert_same(weighted, {k: v.double().numpy() for k, v in direct.items()}, 1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_pcbs_task_weights_come_after_the_balancing(synthetic_suite: Make, variant: str) -> None:
+    suite = synthetic_suite(3, seed=4)
+    got = run(
+        suite,
+        "pcb",
+        parameters={"variant": variant, "density": 0.4},
+        weights={"task0": 2.0, "task2": 0.5},
+    )
+    assert_same(got, pcb(suite, 0.4, 1.2, variant, (2.0, 1.0, 0.5)), 1e-4)
+
+
+@pytest.mark.parametrize("method", ["dare_ties", "breadcrumbs", "ties"])
+def test_the_average_can_be_the_origin(synthetic_suite: Make, method: str) -> None:
+    suite = synthetic_suite(3, seed=6)
+    zero = run(suite, method, origin="average", parameters={"scale": 0})
+    mean = {n: sum(e[n] for e in states(suite)[0]) / 3 for n in states(suite)[0][0]}
+    assert_same(zero, mean, 1e-6)
+
+
+def test_pcbs_tanh_is_not_scale_free_but_the_papers_softmax_is(suite_of: Make) -> None:
+    taus = [torch.randn(8, 8, generator=torch.Generator().manual_seed(i)) for i in range(3)]
+    moves = {}
+    for variant in VARIANTS:
+        small, large = (
+            torch.tensor(
+                matrix(
+                    of_vectors(suite_of, *[(f * tau).tolist() for tau in taus]),
+                    "pcb",
+                    variant=variant,
+                    density=0.5,
+                )
+            )
+            / f
+            for f in (0.01, 10)
+        )
+        moves[variant] = (small - large).abs().max().item()
+    assert moves["paper"] < 1e-5
+    assert moves["code"] > 1e-2
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_task_that_changed_nothing_takes_no_part_in_pcb(
+    suite_of: Make, synthetic_states: States, variant: str
+) -> None:
+    members, base = synthetic_states(["a"], seed=4, counter=False)
+    settings = {"variant": variant, "density": 1.0, "scale": 1.0}
+    got = merge(suite_of({"a": members["a"], "idle": base}, base), "pcb", **settings)
+    if variant == "paper":
+        assert_same(got, {k: v.double().numpy() for k, v in members["a"].items()}, 1e-5)
+    assert all(torch.isfinite(value).all() for value in got.values())
+    assert any(not torch.equal(got[key], base[key]) for key in base)
+
+
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("ties", {"combine": "sum"}),
+    ("dare_task_arithmetic", {}),
+    ("dare_ties", {"drop": 0.999}),
+    ("breadcrumbs", {}),
+    ("pcb", {"variant": "paper"}),
+    ("pcb", {"variant": "code"}),
+]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3, 1), (2, 3, 2, 2), (0, 3)], ids=str)
+@pytest.mark.parametrize(("method", "parameters"), SETTINGS)
+def test_every_shape_has_a_defined_result(
+    suite_of: Make, method: str, parameters: dict[str, Any], shape: tuple[int, ...]
+) -> None:
+    base = {"w.weight": torch.ones(shape)}
+    for factors in ((1.5,), (1.0,), (1.5, 1.5), (1.5, 0.5), (1.0, 2.0, 1.0)):
+        members = {f"t{i}": {"w.weight": f * torch.ones(shape)} for i, f in enumerate(factors)}
+        got = merge(suite_of(members, base), method, **parameters)["w.weight"]
+        assert got.shape == shape
+        assert torch.isfinite(got).all()
+        if set(factors) == {1.0}:
+            assert torch.equal(got, base["w.weight"])
+
+
+# The whole model, one block at a time
+
+
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([0.0, -0.0, 1.0, -1.0, 1.0000001, -3e38, 3e38, 1e-45, -1e-45]),
+            st.floats(width=32, allow_nan=False, allow_infinity=False),
+        ),
+        min_size=12,
+        max_size=12,
+    ),
+    st.lists(st.integers(1, 6), min_size=1, max_size=4),
+)
+def test_signed_order_statistics_are_the_full_sorts(
+    suite_of: Make, entries: list[float], ranks: list[int]
+) -> None:
+    values = torch.tensor(entries, dtype=torch.float32).reshape(2, 6)
+    suite = suite_of(
+        {t: {"a": row[:4], "b": row[4:]} for t, row in zip("xy", values, strict=True)},
+        {"a": torch.zeros(4), "b": torch.zeros(2)},
+    )
+    groups = Groups(suite, None, FactorStore())
+    passes = Passes(groups, Run().task_vectors, Progress(), 2)
+    got = kth_largest(passes, lambda tau: tau, ranks, "entries")
+    descending = np.sort(values.numpy().astype(float), axis=1)[:, ::-1]
+    assert passes.entries == 6
+    assert got.tolist() == [[row[r - 1] for r in ranks] for row in descending]
+
+
+@pytest.mark.parametrize(("method", "parameters"), SETTINGS)
+def test_neither_blocks_nor_streaming_change_a_merge(
+    synthetic_suite: Make, monkeypatch, method: str, parameters: dict[str, Any]
+) -> None:
+    suite = synthetic_suite(3, seed=2)
+    whole = run(suite, method, parameters=parameters)
+    streamed = run(suite, method, parameters=parameters, keep=False)
+    monkeypatch.setattr(selection, "BLOCK", 7)
+    blocked = run(suite, method, parameters=parameters)
+    for key, value in whole.items():
+        assert torch.equal(value, streamed[key])
+        torch.testing.assert_close(value, blocked[key], atol=1e-6, rtol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [{"trim": "global"}, *({"variant": v} for v in VARIANTS)])
+def test_passes_report_every_parameter_and_can_be_cancelled(
+    synthetic_suite: Make, settings: dict[str, Any]
+) -> None:
+    name = "ties" if "trim" in settings else "pcb"
+    method, groups = get_method(name), Groups(synthetic_suite(2), None, FactorStore())
+    checked = method.parameters.model_validate(settings)
+    seen: list[tuple[int, int]] = []
+    assert method.prepare is not None
+    method.prepare(
+        groups, checked, Run(), Progress(lambda done, total, label: seen.append((done, total)))
+    )
+    passes = 2 if name == "ties" else 4
+    assert seen == [(i, passes * len(groups)) for i in range(passes * len(groups))]
+    stopped = Progress()
+    stopped.cancel.set()
+    with pytest.raises(Cancelled):
+        method.prepare(groups, checked, Run(), stopped)
+
+
+@pytest.mark.parametrize(
+    ("method", "changed"),
+    [("ties", {"density": 0.5}), ("pcb", {"density": 0.5}), ("pcb", {"variant": "code"})],
+)
+def test_an_override_cannot_change_what_is_measured_over_the_model(
+    synthetic_suite: Make, method: str, changed: dict[str, Any]
+) -> None:
+    override = {"match": "blocks.*", "parameters": changed}
+    with pytest.raises(RecipeError, match="override"):
+        run(synthetic_suite(2), method, overrides=[override])
+
+
+def test_an_override_may_change_the_rest(synthetic_suite: Make) -> None:
+    suite = synthetic_suite(3, seed=2)
+    key = "blocks.0.mlp.fc2.weight"
+
+    def one(method: str, usual: dict[str, Any], changed: dict[str, Any]) -> dict[str, Tensor]:
+        override = {"match": key, "parameters": changed}
+        return run(suite, method, parameters=usual, overrides=[override])
+
+    got = one("pcb", {"scale": 1.0}, {"scale": 0.5})[key]
+    assert_same({key: got}, {key: pcb(suite, 0.1, 0.5, "paper")[key]}, 1e-4)
+    got = one("ties", {"trim": "tensor", "density": 0.2}, {"density": 0.6})[key]
+    assert_same({key: got}, {key: ties(suite, 0.6, 1.0, "tensor")[key]}, 1e-5)
+    # A recipe of the global trim may take single tensors by themselves.
+    got = one("ties", {"density": 0.2}, {"trim": "tensor", "density": 0.6})[key]
+    assert_same({key: got}, {key: ties(suite, 0.6, 1.0, "tensor")[key]}, 1e-5)
