@@ -45,7 +45,9 @@ def precompute(reference: str = BUNDLED) -> Path:
         evaluator = Evaluator(suite, predictions)
         session = MergeSession(suite, None, FactorStore())
         tasks = session.groups.tasks
-        usable = [m.name for m in methods().values() if suite.base is not None or not m.needs_base()]
+        usable = [
+            m.name for m in methods().values() if suite.base is not None or not m.needs_base()
+        ]
         for name in usable:
             recipe = make_recipe({"suite": reference, "tasks": tasks, "method": name})
             evaluator.recipe(recipe, session)

@@ -6,6 +6,7 @@ Everything heavy is imported by the command that needs it, so that ``--help`` is
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from contextlib import suppress
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from merge_core.errors import MergeScopeError, OutputError
+from mergescope.pool_cli import pool_app
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,6 +32,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.add_typer(pool_app)
 
 # ClickException of the click that typer uses: newer versions carry a copy of their own.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -64,21 +67,25 @@ def main() -> NoReturn:
 
 @app.command("app")
 def open_app(
-    suites: Annotated[
-        list[str] | None, typer.Argument(help="Suites to offer beside the bundled one.")
+    references: Annotated[
+        list[str] | None,
+        typer.Argument(help="Suites and pools to offer beside the bundled ones."),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8501,
 ) -> None:
     """Open the dashboard in the browser."""
+    from merge_core.pool import describes_pool, load_pool
     from merge_core.suite import load_suite
-    from ui.suites import environment_for
+    from ui.catalog import POOLS, SUITES
 
-    paths = [load_suite(reference).path for reference in suites or []]
+    pools = [load_pool(name).path for name in references or [] if describes_pool(name)]
+    suites = [load_suite(name).path for name in references or [] if not describes_pool(name)]
+    environment = {**os.environ, **SUITES.environment(suites), **POOLS.environment(pools)}
     root = Path(__file__).resolve().parent.parent
     command = [sys.executable, "-m", "streamlit", "run", str(root / "app.py")]
     # The folder holds .streamlit/config.toml: loopback only, no usage statistics, our themes.
     result = subprocess.run(
-        [*command, f"--server.port={port}"], cwd=root, env=environment_for(paths), check=False
+        [*command, f"--server.port={port}"], cwd=root, env=environment, check=False
     )
     raise typer.Exit(result.returncode)
 
