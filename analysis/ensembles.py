@@ -195,16 +195,19 @@ def accuracy_over_members(
 ) -> pd.DataFrame:
     """Accuracy of every rule for the first n of the chosen members, n = 1 to all.
 
+    The greedy soup, which takes a validation pass for each member that it tries, is made of all
+    of them only.
+
     Args:
         evaluator: of the pool.
         members: member numbers, in the order in which they come in.
         split: which images.
         statistics: what happens to BatchNorm in soups.
-        rules: only these; greedy soups are by far the dearest.
+        rules: only these.
         progress: told after each n.
 
     Returns:
-        The columns of :func:`rules_frame` after n.
+        The columns of :func:`rules_frame` after n; no greedy soup but at the last n.
 
     Raises:
         MergeScopeError: unfit members or data.
@@ -214,7 +217,8 @@ def accuracy_over_members(
     parts = []
     for n, member in enumerate(members, start=1):
         sums.add(member)
-        part = _frame(evaluator, members[:n], split, statistics, rules, sums)
+        some = rules if n == len(members) else [rule for rule in rules if rule != "greedy_soup"]
+        part = _frame(evaluator, members[:n], split, statistics, some, sums)
         part.insert(0, "n", n)
         parts.append(part)
         if progress is not None:

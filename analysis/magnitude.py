@@ -10,8 +10,10 @@ the same; else, and where a logit is not finite, in float64.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import numpy as np
@@ -40,6 +42,7 @@ from analysis.soups import (
     uniform_soup,
 )
 from analysis.soups import predicted as predicted_classes
+from analysis.workers import in_order
 from merge_core.errors import PoolError
 from merge_core.progress import Progress
 
@@ -84,14 +87,6 @@ def scaled_state(
 
 def _times(weights: State, m: float, names: frozenset[str]) -> dict[str, Tensor]:
     return {name: value.double() * m if name in names else value for name, value in weights.items()}
-
-
-def _fast(weights: State) -> dict[str, Tensor]:
-    """The same weights in the memory order in which convolutions of few channels run fastest."""
-    return {
-        name: value.contiguous(memory_format=torch.channels_last) if value.ndim == 4 else value
-        for name, value in weights.items()
-    }
 
 
 def chosen(members: Sequence[int], who: Who) -> tuple[int, ...]:
@@ -140,8 +135,9 @@ class _Scaling:
         self.split: PoolSplit = split
         self.statistics: Statistics = statistics
         self.degree = exact_degree(evaluator, names)
-        self.images = evaluator.images(split).contiguous(memory_format=torch.channels_last)
+        self.images = evaluator.images(split)
         self._double: dict[float, bool] = {}
+        self._lock = threading.Lock()
 
     def subjects(self) -> _Subjects:
         """All that can be measured."""
@@ -212,20 +208,21 @@ class _Scaling:
 
     def _logits(self, weights: State, images: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
         self.evaluator.forward_images += len(images)
-        return self.evaluator.network.outputs(_fast(weights), images, dtype).logits.double()
+        return self.evaluator.network.outputs(weights, images, dtype).logits.double()
 
     def _needs_double(self, m: float) -> bool:
         """Whether float32 would lose the logits of the first scaled member."""
-        if m not in self._double:
-            weights = _times(self.evaluator.weights(self.scaled[0]), m, self.names)
-            images = self.images[:PROBE_IMAGES]
-            single, exact = (
-                self._logits(weights, images, dtype) for dtype in (torch.float32, torch.float64)
-            )
-            close = bool((single - exact).norm() <= PROBE_TOLERANCE * exact.norm())
-            same = torch.equal(single.argmax(dim=1), exact.argmax(dim=1))
-            self._double[m] = not (close and same)
-        return self._double[m]
+        with self._lock:
+            if m not in self._double:
+                weights = _times(self.evaluator.weights(self.scaled[0]), m, self.names)
+                images = self.images[:PROBE_IMAGES]
+                single, exact = (
+                    self._logits(weights, images, dtype) for dtype in (torch.float32, torch.float64)
+                )
+                close = bool((single - exact).norm() <= PROBE_TOLERANCE * exact.norm())
+                same = torch.equal(single.argmax(dim=1), exact.argmax(dim=1))
+                self._double[m] = not (close and same)
+            return self._double[m]
 
 
 @dataclass(frozen=True)
@@ -241,23 +238,40 @@ class _Scores:
         return predicted_classes(self.excess if self.logits is None else self.logits)
 
 
-def _scores(scaling: _Scaling, subjects: _Subjects, m: float) -> Iterator[tuple[str, str, _Scores]]:
-    """Subject, what was just computed, and scores: one by one members, soups, then ensembles."""
+def _units(scaling: _Scaling, subjects: _Subjects, m: float) -> list[Callable[[], Tensor]]:
+    """What gives the logits of the scaled members, then of the soups."""
+    return [
+        *(partial(subjects.member, number, m) for number in scaling.scaled),
+        *(partial(soup, m) for soup in subjects.soups.values()),
+    ]
+
+
+def _scores(
+    scaling: _Scaling, subjects: _Subjects, results: Iterator[_Scores]
+) -> Iterator[tuple[str, str, _Scores]]:
+    """Subject, what was just computed, and scores: one by one members, soups, then ensembles.
+
+    Args:
+        results: of the units of one m.
+    """
     members = []
     for number in scaling.others:
         logits = scaling.evaluator.member(number, scaling.split).logits.double()
         members.append(_Scores(logits, excess_over_uniform(logits)))
     for number in scaling.scaled:
-        logits = subjects.member(number, m)
-        members.append(_Scores(logits, excess_over_uniform(logits)))
+        members.append(next(results))
         yield "individuals", f"member {number}", members[-1]
-    for name, soup in subjects.soups.items():
-        logits = soup(m)
-        yield name, SUBJECTS[name], _Scores(logits, excess_over_uniform(logits))
+    for name in subjects.soups:
+        yield name, SUBJECTS[name], next(results)
     ensemble = torch.stack([one.logits for one in members if one.logits is not None]).mean(dim=0)
     yield "logit_ensemble", "ensembles", _Scores(ensemble, excess_over_uniform(ensemble))
     mean_excess = torch.stack([one.excess for one in members]).mean(dim=0)
     yield "probability_ensemble", "ensembles", _Scores(None, mean_excess)
+
+
+def _scored(logits: Callable[[], Tensor]) -> _Scores:
+    value = logits()
+    return _Scores(value, excess_over_uniform(value))
 
 
 def _sweep(
@@ -271,12 +285,17 @@ def _sweep(
     labels = scaling.evaluator.labels(scaling.split)
     reference = {
         (subject, label): scores.predicted
-        for subject, label, scores in _scores(scaling, measured, 1.0)
+        for subject, label, scores in _scores(
+            scaling, measured, map(_scored, _units(scaling, measured, 1.0))
+        )
     }
     units = len(scaling.scaled) + len(subjects.soups) + 2
     rows = []
+    results = in_order(_scored, (unit for m in magnitudes for unit in _units(scaling, subjects, m)))
     for place, m in enumerate(magnitudes):
-        for unit, (subject, label, scores) in enumerate(_scores(scaling, subjects, m), start=1):
+        for unit, (subject, label, scores) in enumerate(
+            _scores(scaling, subjects, results), start=1
+        ):
             values = measures(
                 labels,
                 logits=scores.logits,

@@ -8,7 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from analysis.networks import build_network, check_state
+from analysis.networks import PerThread, build_network, check_state
 from merge_core.errors import SuiteError
 from merge_core.suite import Suite
 
@@ -37,6 +37,10 @@ class Backbone:
         """The network in evaluation mode (its own weights are never used)."""
         assert self._architecture is not None
         return build_network(self._architecture, self._suite.path, SuiteError, num_classes=0)
+
+    @cached_property
+    def _copies(self) -> PerThread:
+        return PerThread(self.model)
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Refuse weights that do not fill the architecture.
@@ -71,9 +75,9 @@ class Backbone:
             if name in known
         }
         try:
+            model = self._copies.module
             parts = [
-                torch.func.functional_call(self.model, state, (part,))
-                for part in images.split(batch)
+                torch.func.functional_call(model, state, (part,)) for part in images.split(batch)
             ]
         except (RuntimeError, AssertionError) as error:
             raise SuiteError(

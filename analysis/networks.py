@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -117,6 +119,29 @@ class Outputs:
     logits: Tensor
 
 
+class PerThread:
+    """Copies of a module, one for each thread.
+
+    Running a module with other weights puts them into it for that while, so that two threads
+    with one module would run each other's weights.
+
+    Args:
+        module: copied, never run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._local = threading.local()
+
+    @property
+    def module(self) -> nn.Module:
+        """This thread's copy."""
+        if not hasattr(self._local, "module"):
+            self._local.module = copy.deepcopy(self._module)
+        own: nn.Module = self._local.module
+        return own
+
+
 class _Split(nn.Module):
     """A network that gives features and logits at once."""
 
@@ -156,6 +181,10 @@ class Network:
                 "which features and heads need. Choose another architecture."
             )
         return module
+
+    @cached_property
+    def _copies(self) -> PerThread:
+        return PerThread(_Split(self.module))
 
     @cached_property
     def head_name(self) -> str:
@@ -205,14 +234,14 @@ class Network:
         self.check(weights)
         known = self.module.state_dict().keys()
         state = {
-            f"network.{name}": value.to(dtype) if value.is_floating_point() else value
+            f"network.{name}": _laid_out(value.to(dtype)) if value.is_floating_point() else value
             for name, value in weights.items()
             if name in known
         }
-        split = _Split(self.module)
+        split = self._copies.module
         try:
             parts = [
-                torch.func.functional_call(split, state, (part.to(dtype),))
+                torch.func.functional_call(split, state, (_laid_out(part.to(dtype)),))
                 for part in images.split(batch)
             ]
         except (RuntimeError, AssertionError) as fault:
@@ -222,3 +251,8 @@ class Network:
             ) from fault
         features, logits = (torch.cat(column) for column in zip(*parts, strict=True))
         return Outputs(features, logits)
+
+
+def _laid_out(tensor: Tensor) -> Tensor:
+    """Images and kernels with channels last, which convolutions run up to twice as fast on."""
+    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor

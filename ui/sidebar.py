@@ -14,7 +14,7 @@ from ui.resources import View
 from ui.widgets import choice
 
 # The pool that is chosen at first.
-OPENED = "digits-vgg-independent"
+OPENED = "noisy-letters-vgg-independent"
 
 
 def choose_suite() -> View:

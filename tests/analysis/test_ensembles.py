@@ -245,6 +245,8 @@ def test_accuracy_over_members_is_the_table_for_each_n(
     for n in (1, 2, 3):
         mine = frame[frame["n"] == n].drop(columns="n").reset_index(drop=True)
         expected = rules_frame(evaluator, order[:n], "test", statistics)
+        if n < 3:  # greedy soups are made of all members only
+            expected = expected[expected["rule"] != "greedy_soup"].reset_index(drop=True)
         assert mine.equals(expected)
 
 

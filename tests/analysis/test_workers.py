@@ -1,0 +1,119 @@
+"""Work side by side: results in order, faults in their place, each thread its own weights."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from analysis.magnitude import magnitude_sweep
+from analysis.model import Backbone
+from analysis.pool_evaluation import PoolEvaluator
+from analysis.workers import in_order
+from merge_core.suite import load_suite
+from tests.evaluable import SIZE, TASKS, write_evaluable
+from tests.pools import write_pool
+
+
+@pytest.fixture
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def test_results_come_in_the_items_order(two_threads: None) -> None:
+    def slow_first(item: int) -> tuple[int, int, str]:
+        time.sleep(0.02 if item % 2 == 0 else 0)
+        return item, torch.get_num_threads(), threading.current_thread().name
+
+    results = list(in_order(slow_first, range(9)))
+    assert [item for item, _, _ in results] == list(range(9))
+    assert {threads for _, threads, _ in results} == {1}
+    assert len({name for _, _, name in results}) == 2
+    assert torch.get_num_threads() == 2  # the caller's own number stays
+
+
+def test_one_thread_works_in_place() -> None:
+    names = list(in_order(lambda _: threading.current_thread().name, range(3)))
+    assert set(names) == {threading.current_thread().name}
+
+
+def test_a_fault_is_raised_where_it_belongs(two_threads: None) -> None:
+    done = []
+
+    def third_fails(item: int) -> int:
+        if item == 2:
+            raise ValueError("the third")
+        done.append(item)
+        return item
+
+    results = in_order(third_fails, range(100))
+    assert [next(results), next(results)] == [0, 1]
+    with pytest.raises(ValueError, match="the third"):
+        next(results)
+    assert len(done) < 10  # what waited was dropped
+
+
+def test_items_are_taken_only_a_few_ahead(two_threads: None) -> None:
+    taken = []
+
+    def items() -> Iterator[int]:
+        for item in range(1000):
+            taken.append(item)
+            yield item
+
+    results = in_order(lambda item: item, items())
+    next(results)
+    assert len(taken) <= 5
+    results.close()  # type: ignore[attr-defined]  # a generator
+
+
+def alternate(run: dict[str, Tensor], compute: object, rounds: int = 30) -> None:
+    """Two threads at once, each with weights of its own, again and again."""
+    assert callable(compute)
+    wanted = {name: compute(name) for name in run}
+    gate = threading.Barrier(2)
+
+    def repeat(name: str) -> bool:
+        gate.wait()
+        return all(torch.equal(compute(name), wanted[name]) for _ in range(rounds))
+
+    with ThreadPoolExecutor(2) as pool:
+        assert all(pool.map(repeat, run))
+
+
+def test_two_threads_do_not_run_each_others_weights(tmp_path: Path) -> None:
+    evaluator = PoolEvaluator(write_pool(tmp_path / "p", "vit"))
+    states = {str(i): evaluator.weights(i) for i in range(2)}
+    images = evaluator.images("test")
+    alternate(states, lambda name: evaluator.network.outputs(states[name], images).logits)
+
+
+def test_nor_does_a_suites_backbone(tmp_path: Path) -> None:
+    suite = load_suite(write_evaluable(tmp_path / "s"))
+    backbone = Backbone(suite)
+    states = {
+        task: {name: suite.expert(task).tensor(name) for name in suite.expert(task)}
+        for task in TASKS[:2]
+    }
+    images = torch.randn(20, 3, SIZE, SIZE)
+    alternate(states, lambda task: backbone.features(states[task], images))
+
+
+def test_a_sweep_is_the_same_on_two_threads(tmp_path: Path, two_threads: None) -> None:
+    evaluator = PoolEvaluator(write_pool(tmp_path / "p", "vgg"))
+    magnitudes = [0.1, 1.0, 3.0]
+    both = magnitude_sweep(evaluator, (0, 1, 2), magnitudes)
+    torch.set_num_threads(1)
+    alone = magnitude_sweep(PoolEvaluator(evaluator.pool), (0, 1, 2), magnitudes)
+    assert (
+        both.drop(columns="arithmetic").round(9).equals(alone.drop(columns="arithmetic").round(9))
+    )
