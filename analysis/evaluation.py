@@ -17,11 +17,13 @@ from scipy.stats import norm
 from torch import Tensor
 
 from analysis.inputs import Head, Split, load_head, load_inputs, normalised
+from analysis.learning import learn
 from analysis.model import Backbone
 from analysis.predictions import SHIPPED_NAME, PredictionStore, prediction_key
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession, written_dtype
 from merge_core.errors import SuiteError
+from merge_core.files import digest_of
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
 from merge_core.suite import Suite
@@ -120,6 +122,7 @@ class Evaluator:
         self._inputs: dict[tuple[str, Split, int | None], tuple[Tensor, np.ndarray]] = {}
         self._heads: dict[str, Head] = {}
         self._digests: dict[str, str] = {}
+        self._learned: tuple[str, Any] = ("", None)
         self.forward_images = 0
 
     @cached_property
@@ -201,7 +204,7 @@ class Evaluator:
         self, recipe: Recipe, session: MergeSession, split: Split = "val", limit: int | None = None
     ) -> bool:
         """Whether a merge's predictions on all its tasks are stored already."""
-        return self._stored(recipe.digest(self.suite), session.groups.tasks, split, limit)
+        return self._stored(self._digest(recipe, session), session.groups.tasks, split, limit)
 
     def knows_member(
         self,
@@ -230,6 +233,26 @@ class Evaluator:
             {t: self.hits(checkpoint.digest, weights, t, split, limit) for t in tasks}
         )
 
+    def learned(
+        self, recipe: Recipe, session: MergeSession, progress: Progress | None = None
+    ) -> Any:
+        """What a recipe's method learns from data (:func:`analysis.learning.learn`).
+
+        The last recipe's is kept: it can be as large as all experts together.
+
+        Raises:
+            MergeScopeError: unfit inputs.
+            Cancelled: between two steps.
+        """
+        if recipe.declaration.learns is None:
+            return None
+        digest, state = self._learned
+        wanted = self._digest(recipe, session)
+        if digest != wanted:
+            state = learn(self, recipe, session, progress)
+            self._learned = (wanted, state)
+        return state
+
     def recipe_hits(
         self,
         recipe: Recipe,
@@ -240,19 +263,22 @@ class Evaluator:
     ) -> dict[str, np.ndarray]:
         """Which images of each of its tasks a merge, as it would be written, classifies correctly.
 
+        What its method learns from data is learnt only if predictions are missing.
+
         Raises:
             MergeScopeError: unfit inputs.
-            Cancelled: between two tasks.
+            Cancelled: between two tasks, or between two steps of learning.
         """
         progress = progress or Progress()
         tasks = session.groups.tasks
         indexed = recipe.declaration.indexed
-        joint = cache(lambda: _as_written(recipe, session, None))
-        digest = recipe.digest(self.suite)
+        learned = partial(self.learned, recipe, session, progress)
+        joint = cache(lambda: _as_written(recipe, session, None, learned))
+        digest = self._digest(recipe, session)
         hits = {}
         for done, task in enumerate(tasks):
             progress.step(done, len(tasks), f"{recipe.method} on {task}")
-            model = partial(_as_written, recipe, session, task) if indexed else joint
+            model = partial(_as_written, recipe, session, task, learned) if indexed else joint
             hits[task] = self.hits(digest, model, task, split, limit)
         progress.step(len(tasks), len(tasks), recipe.method)
         return hits
@@ -284,16 +310,25 @@ class Evaluator:
         keys = [prediction_key(digest, self._data_digest(t), split, limit) for t in tasks]
         return all(self.predictions.get(key) is not None for key in keys)
 
+    def _digest(self, recipe: Recipe, session: MergeSession) -> str:
+        """Of what determines the merged weights: data, too, where the method learns from them."""
+        digest = recipe.digest(self.suite)
+        if recipe.declaration.learns is None:
+            return digest
+        return digest_of(digest, *(self._data_digest(task) for task in session.groups.tasks))
+
     def _data_digest(self, task: str) -> str:
         if task not in self._digests:
             self._digests[task] = self.suite.data_digest(task)
         return self._digests[task]
 
 
-def _as_written(recipe: Recipe, session: MergeSession, task: str | None) -> dict[str, Tensor]:
+def _as_written(
+    recipe: Recipe, session: MergeSession, task: str | None, learned: Callable[[], Any]
+) -> dict[str, Tensor]:
     """The merged weights, rounded to the dtypes that a file of them would have."""
     stored = {group.name: group.info.dtype for group in session.groups}
     return {
         name: value.to(written_dtype(recipe, stored[name]))
-        for name, value in session.merge(recipe, task=task).items()
+        for name, value in session.merge(recipe, task=task, learned=learned()).items()
     }

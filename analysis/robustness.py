@@ -26,6 +26,7 @@ from analysis.soups import (
     reestimated,
     uniform_soup,
 )
+from analysis.workers import in_order
 from merge_core.errors import PoolError
 from merge_core.progress import Progress
 
@@ -117,16 +118,26 @@ def weight_noise_sweep(
     together = {name: np.sqrt(_mean_square(evaluator, chosen, name)) for name in names}
     rows: list[tuple[float, str, int, float, float]] = []
     total = len(sigmas) * len(seeds) * (len(chosen) + len(soups))
-    for sigma in sigmas:
-        for seed, noise in zip(seeds, noises, strict=True):
-            for subject, weights in _models(evaluator, chosen, soups):
-                scale = {name: _rms(weights[name]) for name in names} if relative else together
-                noisy = {n: weights[n] + sigma * scale[n] * noise[n] for n in names}
-                logits = evaluator.run({**weights, **noisy}, split).logits
-                accuracy, lost = _score(logits, evaluator.labels(split))
-                rows.append((float(sigma), subject, seed, accuracy, lost))
-                if progress is not None:
-                    progress.step(len(rows), total, f"σ = {sigma:.3g}, {subject}")
+    units = (
+        (float(sigma), subject, seed, weights, noise)
+        for sigma in sigmas
+        for seed, noise in zip(seeds, noises, strict=True)
+        for subject, weights in _models(evaluator, chosen, soups)
+    )
+
+    def measured(
+        unit: tuple[float, str, int, State, State],
+    ) -> tuple[float, str, int, float, float]:
+        sigma, subject, seed, weights, noise = unit
+        scale = {name: _rms(weights[name]) for name in names} if relative else together
+        noisy = {n: weights[n] + sigma * scale[n] * noise[n] for n in names}
+        logits = evaluator.run({**weights, **noisy}, split).logits
+        return sigma, subject, seed, *_score(logits, evaluator.labels(split))
+
+    for row in in_order(measured, units):
+        rows.append(row)
+        if progress is not None:
+            progress.step(len(rows), total, f"σ = {row[0]:.3g}, {row[1]}")
     frame = pd.DataFrame(rows, columns=["sigma", "subject", "seed", "accuracy", "non_finite"])
     by_seed = frame.groupby(["sigma", "subject", "seed"], sort=False).mean().reset_index()
     return by_seed.groupby(["sigma", "subject"], sort=False, as_index=False).agg(
@@ -285,8 +296,11 @@ def corruption_sweep(
         images = scaled(raw, data.mean, data.std)
         ensemble = torch.zeros((), dtype=torch.float64)
         scores: dict[str, list[tuple[float, float]]] = {}
-        for subject, weights in _models(evaluator, chosen, soups):
-            logits = evaluator.network.outputs(weights, images).logits
+
+        def measured(model: tuple[str, State], images: Tensor = images) -> tuple[str, Tensor]:
+            return model[0], evaluator.network.outputs(model[1], images).logits
+
+        for subject, logits in in_order(measured, _models(evaluator, chosen, soups)):
             evaluator.forward_images += len(images)
             scores.setdefault(subject, []).append(_score(logits, labels))
             if subject == "individuals":
