@@ -46,7 +46,9 @@ def precompute(reference: str = BUNDLED) -> Path:
         session = MergeSession(suite, None, FactorStore())
         tasks = session.groups.tasks
         usable = [
-            m.name for m in methods().values() if suite.base is not None or not m.needs_base()
+            m.name
+            for m in methods().values()
+            if (suite.base is not None or not m.needs_base()) and m.tasks is None and not m.learns
         ]
         for name in usable:
             recipe = make_recipe({"suite": reference, "tasks": tasks, "method": name})

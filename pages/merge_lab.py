@@ -11,6 +11,7 @@ from analysis.inputs import Split
 from merge_core.errors import RecipeError
 from merge_core.export import merged_bytes, model_card, provenance
 from merge_core.methods import get_method, methods
+from merge_core.methods.declaration import Method
 from merge_core.recipe import Recipe, make_recipe, recipe_from_query
 from ui import charts, resources, shell
 from ui.progress import run_job
@@ -25,11 +26,19 @@ LIVE_PARAMETERS = 5_000_000
 DOWNLOAD_BYTES = 1_000_000_000
 
 
+def mergeable(view: View, method: Method) -> bool:
+    """Whether a method makes one model of the chosen tasks from their weights alone."""
+    return (
+        (view.suite.base is not None or not method.needs_base())
+        and method.tasks in (None, len(view.tasks))
+        and not method.indexed
+        and method.learns is None
+    )
+
+
 def declared(view: View) -> Recipe:
     """Method and parameters from widgets that the declaration makes."""
-    available = [
-        name for name, m in methods().items() if view.suite.base is not None or not m.needs_base()
-    ]
+    available = [name for name, method in methods().items() if mergeable(view, method)]
     name = st.selectbox(
         "Method",
         available,
@@ -37,7 +46,8 @@ def declared(view: View) -> Recipe:
         format_func=lambda key: get_method(key).title,
         key="method",
         bind="query-params",
-        help="Methods that need a base are listed only where the suite names one.",
+        help="Methods that need a base are listed only where the suite names one, those for two "
+        "experts only while two tasks are chosen.",
     )
     method = get_method(name)
     st.markdown(method.summary)

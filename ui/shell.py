@@ -40,6 +40,7 @@ class PageEntry:
         icon: in the menu.
         help: one line on what it shows.
         subject: what the sidebar chooses for it (``own``: the page itself chooses).
+        opened: the pool that it opens on.
     """
 
     name: str
@@ -47,6 +48,7 @@ class PageEntry:
     icon: str
     help: str
     subject: Literal["suite", "pool", "own"]
+    opened: str = ""
 
 
 MERGING = (
@@ -90,6 +92,7 @@ AVERAGING = (
         ":material/call_merge:",
         "Averaging weights against averaging outputs",
         "pool",
+        "noisy-letters-vgg-independent",
     ),
     PageEntry(
         "magnitude_and_stability",
@@ -97,6 +100,7 @@ AVERAGING = (
         ":material/zoom_out_map:",
         "What scaling and noise do to predictions",
         "pool",
+        "digits-vgg-independent",
     ),
 )
 SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING}
@@ -189,7 +193,7 @@ def _run_page(page: Any, entry: PageEntry) -> None:
         if entry.subject == "suite":
             st.session_state[VIEW] = sidebar.choose_suite()
         elif entry.subject == "pool":
-            st.session_state[POOL_VIEW] = sidebar.choose_pool()
+            st.session_state[POOL_VIEW] = sidebar.choose_pool(entry.opened)
     page.run()
 
 

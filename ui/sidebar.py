@@ -13,9 +13,6 @@ from ui.pool_resources import PoolView
 from ui.resources import View
 from ui.widgets import choice
 
-# The pool that is chosen at first.
-OPENED = "noisy-letters-vgg-independent"
-
 
 def choose_suite() -> View:
     """Suite, tasks and layer, kept across pages and in the link."""
@@ -54,8 +51,12 @@ def choose_suite() -> View:
     return View(name, key, suite, suite.select(chosen), layer)
 
 
-def choose_pool() -> PoolView:
-    """Task and architecture, kind of starts, and members, kept across pages and in the link."""
+def choose_pool(opened: str) -> PoolView:
+    """Task and architecture, kind of starts, and members, kept across pages and in the link.
+
+    Args:
+        opened: the pool that is chosen at first, where it is on offer.
+    """
     pools = pool_resources.described_pools()
     if not pools:
         st.warning("There is no pool. Build one with `mergescope pool build`.")
@@ -64,7 +65,7 @@ def choose_pool() -> PoolView:
     label = st.selectbox(
         "Pool",
         list(groups),
-        index=next((i for i, starts in enumerate(groups.values()) if OPENED in starts.values()), 0),
+        index=next((i for i, starts in enumerate(groups.values()) if opened in starts.values()), 0),
         key="pool",
         bind="query-params",
         on_change=all_members,
