@@ -111,14 +111,15 @@ def law_in_words(evaluator: PoolEvaluator, what: What, layer: str | None) -> str
     depth = affine_depth(evaluator, scaled)
     if degree is not None:
         return (
-            f"This choice is **exactly homogeneous**: f(x; mθ) = m^{degree} f(x; θ) for every "
-            "m > 0, so no prediction can move; only confidence does."
+            "This choice is **exactly homogeneous**: "
+            rf"$f(x; m\theta) = m^{{{degree}}} f(x; \theta)$ for every $m > 0$, so no prediction "
+            "can move; only confidence does."
         )
     if len(laws(evaluator, scaled)) > 1:
         return (
             f"{depth} affine layers with **biases**: not homogeneous. For large m the biases that "
-            f"grow more slowly vanish and the logits follow m^{depth}; for small m the last bias "
-            "alone decides."
+            f"grow more slowly vanish and the logits follow $m^{{{depth}}}$; for small m the last "
+            "bias alone decides."
         )
     return (
         "This network is **not homogeneous** in these parameters (normalisation, attention or "
@@ -170,6 +171,7 @@ def scaling_section() -> None:
             "; ".join(f"{key}: {LAWS[key]}" for key in known),
         )
     overlay = predicted(view.key, view.members, who, what, layer, law, view)
+    st.markdown(f"At **m = {factor_label(m)}**, accuracy and the share of unchanged predictions:")
     cards = st.columns(4)
     here = frame[np.isclose(frame["magnitude"], m)].set_index("subject")
     for card, subject, title in zip(
@@ -182,7 +184,7 @@ def scaling_section() -> None:
             continue
         row = here.loc[subject]
         card.metric(
-            f"{title} at m = {factor_label(m)}",
+            title,
             f"{row['accuracy']:.1%}",
             delta=f"{row['stability']:.1%} unchanged",
             delta_color="off",

@@ -21,7 +21,7 @@ from ui.widgets import choice
 shell.enter()
 
 LAMBDAS = tuple(float(lam) for lam in np.linspace(0, 1, 21))
-MOST_CLASSES = 10
+MOST_CLASSES, PER_FIGURE = 10, 5
 MEASUREMENTS = {
     "diagonal": "Cosine with the own class",
     "off_diagonal": "Cosine with other classes",
@@ -160,17 +160,24 @@ def classifier_section() -> None:
     logits = evaluator.merge(checkpoint.digest, lambda: weights, "test").logits
     right_ones = (logits.argmax(dim=1).numpy() == evaluator.labels("test")).mean()
     cards[3].metric("Test accuracy", f"{right_ones:.1%}")
-    charts.show(
-        figures.template_grid(
-            {row: values[chosen] for row, values in rows.items()},
-            [names[i] for i in chosen],
-            title=f"What does a linear classifier look for? {title}, {name}",
-            kind=kind,
-            columns=MOST_CLASSES,
-        ),
-        key="templates",
-        alt=f"Templates of {title} with class means and centred class means",
-    )
+    # Side by side on a wide page, below each other on a phone.
+    halves = [chosen[i : i + PER_FIGURE] for i in range(0, len(chosen), PER_FIGURE)]
+    titles = ["What does a linear classifier look for?", f"{title}, {name}"]
+    for place, half in enumerate(halves):
+        if place % 2 == 0:
+            columns = st.columns(2)
+        with columns[place % 2]:
+            charts.show(
+                figures.template_grid(
+                    {row: values[half] for row, values in rows.items()},
+                    [names[i] for i in half],
+                    title=titles[place % 2],
+                    kind=kind,
+                    columns=PER_FIGURE,
+                ),
+                key=f"templates_{place}",
+                alt=f"Templates of {title} with class means and centred class means",
+            )
     charts.how_to_read(
         "templates",
         "A linear classifier scores an image by its product with one **template** per class: the "

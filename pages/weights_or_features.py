@@ -208,7 +208,7 @@ def greedy_section(view: PoolView, statistics: Statistics) -> None:
     kept = trace[trace["kept"]]
     st.markdown(
         f"Greedy soup, picked on the **validation** split: {len(kept)} of {len(trace)} members "
-        f"stay, in the order {', '.join(str(m) for m in kept['member'])}."
+        f"kept ({', '.join(str(m) for m in kept['member'])})."
     )
     charts.show(
         figures.greedy_trace(trace, title="Validation accuracy as members are tried, best first"),

@@ -326,7 +326,7 @@ def _chance(figure: go.Figure, chance: float | None, vertical: bool) -> None:
         figure.add_vline(x=100 * chance, line=look, annotation=note, annotation_position="top")
     else:
         figure.add_hline(
-            y=100 * chance, line=look, annotation=note, annotation_position="top right"
+            y=100 * chance, line=look, annotation=note, annotation_position="top left"
         )
 
 

@@ -216,6 +216,18 @@ class Method:
         """Whether it gives one model per task, so that the task must be known at inference."""
         return self.merge_for is not None
 
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """What it takes besides the experts' weights, in words (about its usual origin)."""
+        found = ["the base"] if self.needs_base() else []
+        if self.data != "none":
+            found.append("labelled data" if self.data == "labels" else "unlabelled data")
+        if self.gradients:
+            found.append("gradients")
+        if self.indexed:
+            found.append("the task at inference")
+        return tuple(found)
+
     def needs_base(self, origin: Origin | None = None) -> bool:
         """Whether θ_0 is needed with task vectors about `origin` (its usual one when None)."""
         return bool(self.origins) and (origin or self.origins[0]) == "base"

@@ -1,0 +1,1 @@
+"""What methods learn from a suite's data, one family each."""

@@ -1,0 +1,77 @@
+"""Fisher-weighted averaging."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from merge_core.errors import RecipeError
+from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
+from merge_core.task_vectors import ParameterGroup
+
+FLOOR = 1e-6  # the authors' code: entries that no output depends on are averaged
+
+
+class FisherParameters(MethodParameters):
+    """Parameters of Fisher merging."""
+
+    examples: int = parameter(
+        256,
+        "Images of each task's validation split, drawn by the seed, over which the Fisher "
+        "information is averaged. More of them steady it and take longer.",
+        minimum=1,
+        maximum=100_000,
+        typical="256 to 2048",
+        show=(16, 512),
+    )
+
+
+def merge(group: ParameterGroup, parameters: FisherParameters, run: Run) -> Tensor:
+    """Σ_t w_t F_t θ_t / Σ_t w_t F_t, entry by entry.
+
+    Args:
+        group: the parameter.
+        parameters: of the method.
+        run: its state holds, by parameter, the diagonal Fisher information of each expert,
+            T x shape; parameters that it does not name are averaged.
+
+    Raises:
+        RecipeError: negative weights, or all of them zero.
+    """
+    if run.weights and (min(run.weights) < 0 or sum(run.weights) == 0):
+        raise RecipeError(
+            "Fisher merging takes per-task weights of at least 0, one of them above 0. Change them."
+        )
+    experts = group.experts.double()
+    information = run.state.get(group.name)
+    if information is None:
+        information = torch.ones_like(experts)
+    shares = run.weighted(information.double().clamp_min(FLOOR))
+    average = experts.mean(dim=0)  # differences from it keep equal experts exact
+    offset = (shares * (experts - average)).sum(dim=0) / shares.sum(dim=0)
+    return (average + offset).to(group.experts.dtype)
+
+
+METHOD = Method(
+    name="fisher",
+    title="Fisher merging",
+    place=50,
+    summary="An average of the experts in which every entry of a weight counts by how much its "
+    "expert's predictions depend on it, measured on unlabelled validation images.",
+    formula=r"\theta = \sum_t w_t F_t \theta_t \Big/ \sum_t w_t F_t,\quad F_t = \frac{1}{N} "
+    r"\sum_x \sum_y p_{\theta_t}(y|x) \big(\nabla_\theta \log p_{\theta_t}(y|x)\big)^2",
+    source="Matena and Raffel, Merging models with Fisher-weighted averaging, arXiv:2111.09832",
+    parameters=FisherParameters,
+    merge=merge,
+    weighted=True,
+    random=True,
+    learns="fisher",
+    data="inputs",
+    gradients=True,
+    averaged="what the network does not differentiate: running statistics, and tensors that are "
+    "not part of it",
+    deviations="The expectation over the model's own predictions is exact, a sum over all classes "
+    "as in the authors' code, and needs no labels. Values below 1e-6 count as 1e-6, as there. The "
+    "authors search the w_t on validation data; here they are 1 unless the recipe gives them. The "
+    "images come from the validation split, not the training data.",
+)
