@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -20,13 +19,13 @@ from merge_core.errors import OutputError
 from merge_core.factors import FactorStore
 from merge_core.files import folder_written_whole
 from merge_core.progress import Progress
+from merge_core.provenance import HEADER_KEY, Provenance, provenance
 from merge_core.recipe import Recipe
 from merge_core.suite import BUNDLED, Suite
 from merge_core.task_vectors import Groups
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SHARD_BYTES = 5_000_000_000
-RECIPE_KEY = "mergescope"
 
 
 @dataclass(frozen=True)
@@ -100,31 +99,14 @@ def output_plan(recipe: Recipe, groups: Groups) -> list[Planned]:
     ]
 
 
-def provenance(recipe: Recipe, suite: Suite) -> dict[str, object]:
-    """Recipe, digests of all inputs, and versions: what a merged file says of itself."""
-    tasks = suite.select(recipe.tasks)
-    inputs = {task: suite.expert(task).digest for task in tasks}
-    if suite.base is not None and recipe.needs_base:
-        inputs["base"] = suite.base.digest
-    return {
-        "recipe": recipe.model_dump(mode="json", exclude_none=True),
-        "digest": recipe.digest(suite),
-        "inputs": inputs,
-        "versions": {
-            "mergescope": metadata.version("mergescope"),
-            "torch": torch.__version__,
-            "python": platform.python_version(),
-        },
-    }
-
-
-def model_card(recipe: Recipe, suite: Suite, about: dict[str, object]) -> str:
+def model_card(recipe: Recipe, suite: Suite, about: Provenance) -> str:
     """The README.md of a merged model."""
     method = recipe.declaration
     tasks = suite.select(recipe.tasks)
-    inputs = about["inputs"]
-    assert isinstance(inputs, dict)
-    rows = "\n".join(f"| {name} | `{digest}` |" for name, digest in inputs.items())
+    members = list(about.inputs.items())
+    if about.base is not None:
+        members.append(("(base)", about.base))
+    rows = "\n".join(f"| {name} | `{digest}` |" for name, digest in members)
     return (
         "---\ntags:\n- model-merging\n- mergescope\n---\n\n"
         f"# {method.title} of {len(tasks)} experts of {suite.name}\n\n"
@@ -181,16 +163,15 @@ def merge_to_folder(
     check_fits(suite, tasks)
     check_recipe(suite, recipe)
     recipe = portable(recipe, suite)
-    groups = Groups(suite, tasks, store or FactorStore())
+    store = store or FactorStore()
+    groups = Groups(suite, tasks, store)
     with folder_written_whole(output) as staging, torch.no_grad():
-        about = provenance(recipe, suite)
+        about = provenance(recipe, suite, store.route)
         for task in tasks if recipe.declaration.indexed else (None,):
             folder = staging if task is None else staging / task
             folder.mkdir(exist_ok=True)
-            notes = {
-                "format": "pt",
-                RECIPE_KEY: json.dumps(about if task is None else {**about, "task": task}),
-            }
+            own = about.model_copy(update={"task": task})
+            notes = {"format": "pt", HEADER_KEY: own.to_header()}
             shards = plan_shards(output_plan(recipe, groups), shard_bytes)
             tensors = merged_tensors(recipe, groups, progress, task, learned)
             _write_index(folder, _write_shards(folder, shards, tensors, notes), shards)
@@ -254,7 +235,7 @@ def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite, learned: Any = No
     plan = output_plan(recipe, groups)
     about = provenance(portable(recipe, suite), suite)
     stream = io.BytesIO()
-    stream.write(safetensors_header(plan, {"format": "pt", RECIPE_KEY: json.dumps(about)}))
+    stream.write(safetensors_header(plan, {"format": "pt", HEADER_KEY: about.to_header()}))
     tensors = merged_tensors(recipe, groups, learned=learned)
     with torch.no_grad():
         for planned, (_, tensor) in zip(plan, tensors, strict=True):

@@ -1,4 +1,4 @@
-"""The command line: ``mergescope app | inspect | merge | evaluate | sweep``.
+"""The command line: ``mergescope app | inspect | merge | evaluate | sweep | compare | methods``.
 
 A user's mistake ends with exit code 2 and one line that says what is wrong and what to do.
 Everything heavy is imported by the command that needs it, so that ``--help`` is instant.
@@ -15,14 +15,33 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 
 import typer
 
-from merge_core.errors import MergeScopeError, OutputError
+from merge_core.errors import MergeScopeError, SuiteError
+from mergescope.compare_cli import compare
+from mergescope.methods_cli import list_methods
 from mergescope.pool_cli import pool_app
+from mergescope.terminal import (
+    CsvOption,
+    LimitOption,
+    SuiteArgument,
+    TasksOption,
+    checked_csv,
+    checked_split,
+    console,
+    numbers,
+    print_frame,
+    print_table,
+    progress_bar,
+    size,
+    split_names,
+    write_csv,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
-    from rich.console import Console
 
-    from merge_core.progress import Progress
+    from merge_core.factors import FactorStore
+    from merge_core.linalg import Route
+    from merge_core.recipe import Recipe
     from merge_core.suite import Suite
 
 app = typer.Typer(
@@ -37,17 +56,6 @@ app.add_typer(pool_app)
 # ClickException of the click that typer uses: newer versions carry a copy of their own.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 CANCELLED = 130
-
-SuiteArgument = Annotated[
-    str, typer.Argument(help="A suite.yaml, its folder, or 'demo' for the bundled suite.")
-]
-TasksOption = Annotated[
-    str | None, typer.Option(help="Tasks separated by commas; all when left out.")
-]
-CsvOption = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file.")]
-LimitOption = Annotated[
-    int | None, typer.Option(min=1, help="Only the first so many images of each task.")
-]
 
 
 def main() -> NoReturn:
@@ -103,29 +111,29 @@ def inspect(
     from merge_core.suite import load_suite
 
     loaded = load_suite(suite)
-    report = preflight(loaded, _split(tasks))
-    console = _console()
-    console.print(f"{loaded.name}: {len(loaded.tasks)} experts ({', '.join(loaded.tasks)})")
-    console.print(f"base: {'yes' if loaded.base is not None else 'none'}")
+    report = preflight(loaded, split_names(tasks))
+    out = console()
+    out.print(f"{loaded.name}: {len(loaded.tasks)} experts ({', '.join(loaded.tasks)})")
+    out.print(f"base: {'yes' if loaded.base is not None else 'none'}")
     lacking = loaded.why_not_evaluated
-    console.print(f"evaluation: {'ready' if lacking is None else 'not possible, ' + lacking}")
+    out.print(f"evaluation: {'ready' if lacking is None else 'not possible, ' + lacking}")
     decomposed = sum(row.decomposed for row in report.plan)
-    console.print(
+    out.print(
         f"parameters: {len(report.plan)} ({decomposed} decomposed, "
         f"{len(report.plan) - decomposed} averaged)"
     )
-    console.print(
-        f"a merge takes about {_size(report.memory_bytes)} of memory "
-        f"and {_size(report.disk_bytes)} on disk"
+    out.print(
+        f"a merge takes about {size(report.memory_bytes)} of memory "
+        f"and {size(report.disk_bytes)} on disk"
     )
-    _print_table(
-        console,
+    print_table(
+        out,
         "Differences from the first expert",
         ["member", "parameter", "kind", "detail"],
         [[d.member, d.parameter, d.kind, d.detail] for d in report.differences],
     )
-    _print_table(
-        console,
+    print_table(
+        out,
         "Parameters",
         ["parameter", "shape", "dtype", "treatment", "why"],
         [
@@ -140,10 +148,10 @@ def inspect(
         ],
     )
     if not headers_only and not report.blocking:
-        _print_frame(
-            console,
+        print_frame(
+            out,
             "Task vectors: norm, stable and effective rank (means over matrices)",
-            _norms(loaded, _split(tasks)),
+            _norms(loaded, split_names(tasks)),
         )
     if report.blocking:
         raise MergeScopeError(
@@ -164,7 +172,7 @@ def _norms(suite: Suite, tasks: list[str] | None) -> pd.DataFrame:
     parts = []
     for origin in origins:
         groups = Groups(suite, tasks, FactorStore())
-        summary = spectral_summary(groups, origin, progress=_progress("decomposing"))
+        summary = spectral_summary(groups, origin, progress=progress_bar("decomposing"))
         by_task = summary.groupby("task", sort=False)
         parts.append(
             pd.DataFrame(
@@ -183,8 +191,15 @@ def _norms(suite: Suite, tasks: list[str] | None) -> pd.DataFrame:
 
 @app.command()
 def merge(
-    recipe: Annotated[Path, typer.Argument(help="A recipe's YAML file.")],
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A recipe's YAML file; or a merged model, which is made again."),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Where the suite of a merged model lies now, if it has moved."),
+    ] = None,
     shard_size: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Largest shard in GB.")
     ] = 5.0,
@@ -198,20 +213,76 @@ def merge(
     from merge_core.factors import FactorStore
     from merge_core.recipe import load_recipe
 
-    loaded, suite = load_recipe(recipe)
+    route: Route = "svd" if full_svd else "gram"
+    if _is_model(recipe):
+        loaded, members, made_by = _recipe_of_model(recipe, suite)
+        route = "svd" if full_svd else made_by
+    elif suite is not None:
+        raise MergeScopeError(
+            "--suite goes with a merged model. A recipe's YAML file names its own: edit 'suite:'."
+        )
+    else:
+        loaded, members = load_recipe(recipe)
     for warning in loaded.declaration.warnings(
-        len(suite.select(loaded.tasks)), loaded.checked_parameters
+        len(members.select(loaded.tasks)), loaded.checked_parameters
     ):
         typer.echo(f"note: {warning}", err=True)
+    store = FactorStore(route=route)
+    learned = _learned(loaded, members, store) if loaded.declaration.learns else None
     merge_to_folder(
         loaded,
-        suite,
+        members,
         output,
-        FactorStore(route="svd" if full_svd else "gram"),
-        _progress("merging"),
+        store,
+        progress_bar("merging"),
         int(shard_size * 1e9),
+        learned,
     )
     typer.echo(str(output))
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a path names weights rather than a recipe."""
+    with suppress(OSError, ValueError):  # a name that no file can have: the loader says so
+        if path.is_dir():
+            return True
+    return path.suffix == ".safetensors" or path.name.endswith(".index.json")
+
+
+def _recipe_of_model(path: Path, reference: str | None) -> tuple[Recipe, Suite, Route]:
+    """Recipe, suite and decomposition that give a merged model again."""
+    from merge_core.provenance import read_provenance, recipe_again, versions
+    from merge_core.suite import load_suite
+
+    about = read_provenance(path)
+    where = reference or about.recipe.suite
+    try:
+        suite = load_suite(where)
+    except SuiteError as error:
+        hint = "" if reference else " If the suite has moved, say where it is with --suite."
+        raise SuiteError(f"{error}{hint}") from error
+    recipe = recipe_again(about, suite, where)
+    now = versions()
+    others = [
+        f"{name} {v} (now {now.get(name)})"
+        for name, v in about.versions.items()
+        if now.get(name) != v
+    ]
+    if others:
+        typer.echo(
+            f"note: made with {', '.join(others)}; the last bits of the weights may differ.",
+            err=True,
+        )
+    return recipe, suite, about.decomposition
+
+
+def _learned(recipe: Recipe, suite: Suite, store: FactorStore) -> object:
+    """What a recipe's method learns from the suite's data before it merges."""
+    from analysis.evaluation import Evaluator
+    from merge_core.engine import MergeSession
+
+    session = MergeSession(suite, recipe.tasks, store)
+    return Evaluator(suite).learned(recipe, session, progress_bar("learning"))
 
 
 @app.command()
@@ -231,8 +302,8 @@ def evaluate(
     from merge_core.recipe import load_recipe, make_recipe
     from merge_core.suite import load_suite
 
-    part = _checked_split(split)
-    _checked_csv(csv)
+    part = checked_split(split)
+    checked_csv(csv)
     rows = []
     path = Path(target)
     document = None
@@ -257,14 +328,14 @@ def evaluate(
             frame = evaluator.checkpoint(suite.base, tasks, part, limit)
             rows.append(frame.assign(model="base"))
     for title, each in recipes.items():
-        frame = evaluator.recipe(each, session, part, limit, _progress("evaluating"))
+        frame = evaluator.recipe(each, session, part, limit, progress_bar("evaluating"))
         rows.append(frame.assign(model=title))
     table = pd.concat(rows, ignore_index=True)
     mean = mean_accuracy(table, by=["model"]).assign(task="mean over tasks")
     table = pd.concat([table, mean], ignore_index=True)
     columns = ["model", "task", "accuracy", "low", "high", "correct", "images"]
-    _print_frame(_console(), f"Accuracy on the {split} split, with 95 % intervals", table[columns])
-    _write_csv(table[columns], csv)
+    print_frame(console(), f"Accuracy on the {split} split, with 95 % intervals", table[columns])
+    write_csv(table[columns], csv)
 
 
 @app.command()
@@ -288,124 +359,29 @@ def sweep(
     from merge_core.factors import FactorStore
     from merge_core.suite import load_suite
 
-    part = _checked_split(split)
-    _checked_csv(csv)
+    part = checked_split(split)
+    checked_csv(csv)
     loaded = load_suite(suite)
     recipes = grid(
         method,
         suite,
-        _split(tasks),
-        _numbers(ranks, "--ranks"),
-        _numbers(scales, "--scales"),
+        split_names(tasks),
+        numbers(ranks, "--ranks"),
+        numbers(scales, "--scales"),
     )
     evaluator = Evaluator(loaded)
     session = MergeSession(loaded, recipes[0].tasks, FactorStore())
-    frame = run_sweep(recipes, session, evaluator, part, limit, _progress("sweeping"))
+    frame = run_sweep(recipes, session, evaluator, part, limit, progress_bar("sweeping"))
     mean = mean_over_tasks(frame)
-    console = _console()
-    _print_frame(console, f"Mean accuracy on the {split} split", mean.dropna(axis=1, how="all"))
+    out = console()
+    print_frame(out, f"Mean accuracy on the {split} split", mean.dropna(axis=1, how="all"))
     best = best_point(mean)
     setting = ", ".join(
         f"{name} {best[name]:g}" for name in ("rank", "scale") if best[name] == best[name]
     )
-    console.print(
-        f"best: {setting}: {best['accuracy']:.1%} ({best['low']:.1%} to {best['high']:.1%})"
-    )
-    _write_csv(frame, csv)
+    out.print(f"best: {setting}: {best['accuracy']:.1%} ({best['low']:.1%} to {best['high']:.1%})")
+    write_csv(frame, csv)
 
 
-def _split(text: str | None) -> list[str] | None:
-    return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
-
-
-def _checked_split(text: str):  # type: ignore[no-untyped-def]
-    if text not in ("val", "test"):
-        raise MergeScopeError(f"--split must be val or test, got {text!r}.")
-    return text
-
-
-def _numbers(text: str | None, option: str) -> list[float | int] | None:
-    """Numbers separated by commas; whole ones stay integers, which for ranks are directions."""
-    if text is None:
-        return None
-    try:
-        return [int(p) if p.strip().isdigit() else float(p) for p in text.split(",")]
-    except ValueError as error:
-        raise MergeScopeError(
-            f"{option} takes numbers separated by commas, got {text!r}."
-        ) from error
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KB", "MB"):
-        if count < 1000:
-            return f"{count:.3g} {unit}"
-        count /= 1000  # type: ignore[assignment]
-    return f"{count:.3g} GB"
-
-
-def _console() -> Console:
-    """A console that prints names as they are: brackets and colons in them are no markup."""
-    from rich.console import Console
-
-    return Console(markup=False, emoji=False)
-
-
-def _print_table(console, title: str, columns: list[str], rows: list[list[str]]) -> None:  # type: ignore[no-untyped-def]
-    from rich.table import Table
-
-    if not rows:
-        return
-    table = Table(title=title, title_justify="left")
-    for column in columns:
-        table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    console.print(table)
-
-
-def _print_frame(console, title: str, frame: pd.DataFrame) -> None:  # type: ignore[no-untyped-def]
-    def cell(column: str, value: object) -> str:
-        if isinstance(value, float):
-            if value != value:
-                return ""
-            share = column in ("accuracy", "low", "high") or column == "top 8 %"
-            return f"{value:.1%}" if share else f"{value:.4g}"
-        return str(value)
-
-    rows = [
-        [cell(str(name), value) for name, value in zip(frame.columns, row, strict=True)]
-        for row in frame.astype(object).to_numpy().tolist()
-    ]
-    _print_table(console, title, [str(name) for name in frame.columns], rows)
-
-
-def _checked_csv(path: Path | None) -> None:
-    """Refuse a name that cannot become a file before anything is computed."""
-    if path is not None and path.is_dir():
-        raise OutputError(f"{path} is a folder; give a file name for the CSV.")
-
-
-def _write_csv(frame: pd.DataFrame, path: Path | None) -> None:
-    from merge_core.files import write_atomically
-
-    if path is not None:
-        write_atomically(path, frame.to_csv(index=False).encode())
-
-
-def _progress(label: str) -> Progress | None:
-    """A bar on the terminal, none where the output is not one."""
-    from merge_core.progress import Progress
-
-    if not sys.stderr.isatty():
-        return None
-
-    def show(done: int, total: int, what: str) -> None:
-        width = 24
-        filled = width * done // max(1, total)
-        end = "\n" if done >= total else ""
-        bar = "#" * filled + "." * (width - filled)
-        sys.stderr.write(f"\r\x1b[2K{label} [{bar}] {done}/{total} {what}{end}")
-        sys.stderr.flush()
-
-    return Progress(show)
+app.command()(compare)
+app.command("methods")(list_methods)

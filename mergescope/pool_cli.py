@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from merge_core.errors import PoolError
+from mergescope.terminal import progress_bar
 
 pool_app = typer.Typer(
     name="pool",
@@ -66,7 +67,6 @@ def build(
     from data.pool_presets import Request, requested
     from data.pool_tasks import POOL_TASKS, Sizes
     from data.vision_datasets import VISION_DATASETS, load_vision_dataset
-    from mergescope.cli import _progress
 
     place = _device(device)
     task: ImageTask
@@ -91,7 +91,7 @@ def build(
         preset=preset,  # type: ignore[arg-type]  # checked there
     )
     plan, task = requested(request, task)
-    build_pool(output, plan, task, seed, place, _progress("training"))
+    build_pool(output, plan, task, seed, place, progress_bar("training"))
     typer.echo(str(output))
 
 

@@ -9,12 +9,14 @@ from analysis.evaluation import mean_accuracy
 from analysis.figures import accuracy as figures
 from analysis.inputs import Split
 from merge_core.errors import RecipeError
-from merge_core.export import merged_bytes, model_card, provenance
+from merge_core.export import merged_bytes, model_card
 from merge_core.methods import get_method, methods
 from merge_core.methods.declaration import Method
+from merge_core.provenance import provenance
 from merge_core.recipe import Recipe, make_recipe, recipe_from_query
 from ui import charts, resources, shell
 from ui.progress import run_job
+from ui.recipe_options import recipe_options
 from ui.resources import View
 from ui.widgets import choice, controls
 
@@ -52,6 +54,8 @@ def declared(view: View) -> Recipe:
     method = get_method(name)
     st.markdown(method.summary)
     parameters = controls(method)
+    with st.expander("More of the recipe", icon=":material/tune:"):
+        options = recipe_options(view, method)
     dtype = st.selectbox(
         "Number format of the file",
         DTYPES,
@@ -68,6 +72,7 @@ def declared(view: View) -> Recipe:
             "tasks": view.tasks,
             "method": name,
             "parameters": parameters,
+            **options,
             "dtype": dtype,
         }
     )

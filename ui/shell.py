@@ -77,6 +77,9 @@ MERGING = (
         "suite",
     ),
     PageEntry("merge_lab", "Merge lab", ":material/science:", "Merge, compare, download", "suite"),
+    PageEntry(
+        "compare", "Compare", ":material/leaderboard:", "All methods on the same images", "suite"
+    ),
 )
 AVERAGING = (
     PageEntry(

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import streamlit as st
 
-from merge_core.methods.declaration import Method, ParameterSpec
+from merge_core.methods.declaration import Method, ParameterSpec, Postprocessor
 
 # Shares of min(m, n) that a slider offers: finer where the published ranks lie.
 SHARES = (
@@ -61,23 +61,27 @@ def share_slider(label: str, key: str, help: str, default: float = 0.08) -> floa
     )
 
 
-def controls(method: Method) -> dict[str, Any]:
+def controls(method: Method | Postprocessor, prefix: str = "") -> dict[str, Any]:
     """One widget per declared parameter, named in the link as in recipes.
+
+    Args:
+        method: what declares them.
+        prefix: of the names in the link, where two declarations stand on one page.
 
     Returns:
         Values by parameter name, ready for a recipe.
     """
-    return {spec.name: _widget(spec) for spec in method.specs}
+    return {spec.name: _widget(spec, prefix + spec.name) for spec in method.specs}
 
 
-def _widget(spec: ParameterSpec) -> Any:
+def _widget(spec: ParameterSpec, key: str) -> Any:
     help = spec.help + (f" Typical: {spec.typical}." if spec.typical else "")
     label = spec.name.replace("_", " ").capitalize()
     if spec.kind == "rank":
-        return _rank(spec, label, help)
+        return _rank(spec, label, help, key)
     if spec.kind == "choice":
         ordered = sorted(spec.choices, key=lambda option: option != spec.default)
-        return choice(label, {option: option for option in ordered}, spec.name, help)
+        return choice(label, {option: option for option in ordered}, key, help)
     span = spec.high - spec.low
     if spec.kind == "integer":
         return st.slider(
@@ -85,7 +89,7 @@ def _widget(spec: ParameterSpec) -> Any:
             int(spec.low),
             int(spec.high),
             int(spec.default),
-            key=spec.name,
+            key=key,
             bind="query-params",
             help=help,
         )
@@ -95,23 +99,23 @@ def _widget(spec: ParameterSpec) -> Any:
         spec.high,
         float(spec.default),
         step=0.05 if span > 1 else 0.01,
-        key=spec.name,
+        key=key,
         bind="query-params",
         help=help,
     )
 
 
-def _rank(spec: ParameterSpec, label: str, help: str) -> float | int:
+def _rank(spec: ParameterSpec, label: str, help: str, key: str) -> float | int:
     """A rank as a share (a float) or as a number of directions (an integer)."""
-    if choice(f"{label} given as", RANK_UNITS, f"{spec.name}_unit") == "share":
-        return share_slider(f"{label} (share of directions)", spec.name, help, spec.default)
+    if choice(f"{label} given as", RANK_UNITS, f"{key}_unit") == "share":
+        return share_slider(f"{label} (share of directions)", key, help, spec.default)
     return int(
         st.number_input(
             f"{label} (directions)",
             min_value=1,
             value=16,
             step=1,
-            key=f"{spec.name}_count",
+            key=f"{key}_count",
             bind="query-params",
             help=f"{help} Matrices with fewer directions keep all of theirs.",
         )

@@ -24,6 +24,7 @@ PAGES = {
     "interference": "Where do the tasks",
     "rank_and_scale": "Which rank, and",
     "merge_lab": "What does this merge do",
+    "compare": "Which method merges best",
     "patterns": "What patterns do weights hold",
     "weights_or_features": "Average the weights, or",
     "magnitude_and_stability": "What happens when parameters",

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import load_file
 
 from merge_core.checkpoint import Checkpoint
-from mergescope import cli
+from mergescope import cli, terminal
 from tests.evaluable import TASKS, by_hand, edit_document, evaluable, state_of, write_evaluable
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -245,7 +245,7 @@ def test_help_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for command in ("app", "inspect", "merge", "evaluate", "sweep"):
+    for command in ("app", "inspect", "merge", "evaluate", "sweep", "compare", "methods", "pool"):
         assert f"  {command} " in done.stdout
 
 
@@ -270,4 +270,4 @@ def test_a_terminal_sees_how_far_it_is(
 
 def test_sizes_in_words() -> None:
     sizes = {999: "999 B", 1500: "1.5 KB", 25_000_000: "25 MB", 3_210_000_000: "3.21 GB"}
-    assert {size: cli._size(size) for size in sizes} == sizes
+    assert {size: terminal.size(size) for size in sizes} == sizes

@@ -1,0 +1,177 @@
+"""``mergescope compare``: methods on one suite, what each reaches and costs, and what is real."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from merge_core.errors import MergeScopeError
+from mergescope.terminal import (
+    CsvOption,
+    LimitOption,
+    SuiteArgument,
+    TasksOption,
+    checked_csv,
+    checked_split,
+    console,
+    print_table,
+    progress_bar,
+    split_names,
+    write_csv,
+)
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from analysis.comparison import Compared
+    from merge_core.suite import Suite
+
+ALL = "all"
+
+
+def compare(
+    suite: SuiteArgument,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods separated by commas, or 'all'; all that learn nothing from data when "
+            "left out."
+        ),
+    ] = None,
+    best_of: Annotated[
+        int,
+        typer.Option(
+            min=1, help="Settings that each method may try on the validation split; 1: defaults."
+        ),
+    ] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Of methods that draw random numbers.")] = 3,
+    tasks: TasksOption = None,
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    limit: LimitOption = None,
+    csv: CsvOption = None,
+) -> None:
+    """Methods on the same images: accuracy, cost, and which differences are real."""
+    from analysis.comparison import compared
+    from analysis.evaluation import Evaluator
+    from merge_core.engine import MergeSession
+    from merge_core.factors import FactorStore
+    from merge_core.suite import load_suite
+
+    part = checked_split(split)
+    checked_csv(csv)
+    loaded = load_suite(suite)
+    chosen = loaded.select(split_names(tasks))
+    names = _chosen(methods, loaded, chosen)
+    evaluator = Evaluator(loaded)
+    session = MergeSession(loaded, chosen, FactorStore())
+    result = compared(
+        suite, names, session, evaluator, best_of, seeds, part, limit, progress_bar("comparing")
+    )
+    if part == "val" and best_of > 1:
+        typer.echo(
+            "note: settings were chosen on the validation split too, so these accuracies are "
+            "too high; report --split test.",
+            err=True,
+        )
+    out = console()
+    _print_summary(out, result, split)
+    _print_seeds(out, result)
+    _print_differences(out, result)
+    write_csv(result.summary, csv)
+
+
+def _chosen(text: str | None, suite: Suite, tasks: tuple[str, ...]) -> list[str]:
+    """Names of methods: those asked for, or those that can run here."""
+    from analysis.comparison import usable
+
+    if text is None or text.strip() == ALL:
+        found = usable(suite, tasks)
+        return [name for name, method in found.items() if text is not None or not method.learns]
+    names = list(dict.fromkeys(split_names(text) or []))
+    if not names:
+        raise MergeScopeError(
+            "--methods takes names separated by commas; see 'mergescope methods'."
+        )
+    return names
+
+
+def _print_summary(out: Console, result: Compared, split: str) -> None:
+    rows = result.summary.to_dict("records")
+    # Two tables, so that each fits a narrow terminal.
+    print_table(
+        out,
+        f"Mean accuracy on the {split} split, with 95 % intervals",
+        ["method", "accuracy", "95 %", "normalised", "worst task"],
+        [
+            [
+                row["label"],
+                f"{row['accuracy']:.1%}",
+                f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+                _known(row["normalised"], ".1%"),
+                f"{row['worst_task']} {row['worst']:.1%}",
+            ]
+            for row in rows
+        ],
+    )
+    references = f"experts, each on its own task: {result.experts['accuracy'].mean():.1%}"
+    out.print(references if result.base is None else f"{references}; base: {result.base:.1%}")
+    print_table(
+        out,
+        "What each takes: to learn and merge here (factors stored before are not computed "
+        "again), and to hold for all tasks",
+        ["method", "seconds", "peak MB", "storage MB", "needs"],
+        [
+            [
+                row["label"],
+                f"{row['seconds']:.2g}",
+                _known(row["peak_mb"], ".0f"),
+                f"{row['storage_mb']:.3g}",
+                row["needs"],
+            ]
+            for row in rows
+        ],
+    )
+
+
+def _known(value: float, form: str) -> str:
+    """A number, or nothing where it is NaN."""
+    return "" if math.isnan(value) else format(value, form)
+
+
+def _print_seeds(out: Console, result: Compared) -> None:
+    for row in result.seeds.to_dict("records"):
+        if row["seeds"] > 1:
+            out.print(
+                f"{row['title']}, {row['seeds']} seeds: {row['accuracy']:.1%} ± "
+                f"{100 * row['spread']:.1f} (standard deviation over seeds; "
+                f"{row['least']:.1%} to {row['most']:.1%})"
+            )
+
+
+def _print_differences(out: Console, result: Compared) -> None:
+    from analysis.compare import paired
+    from analysis.comparison import behind
+
+    best, *others = result.summary["label"].tolist()
+    if not others:
+        return
+    real = behind(paired(result.hits), best)
+    print_table(
+        out,
+        f"Real differences to {best}, in points (same images; 5 % after Holm's correction for "
+        "all pairs; each interval of its pair alone)",
+        ["method", "difference", "95 %", "p"],
+        [
+            [
+                row["label"],
+                f"{100 * row['difference']:+.1f}",
+                f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+                f"{row['p']:.1g}",
+            ]
+            for row in real.to_dict("records")
+        ],
+    )
+    alike = [label for label in others if label not in set(real["label"])]
+    out.print(f"not told apart from {best}: {', '.join(alike) or 'none'}")

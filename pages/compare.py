@@ -1,0 +1,176 @@
+"""Compare: any set of methods on one suite, with intervals, costs and paired differences."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from analysis import compare
+from analysis.comparison import SEEDS, Compared, compared, usable
+from analysis.figures import compare as figures
+from analysis.published import published
+from merge_core.files import digest_of
+from ui import charts, resources, shell
+from ui.progress import run_job
+from ui.resources import View
+from ui.widgets import choice
+
+shell.enter()
+
+BUDGETS = {1: "Its defaults", 4: "Best of 4", 16: "Best of 16"}
+COSTS = {"seconds": "Time", "storage_mb": "Storage", "peak_mb": "Memory"}
+
+
+def choose(view: View) -> tuple[list[str], int]:
+    """Methods and how they are set."""
+    offered = usable(view.suite, view.tasks)
+    quick = [name for name, method in offered.items() if method.learns is None]
+    left, right = st.columns([3, 1])
+    names = left.multiselect(
+        "Methods",
+        list(offered),
+        default=quick,
+        format_func=lambda name: offered[name].title,
+        key="methods",
+        bind="query-params",
+        help="Those that learn from data take longest; add them when you have minutes.",
+    )
+    with right:
+        budget = choice(
+            "Each at",
+            BUDGETS,
+            "budget",
+            "Best of n: n settings spread over each method's usual range, chosen on the "
+            "validation split; the same number for every method. Methods that learn from data "
+            "stay at their defaults.",
+        )
+    return names, budget
+
+
+def ranking(result: Compared) -> None:
+    """Who is best, and where the differences are real."""
+    references = {"experts": float(result.experts["accuracy"].mean())}
+    if result.base is not None:
+        references["base"] = result.base
+    order = result.summary["label"].tolist()
+    left, right = st.columns(2)
+    with left:
+        charts.show(
+            figures.method_dots(
+                result.summary, title="Which method keeps most of the tasks?", references=references
+            ),
+            key="dots",
+            alt="Mean test accuracy of each method with its interval",
+        )
+    with right:
+        pairs = compare.paired(result.hits)
+        charts.show(
+            figures.paired_map(pairs, order, title="Which differences are real?"),
+            key="pairs",
+            alt="Pairwise differences of mean accuracy",
+        )
+    charts.how_to_read(
+        "ranking",
+        "Left: mean accuracy over the tasks on the **test** split with its 95 % interval, and the "
+        "worst task. Right: row minus column on the **same images**, in points; a dot marks "
+        "differences that stay significant at 5 % after Holm's correction for the number of "
+        "pairs. They speak of these experts and tasks, not of others.",
+        r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
+        r"\mathrm{var}\,\bar d = \tfrac1{T^2}\sum_t \tfrac{\mathrm{var}\,d_t}{n_t}",
+    )
+    charts.numbers(pairs, "paired_differences", key="pairs")
+
+
+def table(result: Compared) -> None:
+    """Everything in one table."""
+    charts.table(result.summary, "comparison", key="comparison")
+    if len(result.seeds):
+        st.markdown("Random methods over their seeds: mean, standard deviation, least and most.")
+        charts.table(result.seeds, "seeds", key="seeds")
+
+
+def tasks(result: Compared) -> None:
+    """Per task, as a radar and as a table."""
+    order = result.summary["label"].tolist()
+    chosen = st.multiselect(
+        "Drawn (at most six)",
+        order,
+        default=order[:4],
+        max_selections=figures.MOST_ON_RADAR,
+        key="drawn",
+    )
+    left, right = st.columns(2)
+    with left:
+        charts.show(
+            figures.task_radar(result.tasks, chosen, title="Which tasks does a method keep?"),
+            key="radar",
+            alt="Accuracy of the chosen methods over tasks",
+        )
+    with right:
+        wide = result.tasks.pivot(index="label", columns="task", values="accuracy").loc[order]
+        charts.table(wide.reset_index(), "tasks", key="tasks")
+
+
+def costs(result: Compared) -> None:
+    """Accuracy against time, memory or storage."""
+    quantity = choice("Cost", COSTS, "cost")
+    charts.show(
+        figures.cost_scatter(result.summary, quantity, title="What does accuracy cost?"),
+        key="costs",
+        alt=f"Accuracy against {COSTS[quantity].lower()}",
+    )
+    st.caption(
+        "Time and memory: learning and merging with the weights in memory, measured once on this "
+        "machine. Storage: backbones for all tasks; a merge is one model, methods that know the "
+        "task hold what their compact form needs."
+    )
+
+
+def published_figures() -> None:
+    """What papers report, apart from everything measured here."""
+    frame = published()
+    sources = {source: source for source in frame["source"].unique()}
+    source = choice("Source", sources, "source")
+    mine = frame[frame["source"] == source].drop(columns="source")
+    st.markdown(
+        "Published test accuracies of CLIP models, on the protocol with the corrected DTD split; "
+        "figures of papers that used the leaking split are left out. **Not comparable with the "
+        "measured ones** on the other tabs: other models, other tasks."
+    )
+    charts.table(mine, "published", key="published")
+
+
+def page() -> None:
+    """The page."""
+    view = shell.view()
+    charts.heading(
+        "Which method merges best here?",
+        "Every method on the same experts and the same test images, with what it needs and what "
+        "it costs.",
+    )
+    if not view.suite.can_evaluate:
+        shell.explain_no_evaluation(view)
+        published_figures()
+        return
+    names, budget = choose(view)
+    if not names:
+        st.info("Choose at least one method.")
+        return
+    session, evaluator = resources.session(view), resources.evaluator(view)
+    job = run_job(
+        digest_of("compare", view.key, *view.tasks, *names, str(budget)),
+        "Comparison",
+        "Compare these methods",
+        f"{len(names)} methods on {len(view.tasks)} tasks, {SEEDS} seeds each for those that draw "
+        "random numbers. What was evaluated before is not evaluated again.",
+        lambda progress: compared(view.name, names, session, evaluator, budget, progress=progress),
+    )
+    places = st.tabs(["Ranking", "Table", "Tasks", "Costs", "Published"])
+    if job is not None:
+        for place, draw in zip(places, (ranking, table, tasks, costs), strict=False):
+            with place:
+                draw(job.result)
+    with places[-1]:
+        published_figures()
+
+
+page()
