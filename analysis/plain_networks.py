@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import itertools
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, nn
 from torch.nn import functional
 
 
-class PlainNetwork(nn.Module):
+class PlainNetwork(nn.Module, ABC):
     """A chain of affine layers; subclasses say how they are joined.
 
     Attributes:
@@ -24,9 +25,9 @@ class PlainNetwork(nn.Module):
 
     head: nn.Module
 
+    @abstractmethod
     def forward_features(self, images: Tensor) -> Tensor:
         """The input of the last affine layer, N x width, from N x channels x H x W."""
-        raise NotImplementedError
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits, N x classes; the features themselves if `pre_logits`."""

@@ -65,7 +65,10 @@ def declared(view: View) -> Recipe:
     )
     with st.expander("Formula and source", icon=":material/function:"):
         st.latex(method.formula)
-        st.markdown(method.source)
+        st.markdown(
+            f"{method.source}\n\n**Needs** {', '.join(method.needs) or 'nothing else'}. "
+            f"**Only averages** {method.averaged}. **Deviations:** {method.deviations}"
+        )
     return make_recipe(
         {
             "suite": view.name,

@@ -325,9 +325,7 @@ def _chance(figure: go.Figure, chance: float | None, vertical: bool) -> None:
     if vertical:
         figure.add_vline(x=100 * chance, line=look, annotation=note, annotation_position="top")
     else:
-        figure.add_hline(
-            y=100 * chance, line=look, annotation=note, annotation_position="top left"
-        )
+        figure.add_hline(y=100 * chance, line=look, annotation=note, annotation_position="top left")
 
 
 def _range(frame: pd.DataFrame, chance: float | None) -> list[float]:

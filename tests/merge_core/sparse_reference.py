@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,14 @@ from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.recipe import make_recipe
 from merge_core.suite import Suite
-from tests.merge_core.float64_reference import Array, State, states, ties_limits, ties_update
+from tests.merge_core.float64_reference import (
+    Array,
+    State,
+    merge,
+    states,
+    ties_limits,
+    ties_update,
+)
 
 
 def run(suite: Suite, method: str, task: str | None = None, keep: bool = True, **fields: Any):
@@ -192,3 +200,15 @@ INDEXED_REFERENCES = {
     "tall_masks": ({}, lambda s, place: tall(s, 0.4, place)),
     "emr": ({}, emr),
 }
+
+
+def of_vectors(suite_of: Callable[..., Suite], *taus: Any, base: float = 0.0) -> Suite:
+    """A suite of one parameter whose task vectors are these matrices."""
+    start = torch.full_like(torch.tensor(taus[0]), base)
+    members = {f"t{i}": {"w.weight": start + torch.tensor(tau)} for i, tau in enumerate(taus)}
+    return suite_of(members, {"w.weight": start})
+
+
+def matrix(suite: Suite, method: str, **parameters: Any) -> list[list[float]]:
+    """That parameter's merge, as lists."""
+    return merge(suite, method, **parameters)["w.weight"].tolist()

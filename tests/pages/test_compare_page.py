@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import streamlit as st
 import yaml
 from streamlit.testing.v1 import AppTest
 
@@ -21,14 +20,6 @@ from tests.evaluable import write_evaluable
 from tests.pages.test_pages import array, figures, healthy, open_page
 
 Offer = Callable[..., Path]
-
-
-@pytest.fixture(autouse=True)
-def empty_caches() -> Iterator[None]:
-    """No test sees what another one left in the server's caches."""
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 @pytest.fixture

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
-import streamlit as st
 from streamlit.testing.v1 import AppTest
 
 from analysis.evaluation import Evaluator
@@ -16,14 +13,6 @@ from merge_core.recipe import Recipe, make_recipe, recipe_from_yaml
 from merge_core.suite import load_suite
 from tests.pages.test_pages import healthy, metrics, open_page
 from ui.recipe_options import parse_overrides, parse_weights
-
-
-@pytest.fixture(autouse=True)
-def empty_caches() -> Iterator[None]:
-    """No test sees what another one left in the server's caches."""
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 def shown_recipe(at: AppTest) -> Recipe:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -17,14 +17,6 @@ from tests.evaluable import write_evaluable
 from tests.pages.test_pages import PAGES, figures, metrics, open_page
 
 NEEDS_EVALUATION = ("overview", "rank_and_scale", "merge_lab")
-
-
-@pytest.fixture(autouse=True)
-def empty_caches() -> Iterator[None]:
-    """No test sees what another one left in the server's caches."""
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 @pytest.fixture

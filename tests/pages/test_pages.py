@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import base64
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import streamlit as st
 import yaml
 from streamlit.testing.v1 import AppTest
 
@@ -27,14 +25,6 @@ HEADINGS = {
     "rank_and_scale": "Which rank",
     "merge_lab": "What does this merge do",
 }
-
-
-@pytest.fixture(autouse=True)
-def empty_caches() -> Iterator[None]:
-    """No test sees what another one left in the server's caches."""
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
 
 
 def open_page(name: str, **query: str | list[str]) -> AppTest:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import numpy as np
 import pytest
-import streamlit as st
 import torch
 from safetensors.torch import load_file, save_file
 
 from merge_core.pool import Pool
 from tests.pages.test_pages import array, figures, healthy, metrics, open_page, trace
-from tests.pools import CLASSES, SIZE, write_pool
+from tests.pools import CLASSES, SIZE
 
 SETTINGS = [
     {"weight_decay": 0.0, "seed": 0},
@@ -31,26 +29,6 @@ TITLE = "noise, linear, independent starts"
 Offer = Callable[..., Pool]
 
 
-@pytest.fixture(autouse=True)
-def empty_caches() -> Iterator[None]:
-    """No test sees what another one left in the server's caches."""
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
-
-
-@pytest.fixture
-def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offer:
-    """Write a pool named ``mine`` and offer it to the dashboard."""
-
-    def make(architecture: str = "linear", **options: object) -> Pool:
-        pool = write_pool(tmp_path / "mine", architecture, **options)  # type: ignore[arg-type]
-        monkeypatch.setenv("MERGESCOPE_POOLS", str(pool.path))
-        return pool
-
-    return make
-
-
 def test_the_default_view_has_all_sections() -> None:
     at = healthy(open_page("patterns"))
     titles = [figure["layout"]["title"]["text"] for figure in figures(at)]
@@ -59,8 +37,8 @@ def test_the_default_view_has_all_sections() -> None:
     assert len(titles) >= 8
 
 
-def test_cosines_are_the_classifiers(offer: Offer) -> None:
-    pool = offer(fields=SETTINGS, channels=3)
+def test_cosines_are_the_classifiers(offer_pool: Offer) -> None:
+    pool = offer_pool(fields=SETTINGS, channels=3)
     at = healthy(open_page("patterns", classifiers=TITLE, decay="0"))
     with np.load(pool.root / "inputs.npz") as archive:
         raw, labels = archive["train_images"] / 255.0, archive["train_labels"]
@@ -74,8 +52,8 @@ def test_cosines_are_the_classifiers(offer: Offer) -> None:
     assert metrics(at)["Cosine with own centred mean"] == f"{np.diag(cosine).mean():.2f}"
 
 
-def test_decay_model_and_epoch_are_choices(offer: Offer) -> None:
-    offer(fields=SETTINGS)
+def test_decay_model_and_epoch_are_choices(offer_pool: Offer) -> None:
+    offer_pool(fields=SETTINGS)
     at = healthy(open_page("patterns", classifiers=TITLE))
     assert any("No snapshots" in caption.value for caption in at.caption)
     model = next(box for box in at.selectbox if box.label == "Model" and "seed" in box.options[0])
@@ -89,15 +67,15 @@ def test_decay_model_and_epoch_are_choices(offer: Offer) -> None:
     healthy(axis.set_value("epoch").run())
 
 
-def test_a_pool_without_snapshots_says_so(offer: Offer) -> None:
-    offer(fields=[{"weight_decay": 0.0, "seed": i} for i in range(3)])
+def test_a_pool_without_snapshots_says_so(offer_pool: Offer) -> None:
+    offer_pool(fields=[{"weight_decay": 0.0, "seed": i} for i in range(3)])
     at = healthy(open_page("patterns", classifiers=TITLE, over="Over training"))
     assert any("no snapshots along training" in info.value for info in at.info)
 
 
 @pytest.mark.parametrize("way", ["Two classes of this model", "One class of two models"])
-def test_blends_run_from_one_end_to_the_other(offer: Offer, way: str) -> None:
-    pool = offer(fields=SETTINGS)
+def test_blends_run_from_one_end_to_the_other(offer_pool: Offer, way: str) -> None:
+    pool = offer_pool(fields=SETTINGS)
     at = healthy(open_page("patterns", classifiers=TITLE, blend=way, decay="0"))
     wanted = "Who responds" if way.startswith("Two") else "What does the blend recognise"
     drawn = next(f for f in figures(at) if wanted in f["layout"]["title"]["text"])
@@ -125,8 +103,8 @@ def test_blends_run_from_one_end_to_the_other(offer: Offer, way: str) -> None:
         ("vit", "Attention heads", 6),
     ],
 )
-def test_deeper_networks(offer: Offer, architecture: str, view: str, drawn: int) -> None:
-    offer(architecture, channels=3)
+def test_deeper_networks(offer_pool: Offer, architecture: str, view: str, drawn: int) -> None:
+    offer_pool(architecture, channels=3)
     source = f"Pool noise, {architecture_name(architecture)}, independent starts"
     at = healthy(open_page("patterns", source=source, view=view))
     names = [f["layout"]["title"]["text"].split(" ")[0] for f in figures(at)]
@@ -137,16 +115,16 @@ def architecture_name(architecture: str) -> str:
     return {"resnet": "resnet18", "vit": "vit_tiny_patch16_224"}.get(architecture, architecture)
 
 
-def test_a_model_with_itself_has_no_difference(offer: Offer) -> None:
-    offer("vgg")
+def test_a_model_with_itself_has_no_difference(offer_pool: Offer) -> None:
+    offer_pool("vgg")
     at = healthy(open_page("patterns", source="Pool noise, vgg, independent starts"))
     box = next(box for box in at.selectbox if box.label == "Compared with")
     at = healthy(box.select("member 1").run())
     assert not any(" − " in f["layout"]["title"]["text"].split("<br>")[0] for f in figures(at)[-2:])
 
 
-def test_a_damaged_classifier_is_said_in_words(offer: Offer) -> None:
-    pool = offer(fields=SETTINGS)
+def test_a_damaged_classifier_is_said_in_words(offer_pool: Offer) -> None:
+    pool = offer_pool(fields=SETTINGS)
     for path in pool.root.glob("*.safetensors"):
         save_file({"head.weight": torch.zeros(CLASSES, 5)}, path)
     at = open_page("patterns", classifiers=TITLE)

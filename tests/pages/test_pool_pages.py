@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
-import streamlit as st
 import torch
 from safetensors.torch import load_file
 from streamlit.testing.v1 import AppTest
@@ -18,30 +17,10 @@ from torch import Tensor
 from analysis.networks import Network
 from merge_core.pool import Pool
 from tests.pages.test_pages import figures, healthy, metrics, open_page
-from tests.pools import ARCHITECTURES, write_pool
+from tests.pools import ARCHITECTURES
 
 POOL_PAGES = ("weights_or_features", "magnitude_and_stability")
 Offer = Callable[..., Pool]
-
-
-@pytest.fixture(autouse=True)
-def empty_caches() -> Iterator[None]:
-    """No test sees what another one left in the server's caches."""
-    yield
-    st.cache_data.clear()
-    st.cache_resource.clear()
-
-
-@pytest.fixture
-def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offer:
-    """Write a pool named ``mine`` and offer it to the dashboard."""
-
-    def make(architecture: str = "mlp", **options: object) -> Pool:
-        pool = write_pool(tmp_path / "mine", architecture, **options)  # type: ignore[arg-type]
-        monkeypatch.setenv("MERGESCOPE_POOLS", str(pool.path))
-        return pool
-
-    return make
 
 
 def open_pool_page(name: str, pool: Pool, **query: str | list[str]) -> AppTest:
@@ -79,14 +58,14 @@ def percent(hits: np.ndarray) -> str:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("page", POOL_PAGES)
-def test_every_architecture_opens(offer: Offer, page: str, architecture: str) -> None:
-    at = healthy(finished(open_pool_page(page, offer(architecture))))
+def test_every_architecture_opens(offer_pool: Offer, page: str, architecture: str) -> None:
+    at = healthy(finished(open_pool_page(page, offer_pool(architecture))))
     assert len(figures(at)) >= 5
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "resnet"])
-def test_accuracies_are_the_models(offer: Offer, architecture: str) -> None:
-    pool = offer(architecture, members=4, spread=0.3)
+def test_accuracies_are_the_models(offer_pool: Offer, architecture: str) -> None:
+    pool = offer_pool(architecture, members=4, spread=0.3)
     shown = metrics(healthy(open_pool_page("weights_or_features", pool)))
     states = [load_file(pool.root / f"{i}.safetensors") for i in range(4)]
     mean = {
@@ -102,14 +81,14 @@ def test_accuracies_are_the_models(offer: Offer, architecture: str) -> None:
     assert shown["Logit ensemble"] == percent(logits[:4].mean(0).argmax(-1).numpy() == labels)
 
 
-def test_a_linear_soup_is_the_ensemble(offer: Offer) -> None:
-    shown = metrics(healthy(open_pool_page("weights_or_features", offer("linear"))))
+def test_a_linear_soup_is_the_ensemble(offer_pool: Offer) -> None:
+    shown = metrics(healthy(open_pool_page("weights_or_features", offer_pool("linear"))))
     assert shown["Uniform soup"] == shown["Logit ensemble"] == shown["Feature ensemble"]
     assert shown["Predictions that differ"] == shown["Predictions it changes"] == "0.0%"
 
 
-def test_members_and_split_are_choices(offer: Offer) -> None:
-    pool = offer("mlp", members=4)
+def test_members_and_split_are_choices(offer_pool: Offer) -> None:
+    pool = offer_pool("mlp", members=4)
     states = [load_file(pool.root / f"{i}.safetensors") for i in (1, 3)]
     at = open_pool_page("weights_or_features", pool, members=["1", "3"], split="Validation")
     labels, logits = by_hand(pool, "val", states)
@@ -118,8 +97,8 @@ def test_members_and_split_are_choices(offer: Offer) -> None:
     assert any("ensemble of 2 members" in text.value for text in at.markdown)
 
 
-def test_one_member_is_every_rule(offer: Offer) -> None:
-    pool = offer("vgg")
+def test_one_member_is_every_rule(offer_pool: Offer) -> None:
+    pool = offer_pool("vgg")
     at = healthy(open_pool_page("weights_or_features", pool, members=["2"]))
     shown = metrics(at)
     assert shown["Individuals"] == shown["Uniform soup"] == shown["Logit ensemble"]
@@ -127,11 +106,11 @@ def test_one_member_is_every_rule(offer: Offer) -> None:
     assert any("two or more" in info.value for info in at.info)
 
 
-def test_batchnorm_is_a_choice_only_where_there_is_some(offer: Offer) -> None:
+def test_batchnorm_is_a_choice_only_where_there_is_some(offer_pool: Offer) -> None:
     def handling(at: AppTest) -> list[str]:
         return [group.label for group in at.segmented_control if "BatchNorm" in group.label]
 
-    at = healthy(open_pool_page("weights_or_features", offer("resnet")))
+    at = healthy(open_pool_page("weights_or_features", offer_pool("resnet")))
     assert len(handling(at)) == 1
     before = metrics(at)
     group = next(g for g in at.segmented_control if "BatchNorm" in g.label)
@@ -141,23 +120,23 @@ def test_batchnorm_is_a_choice_only_where_there_is_some(offer: Offer) -> None:
     assert before["Soup − ensemble"] != after["Soup − ensemble"]
 
 
-def test_without_batchnorm_there_is_no_such_choice(offer: Offer) -> None:
-    at = healthy(open_pool_page("weights_or_features", offer("vit")))
+def test_without_batchnorm_there_is_no_such_choice(offer_pool: Offer) -> None:
+    at = healthy(open_pool_page("weights_or_features", offer_pool("vit")))
     assert not [group for group in at.segmented_control if "BatchNorm" in group.label]
 
 
-def test_non_finite_logits_are_counted_and_shown(offer: Offer) -> None:
+def test_non_finite_logits_are_counted_and_shown(offer_pool: Offer) -> None:
     def blow_up(number: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
         return {name: 1e15 * value for name, value in state.items()} if number == 1 else state
 
-    at = open_pool_page("weights_or_features", offer("mlp", change=blow_up))
+    at = open_pool_page("weights_or_features", offer_pool("mlp", change=blow_up))
     assert not at.exception
     assert [error.value for error in at.error] == []
     assert any("50 images get non-finite logits" in text.value for text in at.markdown)
 
 
-def test_jobs_on_demand(offer: Offer) -> None:
-    at = healthy(open_pool_page("weights_or_features", offer("mlp", spread=0.05)))
+def test_jobs_on_demand(offer_pool: Offer) -> None:
+    at = healthy(open_pool_page("weights_or_features", offer_pool("mlp", spread=0.05)))
     before = len(figures(at))
     for label in ("Predict soup − ensemble from the curvature", "Compare the members' layers"):
         next(button for button in at.button if button.label == label).click().run()
@@ -165,18 +144,18 @@ def test_jobs_on_demand(offer: Offer) -> None:
     assert len(figures(at)) == before + 2
 
 
-def test_a_bias_free_network_keeps_its_predictions(offer: Offer) -> None:
-    at = healthy(finished(open_pool_page("magnitude_and_stability", offer("mlp"))))
+def test_a_bias_free_network_keeps_its_predictions(offer_pool: Offer) -> None:
+    at = healthy(finished(open_pool_page("magnitude_and_stability", offer_pool("mlp"))))
     assert any("exactly homogeneous" in text.value for text in at.markdown)
     cards = [card for card in at.metric if str(card.delta).endswith("unchanged")]
     assert len(cards) == 4
     assert {card.delta for card in cards} == {"100.0% unchanged"}
-    weights = metrics(open_pool_page("weights_or_features", offer("mlp")))
+    weights = metrics(open_pool_page("weights_or_features", offer_pool("mlp")))
     assert cards[0].value == weights["Individuals"]
 
 
-def test_biases_break_small_magnitudes(offer: Offer) -> None:
-    at = healthy(finished(open_pool_page("magnitude_and_stability", offer("vgg"), m="0.001")))
+def test_biases_break_small_magnitudes(offer_pool: Offer) -> None:
+    at = healthy(finished(open_pool_page("magnitude_and_stability", offer_pool("vgg"), m="0.001")))
     assert any("biases" in text.value for text in at.markdown)
     assert any("At **m = 0.001**" in text.value for text in at.markdown)
     card = next(card for card in at.metric if card.label == "Logit ensemble")
@@ -186,15 +165,15 @@ def test_biases_break_small_magnitudes(offer: Offer) -> None:
 
 @pytest.mark.parametrize("what", ["Weights only", "Whole state", "One layer"])
 @pytest.mark.parametrize("who", ["All members", "The first member", "All but the last member"])
-def test_who_and_what_are_scaled(offer: Offer, who: str, what: str) -> None:
-    pool = offer("resnet")
+def test_who_and_what_are_scaled(offer_pool: Offer, who: str, what: str) -> None:
+    pool = offer_pool("resnet")
     at = healthy(finished(open_pool_page("magnitude_and_stability", pool, who=who, what=what)))
     titles = [figure["layout"]["title"]["text"] for figure in figures(at)]
     assert any("Who decides" in title for title in titles) == (who != "All members")
 
 
-def test_norms_are_the_members(offer: Offer) -> None:
-    pool = offer("vgg")
+def test_norms_are_the_members(offer_pool: Offer) -> None:
+    pool = offer_pool("vgg")
     shown = metrics(healthy(finished(open_pool_page("magnitude_and_stability", pool))))
     states = [load_file(pool.root / f"{i}.safetensors") for i in range(3)]
     vectors = torch.stack(
@@ -205,8 +184,8 @@ def test_norms_are_the_members(offer: Offer) -> None:
     assert float(shown["Identity holds to"]) < 1e-12
 
 
-def test_noise_and_corruption_run_on_demand(offer: Offer) -> None:
-    at = healthy(finished(open_pool_page("magnitude_and_stability", offer("mlp"))))
+def test_noise_and_corruption_run_on_demand(offer_pool: Offer) -> None:
+    at = healthy(finished(open_pool_page("magnitude_and_stability", offer_pool("mlp"))))
     before = len(figures(at))
     for label in ("Disturb the weights", "Corrupt the images"):
         next(button for button in at.button if button.label == label).click().run()
@@ -215,8 +194,8 @@ def test_noise_and_corruption_run_on_demand(offer: Offer) -> None:
 
 
 @pytest.mark.parametrize("page", POOL_PAGES)
-def test_a_missing_member_is_said_in_words(offer: Offer, page: str) -> None:
-    pool = offer("mlp")
+def test_a_missing_member_is_said_in_words(offer_pool: Offer, page: str) -> None:
+    pool = offer_pool("mlp")
     (pool.root / "1.safetensors").unlink()
     at = open_pool_page(page, pool)
     assert not at.exception
