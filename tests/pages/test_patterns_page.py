@@ -38,7 +38,7 @@ def test_the_default_view_has_all_sections() -> None:
 
 
 def test_cosines_are_the_classifiers(offer_pool: Offer) -> None:
-    pool = offer_pool(fields=SETTINGS, channels=3)
+    pool = offer_pool("linear", fields=SETTINGS, channels=3)
     at = healthy(open_page("patterns", classifiers=TITLE, decay="0"))
     with np.load(pool.root / "inputs.npz") as archive:
         raw, labels = archive["train_images"] / 255.0, archive["train_labels"]
@@ -53,7 +53,7 @@ def test_cosines_are_the_classifiers(offer_pool: Offer) -> None:
 
 
 def test_decay_model_and_epoch_are_choices(offer_pool: Offer) -> None:
-    offer_pool(fields=SETTINGS)
+    offer_pool("linear", fields=SETTINGS)
     at = healthy(open_page("patterns", classifiers=TITLE))
     assert any("No snapshots" in caption.value for caption in at.caption)
     model = next(box for box in at.selectbox if box.label == "Model" and "seed" in box.options[0])
@@ -68,14 +68,14 @@ def test_decay_model_and_epoch_are_choices(offer_pool: Offer) -> None:
 
 
 def test_a_pool_without_snapshots_says_so(offer_pool: Offer) -> None:
-    offer_pool(fields=[{"weight_decay": 0.0, "seed": i} for i in range(3)])
+    offer_pool("linear", fields=[{"weight_decay": 0.0, "seed": i} for i in range(3)])
     at = healthy(open_page("patterns", classifiers=TITLE, over="Over training"))
     assert any("no snapshots along training" in info.value for info in at.info)
 
 
 @pytest.mark.parametrize("way", ["Two classes of this model", "One class of two models"])
 def test_blends_run_from_one_end_to_the_other(offer_pool: Offer, way: str) -> None:
-    pool = offer_pool(fields=SETTINGS)
+    pool = offer_pool("linear", fields=SETTINGS)
     at = healthy(open_page("patterns", classifiers=TITLE, blend=way, decay="0"))
     wanted = "Who responds" if way.startswith("Two") else "What does the blend recognise"
     drawn = next(f for f in figures(at) if wanted in f["layout"]["title"]["text"])
@@ -124,7 +124,7 @@ def test_a_model_with_itself_has_no_difference(offer_pool: Offer) -> None:
 
 
 def test_a_damaged_classifier_is_said_in_words(offer_pool: Offer) -> None:
-    pool = offer_pool(fields=SETTINGS)
+    pool = offer_pool("linear", fields=SETTINGS)
     for path in pool.root.glob("*.safetensors"):
         save_file({"head.weight": torch.zeros(CLASSES, 5)}, path)
     at = open_page("patterns", classifiers=TITLE)
