@@ -223,6 +223,8 @@ def test_the_numbers_can_be_taken_away(
     page.goto(server.url)
     settle(page)
     page.get_by_text("The numbers").first.click()
+    page.get_by_role("button", name="Download CSV").first.wait_for()
+    wait_idle(page)  # opening runs the page again, which replaces the button
     with page.expect_download() as download:
         page.get_by_role("button", name="Download CSV").first.click()
     target = tmp_path / "numbers.csv"
