@@ -21,7 +21,7 @@ State = Mapping[str, Tensor]
 settings.register_profile(
     "mergescope",
     deadline=None,
-    max_examples=15,
+    max_examples=25,
     derandomize=True,
     suppress_health_check=[HealthCheck.too_slow],
 )
