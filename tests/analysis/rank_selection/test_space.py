@@ -1,0 +1,63 @@
+"""The settings among which a search chooses."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from analysis.rank_selection.space import POINTS, RANKS, search_space
+from merge_core.errors import RecipeError
+
+
+def test_usual_ranks_are_equal_steps_in_the_logarithm_from_one_percent_to_all() -> None:
+    assert (RANKS[0], RANKS[-1], len(RANKS)) == (0.01, 1.0, POINTS)
+    steps = np.diff(np.log(RANKS))
+    assert np.allclose(steps, np.log(100) / (POINTS - 1), atol=0.05)
+
+
+def test_recipes_have_ranks_outermost() -> None:
+    space = search_space("cart", "demo", ["letters", "digits"], [8, 0.5], [2.5, 1])
+    settings = [(r.parameters["rank"], r.parameters["scale"]) for r in space.recipes()]
+    assert settings == [(0.5, 1.0), (0.5, 2.5), (8, 1.0), (8, 2.5)]
+    assert space.size == 4
+    assert all(r.tasks == ("letters", "digits") and r.suite == "demo" for r in space.recipes())
+
+
+def test_whole_ranks_are_directions_and_shares_are_shares() -> None:
+    (one,) = search_space("cart", "demo", None, [1], [1.0]).recipes()
+    (whole,) = search_space("cart", "demo", None, [1.0], [1]).recipes()
+    assert type(one.parameters["rank"]) is int
+    assert type(whole.parameters["rank"]) is float
+
+
+def test_a_method_without_a_rank_has_one_axis() -> None:
+    space = search_space("task_arithmetic", "demo")
+    assert space.ranks == ()
+    assert space.size == len(space.recipes()) == POINTS
+    assert space.scales[-1] == 1.5  # where the slider ends
+    assert all("rank" not in recipe.parameters for recipe in space.recipes())
+
+
+def test_a_setting_between_the_points() -> None:
+    recipe = search_space("cart", "demo", None, [0.1], [1.0]).recipe(0.1234, 2.7)
+    assert (recipe.parameters["rank"], recipe.parameters["scale"]) == (0.1234, 2.7)
+
+
+@pytest.mark.parametrize(
+    ("method", "axes", "says"),
+    [
+        ("average", {}, "neither a rank nor a scale"),
+        ("task_arithmetic", {"ranks": [0.1]}, "leave --ranks out"),
+        ("cart", {"ranks": [0.1, 0.1]}, "names 0.1 twice"),
+        ("cart", {"ranks": [1, 1.0]}, "1 is one direction, 1.0 all of them"),
+        ("cart", {"scales": []}, "--scales names no value"),
+        ("cart", {"ranks": [1.5]}, "rank"),
+        ("cart", {"scales": [float("nan")]}, "scale"),
+        ("no_such", {}, "no_such"),
+    ],
+)
+def test_what_cannot_be_searched_is_refused(
+    method: str, axes: dict[str, list[float]], says: str
+) -> None:
+    with pytest.raises(RecipeError, match=says):
+        search_space(method, "demo", None, **axes)
