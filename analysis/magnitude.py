@@ -42,8 +42,8 @@ from analysis.soups import (
     uniform_soup,
 )
 from analysis.soups import predicted as predicted_classes
-from analysis.workers import in_order
 from merge_core.errors import PoolError
+from merge_core.executors import Threads
 from merge_core.progress import Progress
 
 Who = Literal["all", "first", "last", "all_but_last"]
@@ -291,7 +291,9 @@ def _sweep(
     }
     units = len(scaling.scaled) + len(subjects.soups) + 2
     rows = []
-    results = in_order(_scored, (unit for m in magnitudes for unit in _units(scaling, subjects, m)))
+    results = Threads().map(
+        _scored, (unit for m in magnitudes for unit in _units(scaling, subjects, m))
+    )
     for place, m in enumerate(magnitudes):
         for unit, (subject, label, scores) in enumerate(
             _scores(scaling, subjects, results), start=1

@@ -26,8 +26,8 @@ from analysis.soups import (
     reestimated,
     uniform_soup,
 )
-from analysis.workers import in_order
 from merge_core.errors import PoolError
+from merge_core.executors import Threads
 from merge_core.progress import Progress
 
 Corruption = Literal["noise", "blur", "contrast", "brightness", "occlusion", "rotation"]
@@ -134,7 +134,7 @@ def weight_noise_sweep(
         logits = evaluator.run({**weights, **noisy}, split).logits
         return sigma, subject, seed, *_score(logits, evaluator.labels(split))
 
-    for row in in_order(measured, units):
+    for row in Threads().map(measured, units):
         rows.append(row)
         if progress is not None:
             progress.step(len(rows), total, f"σ = {row[0]:.3g}, {row[1]}")
@@ -300,7 +300,7 @@ def corruption_sweep(
         def measured(model: tuple[str, State], images: Tensor = images) -> tuple[str, Tensor]:
             return model[0], evaluator.network.outputs(model[1], images).logits
 
-        for subject, logits in in_order(measured, _models(evaluator, chosen, soups)):
+        for subject, logits in Threads().map(measured, _models(evaluator, chosen, soups)):
             evaluator.forward_images += len(images)
             scores.setdefault(subject, []).append(_score(logits, labels))
             if subject == "individuals":

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from merge_core.errors import RecipeError, SuiteError
+from merge_core.executors import Executor, Serial
 from merge_core.factors import FactorStore
+from merge_core.linalg import Route
 from merge_core.methods import get_postprocessor, methods
 from merge_core.methods.declaration import Run
 from merge_core.preflight import preflight
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, checked_parameters
-from merge_core.suite import Suite
+from merge_core.suite import Suite, load_suite
 from merge_core.task_vectors import Groups, ParameterGroup
 
 HELD_BYTES = 2 << 30
@@ -81,8 +85,9 @@ def merged_tensors(
     progress: Progress | None = None,
     task: str | None = None,
     learned: Any = None,
+    executor: Executor | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Merge one parameter after another.
+    """Merge one parameter after another, or several side by side.
 
     Args:
         recipe: what to do; its tasks must be those of `groups`.
@@ -90,6 +95,7 @@ def merged_tensors(
         progress: reports each parameter, and cancels between two.
         task: whose model, for a method that gives one per task.
         learned: what a method that needs data has learnt from it.
+        executor: where parameters are merged; in this thread when None.
 
     Yields:
         Name and merged tensor, in the working dtype (float32, or float64 for such weights);
@@ -98,11 +104,11 @@ def merged_tensors(
     Raises:
         RecipeError: a task where there is one model for all, or none where there is one each;
             nothing learnt where data are needed.
-        MergeScopeError: unreadable or unfit inputs.
+        MergeScopeError: unreadable or unfit inputs, or workers that die.
         Cancelled: between two parameters.
     """
     progress = progress or Progress()
-    merge = _rule(recipe, groups, task)
+    _rule(recipe, groups.tasks, task)  # refuses what does not go together before the work
     method, run = recipe.declaration, recipe.run(groups.tasks)
     if method.learns is not None:
         if learned is None:
@@ -114,18 +120,74 @@ def merged_tensors(
     elif method.prepare is not None:
         state = method.prepare(groups, recipe.checked_parameters, run, progress)
         run = replace(run, state=state)
-    for done, group in enumerate(groups):
+    where = executor or Serial()
+    results: Iterator[Tensor]
+    if where.shares_memory:
+
+        def here(group: ParameterGroup) -> Tensor:
+            return _merged(group, recipe, run, task, groups.keep)
+
+        results = where.map(here, groups.members, progress.cancel)
+    else:
+        unit = _Unit.of(groups, recipe, run, task)
+        results = where.map(unit, [group.name for group in groups.members], progress.cancel)
+    for done, group in enumerate(groups.members):
         progress.step(done, len(groups), group.name)
-        if group.info.is_floating:
-            merged = merge(group, recipe.parameters_of(group.name), run)
-            yield group.name, _postprocessed(recipe, group, merged, run)
-        else:
-            yield group.name, group.buffer
+        yield group.name, next(results)
     progress.step(len(groups), len(groups), "merged")
 
 
+@torch.no_grad()
+def _merged(
+    group: ParameterGroup, recipe: Recipe, run: Run, task: str | None, keep: bool
+) -> Tensor:
+    """One parameter of the output; what was read for it is forgotten unless `keep`."""
+    try:
+        if not group.info.is_floating:
+            return group.buffer
+        merge = _rule(recipe, group.tasks, task)
+        return _postprocessed(
+            recipe, group, merge(group, recipe.parameters_of(group.name), run), run
+        )
+    finally:
+        if not keep:
+            group.release()
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Merges a parameter by its name in a worker that shares files, not memory, with the caller."""
+
+    suite: str
+    tasks: tuple[str, ...]
+    factors: Path
+    route: Route
+    recipe: Recipe
+    run: Run
+    task: str | None
+
+    @classmethod
+    def of(cls, groups: Groups, recipe: Recipe, run: Run, task: str | None) -> _Unit:
+        store = groups.store
+        path = str(groups.suite.path)
+        return cls(path, groups.tasks, store.folder, store.route, recipe, run, task)
+
+    def __call__(self, name: str) -> Tensor:
+        groups = _opened(self.suite, self.tasks, self.factors, self.route)
+        return _merged(groups[name], self.recipe, self.run, self.task, keep=False)
+
+
+@lru_cache(maxsize=1)
+def _opened(
+    suite: str, tasks: tuple[str, ...], factors: Path, route: Route
+) -> dict[str, ParameterGroup]:
+    """A suite's parameters by name, opened once in each worker."""
+    groups = Groups(load_suite(suite), tasks, FactorStore(factors, route=route))
+    return {group.name: group for group in groups.members}
+
+
 def _rule(
-    recipe: Recipe, groups: Groups, task: str | None
+    recipe: Recipe, tasks: tuple[str, ...], task: str | None
 ) -> Callable[[ParameterGroup, Any, Run], Tensor]:
     """How one parameter is merged: for all tasks, or for the one that is asked for."""
     method = recipe.declaration
@@ -133,11 +195,11 @@ def _rule(
         return method.merge
     if method.merge_for is None:
         raise RecipeError(f"{method.title} gives one model for all tasks; name no task.")
-    if task not in groups.tasks:
+    if task not in tasks:
         raise RecipeError(
-            f"{method.title} gives one model per task. Name one of {', '.join(groups.tasks)}."
+            f"{method.title} gives one model per task. Name one of {', '.join(tasks)}."
         )
-    merge_for, place = method.merge_for, groups.tasks.index(task)
+    merge_for, place = method.merge_for, tasks.index(task)
     return lambda group, parameters, run: merge_for(group, parameters, run, place)
 
 

@@ -29,6 +29,10 @@ class OutputError(MergeScopeError):
     """The result could not be written; nothing half-written is left behind."""
 
 
+class ExecutorError(MergeScopeError):
+    """Work cannot be spread as asked: an unknown executor, no cluster, or workers that die."""
+
+
 class Cancelled(MergeScopeError):  # noqa: N818 - a state rather than a fault
     """The work was cancelled by the user; nothing was written."""
 

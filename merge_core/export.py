@@ -16,6 +16,7 @@ from torch import Tensor
 from merge_core.checkpoint import SAFETENSORS_DTYPES
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError
+from merge_core.executors import Executor, Threads
 from merge_core.factors import FactorStore
 from merge_core.files import folder_written_whole
 from merge_core.progress import Progress
@@ -134,6 +135,7 @@ def merge_to_folder(
     progress: Progress | None = None,
     shard_bytes: int = SHARD_BYTES,
     learned: Any = None,
+    executor: Executor | None = None,
 ) -> Path:
     """Merge and write ``model.safetensors`` (or shards with an index), recipe and model card.
 
@@ -150,6 +152,8 @@ def merge_to_folder(
         progress: reports each parameter; cancels between two.
         shard_bytes: largest size of one shard.
         learned: what a method that needs data has learnt from it.
+        executor: where parameters are merged while others are read and written; on as many
+            threads as torch has when None.
 
     Returns:
         `output`.
@@ -157,6 +161,7 @@ def merge_to_folder(
     Raises:
         SuiteError, CheckpointError: inputs missing, unreadable or unfit.
         OutputError: the folder exists and is not empty, cannot be written, or the disk is full.
+        ExecutorError: workers died again and again.
         Cancelled: `progress` was cancelled; nothing is left behind.
     """
     tasks = suite.select(recipe.tasks)
@@ -173,7 +178,7 @@ def merge_to_folder(
             own = about.model_copy(update={"task": task})
             notes = {"format": "pt", HEADER_KEY: own.to_header()}
             shards = plan_shards(output_plan(recipe, groups), shard_bytes)
-            tensors = merged_tensors(recipe, groups, progress, task, learned)
+            tensors = merged_tensors(recipe, groups, progress, task, learned, executor or Threads())
             _write_index(folder, _write_shards(folder, shards, tensors, notes), shards)
         (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (staging / "README.md").write_text(model_card(recipe, suite, about), encoding="utf-8")

@@ -148,7 +148,8 @@ class Groups:
     """All parameters that the members of a suite share, one :class:`ParameterGroup` each.
 
     Iterating holds one parameter in memory at a time, unless `keep` asks to hold them all
-    (worth it for a small model that is merged again and again).
+    (worth it for a small model that is merged again and again). Whoever takes `members` instead
+    releases each.
 
     Args:
         suite: the suite.
@@ -165,15 +166,16 @@ class Groups:
     ) -> None:
         self.suite = suite
         self.tasks = suite.select(tasks)
+        self.store = store
         self.keep = keep
         names = suite.shared(self.tasks)
-        self._members = [ParameterGroup(suite, self.tasks, name, store) for name in names]
+        self.members = [ParameterGroup(suite, self.tasks, name, store) for name in names]
 
     def __len__(self) -> int:
-        return len(self._members)
+        return len(self.members)
 
     def __iter__(self) -> Iterator[ParameterGroup]:
-        for group in self._members:
+        for group in self.members:
             yield group
             if not self.keep:
                 group.release()

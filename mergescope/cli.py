@@ -207,12 +207,21 @@ def merge(
         bool,
         typer.Option("--full-svd", help="Decompose by LAPACK's SVD instead of the Gram matrix."),
     ] = False,
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="Where parameters are merged: serial, threads, processes, ray (:N for N workers), "
+            "or ray://HOST:PORT of a cluster."
+        ),
+    ] = "threads",
 ) -> None:
     """Merge as a recipe says, into a folder with weights, recipe and model card."""
+    from merge_core.executors import executor as executor_named
     from merge_core.export import merge_to_folder
     from merge_core.factors import FactorStore
     from merge_core.recipe import load_recipe
 
+    where = executor_named(executor)
     route: Route = "svd" if full_svd else "gram"
     if _is_model(recipe):
         loaded, members, made_by = _recipe_of_model(recipe, suite)
@@ -237,6 +246,7 @@ def merge(
         progress_bar("merging"),
         int(shard_size * 1e9),
         learned,
+        where,
     )
     typer.echo(str(output))
 

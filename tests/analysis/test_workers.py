@@ -1,9 +1,8 @@
-"""Work side by side: results in order, faults in their place, each thread its own weights."""
+"""Work side by side: each thread runs its own weights."""
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,7 +14,6 @@ from torch import Tensor
 from analysis.magnitude import magnitude_sweep
 from analysis.model import Backbone
 from analysis.pool_evaluation import PoolEvaluator
-from analysis.workers import in_order
 from merge_core.suite import load_suite
 from tests.evaluable import SIZE, TASKS, write_evaluable
 from tests.pools import write_pool
@@ -27,53 +25,6 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(2)
     yield
     torch.set_num_threads(before)
-
-
-def test_results_come_in_the_items_order(two_threads: None) -> None:
-    def slow_first(item: int) -> tuple[int, int, str]:
-        time.sleep(0.02 if item % 2 == 0 else 0)
-        return item, torch.get_num_threads(), threading.current_thread().name
-
-    results = list(in_order(slow_first, range(9)))
-    assert [item for item, _, _ in results] == list(range(9))
-    assert {threads for _, threads, _ in results} == {1}
-    assert len({name for _, _, name in results}) == 2
-    assert torch.get_num_threads() == 2  # the caller's own number stays
-
-
-def test_one_thread_works_in_place() -> None:
-    names = list(in_order(lambda _: threading.current_thread().name, range(3)))
-    assert set(names) == {threading.current_thread().name}
-
-
-def test_a_fault_is_raised_where_it_belongs(two_threads: None) -> None:
-    done = []
-
-    def third_fails(item: int) -> int:
-        if item == 2:
-            raise ValueError("the third")
-        done.append(item)
-        return item
-
-    results = in_order(third_fails, range(100))
-    assert [next(results), next(results)] == [0, 1]
-    with pytest.raises(ValueError, match="the third"):
-        next(results)
-    assert len(done) < 10  # what waited was dropped
-
-
-def test_items_are_taken_only_a_few_ahead(two_threads: None) -> None:
-    taken = []
-
-    def items() -> Iterator[int]:
-        for item in range(1000):
-            taken.append(item)
-            yield item
-
-    results = in_order(lambda item: item, items())
-    next(results)
-    assert len(taken) <= 5
-    results.close()  # type: ignore[attr-defined]  # a generator
 
 
 def alternate(run: dict[str, Tensor], compute: object, rounds: int = 30) -> None:
