@@ -17,14 +17,19 @@ from data.tasks.canvas import Images, Labels
 Progress = Callable[[int, float], None]
 
 
-MATRICES = ("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight")
+# By the ends of their names: attention and MLP of a transformer, kernels of a ResNet.
+MATRICES = (
+    *("attn.qkv.weight", "attn.proj.weight", "mlp.fc1.weight", "mlp.fc2.weight"),
+    *("conv.weight", "conv1.weight", "conv2.weight"),
+)
 
 
 @dataclass(frozen=True)
 class Schedule:
     """AdamW with a linear warm-up and a cosine decay to zero.
 
-    The attention and MLP matrices learn at ``rate``, all other parameters at ``rest`` times it.
+    The matrices that spectral methods decompose (:data:`MATRICES`) learn at ``rate``, all other
+    parameters at ``rest`` times it.
     ``batch`` counts one task's images in a step.
     """
 

@@ -12,10 +12,13 @@ import timm
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch import nn
 
-from data.build_suite import image_hashes, main
+from data.build_suite import PLANS, Plan, image_hashes, main
 from data.tasks import TASKS
 from data.training import MATRICES
+from merge_core.checkpoint import TensorInfo
+from merge_core.parameters import treatment
 
 DEMO = Path(__file__).parents[2] / "data" / "demo"
 NAMES = [task.name for task in TASKS]
@@ -43,9 +46,16 @@ def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return output
 
 
-@pytest.fixture(params=["demo", "quick"])
+@pytest.fixture(scope="module")
+def convolutional(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    output = tmp_path_factory.mktemp("convolutional") / "suite"
+    main(["--plan", "convolutional", "--quick", "--output", str(output), "--device", "cpu"])
+    return output
+
+
+@pytest.fixture(params=["demo", "quick", "convolutional"])
 def suite(request: pytest.FixtureRequest) -> Path:
-    return DEMO if request.param == "demo" else request.getfixturevalue("quick")
+    return DEMO if request.param == "demo" else request.getfixturevalue(request.param)
 
 
 def described(suite: Path) -> dict[str, Any]:
@@ -61,7 +71,6 @@ def test_layout(suite: Path) -> None:
 
 def test_description_names_the_eight_tasks_and_existing_files(suite: Path) -> None:
     content = described(suite)
-    assert content["name"] == "demo"
     assert list(content["experts"]) == NAMES
     for name, expert in content["experts"].items():
         assert expert["title"]
@@ -84,13 +93,59 @@ def test_checkpoints_fit_the_architecture_and_each_other(suite: Path) -> None:
             assert value.shape == base[key].shape
             assert value.dtype == base[key].dtype
             assert torch.isfinite(value).all(), f"{name}: {key}"
-        moved = [key for key in state if not torch.equal(state[key], base[key])]
-        assert any(key.endswith("attn.qkv.weight") for key in moved)
+        moved = {key for key in state if not torch.equal(state[key], base[key])}
+        assert {key for key in state if key.endswith(MATRICES)} <= moved
+
+
+@pytest.mark.parametrize("plan", [plan for pair in PLANS.values() for plan in pair])
+def test_the_matrices_trained_at_the_full_rate_are_those_that_merging_decomposes(
+    plan: Plan,
+) -> None:
+    model = timm.create_model(plan.architecture, num_classes=0, **plan.args)
+    for name, value in model.named_parameters():
+        decomposed = treatment(name, TensorInfo(tuple(value.shape), torch.float32)).decomposed
+        assert decomposed == name.endswith(MATRICES), name
+
+
+def test_plans_differ_in_the_network_and_nothing_it_is_judged_on(
+    quick: Path, convolutional: Path
+) -> None:
+    transformer, residual = (described(folder) for folder in (quick, convolutional))
+    assert transformer["name"] == "demo"
+    assert residual["name"] == "convolutional"
+    assert transformer["experts"] == residual["experts"]
+    for name in NAMES:
+        with (
+            np.load(quick / f"inputs/{name}.npz") as first,
+            np.load(convolutional / f"inputs/{name}.npz") as second,
+        ):
+            for key in first:
+                np.testing.assert_array_equal(first[key], second[key])
+
+
+def test_convolutional_network_normalises_over_all_channels_without_statistics(
+    convolutional: Path,
+) -> None:
+    arch = described(convolutional)["architecture"]
+    model = timm.create_model(arch["name"], num_classes=0, **arch["args"]).eval()
+    assert not list(model.buffers())  # running statistics would be spoilt by merging
+    norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
+    assert norms
+    assert {module.num_groups for module in norms} == {1}
+
+
+def test_another_plan_does_not_overwrite_the_bundled_suite(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["--plan", "convolutional", "--quick"])
+    assert "--output" in capsys.readouterr().err
 
 
 def test_heads_fit_width_and_classes(suite: Path) -> None:
     content = described(suite)
-    width = content["architecture"]["args"]["embed_dim"]
+    args = content["architecture"]["args"]
+    width = args["embed_dim"] if "embed_dim" in args else args["channels"][-1]
     for task in TASKS:
         head = load_file(suite / content["experts"][task.name]["head"])
         assert {key: tuple(value.shape) for key, value in head.items()} == {
