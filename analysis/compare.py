@@ -4,49 +4,27 @@ from __future__ import annotations
 
 import json
 import math
-import threading
-import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from itertools import combinations
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm, qmc
 
+from analysis.costs import cost
 from analysis.evaluation import CONFIDENCE, Evaluator, accuracy_frame, mean_accuracy
 from analysis.inputs import Split
-from merge_core.engine import MergeSession, written_dtype
-from merge_core.errors import OutputError
-from merge_core.files import cache_dir, write_atomically
-from merge_core.methods import get_method
+from analysis.learners.lesson import SPLIT
+from merge_core.engine import MergeSession
 from merge_core.methods.declaration import ParameterSpec
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, make_recipe
 
 # Shares of directions that tuning draws from, on a log scale.
 RANK_RANGE = (0.01, 1.0)
-SAMPLING_SECONDS = 0.002
 
 Hits = Mapping[str, np.ndarray]
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What a merge takes.
-
-    Attributes:
-        seconds: to learn from data where the method does, and to merge; without evaluation.
-        peak_mb: anonymous memory above what the process held before, NaN where the system does
-            not tell.
-        storage_mb: what inference on all tasks has to hold, without heads.
-    """
-
-    seconds: float
-    peak_mb: float
-    storage_mb: float
 
 
 def compare(
@@ -69,7 +47,7 @@ def compare(
 
     Returns:
         Which images each recipe classifies correctly (label to task to booleans), and one row
-        per recipe: label, seconds, peak_mb, storage_mb (see :class:`Cost`).
+        per recipe: label, seconds, peak_mb, storage_mb (see :class:`analysis.costs.Cost`).
 
     Raises:
         MergeScopeError: unfit inputs.
@@ -85,86 +63,6 @@ def compare(
         hits[label] = evaluator.recipe_hits(recipe, session, split, limit, inner)
     progress.step(len(recipes), len(recipes), "compared")
     return hits, pd.DataFrame(rows, columns=["label", "seconds", "peak_mb", "storage_mb"])
-
-
-def cost(
-    recipe: Recipe, session: MergeSession, evaluator: Evaluator, progress: Progress | None = None
-) -> Cost:
-    """What a recipe takes on this machine: measured once, then remembered by its content.
-
-    The weights are in memory already (see :class:`merge_core.engine.MergeSession`); factors that
-    are stored are taken, as they would be in use.
-
-    Raises:
-        MergeScopeError: unfit inputs.
-        Cancelled: while learning.
-    """
-    path = cache_dir() / "costs" / f"{recipe.digest(session.suite)}.json"
-    with suppress(OSError, ValueError, TypeError):
-        return Cost(**json.loads(path.read_text()))
-    tasks = session.groups.tasks
-    with _peak() as peak:
-        start = time.perf_counter()
-        learned = evaluator.learned(recipe, session, progress)
-        session.merge(
-            recipe, task=tasks[0] if recipe.declaration.indexed else None, learned=learned
-        )
-        seconds = time.perf_counter() - start
-    result = Cost(seconds, max(peak), storage_bytes(recipe, session) / 1e6)
-    with suppress(OSError, OutputError):
-        write_atomically(path, json.dumps(asdict(result)).encode())
-    return result
-
-
-def storage_bytes(recipe: Recipe, session: MergeSession) -> int:
-    """Bytes that inference on all tasks has to hold, without heads.
-
-    One model in its output dtype; for methods that need the task, what they say themselves.
-    """
-    method, run = recipe.declaration, recipe.run(session.groups.tasks)
-    if method.storage is not None and method.prepare is not None:
-        state = method.prepare(session.groups, recipe.checked_parameters, run, Progress())
-        run = replace(run, state=state)
-    total = 0
-    for group in session.groups:
-        if method.storage is not None and group.info.is_floating:
-            total += method.storage(group, recipe.parameters_of(group.name), run)
-        else:
-            total += group.info.numel * written_dtype(recipe, group.info.dtype).itemsize
-    return total
-
-
-@contextmanager
-def _peak() -> Iterator[list[float]]:
-    """Samples, in MB, of the memory above what the process held at first."""
-    samples = [math.nan]
-    first = _anonymous_mb()
-    ended = threading.Event()
-
-    def sample() -> None:
-        while not ended.wait(SAMPLING_SECONDS):
-            samples.append(_anonymous_mb() - first)
-
-    if math.isnan(first):
-        yield samples
-        return
-    samples[0] = 0.0
-    thread = threading.Thread(target=sample, daemon=True)
-    thread.start()
-    try:
-        yield samples
-    finally:
-        ended.set()
-        thread.join()
-
-
-def _anonymous_mb() -> float:
-    """Memory of this process that no file backs, in MB (Linux)."""
-    with suppress(OSError, ValueError, StopIteration):
-        lines = Path("/proc/self/status").read_text().splitlines()
-        line = next(line for line in lines if line.startswith("RssAnon"))
-        return int(line.split()[1]) / 1e3
-    return math.nan
 
 
 def task_frame(hits: Mapping[str, Hits]) -> pd.DataFrame:
@@ -333,9 +231,23 @@ def tuned(
     return tried[int(frame["accuracy"].to_numpy().argmax())], frame
 
 
+def seed_counts(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) -> bool:
+    """Whether another seed would give another merge on these data.
+
+    A method that learns from a number of `examples` draws them only where a task has more.
+
+    Args:
+        recipe: the setting.
+        evaluator: gives the images that methods learn from.
+        tasks: that are merged.
+    """
+    if not recipe.declaration.draws:
+        return False
+    examples = recipe.parameters.get("examples", 0)
+    return any(len(evaluator.inputs(task, SPLIT, None)[1]) > examples for task in tasks)
+
+
 def seeded(recipe: Recipe, seeds: int) -> list[Recipe]:
-    """The recipe under several seeds, if its method draws random numbers; else itself alone."""
-    if not get_method(recipe.method).random:
-        return [recipe]
+    """The recipe under several seeds, from its own one on."""
     document = recipe.model_dump()
     return [make_recipe({**document, "seed": recipe.seed + i}) for i in range(seeds)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -12,7 +13,7 @@ from analysis import compare
 from analysis.evaluation import Evaluator
 from analysis.inputs import Split
 from merge_core.engine import MergeSession, check_recipe
-from merge_core.methods import get_method, methods
+from merge_core.methods import get_method, get_postprocessor, methods
 from merge_core.methods.declaration import Method
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, make_recipe
@@ -23,12 +24,12 @@ SEEDS = 3
 
 @dataclass(frozen=True)
 class Compared:
-    """What a comparison found; a random method has one label per seed.
+    """What a comparison found; a method whose seed counts has one label per seed.
 
     Attributes:
         hits: label to task to booleans.
-        summary: of :func:`analysis.compare.summary`, with columns setting and needs (words), the
-            best first.
+        summary: of :func:`analysis.compare.summary`, with columns chosen (how the setting came
+            about), setting and needs (words), the best first.
         seeds: of :func:`over_seeds`.
         tasks: of :func:`analysis.compare.task_frame`.
         recipes: label to recipe.
@@ -45,6 +46,21 @@ class Compared:
     base: float | None
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One recipe of a comparison.
+
+    Attributes:
+        recipe: what is evaluated.
+        chosen: how its setting came about, in words.
+        repeated: the title under which its seeds are one, None where it stands alone.
+    """
+
+    recipe: Recipe
+    chosen: str
+    repeated: str | None = None
+
+
 def usable(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
     """Methods that can merge these tasks of a suite at their usual origin, by name."""
     return {
@@ -53,6 +69,15 @@ def usable(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
         if (suite.base is not None or not method.needs_base())
         and method.tasks in (None, len(tasks))
     }
+
+
+def adapted(recipe: Recipe, reference: str, tasks: Sequence[str]) -> Recipe:
+    """A recipe on the suite and tasks of a comparison; all else stays as it is.
+
+    Raises:
+        RecipeError: it gives a weight to another task.
+    """
+    return make_recipe({**recipe.model_dump(), "suite": reference, "tasks": tuple(tasks)})
 
 
 def compared(
@@ -65,6 +90,7 @@ def compared(
     split: Split = "test",
     limit: int | None = None,
     progress: Progress | None = None,
+    own: Sequence[Recipe] = (),
 ) -> Compared:
     """Tune each method where asked, then evaluate everything on the same images.
 
@@ -75,13 +101,15 @@ def compared(
         evaluator: where predictions are kept.
         budget: settings that each method may try on the validation split; 1 keeps its defaults,
             and methods that learn from data always stay at theirs.
-        seeds: of each method that draws random numbers.
+        seeds: of each method whose seed changes the merge (:func:`analysis.compare.seed_counts`).
         split: ``test`` for reporting.
         limit: only the first so many images of each task.
         progress: reports, and cancels between two merges.
+        own: recipes beside those of the methods, evaluated as they are but for suite and tasks;
+            equal ones count once.
 
     Raises:
-        RecipeError: an unknown method.
+        RecipeError: an unknown method, or a recipe that gives a weight to another task.
         MergeScopeError: a method that this suite cannot serve; unfit inputs.
         Cancelled: by `progress`.
     """
@@ -90,20 +118,21 @@ def compared(
     starts = {
         name: make_recipe({"suite": reference, "tasks": tasks, "method": name}) for name in names
     }
-    for recipe in starts.values():
+    mine = {label_of(each): each for each in (adapted(r, reference, tasks) for r in own)}
+    for recipe in (*starts.values(), *mine.values()):
         check_recipe(session.suite, recipe)
-    recipes: dict[str, Recipe] = {}
+    entries: dict[str, Entry] = {}
     for done, (name, recipe) in enumerate(starts.items()):
-        method = get_method(name)
-        progress.step(done, 2 * len(starts), f"settings of {method.title}")
-        if budget > 1 and method.learns is None:
-            inner = Progress(cancel=progress.cancel)
-            recipe, _ = compare.tuned(
-                recipe, session, evaluator, budget, limit=limit, progress=inner
-            )
-        for each in compare.seeded(recipe, seeds):
-            label = f"{method.title}, seed {each.seed}" if method.random else method.title
-            recipes[label] = each
+        title = get_method(name).title
+        progress.step(done, 2 * len(starts), f"settings of {title}")
+        inner = Progress(cancel=progress.cancel)
+        recipe, chosen = _setting(recipe, session, evaluator, budget, limit, inner)
+        if compare.seed_counts(recipe, evaluator, tasks):
+            for each in compare.seeded(recipe, seeds):
+                entries[f"{title}, seed {each.seed}"] = Entry(each, chosen, title)
+        else:
+            entries[title] = Entry(recipe, chosen)
+    entries |= {label: Entry(recipe, "your recipe") for label, recipe in mine.items()}
     listener = progress.listener
 
     def report(done: int, total: int, label: str) -> None:
@@ -111,6 +140,7 @@ def compared(
             listener(total + done, 2 * total, f"{label} on the {split} split")
 
     outer = Progress(listener=report, cancel=progress.cancel)
+    recipes = {label: entry.recipe for label, entry in entries.items()}
     hits, costs = compare.compare(recipes, session, evaluator, split, limit, outer)
     experts = evaluator.experts(tasks, split, limit)
     frame = compare.task_frame(hits)
@@ -118,8 +148,8 @@ def compared(
     base = session.suite.base
     return Compared(
         hits,
-        _described(summary, recipes).sort_values("accuracy", ascending=False, kind="stable"),
-        over_seeds(summary, recipes),
+        _described(summary, entries).sort_values("accuracy", ascending=False, kind="stable"),
+        over_seeds(summary, {label: entry.repeated for label, entry in entries.items()}),
         frame,
         recipes,
         experts,
@@ -129,37 +159,101 @@ def compared(
     )
 
 
-def _described(summary: pd.DataFrame, recipes: Mapping[str, Recipe]) -> pd.DataFrame:
-    """The summary with each label's setting and needs in words."""
-    chosen = [recipes[label] for label in summary["label"]]
-    return summary.assign(
-        setting=[
-            ", ".join(
-                f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-                for name, value in recipe.parameters.items()
-            )
-            for recipe in chosen
-        ],
-        needs=[", ".join(recipe.declaration.needs) or "nothing else" for recipe in chosen],
-    )
+def _setting(
+    recipe: Recipe,
+    session: MergeSession,
+    evaluator: Evaluator,
+    budget: int,
+    limit: int | None,
+    progress: Progress,
+) -> tuple[Recipe, str]:
+    """A method's setting within the budget, and how it came about in words."""
+    if budget == 1:
+        return recipe, "default"
+    if recipe.declaration.learns is not None:  # each setting would take minutes
+        return recipe, "default (not tuned)"
+    best, tried = compare.tuned(recipe, session, evaluator, budget, limit=limit, progress=progress)
+    if len(tried) == 1:
+        return recipe, "default (nothing to tune)"
+    return best, f"best of {len(tried)} on validation"
 
 
-def over_seeds(summary: pd.DataFrame, recipes: Mapping[str, Recipe]) -> pd.DataFrame:
-    """How far a random method's accuracy depends on its seed.
+def _described(summary: pd.DataFrame, entries: Mapping[str, Entry]) -> pd.DataFrame:
+    """The summary with each label's setting, how it came about, and needs, in words."""
+    found = [entries[label] for label in summary["label"]]
+    frame = summary.assign(needs=[_needs(entry.recipe) for entry in found])
+    place = list(frame.columns).index("seconds")
+    frame.insert(place, "chosen", [entry.chosen for entry in found])
+    frame.insert(place + 1, "setting", [setting_of(entry.recipe) for entry in found])
+    return frame
+
+
+def _needs(recipe: Recipe) -> str:
+    return ", ".join(recipe.declaration.needs) or "nothing else"
+
+
+def label_of(recipe: Recipe) -> str:
+    """A recipe's method and what it sets besides defaults: ``CART (rank 0.16, scale 3)``.
+
+    Recipes that merge the same experts differently have different labels.
+    """
+    setting = setting_of(recipe, only_changed=True)
+    return f"{recipe.declaration.title} ({setting or 'default'})"
+
+
+def setting_of(recipe: Recipe, only_changed: bool = False) -> str:
+    """Everything that a recipe sets besides method, suite and tasks, in words (empty for nothing).
+
+    Args:
+        recipe: the recipe.
+        only_changed: leave out parameters of the method that have their default value.
+    """
+    method = recipe.declaration
+    parts = [
+        _value(spec.name, recipe.parameters[spec.name])
+        for spec in method.specs
+        if not only_changed or recipe.parameters[spec.name] != spec.default
+    ]
+    if recipe.origin is not None and recipe.origin != method.origins[0]:
+        parts.append(f"about the {recipe.origin}")
+    parts += [_value(f"weight of {task}", value) for task, value in recipe.weights.items()]
+    parts += [f"{_values(each.parameters)} in {each.match}" for each in recipe.overrides]
+    for step in recipe.then:
+        values = _values(step.parameters)
+        title = get_postprocessor(step.method).title
+        parts.append(f"then {title}" + (f" at {values}" if values else ""))
+    if method.draws or recipe.seed != 0:
+        parts.append(f"seed {recipe.seed}")
+    if recipe.dtype != "input":
+        parts.append(recipe.dtype)
+    return ", ".join(parts)
+
+
+def _values(parameters: Mapping[str, Any]) -> str:
+    return " and ".join(_value(name, value) for name, value in parameters.items())
+
+
+def _value(name: str, value: Any) -> str:
+    """``scale 3``; a rank of 1 direction is ``1`` and one of all of them is ``1.0``."""
+    short = isinstance(value, float) and name != "rank" and float(f"{value:g}") == value
+    return f"{name} {value:g}" if short else f"{name} {value}"
+
+
+def over_seeds(summary: pd.DataFrame, repeated: Mapping[str, str | None]) -> pd.DataFrame:
+    """How far a method's accuracy depends on its seed.
 
     Args:
         summary: of :func:`analysis.compare.summary`.
-        recipes: label to recipe.
+        repeated: label to the title under which its seeds are one, or None.
 
     Returns:
-        One row per method that draws random numbers: title, seeds (number of them), accuracy
-        (mean over seeds of the mean over tasks), spread (standard deviation over seeds with
-        n − 1; NaN of one seed), least, most.
+        One row per title: title, seeds (number of them), accuracy (mean over seeds of the mean
+        over tasks), spread (standard deviation over seeds with n − 1; NaN of one seed), least,
+        most.
     """
-    random = summary[[recipes[label].declaration.random for label in summary["label"]]]
-    titles = [recipes[label].declaration.title for label in random["label"]]
     return (
-        random.assign(title=titles)
+        summary.assign(title=summary["label"].map(dict(repeated)))
+        .dropna(subset=["title"])
         .groupby("title", sort=False)["accuracy"]
         .agg(seeds="size", accuracy="mean", spread="std", least="min", most="max")
         .reset_index()

@@ -292,12 +292,11 @@ def recipe_from_query(query: str) -> Recipe:
     return make_recipe({**document, "parameters": fields}, "The link")
 
 
-def load_recipe(path: str | Path) -> tuple[Recipe, Suite]:
-    """Read a recipe file and the suite it names (relative to the file).
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file; the suite that it names is not opened.
 
     Raises:
         RecipeError: missing or wrong recipe.
-        SuiteError: missing or wrong suite, or tasks that it does not have.
     """
     path = Path(path)
     try:
@@ -309,7 +308,18 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Suite]:
         raise RecipeError(
             f"{path} cannot be read ({reason}). Give a recipe's YAML file."
         ) from error
-    recipe = recipe_from_yaml(text, str(path))
+    return recipe_from_yaml(text, str(path))
+
+
+def load_recipe(path: str | Path) -> tuple[Recipe, Suite]:
+    """Read a recipe file and the suite it names (relative to the file).
+
+    Raises:
+        RecipeError: missing or wrong recipe.
+        SuiteError: missing or wrong suite, or tasks that it does not have.
+    """
+    recipe = read_recipe(path)
+    path = Path(path).expanduser()
     suite = load_suite(
         BUNDLED if recipe.suite == BUNDLED else path.parent / Path(recipe.suite).expanduser()
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from analysis.comparison import Compared
+    from merge_core.recipe import Recipe
     from merge_core.suite import Suite
 
 ALL = "all"
@@ -38,6 +40,14 @@ def compare(
         typer.Option(
             help="Methods separated by commas, or 'all'; all that learn nothing from data when "
             "left out."
+        ),
+    ] = None,
+    recipe: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A recipe of your own beside the methods: a YAML file, or a link's query such as "
+            "'method=cart&rank=0.16&scale=3'. It is merged as it is, with SUITE and --tasks. May "
+            "be given several times."
         ),
     ] = None,
     best_of: Annotated[
@@ -64,10 +74,20 @@ def compare(
     loaded = load_suite(suite)
     chosen = loaded.select(split_names(tasks))
     names = _chosen(methods, loaded, chosen)
+    own = [_own(text, chosen) for text in recipe or []]
     evaluator = Evaluator(loaded)
     session = MergeSession(loaded, chosen, FactorStore())
     result = compared(
-        suite, names, session, evaluator, best_of, seeds, part, limit, progress_bar("comparing")
+        suite,
+        names,
+        session,
+        evaluator,
+        budget=best_of,
+        seeds=seeds,
+        split=part,
+        limit=limit,
+        progress=progress_bar("comparing"),
+        own=own,
     )
     if part == "val" and best_of > 1:
         typer.echo(
@@ -77,6 +97,7 @@ def compare(
         )
     out = console()
     _print_summary(out, result, split)
+    _print_settings(out, result)
     _print_seeds(out, result)
     _print_differences(out, result)
     write_csv(result.summary, csv)
@@ -95,6 +116,21 @@ def _chosen(text: str | None, suite: Suite, tasks: tuple[str, ...]) -> list[str]
             "--methods takes names separated by commas; see 'mergescope methods'."
         )
     return names
+
+
+def _own(text: str, tasks: tuple[str, ...]) -> Recipe:
+    """A recipe from a file, or from a link or its query."""
+    from merge_core.recipe import read_recipe, recipe_from_query
+
+    is_link = "=" in text and not Path(text).exists()
+    recipe = recipe_from_query(text.rpartition("?")[2]) if is_link else read_recipe(text)
+    if recipe.tasks is not None and set(recipe.tasks) != set(tasks):
+        typer.echo(
+            f"note: {text} is a recipe for {', '.join(recipe.tasks)}; like the others it is "
+            f"compared on {', '.join(tasks)}.",
+            err=True,
+        )
+    return recipe
 
 
 def _print_summary(out: Console, result: Compared, split: str) -> None:
@@ -119,8 +155,8 @@ def _print_summary(out: Console, result: Compared, split: str) -> None:
     out.print(references if result.base is None else f"{references}; base: {result.base:.1%}")
     print_table(
         out,
-        "What each takes: to learn and merge here (factors stored before are not computed "
-        "again), and to hold for all tasks",
+        "What each takes: processor seconds to learn, decompose and merge here, from experts in "
+        "memory with nothing decomposed before; and storage for all tasks",
         ["method", "seconds", "peak MB", "storage MB", "needs"],
         [
             [
@@ -133,6 +169,13 @@ def _print_summary(out: Console, result: Compared, split: str) -> None:
             for row in rows
         ],
     )
+
+
+def _print_settings(out: Console, result: Compared) -> None:
+    """How each setting came about, where they are not all defaults."""
+    rows = result.summary[["label", "chosen", "setting"]].to_numpy().tolist()
+    if any(chosen != "default" for _, chosen, _ in rows):
+        print_table(out, "Settings", ["method", "chosen", "setting"], rows)
 
 
 def _known(value: float, form: str) -> str:

@@ -51,7 +51,7 @@ def _overview(out: Console) -> None:
             [
                 each.name,
                 _needs(each),
-                "yes" if each.random else "",
+                each.draws,
                 ", ".join(each.origins),
                 each.averaged,
             ]
@@ -78,7 +78,7 @@ def _properties(method: Method) -> list[tuple[str, str]]:
         ("experts", "any number" if method.tasks is None else str(method.tasks)),
         ("origins", origins),
         ("task weights", "yes" if method.weighted else "no"),
-        ("random", "yes (the recipe's seed counts)" if method.random else "no"),
+        ("random", f"yes: {method.draws}, by the recipe's seed" if method.draws else "no"),
         ("averaged", method.averaged),
     ]
 

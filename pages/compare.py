@@ -9,7 +9,9 @@ from analysis.comparison import SEEDS, Compared, compared, usable
 from analysis.figures import compare as figures
 from analysis.published import published
 from merge_core.files import digest_of
+from merge_core.recipe import Recipe
 from ui import charts, resources, shell
+from ui.own_recipes import own_recipes
 from ui.progress import run_job
 from ui.resources import View
 from ui.widgets import choice
@@ -24,8 +26,7 @@ def choose(view: View) -> tuple[list[str], int]:
     """Methods and how they are set."""
     offered = usable(view.suite, view.tasks)
     quick = [name for name, method in offered.items() if method.learns is None]
-    left, right = st.columns([3, 1])
-    names = left.multiselect(
+    names = st.multiselect(
         "Methods",
         list(offered),
         default=quick,
@@ -34,16 +35,22 @@ def choose(view: View) -> tuple[list[str], int]:
         bind="query-params",
         help="Those that learn from data take longest; add them when you have minutes.",
     )
-    with right:
-        budget = choice(
-            "Each at",
-            BUDGETS,
-            "budget",
-            "Best of n: n settings spread over each method's usual range, chosen on the "
-            "validation split; the same number for every method. Methods that learn from data "
-            "stay at their defaults.",
-        )
+    budget = choice(
+        "Each at",
+        BUDGETS,
+        "budget",
+        "Best of n: n settings spread over each method's usual range, chosen on the validation "
+        "split; the same number for every method. Methods that learn from data stay at their "
+        "defaults, which the table says. Your own recipes stay as they are.",
+    )
     return names, budget
+
+
+def size_of(names: list[str], own: list[Recipe]) -> str:
+    """``3 methods and 1 recipe of your own``."""
+    counts = ((len(names), "method", ""), (len(own), "recipe", " of your own"))
+    parts = [f"{n} {word}{'s' if n > 1 else ''}{rest}" for n, word, rest in counts if n]
+    return " and ".join(parts)
 
 
 def ranking(result: Compared) -> None:
@@ -70,8 +77,9 @@ def ranking(result: Compared) -> None:
         )
     charts.how_to_read(
         "ranking",
-        "Left: mean accuracy over the tasks on the **test** split with its 95 % interval, and the "
-        "worst task. Right: row minus column on the **same images**, in points; a dot marks "
+        "Dots: mean accuracy over the tasks on the **test** split with its 95 % interval, and the "
+        "worst task; the number is the place. Map: row minus column on the **same images**, in "
+        "points, by these places; a dot marks "
         "differences that stay significant at 5 % after Holm's correction for the number of "
         "pairs. They speak of these experts and tasks, not of others.",
         r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
@@ -84,7 +92,10 @@ def table(result: Compared) -> None:
     """Everything in one table."""
     charts.table(result.summary, "comparison", key="comparison")
     if len(result.seeds):
-        st.markdown("Random methods over their seeds: mean, standard deviation, least and most.")
+        st.markdown(
+            "Methods whose seed changes the merge, over their seeds: mean, standard deviation, "
+            "least and most."
+        )
         charts.table(result.seeds, "seeds", key="seeds")
 
 
@@ -106,7 +117,8 @@ def tasks(result: Compared) -> None:
             alt="Accuracy of the chosen methods over tasks",
         )
     with right:
-        wide = result.tasks.pivot(index="label", columns="task", values="accuracy").loc[order]
+        wide = result.tasks.pivot(index="label", columns="task", values="accuracy")
+        wide = wide.loc[order, result.experts["task"]]
         charts.table(wide.reset_index(), "tasks", key="tasks")
 
 
@@ -119,9 +131,10 @@ def costs(result: Compared) -> None:
         alt=f"Accuracy against {COSTS[quantity].lower()}",
     )
     st.caption(
-        "Time and memory: learning and merging with the weights in memory, measured once on this "
-        "machine. Storage: backbones for all tasks; a merge is one model, methods that know the "
-        "task hold what their compact form needs."
+        "Time (of the processor) and memory: to learn, decompose and merge for all tasks, from "
+        "experts in memory with nothing decomposed before, measured once on this machine. "
+        "Storage: backbones for all tasks; a merge is one model, methods that know the task hold "
+        "what their compact form needs."
     )
 
 
@@ -152,17 +165,23 @@ def page() -> None:
         published_figures()
         return
     names, budget = choose(view)
-    if not names:
-        st.info("Choose at least one method.")
+    own = own_recipes(view)
+    if not names and not own:
+        st.info("Choose at least one method, or add a recipe of your own.")
         return
     session, evaluator = resources.session(view), resources.evaluator(view)
     job = run_job(
-        digest_of("compare", view.key, *view.tasks, *names, str(budget)),
+        digest_of(
+            *("compare", view.key, *view.tasks, *names, str(budget)),
+            *(recipe.to_query() for recipe in own),
+        ),
         "Comparison",
         "Compare these methods",
-        f"{len(names)} methods on {len(view.tasks)} tasks, {SEEDS} seeds each for those that draw "
-        "random numbers. What was evaluated before is not evaluated again.",
-        lambda progress: compared(view.name, names, session, evaluator, budget, progress=progress),
+        f"{size_of(names, own)} on {len(view.tasks)} tasks, {SEEDS} seeds each for methods whose "
+        "seed changes the merge. What was evaluated before is not evaluated again.",
+        lambda progress: compared(
+            view.name, names, session, evaluator, budget, progress=progress, own=own
+        ),
     )
     places = st.tabs(["Ranking", "Table", "Tasks", "Costs", "Published"])
     if job is not None:

@@ -15,6 +15,7 @@ from merge_core.methods.declaration import Method
 from merge_core.provenance import provenance
 from merge_core.recipe import Recipe, make_recipe, recipe_from_query
 from ui import charts, resources, shell
+from ui.own_recipes import link_form
 from ui.progress import run_job
 from ui.recipe_options import recipe_options
 from ui.resources import View
@@ -128,8 +129,7 @@ def title_of(recipe: Recipe) -> str:
 
 def pin_current(recipe: Recipe) -> None:
     """Take the current recipe as the one to compare with."""
-    document = recipe.model_copy(update={"tasks": None})
-    st.session_state["pin"] = document.to_query()
+    st.session_state["pin"] = link_form(recipe)
 
 
 def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> None:
@@ -259,6 +259,12 @@ def lab() -> None:
             mime="text/markdown",
             on_click="ignore",
             width="stretch",
+        )
+        st.page_link(
+            shell.page("compare"),
+            label="Compare this recipe with other methods",
+            icon=":material/leaderboard:",
+            query_params={"suite": view.name, "tasks": list(view.tasks), "own": link_form(recipe)},
         )
         st.markdown(
             "The file's header holds the recipe, the digests of all inputs and the versions. The "

@@ -18,7 +18,7 @@ import streamlit as st
 
 from merge_core.errors import MergeScopeError
 from merge_core.recipe import Recipe
-from ui import sidebar
+from ui import garbage, sidebar
 from ui.pool_resources import PoolView
 from ui.resources import View
 from ui.widgets import share_label
@@ -157,6 +157,7 @@ def run() -> None:
         _in_words(lambda: _run_page(page, entry))
     finally:
         st.session_state[RUNNING] = False
+        garbage.spare()
 
 
 def enter() -> None:
@@ -184,7 +185,11 @@ def fragment(function: Callable[..., None] | None = None, *, run_every: float | 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         @wraps(body)
         def guarded(*args: Any, **kwargs: Any) -> None:
-            _in_words(lambda: body(*args, **kwargs))
+            try:
+                _in_words(lambda: body(*args, **kwargs))
+            finally:
+                if not st.session_state.get(RUNNING):  # else the shell's own run does it
+                    garbage.spare()
 
         return st.fragment(guarded, run_every=run_every)
 

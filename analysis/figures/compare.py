@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,19 +12,26 @@ import plotly.graph_objects as go
 from analysis.figures.style import DIVERGING, MARKERS, OKABE_ITO, REFERENCE, layout
 
 MOST_ON_RADAR = 6
+# Names of methods are broken into two lines of so many letters, which leaves room on a phone.
+LETTERS = 26
+
+
+def _broken(text: str) -> str:
+    """A name in two lines that fit a phone; what does not fit is left out."""
+    return "<br>".join(textwrap.wrap(text, LETTERS, max_lines=2, placeholder=" …"))
 
 
 def method_dots(
     summary: pd.DataFrame, title: str, references: dict[str, float] | None = None
 ) -> go.Figure:
-    """Mean accuracy of each method with its interval, best at the top.
+    """Mean accuracy of each method with its interval, best at the top; numbers are places.
 
     Args:
         summary: of :func:`analysis.compare.summary`.
         title: the question answered.
         references: vertical lines by name, such as the experts' mean (shares).
     """
-    frame = summary.sort_values("accuracy")
+    frame = summary.sort_values("accuracy", ascending=False, kind="stable")[::-1]
     accuracy = 100 * frame["accuracy"].to_numpy()
     figure = go.Figure()
     figure.add_scatter(
@@ -51,9 +59,17 @@ def method_dots(
         marker={"color": OKABE_ITO[3], "symbol": "line-ns-open", "size": 10},
         hovertemplate="%{y}, worst task %{text}: %{x:.1f} %<extra></extra>",
     )
-    layout(figure, title, x="Accuracy (%)", y="", height=130 + 26 * len(frame))
-    figure.update_yaxes(type="category")
+    names = [f"{len(frame) - row}  {label}" for row, label in enumerate(frame["label"])]
+    layout(figure, title, x="Accuracy (%)", y="", height=150 + 26 * len(frame))
     figure.layout.margin.t += 14
+    figure.update_yaxes(
+        type="category",
+        range=[-0.7, len(frame) - 0.3],
+        tickmode="array",
+        tickvals=frame["label"],
+        ticktext=[_broken(name) for name in names],
+        tickfont={"size": 11},
+    )
     for name, value in (references or {}).items():
         figure.add_vline(
             x=100 * value,
@@ -85,8 +101,11 @@ def task_radar(frame: pd.DataFrame, labels: Sequence[str], title: str) -> go.Fig
             marker={"symbol": MARKERS[i % len(MARKERS)], "size": 7},
             hovertemplate=f"{label}, %{{theta}}: %{{r:.1f}} %<extra></extra>",
         )
-    layout(figure, title, x="", y="", height=460)
-    low = 100 * float(frame["accuracy"].min())
+    rows = -(-len(labels) // 2)  # of the legend on a phone
+    layout(figure, title, x="", y="", height=450 + 20 * rows)
+    figure.layout.margin.update(l=62, r=62, t=figure.layout.margin.t + 24, b=40 + 20 * rows)
+    drawn = frame[frame["label"].isin(labels)]["accuracy"]
+    low = 100 * float(drawn.min()) if len(drawn) else 0.0
     figure.update_layout(
         polar={
             "bgcolor": "rgba(0,0,0,0)",
@@ -97,7 +116,7 @@ def task_radar(frame: pd.DataFrame, labels: Sequence[str], title: str) -> go.Fig
 
 
 def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figure:
-    """Differences row − column in points; a dot marks those that are real.
+    """Differences row − column in points by place; a dot marks those that are real.
 
     Args:
         pairs: of :func:`analysis.compare.paired`.
@@ -119,21 +138,35 @@ def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figu
             y=list(order),
             text=mark,
             texttemplate="%{text}",
+            textfont={"size": 7},
             colorscale=DIVERGING,
             zmin=-limit,
             zmax=limit,
             hovertemplate="%{y} − %{x}: %{z:+.1f} points %{text}<extra></extra>",
-            colorbar={"title": {"text": "Points", "side": "right"}, "thickness": 12},
+            colorbar={"title": {"text": "Points"}, "thickness": 12},
         )
     )
-    layout(figure, title, x="", y="", height=200 + 24 * len(order), legend=False)
-    figure.update_xaxes(type="category", tickangle=-90, showgrid=False)
-    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    layout(
+        figure,
+        title,
+        x="Place in the ranking, subtracted",
+        y="Place in the ranking",
+        height=300 + 14 * len(order),
+        legend=False,
+    )
+    # Each row has its number; columns have as many as fit a phone.
+    shown = [label for label, i in place.items() if len(order) <= 12 or i == 0 or i % 5 == 4]
+    figure.update_xaxes(tickvals=shown, ticktext=[str(place[label] + 1) for label in shown])
+    figure.update_yaxes(
+        tickvals=list(order), ticktext=[str(i + 1) for i in range(len(order))], autorange="reversed"
+    )
+    figure.update_xaxes(type="category", tickmode="array", tickangle=0, showgrid=False)
+    figure.update_yaxes(type="category", tickmode="array", showgrid=False)
     return figure
 
 
 def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
-    """Accuracy against what it costs.
+    """Accuracy against what it costs; those that nothing cheaper is better than are named.
 
     Args:
         summary: of :func:`analysis.compare.summary`.
@@ -141,19 +174,28 @@ def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
         title: the question answered.
     """
     names = {
-        "seconds": "Time to merge (s, log scale)",
+        "seconds": "Time of the processor (s, log scale)",
         "peak_mb": "Peak memory of the merge (MB)",
         "storage_mb": "Storage for all tasks (MB)",
     }
-    frame = summary.dropna(subset=[quantity])
+    frame = summary.dropna(subset=[quantity]).sort_values([quantity, "accuracy"])
+    # Those that nothing cheaper is better than are named; more names would hide each other.
+    best_before = frame["accuracy"].cummax().shift(fill_value=-1.0)
+    named = frame["accuracy"] > best_before
     figure = go.Figure()
     figure.add_scatter(
         x=frame[quantity].to_numpy(),
         y=100 * frame["accuracy"].to_numpy(),
-        mode="markers",
-        text=frame["label"],
+        mode="markers+text",
+        text=[
+            _broken(label) if own else "" for label, own in zip(frame["label"], named, strict=True)
+        ],
+        textposition="top center",
+        textfont={"size": 11},
+        cliponaxis=False,
+        customdata=frame["label"],
         marker={"color": OKABE_ITO[0], "size": 11},
-        hovertemplate="%{text}<br>%{x:.3g}, %{y:.1f} %<extra></extra>",
+        hovertemplate="%{customdata}<br>%{x:.3g}, %{y:.1f} %<extra></extra>",
     )
     layout(figure, title, x=names[quantity], y="Accuracy (%)", legend=False)
     if quantity == "seconds":

@@ -172,7 +172,7 @@ class Method:
         origins: the points about which it can take task vectors, the usual one first; empty for
             a method that takes none.
         weighted: whether per-task weights of a recipe mean something to it.
-        random: whether it draws random numbers, so that the seed counts.
+        draws: what it draws at random, by the recipe's seed, in words; empty where nothing.
         tasks: the number of experts that it merges, where that is fixed.
         learns: what has to be computed from the suite's data before the merge, as
             :data:`analysis.learning.LEARNERS` names it; it becomes the run's state.
@@ -196,7 +196,7 @@ class Method:
     storage: Callable[[ParameterGroup, Any, Run], int] | None = None
     origins: tuple[Origin, ...] = ()
     weighted: bool = False
-    random: bool = False
+    draws: str = ""
     tasks: int | None = None
     learns: str | None = None
     data: Literal["none", "inputs", "labels"] = "none"

@@ -297,7 +297,7 @@ METHODS = (
         merge=partial(merge, FAMILY["dare_task_arithmetic"]),
         origins=("base", "average"),
         weighted=True,
-        random=True,
+        draws="which entries are dropped",
     ),
     Method(
         name="dare_ties",
@@ -312,7 +312,7 @@ METHODS = (
         merge=partial(merge, FAMILY["dare_ties"]),
         origins=("base", "average"),
         weighted=True,
-        random=True,
+        draws="which entries are dropped",
         deviations="The random drop replaces the trim of TIES, as in PEFT and mergekit; the "
         "authors' code trims by magnitude after the drop as well.",
     ),

@@ -9,12 +9,14 @@ import pytest
 from playwright.sync_api import Browser, BrowserContext, Page, Request, expect
 from safetensors.torch import load_file
 
+from analysis.rank_selection.space import search_space
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.recipe import make_recipe
 from merge_core.suite import load_suite
 from tests.browser.conftest import Server, metrics, settle, wait_idle
+from ui.widgets import share_label
 
 pytestmark = pytest.mark.browser
 
@@ -80,6 +82,31 @@ def test_each_page_opens_without_errors_or_foreign_requests(
     assert messages == []
     hosts = {urlparse(r.url).hostname for r in requests if r.url.startswith(("http", "ws"))}
     assert hosts == {"127.0.0.1"}
+
+
+def test_a_comparison_draws_its_ranking(server: Server, context: BrowserContext) -> None:
+    page = context.new_page()
+    # Widgets are in links by their labels, which for methods are titles.
+    methods = "methods=Weight+average&methods=CART&own=method%3Dcart%26rank%3D0.16%26scale%3D3"
+    tasks = "tasks=digits&tasks=lines&tasks=dots"
+    page.goto(f"{server.url}/compare?{methods}&{tasks}")
+    button = page.get_by_role("button", name="Compare these methods")
+    button.wait_for()
+    wait_idle(page)  # a click on a button that is about to be replaced is lost
+    assert page.get_by_text("2 methods and 1 recipe of your own on 3 tasks").is_visible()
+    button.click()
+    ranking = page.get_by_role("figure", name="Mean test accuracy of each method")
+    ranking.locator(".main-svg").first.wait_for(timeout=90_000)
+    names = {text[1:].strip() for text in ranking.locator(".ytick text").all_text_contents()}
+    assert names == {"Weight average", "CART", "CART (rank 0.16, scale3)"}  # in two lines
+    assert page.get_by_test_id("stAlertContentError").count() == 0
+    wait_idle(page)
+    page.get_by_role("tab", name="Table").click()
+    page.get_by_test_id("stDataFrame").first.wait_for()
+    address = page.url
+    page.reload()
+    ranking.locator(".main-svg").first.wait_for()  # what was compared is there at once
+    assert page.url == address
 
 
 def test_every_figure_and_picture_has_a_description(
@@ -174,24 +201,44 @@ def test_a_click_on_the_map_of_layers_opens_that_layer(
     expect(page.locator(".js-plotly-plot").first).to_be_visible()
 
 
-def test_a_click_on_the_accuracy_map_chooses_that_point_and_the_lab_opens_there(
+def test_a_click_on_the_map_chooses_that_setting_and_the_lab_opens_there(
     server: Server, context: BrowserContext
 ) -> None:
     page = context.new_page()
     page.goto(f"{server.url}/rank_and_scale")
     settle(page)
-    figure = page.locator(".js-plotly-plot").first
-    ranks = figure.locator(".xtick text").all_text_contents()
-    scales = figure.locator(".ytick text").all_text_contents()
-    click_cell(page, 0, 3, len(scales) - 1 - 2, len(ranks), len(scales))
-    assert query(page)["at_rank"] == [ranks[3]]
-    assert float(query(page)["at_scale"][0]) == float(scales[2])
-    accuracy = metrics(page)["Chosen point"]
-    page.get_by_role("link", name="Merge lab").last.click()
+    ranks, scales = search_space("cart", "demo").ranks, search_space("cart", "demo").scales
+    click_cell(page, 1, 3, len(scales) - 1 - 2, len(ranks), len(scales))
+    rank, scale = share_label(ranks[3]), scales[2]
+    assert query(page)["at_rank"] == [rank]
+    assert float(query(page)["at_scale"][0]) == scale
+    expect(page.get_by_text(f"Chosen: rank {rank}, λ = {scale:g}")).to_be_visible()
+    page.get_by_role("link", name="The chosen setting in the Merge lab").click()
+    page.get_by_role("heading", name=PAGES["merge_lab"]).wait_for()
+    settle(page)
+    recipe = page.get_by_test_id("stCode").filter(has_text="method:")
+    expect(recipe).to_contain_text(f"rank: {ranks[3]:g}")
+    expect(recipe).to_contain_text(f"scale: {scale:g}")
+
+
+def test_the_recommended_setting_has_the_same_accuracy_in_the_lab(
+    server: Server, context: BrowserContext
+) -> None:
+    page = context.new_page()
+    page.goto(f"{server.url}/rank_and_scale")
+    settle(page)
+    shown = metrics(page)
+    assert set(shown) == {
+        "Recommended rank",
+        "Recommended λ",
+        "Validation accuracy",
+        "Test accuracy",
+    }
+    page.get_by_role("link", name="Use this in the Merge lab").click()
     page.get_by_role("heading", name=PAGES["merge_lab"]).wait_for()
     settle(page)
     # The same recipe on the same images gives the same number on both pages.
-    assert metrics(page)["Mean accuracy"] == accuracy
+    assert metrics(page)["Mean accuracy"] == shown["Validation accuracy"]
 
 
 def test_the_downloaded_checkpoint_is_the_merge(

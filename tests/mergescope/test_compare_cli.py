@@ -59,7 +59,7 @@ def test_a_comparison(folder: Path, run: Any, tmp_path: Path) -> None:
     assert (code, err) == (0, "")
     table = pd.read_csv(csv).set_index("label")
     dare = [f"DARE with Task Arithmetic, seed {seed}" for seed in (0, 1)]
-    others = {"Weight average", "CART-Indexing", "RegMean, seed 0", "RegMean, seed 1"}
+    others = {"Weight average", "CART-Indexing", "RegMean"}
     assert set(table.index) == {*others, *dare}
     assert table["accuracy"].is_monotonic_decreasing
     # The average, by timm and numpy alone.
@@ -87,7 +87,7 @@ def test_a_comparison(folder: Path, run: Any, tmp_path: Path) -> None:
         assert float(seconds) == pytest.approx(each["seconds"], rel=0.06)
         assert float(storage) == pytest.approx(each["storage_mb"], rel=0.01)
         assert needs == each["needs"]
-    assert costs["RegMean, seed 1"][-1] == "unlabelled data"
+    assert costs["RegMean"][-1] == "unlabelled data"
     assert f"experts, each on its own task: {np.mean(own):.1%}; base: " in out
     seeds = table.loc[dare, "accuracy"]
     line = (
@@ -128,7 +128,7 @@ def test_differences_to_the_best(folder: Path, run: Any) -> None:
 def test_which_methods(folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[list[str]] = []
 
-    def stop(reference: str, names: list[str], *arguments: object) -> None:
+    def stop(reference: str, names: list[str], *arguments: object, **keywords: object) -> None:
         asked.append(names)
         raise KeyboardInterrupt
 
@@ -178,6 +178,37 @@ def test_best_of(folder: Path, run: Any, tmp_path: Path) -> None:
     assert "too high" in err
 
 
+def test_own_recipes(folder: Path, run: Any, tmp_path: Path) -> None:
+    """From a file, a query and an address; their tasks give way to those of the comparison."""
+    file = tmp_path / "mine=1.yaml"
+    file.write_text("suite: elsewhere.yaml\nmethod: cart\nparameters: {rank: 0.5}\n")
+    csv = tmp_path / "t.csv"
+    address = "http://127.0.0.1:8501/merge_lab?tasks=digits&method=task_arithmetic&scale=0.7"
+    own = ["--recipe", file, "--recipe", "method=ties&density=0.5", "--recipe", address]
+    arguments = ["--methods", "average", "--tasks", "digits,lines", "--csv", csv, "--limit", 9]
+    code, out, err = run(folder, *arguments, *own)
+    assert code == 0
+    assert err.startswith("note: ")
+    assert "is a recipe for digits; like the others it is compared on digits, lines" in err
+    suite = load_suite(folder)
+    tasks = ("digits", "lines")
+    session, evaluator = MergeSession(suite, tasks, FactorStore()), Evaluator(suite)
+    table = pd.read_csv(csv).set_index("label")
+    expected = {
+        "CART (rank 0.5)": ("cart", {"rank": 0.5}),
+        "TIES (density 0.5)": ("ties", {"density": 0.5}),
+        "Task Arithmetic (scale 0.7)": ("task_arithmetic", {"scale": 0.7}),
+    }
+    assert set(table.index) == {"Weight average", *expected}
+    for label, (method, parameters) in expected.items():
+        recipe = make_recipe({"tasks": tasks, "method": method, "parameters": parameters})
+        wanted = evaluator.recipe(recipe, session, "test", 9)["accuracy"].mean()
+        assert table.loc[label, "accuracy"] == pytest.approx(wanted)
+    settings = rows_of(out, 2)
+    assert settings["CART (rank 0.5)"] == ["your recipe", "rank 0.5, scale 1"]
+    assert settings["Weight average"] == ["default", ""]
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -188,6 +219,11 @@ def test_best_of(folder: Path, run: Any, tmp_path: Path) -> None:
         (["--split", "train"], "--split must be val or test"),
         (["--best-of", "0"], "--best-of"),
         (["--csv", "."], "is a folder"),
+        (["--recipe", "nope.yaml"], "nope.yaml cannot be read"),
+        (["--recipe", "rank=3"], "The link: method"),
+        (["--recipe", "method=cart&rnk=3"], "no parameter 'rnk'"),
+        (["--recipe", 'method=ties&weights={"cats":2}'], "does not merge 'cats'"),
+        (["--recipe", "method=slerp"], "merges 2 experts, not 3"),
     ],
 )
 def test_mistakes(folder: Path, run: Any, arguments: list[str], words: str) -> None:

@@ -37,9 +37,10 @@ def test_all(shown: Any) -> None:
         " | average | nothing else |  |  | everything | ",
         f" | cart | nothing else |  | average | {everything} | ",
         " | ties | the base |  | base, average | nothing | ",
-        " | dare_ties | the base | yes | base, average | nothing | ",
+        " | dare_ties | the base | which entries are dropped | base, average | nothing | ",
         " | tsv_c | the base, the task at inference |  | base | nothing | ",
-        " | adamerging | the base, unlabelled data, gradients | yes | base | nothing | ",
+        " | adamerging | the base, unlabelled data, gradients | the images of each step | base | "
+        "nothing | ",
     ):
         assert line in lines
 
@@ -70,7 +71,7 @@ def test_one(shown: Any) -> None:
 def test_other_properties(shown: Any) -> None:
     assert any(line.startswith("experts       2") for line in shown("slerp"))
     text = "\n".join(shown("dare_ties"))
-    assert "random        yes (the recipe's seed counts)" in text
+    assert "random        yes: which entries are dropped, by the recipe's seed" in text
     text = "\n".join(shown("cart"))
     assert "origins       average\n" in text.replace("  \n", "\n").replace(" \n", "\n")
     assert " | rank | 0.08 | a share in (0, 1], or directions: 1, 2, ... | " in text

@@ -5,6 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs
 
 import pytest
 import yaml
@@ -18,6 +20,7 @@ from merge_core.recipe import make_recipe
 from merge_core.suite import load_suite
 from tests.evaluable import write_evaluable
 from tests.pages.test_pages import array, figures, healthy, open_page
+from ui.own_recipes import link_form, parsed
 
 Offer = Callable[..., Path]
 
@@ -36,9 +39,9 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offer:
 
 def compared(at: AppTest, seconds: float = 120) -> AppTest:
     """Press the button, and run again until the job has ended."""
-    next(button for button in at.button if button.label == "Compare these methods").click().run()
+    button(at, "Compare these methods").click().run()
     end = time.monotonic() + seconds
-    while any(button.label == "Cancel" for button in at.button):
+    while any(each.label == "Cancel" for each in at.button):
         assert time.monotonic() < end, "the job did not end"
         time.sleep(0.1)
         at.run()
@@ -65,6 +68,105 @@ def test_tuned_settings_are_chosen_on_validation(offer: Offer) -> None:
     at = open_page("compare", suite="mine", methods=["Task Arithmetic"], budget="Best of 4")
     at = compared(healthy(at))
     assert any("scale" in str(frame.value.to_dict()) for frame in at.dataframe)
+
+
+def labels(at: AppTest) -> list[str]:
+    """What is drawn in the ranking."""
+    drawn = next(f for f in figures(at) if "keeps most" in f["layout"]["title"]["text"])
+    return list(drawn["data"][0]["y"])
+
+
+def button(at: AppTest, label: str) -> Any:
+    return next(button for button in at.button if button.label == label)
+
+
+def test_own_recipes_come_with_the_link(offer: Offer) -> None:
+    path = offer()
+    own = (
+        "method=cart&rank=0.5&scale=2\nmethod=bogus\n"
+        "http://127.0.0.1:8501/compare?suite=elsewhere&tasks=cats&method=cart&scale=2&rank=0.5\n"
+        'method=task_arithmetic&weights={"cats":2}\nmethod=slerp'
+    )
+    at = healthy(open_page("compare", suite="mine", methods=["CART"], own=own))
+    warnings = [warning.value for warning in at.warning]
+    assert len(warnings) == 3
+    assert "no method 'bogus'" in warnings[0]
+    assert "does not merge 'cats'" in warnings[1]
+    assert "merges 2 experts, not 3" in warnings[2]
+    at = compared(at)
+    assert set(labels(at)) == {"CART", "CART (rank 0.5, scale 2)"}
+    suite = load_suite(path)
+    recipe = make_recipe({"method": "cart", "parameters": {"rank": 0.5, "scale": 2}})
+    wanted = Evaluator(suite).recipe(recipe, MergeSession(suite, None, FactorStore()), "test")
+    frame = next(f.value for f in at.dataframe if "chosen" in f.value)
+    row = frame.set_index("label").loc["CART (rank 0.5, scale 2)"]
+    assert row["accuracy"] == pytest.approx(wanted["accuracy"].mean())
+    assert row["chosen"] == "your recipe"
+
+
+def test_own_recipes_are_added_and_removed(offer: Offer) -> None:
+    offer()
+    at = healthy(open_page("compare", suite="mine", methods=["CART"]))
+    at.selectbox(key="own_method").set_value("task_arithmetic").run()
+    at.slider(key="own_scale").set_value(0.45).run()
+    at = healthy(button(at, "Add to the comparison").click().run())
+    at.slider(key="own_scale").set_value(0.75).run()
+    at = healthy(button(at, "Add to the comparison").click().run())
+    at = healthy(button(at, "Add to the comparison").click().run())  # once is enough
+    shown = [text.value for text in at.markdown if text.value.startswith("Task Arithmetic")]
+    assert shown == [f"Task Arithmetic (scale {scale})" for scale in (0.45, 0.75)]
+    # They stand in the link: another session opens with them.
+    other = healthy(open_page("compare", suite="mine", own=at.query_params["own"]))
+    assert all(text in [each.value for each in other.markdown] for text in shown)
+    at = healthy(at.button(key="own_remove_0").click().run())
+    assert not any(text.value == shown[0] for text in at.markdown)
+    assert any(text.value == shown[1] for text in at.markdown)
+    assert any("1 method and 1 recipe of your own" in text.value for text in at.markdown)
+    at.multiselect(key="methods").set_value([]).run()
+    assert labels(compared(healthy(at))) == [shown[1]]
+
+
+def test_recipe_files_are_added_and_bad_ones_named(offer: Offer) -> None:
+    offer()
+    at = healthy(open_page("compare", suite="mine", methods=["CART"]))
+    good = make_recipe({"suite": "x.yaml", "method": "ties", "parameters": {"density": 0.5}})
+    files = [
+        ("good.yaml", good.to_yaml().encode(), "text/yaml"),
+        ("bad.yaml", b"method: [", "text/yaml"),
+        ("large.yaml", b"method: ties" + b" " * (2 << 20), "text/yaml"),
+    ]
+    at = healthy(at.file_uploader[0].set_value(files).run())
+    assert any(text.value == "TIES (density 0.5)" for text in at.markdown)
+    warnings = " ".join(warning.value for warning in at.warning)
+    assert "bad.yaml is not valid YAML" in warnings
+    assert "large.yaml is larger than 1 MB" in warnings
+    assert not at.file_uploader[0].value
+    assert not healthy(at.run()).warning
+
+
+def test_the_merge_lab_sends_its_recipe(offer: Offer) -> None:
+    offer()
+    lab = healthy(open_page("merge_lab", suite="mine", method="TIES", density="0.35"))
+    link = next(each for each in lab.get("page_link") if "Compare" in each.proto.label)
+    query = parse_qs(link.proto.query_string)
+    at = healthy(open_page("compare", **query))
+    assert any(text.value == "TIES (density 0.35)" for text in at.markdown)
+
+
+def test_recipes_are_read_as_links_and_as_yaml() -> None:
+    first = make_recipe(
+        {"method": "cart", "parameters": {"rank": 0.5}, "then": [{"method": "svc"}]}
+    )
+    second = make_recipe({"method": "ties"})
+    assert [recipe for _, recipe in parsed(f"\n {link_form(first)} \n\nmethod=ties")] == [
+        first,
+        second,
+    ]
+    assert [r for _, r in parsed(f"{first.to_yaml()}---\n{second.to_yaml()}")] == [first, second]
+    assert parsed("  \n") == []
+    ((text, problem),) = parsed("method: cart\nrank: 3")
+    assert text == "method: cart\nrank: 3"
+    assert "rank" in str(problem)
 
 
 def test_published_figures_need_no_evaluation(offer: Offer) -> None:

@@ -1,0 +1,52 @@
+"""Collections of garbage: rare, and complete when they come."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+from collections.abc import Iterator
+
+import pytest
+
+from tests.pages.test_pages import healthy, open_page
+from ui import garbage
+
+
+class Loop:
+    """Garbage that only a collection finds."""
+
+    def __init__(self) -> None:
+        self.me = self
+
+
+@pytest.fixture(autouse=True)
+def thawed() -> Iterator[None]:
+    yield
+    gc.unfreeze()
+
+
+def test_objects_are_hidden_until_a_collection_is_due(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 1000.0
+    monkeypatch.setattr(garbage.time, "monotonic", lambda: now)
+    monkeypatch.setattr(garbage, "_last", now)
+    loop = Loop()
+    watched = weakref.ref(loop)
+    del loop
+    garbage.spare()
+    gc.collect()  # as Streamlit does after each run
+    assert watched() is not None
+    assert gc.get_freeze_count() > 10_000
+    now += garbage.INTERVAL_SECONDS
+    garbage.spare()
+    assert gc.get_freeze_count() == 0
+    gc.collect()
+    assert watched() is None
+    garbage.spare()
+    assert gc.get_freeze_count() > 0
+
+
+def test_a_run_of_a_page_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[int] = []
+    monkeypatch.setattr(garbage, "spare", lambda: calls.append(1))
+    healthy(open_page("patterns"))
+    assert calls == [1]
