@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import pickle
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +16,8 @@ from torch import Tensor
 
 from merge_core.errors import CheckpointError
 from merge_core.files import digest_of, file_digest
+from merge_core.pickle_tensors import StoredTensor, Unreadable
+from merge_core.pickles import PickledTensors
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -34,7 +34,7 @@ SAFETENSORS_DTYPES = {
     "BOOL": torch.bool,
 }
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
+PICKLE_SUFFIXES = (*TORCH_SUFFIXES, ".pkl")  # in a folder, .pkl is rather data than weights
 PREFIXES = ("module.", "_orig_mod.")
 FOLDER_CANDIDATES = (
     "model.safetensors.index.json",
@@ -71,11 +71,14 @@ class _Shard(Protocol):
     """One file of a checkpoint: headers at once, tensors on demand."""
 
     infos: dict[str, TensorInfo]
+    foreign: tuple[str, ...]
 
     def tensor(self, name: str) -> Tensor: ...
 
 
 class _SafetensorsShard:
+    foreign: tuple[str, ...] = ()
+
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
@@ -112,52 +115,28 @@ class _TorchShard:
     def __init__(self, path: Path) -> None:
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty (0 bytes). Copy or download it again.")
-        if not _is_zip(path):
-            raise CheckpointError(
-                f"{path} is not a torch zip file (it is truncated, foreign, or written by "
-                "torch before 1.6). Copy it again, or re-save its state_dict as safetensors."
-            )
-        try:
-            loaded = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except pickle.UnpicklingError as error:
-            raise CheckpointError(
-                f"{path} holds Python objects besides tensors, and opening them could run "
-                "foreign code. Re-save its weights only: "
-                "torch.save(model.state_dict(), path), or as safetensors."
-            ) from error
-        except Exception as error:  # a damaged pickle can raise almost anything
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise CheckpointError(
-                f"{path} cannot be read as a torch file: {reason:.200} Copy or download it again."
-            ) from error
-        self._tensors = _unwrap(loaded, path)
-        for name, tensor in self._tensors.items():
-            _check_plain(path, name, tensor)
+        self._file = PickledTensors(path)
+        self.foreign = self._file.foreign
         self.infos = {
-            name: TensorInfo(tuple(tensor.shape), tensor.dtype)
-            for name, tensor in self._tensors.items()
+            name: _plain_info(path, name, stored) for name, stored in self._file.stored.items()
         }
 
     def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+        return self._file.tensor(name)
 
 
-def _is_zip(path: Path) -> bool:
-    try:
-        return zipfile.is_zipfile(path)
-    except zipfile.BadZipFile:
-        return False
-
-
-def _check_plain(path: Path, name: str, tensor: Tensor) -> None:
+def _plain_info(path: Path, name: str, stored: StoredTensor | Unreadable) -> TensorInfo:
     """Refuse what a torch file may hold but a merge cannot read: sparse, quantised, complex."""
-    dense = tensor.layout == torch.strided and tensor.device.type == "cpu"
-    if not dense or tensor.dtype not in SAFETENSORS_DTYPES.values():
-        kind = str(tensor.dtype if dense else f"{tensor.layout} on {tensor.device}")
-        raise CheckpointError(
-            f"{path}: tensor {name!r} is {kind.replace('torch.', '')}, which is not supported. "
-            "Convert it to a dense float32, float16 or bfloat16 tensor."
-        )
+    if isinstance(stored, StoredTensor) and stored.dtype in SAFETENSORS_DTYPES.values():
+        return TensorInfo(stored.shape, stored.dtype)
+    if isinstance(stored, StoredTensor):
+        kind = str(stored.dtype).removeprefix("torch.")
+    else:
+        kind = stored.kind
+    raise CheckpointError(
+        f"{path}: tensor {name!r} is {kind}, which is not supported. "
+        "Convert it to a dense float32, float16 or bfloat16 tensor."
+    )
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -174,27 +153,6 @@ def _reason(path: Path, error: Exception) -> str:
         "its content is not in the safetensors format (wrong file, or renamed from another "
         "format). Give the original file."
     )
-
-
-def _unwrap(loaded: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside the usual wrappers (``state_dict``, ``model``, ...)."""
-    for _ in range(4):
-        if not isinstance(loaded, Mapping):
-            break
-        inner = next(
-            (loaded[key] for key in WRAPPERS if isinstance(loaded.get(key), Mapping)), None
-        )
-        if inner is None:
-            break
-        loaded = inner
-    if not isinstance(loaded, Mapping):
-        raise CheckpointError(
-            f"{path} holds a {type(loaded).__name__}, not a dictionary of named tensors. "
-            "Save model.state_dict() instead."
-        )
-    return {
-        str(name): value.detach() for name, value in loaded.items() if isinstance(value, Tensor)
-    }
 
 
 def _without_prefix(names: list[str]) -> dict[str, str]:
@@ -217,9 +175,16 @@ class Checkpoint:
     what was read can be dropped by the system again.
 
     Args:
-        path: a ``.safetensors`` file, a ``*.index.json``, a torch zip file
-            (``.pt``, ``.pth``, ``.bin``, ``.ckpt``; loaded with ``weights_only=True``), or a
-            folder holding one of these.
+        path: a ``.safetensors`` file, a ``*.index.json``, a file of ``torch.save`` or
+            ``pickle.dump`` (``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pkl``; a state dict or a
+            whole module, read as data: nothing in it is imported or run), or a folder holding
+            one of these.
+
+    Attributes:
+        path: as given.
+        files: the files that hold tensors.
+        metadata: the texts in a safetensors file's header.
+        foreign: full names of the classes and functions that pickled files would import, sorted.
 
     Raises:
         CheckpointError: missing, empty, truncated or foreign file; shards that do not match
@@ -254,6 +219,8 @@ class Checkpoint:
             raise CheckpointError(f"{entry} holds no tensors. Give a file with model weights.")
         self._stored = _without_prefix(sorted(owners))
         self._owners = owners
+        met = set().union(*(shard.foreign for shard in set(owners.values())))
+        self.foreign: tuple[str, ...] = tuple(sorted(met))
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
@@ -373,11 +340,11 @@ def _open_shard(path: Path) -> _Shard:
         raise CheckpointError(f"{path} does not exist. Copy or download all shards again.")
     if path.suffix == ".safetensors":
         return _SafetensorsShard(path)
-    if path.suffix in TORCH_SUFFIXES:
+    if path.suffix in PICKLE_SUFFIXES:
         return _TorchShard(path)
     raise CheckpointError(
         f"{path} has an unknown ending. Known: .safetensors, .index.json, "
-        f"{', '.join(TORCH_SUFFIXES)}."
+        f"{', '.join(PICKLE_SUFFIXES)}."
     )
 
 
