@@ -6,20 +6,19 @@ split is for reporting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from functools import cache, cached_property, partial
+from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import norm
 from torch import Tensor
 
-from analysis.inputs import Head, Split, load_head, load_inputs, normalised
+from analysis.inputs import Split
 from analysis.learning import learn
-from analysis.model import Backbone
-from analysis.predictions import SHIPPED_NAME, PredictionStore, prediction_key
+from analysis.outputs import Images, ModelOutputs, Outputs
+from analysis.predictions import CLASSES, PredictionStore
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession, written_dtype
 from merge_core.errors import SuiteError
@@ -100,105 +99,12 @@ def mean_accuracy(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     return result.drop(columns=["variance", "tasks"])
 
 
-class Evaluator:
-    """Evaluates weights of one suite; models, inputs and predictions are kept.
-
-    Args:
-        suite: a suite with architecture, heads and data.
-        predictions: where predictions are kept (with the suite's own store by default).
-
-    Raises:
-        SuiteError: the suite cannot be evaluated.
-    """
+class Evaluator(ModelOutputs):
+    """Evaluates members and merges of one suite (see :class:`analysis.outputs.ModelOutputs`)."""
 
     def __init__(self, suite: Suite, predictions: PredictionStore | None = None) -> None:
-        if suite.why_not_evaluated is not None:
-            raise SuiteError(
-                f"The suite {suite.name!r} can be analysed and merged but not evaluated: "
-                f"{suite.why_not_evaluated}."
-            )
-        self.suite = suite
-        self.predictions = predictions or PredictionStore(shipped=(suite.root / SHIPPED_NAME,))
-        self._inputs: dict[tuple[str, Split, int | None], tuple[Tensor, np.ndarray]] = {}
-        self._heads: dict[str, Head] = {}
-        self._digests: dict[str, str] = {}
+        super().__init__(suite, predictions)
         self._learned: tuple[str, Any] = ("", None)
-        self.forward_images = 0
-
-    @cached_property
-    def backbone(self) -> Backbone:
-        """The suite's architecture."""
-        return Backbone(self.suite)
-
-    def inputs(self, task: str, split: Split, limit: int | None) -> tuple[Tensor, np.ndarray]:
-        """Normalised images (N x 3 x H x W) and labels (N) of a task.
-
-        Raises:
-            SuiteError: missing or malformed data.
-        """
-        key = (task, split, limit)
-        if key not in self._inputs:
-            raw = load_inputs(self.suite, task, split, limit)
-            self._inputs[key] = (normalised(raw.images, self.suite, task), raw.labels)
-        return self._inputs[key]
-
-    def head(self, task: str) -> Head:
-        """A task's head.
-
-        Raises:
-            SuiteError: missing or malformed head.
-        """
-        if task not in self._heads:
-            self._heads[task] = load_head(self.suite, task)
-        return self._heads[task]
-
-    def predict(
-        self, weights: Mapping[str, Tensor], task: str, split: Split, limit: int | None = None
-    ) -> np.ndarray:
-        """Predicted classes (int64, N).
-
-        Raises:
-            SuiteError: weights, head or data that do not fit; non-finite logits.
-        """
-        images, labels = self.inputs(task, split, limit)
-        head = self.head(task)
-        features = self.backbone.features(weights, images)
-        if features.shape[-1] != head.weight.shape[1] or int(labels.max()) >= len(head.weight):
-            raise SuiteError(
-                f"The head of task {task!r} ({len(head.weight)} classes of width "
-                f"{head.weight.shape[1]}) fits neither features of width {features.shape[-1]} "
-                f"nor labels up to {int(labels.max())}."
-            )
-        logits = head.logits(features)
-        if not bool(torch.isfinite(logits).all()):
-            raise SuiteError(
-                f"The model gives non-finite outputs on task {task!r}; choose a smaller scale."
-            )
-        self.forward_images += len(images)
-        return logits.argmax(dim=1).numpy()
-
-    def hits(
-        self,
-        digest: str,
-        weights: Callable[[], Mapping[str, Tensor]],
-        task: str,
-        split: Split,
-        limit: int | None = None,
-    ) -> np.ndarray:
-        """Which images are classified correctly (bool, N), from the store where known.
-
-        Args:
-            digest: content digest of the weights.
-            weights: gives the weights; called only if the predictions are not known.
-            task, split, limit: which images.
-        """
-        _, labels = self.inputs(task, split, limit)
-        key = prediction_key(digest, self._data_digest(task), split, limit)
-        predicted = self.predictions.get(key)
-        if predicted is None or len(predicted) != len(labels):
-            predicted = self.predict(weights(), task, split, limit)
-            self.predictions.put(key, predicted)
-        return predicted == labels
 
     def knows(
         self, recipe: Recipe, session: MergeSession, split: Split = "val", limit: int | None = None
@@ -228,10 +134,48 @@ class Evaluator:
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
         """
-        weights = cache(lambda: {name: checkpoint.tensor(name) for name in checkpoint})
-        return accuracy_frame(
-            {t: self.hits(checkpoint.digest, weights, t, split, limit) for t in tasks}
-        )
+        images = self.images(tasks, split, limit)
+        outputs = self.member_outputs(checkpoint, images, split)
+        return accuracy_frame(self._hits(outputs, images, split, limit))
+
+    def experts(
+        self, tasks: Sequence[str], split: Split = "val", limit: int | None = None
+    ) -> pd.DataFrame:
+        """Accuracy of each expert on its own task."""
+        parts = [self.checkpoint(self.suite.expert(t), [t], split, limit) for t in tasks]
+        return pd.concat(parts, ignore_index=True)
+
+    def member_outputs(
+        self,
+        checkpoint: Checkpoint,
+        images: Images,
+        split: Split = "val",
+        measures: Collection[str] = (CLASSES,),
+    ) -> Outputs:
+        """What a member gives for images of some tasks (see :meth:`outputs`).
+
+        Raises:
+            MergeScopeError: unreadable or unfit weights, heads or data.
+        """
+
+        def weights() -> dict[str, Tensor]:
+            return {name: checkpoint.tensor(name) for name in checkpoint}
+
+        return self.outputs(checkpoint.digest, weights, images, split, measures)
+
+    def expert_outputs(
+        self, images: Images, split: Split = "val", measures: Collection[str] = (CLASSES,)
+    ) -> Outputs:
+        """What each task's own expert gives for its images: pseudo-labels, for one.
+
+        Raises:
+            MergeScopeError: unreadable or unfit weights, heads or data.
+        """
+        parts = [
+            self.member_outputs(self.suite.expert(task), {task: mine}, split, measures)
+            for task, mine in images.items()
+        ]
+        return {task: values for part in parts for task, values in part.items()}
 
     def learned(
         self, recipe: Recipe, session: MergeSession, progress: Progress | None = None
@@ -253,6 +197,46 @@ class Evaluator:
             self._learned = (wanted, state)
         return state
 
+    def recipe_outputs(
+        self,
+        recipe: Recipe,
+        session: MergeSession,
+        images: Images,
+        split: Split = "val",
+        measures: Collection[str] = (CLASSES,),
+        progress: Progress | None = None,
+    ) -> Outputs:
+        """What a merge, as it would be written, gives for images of its tasks.
+
+        What its method learns from data is learnt only if something has to be run.
+
+        Args:
+            recipe: what is merged.
+            session: its members.
+            images: tasks of the session to numbers of images (see :meth:`outputs`).
+            split: ``val`` or ``test``.
+            measures: names of :data:`analysis.measures.MEASURES`.
+            progress: reports images run, and steps of learning.
+
+        Raises:
+            MergeScopeError: unfit inputs.
+            Cancelled: between two batches, or between two steps of learning.
+        """
+        digest = self._digest(recipe, session)
+        learned = partial(self.learned, recipe, session, progress)
+        if not recipe.declaration.indexed:
+            model = partial(_as_written, recipe, session, None, learned)
+            return self.outputs(digest, model, images, split, measures, progress)
+        progress = progress or Progress()
+        outputs: Outputs = {}
+        for done, (task, mine) in enumerate(images.items()):
+            progress.step(done, len(images), task)
+            model = partial(_as_written, recipe, session, task, learned)
+            inner = Progress(cancel=progress.cancel)
+            outputs |= self.outputs(digest, model, {task: mine}, split, measures, inner)
+        progress.step(len(images), len(images), "done")
+        return outputs
+
     def recipe_hits(
         self,
         recipe: Recipe,
@@ -261,27 +245,15 @@ class Evaluator:
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> dict[str, np.ndarray]:
-        """Which images of each of its tasks a merge, as it would be written, classifies correctly.
-
-        What its method learns from data is learnt only if predictions are missing.
+        """Which images (bool, N) of each of its tasks a merge classifies correctly.
 
         Raises:
             MergeScopeError: unfit inputs.
-            Cancelled: between two tasks, or between two steps of learning.
+            Cancelled: between two batches, or between two steps of learning.
         """
-        progress = progress or Progress()
-        tasks = session.groups.tasks
-        indexed = recipe.declaration.indexed
-        learned = partial(self.learned, recipe, session, progress)
-        joint = cache(lambda: _as_written(recipe, session, None, learned))
-        digest = self._digest(recipe, session)
-        hits = {}
-        for done, task in enumerate(tasks):
-            progress.step(done, len(tasks), f"{recipe.method} on {task}")
-            model = partial(_as_written, recipe, session, task, learned) if indexed else joint
-            hits[task] = self.hits(digest, model, task, split, limit)
-        progress.step(len(tasks), len(tasks), recipe.method)
-        return hits
+        images = self.images(session.groups.tasks, split, limit)
+        outputs = self.recipe_outputs(recipe, session, images, split, progress=progress)
+        return self._hits(outputs, images, split, limit)
 
     def recipe(
         self,
@@ -295,32 +267,30 @@ class Evaluator:
 
         Raises:
             MergeScopeError: unfit inputs.
-            Cancelled: between two tasks.
+            Cancelled: between two batches, or between two steps of learning.
         """
         return accuracy_frame(self.recipe_hits(recipe, session, split, limit, progress))
 
-    def experts(
-        self, tasks: Sequence[str], split: Split = "val", limit: int | None = None
-    ) -> pd.DataFrame:
-        """Accuracy of each expert on its own task."""
-        parts = [self.checkpoint(self.suite.expert(t), [t], split, limit) for t in tasks]
-        return pd.concat(parts, ignore_index=True)
+    def _hits(
+        self, outputs: Outputs, images: Images, split: Split, limit: int | None
+    ) -> dict[str, np.ndarray]:
+        hits = {}
+        for task, numbers in images.items():
+            labels = self.inputs(task, split, limit)[1][numbers]
+            if int(labels.max()) >= len(self.head(task).weight):
+                raise SuiteError(self.misfit(task, f"labels up to {int(labels.max())}"))
+            hits[task] = outputs[task][CLASSES] == labels
+        return hits
 
     def _stored(self, digest: str, tasks: Sequence[str], split: Split, limit: int | None) -> bool:
-        keys = [prediction_key(digest, self._data_digest(t), split, limit) for t in tasks]
-        return all(self.predictions.get(key) is not None for key in keys)
+        return self.known(digest, self.images(tasks, split, limit), split)
 
     def _digest(self, recipe: Recipe, session: MergeSession) -> str:
         """Of what determines the merged weights: data, too, where the method learns from them."""
         digest = recipe.digest(self.suite)
         if recipe.declaration.learns is None:
             return digest
-        return digest_of(digest, *(self._data_digest(task) for task in session.groups.tasks))
-
-    def _data_digest(self, task: str) -> str:
-        if task not in self._digests:
-            self._digests[task] = self.suite.data_digest(task)
-        return self._digests[task]
+        return digest_of(digest, *(self.data_digest(task) for task in session.groups.tasks))
 
 
 def _as_written(

@@ -6,7 +6,10 @@ import pandas as pd
 
 from analysis.evaluation import Evaluator
 from analysis.inputs import Split
-from analysis.sweep import best_point, grid, known_sweep, mean_over_tasks
+from analysis.rank_selection.adaptive import adaptive_search
+from analysis.rank_selection.select import recipe_at
+from analysis.rank_selection.space import search_space
+from analysis.rank_selection.stored import NotStored, StoredEvaluator
 from merge_core.engine import MergeSession
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, make_recipe
@@ -24,17 +27,15 @@ def suggested(
         evaluator: where predictions are kept.
 
     Returns:
-        The recipe, and whether its setting was chosen on the validation split (a full sweep of
-        the usual grid is stored) rather than by default.
+        The recipe, and whether its setting was chosen on the validation split (all that the
+        search for it runs is stored) rather than by default.
     """
-    tasks = session.groups.tasks
-    frame = known_sweep(grid(method, suite, tasks), session, evaluator)
-    if frame is None:
-        return make_recipe({"suite": suite, "tasks": tasks, "method": method}), False
-    best = best_point(mean_over_tasks(frame))
-    chosen = {axis: float(best[axis]) for axis in ("rank", "scale") if best[axis] == best[axis]}
-    document = {"suite": suite, "tasks": tasks, "method": method, "parameters": chosen}
-    return make_recipe(document), True
+    space = search_space(method, suite, session.groups.tasks)
+    try:
+        search = adaptive_search(space, session, StoredEvaluator(evaluator))
+    except NotStored:
+        return space.base, False
+    return recipe_at(space, search.rank, search.scale), True
 
 
 def first_recipes(

@@ -1,8 +1,10 @@
-"""Predictions by content: computed once, kept on disk, and shipped with a suite.
+"""What models gave for images, by content: computed once, kept on disk, and shipped with a suite.
 
-A prediction is known by the digests of the weights (a checkpoint, or the recipe and its inputs)
-and of the task's data, head and architecture. The user's own store is a SQLite file in the cache
-folder; a suite may carry one of the same form, ``predictions.sqlite``, which is only read.
+A vector is known by the digests of the weights (a checkpoint, or the recipe and its inputs) and of
+the task's data, head and architecture. It has one value per image of the split; images that were
+not asked for yet are marked in it, and are filled in when they are. The user's own store is a
+SQLite file in the cache folder; a suite may carry one of the same form, ``predictions.sqlite``,
+which is only read.
 """
 
 from __future__ import annotations
@@ -10,32 +12,59 @@ from __future__ import annotations
 import sqlite3
 import threading
 import zlib
+from collections.abc import Mapping, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from merge_core.files import cache_dir, digest_of
 
 SHIPPED_NAME = "predictions.sqlite"
 FORMAT = "predictions-1"
 SCHEMA = "CREATE TABLE IF NOT EXISTS predictions (key TEXT PRIMARY KEY, labels BLOB NOT NULL)"
+CLASSES = "classes"
+
+Vectors = dict[str, np.ndarray]
 
 
-def prediction_key(weights: str, data: str, split: str, limit: int | None) -> str:
-    """The key of a task's predictions.
+def output_key(weights: str, data: str, split: str, measure: str = CLASSES) -> str:
+    """The key of a vector over the images of a task's split.
 
     Args:
         weights: digest of the weights.
         data: digest of the task's data, head and architecture.
         split: ``val`` or ``test``.
-        limit: only the first so many images, or None.
+        measure: ``classes``, or another name of what is measured.
     """
-    return digest_of(FORMAT, weights, data, split, str(limit))
+    # "None" is how stores that are in use call the classes of all images.
+    return digest_of(FORMAT, weights, data, split, "None" if measure == CLASSES else measure)
+
+
+def is_missing(values: np.ndarray) -> np.ndarray:
+    """Which entries were not computed (bool, as `values`): −1 among integers, NaN among floats."""
+    missing: np.ndarray = np.isnan(values) if values.dtype.kind == "f" else values < 0
+    return missing
+
+
+def nothing(count: int, dtype: npt.DTypeLike) -> np.ndarray:
+    """A vector of which no entry was computed."""
+    return np.full(count, np.nan if np.dtype(dtype).kind == "f" else -1, dtype)
+
+
+def filled(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """`first`, with `second` where it is missing; the longer one's length, `first`'s dtype."""
+    result = nothing(max(len(first), len(second)), first.dtype)
+    for values in (second, first):
+        known = ~is_missing(values)
+        result[: len(values)][known] = values[known]
+    return result
 
 
 class PredictionStore:
-    """Predicted classes by key, read from `shipped` and from the user's store, written there.
+    """Vectors by key, read from `shipped` and from the user's store, written there.
 
     A store that cannot be opened or written costs time, never a result.
 
@@ -47,52 +76,88 @@ class PredictionStore:
     def __init__(self, path: Path | None = None, shipped: tuple[Path, ...] = ()) -> None:
         self.path = cache_dir() / SHIPPED_NAME if path is None else path
         # Shipped stores are small and asked for often: a sweep looks up thousands of keys.
-        self._shipped: dict[str, bytes] = {}
+        self._shipped: dict[str, Any] = {}
         for file in shipped:
-            self._shipped |= _rows(file, "SELECT key, labels FROM predictions")
+            self._shipped |= _read(file)
         self._lock = threading.Lock()
 
-    def get(self, key: str) -> np.ndarray | None:
-        """Predicted classes (int64, N), or None if never computed."""
-        blob = self._shipped.get(key)
-        if blob is None:
-            rows = _rows(self.path, "SELECT key, labels FROM predictions WHERE key = ?", (key,))
-            blob = rows.get(key)
-        if blob is None:
-            return None
-        try:
-            return np.frombuffer(zlib.decompress(blob), dtype=np.int16).astype(np.int64)
-        except (zlib.error, ValueError, TypeError):
-            return None
+    def get(self, wanted: Mapping[str, npt.DTypeLike]) -> Vectors:
+        """Vectors that are known, at least in part; short ones miss what follows.
 
-    def put(self, key: str, labels: np.ndarray) -> None:
-        """Keep predicted classes (integers below 32768, N)."""
-        blob = zlib.compress(labels.astype(np.int16).tobytes(), level=9)
+        Args:
+            wanted: key to the dtype of its values.
+        """
+        known = _vectors(_read(self.path, list(wanted)), wanted)
+        shipped = _vectors({key: self._shipped.get(key) for key in wanted}, wanted)
+        for key, values in shipped.items():
+            known[key] = filled(values, known[key]) if key in known else values
+        return known
+
+    def put(self, vectors: Mapping[str, np.ndarray]) -> None:
+        """Keep vectors in one transaction; what is missing in one stays as it was stored.
+
+        Args:
+            vectors: key to int16 classes (−1 missing) or floats (NaN missing).
+        """
+        if not vectors:
+            return
         with self._lock:
             try:
-                self._write(key, blob)
+                self._write(vectors)
             except sqlite3.OperationalError:
                 return  # read-only, full or locked
             except (sqlite3.DatabaseError, OSError):
                 # Damaged beyond use: start afresh rather than compute everything for ever.
                 with suppress(sqlite3.Error, OSError):
                     self.path.unlink(missing_ok=True)
-                    self._write(key, blob)
+                    self._write(vectors)
 
-    def _write(self, key: str, blob: bytes) -> None:
+    def _write(self, vectors: Mapping[str, np.ndarray]) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with closing(sqlite3.connect(self.path, timeout=5)) as connection, connection:
-            connection.execute(SCHEMA)
-            connection.execute("INSERT OR REPLACE INTO predictions VALUES (?, ?)", (key, blob))
+        with closing(sqlite3.connect(self.path, timeout=5, isolation_level=None)) as connection:
+            # Waiting for the disk takes longer than small forward passes. A power cut can then
+            # damage the file, which costs time: rows carry a checksum.
+            connection.execute("PRAGMA synchronous = OFF")
+            connection.execute("BEGIN IMMEDIATE")  # nobody writes between reading and writing
+            with connection:
+                connection.execute(SCHEMA)
+                types = {key: values.dtype for key, values in vectors.items()}
+                known = _vectors(_select(connection, list(vectors)), types)
+                rows = [
+                    (key, _packed(filled(values, known[key]) if key in known else values))
+                    for key, values in vectors.items()
+                ]
+                connection.executemany("INSERT OR REPLACE INTO predictions VALUES (?, ?)", rows)
 
 
-def _rows(path: Path, query: str, arguments: tuple[str, ...] = ()) -> dict[str, bytes]:
-    """Keys and blobs that a query gives; nothing where the store is missing or unreadable."""
+def _packed(values: np.ndarray) -> bytes:
+    return zlib.compress(values.tobytes(), level=9)
+
+
+def _vectors(rows: Mapping[str, Any], types: Mapping[str, npt.DTypeLike]) -> Vectors:
+    """Rows as vectors; damaged ones are unknown."""
+    found = {}
+    for key, blob in rows.items():
+        with suppress(zlib.error, ValueError, TypeError):
+            found[key] = np.frombuffer(zlib.decompress(blob), dtype=types[key])
+    return found
+
+
+def _read(path: Path, keys: Sequence[str] | None = None) -> dict[str, Any]:
+    """Blobs by key, all where none are named; nothing where the store is missing or unreadable."""
     try:
         if not path.is_file():
             return {}
         uri = f"{path.resolve().as_uri()}?mode=ro"
         with closing(sqlite3.connect(uri, uri=True, timeout=5)) as connection:
-            return dict(connection.execute(query, arguments).fetchall())
+            return _select(connection, keys)
     except (sqlite3.Error, OSError):
         return {}
+
+
+def _select(connection: sqlite3.Connection, keys: Sequence[str] | None) -> dict[str, Any]:
+    query = "SELECT key, labels FROM predictions"
+    if keys is None:
+        return dict(connection.execute(query).fetchall())
+    marks = ", ".join("?" * len(keys))
+    return dict(connection.execute(f"{query} WHERE key IN ({marks})", keys).fetchall())

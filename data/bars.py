@@ -15,7 +15,8 @@ from scipy.stats import norm
 from analysis.evaluation import CONFIDENCE, Evaluator, mean_accuracy
 from analysis.first_result import first_recipes, first_result
 from analysis.inputs import Split
-from analysis.sweep import grid, sweep
+from analysis.rank_selection.adaptive import adaptive_search
+from analysis.rank_selection.space import search_space
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.recipe import Recipe
@@ -57,7 +58,7 @@ def report(reference: str) -> str:
     suite = load_suite(reference)
     session, evaluator = MergeSession(suite, None, FactorStore()), Evaluator(suite)
     for method in ("cart", "task_arithmetic"):
-        sweep(grid(method, reference, session.groups.tasks), session, evaluator)
+        adaptive_search(search_space(method, reference, session.groups.tasks), session, evaluator)
     recipes = first_recipes(reference, session, evaluator)
     results = {split: first_result(recipes, session, evaluator, split) for split in ("val", "test")}
     means = {s: mean_accuracy(frame, by=["model"]) for s, frame in results.items()}

@@ -14,7 +14,8 @@ from pathlib import Path
 from analysis.evaluation import Evaluator
 from analysis.first_result import first_recipes, first_result
 from analysis.predictions import SHIPPED_NAME, PredictionStore
-from analysis.sweep import grid, sweep
+from analysis.rank_selection.select import NEEDS, select_rank
+from analysis.rank_selection.space import search_space
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.methods import methods
@@ -22,8 +23,8 @@ from merge_core.progress import Progress
 from merge_core.recipe import make_recipe
 from merge_core.suite import BUNDLED, load_suite
 
-# What the pages show without being asked: the sweeps of Rank and scale and of the Overview.
-SWEPT = ("cart", "low_rank_task_arithmetic", "task_arithmetic")
+# Of these the page "Rank and scale" shows rank and scale without being asked, in every mode.
+SELECTED = ("cart", "low_rank_task_arithmetic", "task_arithmetic")
 
 
 def precompute(reference: str = BUNDLED) -> Path:
@@ -53,9 +54,10 @@ def precompute(reference: str = BUNDLED) -> Path:
         for name in usable:
             recipe = make_recipe({"suite": reference, "tasks": tasks, "method": name})
             evaluator.recipe(recipe, session)
-            if name in SWEPT:
-                recipes = grid(name, reference, tasks)
-                sweep(recipes, session, evaluator, progress=_progress(f"sweep of {name}"))
+            for mode in NEEDS if name in SELECTED else ():
+                space = search_space(name, reference, tasks)
+                shown = _progress(f"{name}, {mode}")
+                select_rank(space, session, evaluator, mode, every_proxy=True, progress=shown)
         evaluator.experts(tasks)
         if suite.base is not None:
             evaluator.checkpoint(suite.base, tasks)

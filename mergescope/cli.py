@@ -1,4 +1,4 @@
-"""The command line: ``mergescope app | inspect | merge | evaluate | sweep | compare | methods``.
+"""The command line: ``mergescope app | inspect | merge | evaluate | select-rank | compare | …``.
 
 A user's mistake ends with exit code 2 and one line that says what is wrong and what to do.
 Everything heavy is imported by the command that needs it, so that ``--help`` is instant.
@@ -19,6 +19,7 @@ from merge_core.errors import MergeScopeError, SuiteError
 from mergescope.compare_cli import compare
 from mergescope.methods_cli import list_methods
 from mergescope.pool_cli import pool_app
+from mergescope.select_rank_cli import select
 from mergescope.terminal import (
     CsvOption,
     LimitOption,
@@ -27,7 +28,6 @@ from mergescope.terminal import (
     checked_csv,
     checked_split,
     console,
-    numbers,
     print_frame,
     print_table,
     progress_bar,
@@ -117,6 +117,10 @@ def inspect(
     out.print(f"base: {'yes' if loaded.base is not None else 'none'}")
     lacking = loaded.why_not_evaluated
     out.print(f"evaluation: {'ready' if lacking is None else 'not possible, ' + lacking}")
+    members = [loaded.expert(task) for task in loaded.tasks]
+    members += [] if loaded.base is None else [loaded.base]
+    if foreign := sorted(set().union(*(member.foreign for member in members))):
+        out.print(f"named in pickled files, neither imported nor run: {', '.join(foreign)}")
     decomposed = sum(row.decomposed for row in report.plan)
     out.print(
         f"parameters: {len(report.plan)} ({decomposed} decomposed, "
@@ -348,50 +352,6 @@ def evaluate(
     write_csv(table[columns], csv)
 
 
-@app.command()
-def sweep(
-    suite: SuiteArgument,
-    method: Annotated[str, typer.Option(help="A method with a rank or a scale.")] = "cart",
-    ranks: Annotated[
-        str | None, typer.Option(help="Shares (0.08) or numbers of directions (8), by commas.")
-    ] = None,
-    scales: Annotated[str | None, typer.Option(help="Scaling coefficients, by commas.")] = None,
-    tasks: TasksOption = None,
-    split: Annotated[str, typer.Option(help="val or test.")] = "val",
-    limit: LimitOption = None,
-    csv: CsvOption = None,
-) -> None:
-    """Accuracy over rank and scale; results are kept, so a sweep interrupted goes on."""
-    from analysis.evaluation import Evaluator
-    from analysis.sweep import best_point, grid, mean_over_tasks
-    from analysis.sweep import sweep as run_sweep
-    from merge_core.engine import MergeSession
-    from merge_core.factors import FactorStore
-    from merge_core.suite import load_suite
-
-    part = checked_split(split)
-    checked_csv(csv)
-    loaded = load_suite(suite)
-    recipes = grid(
-        method,
-        suite,
-        split_names(tasks),
-        numbers(ranks, "--ranks"),
-        numbers(scales, "--scales"),
-    )
-    evaluator = Evaluator(loaded)
-    session = MergeSession(loaded, recipes[0].tasks, FactorStore())
-    frame = run_sweep(recipes, session, evaluator, part, limit, progress_bar("sweeping"))
-    mean = mean_over_tasks(frame)
-    out = console()
-    print_frame(out, f"Mean accuracy on the {split} split", mean.dropna(axis=1, how="all"))
-    best = best_point(mean)
-    setting = ", ".join(
-        f"{name} {best[name]:g}" for name in ("rank", "scale") if best[name] == best[name]
-    )
-    out.print(f"best: {setting}: {best['accuracy']:.1%} ({best['low']:.1%} to {best['high']:.1%})")
-    write_csv(frame, csv)
-
-
+app.command("select-rank")(select)
 app.command()(compare)
 app.command("methods")(list_methods)

@@ -1,243 +1,397 @@
-"""Rank and scale: accuracy over both, and the point that merges best."""
+"""Rank and scale: the setting that merges best, how sure that is, and what finds it."""
 
 from __future__ import annotations
+
+import math
+from collections.abc import Callable
 
 import pandas as pd
 import streamlit as st
 
-from analysis.figures import accuracy as figures
-from analysis.sweep import (
-    best_point,
-    grid,
-    known_sweep,
-    mean_over_tasks,
-    normalised_by_experts,
-    sweep,
+from analysis.evaluation import Evaluator, mean_accuracy
+from analysis.figures import rank_evidence
+from analysis.figures import rank_selection as figures
+from analysis.rank_selection.select import (
+    Mode,
+    Selection,
+    known_selection,
+    select_rank,
+    selectable,
+    task_curves,
 )
+from analysis.rank_selection.space import search_space
+from analysis.rank_selection.weight_proxies import proxy_curves
+from analysis.rank_selection.weight_response import PROPORTIONAL
+from merge_core.files import digest_of
 from merge_core.methods import get_method
-from merge_core.recipe import make_recipe
+from merge_core.progress import Progress
 from ui import charts, resources, shell
 from ui.progress import run_job
+from ui.rank_evidence_section import evidence_section, more_tasks_section
+from ui.rank_layers_section import layers_section
+from ui.rank_settings_section import settings_section
 from ui.resources import View
 from ui.widgets import choice, share_label
 
 shell.enter()
 
-CENTRED, ORIGINAL = "cart", "low_rank_task_arithmetic"
+MODES: dict[Mode, str] = {
+    "labels": "With labels",
+    "inputs": "Inputs only",
+    "weights": "Weights only",
+}
+SEARCHES = {False: "Adaptive", True: "Full grid"}
+# The same low-rank sum about the other origin: drawn beside the method's curve where it is known.
+SISTER = {"cart": "low_rank_task_arithmetic", "low_rank_task_arithmetic": "cart"}
+# Up to this many parameters what is stored is looked up at once, above it in the background.
+LIVE_PARAMETERS = 5_000_000
+SHOWN = ("reconstruction", "interference_row", "update_norm", "alignment")
+EVERY_NOTE = (
+    "The rules that read inputs each take a search of their own; what other searches have run is "
+    "not run again."
+)
 
 
-@st.cache_data(max_entries=16, show_spinner="Looking up what is known …")
-def stored(key: str, tasks: tuple[str, ...], method: str, _view: View) -> pd.DataFrame | None:
-    """The sweep of a method's usual grid if every point was evaluated before."""
-    recipes = grid(method, _view.name, tasks)
-    return known_sweep(recipes, resources.session(_view), resources.evaluator(_view))
+def choose(view: View) -> tuple[str, Mode, bool]:
+    """Method, what may be looked at, and how thoroughly."""
+    offered = selectable(view.suite, view.tasks)
+    if not view.suite.can_evaluate:
+        offered = {name: title for name, title in offered.items() if name in PROPORTIONAL}
+    left, middle, right = st.columns([3, 5, 2])
+    method = left.selectbox(
+        "Method",
+        list(offered),
+        index=list(offered).index("cart"),
+        format_func=offered.__getitem__,
+        key="method",
+        bind="query-params",
+        help="Methods with a rank or a scale that make one model from weights alone.",
+    )
+    modes = {
+        mode: words
+        for mode, words in MODES.items()
+        if (method in PROPORTIONAL if mode == "weights" else view.suite.can_evaluate)
+    }
+    with middle:
+        mode: Mode = choice(
+            "What may be looked at",
+            modes,
+            "mode",
+            "With labels: accuracy on the labelled validation images. Inputs only: the same "
+            "images, their labels unread. Weights only: the checkpoints alone, for methods that "
+            "add λ times an update to their origin.",
+        )
+    full_grid = False
+    if mode != "weights":
+        with right:
+            full_grid = choice(
+                "Search",
+                SEARCHES,
+                "search",
+                "Adaptive spends images where they can change the answer; the full grid runs "
+                "every image at every setting.",
+            )
+    return method, mode, full_grid
 
 
-@st.cache_data(max_entries=16, show_spinner="Evaluating the experts …")
-def expert_accuracy(key: str, tasks: tuple[str, ...], _view: View) -> pd.DataFrame:
-    """Each expert on its own task, validation split."""
-    return resources.evaluator(_view).experts(tasks)
+@st.cache_resource(max_entries=32, show_spinner="Looking up what is known …")
+def stored(
+    key: str,
+    tasks: tuple[str, ...],
+    method: str,
+    mode: Mode,
+    full_grid: bool,
+    every_proxy: bool,
+    _view: View,
+) -> Selection | None:
+    """The selection if it takes no forward pass (and the model is small)."""
+    session = resources.session(_view)
+    if sum(group.info.numel for group in session.groups) > LIVE_PARAMETERS:
+        return None
+    space = search_space(method, _view.name, tasks)
+    options = {"full_grid": full_grid, "every_proxy": every_proxy}
+    return known_selection(space, session, evaluator_of(_view), mode, **options)
 
 
-def obtained(view: View, methods: list[str]) -> pd.DataFrame | None:
-    """The sweeps of these methods, or None while they have still to be run (and offers that)."""
-    known = [stored(view.key, view.tasks, method, view) for method in methods]
-    if all(frame is not None for frame in known):
-        return pd.concat(known, ignore_index=True)
-    recipes = [r for method in methods for r in grid(method, view.name, view.tasks)]
-    session, evaluator = resources.session(view), resources.evaluator(view)
-    images = sum(len(evaluator.inputs(t, "val", None)[1]) for t in view.tasks)
+@st.cache_data(max_entries=16, show_spinner="Following the rules over the rank …")
+def curves_over_rank(key: str, tasks: tuple[str, ...], method: str, _view: View) -> pd.DataFrame:
+    """What rules that need weights alone say about every rank."""
+    space = search_space(method, _view.name, tasks)
+    return proxy_curves(resources.session(_view).groups, space)
+
+
+def evaluator_of(view: View) -> Evaluator | None:
+    """The evaluator, or None for a suite that cannot be evaluated."""
+    return resources.evaluator(view) if view.suite.can_evaluate else None
+
+
+def obtained(
+    view: View, method: str, mode: Mode, full_grid: bool, every_proxy: bool = False
+) -> Selection | None:
+    """The selection, or None while it has still to be found (and offers that)."""
+    known = stored(view.key, view.tasks, method, mode, full_grid, every_proxy, view)
+    if known is not None:
+        return known
+    session, evaluator = resources.session(view), evaluator_of(view)
+    space = search_space(method, view.name, view.tasks)
+
+    def work(progress: Progress) -> Selection:
+        return select_rank(
+            space,
+            session,
+            evaluator,
+            mode,
+            full_grid=full_grid,
+            every_proxy=every_proxy,
+            progress=progress,
+        )
+
+    choices = (method, mode, str(full_grid), str(every_proxy))
     job = run_job(
-        key=f"sweep:{view.key}:{','.join(view.tasks)}",
-        title="Sweep over rank and scale",
-        button="Run the sweep",
-        note=f"This choice of tasks has not been swept yet: {len(recipes)} merges, each evaluated "
-        f"on {images:,} validation images. It runs in the background, can be cancelled, and goes "
-        "on from where it stopped.",
-        work=lambda progress: sweep(recipes, session, evaluator, progress=progress),
+        digest_of("select", view.key, *view.tasks, *choices),
+        "Every rule's pick" if every_proxy else "Rank and scale",
+        "Find every rule's pick" if every_proxy else "Find rank and scale",
+        EVERY_NOTE if every_proxy else note(space.size, mode, full_grid),
+        work,
     )
     if job is None:
         return None
     stored.clear()
-    result: pd.DataFrame = job.result
-    return result
+    found: Selection = job.result
+    return found
 
 
-def pick(point: pd.Series) -> None:
-    """Take a setting over into the two sliders."""
-    st.session_state["at_rank"] = float(point["rank"])
-    st.session_state["at_scale"] = float(point["scale"])
+def note(size: int, mode: Mode, full_grid: bool) -> str:
+    """What the button will do, before it is pressed."""
+    if mode == "weights":
+        return (
+            "Decomposes the task vectors and asks every rule that needs weights alone. No image is "
+            "run."
+        )
+    how = (
+        f"Evaluates all {size} settings on every image of the validation split."
+        if full_grid
+        else f"Searches {size} settings: few images everywhere, more where it matters."
+    )
+    return f"{how} It runs in the background, can be cancelled, and goes on from where it stopped."
 
 
-def pick_clicked() -> None:
-    """A click on the map chooses that point (the two sliders are its keyboard twins)."""
-    points = st.session_state["rank_scale_map"]["selection"]["points"]
-    if points:
-        data = points[0]["customdata"]
-        values = data if isinstance(data, list) else [data["0"], data["1"]]
-        pick(pd.Series({"rank": values[0], "scale": values[1]}))
+def answer(selection: Selection) -> None:
+    """The recommendation, what it rests on, and what it costs."""
+    axes = [
+        (name, words)
+        for name, words in (
+            ("Recommended rank", "" if math.isnan(selection.rank) else share_label(selection.rank)),
+            ("Recommended λ", "" if math.isnan(selection.scale) else f"{selection.scale:g}"),
+        )
+        if words
+    ]
+    cards = st.columns(4)
+    for place, (name, words) in zip(cards, axes, strict=False):
+        place.metric(name, words)
+    if selection.accuracy is not None:
+        mean = selection.accuracy
+        cards[2].metric(
+            "Validation accuracy",
+            f"{mean['accuracy']:.1%}",
+            delta=interval(mean),
+            delta_color="off",
+            delta_arrow="off",
+            help="Mean over tasks at the recommended setting with its 95 % interval. "
+            + (
+                "It was chosen for being high on these images, so the test split is the fairer "
+                "number."
+                if selection.mode == "labels"
+                else "Labels were not used to choose; they only show what came of it."
+            ),
+        )
+    if selection.report is not None:
+        test = mean_accuracy(selection.report).iloc[0]
+        cards[3].metric(
+            "Test accuracy",
+            f"{test['accuracy']:.1%}",
+            delta=interval(test),
+            delta_color="off",
+            delta_arrow="off",
+            help="Of the recommended setting alone, looked at after choosing.",
+        )
+    st.markdown(selection.why)
+
+
+def interval(mean: pd.Series) -> str:
+    """An interval in words."""
+    return f"{100 * mean['low']:.1f} to {100 * mean['high']:.1f} %"
+
+
+def take(view: View, selection: Selection) -> None:
+    """What to do with it: open it in the Merge lab, download its recipe; what it costs."""
+    left, middle, right = st.columns([3, 2, 6], vertical_alignment="center")
+    left.page_link(
+        shell.page("merge_lab"),
+        label="Use this in the Merge lab",
+        icon=":material/science:",
+        query_params=shell.lab_query(selection.recipe),
+    )
+    middle.download_button(
+        "Recipe (YAML)",
+        data=selection.recipe.to_yaml(),
+        file_name=f"{view.name}_{selection.recipe.method}.yaml",
+        mime="text/yaml",
+        on_click="ignore",
+        icon=":material/download:",
+    )
+    right.caption(cost(selection))
+
+
+def cost(selection: Selection) -> str:
+    """Images, seconds and bytes in words."""
+    parts = []
+    if selection.mode != "weights":
+        parts.append(
+            f"{selection.asked_images:,} images decided "
+            f"({selection.asked_images / selection.grid_images:.0%} of the full grid's); "
+            f"{selection.forward_images:,} were run just now, in {selection.seconds:.1f} s."
+        )
+    else:
+        parts.append(f"No image was run; {selection.seconds:.1f} s.")
+    if selection.low_rank_bytes is not None:
+        parts.append(
+            f"The kept directions take {size_words(selection.low_rank_bytes)} in factored form,"
+        )
+    parts.append(f"the merged model {size_words(selection.model_bytes)}.")
+    return " ".join(parts)
+
+
+def size_words(count: float) -> str:
+    """A number of bytes in words."""
+    return f"{count / 1e6:.3g} MB" if count < 1e9 else f"{count / 1e9:.3g} GB"
+
+
+def curve_and_map(selection: Selection, view: View) -> None:
+    """The section of settings, with the curve about the other origin where that is known."""
+    method, mode = SISTER.get(selection.recipe.method), selection.mode
+    other = None
+    if method in selectable(view.suite, view.tasks) and mode == "labels":
+        other = stored(view.key, view.tasks, method, mode, selection.full_grid, False, view)
+    if view.suite.can_evaluate and st.toggle(
+        "Mark every rule's pick",
+        key="marks",
+        bind="query-params",
+        help="Rules that read weights are marked anyway; those that read inputs take a search "
+        "each.",
+    ):
+        selection = with_every_pick(selection, view)
+    settings_section(selection, other, view)
+
+
+def with_every_pick(selection: Selection, view: View) -> Selection:
+    """The selection with the picks of rules that read inputs, once they have been found."""
+    method, mode = selection.recipe.method, selection.mode
+    return obtained(view, method, mode, selection.full_grid, every_proxy=True) or selection
 
 
 @shell.fragment
-def section(frame: pd.DataFrame, view: View) -> None:
-    """Map, curves and the chosen point."""
-    experts = expert_accuracy(view.key, view.tasks, view)
-    method = CENTRED
-    if view.suite.base is not None:
-        method = choice(
-            "Low-rank task vectors",
-            {CENTRED: "Centred (CART)", ORIGINAL: "Original (about the base)"},
-            "vectors",
-            "Centred vectors are added to the average, original ones to the base.",
-        )
-    mean = mean_over_tasks(frame)
-    mine = mean[mean["method"] == method]
-    best = best_point(mine)
-    ranks = sorted(float(value) for value in mine["rank"].unique())
-    scales = sorted(float(value) for value in mine["scale"].unique())
-    left, middle, right = st.columns([3, 3, 2], vertical_alignment="bottom")
-    rank = left.select_slider(
-        "Rank (share of directions)",
-        ranks,
-        value=float(best["rank"]),
-        format_func=share_label,
-        key="at_rank",
-        bind="query-params",
-        help="Directions kept of each task vector, as a share of min(m, n) of each matrix.",
-    )
-    scale = middle.select_slider(
-        "Scaling coefficient λ",
-        scales,
-        value=float(best["scale"]),
-        key="at_scale",
-        bind="query-params",
-        help="How strongly the kept directions are added; typical values are 1 to 3 for CART.",
-    )
-    right.button("Go to the best point", on_click=pick, args=(best,), width="stretch")
-    here = mine[(mine["rank"] == rank) & (mine["scale"] == scale)].iloc[0]
-    average = mine[mine["rank"] == 1.0]["accuracy"].max() if method == CENTRED else None
-
-    cards = st.columns(4)
-    cards[0].metric(
-        "Chosen point",
-        f"{here['accuracy']:.1%}",
-        help=f"Mean over tasks on the validation split, 95 % interval {here['low']:.1%} to "
-        f"{here['high']:.1%}.",
-    )
-    cards[1].metric(
-        "Best point",
-        f"{best['accuracy']:.1%}",
-        delta=f"at {share_label(best['rank'])}, λ = {best['scale']:g}",
-        delta_color="off",
-        delta_arrow="off",
-    )
-    cards[2].metric("Experts", f"{experts['accuracy'].mean():.1%}")
-    if average is not None:
-        cards[3].metric("Average of the weights", f"{average:.1%}")
-
+def proxies(selection: Selection, view: View) -> None:
+    """Every proxy on the rank axis, and what each picks."""
+    if view.suite.can_evaluate:
+        selection = with_every_pick(selection, view)
+    curves = curves_over_rank(view.key, view.tasks, selection.recipe.method, view)
     left, right = st.columns(2)
-    with left:
+    measured = selection.curve if selection.space.ranks else selection.curve.iloc[:0]
+    if len(curves):
+        with left:
+            charts.show(
+                rank_evidence.proxies_over_rank(
+                    curves,
+                    measured,
+                    title="Do proxies from weights know the best rank?",
+                    shown=SHOWN,
+                ),
+                key="proxies",
+                alt="Proxies over rank, each stretched to the unit interval",
+                height=620,
+            )
+    if selection.picks["rank"].notna().any():
+        with right:
+            charts.show(
+                rank_evidence.picks_over_rank(
+                    selection.picks, title="Which rank does each pick?", chosen=selection.rank
+                ),
+                key="picks",
+                alt="The rank that each proxy picks",
+            )
+    charts.table(
+        selection.picks[["title", "mode", "rank", "scale", "accuracy", "why", "source"]],
+        "picks",
+        key="picks",
+    )
+
+
+@shell.fragment
+def tasks(selection: Selection, view: View) -> None:
+    """Which task wants which rank, and what more tasks do."""
+    axis = "rank" if selection.space.ranks else "scale"
+    if selection.score == "accuracy" and len(selection.curve):
+        frame = task_curves(selection, resources.session(view), resources.evaluator(view))
+        relative = st.toggle(
+            "As a share of each expert's accuracy",
+            key="relative",
+            bind="query-params",
+            help="Divides by the expert's own accuracy, so that hard and easy tasks compare.",
+        )
         charts.show(
-            figures.rank_scale_map(
-                mine,
-                title="Which pair merges best?",
-                chosen=(rank, scale),
-                best=(best["rank"], best["scale"]),
+            figures.tasks_over_rank(
+                frame,
+                "normalised" if relative else "accuracy",
+                title=f"Which task wants which {axis}?",
+                axis=axis,
+                chosen=selection.rank if axis == "rank" else selection.scale,
             ),
-            key="rank_scale_map",
-            alt="Mean validation accuracy over rank and scale",
-            height=460,
-            on_select=pick_clicked,
-            selection_mode="points",
+            key="task_curves",
+            alt=f"Accuracy of each task over {axis}",
         )
-    with right:
-        curves = pd.concat(
-            [
-                _at_scale(mean, name, scale if name == method else None)
-                for name in dict.fromkeys([CENTRED, ORIGINAL])
-                if name in set(mean["method"])
-            ],
-            ignore_index=True,
+        st.caption(
+            "At each place the setting that is best on average; only settings that were evaluated "
+            "on every image are drawn (the full grid has them all). A task's best is enlarged."
         )
-        charts.show(
-            figures.accuracy_over_rank(
-                curves,
-                title="How does accuracy move with the rank?",
-                references={
-                    "Experts": experts["accuracy"].mean(),
-                    **({"Average": average} if average is not None else {}),
-                },
-                chosen_rank=rank,
-            ),
-            key="accuracy_over_rank",
-            alt="Mean accuracy over rank, centred against original task vectors",
-            height=460,
-        )
-    charts.how_to_read(
-        "map",
-        "At rank 100 % the centred vectors cancel and CART is the plain average; at rank 0 it "
-        "is the average too. Where accuracy rises and falls in between, one sees **the bell**. "
-        "Little of each task is kept on its left, and a large λ overstretches that little; on "
-        "its right the vectors cancel more and more. Original vectors (about the base) do not "
-        "cancel: at full rank they end at Task Arithmetic on the matrices. The band is the 95 % "
-        "sampling interval of the mean over these tasks. The point is chosen on the validation "
-        "split; the Overview reports the test split.",
-        r"\theta = \theta_{avg} + \lambda \sum_t \mathrm{SVD}_k(\theta_t - \theta_{avg}),\qquad "
-        r"k = \max(1, \lfloor \rho r \rfloor)",
+        charts.numbers(frame, "tasks", key="tasks")
+    more_tasks_section(selection.recipe.method)
+
+
+def page() -> None:
+    """The page."""
+    view = shell.view()
+    charts.heading(
+        "Which rank, and which scale?",
+        "Two numbers decide a low-rank merge: how many directions of each task are kept, and how "
+        "strongly they are added. Both can be found with labels, with inputs alone, or with no "
+        "data at all.",
     )
-    charts.numbers(mean, "rank_and_scale", key="mean")
-
-    st.subheader("Which task wants which rank?", anchor=False)
-    relative = st.toggle(
-        "As a share of each expert's accuracy",
-        key="relative",
-        bind="query-params",
-        help="Divides by the expert's own accuracy, so that hard and easy tasks compare.",
-    )
-    per_task = frame[(frame["method"] == method) & (frame["scale"] == scale)]
-    per_task = normalised_by_experts(per_task, experts)
-    charts.show(
-        figures.tasks_over_rank(
-            per_task,
-            "normalised" if relative else "accuracy",
-            title=f"Accuracy of each task at λ = {scale:g}",
-            chosen_rank=rank,
-        ),
-        key="tasks_over_rank",
-        alt="Accuracy of each task over rank",
-        height=420,
-    )
-    charts.numbers(per_task, f"tasks_over_rank_{method}", key="tasks")
-    parameters = {"rank": rank, "scale": scale}
-    document = {"suite": view.name, "tasks": view.tasks, "method": method, "parameters": parameters}
-    recipe = make_recipe(document)
-    st.page_link(
-        shell.page("merge_lab"),
-        label=f"Open {get_method(method).title} at this point in the Merge lab",
-        icon=":material/science:",
-        query_params=shell.lab_query(recipe),
-    )
+    if not view.suite.can_evaluate:
+        shell.explain_no_evaluation(view)
+    method, mode, full_grid = choose(view)
+    for warning in get_method(method).warnings(len(view.tasks), None):
+        st.warning(warning)
+    selection = obtained(view, method, mode, full_grid)
+    if selection is None:
+        st.subheader("What the rules have lost so far", anchor=False)
+        evidence_section(method)
+        return
+    answer(selection)
+    take(view, selection)
+    # Only what is looked at is computed and sent.
+    tabs = st.tabs(list(TABS), key="show", bind="query-params")
+    for tab, draw in zip(tabs, TABS.values(), strict=True):
+        if tab.open:
+            with tab:
+                draw(selection, view)
 
 
-def _at_scale(mean: pd.DataFrame, method: str, scale: float | None) -> pd.DataFrame:
-    """Accuracy over rank of a method at one scale, its best one where None is given."""
-    mine = mean[mean["method"] == method]
-    scale = best_point(mine)["scale"] if scale is None else scale
-    return mine[mine["scale"] == scale]
-
-
-charts.heading(
-    "Which rank, and which scale?",
-    "Two numbers decide a low-rank merge: how many directions of each task are kept, and how "
-    "strongly they are added. Both are measured here on the validation split.",
-)
-current = shell.view()
-if current.suite.can_evaluate:
-    wanted = [CENTRED] if current.suite.base is None else [CENTRED, ORIGINAL]
-    if len(current.tasks) == 2:
-        st.warning(get_method("cart").warnings(2, None)[0])
-    swept = obtained(current, wanted)
-    if swept is not None:
-        section(swept, current)
-else:
-    shell.explain_no_evaluation(current)
+TABS: dict[str, Callable[[Selection, View], None]] = {
+    "Curve and map": curve_and_map,
+    "Proxies": proxies,
+    "Tasks": tasks,
+    "Layers": layers_section,
+    "Evidence": lambda selection, _: evidence_section(selection.recipe.method),
+}
+page()

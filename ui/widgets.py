@@ -19,8 +19,19 @@ Value = TypeVar("Value")
 
 
 def share_label(share: float) -> str:
-    """A share of directions in words, such as ``8 %``."""
-    return f"{share:.1%}".replace(".0%", "%").replace("%", " %")
+    """A share of directions in words with three digits, such as ``8 %`` or ``8.34 %``."""
+    return f"{100 * share:.3g} %"
+
+
+def shares_with(key: str) -> list[float]:
+    """:data:`SHARES` and the share that the link gives, which may be any."""
+    asked = st.query_params.get(key, "").removesuffix("%")
+    try:
+        # As many digits as the label has: the value stands in the link by its label.
+        share = round(float(asked) / 100, 6)
+    except ValueError:
+        return list(SHARES)
+    return sorted({*SHARES, share} if 0 < share <= 1 else SHARES)
 
 
 def choice(label: str, options: Mapping[Value, str], key: str, help: str | None = None) -> Value:
@@ -47,11 +58,11 @@ def choice(label: str, options: Mapping[Value, str], key: str, help: str | None 
 
 
 def share_slider(label: str, key: str, help: str, default: float = 0.08) -> float:
-    """A rank as a share of min(m, n)."""
+    """A rank as a share of min(m, n): one of :data:`SHARES`, or the link's own."""
     return float(
         st.select_slider(
             label,
-            SHARES,
+            shares_with(key),
             value=default,
             format_func=share_label,
             key=key,

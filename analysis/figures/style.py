@@ -130,8 +130,8 @@ def layout(
     return figure
 
 
-def mark_share(figure: go.Figure, share: float) -> None:
-    """A dotted vertical line at the chosen share of directions, on a linear or log x axis."""
+def mark_share(figure: go.Figure, share: float, name: str = "chosen") -> None:
+    """A dotted vertical line at a share of directions, on a linear or log x axis."""
     if figure.layout.margin.t is not None:
         figure.layout.margin.t += 12  # the label stands between the title and the plot
     figure.add_vline(x=share, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
@@ -142,7 +142,7 @@ def mark_share(figure: go.Figure, share: float) -> None:
         y=1,
         yref="paper",
         yanchor="bottom",
-        text=f"chosen: {percent(share)}",
+        text=f"{name}: {percent(share)}",
         showarrow=False,
         font={"size": 11},
     )

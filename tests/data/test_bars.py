@@ -10,7 +10,7 @@ import pytest
 import data.bars
 from analysis.evaluation import Evaluator
 from analysis.predictions import PredictionStore
-from analysis.sweep import grid
+from analysis.rank_selection.space import SearchSpace, search_space
 from data.build_suite import main
 from data.tasks import TASKS
 from merge_core.engine import MergeSession
@@ -48,7 +48,11 @@ def test_gap_is_the_difference_of_paired_means(toy: str, tmp_path: Path) -> None
 def test_report_has_a_row_for_every_model_and_task(
     toy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(data.bars, "grid", lambda *arguments: grid(*arguments)[:1])
+    def small(method: str, suite: str, tasks: tuple[str, ...]) -> SearchSpace:
+        ranks = [0.5] if method == "cart" else None
+        return search_space(method, suite, tasks, ranks, [1.0])
+
+    monkeypatch.setattr(data.bars, "search_space", small)
     text = data.bars.report(toy)
     for model in data.bars.MODELS:
         assert text.count(f"| {model} | ") >= 1

@@ -16,7 +16,15 @@ from safetensors.torch import load_file
 
 from merge_core.checkpoint import Checkpoint
 from mergescope import cli, terminal
-from tests.evaluable import TASKS, by_hand, edit_document, evaluable, state_of, write_evaluable
+from tests.evaluable import (
+    TASKS,
+    by_hand,
+    edit_document,
+    evaluable,
+    state_of,
+    timm_model,
+    write_evaluable,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -94,6 +102,22 @@ def test_inspect_prints_names_as_they_are(
     assert "base: none" in captured
 
 
+def test_inspect_names_what_pickled_members_would_import(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    model = timm_model()
+    model.load_state_dict(load_file(folder / "experts/digits.safetensors"))
+    torch.save(model, folder / "experts/digits.pt")
+    document = yaml.safe_load((folder / "suite.yaml").read_text())
+    document["experts"]["digits"]["weights"] = "experts/digits.pt"
+    (folder / "suite.yaml").write_text(yaml.safe_dump(document))
+    assert call(monkeypatch, "inspect", folder, "--headers-only") == 0
+    lines = capsys.readouterr().out.splitlines()
+    (line,) = [line for line in lines if "neither imported nor run" in line]
+    assert "timm.models.vision_transformer.VisionTransformer" in " ".join(lines)
+    assert line.startswith("named in pickled files")
+
+
 def test_inspect_without_evaluation(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
@@ -168,44 +192,6 @@ def test_evaluate_a_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "mean over tasks" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("ranks", "expected"), [("1,3", [1, 1, 3, 3]), ("0.25,1.0", [0.25, 0.25, 1, 1])]
-)
-def test_sweep(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, ranks: str, expected: list[float]
-) -> None:
-    csv = folder / "sweep.csv"
-    arguments = ["sweep", folder, "--ranks", ranks, "--scales", "1, 2.5", "--csv", csv]
-    assert call(monkeypatch, *arguments) == 0
-    table = pd.read_csv(csv)
-    mean = table.groupby(["rank", "scale"], sort=False)["accuracy"].mean().reset_index()
-    assert mean["rank"].tolist() == expected
-    assert mean["scale"].tolist() == [1.0, 2.5, 1.0, 2.5]
-    best = mean.sort_values(["accuracy", "rank", "scale"], ascending=[False, True, True]).iloc[0]
-    line = capsys.readouterr().out.strip().splitlines()[-1]
-    assert line.startswith(
-        f"best: rank {best['rank']:g}, scale {best['scale']:g}: {best['accuracy']:.1%} ("
-    )
-    average = pd.read_csv(evaluated(folder, monkeypatch)).query("model == 'average'")
-    full = table.query("rank == 1.0 and scale == 2.5")["correct"].tolist()
-    same = full == average["correct"].dropna().tolist()
-    assert same == (ranks == "0.25,1.0")  # 1.0 is all directions and gives the average, 1 is one
-
-
-def evaluated(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    csv = folder / "members.csv"
-    assert call(monkeypatch, "evaluate", folder, "--csv", csv) == 0
-    return csv
-
-
-def test_sweep_of_a_method_without_rank(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
-) -> None:
-    arguments = ["sweep", folder, "--method", "task_arithmetic", "--scales", "0.3", "--limit", 4]
-    assert call(monkeypatch, *arguments) == 0
-    assert "best: scale 0.3: " in capsys.readouterr().out
-
-
 class Started:
     def __init__(self, code: int) -> None:
         self.returncode = code
@@ -245,7 +231,8 @@ def test_help_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for command in ("app", "inspect", "merge", "evaluate", "sweep", "compare", "methods", "pool"):
+    names = ("app", "inspect", "merge", "evaluate", "select-rank", "compare", "methods", "pool")
+    for command in names:
         assert f"  {command} " in done.stdout
 
 

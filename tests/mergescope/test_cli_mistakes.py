@@ -95,7 +95,7 @@ DAMAGES = [
 
 
 @pytest.mark.parametrize(("damage", "words"), DAMAGES, ids=lambda value: str(value)[:20])
-@pytest.mark.parametrize("command", ["merge", "evaluate", "sweep"])
+@pytest.mark.parametrize("command", ["merge", "evaluate", "select-rank"])
 def test_damaged_experts(
     folder: Path, mistake: Callable[..., str], damage: Any, words: tuple[str, ...], command: str
 ) -> None:
@@ -105,7 +105,7 @@ def test_damaged_experts(
     arguments = {
         "merge": [recipe, "-o", "out"],
         "evaluate": [recipe, "--csv", "t.csv"],
-        "sweep": [folder, "--ranks", "2", "--scales", "1", "--csv", "t.csv"],
+        "select-rank": [folder, "--ranks", "2", "--scales", "1", "--csv", "t.csv"],
     }[command]
     line = mistake(command, *arguments)
     for word in words:
@@ -187,18 +187,19 @@ def test_wrong_recipes(
         (["evaluate", "suite", "--split", "train"], ("--split must be val or test", "'train'")),
         (["evaluate", "suite", "--limit", "0"], ("--limit",)),
         (["evaluate", "suite", "--csv", "suite"], ("suite is a folder", "give a file name")),
-        (["sweep", "suite", "--csv", "suite"], ("suite is a folder", "give a file name")),
-        (["sweep", "suite", "--split", "all"], ("--split must be val or test",)),
-        (["sweep", "suite", "--ranks", "a,b"], ("--ranks takes numbers", "'a,b'")),
-        (["sweep", "suite", "--ranks", ""], ("--ranks takes numbers",)),
-        (["sweep", "suite", "--ranks", "1.5"], ("rank", "got 1.5")),
-        (["sweep", "suite", "--ranks", "0"], ("rank", "got 0")),
-        (["sweep", "suite", "--ranks", "1,1.0"], ("--ranks names 1 twice",)),
-        (["sweep", "suite", "--scales", "1,,2"], ("--scales takes numbers",)),
-        (["sweep", "suite", "--scales", "nan"], ("scale", "finite")),
-        (["sweep", "suite", "--method", "average"], ("neither a rank nor a scale",)),
-        (["sweep", "suite", "--method", "bogus"], ("no method 'bogus'",)),
-        (["sweep", "suite", "--bogus"], ("No such option: --bogus",)),
+        (["select-rank", "suite", "--csv", "suite"], ("suite is a folder", "give a file name")),
+        (["select-rank", "suite", "--output", "suite"], ("suite is a folder", "file name")),
+        (["select-rank", "suite", "--mode", "guess"], ("--mode must be labels, inputs or",)),
+        (["select-rank", "suite", "--ranks", "a,b"], ("--ranks takes numbers", "'a,b'")),
+        (["select-rank", "suite", "--ranks", ""], ("--ranks takes numbers",)),
+        (["select-rank", "suite", "--ranks", "1.5"], ("rank", "got 1.5")),
+        (["select-rank", "suite", "--ranks", "0"], ("rank", "got 0")),
+        (["select-rank", "suite", "--ranks", "1,1.0"], ("--ranks names 1 twice",)),
+        (["select-rank", "suite", "--scales", "1,,2"], ("--scales takes numbers",)),
+        (["select-rank", "suite", "--scales", "nan"], ("scale", "finite")),
+        (["select-rank", "suite", "--method", "average"], ("neither a rank nor a scale",)),
+        (["select-rank", "suite", "--method", "bogus"], ("no method 'bogus'",)),
+        (["select-rank", "suite", "--bogus"], ("No such option: --bogus",)),
         (["bogus"], ("No such command 'bogus'",)),
         (["app", "missing.yaml"], ("missing.yaml", "Give a suite.yaml")),
         (["app", "--port", "99999"], ("--port",)),
@@ -235,7 +236,7 @@ def test_evaluation_files(folder: Path, mistake: Callable[..., str]) -> None:
     assert "heads/shapes.safetensors" in mistake("evaluate", folder)
     edit_document(folder, architecture=None)
     assert "names no architecture" in mistake("evaluate", folder)
-    assert "names no architecture" in mistake("sweep", folder)
+    assert "names no architecture" in mistake("select-rank", folder, "--mode", "labels")
 
 
 def test_a_method_that_needs_a_base(folder: Path, mistake: Callable[..., str]) -> None:
@@ -308,7 +309,7 @@ def test_a_write_that_really_fails(folder: Path) -> None:
 
 def test_a_real_process_ends_alike(folder: Path) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "mergescope", "sweep", "suite", "--bogus"],
+        [sys.executable, "-m", "mergescope", "select-rank", "suite", "--bogus"],
         capture_output=True,
         text=True,
         cwd=folder.parent,

@@ -1,4 +1,4 @@
-"""Pages on suites that people bring: weights only, no base, broken ones, and a sweep to run."""
+"""Pages on suites that people bring: weights only, no base, and broken ones."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import streamlit as st
 import torch
 from safetensors.torch import load_file, save_file
 from streamlit.testing.v1 import AppTest
@@ -143,21 +142,6 @@ def wait_for_figures(at: AppTest) -> AppTest:
         at.run()
     assert not at.exception
     return at
-
-
-def test_a_sweep_runs_in_the_background_and_then_shows_its_result(
-    offer: Callable[..., Path],
-) -> None:
-    offer()
-    at = open_page("rank_and_scale", suite="mine")
-    assert not figures(at)
-    next(b for b in at.button if b.label == "Run the sweep").click()
-    at = wait_for_figures(at.run())
-    assert "Best point" in metrics(at)
-    # What was computed is known from now on, also after the server's caches are gone.
-    st.cache_data.clear()
-    st.cache_resource.clear()
-    assert figures(open_page("rank_and_scale", suite="mine"))
 
 
 def test_the_first_result_of_a_new_suite_is_a_button_away(offer: Callable[..., Path]) -> None:

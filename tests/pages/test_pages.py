@@ -149,24 +149,6 @@ def test_centred_cosines_have_the_mean_that_their_sum_forces() -> None:
     assert off_diagonal.mean() == pytest.approx(-1 / (tasks - 1), abs=0.02)
 
 
-def test_the_shown_best_point_is_the_largest_of_the_map() -> None:
-    at = healthy(open_page("rank_and_scale"))
-    drawn = array(trace(figures(at)[0], type="heatmap")["z"])
-    assert metrics(at)["Best point"] == f"{drawn.max() / 100:.1%}"
-    # At rank 100 % CART is the average, whatever the scale.
-    assert np.ptp(drawn[:, -1]) == pytest.approx(0)
-    assert metrics(at)["Average of the weights"] == f"{drawn[0, -1] / 100:.1%}"
-
-
-def test_choosing_a_point_and_going_back_to_the_best() -> None:
-    at = healthy(open_page("rank_and_scale", at_rank="100 %", at_scale="1.0"))
-    shown = metrics(at)
-    assert shown["Chosen point"] == shown["Average of the weights"] != shown["Best point"]
-    next(b for b in at.button if b.label == "Go to the best point").click()
-    shown = metrics(healthy(at.run()))
-    assert shown["Chosen point"] == shown["Best point"]
-
-
 def test_two_tasks_are_told_that_cart_is_the_average() -> None:
     at = open_page("merge_lab", tasks=["digits", "dots"])
     assert any("equals the weight average" in warning.value for warning in at.warning)
@@ -193,9 +175,8 @@ def test_the_lab_compares_with_a_pinned_recipe() -> None:
     names = [t.get("name") for t in figures(at)[0]["data"]]
     assert "Pinned: Weight average" in names
     drawn = trace(figures(at)[0], name="Pinned: Weight average")
-    map_at = healthy(open_page("rank_and_scale"))
-    average = metrics(map_at)["Average of the weights"]
-    assert f"{array(drawn['x'])[-1] / 100:.1%}" == average
+    again = healthy(open_page("merge_lab", method="Weight average"))
+    assert f"{array(drawn['x'])[-1] / 100:.1%}" == metrics(again)["Mean accuracy"]
 
 
 def test_pinning_takes_the_current_recipe() -> None:
@@ -270,7 +251,6 @@ def test_angles_and_signs_are_drawn_when_asked_for() -> None:
         ("overview", "first"),
         ("spectra", "summary"),
         ("interference", "curves"),
-        ("rank_and_scale", "mean"),
         ("merge_lab", "per_task"),
     ],
 )
@@ -278,7 +258,7 @@ def test_explanation_and_numbers_are_there_when_opened(name: str, key: str) -> N
     at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=120)
     at.switch_page(str(ROOT / "pages" / f"{name}.py"))
     closed = len(healthy(at.run()).dataframe)
-    for which in (f"numbers_{key}", f"how_{'map' if key in ('summary', 'mean') else key}"):
+    for which in (f"numbers_{key}", f"how_{'map' if key == 'summary' else key}"):
         at.session_state[which] = True
     healthy(at.run())
     assert len(at.dataframe) == closed + 1

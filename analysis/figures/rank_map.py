@@ -1,0 +1,236 @@
+"""The map of rank and scale: what was evaluated, on how many images, and what is tied."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+
+from analysis.figures.rank_selection import (
+    MARK,
+    MODE_LOOKS,
+    SCALE,
+    SHARES,
+    rank_words,
+    setting_words,
+    unit,
+)
+from analysis.figures.style import CELLS_WITH_TEXT, SEQUENTIAL, TRANSPARENT, layout
+
+# Colours end so many points below the best: settings that destroy the model would otherwise
+# take the whole scale and leave none for the differences that matter.
+MAP_SPAN = 15.0
+# Pixels between cells that were judged on part of the images: they are drawn smaller.
+SMALL_CELL_GAP = 4
+MOST_TICKS = 7
+
+
+def evaluated_map(
+    points: pd.DataFrame,
+    ranks: Sequence[float],
+    scales: Sequence[float],
+    title: str,
+    *,
+    value: str = "accuracy",
+    recommended: tuple[float, float] | None = None,
+    chosen: tuple[float, float] | None = None,
+    picks: pd.DataFrame | None = None,
+) -> go.Figure:
+    """What was evaluated of the grid: a cell per setting, small where only part of the images ran.
+
+    Settings that were not evaluated stay blank. Those that are statistically tied with the
+    recommended one are framed together. Cells have equal size whatever the spacing of the grid.
+    A transparent marker per cell carries ``[rank, scale]``: a heat map alone cannot be clicked
+    in Streamlit.
+
+    Args:
+        points: rows with rank, scale, images, score, low, high, tied; may be empty.
+        ranks: the grid's ranks, ascending.
+        scales: the grid's scales, ascending.
+        title: the question answered.
+        value: what the score is.
+        recommended: rank and scale, starred; may lie off the grid.
+        chosen: rank and scale, ringed.
+        picks: rows with proxy, title, mode, rank, scale.
+    """
+    label, factor = unit(value)
+    column = {r: i for i, r in enumerate(ranks)}
+    row = {s: j for j, s in enumerate(scales)}
+    known = points[points["rank"].isin(column) & points["scale"].isin(row)]
+    at = (
+        known["scale"].map(row).to_numpy(dtype=int),
+        known["rank"].map(column).to_numpy(dtype=int),
+    )
+    shape = (len(scales), len(ranks))
+    values = np.full(shape, np.nan)
+    values[at] = factor * known["score"].to_numpy()
+    whole = np.zeros(shape, dtype=bool)
+    whole[at] = (known["images"] == known["images"].max()).to_numpy()
+    tied = np.zeros(shape, dtype=bool)
+    tied[at] = known["tied"].to_numpy(dtype=bool)
+    figure = go.Figure()
+    if len(known):
+        _add_cells(figure, values, whole)
+    _add_outline(figure, tied)
+    told = {
+        (r, s): f"{_score(v, value)} on {n:.0f} images a task{', tied' if t else ''}"
+        for r, s, v, n, t in zip(
+            *(known[c] for c in ("rank", "scale", "score", "images", "tied")), strict=True
+        )
+    }
+    _add_overlay(figure, ranks, scales, told)
+    if picks is not None:
+        _add_picks_to_map(figure, picks.dropna(subset=["rank", "scale"]), ranks, scales)
+    for name, cell, symbol, size in (
+        ("recommended", recommended, "star", 17),
+        ("chosen", chosen, "circle-open", 22),
+    ):
+        if cell is not None and not np.isnan(cell).any():
+            figure.add_scatter(
+                x=_places([cell[0]], ranks, logarithmic=True),
+                y=_places([cell[1]], scales),
+                mode="markers",
+                name=name,
+                hoverinfo="skip",
+                marker={
+                    "symbol": symbol,
+                    "size": size,
+                    "color": MARK if name == "chosen" else "#FFFFFF",
+                    "line": {"width": 3 if name == "chosen" else 1.5, "color": MARK},
+                },
+            )
+    layout(figure, title, x="rank, share of directions kept", y=SCALE, height=460)
+    _equal_cells(figure, ranks, scales)
+    span = [
+        float(np.nanmax(values)) if len(known) else 1.0,
+        float(np.nanmin(values)) if len(known) else 0.0,
+    ]
+    lowest = max(span[1], span[0] - MAP_SPAN) if factor == 100.0 else span[1]
+    figure.update_layout(
+        coloraxis={
+            "colorscale": SEQUENTIAL,
+            "cmin": lowest,
+            "cmax": span[0],
+            "colorbar": {"title": {"text": label, "side": "right"}, "thickness": 12},
+            "showscale": bool(len(known)),
+        }
+    )
+    return figure
+
+
+def _score(score: float, value: str) -> str:
+    return f"{score:.1%}" if value in SHARES else f"{score:.3g}"
+
+
+def _add_cells(figure: go.Figure, values: np.ndarray, whole: np.ndarray) -> None:
+    """Two layers of cells: all images, and part of them (smaller)."""
+    for mask, gap in ((whole, 1), (~whole, SMALL_CELL_GAP)):
+        figure.add_heatmap(
+            z=np.where(mask, values, np.nan),
+            x=np.arange(values.shape[1]),
+            y=np.arange(values.shape[0]),
+            coloraxis="coloraxis",
+            xgap=gap,
+            ygap=gap,
+            texttemplate="%{z:.1f}" if values.size <= CELLS_WITH_TEXT else "",
+            hoverinfo="skip",
+            hoverongaps=False,
+        )
+
+
+def _add_outline(figure: go.Figure, tied: np.ndarray) -> None:
+    """One line around the tied cells: the sides that they share with cells that are not."""
+    padded = np.pad(tied, 1)
+    x: list[float | None] = []
+    y: list[float | None] = []
+    for j, i in np.argwhere(tied):
+        for dj, di in ((0, 1), (0, -1), (1, 0), (-1, 0)):
+            if not padded[j + 1 + dj, i + 1 + di]:
+                if di:
+                    x += [i + di / 2, i + di / 2, None]
+                    y += [j - 0.5, j + 0.5, None]
+                else:
+                    x += [i - 0.5, i + 0.5, None]
+                    y += [j + dj / 2, j + dj / 2, None]
+    if x:
+        figure.add_scatter(
+            x=x,
+            y=y,
+            mode="lines",
+            name="statistically tied",
+            line={"color": MARK, "width": 2.5},
+            hoverinfo="skip",
+        )
+
+
+def _add_overlay(
+    figure: go.Figure,
+    ranks: Sequence[float],
+    scales: Sequence[float],
+    told: Mapping[tuple[float, float], str],
+) -> None:
+    """What can be hovered and clicked: a transparent marker in each cell."""
+    cells = [(i, j, r, s) for i, r in enumerate(ranks) for j, s in enumerate(scales)]
+    figure.add_scatter(
+        x=[i for i, _, _, _ in cells],
+        y=[j for _, j, _, _ in cells],
+        mode="markers",
+        marker={"symbol": "square", "size": 18, "color": TRANSPARENT},
+        customdata=[[float(r), float(s)] for _, _, r, s in cells],
+        text=[
+            f"rank {rank_words(r)}, λ = {s:g}: {told.get((r, s), 'not evaluated')}"
+            for _, _, r, s in cells
+        ],
+        hovertemplate="%{text}<extra></extra>",
+        showlegend=False,
+        # Selecting must not fade the others: they are invisible as it is.
+        unselected={"marker": {"opacity": 1}},
+    )
+
+
+def _add_picks_to_map(
+    figure: go.Figure, picks: pd.DataFrame, ranks: Sequence[float], scales: Sequence[float]
+) -> None:
+    for mode, mine in picks.groupby("mode", sort=False):
+        name, colour, symbol = MODE_LOOKS[str(mode)]
+        figure.add_scatter(
+            x=_places(mine["rank"].to_numpy(), ranks, logarithmic=True),
+            y=_places(mine["scale"].to_numpy(), scales),
+            mode="markers",
+            name=f"picks, {name}",
+            marker={
+                "symbol": symbol,
+                "size": 11,
+                "color": colour,
+                "line": {"width": 1, "color": "#FFFFFF"},
+            },
+            text=[f"{row['title']}: {setting_words(row)}" for row in mine.to_dict("records")],
+            hovertemplate="%{text}<extra>" + name + "</extra>",
+        )
+
+
+def _places(
+    values: Sequence[float] | np.ndarray, axis: Sequence[float], logarithmic: bool = False
+) -> np.ndarray:
+    """Where values lie among the equally spaced cells of an axis; its ends hold what is beyond."""
+    change = np.log if logarithmic else np.asarray
+    return np.interp(change(values), change(np.asarray(axis)), np.arange(len(axis)))
+
+
+def _equal_cells(figure: go.Figure, ranks: Sequence[float], scales: Sequence[float]) -> None:
+    """Ticks that name settings, few enough for a phone."""
+    for update, values, text in (
+        (figure.update_xaxes, ranks, [rank_words(r) for r in ranks]),
+        (figure.update_yaxes, scales, [f"{s:g}" for s in scales]),
+    ):
+        step = math.ceil(len(values) / MOST_TICKS)
+        update(
+            tickmode="array",
+            tickvals=np.arange(len(values))[::step],
+            ticktext=text[::step],
+            showgrid=False,
+            range=[-0.5, len(values) - 0.5],
+        )

@@ -1,0 +1,226 @@
+"""Ranks of their own for the layers: what a total storage holds best, against one rank for all.
+
+k directions of an m x n matrix take k(m + n + 1) numbers for each task. Under a total of such
+numbers the gain Σ_l Σ_{i≤k_l} g_li is largest where the next direction's gain per number is the
+same everywhere: the directions are taken in the order of g / (m + n + 1) until the total is
+spent (water-filling). The gains g_li of one matrix fall with i, so that this order takes the
+leading directions first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from glob import escape
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+from analysis.compare import difference
+from analysis.evaluation import CONFIDENCE, Evaluator, accuracy_frame, mean_accuracy
+from analysis.rank_selection.space import SearchSpace
+from analysis.rank_selection.weight_rules import nuclear_share
+from analysis.spectra import cumulative_energy, decomposed
+from merge_core.engine import MergeSession
+from merge_core.errors import RecipeError
+from merge_core.linalg import directions
+from merge_core.methods.spectral import matrix_shape
+from merge_core.progress import Progress
+from merge_core.recipe import Recipe, make_recipe
+from merge_core.task_vectors import Groups, Origin
+
+UNIFORM = "uniform"
+
+
+def _absolute(S: np.ndarray) -> np.ndarray:
+    return S**2
+
+
+def _relative(S: np.ndarray) -> np.ndarray:
+    return np.diff(cumulative_energy(S), prepend=0.0)
+
+
+def _nuclear(S: np.ndarray) -> np.ndarray:
+    return np.diff(nuclear_share(S), prepend=0.0)
+
+
+ALLOCATIONS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
+    "energy": ("Energy", _absolute),
+    "relative_energy": ("Energy, each matrix alike", _relative),
+    "nuclear": ("Nuclear norm, each matrix alike", _nuclear),
+}
+"""Rules by name: title, and the gain of each direction from a spectrum (descending)."""
+
+
+def stored_numbers(groups: Groups, ranks: Mapping[str, int]) -> int:
+    """Numbers that the kept directions of all tasks take: Σ T·k(m + n + 1).
+
+    Args:
+        groups: the suite's parameters.
+        ranks: directions kept of each decomposed parameter.
+    """
+    _, members = decomposed(groups)
+    return sum(len(groups.tasks) * ranks[g.name] * (sum(matrix_shape(g)) + 1) for g in members)
+
+
+def uniform_ranks(groups: Groups, share: float) -> dict[str, int]:
+    """The same share of the directions in every decomposed parameter, k = max(1, floor(share·r)).
+
+    Args:
+        groups: the suite's parameters.
+        share: in (0, 1].
+    """
+    _, members = decomposed(groups)
+    return {group.name: directions(share, min(matrix_shape(group))) for group in members}
+
+
+def allocate(
+    groups: Groups,
+    origin: Origin,
+    share: float,
+    rule: str = "relative_energy",
+    progress: Progress | None = None,
+) -> dict[str, int]:
+    """Directions for each matrix, in no more storage than a uniform share takes.
+
+    Args:
+        groups: the suite's parameters; those not decomposed are passed over.
+        origin: what the task vectors are taken about.
+        share: the uniform share whose storage is the budget, in (0, 1].
+        rule: a name of :data:`ALLOCATIONS`: what a direction is worth, summed over tasks.
+        progress: told after each matrix.
+
+    Returns:
+        Directions of each decomposed parameter, from 1 to r. What is left of the budget is less
+        than one direction of any matrix that is not complete.
+
+    Raises:
+        RecipeError: no such rule.
+        SuiteError: origin "base" without a base.
+        Cancelled: by `progress`.
+
+    Source: [derived] in the module's text; the greedy order is optimal for concave gains.
+    """
+    if rule not in ALLOCATIONS:
+        known = ", ".join(ALLOCATIONS)
+        raise RecipeError(f"There is no allocation {rule!r}; choose one of {known}.")
+    gain = ALLOCATIONS[rule][1]
+    total, members = decomposed(groups)
+    worth: list[np.ndarray] = []
+    names: list[str] = []
+    costs: list[int] = []
+    for done, group in enumerate(members, start=1):
+        spectra = [f.S.double().numpy() for f in group.factors(origin)]
+        names.append(group.name)
+        worth.append(np.sum([gain(S) for S in spectra], axis=0))
+        costs.append(sum(matrix_shape(group)) + 1)
+        if progress is not None:
+            progress.step(done, total, group.name)
+    uniform = uniform_ranks(groups, share)
+    budget = sum(uniform[name] * cost for name, cost in zip(names, costs, strict=True))
+    kept = _fill(worth, costs, budget)
+    return dict(zip(names, kept, strict=True))
+
+
+def _fill(worth: Sequence[np.ndarray], costs: Sequence[int], budget: int) -> list[int]:
+    """How many of each matrix's directions fit, the most worth per number first, 1 at least."""
+    kept = [1] * len(worth)
+    left = budget - sum(costs)
+    density = np.concatenate([w[1:] / c for w, c in zip(worth, costs, strict=True)])
+    matrix = np.repeat(np.arange(len(worth)), [w.size - 1 for w in worth])
+    # Stable, so that of directions worth the same (zeros, say) the leading ones go first.
+    for place in np.argsort(-density, kind="stable"):
+        if costs[matrix[place]] <= left:
+            kept[matrix[place]] += 1
+            left -= costs[matrix[place]]
+    return kept
+
+
+def with_ranks(recipe: Recipe, ranks: Mapping[str, int]) -> Recipe:
+    """A recipe whose decomposed parameters have ranks of their own, as overrides.
+
+    Args:
+        recipe: of a method with a rank; overrides that it has are replaced.
+        ranks: directions for each parameter's name.
+
+    Raises:
+        RecipeError: the method has no rank.
+    """
+    overrides = [
+        {"match": escape(name), "parameters": {"rank": int(k)}} for name, k in sorted(ranks.items())
+    ]
+    return make_recipe({**recipe.model_dump(), "overrides": overrides})
+
+
+def against_uniform(
+    space: SearchSpace,
+    session: MergeSession,
+    evaluator: Evaluator,
+    shares: Sequence[float],
+    scales: Sequence[float],
+    rules: Sequence[str] = tuple(ALLOCATIONS),
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Accuracy of allocated ranks and of the uniform rank in the same storage, on validation.
+
+    Every rule, the uniform rank too, gets the best of the same scales at each budget.
+
+    Args:
+        space: a method with a rank; its axes do not matter.
+        session: the merges.
+        evaluator: where predictions are kept.
+        shares: budgets, as shares of a uniform rank.
+        scales: tried for each.
+        rules: names of :data:`ALLOCATIONS`.
+        progress: reports merges.
+
+    Returns:
+        One row per budget and rule, uniform first: share, rule, title, numbers (stored, all
+        tasks), scale (the best), accuracy, low, high (95 %), gain (over uniform, at each one's
+        best scale), gain_low, gain_high (95 %, paired on the same images; the choice of the
+        scale is not in it).
+
+    Raises:
+        RecipeError: no rank, or no such rule.
+        MergeScopeError: unfit inputs.
+        Cancelled: between two tasks of a merge.
+    """
+    progress = progress or Progress()
+    inner = Progress(cancel=progress.cancel)
+    groups = session.groups
+    origin = space.base.run(groups.tasks).origin
+    z = norm.ppf(0.5 + CONFIDENCE / 2)
+    total, done, rows = len(shares) * (len(rules) + 1) * len(scales), 0, []
+    for share in shares:
+        uniform_hits = None
+        for rule in (UNIFORM, *rules):
+            if rule == UNIFORM:
+                ranks, title = uniform_ranks(groups, share), "Uniform rank"
+            else:
+                ranks, title = allocate(groups, origin, share, rule, inner), ALLOCATIONS[rule][0]
+            tried = []
+            for scale in scales:
+                progress.step(done, total, f"{title}, share {share:g}, scale {scale:g}")
+                recipe = with_ranks(space.recipe(None, scale), ranks)
+                hits = evaluator.recipe_hits(recipe, session, progress=inner)
+                tried.append((float(np.mean([h.mean() for h in hits.values()])), scale, hits))
+                done += 1
+            _, scale, hits = max(tried, key=lambda entry: entry[0])
+            uniform_hits = uniform_hits or hits
+            gap, error = difference(hits, uniform_hits)
+            (measured,) = mean_accuracy(accuracy_frame(hits)).to_dict("records")
+            rows.append(
+                {
+                    "share": share,
+                    "rule": rule,
+                    "title": title,
+                    "numbers": stored_numbers(groups, ranks),
+                    "scale": scale,
+                    **{name: measured[name] for name in ("accuracy", "low", "high")},
+                    "gain": gap,
+                    "gain_low": gap - z * error,
+                    "gain_high": gap + z * error,
+                }
+            )
+    progress.step(total, total, "ranks per layer")
+    return pd.DataFrame(rows)

@@ -1,0 +1,188 @@
+"""How a merged update acts where the experts' own updates act: scale and rank in closed form.
+
+A fine-tuned linear layer changes its output for an input x by C_t x. The rows of C_t are
+combinations of the inputs that it was trained on, so C_tᵀC_t stands for their covariance (WUDI,
+arXiv:2503.08099, uses it so). With it every expected size over task t's inputs is a norm:
+E‖A x‖² ∝ ‖A C_tᵀ‖²_F. The merged update is λD, D that of scale 1; then, relative to the expert's,
+
+    strength  a = mean_t ‖D C_tᵀ‖² / ‖C_t C_tᵀ‖²         how strongly D acts on the tasks' inputs
+    overlap   b = mean_t ⟨D C_tᵀ, C_t C_tᵀ⟩ / ‖C_t C_tᵀ‖²   how much of that is what the expert does
+    error     mean_t ‖(λD − C_t) C_tᵀ‖² / ‖C_t C_tᵀ‖² = 1 − 2λb + λ²a
+
+[derived] The error is least at λ = b/a. That is c/√a with c = b/√a, the cosine between the two
+actions, which no λ changes: least squares shrinks the update by c, the more the tasks disturb
+each other. λ = 1/√a leaves the shrinking out: the merged update then acts as strongly on the
+tasks' inputs as their own do. The least error, 1 − c², is smallest where c is largest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.rank_selection.space import RANKS, SearchSpace
+from analysis.spectra import decomposed
+from merge_core.linalg import as_matrix
+from merge_core.progress import Progress
+from merge_core.recipe import Recipe
+from merge_core.task_vectors import Groups, Origin, ParameterGroup
+
+PROPORTIONAL: tuple[str, ...] = (
+    "cart",
+    "low_rank_task_arithmetic",
+    "task_arithmetic",
+    "tsv_m",
+    "iso_c",
+    "iso_cts",
+)
+"""Methods of one model whose matrices are the origin plus λ times an update without λ."""
+
+# A merge rounds each entry a few times, by at most half an ε of it.
+ROUNDINGS = 4
+
+
+def shares_of(space: SearchSpace) -> tuple[float, ...]:
+    """The shares of directions at which curves over rank are computed.
+
+    Those of the space, with :data:`RANKS` between them, so that a sparse axis does not make a
+    coarse curve; empty for a method without a rank.
+    """
+    if not space.ranks:
+        return ()
+    return tuple(sorted({*RANKS, *(r for r in space.ranks if isinstance(r, float))}))
+
+
+def stages(progress: Progress | None, count: int) -> list[Progress | None]:
+    """One progress for each of several passes over the same matrices, seen as one work."""
+    if progress is None:
+        return [None] * count
+    outer = progress
+
+    def stage(place: int) -> Progress:
+        def listener(done: int, total: int, label: str) -> None:
+            outer.step(place * total + done, count * total, label)
+
+        return Progress(listener, outer.cancel)
+
+    return [stage(place) for place in range(count)]
+
+
+def update(group: ParameterGroup, recipe: Recipe) -> Tensor:
+    """D: what a recipe adds to its origin in one matrix at scale 1, m x n, working dtype.
+
+    An update that rounding alone could leave (CART of two tasks) is exactly zero.
+
+    Args:
+        group: a decomposed parameter.
+        recipe: of one of :data:`PROPORTIONAL`, at scale 1.
+    """
+    merge = recipe.declaration.merge
+    assert merge is not None
+    run = recipe.run(group.tasks)
+    merged = merge(group, recipe.parameters_of(group.name), run)
+    D = as_matrix(merged - group.origin(run.origin))
+    size = torch.linalg.vector_norm
+    rounding = ROUNDINGS * torch.finfo(D.dtype).eps * size(group.experts)
+    return D if size(D) > rounding else torch.zeros_like(D)
+
+
+def targets(group: ParameterGroup, origin: Origin) -> tuple[Tensor, Tensor, float]:
+    """What strength and overlap of one matrix are taken against.
+
+    Args:
+        group: a decomposed parameter.
+        origin: what the task vectors C_t are taken about.
+
+    Returns:
+        mean_t C_tᵀC_t / ‖C_t C_tᵀ‖² (n x n), mean_t C_t C_tᵀC_t / ‖C_t C_tᵀ‖² (m x n), and
+        mean_t ‖C_t‖². Means over the tasks that changed the matrix; zeros if none did.
+    """
+    vectors = [as_matrix(vector) for vector in group.task_vectors(origin)]
+    m, n = vectors[0].shape
+    covariance = vectors[0].new_zeros(n, n)
+    response = vectors[0].new_zeros(m, n)
+    live = 0
+    for C in vectors:
+        gram = C.T @ C
+        size = float(gram.double().square().sum())
+        if size > 0:
+            live += 1
+            covariance += gram / size
+            response += C @ gram / size
+    energy = float(np.mean([float(C.double().square().sum()) for C in vectors]))
+    return covariance / max(1, live), response / max(1, live), energy
+
+
+@torch.no_grad()
+def responses(groups: Groups, space: SearchSpace, progress: Progress | None = None) -> pd.DataFrame:
+    """Strength and overlap of the merged update in every matrix, over the rank.
+
+    Args:
+        groups: the suite's parameters; those not decomposed are passed over.
+        space: a method of :data:`PROPORTIONAL`; its ranks (see :func:`shares_of`) and, where it
+            has none, its one update.
+        progress: told after each matrix.
+
+    Returns:
+        One row per matrix and rank: parameter, rank (share; NaN where the method has none),
+        strength (a), overlap (b; both without unit, see the module), update_energy (‖D‖²_F) and
+        task_energy (mean_t ‖C_t‖²_F), squared units of the weights.
+
+    Raises:
+        SuiteError: origin "base" without a base.
+        Cancelled: by `progress`.
+    """
+    total, members = decomposed(groups)
+    ranks: Sequence[float | None] = shares_of(space) or (None,)
+    recipes = [space.recipe(rank, 1.0) for rank in ranks]
+    rows = []
+    for done, group in enumerate(members, start=1):
+        covariance, response, task_energy = targets(group, recipes[0].run(group.tasks).origin)
+        for rank, recipe in zip(ranks, recipes, strict=True):
+            D = update(group, recipe)
+            rows.append(
+                {
+                    "parameter": group.name,
+                    "rank": np.nan if rank is None else rank,
+                    # tr(D A Dᵀ) and ⟨D, B⟩: one product a rank, however many tasks.
+                    "strength": float(((D @ covariance) * D).double().sum()),
+                    "overlap": float((D * response).double().sum()),
+                    "update_energy": float(D.double().square().sum()),
+                    "task_energy": task_energy,
+                }
+            )
+        if progress is not None:
+            progress.step(done, total, group.name)
+    return pd.DataFrame(rows)
+
+
+def whole_model(frame: pd.DataFrame) -> pd.DataFrame:
+    """The model's responses from those of its matrices, and the scales that follow.
+
+    Args:
+        frame: of :func:`responses`.
+
+    Returns:
+        One row per rank: rank, strength and overlap (means over matrices: each is relative, so
+        every matrix counts alike), update_energy and task_energy (sums), alignment (b/√a),
+        matched (λ = 1/√a), least_squares (λ = b/a), equal_norm (λ at which the update is as long
+        as a task vector is on average: √(task_energy/update_energy)). NaN where D is zero.
+    """
+    result = frame.groupby("rank", as_index=False, dropna=False).agg(
+        strength=("strength", "mean"),
+        overlap=("overlap", "mean"),
+        update_energy=("update_energy", "sum"),
+        task_energy=("task_energy", "sum"),
+    )
+    live = result["strength"].where(result["strength"] > 0)
+    length = result["update_energy"].where(result["update_energy"] > 0)
+    return result.assign(
+        alignment=result["overlap"] / np.sqrt(live),
+        matched=1 / np.sqrt(live),
+        least_squares=result["overlap"] / live,
+        equal_norm=np.sqrt(result["task_energy"] / length),
+    )

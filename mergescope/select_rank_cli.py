@@ -1,0 +1,146 @@
+"""``mergescope select-rank``: the rank and scale that merge best, and how sure that is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from merge_core.errors import MergeScopeError, OutputError
+from mergescope.terminal import (
+    CsvOption,
+    SuiteArgument,
+    TasksOption,
+    checked_csv,
+    console,
+    numbers,
+    print_frame,
+    progress_bar,
+    size,
+    split_names,
+    write_csv,
+)
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from rich.console import Console
+
+    from analysis.rank_selection.select import Mode, Selection
+
+MODES = ("labels", "inputs", "weights")
+
+
+def select(
+    suite: SuiteArgument,
+    method: Annotated[str, typer.Option(help="A method with a rank or a scale.")] = "cart",
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            help="What may be looked at: labels (validation images with labels), inputs (without "
+            "them) or weights (no image); labels where the suite has them when left out."
+        ),
+    ] = None,
+    tasks: TasksOption = None,
+    ranks: Annotated[
+        str | None, typer.Option(help="Shares (0.08) or numbers of directions (8), by commas.")
+    ] = None,
+    scales: Annotated[str | None, typer.Option(help="Scaling coefficients, by commas.")] = None,
+    full_grid: Annotated[
+        bool, typer.Option("--full-grid", help="Every setting on every image; slow and complete.")
+    ] = False,
+    every_proxy: Annotated[
+        bool,
+        typer.Option(
+            "--every-proxy", help="Also what each rule that reads inputs picks: a search for each."
+        ),
+    ] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Of the images that a search begins with.")] = 0,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write the recommended recipe here.")
+    ] = None,
+    csv: CsvOption = None,
+    report: Annotated[
+        bool, typer.Option(help="Evaluate the recommendation on the test split, at the end.")
+    ] = True,
+) -> None:
+    """Which rank and scale: from labels, from inputs alone, or from weights alone."""
+    from analysis.evaluation import Evaluator
+    from analysis.rank_selection.select import select_rank
+    from analysis.rank_selection.space import search_space
+    from merge_core.engine import MergeSession
+    from merge_core.factors import FactorStore
+    from merge_core.files import write_atomically
+    from merge_core.suite import load_suite
+
+    checked_csv(csv)
+    if output is not None and output.is_dir():
+        raise OutputError(f"{output} is a folder; give a file name for the recipe.")
+    loaded = load_suite(suite)
+    chosen = _checked_mode(mode, loaded.can_evaluate)
+    space = search_space(
+        method,
+        suite,
+        split_names(tasks),
+        numbers(ranks, "--ranks"),
+        numbers(scales, "--scales"),
+    )
+    evaluator = Evaluator(loaded) if loaded.can_evaluate else None
+    session = MergeSession(loaded, space.base.tasks, FactorStore())
+    result = select_rank(
+        space,
+        session,
+        evaluator,
+        chosen,
+        seed=seed,
+        full_grid=full_grid,
+        every_proxy=every_proxy,
+        report=report,
+        progress=progress_bar("searching"),
+    )
+    _print(console(), result)
+    write_csv(result.points, csv)
+    if output is not None:
+        write_atomically(output, result.recipe.to_yaml().encode())
+
+
+def _checked_mode(text: str | None, can_evaluate: bool) -> Mode:
+    if text is None:
+        return "labels" if can_evaluate else "weights"
+    if text not in MODES:
+        raise MergeScopeError(f"--mode must be labels, inputs or weights, got {text!r}.")
+    return cast("Mode", text)
+
+
+def _print(out: Console, result: Selection) -> None:
+    from analysis.evaluation import mean_accuracy
+    from analysis.rank_selection.select import setting_words
+
+    out.print(f"recommended: {setting_words(result.rank, result.scale)}")
+    out.print(result.why)
+    if result.accuracy is not None:
+        out.print(f"validation: {_share(result.accuracy)}")
+    if result.report is not None:
+        out.print(f"test: {_share(mean_accuracy(result.report).iloc[0])}")
+    tied = result.tied
+    for axis in ("rank", "scale"):
+        values = tied[axis].dropna()
+        if len(values):
+            out.print(
+                f"{axis} of the {len(tied)} settings that these images do not tell apart: "
+                f"{values.min():g} to {values.max():g}"
+            )
+    columns = ["title", "mode", "rank", "scale", "accuracy"]
+    print_frame(out, "What each rule picks", result.picks[columns].dropna(axis=1, how="all"))
+    if result.mode != "weights":
+        out.print(
+            f"images that decided: {result.asked_images:,}, run now: {result.forward_images:,}"
+        )
+    out.print(f"seconds: {result.seconds:.1f}")
+    if result.low_rank_bytes is not None:
+        out.print(f"kept directions: {size(result.low_rank_bytes)} in factored form")
+    out.print(f"merged model: {size(result.model_bytes)}")
+
+
+def _share(row: pd.Series) -> str:
+    return f"{row['accuracy']:.1%} ({row['low']:.1%} to {row['high']:.1%})"

@@ -1,0 +1,230 @@
+"""The page "Rank and scale", on a tiny suite: it shows what the library finds."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlparse
+
+import numpy as np
+import pytest
+import streamlit as st
+import yaml
+from streamlit.testing.v1 import AppTest
+
+from analysis.evaluation import Evaluator
+from analysis.predictions import PredictionStore
+from analysis.rank_selection import space as spaces
+from analysis.rank_selection.select import Mode, Selection, select_rank, task_curves
+from analysis.rank_selection.space import search_space
+from merge_core.engine import MergeSession
+from merge_core.factors import FactorStore
+from merge_core.suite import load_suite
+from tests.evaluable import write_evaluable
+from tests.pages.test_pages import array, figures, healthy, metrics, open_page, trace
+from ui import rank_settings_section
+from ui.widgets import share_label
+
+Offer = Callable[..., Path]
+BUTTON = "Find rank and scale"
+
+
+@pytest.fixture
+def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offer:
+    """Write a suite named ``mine`` and offer it; fewer settings than usual, to be quick."""
+    monkeypatch.setattr(spaces, "RANKS", (0.07, 0.26, 0.6, 1.0))
+    monkeypatch.setattr(spaces, "POINTS", 5)
+
+    def make() -> Path:
+        path = write_evaluable(tmp_path / "mine")
+        monkeypatch.setenv("MERGESCOPE_SUITES", str(path))
+        monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
+        return path
+
+    return make
+
+
+def library(path: Path, mode: Mode, method: str = "cart", **options: Any) -> Selection:
+    """The same from Python, with stores of its own."""
+    suite = load_suite(path)
+    evaluator = Evaluator(suite, PredictionStore(path.parent / "own.sqlite"))
+    session = MergeSession(suite, None, FactorStore(path.parent / "own"))
+    space = search_space(method, "mine", suite.tasks)
+    return select_rank(space, session, evaluator, mode, **options)
+
+
+def found(at: AppTest, label: str = BUTTON, seconds: float = 120) -> AppTest:
+    """Press the button, and run again until the job has ended."""
+    next(button for button in at.button if button.label == label).click().run()
+    end = time.monotonic() + seconds
+    while any(button.label == "Cancel" for button in at.button):
+        assert time.monotonic() < end, "the job did not end"
+        time.sleep(0.1)
+        at.run()
+    return healthy(at)
+
+
+def titled(at: AppTest, words: str) -> dict[str, Any]:
+    """The figure with these words in its title."""
+    return next(f for f in figures(at) if words in f["layout"]["title"]["text"])
+
+
+@pytest.mark.parametrize("mode", ["labels", "inputs", "weights"])
+def test_it_shows_what_the_library_finds(offer: Offer, mode: Mode) -> None:
+    path = offer()
+    words = {"labels": "With labels", "inputs": "Inputs only", "weights": "Weights only"}[mode]
+    at = healthy(open_page("rank_and_scale", suite="mine", mode=words))
+    assert titled(at, "each rule lose")  # the evidence needs no search
+    at = found(at)
+    wanted = library(path, mode)
+    shown = metrics(at)
+    assert shown["Recommended rank"] == share_label(wanted.rank)
+    assert shown["Recommended λ"] == f"{wanted.scale:g}"
+    assert wanted.accuracy is not None
+    assert shown["Validation accuracy"] == f"{wanted.accuracy['accuracy']:.1%}"
+    assert wanted.report is not None
+    assert shown["Test accuracy"] == f"{wanted.report['accuracy'].mean():.1%}"
+    assert wanted.why in [text.value for text in at.markdown]
+    title = "does each rule pick" if mode == "weights" else "settings merge best"
+    star = trace(titled(at, title), name="recommended")
+    assert array(star["x"])[0] == pytest.approx(
+        np.interp(np.log(wanted.rank), np.log(wanted.space.ranks), range(4))
+    )
+    if mode != "weights":
+        line = titled(at, "move with the rank")["data"][1]
+        score = wanted.curve.sort_values("rank")["expected"]
+        factor = 100 if wanted.score in ("accuracy", "agreement", "overlap") else 1
+        np.testing.assert_allclose(array(line["y"]), factor * score)
+    recipe = yaml.safe_load(wanted.recipe.to_yaml())
+    assert recipe["parameters"] == {"rank": wanted.rank, "scale": wanted.scale}
+    # What was computed is known from now on, also after the server's caches are gone.
+    st.cache_data.clear()
+    st.cache_resource.clear()
+    again = healthy(open_page("rank_and_scale", suite="mine", mode=words))
+    assert not [button for button in again.button if button.label == BUTTON]
+    assert metrics(again) == shown
+
+
+def test_the_full_grid_fills_the_map(offer: Offer) -> None:
+    path = offer()
+    at = found(open_page("rank_and_scale", suite="mine", search="Full grid"))
+    cells = array(trace(titled(at, "settings merge best"), type="heatmap")["z"])
+    wanted = library(path, "labels", full_grid=True)
+    assert cells.shape == (5, 4)
+    assert not np.isnan(cells.astype(float)).any()
+    assert cells.max() == pytest.approx(100 * wanted.points["score"].max())
+    # At rank 100 % CART is the average, whatever the scale.
+    assert np.ptp(cells[:, -1].astype(float)) == pytest.approx(0)
+
+
+def test_a_setting_can_be_chosen_by_link_and_opened_in_the_lab(offer: Offer) -> None:
+    path = offer()
+    query = {"suite": "mine", "at_rank": "26 %", "at_scale": "3.2", "search": "Full grid"}
+    at = found(open_page("rank_and_scale", **query))
+    wanted = library(path, "labels", full_grid=True).points
+    row = wanted[np.isclose(wanted["rank"], 0.26) & np.isclose(wanted["scale"], 3.2)].iloc[0]
+    text = next(t.value for t in at.markdown if "Chosen: rank 26 %, λ = 3.2" in t.value)
+    assert f"accuracy {row['score']:.1%} on 20 images a task" in text
+    links = [link for link in at.get("page_link") if "merge_lab" in link.proto.page]
+    queries = [parse_qs(urlparse("?" + link.proto.query_string).query) for link in links]
+    assert any(q["rank"] == ["26 %"] and q["scale"] == ["3.2"] for q in queries)
+
+
+def test_any_recommended_rank_opens_in_the_lab(offer: Offer) -> None:
+    offer()
+    at = healthy(open_page("merge_lab", suite="mine", method="CART", rank="8.34 %", scale="2.87"))
+    recipe = yaml.safe_load(next(c.value for c in at.code if "method:" in c.value))
+    assert recipe["parameters"] == {"rank": 0.0834, "scale": 2.87}
+    strange = healthy(open_page("merge_lab", suite="mine", method="CART", rank="834 %"))
+    recipe = yaml.safe_load(next(c.value for c in strange.code if "method:" in c.value))
+    assert recipe["parameters"]["rank"] == 0.08
+
+
+def test_a_click_on_the_map_moves_the_sliders(monkeypatch: pytest.MonkeyPatch) -> None:
+    for data in ([0.26, 3.2], {"0": 0.26, "1": 3.2}):
+        state: dict[str, Any] = {
+            "rank_scale_map": {"selection": {"points": [{"customdata": data}]}}
+        }
+        monkeypatch.setattr(rank_settings_section.st, "session_state", state)
+        rank_settings_section.pick_clicked()
+        assert (state["at_rank"], state["at_scale"]) == (0.26, 3.2)
+    state = {"rank_scale_map": {"selection": {"points": []}}}
+    monkeypatch.setattr(rank_settings_section.st, "session_state", state)
+    rank_settings_section.pick_clicked()
+    assert "at_rank" not in state
+
+
+def test_every_rules_pick_is_a_button_away(offer: Offer) -> None:
+    path = offer()
+    at = found(open_page("rank_and_scale", suite="mine", show="Proxies"))
+    few = titled(at, "rank does each pick")
+    at = found(at, "Find every rule's pick")
+    wanted = library(path, "labels", every_proxy=True)
+    drawn = {
+        y: x
+        for t in titled(at, "rank does each pick")["data"]
+        for x, y in zip(array(t["x"]), t["y"], strict=True)
+    }
+    expected = wanted.picks.dropna(subset=["rank"]).set_index("title")["rank"].to_dict()
+    assert drawn == pytest.approx(expected)
+    assert len(drawn) > sum(len(t["y"]) for t in few["data"])
+
+
+def test_each_tab_draws_what_it_is_called(offer: Offer) -> None:
+    path = offer()
+    at = found(open_page("rank_and_scale", suite="mine", search="Full grid", show="Tasks"))
+    wanted = library(path, "labels", full_grid=True)
+    session = MergeSession(load_suite(path), None, FactorStore(path.parent / "own"))
+    curves = task_curves(wanted, session, Evaluator(load_suite(path)))
+    for task, mine in curves.groupby("task"):
+        line = trace(titled(at, "task wants which rank"), name=task)
+        np.testing.assert_allclose(array(line["y"]), 100 * mine.sort_values("rank")["accuracy"])
+    assert titled(at, "more tasks do")
+    at = healthy(open_page("rank_and_scale", suite="mine", search="Full grid", show="Evidence"))
+    assert titled(at, "each rule lose")
+    at = healthy(open_page("rank_and_scale", suite="mine", search="Full grid", show="Layers"))
+    marks = titled(at, "directions does each layer keep")["data"][0]
+    assert set(marks["y"]) == set(load_suite(path).matrices)
+    at = found(at, "Compare with the uniform rank")
+    names = [t["name"] for t in titled(at, "help at equal storage")["data"]]
+    assert names[0] == "Uniform rank"
+    assert len(names) == 4
+
+
+def test_a_method_without_a_rank(offer: Offer) -> None:
+    path = offer()
+    at = found(open_page("rank_and_scale", suite="mine", method="Task Arithmetic"))
+    wanted = library(path, "labels", method="task_arithmetic")
+    shown = metrics(at)
+    assert "Recommended rank" not in shown
+    assert shown["Recommended λ"] == f"{wanted.scale:g}"
+    line = titled(at, "move with the scale")["data"][1]
+    assert len(array(line["x"])) == len(wanted.curve)
+    assert not [f for f in figures(at) if "settings merge best" in f["layout"]["title"]["text"]]
+
+
+def test_a_suite_without_data_is_asked_for_its_weights(offer: Offer) -> None:
+    path = offer()
+    document = yaml.safe_load(path.read_text())
+    del document["architecture"]
+    path.write_text(yaml.safe_dump(document))
+    at = healthy(open_page("rank_and_scale", suite="mine"))
+    assert any("analysed and merged but not evaluated" in info.value for info in at.info)
+    # No image has to be run: the answer is there at once.
+    assert set(metrics(at)) == {"Recommended rank", "Recommended λ"}
+    assert not [button for button in at.button if button.label == BUTTON]
+
+
+def test_a_method_that_weights_say_nothing_about(offer: Offer) -> None:
+    offer()
+    at = healthy(open_page("rank_and_scale", suite="mine", method="TIES"))
+    modes = next(b for b in at.main.get("button_group") if b.key == "mode")
+    assert [option.content for option in modes.proto.options] == ["With labels", "Inputs only"]
+
+
+def test_two_tasks_are_told_that_cart_is_the_average(offer: Offer) -> None:
+    offer()
+    at = open_page("rank_and_scale", suite="mine", tasks=["digits", "lines"])
+    assert any("equals the weight average" in warning.value for warning in at.warning)

@@ -1,0 +1,91 @@
+"""The part of "Rank and scale" about evidence: what each rule loses, and what more tasks do."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from analysis.figures import rank_evidence as figures
+from analysis.rank_selection.regret import evidence, summary, tasks_effect
+from analysis.rank_selection.scores import SCORES
+from analysis.rank_selection.weight_proxies import PROXIES
+from merge_core.methods import get_method
+from ui import charts, shell
+from ui.widgets import choice
+
+EXPLAINED = (
+    "**Regret** is what one loses by trusting a rule: accuracy at the best setting of the full "
+    "grid minus accuracy at the setting that the rule picks. A mark is one set of tasks, the grey "
+    "line their mean; a rule is good where all its marks lie near zero. The best setting is the "
+    "one with the highest **validation** accuracy, so on that split regret is never below zero "
+    "for settings of the grid and counts luck in the best one's favour; on the **test** split the "
+    "same two settings are compared on images that chose neither. What a mode recommends is the "
+    "rule with the smallest mean validation regret."
+)
+FORMULA = (
+    r"\mathrm{regret}(p) = \frac1T \sum_t \mathrm{acc}_t(k^*, \lambda^*) - "
+    r"\mathrm{acc}_t(k_p, \lambda_p),\qquad "
+    r"(k^*, \lambda^*) = \arg\max \frac1T \sum_t \mathrm{acc}_t^{\mathrm{val}}"
+)
+SPLITS = {"test_regret": "Test split", "regret": "Validation split"}
+
+
+@shell.fragment
+def evidence_section(method: str) -> None:
+    """The regret table of a method as a figure and as a table.
+
+    Args:
+        method: shown at first, where it was measured.
+    """
+    table = evidence()
+    measured = list(dict.fromkeys(table["method"]))
+    left, right = st.columns(2)
+    shown = left.selectbox(
+        "Measured for",
+        measured,
+        index=measured.index(method) if method in measured else 0,
+        format_func=lambda name: get_method(name).title,
+        key="measured",
+        bind="query-params",
+    )
+    with right:
+        split = choice("Regret on the", SPLITS, "regret_on")
+    # What was found by evaluating everything stands in the table; drawn is what one would run.
+    mine = table[(table["method"] == shown) & (table["search"] != "grid")]
+    drawn = mine.assign(title=[title_of(name) for name in mine["proxy"]])
+    charts.show(
+        figures.regret_dots(drawn, "How much does each rule lose?", value=split),
+        key="regret",
+        alt="Regret of each proxy on each set of tasks",
+    )
+    charts.how_to_read("regret", EXPLAINED, FORMULA)
+    charts.table(
+        summary(table[table["method"] == shown]).assign(method=shown), "regret", key="regret"
+    )
+    charts.numbers(table, "evidence", key="evidence")
+
+
+def title_of(proxy: str) -> str:
+    """What a rule of the evidence is called."""
+    if proxy in SCORES:
+        return SCORES[proxy].title
+    return PROXIES[proxy].title if proxy in PROXIES else "The method's default"
+
+
+def more_tasks_section(method: str) -> None:
+    """The best setting over the number of tasks, from the evidence."""
+    frame = tasks_effect(evidence())
+    frame = frame[frame["method"] == method]
+    if frame.empty:
+        return
+    charts.show(
+        figures.best_over_tasks(frame, "What do more tasks do to the best setting?"),
+        key="more_tasks",
+        alt="Best rank and best scale over the number of tasks",
+    )
+    suites = ", ".join(dict.fromkeys(frame["suite"]))
+    st.caption(
+        f"From the evidence, not from the tasks chosen now: {get_method(method).title} on sets of "
+        f"tasks of {suites}; the best of the full grid on the validation split. Bars span the "
+        "settings that its images do not tell from the best."
+    )
+    charts.numbers(frame, "tasks_effect", key="more_tasks")

@@ -1,0 +1,118 @@
+"""The part of "Rank and scale" about ranks of their own for the layers."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from analysis.evaluation import Evaluator
+from analysis.figures import rank_evidence as figures
+from analysis.rank_selection.allocation import against_uniform
+from analysis.rank_selection.per_layer import ranks_per_layer
+from analysis.rank_selection.select import Selection
+from analysis.rank_selection.stored import NotStored, StoredEvaluator
+from merge_core.engine import MergeSession
+from merge_core.files import digest_of
+from merge_core.progress import Progress
+from ui import charts, resources, shell
+from ui.progress import run_job
+from ui.resources import View
+
+SHOWN = 2
+BUDGETS = (0.5, 1.0, 2.0)  # of the recommended rank
+SCALES = (0.7, 1.0, 1.4)  # of the recommended scale
+EXPLAINED = (
+    "A row is a weight matrix, a mark the share of its directions that a rule keeps. Allocations "
+    "spend the storage of the uniform rank (dotted) where the next direction is worth most per "
+    "number stored; the other rules look at each matrix alone and take what they take. On the "
+    "right each allocation and the uniform rank get the same storage, and the best of the same "
+    "three λ, on the validation split; bars are 95 % intervals."
+)
+FORMULA = (
+    r"\max_{k} \sum_l \sum_{i \le k_l} g_{li}\quad\text{with}\quad "
+    r"\sum_l k_l (m_l + n_l + 1) \le \text{budget}"
+)
+
+
+@st.cache_data(max_entries=16, show_spinner="Looking at every layer …")
+def per_layer(
+    key: str, tasks: tuple[str, ...], method: str, share: float, _selection: Selection, _view: View
+) -> pd.DataFrame:
+    """Directions of each matrix by every rule."""
+    return ranks_per_layer(resources.session(_view).groups, _selection.space, share)
+
+
+@shell.fragment
+def layers_section(selection: Selection, view: View) -> None:
+    """What rules keep of every layer, and whether that helps at equal storage."""
+    if not selection.space.ranks:
+        st.info("This method has no rank.")
+        return
+    method = selection.recipe.method
+    frame = per_layer(view.key, view.tasks, method, selection.rank, selection, view)
+    rules = list(dict.fromkeys(frame["rule"]))
+    chosen = st.multiselect(
+        "Rules", rules, default=rules[:SHOWN], key="layer_rules", bind="query-params"
+    )
+    left, right = st.columns(2)
+    with left:
+        charts.show(
+            figures.layer_ranks(
+                frame[frame["rule"].isin(chosen)],
+                "How many directions does each layer keep?",
+                uniform=selection.rank,
+            ),
+            key="layers",
+            alt="Share of directions kept of each matrix by the chosen rules",
+        )
+    with right:
+        if view.suite.can_evaluate:
+            storage(selection, view)
+    charts.how_to_read("layers", EXPLAINED, FORMULA)
+    charts.numbers(frame, "ranks_per_layer", key="layers")
+
+
+@st.cache_data(max_entries=16, show_spinner=False)
+def stored(
+    key: str, tasks: tuple[str, ...], query: str, _selection: Selection, _view: View
+) -> pd.DataFrame | None:
+    """The comparison at equal storage if it takes no forward pass."""
+    evaluator = StoredEvaluator(resources.evaluator(_view))
+    try:
+        return compared(_selection, resources.session(_view), evaluator, Progress())
+    except NotStored:
+        return None
+
+
+def compared(
+    selection: Selection, session: MergeSession, evaluator: Evaluator, progress: Progress
+) -> pd.DataFrame:
+    """Allocated ranks against the uniform one, around the recommended setting."""
+    shares = [min(1.0, budget * selection.rank) for budget in BUDGETS]
+    scales = [factor * selection.scale for factor in SCALES]
+    return against_uniform(selection.space, session, evaluator, shares, scales, progress=progress)
+
+
+def storage(selection: Selection, view: View) -> None:
+    """Allocated ranks against the uniform one at equal storage."""
+    session, evaluator = resources.session(view), resources.evaluator(view)
+    query = selection.recipe.to_query()
+    frame = stored(view.key, view.tasks, query, selection, view)
+    if frame is None:
+        job = run_job(
+            digest_of("layers", view.key, *view.tasks, query),
+            "Ranks per layer",
+            "Compare with the uniform rank",
+            f"Evaluates three allocations and the uniform rank at {len(BUDGETS)} budgets and "
+            f"{len(SCALES)} λ on the validation split.",
+            lambda progress: compared(selection, session, evaluator, progress),
+        )
+        if job is None:
+            return
+        frame = job.result
+    charts.show(
+        figures.accuracy_over_storage(frame, "Do ranks per layer help at equal storage?"),
+        key="storage",
+        alt="Accuracy over storage for allocated ranks and the uniform rank",
+    )
+    charts.numbers(frame, "ranks_per_layer_accuracy", key="storage")

@@ -1,0 +1,194 @@
+"""The part of "Rank and scale" with the curve, the map, and one chosen setting."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import pandas as pd
+import streamlit as st
+
+from analysis.figures import rank_map
+from analysis.figures import rank_selection as figures
+from analysis.rank_selection.select import Selection
+from ui import charts, resources, shell
+from ui.resources import View
+from ui.widgets import share_label
+
+EXPLAINED = (
+    "At rank 100 % the centred vectors cancel and CART is the plain average. Where accuracy rises "
+    "and falls in between, one sees **the bell**: little of each task is kept on its left, and a "
+    "large λ overstretches that little; on its right the vectors cancel more and more. Original "
+    "vectors (about the base) do not cancel: at full rank they end at Task Arithmetic on the "
+    "matrices. The curve takes at each rank the best λ that was tried; its band is the 95 % "
+    "sampling interval of the mean over these tasks, and hollow points rest on fewer images. A "
+    "mark says which rank a rule picks; its own λ may be another one (see the tab Proxies). On "
+    "the map a cell is a setting, small where only part of the images was run, blank where none "
+    "was; colours end 15 points below the best. The red line encloses what these images do not "
+    "tell from the recommended setting (★)."
+)
+
+
+def references(view: View) -> dict[str, float]:
+    """Horizontal lines: the experts' mean accuracy, each on its own task."""
+    experts = resources.evaluator(view).experts(view.tasks)
+    return {"Experts": float(experts["accuracy"].mean())}
+
+
+def pick(rank: float, scale: float) -> None:
+    """Take a setting over into the two sliders."""
+    st.session_state["at_rank"], st.session_state["at_scale"] = rank, scale
+
+
+def pick_clicked() -> None:
+    """A click on the map chooses that setting (the two sliders are its keyboard twins)."""
+    points = st.session_state["rank_scale_map"]["selection"]["points"]
+    if points:
+        data = points[0]["customdata"]
+        rank, scale = data if isinstance(data, list) else (data["0"], data["1"])
+        pick(float(rank), float(scale))
+
+
+def nearest(value: float, options: Sequence[float]) -> float:
+    """The option next to a value."""
+    return min(options, key=lambda option: abs(option - value))
+
+
+def setting_sliders(selection: Selection) -> dict[str, float]:
+    """One slider per axis, at the recommended setting until it is moved."""
+    space = selection.space
+    chosen = {}
+    columns = st.columns(2)
+    if space.ranks:
+        ranks = [float(rank) for rank in space.ranks]
+        chosen["rank"] = columns[0].select_slider(
+            "Rank (share of directions)",
+            ranks,
+            value=nearest(selection.rank, ranks),
+            format_func=share_label,
+            key="at_rank",
+            bind="query-params",
+            help="Directions kept of each task vector, as a share of min(m, n) of each matrix.",
+        )
+    if space.scales:
+        chosen["scale"] = columns[1].select_slider(
+            "Scaling coefficient λ",
+            space.scales,
+            value=nearest(selection.scale, space.scales),
+            key="at_scale",
+            bind="query-params",
+            help="How strongly the kept directions are added.",
+        )
+    return chosen
+
+
+@shell.fragment
+def settings_section(selection: Selection, other: Selection | None, view: View) -> None:
+    """The curve with every pick, the map, and one setting of it in detail."""
+    space, points = selection.space, selection.points
+    axis = "rank" if space.ranks else "scale"
+    if points.empty:
+        picks_alone(selection)
+        return
+    drawn = st.container()
+    chosen = setting_sliders(selection)
+    here = points
+    for name, value in chosen.items():
+        here = here[np.isclose(here[name], value)]
+    detail(selection, chosen, here, view)
+    with drawn:
+        left, right = st.columns(2)
+        with left:
+            charts.show(
+                figures.score_curve(
+                    pd.concat(
+                        [
+                            each.curve.assign(method=each.recipe.method)
+                            for each in (selection, other)
+                            if each is not None
+                        ]
+                    ),
+                    title="How does it move with the rank?"
+                    if axis == "rank"
+                    else "How does it move with the scale?",
+                    axis=axis,
+                    value=selection.score,
+                    picks=selection.picks,
+                    references=references(view) if selection.score == "accuracy" else None,
+                    chosen=chosen[axis],
+                ),
+                key="curve",
+                alt=f"{selection.score} over {axis} with every proxy's pick",
+                height=470,
+            )
+        if space.ranks and space.scales:
+            with right:
+                charts.show(
+                    rank_map.evaluated_map(
+                        points,
+                        [float(rank) for rank in space.ranks],
+                        space.scales,
+                        title="Which settings merge best?",
+                        value=selection.score,
+                        recommended=(selection.rank, selection.scale),
+                        chosen=(chosen["rank"], chosen["scale"]),
+                    ),
+                    key="rank_scale_map",
+                    alt="Score over rank and scale: what was evaluated, and what is tied",
+                    height=470,
+                    on_select=pick_clicked,
+                    selection_mode="points",
+                )
+    charts.how_to_read("map", EXPLAINED, selection.recipe.declaration.formula)
+    charts.numbers(points, "rank_and_scale", key="points")
+
+
+def picks_alone(selection: Selection) -> None:
+    """Where nothing was evaluated: the settings that rules pick from weights."""
+    space = selection.space
+    if space.ranks and space.scales:
+        charts.show(
+            rank_map.evaluated_map(
+                selection.points,
+                [float(rank) for rank in space.ranks],
+                space.scales,
+                title="Which setting does each rule pick?",
+                recommended=(selection.rank, selection.scale),
+                picks=selection.picks,
+            ),
+            key="picked",
+            alt="Rank and scale that each rule picks",
+            height=470,
+        )
+    charts.how_to_read("map", EXPLAINED, selection.recipe.declaration.formula)
+    charts.numbers(selection.picks, "picks", key="points")
+
+
+def detail(
+    selection: Selection, chosen: Mapping[str, float], here: pd.DataFrame, view: View
+) -> None:
+    """The chosen setting: what was measured there, and its way to the Merge lab."""
+    left, right = st.columns([6, 3], vertical_alignment="center")
+    words = ", ".join(
+        f"rank {share_label(value)}" if name == "rank" else f"λ = {value:g}"
+        for name, value in chosen.items()
+    )
+    if here.empty:
+        left.markdown(f"**Chosen: {words}**: not evaluated in this search.")
+    else:
+        row, best = here.iloc[0], (selection.rank, selection.scale)
+        told = "these images do not tell it from the best" if row["tied"] else "not tied"
+        if np.isclose([row["rank"], row["scale"]], best, equal_nan=True).all():
+            told = "the recommended setting"
+        shares = selection.score in figures.SHARES
+        score = f"{row['score']:.1%}" if shares else f"{row['score']:.4g}"
+        left.markdown(
+            f"**Chosen: {words}**: {selection.score} {score} on {row['images']:.0f} images a "
+            f"task; {told}."
+        )
+    right.page_link(
+        shell.page("merge_lab"),
+        label="The chosen setting in the Merge lab",
+        icon=":material/science:",
+        query_params=shell.lab_query(selection.space.recipe(**chosen)),
+    )
