@@ -297,7 +297,7 @@ class _Run:
     def _tied(self, known: Mapping[str, np.ndarray], best: int) -> bool:
         """Whether the best setting is not better beyond chance."""
         gap, error = difference(self._known[best], known)
-        level = 1 - CONFIDENCE
+        level = (1 - CONFIDENCE) / max(len(self._recipes) - 1, 1)
         return gap == 0 or bool(gap <= error * norm.isf(level))
 
     @property

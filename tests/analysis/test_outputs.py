@@ -125,6 +125,17 @@ def test_only_what_is_new_is_run(suite: Suite, session: MergeSession) -> None:
     assert Evaluator(suite).knows(average(), session)
 
 
+def test_images_beyond_those_read_first(suite: Suite, session: MergeSession) -> None:
+    evaluator = Evaluator(suite)
+    evaluator.recipe(average(), session, limit=5)  # reads no more than five
+    images = {"digits": np.array([2, 4, 5, 19])}
+    got = evaluator.recipe_outputs(average(), session, images)["digits"]["classes"]
+    expected = by_numpy(suite, averaged(suite), "digits")["classes"]
+    assert got.tolist() == expected[images["digits"]].tolist()
+    last = evaluator.recipe_outputs(average(), session, {"lines": np.array([5])})
+    assert last["lines"]["classes"][0] == by_numpy(suite, averaged(suite), "lines")["classes"][5]
+
+
 def test_a_new_measure_runs_images_again_and_an_old_one_does_not(
     suite: Suite, session: MergeSession
 ) -> None:
