@@ -15,7 +15,7 @@ import pandas as pd
 from scipy.stats import norm
 from torch import Tensor
 
-from analysis.inputs import Split
+from analysis.inputs import SPLIT_NAMES, UNLABELLED, Split
 from analysis.learning import learn
 from analysis.outputs import Images, ModelOutputs, Outputs
 from analysis.predictions import CLASSES, PredictionStore
@@ -277,6 +277,12 @@ class Evaluator(ModelOutputs):
         hits = {}
         for task, numbers in images.items():
             labels = self.inputs(task, split, limit)[1][numbers]
+            if int(labels.min()) == UNLABELLED:
+                raise SuiteError(
+                    f"The {SPLIT_NAMES[split]} images of task {task!r} have no labels, so no "
+                    f"accuracy can be measured. Add {split}_labels to its data; rank and scale can "
+                    "be chosen without labels."
+                )
             if int(labels.max()) >= len(self.head(task).weight):
                 raise SuiteError(self.misfit(task, f"labels up to {int(labels.max())}"))
             hits[task] = outputs[task][CLASSES] == labels

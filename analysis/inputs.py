@@ -18,6 +18,7 @@ from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
 from merge_core.suite import Suite
 
 Split = Literal["val", "test"]
+UNLABELLED = -1
 SPLIT_NAMES: dict[Split, str] = {"val": "validation", "test": "test"}
 
 
@@ -27,7 +28,7 @@ class TaskInputs:
 
     Attributes:
         images: uint8, N x H x W x channels.
-        labels: int64, N, in 0..classes−1.
+        labels: int64, N, in 0..classes−1; all :data:`UNLABELLED` where there are none.
         class_names: one per class.
     """
 
@@ -57,7 +58,8 @@ def load_inputs(suite: Suite, task: str, split: Split, limit: int | None = None)
     """Read one split of a task's numpy archive.
 
     The archive (``.npz``) holds ``val_images``, ``val_labels``, ``test_images``,
-    ``test_labels`` and, optionally, ``class_names``.
+    ``test_labels`` and, optionally, ``class_names``. Labels may be left out; then nothing that
+    needs accuracy can be asked.
 
     Args:
         suite: the suite.
@@ -72,7 +74,25 @@ def load_inputs(suite: Suite, task: str, split: Split, limit: int | None = None)
     if spec is None:
         raise SuiteError(f"Task {task!r} has no data; add 'data:' to it in {suite.path}.")
     what = f"data of task {task!r}"
-    return read_split(suite.file(spec.file), split, what, SuiteError, channels=3, limit=limit)
+    path = suite.file(spec.file)
+    return read_split(path, split, what, SuiteError, channels=3, limit=limit, labelled=False)
+
+
+def has_labels(suite: Suite, task: str, split: Split) -> bool:
+    """Whether a task's archive names labels of a split (nothing else of it is read).
+
+    Raises:
+        SuiteError: no data, or a file that is no archive.
+    """
+    spec = suite.spec.experts[task].data
+    if spec is None:
+        return False
+    path = suite.file(spec.file)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return f"{split}_labels" in archive
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as fault:
+        raise SuiteError(f"{path} (data of task {task!r}) cannot be read: {fault}.") from fault
 
 
 def read_split(
@@ -82,6 +102,7 @@ def read_split(
     error: type[MergeScopeError],
     channels: int,
     limit: int | None = None,
+    labelled: bool = True,
 ) -> TaskInputs:
     """Read one split of a numpy archive of images.
 
@@ -92,6 +113,7 @@ def read_split(
         error: what is raised.
         channels: the number of colour channels expected.
         limit: only the first so many images.
+        labelled: whether labels must be there; else they are :data:`UNLABELLED` where missing.
 
     Raises:
         MergeScopeError: of the given kind: a missing file, or content of another form.
@@ -99,7 +121,11 @@ def read_split(
     try:
         with np.load(path, allow_pickle=False) as archive:
             images = archive[f"{split}_images"][:limit]
-            labels = archive[f"{split}_labels"][:limit]
+            if labelled or f"{split}_labels" in archive:
+                labels = archive[f"{split}_labels"][:limit]
+                least = 0
+            else:
+                labels, least = np.full(len(images), UNLABELLED), UNLABELLED
             if labels.dtype.kind not in "iu":
                 raise ValueError(f"the labels are {labels.dtype}, not integers")
             labels = labels.astype(np.int64)
@@ -130,7 +156,7 @@ def read_split(
             f"{path}: {split}_images must be uint8 of shape N x height x width x {channels}, "
             f"got {images.dtype} of shape {images.shape}."
         )
-    if labels.shape != (len(images),) or len(labels) == 0 or labels.min() < 0:
+    if labels.shape != (len(images),) or len(labels) == 0 or labels.min() < least:
         raise error(f"{path}: {split}_labels must be one class number per image, from 0.")
     return TaskInputs(images, labels, names)
 

@@ -160,7 +160,7 @@ def page() -> None:
         "Every method on the same experts and the same test images, with what it needs and what "
         "it costs.",
     )
-    if not view.suite.can_evaluate:
+    if not resources.measurable(view):
         shell.explain_no_evaluation(view)
         published_figures()
         return

@@ -14,7 +14,7 @@ from PIL import Image
 from analysis.evaluation import mean_accuracy
 from analysis.figures import accuracy as figures
 from analysis.first_result import first_recipes, first_result, knows_first_result
-from analysis.inputs import load_inputs
+from analysis.inputs import UNLABELLED, load_inputs
 from merge_core.methods import get_method
 from merge_core.preflight import preflight
 from merge_core.recipe import Recipe
@@ -37,15 +37,20 @@ Recipes = dict[str, tuple[Recipe, bool]]
 def sample_strip(key: str, task: str, _view: View) -> tuple[bytes, str, int, int]:
     """A PNG strip of validation images of different classes, their names, counts."""
     inputs = load_inputs(_view.suite, task, "val")
-    classes = np.unique(inputs.labels)
+    named = inputs.labels[0] != UNLABELLED
+    classes = np.unique(inputs.labels) if named else np.arange(len(inputs.images))
     step = np.linspace(0, len(classes) - 1, min(SAMPLES, len(classes))).round().astype(int)
-    chosen = [int(np.flatnonzero(inputs.labels == classes[i])[0]) for i in step]
+    chosen = [int(np.flatnonzero(inputs.labels == classes[i])[0]) for i in step] if named else step
     strip = np.concatenate(list(inputs.images[chosen]), axis=1)
     image = Image.fromarray(strip)
     image = image.resize((image.width * SCALE, image.height * SCALE), Image.Resampling.NEAREST)
     stream = io.BytesIO()
     image.save(stream, "PNG")
-    names = ", ".join(inputs.class_names[int(inputs.labels[i])] for i in chosen)
+    names = (
+        ", ".join(inputs.class_names[int(inputs.labels[i])] for i in chosen)
+        if named
+        else "no labels"
+    )
     return stream.getvalue(), names, len(inputs.class_names), len(inputs.labels)
 
 
@@ -78,7 +83,7 @@ def settings_in_words(recipes: Recipes) -> str:
 def first_section(view: View) -> None:
     """Base, experts and three merges side by side, on the test split."""
     st.subheader("What does merging give?", anchor=False)
-    if not view.suite.can_evaluate:
+    if not resources.measurable(view):
         shell.explain_no_evaluation(view)
         return
     recipes, frame = known_result(view.key, view.tasks, view)
@@ -175,7 +180,8 @@ def tasks_section(view: View) -> None:
         with columns[i % PER_ROW]:
             source = "data:image/png;base64," + base64.b64encode(image).decode()
             st.image(source, width="stretch", alt=f"Sample images of {task}: {names}")
-            st.markdown(f"**{view.suite.title(task)}** · {classes} classes · {images} validation")
+            known = f"{classes} classes" if classes else "no labels"
+            st.markdown(f"**{view.suite.title(task)}** · {known} · {images} validation")
 
 
 def page() -> None:

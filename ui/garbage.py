@@ -7,6 +7,7 @@ a second would stand still most of the time.
 
 from __future__ import annotations
 
+import atexit
 import gc
 import threading
 import time
@@ -14,6 +15,7 @@ import time
 INTERVAL_SECONDS = 20.0
 _lock = threading.Lock()
 _last = time.monotonic()
+atexit.register(gc.unfreeze)  # else the interpreter's last collection misses what is hidden
 
 
 def spare() -> None:

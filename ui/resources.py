@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import streamlit as st
 
 from analysis.evaluation import Evaluator
+from analysis.inputs import Split, has_labels
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.files import digest_of, file_digest
@@ -105,6 +107,13 @@ def evaluator(view: View) -> Evaluator:
         SuiteError: the suite cannot be evaluated.
     """
     return _evaluator(view.key, view.suite)
+
+
+def measurable(view: View) -> bool:
+    """Whether accuracies of the chosen tasks can be measured: all it takes is there, and labels."""
+    return view.suite.can_evaluate and all(
+        has_labels(view.suite, task, split) for task in view.tasks for split in get_args(Split)
+    )
 
 
 def group(view: View) -> ParameterGroup:

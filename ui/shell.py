@@ -127,6 +127,13 @@ def page(name: str) -> Any:
 
 def explain_no_evaluation(view: View) -> None:
     """Say what a suite lacks for evaluation, and what can be done with it all the same."""
+    if view.suite.can_evaluate:
+        st.info(
+            f"The images of the suite **{view.name}** have no labels, so no accuracy can be "
+            "measured. Add `val_labels` and `test_labels` to its data to see accuracies here; "
+            "Rank and scale chooses both from inputs without labels."
+        )
+        return
     st.info(
         f"The suite **{view.name}** can be analysed and merged but not evaluated: "
         f"{view.suite.why_not_evaluated}. Add it to `{view.suite.path.name}` to see accuracies "

@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.evaluation import Evaluator, mean_accuracy
+from analysis.inputs import Split, has_labels
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
 from analysis.rank_selection.regret import evidence, recommended_proxy, summary
@@ -133,7 +134,7 @@ def select_rank(
         full_grid: evaluate every setting on every image instead of searching adaptively.
         every_proxy: find the picks of all proxies from inputs too, each by a search of its own.
         report: evaluate the recommended recipe, in the end: on the test split (and in modes
-            that read no label on the validation split too).
+            that read no label on the validation split too), where there are labels.
         progress: reports, and cancels between two units; what was evaluated is kept.
 
     Raises:
@@ -172,10 +173,10 @@ def select_rank(
     rank, scale = _digits(chosen["rank"]), _digits(chosen["scale"])
     recipe = recipe_at(space, rank, scale)
     accuracy, tested = None, None
-    if evaluator is not None and (report or mode == "labels"):
+    if evaluator is not None and (mode == "labels" or (report and _labelled(session, "val"))):
         accuracy = mean_accuracy(evaluator.recipe(recipe, session, progress=inner)).iloc[0]
-        if report:
-            tested = evaluator.recipe(recipe, session, "test", progress=inner)
+    if evaluator is not None and report and _labelled(session, "test"):
+        tested = evaluator.recipe(recipe, session, "test", progress=inner)
     points = search.points if search else _no_points()
     return Selection(
         mode=mode,
@@ -262,6 +263,10 @@ def setting_words(rank: float, scale: float) -> str:
     if not math.isnan(scale):
         parts.append(f"scale {scale:.3g}")
     return ", ".join(parts)
+
+
+def _labelled(session: MergeSession, split: Split) -> bool:
+    return all(has_labels(session.suite, task, split) for task in session.groups.tasks)
 
 
 def _digits(value: float) -> float:

@@ -22,7 +22,7 @@ from analysis.rank_selection.space import search_space
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.suite import load_suite
-from tests.evaluable import write_evaluable
+from tests.evaluable import edit_arrays, write_evaluable
 from tests.pages.test_pages import array, figures, healthy, metrics, open_page, trace
 from ui import rank_settings_section
 from ui.widgets import share_label
@@ -228,3 +228,16 @@ def test_two_tasks_are_told_that_cart_is_the_average(offer: Offer) -> None:
     offer()
     at = open_page("rank_and_scale", suite="mine", tasks=["digits", "lines"])
     assert any("equals the weight average" in warning.value for warning in at.warning)
+
+
+def test_images_without_labels_are_enough_for_inputs_only(offer: Offer) -> None:
+    folder = offer().parent
+    for file in (folder / "inputs").glob("*.npz"):
+        edit_arrays(file, val_labels=None, test_labels=None)
+    at = found(healthy(open_page("rank_and_scale", suite="mine", mode="Inputs only")))
+    shown = metrics(at)
+    assert "Recommended rank" in shown
+    assert not {"Validation accuracy", "Test accuracy"} & set(shown)
+    for page in ("overview", "compare"):
+        at = healthy(open_page(page, suite="mine"))
+        assert any("have no labels" in info.value for info in at.info)

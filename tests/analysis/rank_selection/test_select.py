@@ -24,7 +24,7 @@ from analysis.rank_selection.select import (
 )
 from analysis.rank_selection.space import SearchSpace, search_space
 from merge_core.engine import MergeSession
-from merge_core.errors import Cancelled, RecipeError
+from merge_core.errors import Cancelled, RecipeError, SuiteError
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress
 from merge_core.recipe import recipe_from_yaml
@@ -300,3 +300,20 @@ def test_methods_that_can_be_chosen(bench: Bench) -> None:
     offered = selectable(bench.suite, TASKS)
     assert {"cart", "low_rank_task_arithmetic", "task_arithmetic", "ties"} <= set(offered)
     assert not {"average", "cart_indexing", "cart_adaptive", "slerp"} & set(offered)
+
+
+def test_inputs_without_any_labels_give_the_same_choice(tmp_path: Path) -> None:
+    with_labels = Bench(tmp_path / "labelled", evaluable(tmp_path / "labelled"))
+    wanted = select_rank(with_labels.space(), with_labels.session, with_labels.evaluator, "inputs")
+    suite = evaluable(tmp_path / "bare")
+    for task in TASKS:
+        edit_arrays(suite.root / f"inputs/{task}.npz", val_labels=None, test_labels=None)
+    bare = Bench(tmp_path / "bare", suite)
+    found = select_rank(bare.space(), bare.session, bare.evaluator, "inputs")
+    assert (found.rank, found.scale) == (wanted.rank, wanted.scale)
+    assert wanted.accuracy is not None
+    assert wanted.report is not None
+    assert found.accuracy is None
+    assert found.report is None
+    with pytest.raises(SuiteError, match=r"validation images of task 'digits' have no labels"):
+        select_rank(bare.space(), bare.session, bare.evaluator, "labels")
