@@ -184,7 +184,7 @@ class Threads(Ahead[Future[Any]]):
     def _opened(self, function: Callable[[Any], Any]) -> Iterator[Pool[Future[Any]]]:
         # Torch's number of threads belongs to the thread that sets it.
         with ThreadPoolExecutor(self.workers, initializer=_alone) as pool:
-            yield _Futures(pool, function)
+            yield _ThreadFutures(pool, function)
 
 
 class Processes(Ahead[Future[Any]]):
@@ -209,6 +209,17 @@ class Processes(Ahead[Future[Any]]):
 
 
 class _Futures(Pool[Future[Any]]):
+    def ready(self, handle: Future[Any]) -> Any:
+        done, _ = wait([handle], timeout=POLL_SECONDS)
+        if not done:
+            raise NotYet
+        return handle.result()
+
+    def drop(self, handle: Future[Any]) -> None:
+        handle.cancel()
+
+
+class _ThreadFutures(_Futures):
     def __init__(self, pool: ThreadPoolExecutor, function: Callable[[Any], Any]) -> None:
         self._pool = pool
         self._function = function
@@ -216,14 +227,8 @@ class _Futures(Pool[Future[Any]]):
     def begin(self, item: Any) -> Future[Any]:
         return self._pool.submit(self._function, item)
 
-    def ready(self, handle: Future[Any]) -> Any:
-        return _ready(handle)
 
-    def drop(self, handle: Future[Any]) -> None:
-        handle.cancel()
-
-
-class _ProcessFutures(Pool[Future[Any]]):
+class _ProcessFutures(_Futures):
     def __init__(self, workers: int, function: Callable[[Any], Any]) -> None:
         self._workers = workers
         self._function = function
@@ -245,12 +250,6 @@ class _ProcessFutures(Pool[Future[Any]]):
             broken: Future[Any] = Future()
             broken.set_exception(error)
             return broken
-
-    def ready(self, handle: Future[Any]) -> Any:
-        return _ready(handle)
-
-    def drop(self, handle: Future[Any]) -> None:
-        handle.cancel()
 
     def mend(self, waiting: deque[tuple[Any, Future[Any]]]) -> None:
         self.close()
@@ -328,13 +327,6 @@ def _install(function: Callable[[Any], Any]) -> None:
 
 def _installed(item: Any) -> Any:
     return _FUNCTION[0](item)
-
-
-def _ready(handle: Future[Any]) -> Any:
-    done, _ = wait([handle], timeout=POLL_SECONDS)
-    if not done:
-        raise NotYet
-    return handle.result()
 
 
 def _check(cancel: threading.Event | None) -> None:
