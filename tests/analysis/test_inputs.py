@@ -12,7 +12,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from analysis.inputs import load_head, load_inputs, normalised
+from analysis.inputs import UNLABELLED, has_labels, load_head, load_inputs, normalised
 from merge_core.errors import SuiteError
 from merge_core.suite import Suite, load_suite
 from tests.evaluable import IMAGES, MEANS, SIZE, STDS, edit_arrays, evaluable
@@ -78,7 +78,6 @@ class TestInputs:
         ("arrays", "words"),
         [
             ({"val_images": None}, "val_images"),
-            ({"val_labels": None}, "val_labels"),
             ({"val_labels": np.zeros(IMAGES - 1, int)}, "one class number per image"),
             ({"val_labels": np.zeros((IMAGES, 1), int)}, "one class number per image"),
             ({"val_labels": np.full(IMAGES, -1)}, "one class number per image, from 0"),
@@ -105,6 +104,16 @@ class TestInputs:
         with pytest.raises(SuiteError, match=rf"(?s)inputs/{TASK}\.npz.*{words}"):
             load_inputs(suite, TASK, "val")
         load_inputs(suite, TASK, "test")  # the other split is as it was
+
+    def test_labels_may_be_left_out(self, suite: Suite) -> None:
+        edit_arrays(archive(suite), val_labels=None)
+        inputs = load_inputs(suite, TASK, "val")
+        assert (inputs.labels == UNLABELLED).all()
+        assert inputs.labels.shape == (len(inputs.images),)
+        assert (has_labels(suite, TASK, "val"), has_labels(suite, TASK, "test")) == (False, True)
+        archive(suite).write_bytes(b"PK no archive")
+        with pytest.raises(SuiteError, match=rf"inputs/{TASK}\.npz.*cannot be read"):
+            has_labels(suite, TASK, "val")
 
     @pytest.mark.parametrize("key", ["val_images", "val_labels", "class_names"])
     def test_pickled_objects_are_never_opened(self, suite: Suite, key: str, tmp_path: Path) -> None:
