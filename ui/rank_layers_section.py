@@ -89,7 +89,8 @@ def compared(
 ) -> pd.DataFrame:
     """Allocated ranks against the uniform one, around the recommended setting."""
     shares = [min(1.0, budget * selection.rank) for budget in BUDGETS]
-    scales = [factor * selection.scale for factor in SCALES]
+    highest = max(selection.space.scales)
+    scales = list(dict.fromkeys(min(factor * selection.scale, highest) for factor in SCALES))
     return against_uniform(selection.space, session, evaluator, shares, scales, progress=progress)
 
 

@@ -24,6 +24,7 @@ from analysis.figures.style import (
     layout,
     mark_share,
     percent,
+    share_axis,
 )
 
 # Regrets beyond so many points are drawn at the edge: settings that destroy the model would
@@ -264,9 +265,9 @@ def layer_ranks(frame: pd.DataFrame, title: str, uniform: float) -> go.Figure:
             text=[f"{r:.0f} directions" for r in mine["rank"]],
             hovertemplate="%{y}<br>%{x:.1%}, %{text}<extra>" + str(rule) + "</extra>",
         )
-    layout(figure, title, x="rank (log)", y="", height=150 + ROW * len(parameters))
+    layout(figure, title, x="share of directions (log)", y="", height=150 + ROW * len(parameters))
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=parameters[::-1])
-    _rank_axis(figure)
+    figure.update_xaxes(**share_axis([*frame["share"], uniform]))
     mark_share(figure, uniform, "uniform")
     return figure
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlparse
@@ -21,10 +22,11 @@ from analysis.rank_selection.select import Mode, Selection, select_rank, task_cu
 from analysis.rank_selection.space import search_space
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
+from merge_core.progress import Progress
 from merge_core.suite import load_suite
 from tests.evaluable import edit_arrays, write_evaluable
 from tests.pages.test_pages import array, figures, healthy, metrics, open_page, trace
-from ui import rank_settings_section
+from ui import rank_layers_section, rank_settings_section
 from ui.widgets import share_label
 
 Offer = Callable[..., Path]
@@ -241,3 +243,12 @@ def test_images_without_labels_are_enough_for_inputs_only(offer: Offer) -> None:
     for page in ("overview", "compare"):
         at = healthy(open_page(page, suite="mine"))
         assert any("have no labels" in info.value for info in at.info)
+
+
+def test_allocations_stay_among_the_scales_that_a_method_takes(offer: Offer) -> None:
+    suite = load_suite(offer())
+    session = MergeSession(suite, None, FactorStore())
+    space = search_space("cart", "mine", suite.tasks)
+    edge = replace(select_rank(space, session, None, "weights"), scale=max(space.scales))
+    frame = rank_layers_section.compared(edge, session, Evaluator(suite), Progress())
+    assert frame["scale"].max() <= max(space.scales)
