@@ -17,7 +17,7 @@ from torch import Tensor
 
 from analysis.spectra import decomposed
 from merge_core.errors import SuiteError
-from merge_core.linalg import Factors, directions
+from merge_core.linalg import Factors, SideFactors, directions
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
@@ -91,7 +91,9 @@ def _ordered_pairs(
     return pd.DataFrame({"first": first, "second": second, "origin": origin, **columns})
 
 
-def pair_interference(factors: Sequence[Factors], side: Side = "row") -> np.ndarray:
+def pair_interference(
+    factors: Sequence[Factors] | Sequence[SideFactors], side: Side = "row"
+) -> np.ndarray:
     """Interference of every pair of task vectors of one matrix, for every rank at once.
 
     I_ij(k) = ‖S_i V_iᵀ V_j S_j‖_F with the top k directions and S_i = diag(σ_i)/√(Σ_{a≤k} σ_ia²).
@@ -108,7 +110,7 @@ def pair_interference(factors: Sequence[Factors], side: Side = "row") -> np.ndar
 
     Source: CART, arXiv:2412.12153, the row-space interference; its column twin uses U.
     """
-    bases = [(f.V if side == "row" else f.U).double() for f in factors]
+    bases = [(f.right() if side == "row" else f.left()).double() for f in factors]
     squares = [f.S.double() ** 2 for f in factors]
     energy = [s.cumsum(0) for s in squares]
     T, r = len(factors), factors[0].rank
@@ -124,6 +126,13 @@ def pair_interference(factors: Sequence[Factors], side: Side = "row") -> np.ndar
         value = (new.cumsum(0) / energy[i] / energy[j]).sqrt().nan_to_num(0.0)
         pairs[i, j] = pairs[j, i] = value.numpy()
     return pairs
+
+
+def _stored_side(group: ParameterGroup, side: Side) -> Side:
+    """The side of the stored matrix that a side of the layer's is: others in GPT-2's in x out."""
+    if not group.in_by_out:
+        return side
+    return "column" if side == "row" else "row"
 
 
 def interference_pairs(
@@ -144,13 +153,9 @@ def interference_pairs(
     Raises:
         SuiteError: origin "base" without a base.
     """
-    top = [_top(f, k) for f in group.factors(origin)]
-    pairs = pair_interference(top, side)[:, :, -1]
+    top = [f.head(k) for f in group.factors(origin, k)]
+    pairs = pair_interference(top, _stored_side(group, side))[:, :, -1]
     return _ordered_pairs(group.tasks, origin, {"k": top[0].rank, "interference": pairs})
-
-
-def _top(factors: Factors, k: int) -> Factors:
-    return Factors(factors.U[:, :k], factors.S[:k], factors.V[:, :k])
 
 
 def interference_over_rank(
@@ -186,7 +191,7 @@ def interference_over_rank(
     for done, group in enumerate(members, start=1):
         factors = group.factors(origin)
         T, r = len(factors), factors[0].rank
-        pairs = pair_interference(factors, side)
+        pairs = pair_interference(factors, _stored_side(group, side))
         interference = pairs.sum(axis=(0, 1)) - np.trace(pairs)
         # Summed from the small end, so that what little is lost near full rank stays exact.
         squares = np.sum([f.S.double().numpy() ** 2 for f in factors], axis=0)
@@ -256,9 +261,9 @@ def principal_angles(
     Source: Björck and Golub, 1973; small angles by their sine, which the cosine cannot resolve.
     """
     subspaces = []
-    for f in group.factors(origin):
-        top = _top(f, k)
-        span = (top.V if side == "row" else top.U)[:, top.S > 0].double()
+    for f in group.factors(origin, k):
+        vectors = f.right(k) if _stored_side(group, side) == "row" else f.left(k)
+        span = vectors[:, f.S[:k] > 0].double()
         # Stored in float32, orthonormal to 1e-7 only.
         subspaces.append(torch.linalg.qr(span).Q)
     frames = []
@@ -367,7 +372,7 @@ def tsv_interference(group: ParameterGroup, k: int, origin: Origin = "base") -> 
 
     Source: arXiv:2412.00081, the definition of Singular Task Interference.
     """
-    top = [_top(f, k).to(torch.float64) for f in group.factors(origin)]
+    top = [f.head(k).to(torch.float64) for f in group.factors(origin, k)]
     U = torch.cat([f.U for f in top], dim=1)
     V = torch.cat([f.V for f in top], dim=1)
     sigma = torch.cat([f.S for f in top])

@@ -15,7 +15,9 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from analysis.noise import as_array, gavish_donoho_cut, noise_edge
-from merge_core.linalg import as_matrix, directions, singular_values
+from merge_core.decomposition import singular_values
+from merge_core.linalg import as_matrix, directions
+from merge_core.parameters import describe
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
@@ -82,10 +84,9 @@ def energy_rank(S: Tensor | ArrayLike, share: float) -> int:
 
 
 def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
-    """The parts a matrix can be looked at in: q, k and v too where it fuses them by rows."""
-    rows = group.info.shape[0] if group.info.shape else 0
-    fused = "qkv" in group.name or "in_proj" in group.name
-    return get_args(Part) if fused and group.decomposed and rows % 3 == 0 else ("whole",)
+    """The parts a matrix can be looked at in: q, k and v too where it fuses them."""
+    fused = group.decomposed and describe(group.name, group.info).parts
+    return get_args(Part) if fused else ("whole",)
 
 
 def decomposed(groups: Groups | ParameterGroup) -> tuple[int, Iterator[ParameterGroup]]:
@@ -101,14 +102,16 @@ def _spectra(
     """Rows and columns of a part of a matrix, and its singular values for each task."""
     if part == "whole":
         factors = group.factors(origin)
-        shape = factors[0].U.shape[0], factors[0].V.shape[0]
-        return shape, [as_array(f.S) for f in factors]
+        return factors[0].shape, [as_array(f.S) for f in factors]
     parts = parts_of(group)
     if part not in parts:
         raise ValueError(f"{group.name!r} has no part {part!r}; it has {', '.join(parts)}")
-    third = group.info.shape[0] // 3
-    first = third * (parts.index(part) - 1)
-    matrices = [as_matrix(tau)[first : first + third] for tau in group.task_vectors(origin)]
+    # Of GPT-2's weights, stored in x out, columns are outputs.
+    outputs = int(group.in_by_out)
+    matrices = [
+        as_matrix(tau).chunk(3, dim=outputs)[parts.index(part) - 1]
+        for tau in group.task_vectors(origin)
+    ]
     m, n = matrices[0].shape
     return (m, n), [as_array(singular_values(A)) for A in matrices]
 
@@ -119,7 +122,7 @@ def spectrum(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.
     Args:
         group: a decomposed parameter, out x in (kernels as o x (i·kh·kw)).
         origin: what the task vectors are taken about.
-        part: the whole matrix, or a third of the rows of a fused qkv weight.
+        part: the whole matrix, or a third of the outputs of a fused qkv weight.
 
     Returns:
         One row per task and direction: task, origin, index (1..r), share (index/r), sigma

@@ -1,110 +1,194 @@
 """Factors of task vectors, computed once and kept: in memory, and on disk by content.
 
 Changing the rank or the scale of a merge never decomposes again: a factor is known by the
-digests of the checkpoint and of the origin it is taken about, and the parameter's name.
+digests of the checkpoint and of the origin it is taken about, and the parameter's name. Only the
+short side is stored; the long one is a product with the task vector itself.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
 from torch import Tensor
 
+from merge_core.decomposition import Route, Side, cut, short_side
 from merge_core.errors import OutputError
-from merge_core.files import cache_dir, digest_of, write_atomically
-from merge_core.linalg import Factors, Route, decompose
+from merge_core.files import cache_dir, digest_of, evict, write_atomically
+from merge_core.linalg import SideFactors
 
-FORMAT = "factors-1"
+FORMAT = "factors-2"
+# What SVD_k of a task vector may be off by, relative to its norm; the estimate is rarely too low.
+TOLERANCE = 5e-5
+DISK_BYTES = 20 << 30
+LOOK_EVERY = 256 << 20
+
+Matrix = Callable[[torch.dtype], Tensor]
 
 
-def _sound(factors: Factors) -> bool:
-    """Whether what was stored can be a decomposition: unit columns, finite descending values."""
-    U, S, V = factors.U, factors.S, factors.V
-    if U.ndim != 2 or V.ndim != 2 or not U.shape[1] == V.shape[1] == S.numel():
+def _sound(side: Side) -> bool:
+    """Whether what was stored can be a decomposition: unit vectors, finite descending values."""
+    vectors, S = side.vectors, side.S
+    if vectors.ndim != 2 or S.ndim != 1 or not 0 <= vectors.shape[0] <= S.numel():
         return False
     ordered = bool((S[:-1] >= S[1:]).all() and S.isfinite().all())
-    return ordered and all(bool(((X.norm(dim=0) - 1).abs() < 1e-3).all()) for X in (U, V))
+    return ordered and bool(((vectors.norm(dim=1) - 1).abs() < 1e-3).all())
 
 
 class FactorStore:
     """Factors by content key, on disk as float32 safetensors and in memory up to a limit.
 
+    Several threads and processes may share one folder: files appear whole or not at all, and the
+    least recently used go first when there are too many.
+
     Args:
         folder: where files lie; None for ``factors/`` in the cache folder.
         memory_bytes: limit of what is kept in memory; the least recently used goes first.
-        route: how matrices are decomposed (see :func:`merge_core.linalg.decompose`).
+        route: how matrices are decomposed (see :func:`merge_core.decomposition.short_side`).
+        disk_bytes: limit of the folder; ``$MERGESCOPE_FACTORS_GB``, else 20 GiB when None.
     """
 
     def __init__(
         self,
         folder: Path | None = None,
-        memory_bytes: int = 512 << 20,
+        memory_bytes: int = 128 << 20,
         route: Route = "gram",
+        disk_bytes: int | None = None,
     ) -> None:
         self.folder = cache_dir() / "factors" if folder is None else folder
         self.route = route
         self.decompositions = 0
+        self._disk_limit = _disk_limit() if disk_bytes is None else disk_bytes
+        self._written = 0
         self._limit = memory_bytes
         self._held = 0
-        self._memory: OrderedDict[str, Factors] = OrderedDict()
+        self._memory: OrderedDict[str, Side] = OrderedDict()
         self._lock = threading.Lock()
 
     def get(
-        self, member: str, origin: str, parameter: str, matrix: Callable[[], Tensor]
-    ) -> Factors:
+        self,
+        member: str,
+        origin: str,
+        parameter: str,
+        matrix: Matrix,
+        shape: tuple[int, int],
+        k: int | None = None,
+    ) -> SideFactors:
         """The factors of one task vector's matrix, decomposed only if never seen before.
 
         Args:
             member: content digest of the expert.
             origin: content digest of what it is taken about (the base, or all experts averaged).
             parameter: the parameter's name.
-            matrix: makes the m x n matrix; called only when nothing is stored.
+            matrix: makes the m x n matrix in float32 or float64.
+            shape: m, n.
+            k: how many leading directions must span their space to within a relative error of
+                SVD_k of about 1e-4; where float32 does not reach that (close singular values),
+                the matrix is decomposed once more in float64. None asks for values and single
+                directions only.
 
         Returns:
             Factors in float32.
         """
         key = digest_of(FORMAT, self.route, member, origin, parameter)
+        path = self.folder / key[:2] / f"{key}.safetensors"
+        side = self._remembered(key)
+        A: Tensor | None = None  # what was made on the way is used again
+        if side is None:
+            side = self._read(path, shape)
+            if side is None:
+                A = matrix(torch.float32)
+                side = self._made(path, A)
+            self._remember(key, side)
+        sure_at: int | None = None
+        if side.noise > 0:
+            sure_at = 0  # no number of leading directions was asked for
+            if k is not None:
+                A = matrix(torch.float32) if A is None else A
+                sure_at, (ready, error) = k, cut(side, A, k, TOLERANCE)
+                if error > TOLERANCE:
+                    ready = side = self._made(path, matrix(torch.float64))
+                    sure_at = None
+                    self._remember(key, side)
+                side = ready
+        factors = SideFactors(side.vectors, side.S, shape, partial(matrix, torch.float32), sure_at)
+        if k is not None and A is not None and 2 * k <= min(shape):
+            factors.weigh(k, A)
+        return factors
+
+    def _made(self, path: Path, A: Tensor) -> Side:
+        """Decompose, and keep on disk."""
+        side = short_side(A.to(_device(A)), self.route)
+        with self._lock:
+            self.decompositions += 1
+        data = save({"vectors": side.vectors, "S": side.S}, {"noise": repr(side.noise)})
+        # A full or read-only cache costs time, never the result.
+        with suppress(OutputError):
+            write_atomically(path, data)
+            self._make_room(len(data))
+        return self._read(path, A.shape) or side  # the file's pages can be dropped by the system
+
+    def _make_room(self, written: int) -> None:
+        """Evict what was not used for longest, now and then."""
+        with self._lock:
+            self._written += written
+            due = self._written >= min(LOOK_EVERY, self._disk_limit // 4)
+            if due:
+                self._written = 0
+        if due:
+            with suppress(OSError):
+                evict(self.folder, self._disk_limit)
+
+    def _read(self, path: Path, shape: tuple[int, ...]) -> Side | None:
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                noise = float((file.metadata() or {})["noise"])
+                side = Side(file.get_tensor("vectors"), file.get_tensor("S"), noise)
+            os.utime(path)
+        except (SafetensorError, OSError, KeyError, ValueError):
+            # Absent, written by a killed process or damaged since: computed afresh and replaced.
+            return None
+        fits = side.S.shape == (min(shape),) and side.vectors.shape[1:] == (min(shape),)
+        return side if fits and _sound(side) else None
+
+    def _remembered(self, key: str) -> Side | None:
         with self._lock:
             if key in self._memory:
                 self._memory.move_to_end(key)
-                return self._memory[key]
-        path = self.folder / key[:2] / f"{key}.safetensors"
-        factors = self._read(path)
-        if factors is None:
-            factors = decompose(matrix(), self.route).to(torch.float32)
-            self.decompositions += 1
-            data = save({"U": factors.U, "S": factors.S, "V": factors.V})
-            # A full or read-only cache costs time, never the result.
-            with suppress(OutputError):
-                write_atomically(path, data)
-        self._remember(key, factors)
-        return factors
+            return self._memory.get(key)
 
-    def _read(self, path: Path) -> Factors | None:
-        if not path.is_file():
-            return None
-        try:
-            stored = load_file(path)
-            factors = Factors(stored["U"], stored["S"], stored["V"])
-            return factors if _sound(factors) else None
-        except (SafetensorError, OSError, KeyError):
-            # Written by a killed process or damaged since: computed afresh and replaced.
-            return None
-
-    def _remember(self, key: str, factors: Factors) -> None:
-        size = sum(t.numel() * t.element_size() for t in (factors.U, factors.S, factors.V))
+    def _remember(self, key: str, side: Side) -> None:
         with self._lock:
-            if key in self._memory or size > self._limit:
+            self._held -= _size(self._memory.pop(key, None))
+            if _size(side) > self._limit:
                 return
-            self._memory[key] = factors
-            self._held += size
+            self._memory[key] = side
+            self._held += _size(side)
             while self._held > self._limit:
                 _, old = self._memory.popitem(last=False)
-                self._held -= sum(t.numel() * t.element_size() for t in (old.U, old.S, old.V))
+                self._held -= _size(old)
+
+
+def _size(side: Side | None) -> int:
+    return 0 if side is None else side.vectors.nbytes + side.S.nbytes
+
+
+def _disk_limit() -> int:
+    """Bytes from ``$MERGESCOPE_FACTORS_GB``; the default where it is not a number."""
+    with suppress(KeyError, ValueError, OverflowError):
+        return int(float(os.environ["MERGESCOPE_FACTORS_GB"]) * (1 << 30))
+    return DISK_BYTES
+
+
+def _device(A: Tensor) -> torch.device:
+    """Where a matrix is decomposed: on a GPU, if there is one and the matrix is large."""
+    large = min(A.shape) >= 512 and torch.cuda.is_available()
+    return torch.device("cuda") if large else A.device

@@ -5,18 +5,12 @@ Notation: A is m x n with r = min(m, n) and A = U diag(S) Vᵀ, U m x r, V n x r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
-
-Route = Literal["gram", "svd"]
-
-# Eigenvalues of a float64 Gram matrix are off by about 1e-16 of the largest one, so singular
-# values below this share of the first are rounding noise and are set to exactly zero.
-GRAM_NOISE = 3e-8
 
 
 @dataclass(frozen=True)
@@ -38,17 +32,122 @@ class Factors:
         """Number of directions held, r."""
         return self.S.shape[0]
 
+    def left(self, k: int | None = None) -> Tensor:
+        """m x k: the first left singular vectors (all r when None)."""
+        return self.U[:, :k]
+
+    def right(self, k: int | None = None) -> Tensor:
+        """n x k: the first right singular vectors (all r when None)."""
+        return self.V[:, :k]
+
+    def pair(self, kept: slice) -> tuple[Tensor, Tensor]:
+        """Two matrices, m x k and n x k, whose product L Rᵀ is Σ_{i kept} σ_i u_i v_iᵀ."""
+        return self.U[:, kept] * self.S[kept], self.V[:, kept]
+
     def truncated(self, k: int) -> Tensor:
         """SVD_k(A) = Σ_{i≤k} σ_i u_i v_iᵀ, m x n (k beyond r gives all of A)."""
-        return (self.U[:, :k] * self.S[:k]) @ self.V[:, :k].T
-
-    def tail(self, k: int) -> Tensor:
-        """A − SVD_k(A) = Σ_{i>k} σ_i u_i v_iᵀ, m x n."""
-        return (self.U[:, k:] * self.S[k:]) @ self.V[:, k:].T
+        left, right = self.pair(slice(0, k))
+        return left @ right.T
 
     def to(self, dtype: torch.dtype) -> Factors:
         """The same factors in another dtype."""
         return Factors(self.U.to(dtype), self.S.to(dtype), self.V.to(dtype))
+
+
+class SideFactors:
+    """Singular value decomposition of which one side is held and the other made when asked for.
+
+    The long side is the matrix times the short one: U = A V / S. A direction of zero weight has
+    a zero vector there.
+
+    Args:
+        vectors: q x min(m, n), orthonormal rows: the short side's vectors, one a direction.
+        S: singular values, r, descending; those after the first q are zero.
+        shape: m, n; the short side is U where m ≤ n, else V.
+        matrix: gives A, m x n, whenever the long side is asked for.
+        sure_at: the number of leading directions that are known to span their space exactly
+            enough; None if any number is.
+    """
+
+    def __init__(
+        self,
+        vectors: Tensor,
+        S: Tensor,
+        shape: tuple[int, int],
+        matrix: Callable[[], Tensor],
+        sure_at: int | None = None,
+    ) -> None:
+        self.S = S
+        self.sure_at = sure_at
+        self.shape = shape
+        self._vectors = vectors
+        self._matrix = matrix
+        self._wide = shape[0] <= shape[1]
+        self._long: Tensor | None = None
+
+    @property
+    def rank(self) -> int:
+        """r = min(m, n)."""
+        return min(self.shape)
+
+    def left(self, k: int | None = None) -> Tensor:
+        """m x k: the first left singular vectors (all r when None)."""
+        return self._short(slice(0, k)) if self._wide else self._unit(k)
+
+    def right(self, k: int | None = None) -> Tensor:
+        """n x k: the first right singular vectors (all r when None)."""
+        return self._unit(k) if self._wide else self._short(slice(0, k))
+
+    def head(self, k: int | None = None) -> Factors:
+        """Both sides of the first k directions (all r when None)."""
+        return Factors(self.left(k), self.S[:k], self.right(k))
+
+    def pair(self, kept: slice) -> tuple[Tensor, Tensor]:
+        """Two matrices, m x k and n x k, whose product L Rᵀ is Σ_{i kept} σ_i u_i v_iᵀ."""
+        short, long = self._short(kept), self._weighted(kept)
+        return (short, long) if self._wide else (long, short)
+
+    def truncated(self, k: int) -> Tensor:
+        """SVD_k(A) = Σ_{i≤k} σ_i u_i v_iᵀ, m x n (k beyond r gives all of A)."""
+        left, right = self.pair(slice(0, k))
+        return left @ right.T
+
+    def weigh(self, k: int, A: Tensor) -> None:
+        """Make the long side of the first k directions now, while the matrix is at hand."""
+        self._long = self._times(A, slice(0, k))
+
+    def _short(self, kept: slice) -> Tensor:
+        vectors = self._vectors[kept].T
+        missing = len(range(*kept.indices(self.rank))) - vectors.shape[1]
+        return torch.nn.functional.pad(vectors, (0, missing)) if missing else vectors
+
+    def _weighted(self, kept: slice) -> Tensor:
+        """The long side's vectors times their values, A times the short side; kept for a while."""
+        start, stop, _ = kept.indices(self.rank)
+        held = self._long
+        if start == 0 and held is not None and held.shape[1] >= stop:
+            return held[:, :stop]
+        made = self._times(self._matrix(), kept)
+        if start == 0:
+            self._long = made
+        return made
+
+    def _times(self, A: Tensor, kept: slice) -> Tensor:
+        return (A.T if self._wide else A).to(self._vectors.dtype) @ self._short(kept)
+
+    def _unit(self, k: int | None) -> Tensor:
+        """The long side's first vectors, orthonormal but for those of zero weight."""
+        weighted, live = self._weighted(slice(0, k)), self.S[:k] > 0
+        # Rounding leaves those of small weight slightly askew: QR sets them right in their order.
+        Q, R = torch.linalg.qr(weighted[:, live] / self.S[:k][live])
+        unit = torch.zeros_like(weighted)
+        unit[:, live] = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
+        return unit
+
+
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """m and n of a weight of this shape as the matrix that is decomposed (see `as_matrix`)."""
+    return shape[0], math.prod(shape[1:])
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -65,86 +164,57 @@ def as_matrix(tensor: Tensor) -> Tensor:
     return tensor.reshape(tensor.shape[0], -1)
 
 
-def decompose(A: Tensor, route: Route = "gram") -> Factors:
-    """Full singular value decomposition in float64.
-
-    Args:
-        A: m x n, any floating dtype, finite.
-        route: ``"gram"`` takes the eigenvectors of the Gram matrix on the short side (several
-            times faster; singular values below 3e-8 of the first count as zero, which float32
-            weights cannot resolve anyway); ``"svd"`` calls LAPACK's SVD.
-
-    Returns:
-        Factors in float64. The sign of each pair (u_i, v_i) is fixed so that the entry of u_i
-        that is largest in magnitude is positive, which makes both routes comparable.
-    """
-    A = A.to(torch.float64)
-    if route == "svd":
-        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
-        V = Vh.T
-    elif A.shape[0] <= A.shape[1]:
-        U, S, V = _gram_route(A)
-    else:
-        V, S, U = _gram_route(A.T)
-    peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
-    sign = torch.where(peak < 0, -1.0, 1.0)
-    return Factors((U * sign).contiguous(), S.contiguous(), (V * sign).contiguous())
-
-
-def _gram_route(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U, S, V of a wide (or square) float64 matrix from the eigenvectors of A Aᵀ."""
-    # Scaling keeps the squares of very small or very large entries inside float64's range.
-    size = A.abs().max()
-    if not size > 0:
-        size = torch.ones_like(size)
-    B = A / size
-    eigenvalues, vectors = torch.linalg.eigh(B @ B.T)
-    U = vectors.flip(1)
-    S = eigenvalues.flip(0).clamp_min(0).sqrt()
-    live = S > GRAM_NOISE * S[0]
-    S = torch.where(live, S, 0.0)
-    W = B.T @ U / torch.where(live, S, 1.0)
-    if not bool(live.all()):
-        # Directions of zero weight still have to be orthonormal: QR completes the live ones.
-        filler = torch.randn(W.shape, dtype=W.dtype, generator=torch.Generator().manual_seed(0))
-        W = torch.where(live, W, filler)
-    V, R = torch.linalg.qr(W)
-    return U, S * size, V * torch.where(R.diagonal() < 0, -1.0, 1.0)
-
-
-def singular_values(A: Tensor) -> Tensor:
-    """Singular values only, float64, descending, r of them (Gram route, see :func:`decompose`)."""
-    A = A.to(torch.float64)
-    if A.shape[0] > A.shape[1]:
-        A = A.T
-    size = A.abs().max()
-    if not size > 0:
-        return torch.zeros(A.shape[0], dtype=torch.float64)
-    B = A / size
-    S = torch.linalg.eigvalsh(B @ B.T).flip(0).clamp_min(0).sqrt()
-    return torch.where(S > GRAM_NOISE * S[0], S, 0.0) * size
-
-
-def sum_of_truncations(factors: Sequence[Factors], k: int, total: Tensor) -> Tensor:
+def sum_of_truncations(
+    factors: Sequence[Factors] | Sequence[SideFactors],
+    k: int | Sequence[int],
+    total: Callable[[], Tensor],
+) -> Tensor:
     """Σ_t SVD_k(A_t) in one product of stacked factors.
 
     Args:
         factors: of T matrices A_t of one shape m x n.
-        k: number of directions kept of each; k ≥ r gives `total`.
-        total: Σ_t A_t (m x n), from which the tails are subtracted when that is the
-            smaller product (k > r/2).
+        k: number of directions kept of each, or T such numbers; k ≥ r gives all of A_t.
+        total: gives Σ_t A_t (m x n, or what broadcasts to it), from which the tails are
+            subtracted when that is the smaller product (k > r/2).
 
     Returns:
         m x n, in the factors' dtype.
     """
     r = factors[0].rank
-    if k >= r:
-        return total.clone()
-    kept = slice(0, k) if 2 * k <= r else slice(k, r)
-    left = torch.cat([f.U[:, kept] * f.S[kept] for f in factors], dim=1)
-    right = torch.cat([f.V[:, kept] for f in factors], dim=1)
-    product = left @ right.T
-    return product if kept.start == 0 else total - product
+    ranks = [k] * len(factors) if isinstance(k, int) else list(k)
+    from_the_end = 2 * sum(ranks) > r * len(factors)
+    kept = [slice(rank, r) if from_the_end else slice(0, rank) for rank in ranks]
+    pairs = [f.pair(part) for f, part in zip(factors, kept, strict=True)]
+    left = torch.cat([left for left, _ in pairs], dim=1)
+    product = left @ torch.cat([right for _, right in pairs], dim=1).T
+    return total() - product if from_the_end else product
+
+
+def factors_of_product(left: Tensor, right: Tensor) -> SideFactors:
+    """Factors of L R from its thin factors, without making a decomposition of m x n.
+
+    Args:
+        left: L, m x q.
+        right: R, q x n.
+
+    Returns:
+        Factors in float32; no more than q values are not zero.
+
+    Source: [derived] L = Q_1 R_1, Rᵀ = Q_2 R_2, and the SVD of the small R_1 R_2ᵀ.
+    """
+    Q1, R1 = torch.linalg.qr(left.double())
+    Q2, R2 = torch.linalg.qr(right.double().T)
+    P, D, Qh = torch.linalg.svd(R1 @ R2.T, full_matrices=False)
+    shape = left.shape[0], right.shape[1]
+    side = (Q1 @ P).T if shape[0] <= shape[1] else Qh @ Q2.T
+    live = D > 1e-12 * D[:1]
+    S = torch.zeros(min(shape))
+    S[: D.numel()] = (D * live).float()
+
+    def product() -> Tensor:
+        return (left @ right).float()
+
+    return SideFactors(side.float().contiguous(), S, shape, product)
 
 
 def orthogonalised(X: Tensor) -> Tensor:

@@ -16,10 +16,18 @@ from merge_core.checkpoint import Checkpoint
 from merge_core.errors import SuiteError
 from merge_core.factors import FactorStore
 from merge_core.files import digest_of
-from merge_core.linalg import Factors, as_matrix, sum_of_truncations
+from merge_core.linalg import (
+    SideFactors,
+    as_matrix,
+    factors_of_product,
+    matrix_shape,
+    sum_of_truncations,
+)
 from merge_core.suite import Suite
+from merge_core.vocabulary import completed, filler
 
 Origin = Literal["base", "average"]
+PIECE = 1 << 16
 
 
 class ParameterGroup:
@@ -33,27 +41,51 @@ class ParameterGroup:
         tasks: chosen tasks, in the suite's order.
         name: the parameter.
         store: where factors are kept.
+
+    Attributes:
+        info: shape and dtype, of what is merged.
+        decomposed: whether spectral methods decompose it.
+        in_by_out: whether it is stored as in x out, so that the matrices and factors of this
+            class are the transposes of a linear layer's.
     """
 
     def __init__(self, suite: Suite, tasks: Sequence[str], name: str, store: FactorStore) -> None:
         self.name = name
         self.tasks = tuple(tasks)
-        self.info = suite.expert(self.tasks[0]).info(name)
-        self.decomposed = suite.treatment(name, self.tasks[0]).decomposed
+        ragged = None
+        if suite.spec.vocabulary == "common":
+            ragged = suite.longest_vocabulary(name, self.tasks)
+        self.info = ragged or suite.expert(self.tasks[0]).info(name)
+        # Factors are kept by the members' content, which does not tell how long a vocabulary is.
+        self.decomposed = ragged is None and suite.treatment(name, self.tasks[0]).decomposed
+        self.in_by_out = suite.is_in_by_out(name, self.tasks[0])
+        self._ragged = ragged is not None
         self._suite = suite
         self._store = store
         self._sums: dict[Origin, tuple[int, Tensor]] = {}
+        self._factors: dict[Origin, list[SideFactors]] = {}
 
     @cached_property
-    def experts(self) -> Tensor:
-        """T x shape: the parameter of each expert.
+    def members(self) -> list[Tensor]:
+        """The parameter of each expert, where float32 in the pages of the file itself.
 
         Raises:
             SuiteError: the experts' shapes differ.
             CheckpointError: unreadable, or NaN or infinite entries.
         """
-        parts = [self._read(self._suite.expert(task), f"expert {task!r}") for task in self.tasks]
-        return torch.stack(parts)
+        return [self._whole(member) for member in self._parts]
+
+    @cached_property
+    def experts(self) -> Tensor:
+        """T x shape: the parameter of each expert, in one copy.
+
+        Raises:
+            SuiteError: the experts' shapes differ.
+            CheckpointError: unreadable, or NaN or infinite entries.
+        """
+        stacked = torch.stack(self.members)
+        self.members = list(stacked.unbind())  # not held twice where they had to be converted
+        return stacked
 
     @cached_property
     def base(self) -> Tensor:
@@ -67,17 +99,22 @@ class ParameterGroup:
                 f"The suite {self._suite.name!r} names no base, which this needs. "
                 "Add 'base:' to suite.yaml, or take a method or origin about the average."
             )
-        return self._read(self._suite.base, "base")
+        return self._whole(self._read(self._suite.base, "base"))
+
+    @property
+    def average(self) -> Tensor:
+        """shape: θ_avg = (1/T) Σ θ_t, rounded once."""
+        return self._average_in_two[0]
 
     @cached_property
-    def average(self) -> Tensor:
-        """shape: θ_avg = (1/T) Σ θ_t."""
-        return self.experts.mean(dim=0)
+    def _average_in_two(self) -> tuple[Tensor, Tensor]:
+        """The average, and what its rounding left of it."""
+        return mean_in_two(self.members)
 
     @property
     def buffer(self) -> Tensor:
         """An integer parameter as it is in the base, else in the first expert."""
-        return self.experts[0] if self._suite.base is None else self.base
+        return self.members[0] if self._suite.base is None else self.base
 
     def origin(self, origin: Origin) -> Tensor:
         """shape: the base or the average."""
@@ -87,53 +124,108 @@ class ParameterGroup:
         """T x shape: θ_t − origin."""
         return self.experts - self.origin(origin)
 
-    def factors(self, origin: Origin) -> list[Factors]:
-        """Factors of each task vector as a matrix (out x in), float32, in the tasks' order."""
-        members = [self._suite.expert(task) for task in self.tasks]
+    def factors(self, origin: Origin, k: int | None = None) -> list[SideFactors]:
+        """Factors of each task vector as a matrix (out x in), float32, in the tasks' order.
+
+        Args:
+            origin: what the task vectors are taken about.
+            k: how many leading directions are going to be cut off; None if single directions
+                and values are looked at (see :meth:`merge_core.factors.FactorStore.get`).
+
+        Raises:
+            SuiteError: origin "base" without a base.
+        """
+        held = self._factors.get(origin)
+        if held is None or (k is not None and any(f.sure_at not in (None, k) for f in held)):
+            held = [self._factor(origin, place, k) for place in range(len(self.tasks))]
+            self._factors[origin] = held
+        return held
+
+    def _factor(self, origin: Origin, place: int, k: int | None) -> SideFactors:
+        member = self._suite.expert(self.tasks[place])
+        shape = matrix_shape(self.info.shape)
         if origin == "base":
             if self._suite.base is None:
                 _ = self.base  # raises, saying what is missing
             assert self._suite.base is not None
+            pair = member.low_rank(self.name)
+            if pair is not None:
+                return factors_of_product(*pair)
             about = self._suite.base.digest
         else:
+            centred = self._centred_product(place)
+            if centred is not None:
+                return factors_of_product(*centred)
+            members = [self._suite.expert(task) for task in self.tasks]
             about = digest_of("average", *sorted(member.digest for member in members))
-        about_tensor: list[Tensor] = []  # made once, and only if something is decomposed
+        matrix = partial(self._task_matrix, origin, place)
+        return self._store.get(member.digest, about, self.name, matrix, shape, k)
 
-        def matrix(i: int) -> Tensor:
-            if not about_tensor:
-                exact = self.base.double() if origin == "base" else self.experts.double().mean(0)
-                about_tensor.append(exact)
-            return as_matrix(self.experts[i].double() - about_tensor[0])
+    def _centred_product(self, place: int) -> tuple[Tensor, Tensor] | None:
+        """C_t of adapters of one base as a product of thin matrices, left m x q and right q x n.
 
-        return [
-            self._store.get(member.digest, about, self.name, partial(matrix, i))
-            for i, member in enumerate(members)
-        ]
+        C_t = τ_t − (1/T) Σ_s τ_s has the rank of all updates together at most; None where that is
+        not less than min(m, n), or an expert is no adapter here.
+        """
+        pairs = [self._suite.expert(task).low_rank(self.name) for task in self.tasks]
+        known = [pair for pair in pairs if pair is not None]
+        width = sum(right.shape[0] for _, right in known)
+        if len(known) < len(pairs) or width >= min(matrix_shape(self.info.shape)):
+            return None
+        shares = [float(s == place) - 1 / len(known) for s in range(len(known))]
+        left = torch.cat([w * L for w, (L, _) in zip(shares, known, strict=True)], dim=1)
+        return left, torch.cat([R for _, R in known])
+
+    def _task_matrix(self, origin: Origin, place: int, dtype: torch.dtype) -> Tensor:
+        """One task vector as a matrix (out x in), rounded once; float64 for such weights."""
+        member, dtype = self.members[place], torch.promote_types(dtype, self.members[place].dtype)
+        if origin == "base":
+            return as_matrix(member.to(dtype) - self.base.to(dtype))
+        high, low = self._average_in_two
+        return as_matrix((member.to(dtype) - high).sub_(low))
 
     def sum_of_truncations(self, origin: Origin, k: int) -> Tensor:
         """shape: Σ_t SVD_k(task vector t), kept until another k is asked for."""
         held = self._sums.get(origin)
         if held is None or held[0] != k:
-            if origin == "average":
+
+            def total() -> Tensor:
                 # Σ_t C_t = 0 exactly; the sum of rounded differences is not.
-                total = torch.zeros_like(as_matrix(self.average))
-            else:
-                total = as_matrix(self.experts.sum(dim=0) - len(self.tasks) * self.base)
-            update = sum_of_truncations(self.factors(origin), k, total)
-            held = (k, update.reshape(self.average.shape).to(self.average.dtype))
+                if origin == "average":
+                    return torch.zeros(1)
+                return as_matrix(sum(self.members) - len(self.tasks) * self.base)
+
+            update = sum_of_truncations(self.factors(origin, k), k, total)
+            held = (k, update.reshape(self.info.shape).to(self.members[0].dtype))
             # Several threads may merge at once: each returns the sum that it asked for.
             self._sums[origin] = held
         return held[1]
 
     def release(self) -> None:
         """Forget what was read; it is read again when asked for."""
-        for name in ("experts", "base", "average"):
+        for name in ("members", "experts", "base", "average", "_average_in_two", "_filler"):
             self.__dict__.pop(name, None)
         self._sums.clear()
+        self._factors.clear()
+
+    @property
+    def _parts(self) -> list[Tensor]:
+        """Each expert's own rows."""
+        return [self._read(self._suite.expert(task), f"expert {task!r}") for task in self.tasks]
+
+    @cached_property
+    def _filler(self) -> Tensor:
+        base = self._suite.base
+        own = None if base is None else self._read(base, "base")
+        return filler(self._parts, own, self.info.shape[0])
+
+    def _whole(self, value: Tensor) -> Tensor:
+        """A member's tensor, with the rows of a vocabulary that it lacks."""
+        return completed(value, self._filler) if self._ragged else value
 
     def _read(self, checkpoint: Checkpoint, who: str) -> Tensor:
         value = checkpoint.tensor(self.name)
-        if tuple(value.shape) != self.info.shape:
+        if tuple(value.shape) != self.info.shape and not self._ragged:
             raise SuiteError(
                 f"Suite {self._suite.name!r}: parameter {self.name!r} has shape "
                 f"{tuple(value.shape)} in the {who} ({checkpoint.path}) but {self.info.shape} in "
@@ -142,6 +234,32 @@ class ParameterGroup:
         if not value.dtype.is_floating_point:
             return value
         return value if value.dtype == torch.float64 else value.float()
+
+
+def mean_in_two(members: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """The mean of tensors in their dtype, and in a second tensor what rounding left of it.
+
+    Args:
+        members: T tensors of one shape and dtype.
+
+    Returns:
+        high and low, both of that shape and dtype; high + low is the mean to float64's precision.
+        A single tensor is its own mean.
+    """
+    if len(members) == 1:
+        return members[0], torch.zeros((), dtype=members[0].dtype).expand(members[0].shape)
+    flat = [member.reshape(-1) for member in members]
+    high, low = torch.empty_like(flat[0]), torch.empty_like(flat[0])
+    # In pieces that stay in the processor's cache, so that float64 costs no memory traffic.
+    for start in range(0, high.numel(), PIECE):
+        part = slice(start, start + PIECE)
+        mean = flat[0][part].to(torch.float64, copy=True)
+        for member in flat[1:]:
+            mean += member[part]
+        mean /= len(members)
+        high[part] = mean
+        low[part] = mean.sub_(high[part])
+    return high.reshape(members[0].shape), low.reshape(members[0].shape)
 
 
 class Groups:
@@ -157,6 +275,10 @@ class Groups:
         store: where factors are kept.
         keep: hold what was read.
 
+    Attributes:
+        members: the parameters, each tensor under one name.
+        twins: further names of the output, by the name that is merged.
+
     Raises:
         SuiteError: unknown tasks.
     """
@@ -169,6 +291,8 @@ class Groups:
         self.store = store
         self.keep = keep
         names = suite.shared(self.tasks)
+        twins = suite.twins(self.tasks)
+        self.twins = {name: twins[name] for name in names if name in twins}
         self.members = [ParameterGroup(suite, self.tasks, name, store) for name in names]
 
     def __len__(self) -> int:

@@ -146,7 +146,7 @@ def rule_ranks(groups: Groups, origin: Origin, progress: Progress | None = None)
     rows = []
     for done, group in enumerate(members, start=1):
         factors = group.factors(origin)
-        shape = factors[0].U.shape[0], factors[0].V.shape[0]
+        shape = factors[0].shape
         spectra = [Spectrum(as_array(f.S), *shape, len(factors)) for f in factors]
         live = [s for s in spectra if s.S[0] > 0]
         for name, rule in RULES.items():

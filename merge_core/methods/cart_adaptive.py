@@ -40,7 +40,7 @@ def truncations(group: ParameterGroup, parameters: CartAdaptiveParameters) -> Te
     centred = group.task_vectors("average")
     if k == r:  # all directions are the vector itself, without the factors' rounding
         return centred
-    kept = torch.stack([factors.truncated(k) for factors in group.factors("average")])
+    kept = torch.stack([factors.truncated(k) for factors in group.factors("average", k)])
     return kept.reshape(centred.shape).to(centred.dtype)
 
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
-from merge_core.linalg import Factors
+from merge_core.linalg import sum_of_truncations
 from merge_core.methods.cart import warnings
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.spectral import AVERAGED
@@ -46,13 +44,6 @@ def energy_rank(S: Tensor, energy: float) -> int:
     return int((reached >= energy * reached[-1]).int().argmax()) + 1
 
 
-def sum_of_truncations(factors: Sequence[Factors], ranks: Sequence[int]) -> Tensor:
-    """Σ_t SVD_{k_t}(A_t), m x n, each matrix with a rank of its own."""
-    pairs = list(zip(factors, ranks, strict=True))
-    left = torch.cat([f.U[:, :k] * f.S[:k] for f, k in pairs], dim=1)
-    return left @ torch.cat([f.V[:, :k] for f, k in pairs], dim=1).T
-
-
 def merge(group: ParameterGroup, parameters: CartEnergyParameters, run: Run) -> Tensor:
     """θ_avg + λ Σ_t SVD_{k_t}(C_t) of one matrix; the average of anything else."""
     # All of the centred vectors sum to zero exactly; their rounded factors do not.
@@ -60,7 +51,9 @@ def merge(group: ParameterGroup, parameters: CartEnergyParameters, run: Run) -> 
         return group.average
     factors = group.factors("average")
     ranks = [energy_rank(f.S, parameters.energy) for f in factors]
-    update = sum_of_truncations(factors, ranks).reshape(group.average.shape)
+    # Σ_t C_t = 0: what the tails are subtracted from, where they are the smaller product.
+    update = sum_of_truncations(factors, ranks, lambda: torch.zeros(1))
+    update = update.reshape(group.average.shape)
     return group.average + parameters.scale * update.to(group.average.dtype)
 
 

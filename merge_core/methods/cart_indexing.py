@@ -38,7 +38,7 @@ def merge_for(
         r = min(matrix_shape(group))
         k = directions(parameters.rank, r)
         if k < r:  # all directions are the residual itself, without the factors' rounding
-            kept = group.factors("average")[place].truncated(k)
+            kept = group.factors("average", k)[place].truncated(k)
             residual = kept.reshape(residual.shape).to(residual.dtype)
     return group.average + parameters.scale * residual
 

@@ -16,13 +16,22 @@ DEAD = 1e-12
 def task_matrices(group: ParameterGroup, origin: Origin) -> Tensor:
     """T x m x n, float64: each θ_t − origin as a matrix (out x in)."""
     vectors = group.experts.double() - group.origin(origin).double()
-    return vectors.reshape(len(vectors), *as_matrix(vectors[0]).shape)
+    return oriented(group, vectors.reshape(len(vectors), *as_matrix(vectors[0]).shape))
+
+
+def oriented(group: ParameterGroup, matrices: Tensor) -> Tensor:
+    """Matrices of a parameter as out x in, given as they are stored; or the other way round.
+
+    Only methods for which outputs differ from inputs need it: transposed matrices have the same
+    singular values.
+    """
+    return matrices.mT if group.in_by_out else matrices
 
 
 def moved(group: ParameterGroup, origin: Origin, update: Tensor) -> Tensor:
     """shape of one expert: origin + an update given as an m x n float64 matrix."""
     start = group.origin(origin)
-    return (start.double() + update.reshape(start.shape)).to(start.dtype)
+    return (start.double() + oriented(group, update).reshape(start.shape)).to(start.dtype)
 
 
 def resolution(weights: Tensor) -> float:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.linalg import as_matrix, decompose
+from merge_core.decomposition import decompose
+from merge_core.linalg import as_matrix
 from merge_core.methods.declaration import MethodParameters, Postprocessor, Run, parameter
-from merge_core.methods.spectral import resolution
+from merge_core.methods.spectral import oriented, resolution
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -49,16 +50,17 @@ def coefficients(matrix: Tensor, U: Tensor, tau: Tensor, noise: float) -> Tensor
 
 def apply(group: ParameterGroup, update: Tensor, parameters: SvcParameters, run: Run) -> Tensor:
     """U (γ Σ) Vᵀ of one update, with γ_r = T / Σ_t max(α, s_t) along each left direction."""
-    matrix = as_matrix(update)
+    stored = as_matrix(update)
+    matrix = oriented(group, stored)
     factors = decompose(matrix, route="svd")
     vectors = run.task_vectors(group).double()
-    tau = vectors.reshape(len(vectors), *matrix.shape)
+    tau = oriented(group, vectors.reshape(len(vectors), *stored.shape))
     noise = resolution(as_matrix(group.origin(run.origin) + update))
     s = coefficients(matrix.double(), factors.U, tau, noise)
     T = len(tau)
     gamma = T / s.clamp_min(parameters.floor / T).sum(dim=0)
     calibrated = (factors.U * (gamma * factors.S)) @ factors.V.T
-    return calibrated.to(update.dtype).reshape(update.shape)
+    return oriented(group, calibrated).to(update.dtype).reshape(update.shape)
 
 
 POSTPROCESSOR = Postprocessor(

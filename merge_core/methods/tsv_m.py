@@ -7,6 +7,7 @@ from torch import Tensor
 
 from merge_core.linalg import orthogonalised
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
+from merge_core.methods.spectral import matrix_shape
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -31,12 +32,12 @@ def merge(group: ParameterGroup, parameters: TsvMParameters, run: Run) -> Tensor
     """
     if not group.decomposed:
         return group.average
-    factors = group.factors(run.origin)
-    k = max(1, factors[0].rank // len(factors))
-    S = torch.cat([f.S[:k] for f in factors]).double()
+    k = max(1, min(matrix_shape(group)) // len(group.tasks))
+    factors = [f.head(k) for f in group.factors(run.origin, k)]
+    S = torch.cat([f.S for f in factors]).double()
     live = S > 0
-    U = orthogonalised(torch.cat([f.U[:, :k] for f in factors], dim=1).double() * live)
-    V = orthogonalised(torch.cat([f.V[:, :k] for f in factors], dim=1).double() * live)
+    U = orthogonalised(torch.cat([f.U for f in factors], dim=1).double() * live)
+    V = orthogonalised(torch.cat([f.V for f in factors], dim=1).double() * live)
     origin = group.origin(run.origin)
     update = ((U * S) @ V.T).to(origin.dtype).reshape(origin.shape)
     return origin + parameters.scale * update

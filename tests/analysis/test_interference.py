@@ -26,7 +26,8 @@ from analysis.interference import (
 )
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.factors import FactorStore
-from merge_core.linalg import Factors, decompose
+from merge_core.decomposition import decompose
+from merge_core.linalg import Factors
 from merge_core.progress import Progress
 from merge_core.suite import Suite
 from merge_core.task_vectors import Groups, ParameterGroup
@@ -258,11 +259,12 @@ class Held:
     """A group whose factors are given: for subspaces that are known exactly."""
 
     tasks = ("a", "b")
+    in_by_out = False
 
     def __init__(self, *factors: Factors) -> None:
         self.held = list(factors)
 
-    def factors(self, origin: str) -> list[Factors]:
+    def factors(self, origin: str, k: int | None = None) -> list[Factors]:
         return self.held
 
 

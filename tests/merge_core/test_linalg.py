@@ -9,15 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from merge_core.linalg import (
-    Factors,
-    as_matrix,
-    decompose,
-    directions,
-    orthogonalised,
-    singular_values,
-    sum_of_truncations,
-)
+from merge_core.decomposition import decompose, singular_values
+from merge_core.linalg import Factors, as_matrix, directions, orthogonalised, sum_of_truncations
 
 ROUTES = ("gram", "svd")
 
@@ -136,14 +129,11 @@ def test_a_known_matrix_gives_its_known_factors() -> None:
     st.integers(0, 99),
     st.sampled_from(ROUTES),
 )
-def test_truncation_and_tail_obey_eckart_young(
-    m: int, n: int, k: int, seed: int, route: str
-) -> None:
+def test_truncations_obey_eckart_young(m: int, n: int, k: int, seed: int, route: str) -> None:
     A = random(m, n, seed)
     factors = decompose(A, route)
     values = np.linalg.svd(A.numpy(), compute_uv=False)
     error = A - factors.truncated(k)
-    torch.testing.assert_close(factors.tail(k), error, rtol=0, atol=1e-7)
     np.testing.assert_allclose((error**2).sum(), (values[k:] ** 2).sum(), atol=1e-6)
     spectral = np.linalg.norm(error.numpy(), 2)
     np.testing.assert_allclose(spectral, values[k] if k < len(values) else 0, atol=1e-7)
@@ -162,13 +152,13 @@ def test_sums_of_truncations_equal_the_sum_one_by_one_at_every_rank(
         for A in matrices:
             U, S, Vt = np.linalg.svd(A.numpy(), full_matrices=False)
             expected += (U[:, :k] * S[:k]) @ Vt[:k]
-        got = sum_of_truncations(factors, k, total)
+        got = sum_of_truncations(factors, k, lambda: total)
         np.testing.assert_allclose(got.numpy(), expected, atol=1e-10, err_msg=f"k={k}")
 
 
 def test_a_full_sum_is_a_copy_that_may_be_changed() -> None:
     total = torch.ones(2, 2, dtype=torch.float64)
-    sum_of_truncations([decompose(total)], 2, total).zero_()
+    sum_of_truncations([decompose(total)], 2, lambda: total).zero_()
     assert total.sum() == 4
 
 

@@ -1,0 +1,253 @@
+"""How a matrix is decomposed: by LAPACK's SVD, or by the Gram matrix of its short side.
+
+Notation: A is m x n with r = min(m, n). Its *side* are the r singular vectors on the short side
+(those of V where m > n, else those of U); the long side follows from it as A times the side.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from merge_core.linalg import Factors
+
+Route = Literal["gram", "svd"]
+
+# Eigenvalues of a float64 Gram matrix are off by about 1e-16 of the largest one, so singular
+# values below this share of the first are rounding noise and are set to exactly zero.
+GRAM_NOISE = 3e-8
+# The same in float32, for values that were found again among themselves (see _resolved).
+FAST_NOISE = 1.5e-6
+# Shares of the first singular value below which float32 cannot tell two of them apart.
+FAST_FLOOR = 0.005
+# Shorter sides take no time in float64.
+FAST_FROM = 512
+PROBES = 4
+# Directions before a cut whose error is computed, and how exactly.
+WINDOW = 8
+RESIDUAL_NOISE = 0.2
+
+
+@dataclass(frozen=True)
+class Side:
+    """Singular values and the singular vectors on a matrix's short side.
+
+    Attributes:
+        vectors: q x min(m, n), orthonormal rows, one a direction; q = r unless the directions of
+            zero weight are left out.
+        S: singular values, r, descending, non-negative.
+        noise: root mean square of the entries of side · AᵀA · sideᵀ − diag(S²), in the unit of
+            S²; 0 where the decomposition was made in float64.
+    """
+
+    vectors: Tensor
+    S: Tensor
+    noise: float = 0.0
+
+
+def decompose(A: Tensor, route: Route = "gram") -> Factors:
+    """Full singular value decomposition in float64.
+
+    Args:
+        A: m x n, any floating dtype, finite.
+        route: ``"gram"`` takes the eigenvectors of the Gram matrix on the short side (several
+            times faster; singular values below 3e-8 of the first count as zero, which float32
+            weights cannot resolve anyway); ``"svd"`` calls LAPACK's SVD.
+
+    Returns:
+        Factors in float64. The sign of each pair (u_i, v_i) is fixed so that the entry of u_i
+        that is largest in magnitude is positive, which makes both routes comparable.
+    """
+    A = A.to(torch.float64)
+    if route == "svd":
+        U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+        V = Vh.T
+    elif A.shape[0] <= A.shape[1]:
+        U, S, V = _both_sides(A)
+    else:
+        V, S, U = _both_sides(A.T)
+    sign = _sign(U)
+    return Factors((U * sign).contiguous(), S.contiguous(), (V * sign).contiguous())
+
+
+def short_side(A: Tensor, route: Route = "gram") -> Side:
+    """Singular values and short side, in the arithmetic of A's dtype or better.
+
+    In float32, from :data:`FAST_FROM` directions on, the Gram matrix and its eigenvectors are
+    computed in float32 and their error is measured; anything else is computed in float64. Values
+    below 0.005 of the first are found again in their own subspace, where the largest do not
+    drown them.
+
+    Args:
+        A: m x n, float32 or float64, finite; on a GPU it is decomposed there.
+        route: ``"svd"`` calls LAPACK's SVD in float64.
+
+    Returns:
+        The side in float32, on the CPU, the largest entry of each vector positive.
+
+    Source: [derived] Gram route; the float32 error is that of the symmetric eigensolver (up to
+    1e-5 of σ_1² in norm at r = 768), ten times that of the product before it.
+    """
+    wide = A.shape[0] <= A.shape[1]
+    B = A.T if wide else A
+    if route == "svd":
+        _, S, vectors = torch.linalg.svd(B.double(), full_matrices=False)
+        noise = 0.0
+    elif A.dtype == torch.float32 and B.shape[1] >= FAST_FROM and _in_range(B):
+        S, vectors, noise = _fast(B)
+    else:
+        S, vectors = _gram_route(B.double())
+        noise = 0.0
+    vectors = vectors * _sign(vectors.T)[:, None]
+    return Side(vectors.float().contiguous().cpu(), S.float().cpu(), noise)
+
+
+def singular_values(A: Tensor) -> Tensor:
+    """Singular values only, float64, descending, r of them (Gram route, see :func:`decompose`)."""
+    A = A.to(torch.float64)
+    B, size = _scaled(A.T if A.shape[0] <= A.shape[1] else A)
+    S = torch.linalg.eigvalsh(gram(B)).flip(0).clamp_min(0).sqrt()
+    return torch.where(S > GRAM_NOISE * S[0], S, 0.0) * size
+
+
+def gram(B: Tensor, block: int = 192) -> Tensor:
+    """BᵀB, n x n, computed on and below the diagonal only and mirrored.
+
+    Args:
+        B: m x n.
+        block: columns taken at a time.
+    """
+    n = B.shape[1]
+    G = torch.empty(n, n, dtype=B.dtype, device=B.device)
+    for start in range(0, n, block):
+        stop = min(n, start + block)
+        G[start:, start:stop] = B[:, start:].T @ B[:, start:stop]
+        G[start:stop, stop:] = G[stop:, start:stop].T
+    return G
+
+
+def cut(side: Side, A: Tensor, k: int, tolerance: float) -> tuple[Side, float]:
+    """The side made ready for a cut after k directions, and what SVD_k is estimated to be off by.
+
+    To first order the projection on the first k vectors errs by c_ij = d_ij / (σ_i² − σ_j²)
+    between a kept i and a dropped j, d the defect of the eigenvectors. Those of the last few kept
+    ones, whose gaps are smallest, are computed and, where the estimate exceeds the tolerance,
+    turned back by them; the others count with the noise's root mean square.
+
+    Args:
+        side: of A.
+        A: m x n, float32.
+        k: directions kept.
+        tolerance: of the error, as it is returned.
+
+    Returns:
+        The side, and ‖A P̂_k − SVD_k(A)‖_F / ‖SVD_k(A)‖_F, an estimate.
+
+    Source: [derived] from first-order perturbation of invariant subspaces (Stewart and Sun,
+    Matrix perturbation theory, 1990, chapter V).
+    """
+    if side.noise == 0 or k >= side.vectors.shape[0]:
+        return side, 0.0
+    squares = side.S.double().square()
+    first = max(0, k - WINDOW)
+    near, far = side.vectors[first:k], side.vectors[k:]
+    B = A.T if A.shape[0] <= A.shape[1] else A
+    residual = B.T @ (B @ near.T) - near.T * squares[first:k].to(near.dtype)
+    defect = torch.full((k, far.shape[0]), side.noise, dtype=torch.float64)
+    defect[first:] = (far @ residual).T.double()
+    kept, dropped = squares[:k, None], squares[None, k:]
+    turn = (defect / (kept - dropped)).nan_to_num(1.0, posinf=1.0, neginf=1.0)
+
+    def error(turn: Tensor) -> float:
+        # No direction is off by more than itself, however close its neighbour.
+        off = turn.square().clamp(max=1.0) * (kept + dropped)
+        return float((off.sum() / squares[:k].sum()).sqrt())
+
+    if (estimate := error(turn)) <= tolerance:
+        return side, estimate
+    back = turn[first:].to(near.dtype)
+    vectors = side.vectors.clone()
+    vectors[first:k] += back @ far
+    vectors[k:] -= back.T @ near
+    # What is left: the rounding of the residual itself, and the second order.
+    turn[first:] = RESIDUAL_NOISE * turn[first:].abs() + turn[first:].square()
+    return Side(vectors, side.S, side.noise), error(turn)
+
+
+def _sign(U: Tensor) -> Tensor:
+    """±1 for each column: what makes its entry of largest magnitude positive."""
+    peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True))[0]
+    return torch.where(peak < 0, -1.0, 1.0).to(U.dtype)
+
+
+def _in_range(B: Tensor) -> bool:
+    """Whether the squares of the entries stay well inside float32's range."""
+    return 1e-12 < float(B.abs().max()) < 1e12
+
+
+def _scaled(B: Tensor) -> tuple[Tensor, Tensor]:
+    """B with entries of at most 1, so that the squares stay inside float64's range; the factor."""
+    size = B.abs().max()
+    if not size > 0:
+        size = torch.ones_like(size)
+    return B / size, size
+
+
+def _gram_route(B: Tensor) -> tuple[Tensor, Tensor]:
+    """S and the side (rows) of a tall float64 matrix."""
+    B, size = _scaled(B)
+    eigenvalues, vectors = torch.linalg.eigh(gram(B))
+    S = eigenvalues.flip(0).clamp_min(0).sqrt()
+    return torch.where(S > GRAM_NOISE * S[0], S, 0.0) * size, vectors.flip(1).T
+
+
+def _both_sides(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """U, S, V of a wide (or square) float64 matrix, both sides orthonormal."""
+    S, side = _gram_route(A.T)
+    U, live = side.T, S > 0
+    W = A.T @ U / torch.where(live, S, 1.0)
+    if not bool(live.all()):
+        # Directions of zero weight still have to be orthonormal: QR completes the live ones.
+        filler = torch.randn(W.shape, dtype=W.dtype, generator=torch.Generator().manual_seed(0))
+        W = torch.where(live, W, filler)
+    V, R = torch.linalg.qr(W)
+    return U, S, V * torch.where(R.diagonal() < 0, -1.0, 1.0)
+
+
+def _fast(B: Tensor) -> tuple[Tensor, Tensor, float]:
+    """S, the side (rows) and its noise, of a tall float32 matrix."""
+    G = gram(B)
+    eigenvalues, vectors = torch.linalg.eigh(G)
+    squares, Q = eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
+    S = squares.sqrt()
+    noise = _noise(G, Q, squares)
+    clear = int((S > FAST_FLOOR * S[0]).sum())
+    if clear < S.numel():
+        S, Q = _resolved(B, Q, S, clear)
+    return torch.where(S > FAST_NOISE * S[0], S, 0.0), Q.T, noise
+
+
+def _noise(G: Tensor, Q: Tensor, squares: Tensor) -> float:
+    """Root mean square of the entries of Qᵀ G Q − diag(squares), from a few random probes.
+
+    E‖D x‖² = ‖D‖_F² for standard normal x (Hutchinson): no n x n product is needed. What the
+    product G itself is off by is a tenth of what its eigenvectors are.
+    """
+    n = G.shape[0]
+    generator = torch.Generator().manual_seed(0)
+    X = torch.randn(n, PROBES, generator=generator).to(G.device)
+    Y = G @ X - Q @ (squares[:, None] * (Q.T @ X))
+    return float(Y.double().norm()) / PROBES**0.5 / n
+
+
+def _resolved(B: Tensor, Q: Tensor, S: Tensor, clear: int) -> tuple[Tensor, Tensor]:
+    """S and Q with the directions after the first `clear` found again in their own subspace."""
+    rest = B @ Q[:, clear:]
+    eigenvalues, turn = torch.linalg.eigh(gram(rest))
+    small = eigenvalues.flip(0).clamp_min(0).sqrt()
+    # Noise must not reorder the clear ones and those found again.
+    small = torch.minimum(small, S[clear - 1])
+    return torch.cat([S[:clear], small]), torch.cat([Q[:, :clear], Q[:, clear:] @ turn.flip(1)], 1)

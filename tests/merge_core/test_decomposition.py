@@ -1,0 +1,192 @@
+"""Decompositions in float32: against float64's, and as good as they say that they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from merge_core import decomposition
+from merge_core.decomposition import Side, cut, gram, short_side
+from merge_core.factors import TOLERANCE, FactorStore
+from merge_core.linalg import SideFactors, factors_of_product, sum_of_truncations
+
+R = 160
+
+
+def normal(*shape: int, seed: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def spectrum(kind: str, r: int = R) -> Tensor:
+    i = torch.arange(1, r + 1, dtype=torch.float64)
+    return {
+        "decaying": i**-0.7,
+        "flat": torch.linspace(1, 0.5, r, dtype=torch.float64),
+        "steep": torch.exp(-i / 8) + 1e-5,
+        "equal": torch.ones(r, dtype=torch.float64),
+        "low rank": torch.where(i <= 5, 1.0, 0.0),
+        "pairs": 1 / torch.div(i + 1, 2, rounding_mode="floor"),
+    }[kind]
+
+
+def matrix(kind: str, m: int, n: int, seed: int = 0) -> Tensor:
+    """m x n in float32 with this spectrum, at the size of task vectors."""
+    r = min(m, n)
+    U = torch.linalg.qr(normal(m, r, seed=seed)).Q
+    V = torch.linalg.qr(normal(n, r, seed=seed + 1)).Q
+    return (1e-3 * (U * spectrum(kind, r)) @ V.T).float()
+
+
+def truth(A: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    return np.linalg.svd(A.double().numpy(), full_matrices=False)
+
+
+def factors(A: Tensor, side: Side | None = None) -> SideFactors:
+    side = side or short_side(A)
+    return SideFactors(side.vectors, side.S, tuple(A.shape), lambda: A)
+
+
+@pytest.fixture(autouse=True)
+def small_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small matrices take the float32 route too, so that the tests are quick."""
+    monkeypatch.setattr(decomposition, "FAST_FROM", 2)
+
+
+SHAPES = [(R, R), (3 * R, R), (R, 2 * R)]
+KINDS = ["decaying", "flat", "steep", "equal", "low rank", "pairs"]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_values_and_vectors_of_the_fast_route(kind: str, shape: tuple[int, int]) -> None:
+    A = matrix(kind, *shape)
+    U, S, Vt = truth(A)
+    side = short_side(A)
+    assert side.noise > 0  # it is the fast route
+    assert torch.all(side.S[:-1] >= side.S[1:])
+    np.testing.assert_allclose(side.S.numpy(), S, rtol=2e-4, atol=5e-6 * S[0])
+    identity = side.vectors.double() @ side.vectors.double().T
+    np.testing.assert_allclose(identity.numpy(), np.eye(R), atol=1e-5)
+    short = U if shape[0] <= shape[1] else Vt.T
+    if kind == "decaying":  # distinct values: the leading vectors are those of the truth
+        dots = np.abs(np.sum(side.vectors[:5].double().numpy() * short.T[:5], axis=1))
+        np.testing.assert_allclose(dots, 1, atol=1e-6)
+    peaks = side.vectors.gather(1, side.vectors.abs().argmax(1, keepdim=True))
+    assert bool((peaks > 0).all())
+
+
+@pytest.mark.parametrize("kind", ["decaying", "flat", "steep", "pairs"])
+@pytest.mark.parametrize("k", [1, 2, 3, 12, 40, 80, 150])
+@pytest.mark.parametrize("tolerance", [1.0, 0.0], ids=["as it is", "turned back"])
+def test_the_estimated_error_is_about_the_true_one(kind: str, k: int, tolerance: float) -> None:
+    for seed, shape in enumerate(SHAPES):
+        A = matrix(kind, *shape, seed=seed)
+        U, S, Vt = truth(A)
+        if k < len(S) and S[k - 1] - S[k] < 1e-9 * S[0]:
+            continue  # the truth itself is one of many
+        exact = (U[:, :k] * S[:k]) @ Vt[:k]
+        side, estimate = cut(short_side(A), A, k, tolerance)
+        got = factors(A, side).truncated(k).double().numpy()
+        error = np.linalg.norm(got - exact) / np.linalg.norm(exact)
+        # Three of its own, and what float32 products round anyway.
+        assert error <= 3 * estimate + 2e-6, (shape, estimate)
+        if S[k - 1] > 0.01 * S[0]:  # below, the noise of the large values is too cautious
+            assert estimate <= 30 * error + 2e-6, (shape, error)
+
+
+def test_directions_that_cannot_be_told_apart_are_not_called_exact() -> None:
+    A = matrix("equal", R, R)
+    assert cut(short_side(A), A, 10, 1e-4)[1] > 0.1
+    assert cut(short_side(A), A, R, 1e-4)[1] == 0
+
+
+@pytest.mark.parametrize("share", [0.02, 0.08, 0.3, 0.5, 0.9])
+@pytest.mark.parametrize("kind", ["decaying", "flat", "steep", "low rank"])
+def test_a_merged_update_is_that_of_float64(tmp_path: Path, kind: str, share: float) -> None:
+    k, store = max(1, int(share * R)), FactorStore(tmp_path)
+    matrices = [matrix(kind, 2 * R, R, seed=10 * t) for t in range(3)]
+    expected = np.zeros((2 * R, R))
+    for A in matrices:
+        U, S, Vt = truth(A)
+        expected += (U[:, :k] * S[:k]) @ Vt[:k]
+    held = [
+        store.get(f"expert {t}", "average", "w", A.to, (2 * R, R), k)
+        for t, A in enumerate(matrices)
+    ]
+    got = sum_of_truncations(held, k, lambda: torch.stack(matrices).sum(0)).double().numpy()
+    assert np.linalg.norm(got - expected) / np.linalg.norm(expected) < 1e-4
+
+
+def test_what_float32_cannot_cut_is_decomposed_in_float64_and_kept_so(tmp_path: Path) -> None:
+    A, store = matrix("steep", R, R), FactorStore(tmp_path)
+    assert store.get("e", "o", "w", A.to, (R, R)).sure_at == 0
+    assert store.get("e", "o", "w", A.to, (R, R), 2).sure_at == 2
+    assert store.decompositions == 1
+    k = 140  # deep in the tail of equal values
+    assert cut(short_side(A), A, k, TOLERANCE)[1] > TOLERANCE
+    assert store.get("e", "o", "w", A.to, (R, R), k).sure_at is None
+    assert store.decompositions == 2
+    for again in (store, FactorStore(tmp_path)):
+        before = again.decompositions
+        assert again.get("e", "o", "w", A.to, (R, R), 2).sure_at is None
+        assert again.decompositions == before
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.integers(1, 8), st.integers(0, 99))
+def test_gram_matrices_are_products(m: int, n: int, block: int, seed: int) -> None:
+    B = normal(m, n, seed=seed)
+    np.testing.assert_allclose(gram(B, block).numpy(), B.numpy().T @ B.numpy(), atol=1e-12)
+
+
+@settings(deadline=None)
+@given(st.integers(1, 12), st.integers(1, 12), st.integers(0, 14), st.integers(0, 99))
+def test_factors_of_a_product_are_those_of_the_matrix(m: int, n: int, q: int, seed: int) -> None:
+    left, right = normal(m, q, seed=seed), normal(q, n, seed=seed + 1)
+    A = (left @ right).numpy()
+    product = factors_of_product(left, right)
+    np.testing.assert_allclose(
+        product.S.numpy(), np.linalg.svd(A, compute_uv=False), atol=1e-5 * max(1, q)
+    )
+    for k in range(min(m, n) + 1):
+        U, S, Vt = np.linalg.svd(A, full_matrices=False)
+        best = (U[:, :k] * S[:k]) @ Vt[:k]
+        np.testing.assert_allclose(product.truncated(k).numpy(), best, atol=1e-3)
+        head = product.head(k)
+        assert head.U.shape == (m, k)
+        assert head.V.shape == (n, k)
+        rebuilt = (head.U * head.S) @ head.V.T
+        np.testing.assert_allclose(rebuilt.numpy(), best, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_long_side_is_orthonormal_and_zero_where_there_is_nothing(
+    shape: tuple[int, int],
+) -> None:
+    held = factors(matrix("low rank", *shape))
+    head = held.head()
+    for side in (head.U, head.V):
+        identity = (side[:, :5].T @ side[:, :5]).numpy()
+        np.testing.assert_allclose(identity, np.eye(5), atol=1e-5)
+    assert int((held.S > 0).sum()) == 5
+    long = head.U if shape[0] > shape[1] else head.V
+    assert not long[:, 5:].any()
+
+
+def test_the_folder_is_kept_within_its_limit_and_the_oldest_goes_first(tmp_path: Path) -> None:
+    one = short_side(matrix("decaying", R, R)).vectors.nbytes
+    store = FactorStore(tmp_path, disk_bytes=5 * one)
+    for t in range(8):
+        store.get(f"expert {t}", "average", "w", matrix("decaying", R, R, t).to, (R, R))
+    held = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
+    assert one < held <= 5 * one
+    fresh = FactorStore(tmp_path)
+    fresh.get("expert 7", "average", "w", matrix("decaying", R, R, 7).to, (R, R))
+    assert fresh.decompositions == 0
+    fresh.get("expert 0", "average", "w", matrix("decaying", R, R, 0).to, (R, R))
+    assert fresh.decompositions == 1
