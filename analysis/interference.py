@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.spectra import decomposed
+from analysis.spectra import with_factors
 from merge_core.errors import SuiteError
 from merge_core.linalg import Factors, SideFactors, directions
 from merge_core.progress import Progress
@@ -92,7 +92,7 @@ def _ordered_pairs(
 
 
 def pair_interference(
-    factors: Sequence[Factors] | Sequence[SideFactors], side: Side = "row"
+    factors: Sequence[Factors | SideFactors], side: Side = "row"
 ) -> np.ndarray:
     """Interference of every pair of task vectors of one matrix, for every rank at once.
 
@@ -186,9 +186,8 @@ def interference_over_rank(
 
     Source: CART, arXiv:2412.12153.
     """
-    total, members = decomposed(groups)
     rows = []
-    for done, group in enumerate(members, start=1):
+    for group in with_factors(groups, origin, progress):
         factors = group.factors(origin)
         T, r = len(factors), factors[0].rank
         pairs = pair_interference(factors, _stored_side(group, side))
@@ -212,8 +211,6 @@ def interference_over_rank(
                     "update_norm": float(group.sum_of_truncations(origin, k).double().norm()),
                 }
             )
-        if progress is not None:
-            progress.step(done, total, group.name)
     return pd.DataFrame(rows)
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from analysis.noise import as_array, gavish_donoho_cut, noise_edge
 from merge_core.decomposition import singular_values
+from merge_core.factorisation import factorised
 from merge_core.linalg import as_matrix, directions
 from merge_core.parameters import describe
 from merge_core.progress import Progress
@@ -89,11 +90,26 @@ def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
     return get_args(Part) if fused else ("whole",)
 
 
-def decomposed(groups: Groups | ParameterGroup) -> tuple[int, Iterator[ParameterGroup]]:
-    """How many groups have a spectrum, and those groups one after another."""
-    if isinstance(groups, ParameterGroup):
-        return 1, iter((groups,))
-    return sum(group.decomposed for group in groups), (g for g in groups if g.decomposed)
+def with_factors(
+    groups: Groups | ParameterGroup, origin: Origin, progress: Progress | None
+) -> Iterator[ParameterGroup]:
+    """The groups that have a spectrum, their factors made several at once.
+
+    Args:
+        groups: the suite's parameters, or one of them that is decomposed.
+        origin: what the task vectors are taken about.
+        progress: told after each matrix.
+
+    Raises:
+        SuiteError: origin "base" without a base.
+        Cancelled: by `progress`.
+    """
+    if isinstance(groups, Groups):
+        yield from factorised(groups, origin, progress=progress)
+        return
+    yield groups
+    if progress is not None:
+        progress.step(1, 1, groups.name)
 
 
 def _spectra(
@@ -181,7 +197,7 @@ def cuts(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.Data
 
 
 def spectral_summary(
-    groups: Groups, origin: Origin, progress: Progress | None = None
+    groups: Groups, origin: Origin, progress: Progress | None = None, apart: bool = False
 ) -> pd.DataFrame:
     """The spectrum of every matrix and task in a few numbers.
 
@@ -189,39 +205,42 @@ def spectral_summary(
         groups: the suite's parameters; those not decomposed are passed over.
         origin: what the task vectors are taken about.
         progress: told after each matrix.
+        apart: look at queries, keys and values one by one where a matrix fuses them.
 
     Returns:
-        One row per parameter and task: parameter, task, origin, rows, columns, frobenius
-        (‖A‖_F) and spectral_norm (σ_1) in the unit of the weights, stable_rank, effective_rank,
-        participation_ratio, top_share (energy in the leading 8 % of the directions),
-        energy_rank_90 and noise_rank (counts).
+        One row per parameter, part and task: parameter, part, task, origin, rows, columns,
+        frobenius (‖A‖_F) and spectral_norm (σ_1) in the unit of the weights, stable_rank,
+        effective_rank, participation_ratio, top_share (energy in the leading 8 % of the
+        directions), energy_rank_90 and noise_rank (counts).
 
     Raises:
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
-    total, members = decomposed(groups)
     rows = []
-    for done, group in enumerate(members, start=1):
-        (m, n), spectra = _spectra(group, origin, "whole")
-        for task, S in zip(group.tasks, spectra, strict=True):
-            rows.append(
-                {
-                    "parameter": group.name,
-                    "task": task,
-                    "origin": origin,
-                    "rows": m,
-                    "columns": n,
-                    "frobenius": float(np.linalg.norm(S)),
-                    "spectral_norm": float(S[0]),
-                    "stable_rank": stable_rank(S),
-                    "effective_rank": effective_rank(S),
-                    "participation_ratio": participation_ratio(S),
-                    "top_share": float(cumulative_energy(S)[directions(TOP_SHARE, S.size) - 1]),
-                    "energy_rank_90": energy_rank(S, 0.9),
-                    "noise_rank": int(np.sum(noise_edge(S, m, n) < S)),
-                }
-            )
-        if progress is not None:
-            progress.step(done, total, group.name)
+    for group in with_factors(groups, origin, progress):
+        parts = parts_of(group)
+        for part in parts[1:] if apart and len(parts) > 1 else parts[:1]:
+            shape, spectra = _spectra(group, origin, part)
+            rows += [
+                {"parameter": group.name, "part": part, "task": task, "origin": origin}
+                | _in_numbers(S, *shape)
+                for task, S in zip(group.tasks, spectra, strict=True)
+            ]
     return pd.DataFrame(rows)
+
+
+def _in_numbers(S: np.ndarray, m: int, n: int) -> dict[str, float]:
+    """The columns of a summary, of the singular values of an m x n matrix."""
+    return {
+        "rows": m,
+        "columns": n,
+        "frobenius": float(np.linalg.norm(S)),
+        "spectral_norm": float(S[0]),
+        "stable_rank": stable_rank(S),
+        "effective_rank": effective_rank(S),
+        "participation_ratio": participation_ratio(S),
+        "top_share": float(cumulative_energy(S)[directions(TOP_SHARE, S.size) - 1]),
+        "energy_rank_90": energy_rank(S, 0.9),
+        "noise_rank": int(np.sum(noise_edge(S, m, n) < S)),
+    }

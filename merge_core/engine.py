@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from merge_core.decomposition import Route
 from merge_core.errors import RecipeError, SuiteError
 from merge_core.executors import Executor, Serial
+from merge_core.factorisation import opened
 from merge_core.factors import FactorStore
-from merge_core.linalg import Route
 from merge_core.methods import get_postprocessor, methods
 from merge_core.methods.declaration import Run
 from merge_core.preflight import preflight
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, checked_parameters
-from merge_core.suite import Suite, load_suite
+from merge_core.suite import Suite
 from merge_core.task_vectors import Groups, ParameterGroup
 
 HELD_BYTES = 2 << 30
@@ -32,6 +32,7 @@ def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
     Raises:
         SuiteError: keys missing, or shapes that differ.
     """
+    suite.members(tasks)  # says of a member that cannot be read why
     blocking = preflight(suite, tasks).blocking
     if blocking:
         first = blocking[0]
@@ -86,6 +87,7 @@ def merged_tensors(
     task: str | None = None,
     learned: Any = None,
     executor: Executor | None = None,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """Merge one parameter after another, or several side by side.
 
@@ -96,6 +98,7 @@ def merged_tensors(
         task: whose model, for a method that gives one per task.
         learned: what a method that needs data has learnt from it.
         executor: where parameters are merged; in this thread when None.
+        names: of the parameters that are wanted (all when None).
 
     Yields:
         Name and merged tensor, in the working dtype (float32, or float64 for such weights);
@@ -121,19 +124,27 @@ def merged_tensors(
         state = method.prepare(groups, recipe.checked_parameters, run, progress)
         run = replace(run, state=state)
     where = executor or Serial()
+
+    def written(group: ParameterGroup) -> list[str]:
+        under = (group.name, *groups.twins.get(group.name, ()))
+        return [name for name in under if names is None or name in names]
+
+    wanted = [group for group in groups.members if written(group)]
     results: Iterator[Tensor]
     if where.shares_memory:
 
         def here(group: ParameterGroup) -> Tensor:
             return _merged(group, recipe, run, task, groups.keep)
 
-        results = where.map(here, groups.members, progress.cancel)
+        results = where.map(here, wanted, progress.cancel)
     else:
         unit = _Unit.of(groups, recipe, run, task)
-        results = where.map(unit, [group.name for group in groups.members], progress.cancel)
-    for done, group in enumerate(groups.members):
+        results = where.map(unit, [group.name for group in wanted], progress.cancel)
+    for done, group in enumerate(wanted, len(groups) - len(wanted)):
         progress.step(done, len(groups), group.name)
-        yield group.name, next(results)
+        merged = next(results)
+        for name in written(group):
+            yield name, merged
     progress.step(len(groups), len(groups), "merged")
 
 
@@ -173,17 +184,8 @@ class _Unit:
         return cls(path, groups.tasks, store.folder, store.route, recipe, run, task)
 
     def __call__(self, name: str) -> Tensor:
-        groups = _opened(self.suite, self.tasks, self.factors, self.route)
+        groups = opened(self.suite, self.tasks, self.factors, self.route)
         return _merged(groups[name], self.recipe, self.run, self.task, keep=False)
-
-
-@lru_cache(maxsize=1)
-def _opened(
-    suite: str, tasks: tuple[str, ...], factors: Path, route: Route
-) -> dict[str, ParameterGroup]:
-    """A suite's parameters by name, opened once in each worker."""
-    groups = Groups(load_suite(suite), tasks, FactorStore(factors, route=route))
-    return {group.name: group for group in groups.members}
 
 
 def _rule(
@@ -263,4 +265,8 @@ class MergeSession:
         check_recipe(self.suite, recipe)
         # Copies: what is only averaged would otherwise be the very tensor that the session holds.
         tensors = merged_tensors(recipe, self.groups, progress, task, learned)
-        return {name: value.clone() for name, value in tensors}
+        merged = {name: value.clone() for name, value in tensors}
+        if self.suite.base is not None:
+            for name in self.suite.kept(self.groups.tasks):
+                merged[name] = self.suite.base.tensor(name).float()
+        return merged

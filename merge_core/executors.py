@@ -8,6 +8,7 @@ more than one piece spread over torch's own threads.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import threading
 from abc import ABC, abstractmethod
 from collections import deque
@@ -322,7 +323,16 @@ _FUNCTION: list[Callable[[Any], Any]] = []
 def _install(function: Callable[[Any], Any]) -> None:
     """In a new worker process: what it is there for."""
     torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     _FUNCTION[:] = [function]
+
+
+def _end_with_parent() -> None:
+    """Leave when the process that started this one is gone: a killed one cannot end its workers."""
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _installed(item: Any) -> Any:

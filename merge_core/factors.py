@@ -23,7 +23,7 @@ from torch import Tensor
 from merge_core.decomposition import Route, Side, cut, short_side
 from merge_core.errors import OutputError
 from merge_core.files import cache_dir, digest_of, evict, write_atomically
-from merge_core.linalg import SideFactors
+from merge_core.linalg import SMALL, SideFactors
 
 FORMAT = "factors-2"
 # What SVD_k of a task vector may be off by, relative to its norm; the estimate is rarely too low.
@@ -120,7 +120,7 @@ class FactorStore:
                     self._remember(key, side)
                 side = ready
         factors = SideFactors(side.vectors, side.S, shape, partial(matrix, torch.float32), sure_at)
-        if k is not None and A is not None and 2 * k <= min(shape):
+        if k is not None and A is not None and SMALL <= min(shape) >= 2 * k:
             factors.weigh(k, A)
         return factors
 
@@ -190,5 +190,5 @@ def _disk_limit() -> int:
 
 def _device(A: Tensor) -> torch.device:
     """Where a matrix is decomposed: on a GPU, if there is one and the matrix is large."""
-    large = min(A.shape) >= 512 and torch.cuda.is_available()
+    large = min(A.shape) >= SMALL and torch.cuda.is_available()
     return torch.device("cuda") if large else A.device

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+SMALL = 512
+
 
 @dataclass(frozen=True)
 class Factors:
@@ -39,6 +41,10 @@ class Factors:
     def right(self, k: int | None = None) -> Tensor:
         """n x k: the first right singular vectors (all r when None)."""
         return self.V[:, :k]
+
+    def head(self, k: int | None = None) -> Factors:
+        """Both sides of the first k directions (all r when None)."""
+        return Factors(self.left(k), self.S[:k], self.right(k))
 
     def pair(self, kept: slice) -> tuple[Tensor, Tensor]:
         """Two matrices, m x k and n x k, whose product L Rᵀ is Σ_{i kept} σ_i u_i v_iᵀ."""
@@ -124,13 +130,14 @@ class SideFactors:
     def _weighted(self, kept: slice) -> Tensor:
         """The long side's vectors times their values, A times the short side; kept for a while."""
         start, stop, _ = kept.indices(self.rank)
-        held = self._long
-        if start == 0 and held is not None and held.shape[1] >= stop:
-            return held[:, :stop]
-        made = self._times(self._matrix(), kept)
-        if start == 0:
-            self._long = made
-        return made
+        if self._long is None or self._long.shape[1] < stop:
+            # A small matrix is worth all of its long side, from which every rank is a slice.
+            made = slice(0, None) if self.rank < SMALL else kept
+            product = self._times(self._matrix(), made)
+            if made.start:
+                return product
+            self._long = product
+        return self._long[:, start:stop]
 
     def _times(self, A: Tensor, kept: slice) -> Tensor:
         return (A.T if self._wide else A).to(self._vectors.dtype) @ self._short(kept)
@@ -165,7 +172,7 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
 
 def sum_of_truncations(
-    factors: Sequence[Factors] | Sequence[SideFactors],
+    factors: Sequence[Factors | SideFactors],
     k: int | Sequence[int],
     total: Callable[[], Tensor],
 ) -> Tensor:

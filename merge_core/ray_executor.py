@@ -19,7 +19,8 @@ class Ray(Ahead[Any]):
         address: of a running cluster (``ray://host:10001``, or ``auto`` on one of its nodes);
             None starts one on this machine, which ends with this process.
         workers: pieces in flight; the cluster's number of CPUs when None.
-        gpus: GPUs that each piece asks for (a fraction shares one).
+        gpus: GPUs that each piece asks for (a fraction shares one); what the cluster has, shared
+            evenly between the pieces in flight, when None.
 
     Raises:
         ExecutorError: Ray is not installed, or the cluster does not answer.
@@ -30,7 +31,7 @@ class Ray(Ahead[Any]):
     shares_memory = False
 
     def __init__(
-        self, address: str | None = None, workers: int | None = None, gpus: float = 0
+        self, address: str | None = None, workers: int | None = None, gpus: float | None = None
     ) -> None:
         try:
             import ray
@@ -39,10 +40,11 @@ class Ray(Ahead[Any]):
                 "Ray is not installed. Run: pip install 'mergescope[cluster]'."
             ) from error
         self._ray = ray
-        self._gpus = gpus
         if not ray.is_initialized():
             self._connect(address, workers)
-        count = int(ray.cluster_resources().get("CPU", 1)) if workers is None else workers
+        resources = ray.cluster_resources()
+        count = int(resources.get("CPU", 1)) if workers is None else workers
+        self._gpus = min(1.0, resources.get("GPU", 0) / count) if gpus is None else gpus
         super().__init__(count)
 
     def _connect(self, address: str | None, workers: int | None) -> None:

@@ -23,6 +23,7 @@ from merge_core.linalg import (
     matrix_shape,
     sum_of_truncations,
 )
+from merge_core.members import longest_vocabulary
 from merge_core.suite import Suite
 from merge_core.vocabulary import completed, filler
 
@@ -54,7 +55,7 @@ class ParameterGroup:
         self.tasks = tuple(tasks)
         ragged = None
         if suite.spec.vocabulary == "common":
-            ragged = suite.longest_vocabulary(name, self.tasks)
+            ragged = longest_vocabulary(name, suite.members(self.tasks))
         self.info = ragged or suite.expert(self.tasks[0]).info(name)
         # Factors are kept by the members' content, which does not tell how long a vocabulary is.
         self.decomposed = ragged is None and suite.treatment(name, self.tasks[0]).decomposed

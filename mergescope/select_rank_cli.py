@@ -63,12 +63,20 @@ def select(
     report: Annotated[
         bool, typer.Option(help="Evaluate the recommendation on the test split, at the end.")
     ] = True,
+    executor: Annotated[
+        str | None,
+        typer.Option(
+            help="Where the settings of a full grid are evaluated side by side: threads:2, "
+            "processes:2, ray, ray://host:port. One after another if left out."
+        ),
+    ] = None,
 ) -> None:
     """Which rank and scale: from labels, from inputs alone, or from weights alone."""
     from analysis.evaluation import Evaluator
     from analysis.rank_selection.select import select_rank
     from analysis.rank_selection.space import search_space
     from merge_core.engine import MergeSession
+    from merge_core.executors import executor as executor_named
     from merge_core.factors import FactorStore
     from merge_core.files import write_atomically
     from merge_core.suite import load_suite
@@ -76,6 +84,7 @@ def select(
     checked_csv(csv)
     if output is not None and output.is_dir():
         raise OutputError(f"{output} is a folder; give a file name for the recipe.")
+    where = None if executor is None else executor_named(executor)
     loaded = load_suite(suite)
     chosen = _checked_mode(mode, loaded.can_evaluate)
     space = search_space(
@@ -97,6 +106,7 @@ def select(
         every_proxy=every_proxy,
         report=report,
         progress=progress_bar("searching"),
+        executor=where,
     )
     _print(console(), result)
     write_csv(result.points, csv)

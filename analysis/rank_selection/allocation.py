@@ -20,7 +20,7 @@ from analysis.compare import difference
 from analysis.evaluation import CONFIDENCE, Evaluator, accuracy_frame, mean_accuracy
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
-from analysis.spectra import cumulative_energy, decomposed
+from analysis.spectra import cumulative_energy, with_factors
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
 from merge_core.linalg import directions
@@ -59,7 +59,7 @@ def stored_numbers(groups: Groups, ranks: Mapping[str, int]) -> int:
         groups: the suite's parameters.
         ranks: directions kept of each decomposed parameter.
     """
-    _, members = decomposed(groups)
+    members = [group for group in groups.members if group.decomposed]
     return sum(len(groups.tasks) * ranks[g.name] * (sum(matrix_shape(g)) + 1) for g in members)
 
 
@@ -70,7 +70,7 @@ def uniform_ranks(groups: Groups, share: float) -> dict[str, int]:
         groups: the suite's parameters.
         share: in (0, 1].
     """
-    _, members = decomposed(groups)
+    members = [group for group in groups.members if group.decomposed]
     return {group.name: directions(share, min(matrix_shape(group))) for group in members}
 
 
@@ -105,17 +105,14 @@ def allocate(
         known = ", ".join(ALLOCATIONS)
         raise RecipeError(f"There is no allocation {rule!r}; choose one of {known}.")
     gain = ALLOCATIONS[rule][1]
-    total, members = decomposed(groups)
     worth: list[np.ndarray] = []
     names: list[str] = []
     costs: list[int] = []
-    for done, group in enumerate(members, start=1):
+    for group in with_factors(groups, origin, progress):
         spectra = [f.S.double().numpy() for f in group.factors(origin)]
         names.append(group.name)
         worth.append(np.sum([gain(S) for S in spectra], axis=0))
         costs.append(sum(matrix_shape(group)) + 1)
-        if progress is not None:
-            progress.step(done, total, group.name)
     uniform = uniform_ranks(groups, share)
     budget = sum(uniform[name] * cost for name, cost in zip(names, costs, strict=True))
     kept = _fill(worth, costs, budget)

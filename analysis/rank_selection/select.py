@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.evaluation import Evaluator, mean_accuracy
+from analysis.grid_points import evaluate_side_by_side
 from analysis.inputs import Split, has_labels
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
@@ -22,6 +23,7 @@ from analysis.rank_selection.stored import NotStored, StoredEvaluator
 from analysis.rank_selection.weight_proxies import recommend_from_weights
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
+from merge_core.executors import Executor
 from merge_core.linalg import directions
 from merge_core.methods import get_method, methods
 from merge_core.methods.spectral import matrix_shape
@@ -122,6 +124,7 @@ def select_rank(
     every_proxy: bool = False,
     report: bool = True,
     progress: Progress | None = None,
+    executor: Executor | None = None,
 ) -> Selection:
     """Choose rank and scale of a method, by the rule that the evidence supports for the mode.
 
@@ -136,10 +139,12 @@ def select_rank(
         report: evaluate the recommended recipe, in the end: on the test split (and in modes
             that read no label on the validation split too), where there are labels.
         progress: reports, and cancels between two units; what was evaluated is kept.
+        executor: where the settings of a full grid are evaluated, several at once; here, one
+            after another, when None. An adaptive search decides after each, so it uses none.
 
     Raises:
         RecipeError: a mode that needs an evaluator without one, or one in which this method has
-            no rule.
+            no rule; an executor without a full grid.
         MergeScopeError: unfit inputs.
         Cancelled: by `progress`.
     """
@@ -147,6 +152,11 @@ def select_rank(
         raise RecipeError(
             f"Mode {mode!r} needs {NEEDS[mode]}, and the suite {session.suite.name!r} cannot be "
             f"evaluated: {session.suite.why_not_evaluated}. Take the mode 'weights'."
+        )
+    if executor is not None and not (full_grid and mode != "weights"):
+        raise RecipeError(
+            "Only the settings of a full grid are independent pieces that an executor can take. "
+            "Ask for the full grid, or leave the executor out."
         )
     progress = progress or Progress()
     inner = Progress(cancel=progress.cancel)
@@ -158,6 +168,15 @@ def select_rank(
         weights = recommend_from_weights(session.groups, space, inner)
     rule = _rule(mode, space.base.method, [] if weights is None else weights["proxy"].tolist())
     if evaluator is not None and mode != "weights":
+        if executor is not None:
+            evaluate_side_by_side(
+                space.recipes(),
+                session,
+                evaluator,
+                executor,
+                SCORES[rule].measures,
+                progress=progress,
+            )
         find = exhaustive_search if full_grid else adaptive_search
         search = find(space, session, evaluator, rule, seed=seed, progress=progress)
         parts.append(_searched(rule, search).assign(mode=mode))

@@ -19,7 +19,7 @@ from analysis.rank_selection.weight_response import (
     whole_model,
 )
 from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_ranks
-from analysis.spectra import decomposed
+from analysis.spectra import with_factors
 from merge_core.linalg import directions
 from merge_core.methods import get_method
 from merge_core.methods.spectral import matrix_shape
@@ -304,11 +304,10 @@ def _whole(responses: pd.DataFrame, spectra: pd.DataFrame | None, groups: Groups
 def _spectra(groups: Groups, space: SearchSpace, progress: Progress | None) -> pd.DataFrame:
     """One row per matrix and share: parameter, rank, lost (R), whole (R(0)), nuclear,
     interference_row, interference_column."""
-    total, members = decomposed(groups)
     origin = space.base.run(groups.tasks).origin
     shares = shares_of(space)
     frames = []
-    for done, group in enumerate(members, start=1):
+    for group in with_factors(groups, origin, progress):
         factors = group.factors(origin)
         pairs = max(1, len(factors) * (len(factors) - 1))
         at = [directions(share, factors[0].rank) - 1 for share in shares]
@@ -328,8 +327,6 @@ def _spectra(groups: Groups, space: SearchSpace, progress: Progress | None) -> p
             summed = between.sum(axis=(0, 1)) - np.trace(between)
             values[f"interference_{side}"] = summed[at] / pairs
         frames.append(pd.DataFrame(values))
-        if progress is not None:
-            progress.step(done, total, group.name)
     return pd.concat(frames, ignore_index=True)
 
 

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from analysis.rank_selection.space import RANKS, SearchSpace
-from analysis.spectra import decomposed
+from analysis.spectra import with_factors
 from merge_core.linalg import as_matrix
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
@@ -136,11 +136,10 @@ def responses(groups: Groups, space: SearchSpace, progress: Progress | None = No
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
-    total, members = decomposed(groups)
     ranks: Sequence[float | None] = shares_of(space) or (None,)
     recipes = [space.recipe(rank, 1.0) for rank in ranks]
     rows = []
-    for done, group in enumerate(members, start=1):
+    for group in with_factors(groups, recipes[0].run(groups.tasks).origin, progress):
         covariance, response, task_energy = targets(group, recipes[0].run(group.tasks).origin)
         for rank, recipe in zip(ranks, recipes, strict=True):
             D = update(group, recipe)
@@ -155,8 +154,6 @@ def responses(groups: Groups, space: SearchSpace, progress: Progress | None = No
                     "task_energy": task_energy,
                 }
             )
-        if progress is not None:
-            progress.step(done, total, group.name)
     return pd.DataFrame(rows)
 
 

@@ -10,11 +10,11 @@ import pandas as pd
 
 from analysis.noise import as_array, gavish_donoho_cut, noise_edge
 from analysis.spectra import (
-    decomposed,
     effective_rank,
     energy_rank,
     participation_ratio,
     stable_rank,
+    with_factors,
 )
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin
@@ -142,9 +142,8 @@ def rule_ranks(groups: Groups, origin: Origin, progress: Progress | None = None)
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
-    total, members = decomposed(groups)
     rows = []
-    for done, group in enumerate(members, start=1):
+    for group in with_factors(groups, origin, progress):
         factors = group.factors(origin)
         shape = factors[0].shape
         spectra = [Spectrum(as_array(f.S), *shape, len(factors)) for f in factors]
@@ -154,6 +153,4 @@ def rule_ranks(groups: Groups, origin: Origin, progress: Progress | None = None)
             mean = float(np.mean([rule.count(s) for s in live])) if live else 1.0
             share = float(np.clip(mean / factors[0].rank, 1 / factors[0].rank, 1))
             rows.append({"proxy": name, "parameter": group.name, "share": share})
-        if progress is not None:
-            progress.step(done, total, group.name)
     return pd.DataFrame(rows)

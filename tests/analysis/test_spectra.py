@@ -6,6 +6,7 @@ import threading
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from hypothesis import given, settings
@@ -157,6 +158,24 @@ def test_summary_has_every_matrix_and_task(suite: Suite, groups: Groups) -> None
         assert row.noise_rank == np.sum(noise_edge(S, *tau.shape) < S)
     kernel = frame[frame["parameter"] == CONV].iloc[0]
     assert (kernel["rows"], kernel["columns"]) == (6, 12)
+
+
+def test_a_summary_of_parts_is_that_of_each(suite: Suite, groups: Groups) -> None:
+    frame = spectral_summary(groups, "base", apart=True)
+    assert list(frame[frame["parameter"] == QKV]["part"].unique()) == ["q", "k", "v"]
+    others = frame[frame["parameter"] != QKV]
+    whole = spectral_summary(groups, "base")
+    pd.testing.assert_frame_equal(
+        others.reset_index(drop=True), whole[whole["parameter"] != QKV].reset_index(drop=True)
+    )
+    assert set(whole["part"]) == {"whole"}
+    fused = task_vectors(suite, QKV, "base")
+    for row in frame[frame["parameter"] == QKV].itertuples():
+        tau = fused[TASKS.index(row.task)].chunk(3)["qkv".index(row.part)]
+        S = np.linalg.svd(tau.numpy(), compute_uv=False)
+        assert (row.rows, row.columns) == tuple(tau.shape)
+        assert row.spectral_norm == pytest.approx(S[0], rel=1e-5)
+        assert row.stable_rank == pytest.approx(float(np.sum(S**2) / S[0] ** 2), rel=1e-5)
 
 
 def test_summary_stops_when_cancelled(groups: Groups) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,7 @@ from analysis.rank_selection.select import (
 from analysis.rank_selection.space import SearchSpace, search_space
 from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled, RecipeError, SuiteError
+from merge_core.executors import Executor, Processes, Serial, Threads
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress
 from merge_core.recipe import recipe_from_yaml
@@ -110,6 +113,32 @@ def test_with_labels_the_full_grid_gives_the_best_of_all(bench: Bench) -> None:
     assert found.recipe.parameters == {"rank": found.rank, "scale": found.scale}
     assert ((found.tied["rank"] == found.rank) & (found.tied["scale"] == found.scale)).any()
     assert found.asked_images == found.grid_images == 9 * 60
+
+
+@pytest.mark.parametrize("where", [Threads(2), Processes(2)], ids=["threads", "processes"])
+def test_settings_evaluated_side_by_side_are_those_evaluated_here(
+    tmp_path: Path, where: Executor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Tests of pages leave a page as ``__main__``, which spawned processes would run.
+    monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
+    suite = evaluable(tmp_path / "suite")
+    alone, many = Bench(tmp_path / "alone", suite), Bench(tmp_path / "many", suite)
+    told: list[str] = []
+    progress = Progress(lambda done, total, label: told.append(label))
+    expected = alone.select("labels", full_grid=True)
+    found = many.select("labels", full_grid=True, executor=where, progress=progress)
+    pd.testing.assert_frame_equal(found.points, expected.points)
+    assert (found.rank, found.scale) == (expected.rank, expected.scale)
+    assert found.forward_images == expected.forward_images
+    assert told.count("settings") == 9
+    # What came back was stored: nothing is run again.
+    assert many.select("labels", full_grid=True, executor=Serial()).forward_images == 0
+
+
+def test_an_executor_without_a_full_grid_is_refused(bench: Bench) -> None:
+    for mode, full in (("labels", False), ("weights", True)):
+        with pytest.raises(RecipeError, match="full grid"):
+            bench.select(mode, full_grid=full, executor=Serial())
 
 
 @pytest.mark.parametrize("mode", ["inputs", "weights"])
