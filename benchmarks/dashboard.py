@@ -1,12 +1,11 @@
 """How long a visitor waits: first figure after a cold and a warm start, and a slider's redraw.
 
-Run ``python -m benchmarks.dashboard`` (needs playwright and Chromium). Streamlit's own floor for
-a slider is about 200 ms: it waits that long for further key presses.
+Needs playwright and Chromium. Streamlit's own floor for a slider is about 200 ms: it waits that
+long for further key presses.
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import tempfile
 import time
@@ -16,6 +15,8 @@ from pathlib import Path
 
 from playwright.sync_api import Browser, Page, sync_playwright
 
+from benchmarks.measure import FailedError, Laboratory
+from benchmarks.record import Sheet
 from tests.browser.conftest import ARGUMENTS, Server, find_chromium, settle
 
 PAGES = (
@@ -49,7 +50,7 @@ def first_figure(page: Page, go: Callable[[], object]) -> float:
 
 
 def redraws(page: Page, figure: int, steps: int) -> list[float]:
-    """Milliseconds from a key press on the rank slider until a figure's texts differ.
+    """Seconds from a key press on the rank slider until a figure's texts differ.
 
     The marked rank stands in the text of every figure that depends on it.
     """
@@ -61,47 +62,46 @@ def redraws(page: Page, figure: int, steps: int) -> list[float]:
         start = time.perf_counter()
         page.keyboard.press("ArrowRight" if i % 10 < 5 else "ArrowLeft")
         page.wait_for_function(f"before => {texts} !== before", arg=before, polling=10)
-        times.append(1000 * (time.perf_counter() - start))
+        times.append(time.perf_counter() - start)
         page.wait_for_timeout(500)
     return times
 
 
-def main() -> None:
-    """Measure and print."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=20)
-    steps = parser.parse_args().steps
-    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as scratch:
-        path = find_chromium(playwright.chromium.executable_path)
-        if path is None:
-            raise SystemExit("no Chromium found; set MERGESCOPE_CHROMIUM to its path")
-        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
-        for name in PAGES:
-            folder = Path(scratch) / (name or "overview")
-            folder.mkdir()
-            start = time.perf_counter()
-            server = Server(folder)
-            up = time.perf_counter() - start
+def measure_page(browser: Browser, name: str, sheet: Sheet, reloads: int, steps: int) -> None:
+    """One page on a server of its own."""
+    title = name or "overview"
+    with tempfile.TemporaryDirectory() as folder:
+        start = time.perf_counter()
+        server = Server(Path(folder))
+        up = time.perf_counter() - start
+        try:
             url = f"{server.url}/{name}"
             page = new_session(browser)
             cold = up + first_figure(page, partial(page.goto, url))
-            warm = statistics.median(first_figure(page, page.reload) for _ in range(5))
+            note = f"from the start of the server (up after {up:.1f} s), nothing stored"
+            sheet.seconds(f"{title}: first figure, cold", [cold], note)
+            again = [first_figure(page, page.reload) for _ in range(reloads)]
+            sheet.add(f"{title}: reload", statistics.median(again), "s", "lower")
             other = new_session(browser)
             visitor = first_figure(other, partial(other.goto, url))
-            print(
-                f"{name or 'overview':16s} first figure: cold {cold:5.2f} s (server {up:4.2f} s, "
-                f"empty cache), reload {warm:5.2f} s, another visitor {visitor:5.2f} s"
-            )
+            sheet.seconds(f"{title}: another visitor", [visitor], "with an empty browser cache")
             if name in REDRAWN:
                 times = redraws(page, REDRAWN[name], steps)
-                low, middle, high = statistics.quantiles(times, n=4)
-                print(
-                    f"{name:16s} slider to redraw: median {middle:.0f} ms, quartiles "
-                    f"{low:.0f} to {high:.0f} ms ({steps} steps)"
-                )
+                middle = 1000 * statistics.median(times)
+                note = f"median of {steps}; slowest {1000 * max(times):.0f} ms"
+                sheet.add(f"{title}: slider to redraw", middle, "ms", "lower", note=note)
+        finally:
             server.stop()
+
+
+def dashboard(laboratory: Laboratory, sheet: Sheet) -> None:
+    """All pages, one after another; one of them if quick."""
+    pages, reloads, steps = (("spectra",), 1, 2) if laboratory.quick else (PAGES, 3, 12)
+    with sync_playwright() as playwright:
+        path = find_chromium(playwright.chromium.executable_path)
+        if path is None:
+            raise FailedError("no Chromium found; set MERGESCOPE_CHROMIUM to its path")
+        browser = playwright.chromium.launch(executable_path=path, args=ARGUMENTS)
+        for name in pages:
+            measure_page(browser, name, sheet, reloads, steps)
         browser.close()
-
-
-if __name__ == "__main__":
-    main()
