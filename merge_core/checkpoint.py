@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from merge_core.errors import CheckpointError
 from merge_core.files import digest_of, file_digest
+from merge_core.header_checks import check_safetensors_header, check_tensors, read_index
+from merge_core.lazy import lazy
 from merge_core.pickle_tensors import StoredTensor, Unreadable
 from merge_core.pickles import PickledTensors
 
@@ -33,8 +34,9 @@ SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt")
-PICKLE_SUFFIXES = (*TORCH_SUFFIXES, ".pkl")  # in a folder, .pkl is rather data than weights
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")
+# In a folder, .pkl is rather data than weights, and .tar an archive.
+PICKLE_SUFFIXES = (*TORCH_SUFFIXES, ".pkl", ".tar")
 PREFIXES = ("module.", "_orig_mod.")
 FOLDER_CANDIDATES = (
     "model.safetensors.index.json",
@@ -72,16 +74,19 @@ class _Shard(Protocol):
 
     infos: dict[str, TensorInfo]
     foreign: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
 
     def tensor(self, name: str) -> Tensor: ...
 
 
 class _SafetensorsShard:
     foreign: tuple[str, ...] = ()
+    ties: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
+            check_safetensors_header(path)
             self._file = _safe_open(path)
             self.metadata: dict[str, str] = self._file.metadata() or {}
             self.infos = {name: self._info(name) for name in self._file.keys()}  # noqa: SIM118
@@ -117,6 +122,7 @@ class _TorchShard:
             raise CheckpointError(f"{path} is empty (0 bytes). Copy or download it again.")
         self._file = PickledTensors(path)
         self.foreign = self._file.foreign
+        self.ties = self._file.ties
         self.infos = {
             name: _plain_info(path, name, stored) for name, stored in self._file.stored.items()
         }
@@ -141,6 +147,8 @@ def _plain_info(path: Path, name: str, stored: StoredTensor | Unreadable) -> Ten
 
 def _reason(path: Path, error: Exception) -> str:
     """Why a safetensors file could not be opened, in words."""
+    if isinstance(error, PermissionError):
+        return f"{error.strerror}. Check who may read it."
     if not path.exists():
         return "the file does not exist. Check the path."
     size = path.stat().st_size
@@ -155,7 +163,7 @@ def _reason(path: Path, error: Exception) -> str:
     )
 
 
-def _without_prefix(names: list[str]) -> dict[str, str]:
+def without_prefix(names: list[str]) -> dict[str, str]:
     """Map the public name of each tensor to the stored one, common wrapper prefixes removed."""
     public = {name: name for name in names}
     changed = True
@@ -176,20 +184,23 @@ class Checkpoint:
 
     Args:
         path: a ``.safetensors`` file, a ``*.index.json``, a file of ``torch.save`` or
-            ``pickle.dump`` (``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pkl``; a state dict or a
-            whole module, read as data: nothing in it is imported or run), or a folder holding
-            one of these.
+            ``pickle.dump`` (``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pkl``, ``.pth.tar``; a state
+            dict or a whole module, read as data: nothing in it is imported or run), or a folder
+            holding one of these.
 
     Attributes:
         path: as given.
         files: the files that hold tensors.
         metadata: the texts in a safetensors file's header.
         foreign: full names of the classes and functions that pickled files would import, sorted.
+        ties: sets of names that pickled files keep one tensor under.
 
     Raises:
         CheckpointError: missing, empty, truncated or foreign file; shards that do not match
             their index.
     """
+
+    ties: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -198,7 +209,7 @@ class Checkpoint:
         self.files: tuple[Path, ...]
         self.metadata: dict[str, str] = {}
         if entry.name.endswith(".index.json"):
-            weight_map = _read_index(entry)
+            weight_map = read_index(entry)
             self.files = tuple(entry.parent / name for name in sorted(set(weight_map.values())))
             self._stamps = {file: _stamp(file) for file in self.files}
             shards = {file.name: _open_shard(file) for file in self.files}
@@ -217,10 +228,17 @@ class Checkpoint:
             owners = dict.fromkeys(shard.infos, shard)
         if not owners:
             raise CheckpointError(f"{entry} holds no tensors. Give a file with model weights.")
-        self._stored = _without_prefix(sorted(owners))
+        self._stored = without_prefix(sorted(owners))
         self._owners = owners
         met = set().union(*(shard.foreign for shard in set(owners.values())))
         self.foreign: tuple[str, ...] = tuple(sorted(met))
+        public = {stored: name for name, stored in self._stored.items()}
+        self.ties = tuple(
+            tuple(public[name] for name in names)
+            for shard in set(owners.values())
+            for names in shard.ties
+            if all(name in public for name in names)
+        )
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
@@ -233,6 +251,23 @@ class Checkpoint:
 
     def __contains__(self, name: object) -> bool:
         return name in self._stored
+
+    def stored_name(self, name: str) -> str:
+        """A tensor's name in the file, wrappers' prefixes (``module.``) included.
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
+        self._owner(name)
+        return self._stored[name]
+
+    def under(self, prefix: str) -> Checkpoint:
+        """The same tensors with a prefix before their names, such as ``transformer.``."""
+        if not prefix:
+            return self
+        renamed = copy.copy(self)
+        renamed._stored = {prefix + name: stored for name, stored in self._stored.items()}
+        return renamed
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor, without reading it.
@@ -249,7 +284,7 @@ class Checkpoint:
             CheckpointError: no tensor of that name, an unreadable file, a file that changed
                 since it was opened, or NaN or infinite entries.
         """
-        self._check_unchanged()
+        self.check_unchanged()
         try:
             value = self._owner(name).tensor(self._stored[name])
         except (SafetensorError, OSError, RuntimeError) as error:
@@ -268,14 +303,29 @@ class Checkpoint:
                 )
         return value
 
-    @cached_property
+    def touches(self, name: str) -> bool:
+        """Whether a tensor may differ from the base's (of an adapter, not all do)."""
+        return name in self
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """The update about the base as a product of thin matrices, where one is known.
+
+        Args:
+            name: a parameter.
+
+        Returns:
+            None here; left m x r and right r x n of an adapter (see :mod:`merge_core.adapters`).
+        """
+        return None
+
+    @lazy
     def digest(self) -> str:
         """SHA-256 (hex) of the content of all files, in the order of their names.
 
         Raises:
             CheckpointError: a file vanished, changed since it was opened, or cannot be read.
         """
-        self._check_unchanged()
+        self.check_unchanged()
         try:
             return digest_of(*(file_digest(file) for file in self.files))
         except OSError as error:
@@ -286,8 +336,12 @@ class Checkpoint:
         """Total size of the tensors in bytes, as stored."""
         return sum(self.info(name).nbytes for name in self)
 
-    def _check_unchanged(self) -> None:
-        """Refuse a file replaced under the open map: its digest and tensors would not agree."""
+    def check_unchanged(self) -> None:
+        """Refuse a file replaced under the open map: its digest and tensors would not agree.
+
+        Raises:
+            CheckpointError: a file was removed or changed since it was opened.
+        """
         for file, stamp in self._stamps.items():
             if _stamp(file) != stamp:
                 what = "has changed" if file.exists() else "was removed"
@@ -314,20 +368,27 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
 
 def _resolve_folder(path: Path) -> Path:
     try:
-        exists = path.exists()
+        return _entry(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check it.") from error
-    if not exists:
+
+
+def _entry(path: Path) -> Path:
+    """The file that says what a checkpoint holds: the path itself, or one in its folder."""
+    if not path.exists():
         raise CheckpointError(f"{path} does not exist. Check the path.")
     if not path.is_dir():
         return path
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{path} is an adapter, which is no model without its base. Make it an expert of a "
+            "suite whose 'base:' is what it was trained on."
+        )
     for candidate in FOLDER_CANDIDATES:
         if (path / candidate).is_file():
             return path / candidate
     weights = sorted(
-        file
-        for file in path.iterdir()
-        if file.suffix == ".safetensors" or file.suffix in TORCH_SUFFIXES
+        file for file in path.iterdir() if file.name.endswith((".safetensors", *TORCH_SUFFIXES))
     )
     if len(weights) == 1:
         return weights[0]
@@ -336,30 +397,22 @@ def _resolve_folder(path: Path) -> Path:
 
 
 def _open_shard(path: Path) -> _Shard:
-    if not path.is_file():
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check it.") from error
+    if not exists:
         raise CheckpointError(f"{path} does not exist. Copy or download all shards again.")
     if path.suffix == ".safetensors":
-        return _SafetensorsShard(path)
-    if path.suffix in PICKLE_SUFFIXES:
-        return _TorchShard(path)
+        return _checked(path, _SafetensorsShard(path))
+    if path.name.endswith(PICKLE_SUFFIXES):
+        return _checked(path, _TorchShard(path))
     raise CheckpointError(
         f"{path} has an unknown ending. Known: .safetensors, .index.json, "
         f"{', '.join(PICKLE_SUFFIXES)}."
     )
 
 
-def _read_index(path: Path) -> dict[str, str]:
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        if not weight_map or not all(
-            isinstance(name, str) and isinstance(file, str) for name, file in weight_map.items()
-        ):
-            raise TypeError
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise CheckpointError(
-            f"{path} is not a shard index (a JSON object with a 'weight_map'). Copy it again."
-        ) from error
-    outside = [file for file in weight_map.values() if Path(file).name != file]
-    if outside:
-        raise CheckpointError(f"{path} names a shard outside its folder: {outside[0]!r}.")
-    return dict(weight_map)
+def _checked(path: Path, shard: _Shard) -> _Shard:
+    check_tensors(path, ((name, info.shape) for name, info in shard.infos.items()))
+    return shard

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -15,8 +17,9 @@ from typing import Any
 import yaml
 
 from merge_core.errors import MergeScopeError, OutputError
+from merge_core.yaml_text import load_yaml, read_text_file
 
-CHUNK = 1 << 22
+PARTIAL = ".partial"
 
 
 def cache_dir() -> Path:
@@ -44,26 +47,24 @@ def file_digest(path: Path) -> str:
     Raises:
         OSError: the file cannot be read.
     """
-    stat = path.stat()
+    state = path.stat()
     memo_key = digest_of(
         str(path.resolve()),
-        str(stat.st_size),
-        str(stat.st_mtime_ns),
-        str(stat.st_ctime_ns),  # the one that no tool can set back
-        str(stat.st_ino),
+        str(state.st_size),
+        str(state.st_mtime_ns),
+        str(state.st_ctime_ns),  # the one that no tool can set back
+        str(state.st_ino),
     )
     memo = cache_dir() / "digests" / memo_key
     with suppress(OSError, ValueError):
         known = memo.read_text()
         if len(bytes.fromhex(known)) == hashlib.sha256().digest_size:
             return known
-    whole = hashlib.sha256()
     with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            whole.update(chunk)
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
     with suppress(OSError, OutputError):
-        write_atomically(memo, whole.hexdigest().encode())
-    return whole.hexdigest()
+        write_atomically(memo, digest.encode())
+    return digest
 
 
 def read_yaml(
@@ -87,8 +88,8 @@ def read_yaml(
         path = path.expanduser()
         if path.is_dir():
             path = path / usual_name
-        document = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, ValueError, RecursionError) as fault:  # ValueError: month 13
+        document = load_yaml(read_text_file(path))
+    except (yaml.YAMLError, ValueError) as fault:  # ValueError: not text
         first = str(fault).replace("\n", " ")
         raise error(f"{path} is not valid YAML: {first:.200}") from fault
     except (OSError, RuntimeError) as fault:  # RuntimeError: ~someone without a home folder
@@ -102,19 +103,46 @@ def read_yaml(
     return document, path
 
 
+def path_below(root: Path, text: str, error: type[MergeScopeError]) -> Path:
+    """A path that a file names, made absolute; relative ones start at the file's folder.
+
+    Args:
+        root: that folder.
+        text: the path as written; ``~`` is the home folder.
+        error: what is raised.
+
+    Raises:
+        MergeScopeError: of the given kind: no path can be so long, or there is no such home.
+    """
+    try:
+        path = (root / Path(text).expanduser()).resolve()
+        path.exists()
+    except (OSError, ValueError, RuntimeError) as fault:
+        reason = fault.strerror if isinstance(fault, OSError) else str(fault)
+        raise error(f"{text!r:.80} is not a path ({reason}). Correct it in the file.") from fault
+    return path
+
+
 def evict(folder: Path, most: int) -> None:
-    """Delete the least recently changed files of a folder until it holds at most `most` bytes.
+    """Delete a folder's least recently changed files until it holds at most `most` bytes.
+
+    Files in its folders count too; one that another process deletes meanwhile is gone all the same.
 
     Raises:
         OSError: the folder cannot be read.
     """
-    files = [(path, path.stat()) for path in folder.iterdir() if path.is_file()]
-    excess = sum(stat.st_size for _, stat in files) - most
-    for path, stat in sorted(files, key=lambda pair: pair[1].st_mtime):
+    files = []
+    for path in folder.rglob("*"):
+        with suppress(FileNotFoundError):
+            state = path.stat()
+            if stat.S_ISREG(state.st_mode):
+                files.append((path, state))
+    excess = sum(state.st_size for _, state in files) - most
+    for path, state in sorted(files, key=lambda pair: pair[1].st_mtime):
         if excess <= 0:
             return
         path.unlink(missing_ok=True)
-        excess -= stat.st_size
+        excess -= state.st_size
 
 
 def explain_os_error(error: OSError, target: Path) -> OutputError:
@@ -123,6 +151,8 @@ def explain_os_error(error: OSError, target: Path) -> OutputError:
         return OutputError(
             f"The disk is full: {target} was not written. Free some space or choose another folder."
         )
+    if error.errno == errno.ENOTEMPTY:
+        return OutputError(f"{target} was filled meanwhile. Choose another folder.")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return OutputError(f"{target} cannot be written (no permission). Choose another folder.")
     return OutputError(f"{target} could not be written: {error.strerror or error}.")
@@ -148,34 +178,121 @@ def write_atomically(path: Path, data: bytes) -> None:
         raise explain_os_error(error, path) from error
 
 
+def check_output(output: Path) -> None:
+    """Refuse, before any work, a folder that cannot be made or would be overwritten.
+
+    Raises:
+        OutputError: a file, a folder with content, or a place where disks are mounted.
+    """
+    try:
+        target = output.resolve()
+        if output.exists() and not output.is_dir():
+            raise OutputError(
+                f"{output} is a file; the output must be a folder. Choose another name."
+            )
+        if output.is_dir() and any(output.iterdir()):
+            raise OutputError(
+                f"{output} exists and is not empty. Choose another folder, or remove it first."
+            )
+    except OSError as error:
+        raise explain_os_error(error, output) from error
+    except ValueError as error:
+        raise OutputError(f"{str(output)!r:.80} cannot be a folder's name ({error}).") from error
+    if target.is_mount():  # no other folder can take its name
+        raise OutputError(f"{output} is where a disk is mounted. Name a folder below it.")
+
+
 @contextmanager
-def folder_written_whole(output: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `output` that takes its name only if the block succeeds.
+def folder_written_whole(output: Path, key: str | None = None) -> Iterator[Path]:
+    """Yield a hidden folder beside `output` that takes its name only if the block succeeds.
+
+    An exception removes the hidden folder; a killed process leaves it, and the next block with
+    the same output and key gets it back as it was. A success removes what other keys left. One
+    process at a time writes to an output.
 
     Args:
         output: the folder to appear (absent or empty before); its parents are made.
+        key: what tells this content from any other, in letters and digits; None for a folder that
+            nobody can take up again.
 
     Raises:
-        OutputError: `output` exists and is not empty, or cannot be written.
+        OutputError: `output` exists and is not empty, cannot be written, or is being written by
+            another process; the disk is full.
     """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"{output} is a file; the output must be a folder. Choose another name.")
-    if output.is_dir() and any(output.iterdir()):
-        raise OutputError(
-            f"{output} exists and is not empty. Choose another folder, or remove it first."
-        )
+    check_output(output)
     staging: Path | None = None
     try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}."))
-        yield staging
-        # mkdtemp makes a private folder; the result gets the permissions any new folder has.
-        mask = os.umask(0)
-        os.umask(mask)
-        staging.chmod(0o777 & ~mask)
-        staging.replace(output)
+        target = output.resolve()  # through a link, and for "."
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(target, output):
+            check_output(output)  # whoever held the lock before may have finished
+            staging = _staging(target, key)
+            yield staging
+            # The staging folder is private; the result gets what any new folder has.
+            mask = os.umask(0)
+            os.umask(mask)
+            staging.chmod(0o777 & ~mask)
+            staging.replace(target)
+            for stale in _stale(target):
+                shutil.rmtree(stale, ignore_errors=True)
     except OSError as error:
         raise explain_os_error(error, output) from error
     finally:
         if staging is not None and staging.exists():
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def _stale(target: Path) -> list[Path]:
+    """What killed processes left for this output (and not for one named ``target.more``)."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.\w+{re.escape(PARTIAL)}")
+    return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
+
+
+def _staging(target: Path, key: str | None) -> Path:
+    """The private folder for content under a key: as a killed process left it, or new."""
+    if key is None:
+        return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=PARTIAL))
+    staging = target.with_name(f".{target.name}.{key}{PARTIAL}")
+    with suppress(FileExistsError):
+        staging.mkdir(mode=0o700)
+    found = staging.lstat()
+    # In a folder that many may write to, somebody else could have put something there.
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise OutputError(f"{staging} is in the way and not yours. Choose another folder.")
+    return staging
+
+
+@contextmanager
+def _locked(target: Path, output: Path) -> Iterator[None]:
+    """Hold the right to write to an output; the lock of a killed process is void.
+
+    Raises:
+        OutputError: another process holds it.
+    """
+    import fcntl
+
+    path = target.with_name(f".{target.name}.lock")
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+                raise _busy(output) from error
+            if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
+                raise  # those file systems have no locks: work without
+        # Its holder may have removed the file just before it let go: then it locks nothing.
+        if not path.exists() or not os.path.samestat(os.fstat(handle), path.lstat()):
+            raise _busy(output)
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+    finally:
+        os.close(handle)
+
+
+def _busy(output: Path) -> OutputError:
+    return OutputError(
+        f"{output} is being written by another process. Wait for it, or choose another folder."
+    )

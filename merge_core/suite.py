@@ -6,23 +6,55 @@ A suite is a file, ``suite.yaml``, whose paths are relative to it.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+)
 
+from merge_core.adapters import AdaptedCheckpoint, is_adapter, stored_in_by_out
 from merge_core.checkpoint import Checkpoint
-from merge_core.errors import CheckpointError, SuiteError, explain_validation
-from merge_core.files import digest_of, file_digest, read_yaml
+from merge_core.data_files import data_identity, head_identity
+from merge_core.data_spec import DataSpec, Head, paths_of
+from merge_core.errors import CheckpointError, HubError, SuiteError, explain_validation
+from merge_core.files import digest_of, path_below, read_yaml
+from merge_core.hub import HubModel, place, required, resolved
+from merge_core.hub_files import HubId, is_hub_id
+from merge_core.hub_headers import headers
+from merge_core.members import are_own_heads, longest_vocabulary, names_in_all
 from merge_core.parameters import Treatment, treatment
+from merge_core.parameters import describe as describe_parameter
+from merge_core.progress import Progress
+from merge_core.tied import twins
 
 BUNDLED = "demo"
+HASHED_AT_ONCE = 4
 BUNDLED_PATH = Path(__file__).resolve().parent.parent / "data" / "demo" / "suite.yaml"
 
 # Task names stand in links and in lists separated by commas.
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+-]+$", max_length=80)]
-Positive = Annotated[float, Field(gt=0)]
+
+
+def _named_rightly(weights: str) -> str:
+    """Refuse a malformed name on the hub before anything is opened."""
+    if is_hub_id(weights):
+        try:
+            HubId.parse(weights)
+        except HubError as error:
+            raise ValueError(str(error)) from error
+    return weights
+
+
+# A path, or a name on the hub.
+Weights = Annotated[str, AfterValidator(_named_rightly)]
 
 
 class _Strict(BaseModel):
@@ -30,39 +62,61 @@ class _Strict(BaseModel):
 
 
 class ArchitectureSpec(_Strict):
-    """A timm model name and the arguments that `timm.create_model` takes."""
+    """A network of timm, open_clip or transformers by its name there, and its arguments.
+
+    ``open_clip`` gives the visual tower of that configuration; ``transformers`` takes a type of
+    model as in ``config.json`` and the arguments of its configuration.
+    """
 
     name: str
     args: dict[str, Any] = {}
+    library: Literal["timm", "open_clip", "transformers"] = "timm"
 
-
-class DataSpec(_Strict):
-    """Evaluation images of one task: a numpy archive and its normalisation constants."""
-
-    file: str
-    mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
-    std: tuple[Positive, Positive, Positive] = (0.5, 0.5, 0.5)
+    @property
+    def identity(self) -> str:
+        """JSON by which outputs are kept; what timm builds is known by name and arguments alone."""
+        return self.model_dump_json(exclude={"library"} if self.library == "timm" else None)
 
 
 class ExpertSpec(_Strict):
     """One expert: weights, and where known its head and evaluation data."""
 
-    weights: str
+    weights: Weights
     title: str | None = None
-    head: str | None = None
+    head: Head | None = None
     data: DataSpec | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths that it names, as written."""
+        return (self.weights, *paths_of(self.data, self.head))
 
 
 class SuiteSpec(_Strict):
-    """The content of ``suite.yaml``."""
+    """The content of ``suite.yaml``.
+
+    Attributes:
+        name: of the suite.
+        description: for people.
+        architecture: the network that the weights belong to, for evaluation.
+        base: what the experts were fine-tuned from.
+        experts: by task.
+        decompose, average: patterns of parameters' names, whatever the table of parameters says.
+        vocabulary: what becomes of embeddings and language heads whose numbers of rows differ.
+            Rows are matched by their number. ``refuse`` does not merge; ``base`` writes the
+            base's unmerged; ``common`` merges them at the length of the longest member, where a
+            member that lacks a row is given the base's, or the mean of the experts that have it.
+    """
 
     name: str = Field(min_length=1)
     description: str = ""
     architecture: ArchitectureSpec | None = None
-    base: str | None = None
+    base: Weights | None = None
+    base_prefix: str = ""  # of the experts' names, which the base's lack
     experts: dict[TaskName, ExpertSpec] = Field(min_length=1)
     decompose: list[str] = []
     average: list[str] = []
+    vocabulary: Literal["refuse", "base", "common"] = "refuse"
 
 
 class Suite:
@@ -127,11 +181,49 @@ class Suite:
     @cached_property
     def base(self) -> Checkpoint | None:
         """The base's checkpoint, or None where the suite names none."""
-        return None if self.spec.base is None else self._open(self.spec.base, "base")
+        if self.spec.base is None:
+            return None
+        return self._open(self.spec.base, "base").under(self.spec.base_prefix)
 
     def file(self, relative: str) -> Path:
-        """A path of the suite file, made absolute."""
-        return (self.root / Path(relative).expanduser()).resolve()
+        """A path of the suite file, made absolute; of a name on the hub, its place in the cache.
+
+        Raises:
+            SuiteError: what is written cannot be a path.
+        """
+        if is_hub_id(relative):
+            return place(relative)
+        return path_below(self.root, relative, SuiteError)
+
+    def source(self, task: str | None) -> str | None:
+        """The hub's name of an expert (of the base for None) at its commit; None for a file."""
+        weights = self.spec.base if task is None else self.spec.experts[task].weights
+        return resolved(weights) if weights is not None and is_hub_id(weights) else None
+
+    def headers_only(self, models: Sequence[HubModel], progress: Progress | None = None) -> Suite:
+        """This suite, with the headers alone of members that are on the hub and not downloaded.
+
+        Args:
+            models: what is not downloaded, as :func:`merge_core.hub.describe` found it.
+            progress: reports each file; cancels between two.
+
+        Raises:
+            HubError: a member opens only whole (an adapter, a pickle); no access, no network.
+            Cancelled: `progress` was cancelled.
+        """
+        weights = [self.spec.base, *(expert.weights for expert in self.spec.experts.values())]
+        members = [m for m in models if any(w is not None and _names(w, m) for w in weights)]
+        if not members:  # a tower or a tokenizer alone
+            return self
+        shown = Suite(self.spec, self.path)
+        for model in members:
+            found = headers(model, progress)
+            if self.spec.base is not None and _names(self.spec.base, model):
+                shown.base = found.under(self.spec.base_prefix)
+            for task, expert in self.spec.experts.items():
+                if _names(expert.weights, model):
+                    shown._experts[task] = found
+        return shown
 
     @property
     def can_evaluate(self) -> bool:
@@ -159,26 +251,77 @@ class Suite:
         info = self.expert(task or self.tasks[0]).info(parameter)
         return treatment(parameter, info, self.spec.decompose, self.spec.average)
 
+    def is_in_by_out(self, parameter: str, task: str | None = None) -> bool:
+        """Whether a weight is stored in x out, as GPT-2's are, told from its name and its bias.
+
+        Args:
+            parameter: its name.
+            task: whose header to read (the first expert's when None).
+        """
+        expert = self.expert(task or self.tasks[0])
+        if not describe_parameter(parameter, expert.info(parameter)).in_by_out:
+            return False
+        return stored_in_by_out(expert, parameter) is not False
+
+    def members(self, tasks: Sequence[str]) -> list[Checkpoint]:
+        """The chosen experts, and the base where there is one."""
+        experts = [self.expert(task) for task in tasks]
+        return experts if self.base is None else [*experts, self.base]
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names common to all experts (and the base), in the first expert's order."""
         return self.shared(self.tasks)
 
     def shared(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Names common to the chosen experts (and the base), in the first one's order."""
-        first, *members = [self.expert(task) for task in tasks]
-        if self.base is not None:
-            members.append(self.base)
-        return tuple(name for name in first if all(name in m for m in members))
+        """Names of what is merged of the chosen experts, in the first one's order.
+
+        That is what they all have, and the base, each tensor under one name, without heads whose
+        shapes differ and what is kept as it is in the base (``vocabulary: base``).
+        """
+        members = self.members(tasks)
+        left_out = {name for names in self.twins(tasks).values() for name in names}
+        left_out.update(self.kept(tasks))
+        names = (name for name in names_in_all(members) if name not in left_out)
+        return tuple(name for name in names if not are_own_heads(name, members))
+
+    def kept(self, tasks: Sequence[str]) -> tuple[str, ...]:
+        """Names of what the output has as it is in the base (``vocabulary: base``).
+
+        Args:
+            tasks: chosen experts.
+        """
+        if self.spec.vocabulary != "base" or self.base is None:
+            return ()
+        members = self.members(tasks)
+        return tuple(n for n in names_in_all(members) if longest_vocabulary(n, members) is not None)
+
+    def twins(self, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
+        """Further names under which the output keeps a tensor (see :mod:`merge_core.tied`).
+
+        Args:
+            tasks: chosen experts.
+
+        Returns:
+            By the name that is merged, the names that the base's files (the first expert's where
+            there is no base) keep it under besides.
+        """
+        members = self.members(tasks)
+        return twins(members[0] if self.base is None else self.base, members)
 
     @cached_property
     def matrices(self) -> tuple[str, ...]:
         """Names of the parameters that spectral methods decompose."""
-        return tuple(name for name in self.parameters if self.treatment(name).decomposed)
+        members = self.members(self.tasks)
+        names = (name for name in self.parameters if self.treatment(name).decomposed)
+        return tuple(name for name in names if longest_vocabulary(name, members) is None)
 
     def members_digest(self, tasks: Sequence[str], with_base: bool) -> str:
         """Digest (hex) of the content of the chosen experts, and of the base where it counts."""
-        parts = [self.expert(task).digest for task in tasks]
+        experts = [self.expert(task) for task in tasks]
+        # Hashing runs at a core's speed, not the disk's: several files at once.
+        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+            parts = list(pool.map(lambda expert: expert.digest, experts))
         if with_base and self.base is not None:
             parts.append("base:" + self.base.digest)
         return digest_of(*parts)
@@ -188,30 +331,50 @@ class Suite:
 
         Raises:
             SuiteError: the task has no head or data, or their files are missing.
+            HubError: a head, tower or tokenizer on the hub is not downloaded.
         """
         spec = self.spec.experts[task]
         if spec.data is None or spec.head is None or self.spec.architecture is None:
             raise SuiteError(f"Task {task!r} cannot be evaluated: {self.why_not_evaluated}.")
         parts = [
-            repr(spec.data.mean),
-            repr(spec.data.std),
-            self.spec.architecture.model_dump_json(),
+            *map(repr, spec.data.constants),
+            self.spec.architecture.identity,
         ]
-        for relative in (spec.data.file, spec.head):
-            path = self.file(relative)
-            if not path.is_file():
-                raise SuiteError(
-                    f"{path} (task {task!r} of {self.path}) does not exist. "
-                    "Correct the path in suite.yaml, or leave the field out."
-                )
-            parts.append(file_digest(path))
+        parts += [
+            data_identity(spec.data, self.file, f"data of task {task!r} of {self.path}"),
+            head_identity(spec.head, self.file, f"head of task {task!r} of {self.path}"),
+        ]
+        if self.spec.architecture.library == "transformers" and self.base is not None:
+            parts.append(self.base.digest)  # its projection stands in for what experts lack
         return digest_of(*parts)
 
     def _open(self, relative: str, what: str) -> Checkpoint:
         try:
-            return Checkpoint(self.file(relative))
+            path = required(relative) if is_hub_id(relative) else self.file(relative)
+        except HubError as error:
+            raise HubError(f"Suite {self.name!r}, {what}: {error}") from error
+        base = self._base_of_adapter(path, what) if is_adapter(path) and what != "base" else None
+        try:
+            return Checkpoint(path) if base is None else AdaptedCheckpoint(path, base)
         except CheckpointError as error:
             raise CheckpointError(f"Suite {self.name!r}, {what}: {error}") from error
+
+    def _base_of_adapter(self, path: Path, what: str) -> Checkpoint:
+        """What an adapter is applied to.
+
+        Raises:
+            CheckpointError: the suite names no base.
+        """
+        if self.base is None:
+            raise CheckpointError(
+                f"Suite {self.name!r}, {what}: {path} is an adapter, which is no model without "
+                "its base. Add 'base:' to suite.yaml: the model that it was trained on."
+            )
+        return self.base
+
+
+def _names(weights: str, model: HubModel) -> bool:
+    return is_hub_id(weights) and HubId.parse(weights) == model.asked
 
 
 def load_suite(reference: str | Path) -> Suite:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Literal
 
 import torch
@@ -16,6 +16,7 @@ from merge_core.checkpoint import Checkpoint
 from merge_core.errors import SuiteError
 from merge_core.factors import FactorStore
 from merge_core.files import digest_of
+from merge_core.lazy import lazy
 from merge_core.linalg import (
     SideFactors,
     as_matrix,
@@ -28,7 +29,7 @@ from merge_core.suite import Suite
 from merge_core.vocabulary import completed, filler
 
 Origin = Literal["base", "average"]
-PIECE = 1 << 16
+PIECE = 1 << 17
 
 
 class ParameterGroup:
@@ -66,7 +67,7 @@ class ParameterGroup:
         self._sums: dict[Origin, tuple[int, Tensor]] = {}
         self._factors: dict[Origin, list[SideFactors]] = {}
 
-    @cached_property
+    @lazy
     def members(self) -> list[Tensor]:
         """The parameter of each expert, where float32 in the pages of the file itself.
 
@@ -76,7 +77,7 @@ class ParameterGroup:
         """
         return [self._whole(member) for member in self._parts]
 
-    @cached_property
+    @lazy
     def experts(self) -> Tensor:
         """T x shape: the parameter of each expert, in one copy.
 
@@ -88,7 +89,7 @@ class ParameterGroup:
         self.members = list(stacked.unbind())  # not held twice where they had to be converted
         return stacked
 
-    @cached_property
+    @lazy
     def base(self) -> Tensor:
         """shape: the parameter of the base.
 
@@ -102,15 +103,15 @@ class ParameterGroup:
             )
         return self._whole(self._read(self._suite.base, "base"))
 
-    @property
+    @lazy
     def average(self) -> Tensor:
-        """shape: θ_avg = (1/T) Σ θ_t, rounded once."""
-        return self._average_in_two[0]
+        """shape: θ_avg = (1/T) Σ θ_t."""
+        return mean(self.members)
 
-    @cached_property
-    def _average_in_two(self) -> tuple[Tensor, Tensor]:
-        """The average, and what its rounding left of it."""
-        return mean_in_two(self.members)
+    @lazy
+    def _rounded_off(self) -> Tensor:
+        """shape: what the average lost in rounding, (1/T) Σ (θ_t − θ_avg)."""
+        return mean(self.members, self.average)
 
     @property
     def buffer(self) -> Tensor:
@@ -124,6 +125,26 @@ class ParameterGroup:
     def task_vectors(self, origin: Origin) -> Tensor:
         """T x shape: θ_t − origin."""
         return self.experts - self.origin(origin)
+
+    def blocks(
+        self, origin: Origin, size: int, stride: int = 1, first: int = 0
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """The task vectors in blocks, so that no copy of all of them is made.
+
+        Args:
+            origin: what they are taken about.
+            size: entries of a block, at most.
+            stride: of the entries that are taken.
+            first: the first of them.
+
+        Yields:
+            The place of a block among the parameter's entries, and the block, T x n.
+        """
+        about = self.origin(origin).reshape(-1)
+        flat = [member.reshape(-1) for member in self.members]
+        for start in range(first, about.numel(), size * stride):
+            part = slice(start, min(start + size * stride, about.numel()), stride)
+            yield part, torch.stack([member[part] for member in flat]).sub_(about[part])
 
     def factors(self, origin: Origin, k: int | None = None) -> list[SideFactors]:
         """Factors of each task vector as a matrix (out x in), float32, in the tasks' order.
@@ -182,8 +203,7 @@ class ParameterGroup:
         member, dtype = self.members[place], torch.promote_types(dtype, self.members[place].dtype)
         if origin == "base":
             return as_matrix(member.to(dtype) - self.base.to(dtype))
-        high, low = self._average_in_two
-        return as_matrix((member.to(dtype) - high).sub_(low))
+        return as_matrix((member.to(dtype) - self.average).sub_(self._rounded_off))
 
     def sum_of_truncations(self, origin: Origin, k: int) -> Tensor:
         """shape: Σ_t SVD_k(task vector t), kept until another k is asked for."""
@@ -204,7 +224,7 @@ class ParameterGroup:
 
     def release(self) -> None:
         """Forget what was read; it is read again when asked for."""
-        for name in ("members", "experts", "base", "average", "_average_in_two", "_filler"):
+        for name in ("members", "experts", "base", "average", "_rounded_off", "_filler"):
             self.__dict__.pop(name, None)
         self._sums.clear()
         self._factors.clear()
@@ -214,7 +234,7 @@ class ParameterGroup:
         """Each expert's own rows."""
         return [self._read(self._suite.expert(task), f"expert {task!r}") for task in self.tasks]
 
-    @cached_property
+    @lazy
     def _filler(self) -> Tensor:
         base = self._suite.base
         own = None if base is None else self._read(base, "base")
@@ -237,30 +257,35 @@ class ParameterGroup:
         return value if value.dtype == torch.float64 else value.float()
 
 
-def mean_in_two(members: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """The mean of tensors in their dtype, and in a second tensor what rounding left of it.
+def mean(members: Sequence[Tensor], about: Tensor | None = None) -> Tensor:
+    """The mean of tensors, or of their differences to one that is near them.
+
+    Differences of near numbers are exact (Sterbenz), so that the mean and the mean about it
+    together are as exact as the task vectors themselves.
 
     Args:
         members: T tensors of one shape and dtype.
-
-    Returns:
-        high and low, both of that shape and dtype; high + low is the mean to float64's precision.
-        A single tensor is its own mean.
+        about: of the same shape and dtype; nothing is taken off when None.
     """
-    if len(members) == 1:
-        return members[0], torch.zeros((), dtype=members[0].dtype).expand(members[0].shape)
-    flat = [member.reshape(-1) for member in members]
-    high, low = torch.empty_like(flat[0]), torch.empty_like(flat[0])
-    # In pieces that stay in the processor's cache, so that float64 costs no memory traffic.
-    for start in range(0, high.numel(), PIECE):
+    if len(members) == 1 and about is None:
+        return members[0]
+    result = torch.empty_like(members[0], memory_format=torch.contiguous_format)
+    flat, whole = [member.reshape(-1) for member in members], result.view(-1)
+    origin = None if about is None else about.reshape(-1)
+    # In pieces that stay in the processor's cache while all members are added to them.
+    for start in range(0, whole.numel(), PIECE):
         part = slice(start, start + PIECE)
-        mean = flat[0][part].to(torch.float64, copy=True)
-        for member in flat[1:]:
-            mean += member[part]
-        mean /= len(members)
-        high[part] = mean
-        low[part] = mean.sub_(high[part])
-    return high.reshape(members[0].shape), low.reshape(members[0].shape)
+        total = whole[part]
+        if origin is None:
+            torch.add(flat[0][part], flat[1][part], out=total)
+            for member in flat[2:]:
+                total += member[part]
+        else:
+            torch.sub(flat[0][part], origin[part], out=total)
+            for member in flat[1:]:
+                total += member[part] - origin[part]
+        total /= len(flat)
+    return result
 
 
 class Groups:
@@ -298,6 +323,19 @@ class Groups:
 
     def __len__(self) -> int:
         return len(self.members)
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """The dtype in which the input stores each tensor of a merge, by its name there."""
+        found = {
+            name: group.info.dtype
+            for group in self.members
+            for name in (group.name, *self.twins.get(group.name, ()))
+        }
+        if self.suite.base is not None:
+            for name in self.suite.kept(self.tasks):
+                found[name] = self.suite.base.info(name).dtype
+        return found
 
     def __iter__(self) -> Iterator[ParameterGroup]:
         for group in self.members:

@@ -96,7 +96,8 @@ def vectors(
     tau = run.task_vectors(group)
     if parameters.trimmed == "none":
         return tau
-    return elected(largest(group, tau, TRIM, replace(run, state=found)))
+    stays = largest(group, TRIM, replace(run, state=found))
+    return elected(stays(tau.reshape(len(tau), -1), slice(None))).reshape(tau.shape)
 
 
 def merge(group: ParameterGroup, parameters: AdamergingParameters, run: Run) -> Tensor:

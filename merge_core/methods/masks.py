@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import Passes
+from merge_core.methods.selection import Passes, entrywise, summed
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, ParameterGroup
 
@@ -84,10 +84,13 @@ def tall_storage(group: ParameterGroup, parameters: TallMasksParameters, run: Ru
 
 def consensus(group: ParameterGroup, parameters: ConsensusParameters, run: Run) -> Tensor:
     """θ_0 + α τ_MTL of one parameter where two tasks at least are active, θ_0 elsewhere."""
-    tau = run.task_vectors(group)
-    votes = active(tau, parameters.threshold).sum(dim=0)
-    shared = votes >= min(2, len(tau))  # a single task has nobody to agree with
-    return group.base + parameters.scale * torch.where(shared, tau.sum(dim=0), 0)
+
+    def update(tau: Tensor, _: slice) -> Tensor:
+        votes = active(tau, parameters.threshold).sum(dim=0)
+        shared = votes >= min(2, len(tau))  # a single task has nobody to agree with
+        return parameters.scale * torch.where(shared, tau.sum(dim=0), 0)
+
+    return entrywise(group, run, update)
 
 
 @dataclass(frozen=True)
@@ -123,13 +126,18 @@ def rescaling(groups: Groups, parameters: EmrParameters, run: Run, progress: Pro
         run: the task vectors' origin.
         progress: reports each parameter.
     """
-    passes = Passes(groups, run.task_vectors, progress, 1)
+    passes = Passes(groups, run.origin, run.weighted, progress, 1)
     own = torch.zeros(passes.tasks, dtype=torch.float64)
     common = torch.zeros_like(own)
-    for tau in passes.over("rescaling"):
+
+    def sums(tau: Tensor) -> tuple[Tensor, Tensor]:
         vector, masks = unified(tau)
-        own += tau.double().abs().sum(dim=1)
-        common += torch.where(masks, vector.abs().double(), 0).sum(dim=1)
+        seen = torch.where(masks, vector.abs().double(), 0)
+        return tau.double().abs().sum(dim=1), seen.sum(dim=1)
+
+    for mine, seen in passes.over("rescaling", sums, summed):
+        own += mine
+        common += seen
     factors = torch.where(common > 0, own / common, 1)
     floating = [group.name for group in groups if group.info.is_floating]
     return Rescale(factors, floating[0] if floating else "")

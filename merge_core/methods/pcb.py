@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
 
@@ -12,7 +12,13 @@ from torch import Tensor
 
 from merge_core.errors import RecipeError
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import Passes, blocks, kept_count, kth_largest
+from merge_core.methods.selection import (
+    Passes,
+    entrywise,
+    kept_count,
+    kth_largest,
+    summed,
+)
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, ParameterGroup
 
@@ -116,16 +122,26 @@ def _paper_balance(passes: Passes, density: float) -> Balance:
     tasks = passes.tasks
     low = torch.full((tasks, tasks), torch.inf, dtype=torch.float64)
     high = -low
-    for tau in passes.over("products"):
-        products = tau[:, None] * tau
-        low = torch.minimum(low, products.amin(dim=2))
-        high = torch.maximum(high, products.amax(dim=2))
+
+    def extremes(tau: Tensor) -> Tensor:
+        return torch.stack((tau[:, None] * tau).aminmax(dim=2))
+
+    def outermost(parts: list[Tensor]) -> Tensor:
+        least, most = torch.stack(parts, dim=1)
+        return torch.stack((least.amin(dim=0), most.amax(dim=0)))
+
+    for least, most in passes.over("products", extremes, outermost):
+        low, high = torch.minimum(low, least), torch.maximum(high, most)
     intra = torch.zeros(tasks, dtype=torch.float64)
     inter = torch.zeros_like(low)
-    for tau in passes.over("sums of exponentials"):
+
+    def sums(tau: Tensor) -> tuple[Tensor, Tensor]:
         own, pairs = _exponentials(tau, low, high)
-        intra += own.sum(dim=1) / passes.entries
-        inter += pairs.sum(dim=2) / passes.entries
+        return own.sum(dim=1), pairs.sum(dim=2)
+
+    for own, pairs in passes.over("sums of exponentials", sums, summed):
+        intra += own / passes.entries
+        inter += pairs / passes.entries
     score = partial(_paper_score, low=low, high=high, intra=intra, inter=inter)
     ranks = (kept_count(density, passes.entries), 1)
     threshold, most = kth_largest(passes, score, ranks, "scores").unbind(dim=1)
@@ -145,7 +161,7 @@ def _code_balance(passes: Passes, density: float) -> Balance:
 
 
 def measure(groups: Groups, parameters: PcbParameters, run: Run, progress: Progress) -> Balance:
-    """The whole-model statistics of either variant, in four passes.
+    """The whole-model statistics of either variant, in four passes at most.
 
     Args:
         groups: all parameters.
@@ -153,9 +169,10 @@ def measure(groups: Groups, parameters: PcbParameters, run: Run, progress: Progr
         run: the task vectors' origin; per-task weights come in after the balancing.
         progress: reports each parameter of each pass.
     """
-    passes = Passes(groups, lambda group: group.task_vectors(run.origin).double(), progress, 4)
-    find = _paper_balance if parameters.variant == "paper" else _code_balance
-    return find(passes, parameters.density)
+    paper = parameters.variant == "paper"
+    plain, selections = (2, 1) if paper else (0, 2)
+    passes = Passes(groups, run.origin, Tensor.double, progress, plain, selections)
+    return (_paper_balance if paper else _code_balance)(passes, parameters.density)
 
 
 def _merged_block(tau: Tensor, balance: Balance, run: Run) -> Tensor:
@@ -181,12 +198,13 @@ def merge(group: ParameterGroup, parameters: PcbParameters, run: Run) -> Tensor:
             "PCB-Merging ranks entries over the whole model, so that an override can change its "
             "scale but neither its variant nor its density."
         )
-    parts = [
-        _merged_block(tau.double(), balance, run) for tau in blocks(group.task_vectors(run.origin))
-    ]
-    update = torch.cat(parts) if parts else torch.zeros(0)
-    update = update.reshape(group.info.shape).to(group.base.dtype)
-    return group.base + parameters.scale * update
+
+    def update(tau: Tensor, _: slice) -> Tensor:
+        # Weights come in after the balancing.
+        block = _merged_block(tau.double(), balance, run)
+        return parameters.scale * block.to(tau.dtype)
+
+    return entrywise(group, replace(run, weights=()), update)
 
 
 METHOD = Method(

@@ -1,20 +1,31 @@
 """Passes over the task vectors of a whole model, and exact order statistics from them.
 
-Memory does not grow with the model: a pass holds one block of one parameter at a time.
+Memory does not grow with the model: a pass holds a few blocks of a few parameters at a time.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from merge_core.executors import Threads
+from merge_core.methods.declaration import Run
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import Groups, Origin, ParameterGroup
+
+Found = TypeVar("Found")
 
 BLOCK = 1 << 14  # T x T x BLOCK numbers of PCB stay near the cache
-BINS = 1 << 16
+# Entries of each task vector that a threshold is first looked for in.
+SAMPLE = 1 << 19
+# Standard deviations of a sample's quantile between which the model's is looked for.
+DEVIATIONS = 6
 
 
 def kept_count(density: float, total: int) -> int:
@@ -24,99 +35,233 @@ def kept_count(density: float, total: int) -> int:
     return min(total, max(1, int(density * total + 1e-9)))
 
 
-def blocks(tau: Tensor) -> tuple[Tensor, ...]:
-    """T x shape as blocks T x at most :data:`BLOCK` entries, in order; none where it is empty."""
-    return () if tau.numel() == 0 else tau.reshape(len(tau), -1).split(BLOCK, dim=1)
+def entrywise(group: ParameterGroup, run: Run, update: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Origin + update of one parameter, where each entry of it depends on that entry alone.
+
+    Args:
+        group: the parameter.
+        run: the task vectors' origin and weights.
+        update: of a block of task vectors (T x n) and its place among the parameter's entries,
+            the block's update (n).
+
+    Returns:
+        The shape of one expert.
+    """
+    origin = group.origin(run.origin)
+    merged, flat = torch.empty_like(origin, memory_format=torch.contiguous_format), origin.ravel()
+    whole = merged.view(-1)
+    for part, tau in group.blocks(run.origin, BLOCK):
+        whole[part] = flat[part] + update(run.weighted(tau), part)
+    return merged
 
 
 class Passes:
-    """A planned number of passes over the floating parameters of a model.
+    """A planned number of passes over the floating parameters of a model, several at once.
 
     Args:
         groups: all parameters.
-        task_vectors: of one parameter, T x shape.
+        origin: of the task vectors.
+        view: what is looked at, of a block of task vectors (T x n to T x n).
         progress: reports each parameter of each pass.
-        count: how many passes there will be.
+        plain: how many calls of :meth:`over` there will be.
+        selections: how many calls of :func:`kth_largest`.
     """
 
     def __init__(
         self,
         groups: Groups,
-        task_vectors: Callable[[ParameterGroup], Tensor],
+        origin: Origin,
+        view: Callable[[Tensor], Tensor],
         progress: Progress,
-        count: int,
+        plain: int,
+        selections: int = 0,
     ) -> None:
         self.tasks = len(groups.tasks)
-        self.entries = sum(g.info.numel for g in groups if g.info.is_floating)
-        self._groups, self._task_vectors = groups, task_vectors
-        self._progress, self._count, self._done = progress, count, 0
+        self.entries = sum(g.info.numel for g in groups.members if g.info.is_floating)
+        self._groups, self._origin, self._view = groups, origin, view
+        # Odd, so that it does not walk along the columns of matrices whose sides are powers of 2.
+        self.stride = max(1, self.entries // SAMPLE) | 1
+        self._count = plain + selections * (1 if self.stride == 1 else 2)
+        self._progress, self._done = progress, 0
 
-    def over(self, label: str) -> Iterator[Tensor]:
-        """One pass: the task vectors of all parameters, in blocks T x entries.
+    def over(
+        self,
+        label: str,
+        look: Callable[[Tensor], Found],
+        fold: Callable[[list[Found]], Found],
+        stride: int = 1,
+    ) -> Iterator[Found]:
+        """One pass: what is found in the task vectors of each parameter, in order.
 
         Args:
             label: what the pass looks for, in words.
+            look: at a block, T x n.
+            fold: what a parameter's blocks give together. Little is kept of each block, so that
+                memory is not left in small pieces.
+            stride: of the entries that are looked at; those of all parameters count on.
         """
-        size = len(self._groups)
-        for i, group in enumerate(self._groups):
+
+        def found(item: tuple[ParameterGroup, int]) -> Found | None:
+            group, first = item
+            try:
+                if not group.info.is_floating:
+                    return None
+                blocks = group.blocks(self._origin, BLOCK, stride, first)
+                parts = [look(self._view(tau)) for _, tau in blocks]
+                return fold(parts) if parts else None
+            finally:
+                if not self._groups.keep:
+                    group.release()
+
+        size, firsts, before = len(self._groups), [], 0
+        for group in self._groups.members:
+            firsts.append(-before % stride)
+            before += group.info.numel if group.info.is_floating else 0
+        self._count = max(self._count, self._done + 1)
+        items = zip(self._groups.members, firsts, strict=True)
+        results = Threads().map(found, items, self._progress.cancel)
+        for i, group in enumerate(self._groups.members):
             done = self._done * size + i
             self._progress.step(done, self._count * size, f"{label} of {group.name}")
-            if group.info.is_floating:
-                yield from blocks(self._task_vectors(group))
+            if (result := next(results)) is not None:
+                yield result
         self._done += 1
 
 
-def _keys(values: Tensor) -> Tensor:
-    """Integers in [0, 2³²) in the order of float32 values: the bit pattern made monotone."""
-    bits = values.float().contiguous().view(torch.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).long() + (1 << 31)
-
-
-def _values(keys: Tensor) -> Tensor:
-    """The float32 values of such integers."""
-    bits = (keys - (1 << 31)).to(torch.int32)
-    return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).view(torch.float32)
-
-
-def _bin_of(counts: Tensor, rank: Tensor) -> tuple[Tensor, Tensor]:
-    """The bin (last axis) that holds the rank-th largest entry, and its rank inside that bin."""
-    from_top = counts.flip(-1)
-    reached = from_top.cumsum(-1)
-    place = (reached >= rank[..., None]).int().argmax(dim=-1)
-    above = (reached - from_top).gather(-1, place[..., None])[..., 0]
-    return BINS - 1 - place, rank - above
+def summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """The sums of pairs of tensors, each of one shape."""
+    first, second = zip(*parts, strict=True)
+    return torch.stack(first).sum(dim=0), torch.stack(second).sum(dim=0)
 
 
 def kth_largest(
     passes: Passes, values: Callable[[Tensor], Tensor], ranks: Sequence[int], label: str
 ) -> Tensor:
-    """Order statistics of each task over the whole model, exactly, in two passes.
+    """Order statistics of each task over the whole model, exactly, in two passes at most.
 
-    A radix selection: a histogram of the upper 16 bits of the values as float32, then one of the
-    lower 16 bits inside the bin that holds the rank.
+    Of a small model everything is ranked. Of a larger one a sample gives two bounds that hold the
+    wanted value between them, but for a chance of about 1e-9; one pass counts the entries beyond
+    the bounds and collects those between. Where the bounds miss, a denser sample gives others.
 
     Args:
-        passes: two of these are used.
+        passes: one or two of these are used, more where bounds miss.
         values: of a block of task vectors (T x n), the values to rank (T x n).
-        ranks: 1 for the largest, at most the number of entries.
+        ranks: 1 for the largest, at most the number of entries; zeros are given where there are
+            no entries.
         label: what the values are, for the progress.
 
     Returns:
         T x ranks: the values at these ranks, float32.
+
+    Source: Floyd and Rivest, Communications of the ACM 18 (1975), 165, on selection by sampling.
     """
-    tasks = passes.tasks
-    upper = torch.zeros(tasks, 1, BINS, dtype=torch.int64)
-    for tau in passes.over(label):
-        for t, row in enumerate(values(tau)):
-            upper[t, 0] += torch.bincount(_keys(row) >> 16, minlength=BINS)
-    wanted = torch.tensor(ranks).expand(tasks, -1)
-    bins, inside = _bin_of(upper.expand(-1, len(ranks), -1), wanted)
-    lower = torch.zeros(tasks, len(ranks), BINS, dtype=torch.int64)
-    for tau in passes.over(f"thresholds: {label}"):
-        for t, row in enumerate(values(tau)):
-            keys = _keys(row)
-            for r, chosen in enumerate(bins[t]):
-                low = keys[(keys >> 16) == chosen] & (BINS - 1)
-                lower[t, r] += torch.bincount(low, minlength=BINS)
-    below, _ = _bin_of(lower, inside)
-    return _values((bins << 16) | below)
+    stride = passes.stride
+    if passes.entries == 0:
+        return torch.zeros(passes.tasks, len(ranks))
+
+    def ranked(tau: Tensor) -> Tensor:
+        return values(tau).float()
+
+    while True:
+        sample = torch.cat(list(passes.over(label, ranked, partial(torch.cat, dim=1), stride)), 1)
+        if stride == 1:
+            return torch.stack([_kth(sample, rank) for rank in ranks], dim=1)
+        bounds = [_bounds(sample, rank / passes.entries) for rank in ranks]
+        look = partial(_counts, values=ranked, bounds=bounds)
+        counted = _summed(list(passes.over(f"thresholds: {label}", look, _summed)))
+        found = [
+            [_found(cell, low, high, rank) for cell, low, high in zip(cells, *limits, strict=True)]
+            for cells, limits, rank in zip(counted, bounds, ranks, strict=True)
+        ]
+        if not any(value is None for column in found for value in column):
+            return torch.tensor(found).T
+        stride = (stride // 16) | 1
+
+
+def _kth(values: Tensor, rank: int) -> Tensor:
+    """The rank-th largest of each row."""
+    return values.kthvalue(values.shape[1] - rank + 1, dim=1).values
+
+
+Bounds = tuple[Tensor, Tensor]
+
+
+def _bounds(sample: Tensor, share: float) -> Bounds:
+    """For each row, values below and above the one that a share of the population reaches."""
+    size = sample.shape[1]
+    around = DEVIATIONS * (share * (1 - share) * size) ** 0.5 + DEVIATIONS
+    above, below = int(share * size - around), int(share * size + around) + 1
+    none = torch.full((len(sample),), torch.inf)
+    return (
+        _kth(sample, below) if below <= size else -none,
+        _kth(sample, above) if above >= 1 else none,
+    )
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """How many values of one task lie where, against a pair of bounds.
+
+    Attributes:
+        above: greater than the upper bound.
+        upper: equal to it.
+        lower: equal to the lower bound.
+        between: the values strictly between.
+    """
+
+    above: int
+    upper: int
+    lower: int
+    between: np.ndarray
+
+
+Counts = list[list[_Counted]]  # for each rank, for each task
+
+
+def _counts(tau: Tensor, values: Callable[[Tensor], Tensor], bounds: Sequence[Bounds]) -> Counts:
+    """The counts of the values of one block, T x n."""
+    ranked = values(tau).numpy()
+    counts = []
+    for low, high in bounds:
+        # NumPy counts and picks bits several times faster than torch.
+        reaching, beyond = (ranked >= low.numpy()[:, None]), (ranked > high.numpy()[:, None])
+        near = reaching ^ beyond
+        row = []
+        for t, (least, most) in enumerate(zip(low.tolist(), high.tolist(), strict=True)):
+            candidates = ranked[t][near[t]]
+            inside = candidates[(candidates > least) & (candidates < most)]
+            upper = int(np.count_nonzero(candidates == most))
+            lower = len(candidates) - len(inside) - upper if least < most else 0
+            row.append(_Counted(int(np.count_nonzero(beyond[t])), upper, lower, inside))
+        counts.append(row)
+    return counts
+
+
+def _summed(counts: list[Counts]) -> Counts:
+    """The counts of several blocks or parameters together."""
+    return [
+        [
+            _Counted(
+                sum(cell.above for cell in cells),
+                sum(cell.upper for cell in cells),
+                sum(cell.lower for cell in cells),
+                np.concatenate([cell.between for cell in cells]),
+            )
+            for cells in zip(*rows, strict=True)
+        ]
+        for rows in zip(*counts, strict=True)
+    ]
+
+
+def _found(counted: _Counted, low: Tensor, high: Tensor, rank: int) -> float | None:
+    """The value at a rank; None where it lies beyond the bounds."""
+    place = rank - counted.above
+    if place < 1:
+        return None
+    if place <= counted.upper:
+        return float(high)
+    place -= counted.upper
+    if place <= len(counted.between):
+        smaller = len(counted.between) - place
+        return float(np.partition(counted.between, smaller)[smaller])
+    return float(low) if place - len(counted.between) <= counted.lower else None

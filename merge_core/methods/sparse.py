@@ -6,7 +6,7 @@ elected for each entry, and how what is left becomes one update.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from torch import Tensor
 from merge_core.errors import RecipeError
 from merge_core.files import digest_of
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import Passes, kept_count, kth_largest
+from merge_core.methods.selection import Passes, entrywise, kept_count, kth_largest
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, ParameterGroup
 
@@ -139,7 +139,7 @@ def thresholds(
     """
     if parameters.trim == "tensor":
         return None
-    passes = Passes(groups, run.task_vectors, progress, 2)
+    passes = Passes(groups, run.origin, run.weighted, progress, 0, selections=1)
     keep = kept_count(parameters.density, passes.entries)
     if keep == 0:
         return torch.full((passes.tasks,), torch.inf)
@@ -150,7 +150,9 @@ def _limits(groups: Groups, parameters: TiesParameters, run: Run, progress: Prog
     return Limits(parameters.density, thresholds(groups, parameters, run, progress))
 
 
-# Sparsify: from one parameter's task vectors (T x shape) those entries that stay, others zero.
+# Sparsify: for one parameter, what of a block of its task vectors (T x n) stays, others zero.
+
+Sparsified = Callable[[Tensor, slice], Tensor]
 
 
 def _magnitude(tau: Tensor) -> Tensor:
@@ -158,24 +160,24 @@ def _magnitude(tau: Tensor) -> Tensor:
     return tau.float().abs()
 
 
-def _kth_in_tensor(magnitude: Tensor, k: int) -> Tensor:
-    """T values: the k-th largest magnitude of each task's tensor, infinite for k = 0."""
-    flat = magnitude.reshape(len(magnitude), magnitude[0].numel())
-    if k == 0:
-        return torch.full((len(flat),), torch.inf)
-    return flat.kthvalue(flat.shape[1] - k + 1, dim=1).values
+def _kth_in_tensor(group: ParameterGroup, run: Run, ks: Sequence[int]) -> list[Tensor]:
+    """For each k, T values: the k-th largest magnitude of each task's tensor, infinite for 0."""
+    found = [torch.full((len(group.tasks),), torch.inf) for _ in ks]
+    origin = group.origin(run.origin)
+    for t, member in enumerate(group.members):
+        weight = run.weights[t] if run.weights else 1.0
+        magnitude = _magnitude((member - origin) * weight).reshape(-1)
+        for limits, k in zip(found, ks, strict=True):
+            if k:
+                limits[t] = magnitude.kthvalue(magnitude.numel() - k + 1).values
+    return found
 
 
-def _per_task(values: Tensor, tau: Tensor) -> Tensor:
-    """T values as T x 1 x … x 1, to go with T x shape."""
-    return values.reshape(-1, *[1] * (tau.ndim - 1))
-
-
-def largest(group: ParameterGroup, tau: Tensor, parameters: TiesParameters, run: Run) -> Tensor:
+def largest(group: ParameterGroup, parameters: TiesParameters, run: Run) -> Sparsified:
     """The entries of largest magnitude, over the model or in this tensor."""
-    magnitude = _magnitude(tau)
     if parameters.trim == "tensor":
-        limit = _kth_in_tensor(magnitude, kept_count(parameters.density, group.info.numel))
+        keep = kept_count(parameters.density, group.info.numel)
+        (limit,) = _kth_in_tensor(group, run, [keep])
     else:
         found = run.state
         if found.values is None or found.density != parameters.density:
@@ -185,15 +187,14 @@ def largest(group: ParameterGroup, tau: Tensor, parameters: TiesParameters, run:
                 "recipe."
             )
         limit = found.values
-    return torch.where(magnitude >= _per_task(limit, tau), tau, 0)
+    return lambda tau, _: torch.where(_magnitude(tau) >= limit[:, None], tau, 0)
 
 
 def random_share(
     group: ParameterGroup,
-    tau: Tensor,
     parameters: DareTaskArithmeticParameters | DareTiesParameters,
     run: Run,
-) -> Tensor:
+) -> Sparsified:
     """Entries that a coin of probability 1 − p keeps, divided by 1 − p.
 
     The coins of a parameter and task follow from the seed and the two names alone: neither the
@@ -203,32 +204,35 @@ def random_share(
     for task in group.tasks:
         seed = int(digest_of("dare", str(run.seed), group.name, task)[:15], 16)
         source = torch.Generator().manual_seed(seed)
-        coins.append(torch.rand(group.info.shape, generator=source))
-    return torch.where(torch.stack(coins) >= parameters.drop, tau, 0) / (1 - parameters.drop)
+        coins.append(torch.rand(group.info.shape, generator=source).ravel() >= parameters.drop)
+    kept = torch.stack(coins)
+    return lambda tau, part: torch.where(kept[:, part], tau, 0) / (1 - parameters.drop)
 
 
-def middle(
-    group: ParameterGroup, tau: Tensor, parameters: BreadcrumbsParameters, run: Run
-) -> Tensor:
+def middle(group: ParameterGroup, parameters: BreadcrumbsParameters, run: Run) -> Sparsified:
     """Entries of this tensor that are neither among the smallest nor among the largest."""
     total = group.info.numel
     small = int(parameters.drop_small * total + 1e-9)
     large = int(parameters.drop_large * total + 1e-9)
     if small + large >= total:
-        return torch.zeros_like(tau)
-    magnitude = _magnitude(tau)
-    most = _per_task(_kth_in_tensor(magnitude, large + 1), tau)
-    least = _per_task(_kth_in_tensor(magnitude, total - small), tau)
-    return torch.where((magnitude >= least) & (magnitude <= most), tau, 0)
+        return lambda tau, _: torch.zeros_like(tau)
+    most, least = _kth_in_tensor(group, run, [large + 1, total - small])
+
+    def kept(tau: Tensor, _: slice) -> Tensor:
+        magnitude = _magnitude(tau)
+        inside = (magnitude >= least[:, None]) & (magnitude <= most[:, None])
+        return torch.where(inside, tau, 0)
+
+    return kept
 
 
 def elected(tau: Tensor) -> Tensor:
-    """T x shape: entries whose sign is that of the sum over tasks, others zero."""
+    """T x n: entries whose sign is that of the sum over tasks, others zero."""
     return torch.where(tau.sign() == tau.sum(dim=0).sign(), tau, 0)
 
 
 def combined(tau: Tensor, how: Combine) -> Tensor:
-    """shape: the sum over tasks, or the mean over the tasks whose entry is not zero."""
+    """n: the sum over tasks, or the mean over the tasks whose entry is not zero."""
     total = tau.sum(dim=0)
     return total if how == "sum" else total / (tau != 0).sum(dim=0).clamp_min(1)
 
@@ -243,7 +247,7 @@ class Row:
             otherwise what stays is summed, as in Task Arithmetic.
     """
 
-    sparsify: Callable[[ParameterGroup, Tensor, Any, Run], Tensor]
+    sparsify: Callable[[ParameterGroup, Any, Run], Sparsified]
     elect: bool
 
 
@@ -257,9 +261,15 @@ FAMILY = {
 
 def merge(row: Row, group: ParameterGroup, parameters: Any, run: Run) -> Tensor:
     """Origin + λ · combine(elect(sparsify(τ_1 … τ_T))) of one parameter."""
-    kept = row.sparsify(group, run.task_vectors(group), parameters, run)
-    update = combined(elected(kept), parameters.combine) if row.elect else combined(kept, "sum")
-    return group.origin(run.origin) + parameters.scale * update
+    stays = row.sparsify(group, parameters, run)
+
+    def update(tau: Tensor, part: slice) -> Tensor:
+        kept = stays(tau, part)
+        if row.elect:
+            return parameters.scale * combined(elected(kept), parameters.combine)
+        return parameters.scale * combined(kept, "sum")
+
+    return entrywise(group, run, update)
 
 
 ELECTED = (

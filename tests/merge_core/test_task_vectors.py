@@ -15,6 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession
@@ -22,7 +24,7 @@ from merge_core.errors import CheckpointError, SuiteError
 from merge_core.factors import FactorStore
 from merge_core.recipe import make_recipe
 from merge_core.suite import Suite
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Groups, Origin, ParameterGroup, mean
 from tests.merge_core.float64_reference import svd_k
 
 Make = Callable[..., Suite]
@@ -210,3 +212,18 @@ def test_a_large_suite_is_not_held_in_memory(
     assert all(torch.equal(again[name], value) for name, value in small.items())
     assert any("members" in vars(group) for group in held.groups)
     assert not any("members" in vars(group) for group in streamed.groups)
+
+
+@given(
+    st.integers(1, 5), st.integers(0, 9), st.sampled_from([1e-8, 1e-3, 1.0]), st.integers(0, 99)
+)
+def test_the_mean_and_what_it_lost_are_the_mean(T: int, n: int, size: float, seed: int) -> None:
+    source = torch.Generator().manual_seed(seed)
+    common = torch.randn(n, 3, generator=source)
+    members = [common + size * torch.randn(n, 3, generator=source) for _ in range(T)]
+    exact = np.mean([m.double().numpy() for m in members], axis=0)
+    high = mean(members)
+    both = high.double().numpy() + mean(members, high).double().numpy()
+    np.testing.assert_allclose(high.numpy(), exact, rtol=1e-6, atol=1e-6)
+    spread = max((float((m - high).abs().max()) for m in members if n), default=0.0)
+    np.testing.assert_allclose(both, exact, rtol=0, atol=1e-6 * spread + 1e-30)

@@ -106,7 +106,7 @@ def test_a_density_keeps_the_floor_and_at_least_one(density: float, total: int, 
     assert kept_count(density, total) == kept
 
 
-def radix_limits(suite: Suite, density: float) -> list[float]:
+def found_limits(suite: Suite, density: float) -> list[float]:
     groups = Groups(suite, None, FactorStore())
     state = thresholds(groups, TiesParameters(density=density), Run(), Progress())
     assert state is not None
@@ -133,7 +133,7 @@ any_float32 = st.floats(width=32, allow_nan=False, allow_infinity=False)
     st.lists(st.one_of(awkward, any_float32), min_size=12, max_size=12),
     st.one_of(st.sampled_from([0.0, 1.0, 1e-9, 0.5, 0.2, 11 / 12, 1 / 12]), st.floats(0, 1)),
 )
-def test_the_radix_threshold_is_the_full_sorts(
+def test_the_threshold_is_the_full_sorts(
     suite_of: Make, entries: list[float], density: float
 ) -> None:
     values = torch.tensor(entries, dtype=torch.float32)
@@ -143,18 +143,18 @@ def test_the_radix_threshold_is_the_full_sorts(
         for t, row in (("x", values[:6]), ("y", values[6:]))
     }
     suite = suite_of(experts, zero)
-    assert radix_limits(suite, density) == sorted_limits(suite, density)
+    assert found_limits(suite, density) == sorted_limits(suite, density)
 
 
 @pytest.mark.parametrize("density", [0.0, 1e-9, 0.01, 0.2, 0.5, 0.999, 1.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_the_radix_threshold_is_the_full_sorts_on_a_model(
+def test_the_threshold_is_the_full_sorts_on_a_model(
     synthetic_suite: Make, density: float, dtype: torch.dtype
 ) -> None:
     shapes = {"a.weight": (70, 60), "b.weight": (30, 20, 3), "c": (500,), "d": ()}
     suite = synthetic_suite(3, shapes=shapes, seed=5, dtype=dtype, spread=0.01)
     # float64 differences are rounded once to float32; for narrower weights that is exact.
-    assert radix_limits(suite, density) == sorted_limits(suite, density)
+    assert found_limits(suite, density) == sorted_limits(suite, density)
 
 
 def test_float64_task_vectors_are_ranked_as_finely_as_float32_allows(suite_of: Make) -> None:
