@@ -251,7 +251,7 @@ class Evaluator(ModelOutputs):
             MergeScopeError: unfit inputs.
             Cancelled: between two batches, or between two steps of learning.
         """
-        images = self.images(session.groups.tasks, split, limit)
+        images = self.images(session.groups.tasks, split, limit, progress)
         outputs = self.recipe_outputs(recipe, session, images, split, progress=progress)
         return self._hits(outputs, images, split, limit)
 
@@ -276,7 +276,7 @@ class Evaluator(ModelOutputs):
     ) -> dict[str, np.ndarray]:
         hits = {}
         for task, numbers in images.items():
-            labels = self.inputs(task, split, limit)[1][numbers]
+            labels = self.raw_inputs(task, split, limit).labels[numbers]
             if int(labels.min()) == UNLABELLED:
                 raise SuiteError(
                     f"The {SPLIT_NAMES[split]} images of task {task!r} have no labels, so no "
@@ -303,7 +303,7 @@ def _as_written(
     recipe: Recipe, session: MergeSession, task: str | None, learned: Callable[[], Any]
 ) -> dict[str, Tensor]:
     """The merged weights, rounded to the dtypes that a file of them would have."""
-    stored = {group.name: group.info.dtype for group in session.groups}
+    stored = session.groups.dtypes
     return {
         name: value.to(written_dtype(recipe, stored[name]))
         for name, value in session.merge(recipe, task=task, learned=learned()).items()

@@ -8,7 +8,8 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from analysis.networks import PerThread, build_network, check_state
+from analysis.networks import PerThread, check_state
+from analysis.towers import suite_network
 from merge_core.errors import SuiteError
 from merge_core.suite import Suite
 
@@ -20,7 +21,7 @@ class Backbone:
         suite: a suite that names an architecture.
 
     Raises:
-        SuiteError: no architecture, or one that timm does not know or cannot build.
+        SuiteError: no architecture.
     """
 
     def __init__(self, suite: Suite) -> None:
@@ -33,10 +34,17 @@ class Backbone:
             )
 
     @cached_property
+    def _built(self) -> tuple[nn.Module, frozenset[str]]:
+        return suite_network(self._suite)
+
+    @property
     def model(self) -> nn.Module:
-        """The network in evaluation mode (its own weights are never used)."""
-        assert self._architecture is not None
-        return build_network(self._architecture, self._suite.path, SuiteError, num_classes=0)
+        """The network in evaluation mode; of its own weights only those of the base are used.
+
+        Raises:
+            MergeScopeError: its library does not know it, cannot build it or is not installed.
+        """
+        return self._built[0]
 
     @cached_property
     def _copies(self) -> PerThread:
@@ -49,7 +57,8 @@ class Backbone:
             SuiteError: a parameter missing or of another shape.
         """
         assert self._architecture is not None
-        expected = self.model.state_dict()
+        model, given = self._built
+        expected = {k: v for k, v in model.state_dict().items() if k not in given}
         check_state(expected, weights, self._architecture.name, self._suite.path, SuiteError)
 
     @torch.no_grad()
@@ -58,7 +67,7 @@ class Backbone:
 
         Args:
             weights: one tensor per parameter and buffer of the architecture (more are ignored).
-            images: float32, N x 3 x H x W, normalised.
+            images: float32, N x 3 x H x W, normalised; or tokens of texts, int64, N x L.
             batch: images per forward pass.
 
         Returns:
@@ -79,9 +88,10 @@ class Backbone:
             parts = [
                 torch.func.functional_call(model, state, (part,)) for part in images.split(batch)
             ]
-        except (RuntimeError, AssertionError) as error:
+        except (RuntimeError, AssertionError, ValueError, IndexError) as error:
+            kind = "texts" if images.ndim == 2 else "images"
             raise SuiteError(
-                f"The images of shape {tuple(images.shape[1:])} do not fit the architecture: "
+                f"The {kind} of shape {tuple(images.shape[1:])} do not fit the architecture: "
                 f"{str(error).splitlines()[0]:.200}"
             ) from error
         features = torch.cat(parts)

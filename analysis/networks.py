@@ -44,6 +44,11 @@ def build_network(
         MergeScopeError: of the given kind: unknown, or not buildable with these arguments.
     """
     name, args = architecture.name, dict(architecture.args)
+    if architecture.library != "timm":
+        raise error(
+            f"{path}: the networks of a pool are timm's, not those of {architecture.library}. "
+            "Give the architecture's name in timm."
+        )
     if num_classes is not None:
         if "num_classes" in args:
             raise error(

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.inputs import Head, Split, load_head, load_inputs, normalised
+from analysis.inputs import Head, Split, TaskInputs, load_head, load_inputs, normalised
 from analysis.measures import MEASURES, Pass
 from analysis.model import Backbone
 from analysis.networks import BATCH
@@ -28,6 +28,9 @@ from merge_core.suite import Suite
 
 Images = Mapping[str, np.ndarray]
 Outputs = dict[str, dict[str, np.ndarray]]
+
+# Normalised images of a split up to this size stay in memory; of larger ones, a batch at a time.
+KEPT_BYTES = 1 << 28
 
 
 class ModelOutputs:
@@ -53,6 +56,7 @@ class ModelOutputs:
         self.suite = suite
         self.predictions = predictions or PredictionStore(shipped=(suite.root / SHIPPED_NAME,))
         self._inputs: dict[tuple[str, Split, int | None], tuple[Tensor, np.ndarray]] = {}
+        self._raw: dict[tuple[str, Split, int | None], TaskInputs] = {}
         self._heads: dict[str, Head] = {}
         self._digests: dict[str, str] = {}
         self._expert_passes: dict[tuple[str, Split], Pass] = {}
@@ -64,24 +68,53 @@ class ModelOutputs:
         return Backbone(self.suite)
 
     def inputs(self, task: str, split: Split, limit: int | None) -> tuple[Tensor, np.ndarray]:
-        """Normalised images (N x 3 x H x W) and labels (N) of a task.
+        """Normalised images (N x 3 x H x W) and labels (N) of a task: all at once, in memory.
 
         Raises:
-            SuiteError: missing or malformed data.
+            MergeScopeError: missing or malformed data.
         """
         key = (task, split, limit)
-        if key not in self._inputs:
-            raw = load_inputs(self.suite, task, split, limit)
-            self._inputs[key] = (normalised(raw.images, self.suite, task), raw.labels)
-        return self._inputs[key]
+        if key in self._inputs:
+            return self._inputs[key]
+        raw = self.raw_inputs(task, split, limit)
+        whole = (normalised(raw.images, self.suite, task), raw.labels)
+        if whole[0].nbytes <= KEPT_BYTES:
+            self._inputs[key] = whole
+        return whole
 
-    def images(self, tasks: Collection[str], split: Split, limit: int | None = None) -> Images:
+    def raw_inputs(
+        self,
+        task: str,
+        split: Split,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> TaskInputs:
+        """Images before normalisation (those that were decoded are mapped from a file), and labels.
+
+        Raises:
+            MergeScopeError: missing or malformed data.
+            Cancelled: between two images that have to be decoded.
+        """
+        key = (task, split, limit)
+        if key not in self._raw:
+            self._raw[key] = load_inputs(self.suite, task, split, limit, progress)
+        return self._raw[key]
+
+    def images(
+        self,
+        tasks: Collection[str],
+        split: Split,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> Images:
         """Task to the numbers of its images in a split: all, or the first `limit`.
 
         Raises:
-            SuiteError: missing or malformed data.
+            MergeScopeError: missing or malformed data.
+            Cancelled: between two images that have to be decoded.
         """
-        return {task: np.arange(len(self.inputs(task, split, limit)[1])) for task in tasks}
+        found = {task: self.raw_inputs(task, split, limit, progress) for task in tasks}
+        return {task: np.arange(len(inputs.labels)) for task, inputs in found.items()}
 
     def head(self, task: str) -> Head:
         """A task's head.
@@ -156,6 +189,23 @@ class ModelOutputs:
             for task in images
         }
 
+    def keep(self, digest: str, images: Images, split: Split, outputs: Outputs) -> None:
+        """Store what weights gave elsewhere, as :meth:`outputs` does with what it ran.
+
+        Args:
+            digest: content digest of the weights.
+            images: task to numbers of images.
+            split: ``val`` or ``test``.
+            outputs: task to measure to values, aligned with `images`.
+        """
+        for task, values in outputs.items():
+            mine = {task: images[task]}
+            keys, vectors = self._known(digest, mine, split, list(values))
+            for name, given in values.items():
+                vectors[task][name][images[task]] = given
+            self.predictions.put({key: vectors[t][name] for (t, name), key in keys.items()})
+            self.forward_images += len(images[task])
+
     def known(
         self,
         digest: str,
@@ -203,10 +253,10 @@ class ModelOutputs:
 
     def _run(self, weights: Mapping[str, Tensor], images: Images, split: Split) -> dict[str, Pass]:
         """One pass over ascending images of some tasks together: few of many fill a batch too."""
-        pixels = [self._pixels(task, split, part) for task, part in images.items()]
-        features = self.backbone.features(
-            weights, pixels[0] if len(pixels) == 1 else torch.cat(pixels)
-        )
+        pixels = [self.pixels(task, split, part) for task, part in images.items()]
+        alike = len({part.shape[1:] for part in pixels}) == 1
+        together = [torch.cat(pixels)] if alike and len(pixels) > 1 else pixels
+        features = torch.cat([self.backbone.features(weights, part) for part in together])
         passes = {}
         sizes = [len(part) for part in images.values()]
         for task, mine in zip(images, features.split(sizes), strict=True):
@@ -229,15 +279,21 @@ class ModelOutputs:
             f"{head.weight.shape[1]}) does not fit {what}."
         )
 
-    def _pixels(self, task: str, split: Split, images: np.ndarray) -> Tensor:
-        """Normalised images of these ascending numbers."""
-        first, last = int(images[0]), int(images[-1])
+    def pixels(self, task: str, split: Split, images: np.ndarray) -> Tensor:
+        """Normalised images of these numbers (at least one), float32, N x 3 x H x W.
+
+        Raises:
+            MergeScopeError: missing or malformed data.
+        """
+        first, last = int(images[0]), int(images.max())
         # What was read up to a limit is enough where it reaches far enough.
-        held = [kept for key, (kept, _) in self._inputs.items() if key[:2] == (task, split)]
-        source = next((kept for kept in held if len(kept) > last), None)
-        if source is None:
-            source = self.inputs(task, split, None)[0]
-        if last - first + 1 == len(images):
+        held = [key for key, kept in list(self._raw.items()) if len(kept.labels) > last]
+        limit = next((most for *place, most in held if place == [task, split]), None)
+        raw = self.raw_inputs(task, split, limit)
+        if raw.images.size * torch.float32.itemsize > KEPT_BYTES:
+            return normalised(raw.images[images], self.suite, task)
+        source = self.inputs(task, split, limit)[0]
+        if np.array_equal(images, np.arange(first, last + 1)):
             return source[first : last + 1]  # without a copy
         return source[torch.from_numpy(images)]
 

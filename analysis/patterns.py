@@ -17,7 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from analysis.networks import State
+from merge_core.checkpoint import TensorInfo
 from merge_core.errors import CheckpointError
+from merge_core.parameters import describe, matrix_kind, query_key_value
 
 VIEWS = {
     "kernels": "first convolution kernels",
@@ -30,7 +32,7 @@ VIEWS = {
 _FIRST = re.compile(
     r"(^|\.)(patch_embed\w*|embeddings|stem\w*|conv_stem|conv0|conv1|features\.0|stages\.0\.0)\."
 )
-_FUSED = re.compile(r"\.(qkv\.|in_proj_)weight$")
+_QUERIES_AND_KEYS = ("attention qkv", "attention q", "attention k")
 _POSITIONS = re.compile(r"(pos_embed|positional_embedding|position_embeddings?(\.weight)?)$")
 
 
@@ -59,7 +61,7 @@ def pictured_names(shapes: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
     return tuple(
         name
         for name, shape in shapes.items()
-        if len(shape) == 4 or _POSITIONS.search(name) or _FUSED.search(name)
+        if len(shape) == 4 or _POSITIONS.search(name) or matrix_kind(name) in _QUERIES_AND_KEYS
     )
 
 
@@ -278,13 +280,22 @@ def position_similarity(pos_embed: Tensor, grid: tuple[int, int] | None = None) 
 
 
 def attention_layers(weights: State) -> tuple[str, ...]:
-    """Names of the fused query-key-value weights, (3 · width) x width, in natural order."""
-    fused = [
-        n
-        for n, w in weights.items()
-        if _FUSED.search(n) and w.ndim == 2 and w.shape[0] == 3 * w.shape[1]
-    ]
-    return tuple(sorted(fused, key=natural))
+    """Names of the weights of queries, fused with keys and values or apart, in natural order.
+
+    Fused weights are (3 · width) x width, or the transpose (GPT-2); separate ones width x width.
+    Layers in which several queries share a key are left out.
+    """
+    found = []
+    for name, weight in weights.items():
+        if matrix_kind(name) == "attention qkv":
+            role = describe(name, TensorInfo(tuple(weight.shape), weight.dtype))
+            if role.parts and max(weight.shape) == 3 * min(weight.shape):
+                found.append(name)
+        elif (apart := query_key_value(name)) is not None and weight.ndim == 2:
+            key = weights.get(apart[1])
+            if key is not None and key.shape == weight.shape and len(set(key.shape)) == 1:
+                found.append(name)
+    return tuple(sorted(found, key=natural))
 
 
 def head_count(network: nn.Module) -> int | None:
@@ -297,16 +308,23 @@ def _queries_keys(weights: State, layer: str, heads: int) -> tuple[Tensor, Tenso
     """W_Q and W_K by head: float64, heads x d x width."""
     if layer not in attention_layers(weights):
         raise CheckpointError(
-            f"This model has no fused query-key-value weight {layer!r}. Choose one of its layers."
+            f"This model has no attention weight {layer!r} of queries. Choose one of its layers."
         )
-    fused = weights[layer].double()
-    width = fused.shape[1]
+    apart = query_key_value(layer)
+    if apart is not None:
+        query, key = (weights[name].double() for name in apart[:2])
+    else:
+        fused = weights[layer].double()
+        info = TensorInfo(tuple(fused.shape), fused.dtype)
+        outputs = fused.T if describe(layer, info).in_by_out else fused
+        query, key, _ = outputs.chunk(3)
+    width = query.shape[1]
     if heads < 1 or width % heads:
         raise CheckpointError(
             f"{layer!r} has width {width}, which {heads} heads cannot share. Correct their number."
         )
-    query, key, _ = fused.reshape(3, heads, width // heads, width)
-    return query, key
+    by_head = (heads, width // heads, width)
+    return query.reshape(by_head), key.reshape(by_head)
 
 
 def query_key(weights: State, layer: str, heads: int) -> np.ndarray:
@@ -318,8 +336,8 @@ def query_key(weights: State, layer: str, heads: int) -> np.ndarray:
 
     Args:
         weights: of a model.
-        layer: one of :func:`attention_layers`. Its rows are queries, keys, values; within each,
-            head h has the rows h·d to (h+1)·d − 1.
+        layer: one of :func:`attention_layers`. Of the outputs of queries and of keys, head h has
+            those from h·d to (h+1)·d − 1.
         heads: their number.
 
     Returns:

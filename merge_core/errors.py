@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pydantic import ValidationError
 
+SHOWN_FAULTS = 8
+
 
 class MergeScopeError(Exception):
     """A user's mistake or an unusable input; the message is one clear sentence or two."""
@@ -11,6 +13,10 @@ class MergeScopeError(Exception):
 
 class CheckpointError(MergeScopeError):
     """A weight file is missing, damaged, foreign or holds non-finite values."""
+
+
+class HubError(CheckpointError):
+    """A name on the hub is wrong, or what it names is not there, not allowed or not downloaded."""
 
 
 class SuiteError(MergeScopeError):
@@ -38,7 +44,7 @@ class Cancelled(MergeScopeError):  # noqa: N818 - a state rather than a fault
 
 
 def explain_validation(error: ValidationError) -> str:
-    """One readable sentence per faulty field of a pydantic validation error.
+    """One readable sentence for each of the first faulty fields of a pydantic validation error.
 
     Args:
         error: what pydantic raised.
@@ -47,8 +53,8 @@ def explain_validation(error: ValidationError) -> str:
         Text such as ``experts.digits.weight: this field is not known``.
     """
     sentences = []
-    for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "the whole document"
+    for item in error.errors(include_url=False)[:SHOWN_FAULTS]:
+        where = ".".join(_name(part) for part in item["loc"]) or "the whole document"
         if item["type"] == "extra_forbidden":
             reason = "this field is not known; check its spelling"
         elif item["type"] == "missing":
@@ -58,4 +64,12 @@ def explain_validation(error: ValidationError) -> str:
             if item["type"] != "value_error":
                 reason += f" (got {item['input']!r:.60})"
         sentences.append(f"{where}: {reason}")
+    if more := error.error_count() - len(sentences):
+        sentences.append(f"and {more} more")
     return "; ".join(sentences)
+
+
+def _name(part: object) -> str:
+    """A field's name as it can be shown."""
+    text = f"{part!s:.80}"
+    return text if text.isprintable() else ascii(text)

@@ -4,38 +4,54 @@ from __future__ import annotations
 
 import io
 import json
+import os
+import shutil
+from bisect import bisect_right
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib import metadata
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
 from torch import Tensor
 
-from merge_core.checkpoint import SAFETENSORS_DTYPES
+from merge_core.checkpoint import SAFETENSORS_DTYPES, Checkpoint
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError
 from merge_core.executors import Executor, Threads
 from merge_core.factors import FactorStore
-from merge_core.files import folder_written_whole
+from merge_core.files import check_output, digest_of, folder_written_whole
+from merge_core.layout import Layout, layout
+from merge_core.model_card import model_card
 from merge_core.progress import Progress
-from merge_core.provenance import HEADER_KEY, Provenance, provenance
+from merge_core.provenance import HEADER_KEY, provenance
 from merge_core.recipe import Recipe
 from merge_core.suite import BUNDLED, Suite
 from merge_core.task_vectors import Groups
 
 DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SHARD_BYTES = 5_000_000_000
+KEY_DIGITS = 24
 
 
 @dataclass(frozen=True)
 class Planned:
-    """One tensor of the output: name, shape and dtype, known before anything is computed."""
+    """One tensor of the output, known before anything is computed.
+
+    Attributes:
+        name: in the file.
+        shape, dtype: in the file.
+        parameter: its name in the suite.
+        merged: or else copied from the base.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
+    parameter: str = ""
+    merged: bool = True
 
     @property
     def nbytes(self) -> int:
@@ -82,42 +98,36 @@ def write_tensor(stream: BinaryIO, tensor: Tensor, planned: Planned) -> None:
     Raises:
         OutputError: the value does not fit the dtype (overflow in half precision).
     """
-    value = tensor.to(planned.dtype).contiguous()
-    wide = value.float() if value.dtype.itemsize == 1 else value
-    if wide.dtype.is_floating_point and not bool(torch.isfinite(wide).all()):
+    if not _fits(tensor, planned.dtype):
         raise OutputError(
             f"Parameter {planned.name!r} of the merged model does not fit into "
             f"{planned.dtype}: it overflows. Choose dtype float32 or a smaller scale."
         )
+    value = tensor.to(planned.dtype).contiguous()
     stream.write(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
-def output_plan(recipe: Recipe, groups: Groups) -> list[Planned]:
-    """Name, shape and dtype of each tensor of the output."""
-    return [
-        Planned(group.name, group.info.shape, written_dtype(recipe, group.info.dtype))
-        for group in groups
+def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
+    """Whether all entries stay finite in a dtype: one pass, and the cast of the two extremes."""
+    if not dtype.is_floating_point or not tensor.numel():
+        return True
+    extremes = torch.stack(torch.aminmax(tensor.float() if tensor.itemsize == 1 else tensor))
+    cast = extremes.to(dtype)
+    return bool((cast.float() if cast.itemsize == 1 else cast).isfinite().all())
+
+
+def output_plan(recipe: Recipe, groups: Groups, where: Layout) -> list[Planned]:
+    """The tensors of the output: what is merged, then what only the base has."""
+    plan = [
+        Planned(where.stored(name), group.info.shape, written_dtype(recipe, group.info.dtype), name)
+        for group in groups.members
+        for name in (group.name, *groups.twins.get(group.name, ()))
     ]
-
-
-def model_card(recipe: Recipe, suite: Suite, about: Provenance) -> str:
-    """The README.md of a merged model."""
-    method = recipe.declaration
-    tasks = suite.select(recipe.tasks)
-    members = list(about.inputs.items())
-    if about.base is not None:
-        members.append(("(base)", about.base))
-    rows = "\n".join(f"| {name} | `{digest}` |" for name, digest in members)
-    return (
-        "---\ntags:\n- model-merging\n- mergescope\n---\n\n"
-        f"# {method.title} of {len(tasks)} experts of {suite.name}\n\n"
-        f"{method.summary}\n\n$$ {method.formula} $$\n\nSource: {method.source}\n\n"
-        f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```\n\n"
-        "Run it again with `mergescope merge recipe.yaml --output FOLDER`.\n\n"
-        f"## Inputs (SHA-256 of their content)\n\n| member | digest |\n|---|---|\n{rows}\n\n"
-        f"Made with MergeScope {metadata.version('mergescope')}, torch {torch.__version__}. "
-        "Classification heads are not part of a merge: each task keeps its own.\n"
-    )
+    for name in where.kept:
+        info = where.reference.info(name)
+        dtype = written_dtype(recipe, info.dtype)
+        plan.append(Planned(where.stored(name), info.shape, dtype, name, merged=False))
+    return plan
 
 
 def portable(recipe: Recipe, suite: Suite) -> Recipe:
@@ -142,7 +152,13 @@ def merge_to_folder(
     A method that gives one model per task writes each into a folder named after the task.
 
     Memory grows with the largest parameter times the number of experts, not with the model.
-    The folder appears complete or not at all.
+    The folder appears complete or not at all. A killed run leaves a hidden folder beside it;
+    the same merge to the same place goes on where that run stood (from the start if its method
+    learns from data).
+
+    Names are those of the base's files (the first expert's where there is no base); what only
+    the base has is written unchanged; configuration and tokenizer files beside it come along. So
+    a folder of timm, open_clip or transformers gives a folder that opens there.
 
     Args:
         recipe: what to do.
@@ -164,63 +180,149 @@ def merge_to_folder(
         ExecutorError: workers died again and again.
         Cancelled: `progress` was cancelled; nothing is left behind.
     """
+    check_output(output)
     tasks = suite.select(recipe.tasks)
     check_fits(suite, tasks)
     check_recipe(suite, recipe)
     recipe = portable(recipe, suite)
     store = store or FactorStore()
     groups = Groups(suite, tasks, store)
-    with folder_written_whole(output) as staging, torch.no_grad():
-        about = provenance(recipe, suite, store.route)
+    where = _layout(groups)
+    about = provenance(recipe, suite, store.route)
+    # What a killed run left is taken up by a run that would write the very same bytes. What is
+    # learnt afresh may differ in its last bits, and takes longer than all the rest.
+    key = None
+    if learned is None:
+        key = digest_of("staging-1", about.to_header(), str(shard_bytes))[:KEY_DIGITS]
+    with folder_written_whole(output, key) as staging, torch.no_grad():
         for task in tasks if recipe.declaration.indexed else (None,):
             folder = staging if task is None else staging / task
             folder.mkdir(exist_ok=True)
             own = about.model_copy(update={"task": task})
             notes = {"format": "pt", HEADER_KEY: own.to_header()}
-            shards = plan_shards(output_plan(recipe, groups), shard_bytes)
-            tensors = merged_tensors(recipe, groups, progress, task, learned, executor or Threads())
-            _write_index(folder, _write_shards(folder, shards, tensors, notes), shards)
+            shards = _shards(
+                folder, plan_shards(output_plan(recipe, groups, where), shard_bytes), notes
+            )
+            _check_space(folder, shards)
+            wanted = {t.parameter for shard in shards for t in shard.missing if t.merged}
+            merged = merged_tensors(
+                recipe, groups, progress, task, learned, executor or Threads(), wanted
+            )
+            for shard in shards:
+                shard.finish(_in_order(shard.missing, merged, where.reference))
+            for _ in merged:  # to the end, so that the last progress event is sent
+                pass
+            _write_index(folder, shards)
+            where.copy_companions(folder)
         (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (staging / "README.md").write_text(model_card(recipe, suite, about), encoding="utf-8")
+        for member in (suite.base, *(suite.expert(task) for task in tasks)):
+            if member is not None:
+                member.check_unchanged()
     return output
 
 
-def _write_index(folder: Path, names: list[str], shards: list[list[Planned]]) -> None:
-    """The index of several shards; one file needs none."""
-    if len(shards) == 1:
-        return
-    index = {
-        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard)},
-        "weight_map": {
-            t.name: name for name, shard in zip(names, shards, strict=True) for t in shard
-        },
-    }
-    text = json.dumps(index, indent=2)
-    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+def _layout(groups: Groups) -> Layout:
+    merged = {group.name for group in groups.members}.union(*groups.twins.values())
+    return layout(groups.suite, groups.tasks, frozenset(merged))
 
 
-def _write_shards(
-    folder: Path,
-    shards: list[list[Planned]],
-    tensors: Iterator[tuple[str, Tensor]],
-    notes: dict[str, str],
-) -> list[str]:
-    count = len(shards)
+def _in_order(
+    plan: Sequence[Planned], merged: Iterator[tuple[str, Tensor]], base: Checkpoint
+) -> Iterator[tuple[Planned, Tensor]]:
+    """The planned tensors, each with its value."""
+    for planned in plan:
+        yield planned, next(merged)[1] if planned.merged else base.tensor(planned.parameter)
+
+
+class _Shard:
+    """A file of the output, perhaps begun by a run that was killed.
+
+    A killed process leaves a file that ends somewhere, but whose bytes up to there are right.
+
+    Args:
+        path: of the file.
+        plan: its tensors.
+        notes: of its header.
+    """
+
+    def __init__(self, path: Path, plan: Sequence[Planned], notes: dict[str, str]) -> None:
+        self.path = path
+        self.plan = plan
+        self._header = safetensors_header(plan, notes)
+        ends = list(accumulate((tensor.nbytes for tensor in plan), initial=len(self._header)))
+        self._written = bisect_right(ends, self._size()) - 1
+        self._start = ends[max(self._written, 0)]
+
+    @property
+    def missing(self) -> Sequence[Planned]:
+        """The tensors that are still to be written."""
+        return self.plan[max(self._written, 0) :]
+
+    @property
+    def missing_bytes(self) -> int:
+        """Their size."""
+        return sum(tensor.nbytes for tensor in self.missing)
+
+    def finish(self, tensors: Iterator[tuple[Planned, Tensor]]) -> None:
+        """Write what is missing.
+
+        Raises:
+            OSError: the disk is full, say.
+        """
+        with self.path.open("wb" if self._written < 0 else "r+b") as stream:
+            if self._written < 0:
+                stream.write(self._header)
+            else:
+                stream.truncate(self._start)
+                stream.seek(self._start)
+            for planned, tensor in tensors:
+                write_tensor(stream, tensor, planned)
+
+    def _size(self) -> int:
+        """Size of what an earlier run wrote; 0 if it meant to write something else."""
+        with suppress(FileNotFoundError), self.path.open("rb") as stream:
+            if stream.read(len(self._header)) == self._header:
+                return os.fstat(stream.fileno()).st_size
+        return 0
+
+
+def _shards(folder: Path, plans: list[list[Planned]], notes: dict[str, str]) -> list[_Shard]:
+    """The files of a model, named as the Hugging Face libraries expect."""
+    count = len(plans)
     names = (
         ["model.safetensors"]
         if count == 1
         else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     )
-    for name, shard in zip(names, shards, strict=True):
-        with (folder / name).open("wb") as stream:
-            stream.write(safetensors_header(shard, notes))
-            for planned in shard:
-                _, tensor = next(tensors)
-                write_tensor(stream, tensor, planned)
-    # Run to the end, so that the last progress event is sent.
-    for _ in tensors:
-        pass
-    return names
+    return [_Shard(folder / name, plan, notes) for name, plan in zip(names, plans, strict=True)]
+
+
+def _check_space(folder: Path, shards: Sequence[_Shard]) -> None:
+    """Refuse a disk that is too small before any work.
+
+    Raises:
+        OutputError: it is.
+    """
+    needed = sum(shard.missing_bytes for shard in shards)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise OutputError(
+            f"The disk has {free / 1e9:.1f} GB free and the merged model takes "
+            f"{needed / 1e9:.1f} GB. Free some space or choose another folder."
+        )
+
+
+def _write_index(folder: Path, shards: Sequence[_Shard]) -> None:
+    """The index of several shards; one file needs none."""
+    if len(shards) == 1:
+        return
+    index = {
+        "metadata": {"total_size": sum(t.nbytes for shard in shards for t in shard.plan)},
+        "weight_map": {t.name: shard.path.name for shard in shards for t in shard.plan},
+    }
+    text = json.dumps(index, indent=2)
+    (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
 def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite, learned: Any = None) -> bytes:
@@ -237,12 +339,13 @@ def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite, learned: Any = No
     """
     check_fits(suite, groups.tasks)
     check_recipe(suite, recipe)
-    plan = output_plan(recipe, groups)
+    where = _layout(groups)
+    plan = output_plan(recipe, groups, where)
     about = provenance(portable(recipe, suite), suite)
     stream = io.BytesIO()
     stream.write(safetensors_header(plan, {"format": "pt", HEADER_KEY: about.to_header()}))
     tensors = merged_tensors(recipe, groups, learned=learned)
     with torch.no_grad():
-        for planned, (_, tensor) in zip(plan, tensors, strict=True):
+        for planned, tensor in _in_order(plan, tensors, where.reference):
             write_tensor(stream, tensor, planned)
     return stream.getvalue()

@@ -42,10 +42,12 @@ class Contents:
     Attributes:
         content: the pickled object, read as data.
         foreign: full names of the foreign classes and functions in it, sorted.
+        in_file: whether the pickle's bytes are the file's own, rather than compressed there.
     """
 
     content: Any
     foreign: tuple[str, ...]
+    in_file: bool = True
 
 
 def read_contents(stream: BinaryIO, size: int) -> Contents:
@@ -119,7 +121,7 @@ def _read_zip(stream: BinaryIO, file_size: int) -> Contents:
     content = read_pickle(source, end, maker, Budget())
     for path, region in maker.regions.items():
         locate(stream, file_size, entries[path], region)
-    return Contents(content, tuple(sorted(maker.foreign)))
+    return Contents(content, tuple(sorted(maker.foreign)), source is stream)
 
 
 def _member(

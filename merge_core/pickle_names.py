@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from merge_core.pickle_arrays import stored_array
 from merge_core.pickle_machine import Blob, Global, Pairs, PickleFileError, Record
 from merge_core.pickle_tensors import Storage, StoredTensor, Unreadable, view
 
@@ -24,11 +25,12 @@ SCRIPTED = "__torch__"
 LEGACY_PARAMETERS = ("torch.nn.parameter.Parameter", "torch.autograd.variable.Variable")
 
 
-def named_tensors(content: Any) -> dict[str, NamedTensor]:
+def named_tensors(content: Any, arrays: bool = True) -> dict[str, NamedTensor]:
     """The tensors of a pickled state dict or module, inside the usual wrappers or bare.
 
     Args:
         content: what :func:`merge_core.pickle_machine.read_pickle` returned.
+        arrays: whether numpy arrays count, whose bytes lie inside the pickle.
 
     Returns:
         Tensors by name, in the order of ``state_dict()``.
@@ -50,7 +52,7 @@ def named_tensors(content: Any) -> dict[str, NamedTensor]:
         walk.module(content)
     elif _is_mapping(content):
         for name, value in walk.items(content):
-            if found := _tensor(value):
+            if found := _tensor(value) or (stored_array(value) if arrays else None):
                 walk.add(name, found)
     else:
         raise PickleFileError(

@@ -47,7 +47,7 @@ class PickledTensors:
                 self._size = stream.seek(0, 2)
                 stream.seek(0)
                 contents = read_contents(stream, self._size)
-            self.stored: dict[str, NamedTensor] = named_tensors(contents.content)
+            self.stored: dict[str, NamedTensor] = named_tensors(contents.content, contents.in_file)
         except PickleFileError as fault:
             raise CheckpointError(f"{path} cannot be read as a torch file: {fault}") from fault
         except OSError as error:
@@ -55,6 +55,16 @@ class PickledTensors:
         self.foreign = contents.foreign
         self._whole = self._map()
         self._unpacked: tuple[Region, torch.UntypedStorage] | None = None
+
+    @property
+    def ties(self) -> tuple[tuple[str, ...], ...]:
+        """Sets of names that stand for the same bytes of the file, seen as the same tensor."""
+        places: dict[tuple[object, ...], list[str]] = {}
+        for name, place in self.stored.items():
+            if isinstance(place, StoredTensor) and place.extent:
+                seen = (id(place.region), place.begin, place.dtype, place.shape, place.strides)
+                places.setdefault(seen, []).append(name)
+        return tuple(tuple(names) for names in places.values() if len(names) > 1)
 
     def tensor(self, name: str) -> Tensor:
         """Read one tensor, with the shape, strides and dtype that it was saved with.

@@ -13,9 +13,10 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from merge_core.checkpoint import Checkpoint
+from merge_core.data_spec import Positive
 from merge_core.errors import CheckpointError, PoolError, explain_validation
-from merge_core.files import digest_of, file_digest, read_yaml
-from merge_core.suite import ArchitectureSpec, Positive
+from merge_core.files import digest_of, file_digest, path_below, read_yaml
+from merge_core.suite import ArchitectureSpec
 
 BUNDLED_POOLS = Path(__file__).resolve().parent.parent / "data" / "pools"
 
@@ -149,8 +150,12 @@ class Pool:
         return None if self.spec.start is None else self._open(self.spec.start, "start")
 
     def file(self, relative: str) -> Path:
-        """A path of the pool file, made absolute."""
-        return (self.root / Path(relative).expanduser()).resolve()
+        """A path of the pool file, made absolute.
+
+        Raises:
+            PoolError: what is written cannot be a path.
+        """
+        return path_below(self.root, relative, PoolError)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -165,14 +170,18 @@ class Pool:
         """Digest (hex) of the data, its normalisation and the architecture.
 
         Raises:
-            PoolError: the data file is missing.
+            PoolError: the data file is missing or cannot be read.
         """
         data = self.spec.data
         path = self.file(data.file)
         if not path.is_file():
             raise PoolError(f"{path} (data of {self.path}) does not exist. Correct the path.")
-        architecture = self.spec.architecture.model_dump_json()
-        return digest_of(repr(data.mean), repr(data.std), architecture, file_digest(path))
+        architecture = self.spec.architecture.identity
+        try:
+            content = file_digest(path)
+        except OSError as error:
+            raise PoolError(f"{path} (data of {self.path}): {error.strerror}.") from error
+        return digest_of(repr(data.mean), repr(data.std), architecture, content)
 
     def _open(self, relative: str, what: str) -> Checkpoint:
         if relative not in self._opened:

@@ -3,34 +3,61 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
+from merge_core.adapters import AdaptedCheckpoint
 from merge_core.checkpoint import Checkpoint, TensorInfo
+from merge_core.errors import CheckpointError
+from merge_core.members import longest_vocabulary
+from merge_core.parameters import describe
 from merge_core.suite import Suite
+from merge_core.tied import says_tied, ties
+from merge_core.vocabulary import longest
+
+OWN_HEAD = "left out of the merge: each task keeps its own"
+VOCABULARY_RULES = {
+    "refuse": "'vocabulary: common' or 'vocabulary: base' in suite.yaml says what to do",
+    "base": "written as it is in the base",
+    "common": "merged row by row at the length of the longest",
+}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """One way in which a member departs from the first expert."""
+    """One way in which a member departs from the first expert.
+
+    Attributes:
+        member: a task, or ``base``.
+        parameter: its name; empty for a member that cannot be read.
+        kind: unreadable, missing, extra, head, tied, vocabulary, shape or dtype.
+        detail: in words.
+        blocking: whether a merge is refused.
+    """
 
     member: str
     parameter: str
     kind: str
     detail: str
-
-    @property
-    def blocking(self) -> bool:
-        """Whether a merge is refused (a dtype that differs is only cast)."""
-        return self.kind in ("missing", "shape")
+    blocking: bool = False
 
 
 @dataclass(frozen=True)
 class ParameterPlan:
-    """How one parameter will be treated by spectral methods."""
+    """How one parameter will be treated by spectral methods.
+
+    Attributes:
+        name, shape, dtype: of the output.
+        role: what it is in the network.
+        decomposed: whether spectral methods decompose it.
+        reason: why, in words.
+    """
 
     name: str
     shape: tuple[int, ...]
     dtype: str
+    role: str
     decomposed: bool
     reason: str
 
@@ -40,17 +67,24 @@ class Preflight:
     """The report.
 
     Attributes:
-        differences: missing, extra, shape and dtype differences per member.
-        plan: one row per common parameter.
-        memory_bytes: estimated peak memory of a streamed merge (all members' copies of the
-            largest parameter in float32, its factors in float64 included).
+        differences: of all members, those that cannot be read first.
+        plan: one row per merged parameter.
+        notes: further findings in sentences: tied tensors, patterns that match nothing.
+        foreign: names of what pickled files would import, sorted; none of it is.
+        memory_bytes: estimated peak memory of a streamed merge by a spectral method (all members'
+            copies of the largest parameter in float32, its factors in float64 included); each
+            further worker takes as much again.
+        entrywise_bytes: the same for methods that only average or compare entries.
         disk_bytes: size of the merged file.
     """
 
     differences: tuple[Difference, ...]
-    plan: tuple[ParameterPlan, ...]
-    memory_bytes: int
-    disk_bytes: int
+    plan: tuple[ParameterPlan, ...] = ()
+    notes: tuple[str, ...] = ()
+    foreign: tuple[str, ...] = ()
+    memory_bytes: int = 0
+    entrywise_bytes: int = 0
+    disk_bytes: int = 0
 
     @property
     def blocking(self) -> tuple[Difference, ...]:
@@ -67,60 +101,182 @@ def preflight(suite: Suite, tasks: Sequence[str] | None = None) -> Preflight:
 
     Raises:
         SuiteError: unknown tasks.
-        CheckpointError: a member cannot be opened.
     """
-    chosen = suite.select(tasks)
+    suite, chosen, differences = _readable(suite, suite.select(tasks))
+    if not chosen:
+        return Preflight(tuple(differences))
     first = suite.expert(chosen[0])
-    members = [(task, suite.expert(task)) for task in chosen[1:]]
+    others = [(task, suite.expert(task)) for task in chosen[1:]]
     if suite.base is not None:
-        members.append(("base", suite.base))
-    differences = tuple(
-        difference
-        for who, checkpoint in members
-        for difference in _differences(who, checkpoint, chosen[0], first)
+        others.append(("base", suite.base))
+    for who, member in others:
+        differences += _differences(suite, who, member, chosen[0], first)
+    bad = {difference.parameter for difference in differences if difference.blocking}
+    plan = [row for row in _plan(suite, chosen) if row.name not in bad]
+    copies = len(others) + 1
+    infos = {row.name: _info(suite, row.name, chosen) for row in plan}
+    entrywise = [_entry_bytes(infos[row.name], copies) for row in plan]
+    factors = [_factor_bytes(infos[r.name], len(chosen)) if r.decomposed else 0 for r in plan]
+    foreign = set(first.foreign).union(*(member.foreign for _, member in others))
+    return Preflight(
+        tuple(differences),
+        tuple(plan),
+        tuple(_notes(suite, chosen)),
+        tuple(sorted(foreign)),
+        max((a + b for a, b in zip(entrywise, factors, strict=True)), default=0),
+        max(entrywise, default=0),
+        _disk_bytes(suite, chosen, infos),
     )
-    bad = {d.parameter for d in differences if d.blocking}
-    plan = []
-    peak = 0
-    disk = 0
-    copies = len(chosen) + (suite.base is not None)
-    for name in first:
-        if name in bad:
-            continue
-        info = first.info(name)
-        rule = suite.treatment(name, chosen[0])
-        plan.append(ParameterPlan(name, info.shape, _dtype(info), rule.decomposed, rule.reason))
-        peak = max(peak, _working_bytes(info, copies, len(chosen), rule.decomposed))
-        disk += info.nbytes
-    return Preflight(differences, tuple(plan), peak, disk)
+
+
+def _readable(
+    suite: Suite, tasks: Sequence[str]
+) -> tuple[Suite, tuple[str, ...], list[Difference]]:
+    """The suite without members that cannot be read, the other tasks, and what is wrong."""
+    problems = []
+    chosen = []
+    for task in tasks:
+        try:
+            suite.expert(task)
+            chosen.append(task)
+        except CheckpointError as error:
+            problems.append(Difference(task, "", "unreadable", str(error), True))
+    try:
+        _ = suite.base
+    except CheckpointError as error:
+        problems.append(Difference("base", "", "unreadable", str(error), True))
+        suite = copy(suite)
+        suite.base = None
+    return suite, tuple(chosen), problems
 
 
 def _differences(
-    who: str, checkpoint: Checkpoint, reference: str, first: Checkpoint
+    suite: Suite, who: str, member: Checkpoint, reference: str, first: Checkpoint
 ) -> Iterator[Difference]:
+    """How a member departs from the first expert."""
+    tied = {name: names for each in (first, member) for names in ties(each) for name in names}
     for name in first:
-        if name not in checkpoint:
-            yield Difference(who, name, "missing", f"present in {reference}")
+        there = first.info(name)
+        role = describe(name, there)
+        if name not in member:
+            twin = next((n for n in tied.get(name, ()) if n in member), None)
+            if twin is not None:
+                yield Difference(who, name, "tied", f"kept once here, as {twin}")
+            elif role.kind == "head":
+                yield Difference(who, name, "head", f"absent, {reference} has one; {OWN_HEAD}")
+            else:
+                yield Difference(who, name, "missing", f"present in {reference}", True)
             continue
-        here, there = checkpoint.info(name), first.info(name)
-        if here.shape != there.shape:
-            yield Difference(who, name, "shape", f"{here.shape}, {reference} has {there.shape}")
-        elif here.dtype != there.dtype:
-            yield Difference(who, name, "dtype", f"{_dtype(here)}, {reference} has {_dtype(there)}")
-    for name in checkpoint:
+        here = member.info(name)
+        shapes = f"{here.shape}, {reference} has {there.shape}"
+        if here.shape == there.shape:
+            if here.dtype != there.dtype and not _is_base_of(member, first):
+                detail = f"{_dtype(here)}, {reference} has {_dtype(there)}"
+                yield Difference(who, name, "dtype", detail)
+        elif role.kind == "head":
+            yield Difference(who, name, "head", f"{shapes}; {OWN_HEAD}")
+        elif role.is_vocabulary and longest([here.shape, there.shape]) is not None:
+            yield _vocabulary(suite, who, name, here, f"{reference} has {there.shape[0]:,}")
+        else:
+            yield Difference(who, name, "shape", shapes, True)
+    for name in member:
         if name not in first:
-            yield Difference(who, name, "extra", f"not in {reference}; left out of the merge")
+            twin = next((n for n in tied.get(name, ()) if n in first), None)
+            if twin is not None:
+                yield Difference(who, name, "tied", f"kept once in {reference}, as {twin}")
+            elif who == "base":
+                yield Difference(who, name, "extra", f"not in {reference}; written as it is here")
+            else:
+                yield Difference(who, name, "extra", f"not in {reference}; left out of the merge")
 
 
-def _working_bytes(info: TensorInfo, copies: int, experts: int, decomposed: bool) -> int:
-    # Stacked experts, their working copies (float32 at least), the result and one temporary.
-    total = (2 * copies + 2) * info.numel * max(4, info.dtype.itemsize)
-    if decomposed:
-        m = info.shape[0]
-        n = info.numel // m
-        r = min(m, n)
-        total += experts * (m + n + 1) * r * 4 + 3 * (m * n + r * r) * 8
+def _vocabulary(suite: Suite, who: str, name: str, here: TensorInfo, there: str) -> Difference:
+    rule = suite.spec.vocabulary
+    blocking = rule == "refuse" or (rule == "base" and suite.base is None)
+    what = VOCABULARY_RULES[rule]
+    if rule == "base" and suite.base is None:
+        what = "'vocabulary: base' needs a base"
+    detail = f"{here.shape[0]:,} rows, {there}; {what}"
+    return Difference(who, name, "vocabulary", detail, blocking)
+
+
+def _plan(suite: Suite, tasks: tuple[str, ...]) -> Iterator[ParameterPlan]:
+    first = suite.expert(tasks[0])
+    for name in suite.shared(tasks):
+        info, rule = _info(suite, name, tasks), suite.treatment(name, tasks[0])
+        ragged = info.shape != first.info(name).shape
+        kind = describe(name, first.info(name)).kind
+        reason = rule.reason
+        if suite.is_in_by_out(name, tasks[0]):
+            reason += ", stored in x out"
+        # See ParameterGroup: a vocabulary of several lengths is not decomposed.
+        decomposed = rule.decomposed and not ragged
+        yield ParameterPlan(name, info.shape, _dtype(info), kind, decomposed, reason)
+
+
+def _info(suite: Suite, name: str, tasks: tuple[str, ...]) -> TensorInfo:
+    """Shape and dtype of a merged parameter."""
+    longest_one = None
+    if suite.spec.vocabulary == "common":
+        longest_one = longest_vocabulary(name, suite.members(tasks))
+    return longest_one or suite.expert(tasks[0]).info(name)
+
+
+def _is_base_of(member: Checkpoint, adapted: Checkpoint) -> bool:
+    """Whether an expert is an adapter over a member: then its dtype is a choice of the reader."""
+    return isinstance(adapted, AdaptedCheckpoint) and adapted.base is member
+
+
+def _adapter_notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
+    adapted = False
+    for task in tasks:
+        expert = suite.expert(task)
+        if isinstance(expert, AdaptedCheckpoint):
+            adapted = True
+            yield f"{task} is the base with a {expert.summary}"
+    base = suite.base
+    if adapted and base is not None and any(base.info(n).dtype.itemsize < 4 for n in base):
+        yield (
+            "experts that are adapters are merged and written in float32: the base's own precision "
+            "would round their updates away ('dtype:' of a recipe writes another)"
+        )
+
+
+def _notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
+    yield from _adapter_notes(suite, tasks)
+    for name, others in suite.twins(tasks).items():
+        yield f"{name} is also {', '.join(others)}: merged once, written under each name"
+    reference = suite.expert(tasks[0]) if suite.base is None else suite.base
+    if says_tied(reference) and not suite.twins(tasks):
+        yield "config.json ties the head to the embedding, which is kept once: merged once"
+    for name in suite.kept(tasks):
+        yield f"{name} is written as it is in the base (vocabulary: base)"
+    for field in ("decompose", "average"):
+        for pattern in getattr(suite.spec, field):
+            if not any(fnmatchcase(name, pattern) for name in suite.shared(tasks)):
+                yield f"{pattern!r} under {field!r} in suite.yaml matches no parameter"
+
+
+def _disk_bytes(suite: Suite, tasks: tuple[str, ...], infos: dict[str, TensorInfo]) -> int:
+    """Bytes of all tensors of the output: what only the base has is written as well."""
+    twins = suite.twins(tasks)
+    total = sum(info.nbytes * (1 + len(twins.get(name, ()))) for name, info in infos.items())
+    if suite.base is not None:
+        written = set(infos).union(*twins.values())
+        total += sum(suite.base.info(n).nbytes for n in suite.base if n not in written)
     return total
+
+
+def _entry_bytes(info: TensorInfo, copies: int) -> int:
+    """Stacked experts, their working copies (float32 at least), the result and one temporary."""
+    return (2 * copies + 2) * info.numel * max(4, info.dtype.itemsize)
+
+
+def _factor_bytes(info: TensorInfo, experts: int) -> int:
+    m = info.shape[0]
+    n = info.numel // m
+    r = min(m, n)
+    return experts * (m + n + 1) * r * 4 + 3 * (m * n + r * r) * 8
 
 
 def _dtype(info: TensorInfo) -> str:

@@ -12,8 +12,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from merge_core.checkpoint import Checkpoint
+from merge_core.decomposition import Route
 from merge_core.errors import CheckpointError, RecipeError, explain_validation
-from merge_core.linalg import Route
 from merge_core.recipe import Recipe, make_recipe
 from merge_core.suite import Suite
 
@@ -30,6 +30,8 @@ class Provenance(BaseModel):
         inputs: digest of each merged expert, in the suite's order.
         base: digest of the base, where the suite has one: integer buffers come from it.
         data: digest of each task's data and head, for methods that learn from them.
+        sources: of each expert that came from the hub, its name there and its commit.
+        base_source: the same of the base.
         decomposition: how matrices were decomposed.
         versions: of MergeScope, torch and Python.
         task: whose model the file is, of a method that gives one per task.
@@ -42,6 +44,8 @@ class Provenance(BaseModel):
     inputs: dict[str, str] = Field(min_length=1)
     base: str | None = None
     data: dict[str, str] = Field(default_factory=dict)
+    sources: dict[str, str] = Field(default_factory=dict)
+    base_source: str | None = None
     decomposition: Route = "gram"
     versions: dict[str, str]
     task: str | None = None
@@ -49,8 +53,9 @@ class Provenance(BaseModel):
     def to_header(self) -> str:
         """As JSON, for a safetensors header."""
         document = self.model_dump(mode="json", exclude_none=True)
-        if not self.data:
-            del document["data"]
+        for field in ("data", "sources"):
+            if not document[field]:
+                del document[field]
         return json.dumps(document)
 
 
@@ -76,12 +81,15 @@ def provenance(recipe: Recipe, suite: Suite, route: Route = "gram") -> Provenanc
     """
     tasks = suite.select(recipe.tasks)
     learns = recipe.declaration.learns is not None
+    sources = {task: suite.source(task) for task in tasks}
     return Provenance(
         recipe=recipe,
         digest=recipe.digest(suite),
         inputs={task: suite.expert(task).digest for task in tasks},
         base=None if suite.base is None else suite.base.digest,
         data={task: suite.data_digest(task) for task in tasks} if learns else {},
+        sources={task: name for task, name in sources.items() if name is not None},
+        base_source=suite.source(None),
         decomposition=route,
         versions=versions(),
     )
@@ -147,7 +155,7 @@ def differences(about: Provenance, suite: Suite) -> list[str]:
     if not known and order != tuple(about.inputs):
         return [f"order of experts: was {', '.join(about.inputs)}, is {', '.join(order)}"]
     if not known and _with_tasks(about).digest(suite) != about.digest:
-        return ["'decompose' or 'average' of suite.yaml: other patterns than at that time"]
+        return ["'decompose', 'average' or 'vocabulary' of suite.yaml: not as at that time"]
     return known
 
 

@@ -10,10 +10,17 @@ from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, quote, urlencode
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
 
 from merge_core.errors import RecipeError, explain_validation
-from merge_core.files import digest_of
+from merge_core.files import digest_of, path_below
 from merge_core.methods import get_method, get_postprocessor
 from merge_core.methods.declaration import (
     Method,
@@ -24,8 +31,11 @@ from merge_core.methods.declaration import (
 )
 from merge_core.suite import BUNDLED, Suite, load_suite
 from merge_core.task_vectors import Origin
+from merge_core.yaml_text import load_yaml, read_text_file
 
 LATER_FIELDS = ("origin", "weights", "overrides", "then")
+# As in YAML: without control characters.
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
 Dtype = Literal["input", "float32", "float16", "bfloat16", "float64"]
 
 
@@ -41,7 +51,7 @@ class Override(_Strict):
         parameters: the values that differ there.
     """
 
-    match: str = Field(min_length=1)
+    match: Text = Field(min_length=1)
     parameters: dict[str, Any] = Field(min_length=1)
 
 
@@ -77,7 +87,7 @@ class Recipe(_Strict):
         dtype: of the output; ``input`` keeps each parameter's own.
     """
 
-    suite: str = BUNDLED
+    suite: Text = BUNDLED
     tasks: tuple[str, ...] | None = None
     method: str
     parameters: dict[str, Any] = Field(default_factory=dict)
@@ -195,7 +205,7 @@ class Recipe(_Strict):
             "recipe-1",
             # The base counts for every method: integer buffers are taken from it.
             suite.members_digest(suite.select(self.tasks), with_base=True),
-            json.dumps([suite.spec.decompose, suite.spec.average]),
+            json.dumps(_naming(suite)),
             self.method,
             json.dumps(settled(self.checked_parameters), sort_keys=True),
             str(self.seed),
@@ -213,6 +223,13 @@ class Recipe(_Strict):
         document = self.model_dump()
         document["parameters"] = {**self.parameters, **changes}
         return make_recipe(document)
+
+
+def _naming(suite: Suite) -> list[Any]:
+    """What a suite says of its parameters; a rule that is not used leaves no trace."""
+    spec = suite.spec
+    rule = [] if spec.vocabulary == "refuse" else [spec.vocabulary]
+    return [spec.decompose, spec.average, *rule]
 
 
 def checked_parameters(method: Method | Postprocessor, given: Any) -> MethodParameters:
@@ -262,8 +279,8 @@ def recipe_from_yaml(text: str, where: str = "The recipe") -> Recipe:
         RecipeError: not YAML, or not a recipe.
     """
     try:
-        document = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: month 13
+        document = load_yaml(text)
+    except yaml.YAMLError as error:
         first = str(error).replace("\n", " ")
         raise RecipeError(f"{where} is not valid YAML: {first:.200}") from error
     return make_recipe(document, where)
@@ -301,7 +318,7 @@ def read_recipe(path: str | Path) -> Recipe:
     path = Path(path)
     try:
         path = path.expanduser()
-        text = path.read_text(encoding="utf-8")
+        text = read_text_file(path)
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~someone without a home
         told = "not a text file" if isinstance(error, ValueError) else str(error)
         reason = getattr(error, "strerror", None) or told
@@ -321,7 +338,7 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Suite]:
     recipe = read_recipe(path)
     path = Path(path).expanduser()
     suite = load_suite(
-        BUNDLED if recipe.suite == BUNDLED else path.parent / Path(recipe.suite).expanduser()
+        BUNDLED if recipe.suite == BUNDLED else path_below(path.parent, recipe.suite, RecipeError)
     )
     suite.select(recipe.tasks)
     return recipe, suite

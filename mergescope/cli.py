@@ -16,22 +16,25 @@ from typing import TYPE_CHECKING, Annotated, NoReturn
 import typer
 
 from merge_core.errors import MergeScopeError, SuiteError
+from mergescope.card_cli import card
 from mergescope.compare_cli import compare
+from mergescope.decompose_cli import decompose
+from mergescope.hub_cli import download, push, suite_or_model, with_headers
+from mergescope.inspection import print_preflight
 from mergescope.methods_cli import list_methods
 from mergescope.pool_cli import pool_app
+from mergescope.prepare_cli import prepare
 from mergescope.select_rank_cli import select
+from mergescope.suite_cli import suite_app
 from mergescope.terminal import (
     CsvOption,
     LimitOption,
-    SuiteArgument,
     TasksOption,
     checked_csv,
     checked_split,
     console,
     print_frame,
-    print_table,
     progress_bar,
-    size,
     split_names,
     write_csv,
 )
@@ -39,8 +42,8 @@ from mergescope.terminal import (
 if TYPE_CHECKING:
     import pandas as pd
 
+    from merge_core.decomposition import Route
     from merge_core.factors import FactorStore
-    from merge_core.linalg import Route
     from merge_core.recipe import Recipe
     from merge_core.suite import Suite
 
@@ -52,6 +55,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(pool_app)
+app.add_typer(suite_app)
 
 # ClickException of the click that typer uses: newer versions carry a copy of their own.
 ClickException: type[Exception] = typer.BadParameter.__mro__[2]
@@ -80,77 +84,67 @@ def open_app(
         typer.Argument(help="Suites and pools to offer beside the bundled ones."),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8501,
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder below which the page Open checkpoints may look; may be repeated. This one "
+            "if left out."
+        ),
+    ] = None,
 ) -> None:
     """Open the dashboard in the browser."""
     from merge_core.pool import describes_pool, load_pool
     from merge_core.suite import load_suite
+    from ui import roots
     from ui.catalog import POOLS, SUITES
 
     pools = [load_pool(name).path for name in references or [] if describes_pool(name)]
     suites = [load_suite(name).path for name in references or [] if not describes_pool(name)]
-    environment = {**os.environ, **SUITES.environment(suites), **POOLS.environment(pools)}
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "streamlit", "run", str(root / "app.py")]
+    environment = {
+        **os.environ,
+        **SUITES.environment(suites),
+        **POOLS.environment(pools),
+        **roots.environment(root or []),
+    }
+    home = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "streamlit", "run", str(home / "app.py")]
     # The folder holds .streamlit/config.toml: loopback only, no usage statistics, our themes.
     result = subprocess.run(
-        [*command, f"--server.port={port}"], cwd=root, env=environment, check=False
+        [*command, f"--server.port={port}"], cwd=home, env=environment, check=False
     )
     raise typer.Exit(result.returncode)
 
 
 @app.command()
 def inspect(
-    suite: SuiteArgument,
+    suite: Annotated[
+        str,
+        typer.Argument(
+            help="A suite.yaml, its folder, 'demo' for the bundled suite, or one model on the hub: "
+            "hf://org/name. What is on the hub alone shows its headers; nothing is downloaded."
+        ),
+    ],
     tasks: TasksOption = None,
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="Pre-flight only; read no weights.")
     ] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Every parameter, not one row for each kind.")
+    ] = False,
 ) -> None:
     """Pre-flight of a suite, and norms and ranks of its task vectors."""
     from merge_core.preflight import preflight
-    from merge_core.suite import load_suite
 
-    loaded = load_suite(suite)
+    given = suite_or_model(suite)
+    loaded = with_headers(given)
+    headers_only = headers_only or loaded is not given
     report = preflight(loaded, split_names(tasks))
     out = console()
     out.print(f"{loaded.name}: {len(loaded.tasks)} experts ({', '.join(loaded.tasks)})")
-    out.print(f"base: {'yes' if loaded.base is not None else 'none'}")
+    out.print(f"base: {'none' if loaded.spec.base is None else 'yes'}")
     lacking = loaded.why_not_evaluated
     out.print(f"evaluation: {'ready' if lacking is None else 'not possible, ' + lacking}")
-    members = [loaded.expert(task) for task in loaded.tasks]
-    members += [] if loaded.base is None else [loaded.base]
-    if foreign := sorted(set().union(*(member.foreign for member in members))):
-        out.print(f"named in pickled files, neither imported nor run: {', '.join(foreign)}")
-    decomposed = sum(row.decomposed for row in report.plan)
-    out.print(
-        f"parameters: {len(report.plan)} ({decomposed} decomposed, "
-        f"{len(report.plan) - decomposed} averaged)"
-    )
-    out.print(
-        f"a merge takes about {size(report.memory_bytes)} of memory "
-        f"and {size(report.disk_bytes)} on disk"
-    )
-    print_table(
-        out,
-        "Differences from the first expert",
-        ["member", "parameter", "kind", "detail"],
-        [[d.member, d.parameter, d.kind, d.detail] for d in report.differences],
-    )
-    print_table(
-        out,
-        "Parameters",
-        ["parameter", "shape", "dtype", "treatment", "why"],
-        [
-            [
-                row.name,
-                " x ".join(map(str, row.shape)),
-                row.dtype,
-                "decomposed" if row.decomposed else "averaged",
-                row.reason,
-            ]
-            for row in report.plan
-        ],
-    )
+    print_preflight(out, report, full)
     if not headers_only and not report.blocking:
         print_frame(
             out,
@@ -218,14 +212,24 @@ def merge(
             "or ray://HOST:PORT of a cluster."
         ),
     ] = "threads",
+    as_adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RANK",
+            help="Write a LoRA adapter of the base instead of the whole model: directions (16), "
+            "a share (0.08), or a share of the update's energy (energy:0.95).",
+        ),
+    ] = None,
 ) -> None:
     """Merge as a recipe says, into a folder with weights, recipe and model card."""
+    from merge_core.adapter_export import AdapterRank, merge_to_adapter
     from merge_core.executors import executor as executor_named
     from merge_core.export import merge_to_folder
     from merge_core.factors import FactorStore
     from merge_core.recipe import load_recipe
 
     where = executor_named(executor)
+    rank = None if as_adapter is None else AdapterRank.parse(as_adapter)
     route: Route = "svd" if full_svd else "gram"
     if _is_model(recipe):
         loaded, members, made_by = _recipe_of_model(recipe, suite)
@@ -242,16 +246,13 @@ def merge(
         typer.echo(f"note: {warning}", err=True)
     store = FactorStore(route=route)
     learned = _learned(loaded, members, store) if loaded.declaration.learns else None
-    merge_to_folder(
-        loaded,
-        members,
-        output,
-        store,
-        progress_bar("merging"),
-        int(shard_size * 1e9),
-        learned,
-        where,
-    )
+    bar = progress_bar("merging")
+    if rank is None:
+        shard = int(shard_size * 1e9)
+        merge_to_folder(loaded, members, output, store, bar, shard, learned, where)
+    else:
+        report = merge_to_adapter(loaded, members, output, rank, store, bar, learned, where)
+        typer.echo(report.sentences(), err=True)
     typer.echo(str(output))
 
 
@@ -315,6 +316,7 @@ def evaluate(
     from merge_core.factors import FactorStore
     from merge_core.recipe import load_recipe, make_recipe
     from merge_core.suite import load_suite
+    from merge_core.yaml_text import load_yaml, read_text_file
 
     part = checked_split(split)
     checked_csv(csv)
@@ -322,9 +324,9 @@ def evaluate(
     path = Path(target)
     document = None
     # Whatever is wrong with the file, the loader below says it.
-    with suppress(yaml.YAMLError, ValueError, RecursionError, OSError, RuntimeError):
+    with suppress(yaml.YAMLError, ValueError, OSError, RuntimeError):
         path = path.expanduser()
-        document = yaml.safe_load(path.read_text(encoding="utf-8")) if path.is_file() else None
+        document = load_yaml(read_text_file(path)) if path.is_file() else None
     is_recipe = isinstance(document, dict) and "experts" not in document
     if is_recipe:
         recipe, suite = load_recipe(path)
@@ -354,4 +356,9 @@ def evaluate(
 
 app.command("select-rank")(select)
 app.command()(compare)
+app.command()(decompose)
 app.command("methods")(list_methods)
+app.command()(card)
+app.command()(download)
+app.command()(prepare)
+app.command()(push)

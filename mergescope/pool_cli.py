@@ -125,13 +125,15 @@ def _arguments(pairs: list[str]) -> dict[str, Any]:
     """``key=value`` pairs, values as in YAML: numbers, true and false, lists, text."""
     import yaml
 
+    from merge_core.yaml_text import load_yaml
+
     arguments = {}
     for pair in pairs:
         key, equals, value = pair.partition("=")
         if not equals or not key.isidentifier():
             raise PoolError(f"--arg takes key=value, got {pair!r}.")
         try:
-            arguments[key] = yaml.safe_load(value)
+            arguments[key] = load_yaml(value)
         except yaml.YAMLError as error:
             raise PoolError(f"--arg {key}: {value!r} is not a value.") from error
     return arguments

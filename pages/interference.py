@@ -39,7 +39,7 @@ def cosine_frame(
     key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, _view: View
 ) -> pd.DataFrame:
     """Cosines of the whole model (layer None) or of one layer."""
-    groups = Groups(_view.suite, tasks, resources.factor_store())
+    groups = Groups(_view.suite, tasks, resources.factor_store(_view.suite))
     return cosine_similarity(groups, origin, layer)
 
 
@@ -58,7 +58,7 @@ def over_rank_frame(
     """I(k) and R(k) over the offered ranks, of one layer or averaged over all."""
     if layer is not None:
         return interference_over_rank(resources.group(_view), origin, SHARES, side)
-    groups = Groups(_view.suite, tasks, resources.factor_store())
+    groups = Groups(_view.suite, tasks, resources.factor_store(_view.suite))
     return mean_over_layers(interference_over_rank(groups, origin, SHARES, side))
 
 
@@ -277,7 +277,7 @@ def angles_frame(
 @st.cache_data(max_entries=16, show_spinner="Comparing signs …")
 def sign_frame(key: str, tasks: tuple[str, ...], _view: View) -> pd.DataFrame:
     """Sign conflict of every weight matrix about the base."""
-    frame = sign_conflict(Groups(_view.suite, tasks, resources.factor_store()), "base")
+    frame = sign_conflict(Groups(_view.suite, tasks, resources.factor_store(_view.suite)), "base")
     return frame[frame["parameter"].isin(_view.suite.matrices)]
 
 

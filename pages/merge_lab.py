@@ -5,13 +5,15 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
+from analysis.card import results_of
 from analysis.evaluation import mean_accuracy
 from analysis.figures import accuracy as figures
 from analysis.inputs import Split
 from merge_core.errors import RecipeError
-from merge_core.export import merged_bytes, model_card
+from merge_core.export import merged_bytes
 from merge_core.methods import get_method, methods
 from merge_core.methods.declaration import Method
+from merge_core.model_card import Result, model_card
 from merge_core.provenance import provenance
 from merge_core.recipe import Recipe, make_recipe, recipe_from_query
 from ui import charts, resources, shell
@@ -132,8 +134,12 @@ def pin_current(recipe: Recipe) -> None:
     st.session_state["pin"] = link_form(recipe)
 
 
-def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> None:
-    """Per-task accuracy of the recipe beside the experts and the pinned recipe."""
+def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> list[Result]:
+    """Per-task accuracy of the recipe beside the experts and the pinned recipe.
+
+    Returns:
+        The recipe's accuracies, for its card; none where it is not evaluated yet.
+    """
     evaluator, session = resources.evaluator(view), resources.session(view)
     size = sum(group.info.numel for group in session.groups)
     needed = [r for r in (recipe, other) if r is not None]
@@ -149,7 +155,7 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> No
             ],
         )
         if job is None:
-            return
+            return []
     experts = references(view.key, view.tasks, split, view)
     mine = accuracy(view.key, view.tasks, recipe.to_query(), split, view)
     frames = [experts.assign(model="Experts"), mine.assign(model=title_of(recipe))]
@@ -168,9 +174,12 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> No
         help=f"95 % interval {mean['low']:.1%} to {mean['high']:.1%}, mean over tasks.",
     )
     cards[1].metric("Experts", f"{expert_mean:.1%}")
-    relative = mine["accuracy"].to_numpy() / experts["accuracy"].to_numpy()
+    right = experts["accuracy"].to_numpy() > 0
+    relative = mine["accuracy"].to_numpy()[right] / experts["accuracy"].to_numpy()[right]
     cards[2].metric(
-        "Normalised", f"{relative.mean():.1%}", help="Each task's accuracy over its expert's, mean."
+        "Normalised",
+        f"{relative.mean():.1%}" if right.any() else "–",
+        help="Each task's accuracy over its expert's, mean.",
     )
     worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
     cards[3].metric(f"Worst task: {worst['task']}", f"{worst['accuracy']:.1%}")
@@ -189,6 +198,7 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> No
         recipe.declaration.formula,
     )
     charts.numbers(drawn, f"accuracy_{recipe.method}", key="per_task")
+    return results_of(mine, split)
 
 
 @shell.fragment
@@ -209,6 +219,7 @@ def lab() -> None:
         )
         other = pinned(view)
     with right:
+        results: list[Result] = []
         if view.suite.can_evaluate:
             splits: dict[Split, str] = {
                 "val": "Validation (to choose)",
@@ -220,7 +231,7 @@ def lab() -> None:
                 "split",
                 "Choose settings on the validation split; look at the test split once, at the end.",
             )
-            result(view, recipe, other, split)
+            results = result(view, recipe, other, split)
         else:
             shell.explain_no_evaluation(view)
         st.subheader("Take it with you", anchor=False)
@@ -254,7 +265,7 @@ def lab() -> None:
         )
         buttons[2].download_button(
             "Model card",
-            data=lambda: model_card(recipe, view.suite, provenance(recipe, view.suite)),
+            data=lambda: model_card(recipe, view.suite, provenance(recipe, view.suite), results),
             file_name="README.md",
             mime="text/markdown",
             on_click="ignore",

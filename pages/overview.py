@@ -29,6 +29,7 @@ shell.enter()
 SAMPLES = 6
 SCALE = 2
 PER_ROW = 4
+MOST_WARNINGS = 5  # the table below has them all
 
 Recipes = dict[str, tuple[Recipe, bool]]
 
@@ -149,17 +150,20 @@ def card_section(view: View) -> None:
     )
     cards[3].metric("Base", "yes" if suite.base is not None else "none", border=True)
     report = preflight(suite, view.tasks)
-    for difference in report.blocking:
+    for difference in report.blocking[:MOST_WARNINGS]:
         st.warning(
             f"**{difference.member}**, `{difference.parameter}`: {difference.kind}, "
             f"{difference.detail}. These experts cannot be merged."
         )
     with st.expander("Pre-flight: what a merge will do and take", icon=":material/checklist:"):
         st.markdown(
-            f"A streamed merge takes about {report.memory_bytes / 1e6:,.0f} MB of memory and "
-            f"{report.disk_bytes / 1e6:,.1f} MB on disk. Spectral methods decompose the matrices "
-            "of attention and MLP and average everything else."
+            f"A streamed merge takes about {report.memory_bytes / 1e6:,.0f} MB of memory for each "
+            f"worker ({report.entrywise_bytes / 1e6:,.0f} MB by methods that decompose nothing) "
+            f"and {report.disk_bytes / 1e6:,.1f} MB on disk. Spectral methods decompose the "
+            "matrices of attention and MLP and average everything else."
         )
+        for note in report.notes:
+            st.markdown(f"- `{note}`")
         plan = pd.DataFrame([asdict(row) for row in report.plan])
         st.dataframe(plan, hide_index=True)
         if report.differences:
@@ -169,7 +173,11 @@ def card_section(view: View) -> None:
 def tasks_section(view: View) -> None:
     """Sample images of each task."""
     st.subheader("The tasks", anchor=False)
-    shown = [t for t in view.suite.tasks if view.suite.spec.experts[t].data is not None]
+    data = {task: expert.data for task, expert in view.suite.spec.experts.items() if expert.data}
+    shown = [task for task, spec in data.items() if spec.kind != "text"]
+    if not shown and data:
+        st.info("The tasks are of texts, which are not shown.")
+        return
     if not shown:
         st.info("This suite names no data, so there are no images to show.")
         return
@@ -191,7 +199,8 @@ def page() -> None:
         "Why does averaging fine-tuned models work, and how can it work better?",
         "MergeScope looks inside a merge of fine-tuned models: how many directions each task "
         "needs, where tasks get into each other's way, and which rank and scale merge best. "
-        f"You are looking at the suite **{view.name}**: {view.suite.spec.description}",
+        f"You are looking at the suite **{view.name}**"
+        + (f": {about}" if (about := view.suite.spec.description) else "."),
     )
     first_section(view)
     st.subheader("The suite", anchor=False)

@@ -7,6 +7,7 @@ import streamlit as st
 
 from analysis.figures import spectra as figures
 from analysis.spectra import Part, cuts, parts_of, spectral_summary, spectrum
+from merge_core.parameters import describe
 from merge_core.task_vectors import Groups, Origin
 from ui import charts, resources, shell
 from ui.resources import View
@@ -21,6 +22,7 @@ ORIGINS: dict[str, tuple[Origin, ...]] = {
 }
 ORIGIN_LABELS = {"both": "Both", "average": "Centred", "base": "Original"}
 CLICKED = "_layer_clicked"
+FUSED_HELP = "Query, key and value share one fused matrix; CART decomposes it whole."
 QUANTITIES = {
     "stable_rank": "Stable rank",
     "effective_rank": "Effective rank",
@@ -41,9 +43,18 @@ def spectrum_frames(
 
 
 @st.cache_data(max_entries=32, show_spinner="Decomposing every layer …")
-def summary_frame(key: str, tasks: tuple[str, ...], origin: Origin, _view: View) -> pd.DataFrame:
+def summary_frame(
+    key: str, tasks: tuple[str, ...], origin: Origin, apart: bool, _view: View
+) -> pd.DataFrame:
     """Scalars of all layers and tasks."""
-    return spectral_summary(Groups(_view.suite, tasks, resources.factor_store()), origin)
+    groups = Groups(_view.suite, tasks, resources.factor_store(_view.suite))
+    return spectral_summary(groups, origin, apart=apart)
+
+
+def has_fused(view: View) -> bool:
+    """Whether a matrix of the suite fuses queries, keys and values."""
+    expert = view.suite.expert(view.tasks[0])
+    return any(describe(name, expert.info(name)).parts for name in view.suite.matrices)
 
 
 def open_cell() -> None:
@@ -107,7 +118,7 @@ def layer_section() -> None:
                 "Part of the fused matrix",
                 {name: name for name in parts},
                 "part",
-                "Query, key and value share one fused matrix; CART decomposes it whole.",
+                FUSED_HELP,
             )
     frames = [
         spectrum_frames(view.key, view.tasks, view.layer, origin, part, view)
@@ -159,12 +170,17 @@ def map_section() -> None:
         st.rerun()
     view = shell.view()
     st.subheader("Where in the network is a task's change concentrated?", anchor=False)
-    left, right = st.columns([2, 3])
+    left, middle, right = st.columns([2, 2, 3])
     with left:
         labels: dict[Origin, str] = {"average": "Centred"}
         if view.suite.base is not None:
             labels["base"] = "Original"
         origin = choice("Task vectors of the map", labels, "map_origin")
+    apart = False
+    if has_fused(view):
+        with middle:
+            shown = {"whole": "Fused", "apart": "Apart"}
+            apart = choice("Query, key and value", shown, "fused", FUSED_HELP) == "apart"
     with right:
         quantity = st.selectbox(
             "Quantity",
@@ -175,7 +191,7 @@ def map_section() -> None:
             help="Ranks count directions: stable rank ‖A‖²_F/σ₁², effective rank the exponential "
             "of the spectrum's entropy, participation ratio (Σσ²)²/Σσ⁴.",
         )
-    frame = summary_frame(view.key, view.tasks, origin, view)
+    frame = summary_frame(view.key, view.tasks, origin, apart, view)
     charts.show(
         figures.summary_map(frame, quantity, title=f"{QUANTITIES[quantity]} per layer and task"),
         key="summary_map",

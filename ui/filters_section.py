@@ -66,7 +66,7 @@ def deeper_section() -> None:
         shown = {first: one}
     views = patterns.available_views(one)
     if not views:
-        st.info("These models have no kernels, patch embedding, positions or fused attention.")
+        st.info("These models have no kernels, patch embedding, positions or attention.")
         return
     titles = {view: patterns.VIEWS[view].capitalize() for view in views}
     view = choice("Look at", titles, "view")
@@ -126,7 +126,14 @@ def heads_view(source: Source, shown: dict[str, dict[str, Tensor]]) -> None:
             "suite.yaml."
         )
         return
-    layers = patterns.attention_layers(next(iter(shown.values())))
+    every = [set(patterns.attention_layers(weights)) for weights in shown.values()]
+    # A base may hold more than its experts: a whole CLIP has a text half too.
+    common = set.intersection(*every)
+    own = patterns.attention_layers(next(iter(shown.values())))
+    layers = [name for name in own if name in common]
+    if not layers:
+        st.info("These two models share no attention layer. Compare other models.")
+        return
     layer = st.selectbox("Attention layer", layers, key="attention", bind="query-params")
     for column, (name, weights) in zip(st.columns(len(shown)), shown.items(), strict=True):
         with column:

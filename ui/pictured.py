@@ -14,8 +14,7 @@ from analysis.patterns import head_count, pictured_names
 from merge_core.checkpoint import Checkpoint
 from merge_core.pool import Pool
 from merge_core.suite import Suite
-from ui import pool_resources, resources
-from ui.catalog import SUITES
+from ui import pool_resources, resources, session_files
 
 AVERAGE = "average of all"
 
@@ -44,7 +43,7 @@ class Source:
 
 def source_names() -> dict[str, str]:
     """What can be chosen: label to the kind and name behind it."""
-    suites = {f"Suite {name}": f"suite:{name}" for name in SUITES.offered()}
+    suites = {f"Suite {name}": f"suite:{name}" for name in session_files.offered()}
     pools = {
         f"Pool {pool.title}": f"pool:{name}"
         for name, pool in pool_resources.described_pools().items()

@@ -11,6 +11,7 @@ from merge_core.errors import RecipeError
 from merge_core.methods import postprocessors
 from merge_core.methods.declaration import Method
 from merge_core.task_vectors import Origin
+from merge_core.yaml_text import load_yaml
 from ui.resources import View
 from ui.widgets import choice, controls
 
@@ -108,8 +109,8 @@ def parse_overrides(text: str) -> list[dict[str, Any]]:
     for part in filter(None, (part.strip() for part in text.split(";"))):
         match, _, values = part.partition(":")
         try:
-            parameters = yaml.safe_load(values)
-        except (yaml.YAMLError, ValueError, RecursionError):
+            parameters = load_yaml(values)
+        except yaml.YAMLError:
             parameters = None
         if not isinstance(parameters, dict) or not parameters:
             raise RecipeError(

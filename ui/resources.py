@@ -20,8 +20,10 @@ from merge_core.factors import FactorStore
 from merge_core.files import digest_of, file_digest
 from merge_core.suite import Suite, load_suite
 from merge_core.task_vectors import ParameterGroup
-from ui.catalog import SUITES
+from ui import session_files
 from ui.jobs import JobRunner
+
+PRIVATE_BYTES = 64 << 20  # of an uploaded suite's factors in memory
 
 
 @dataclass(frozen=True)
@@ -44,17 +46,17 @@ class View:
 
 
 def suite_key(name: str) -> str:
-    """A digest of a suite's file and of the size and time of all files that it names.
+    """A digest of a suite's file, its place, and the size and time of all files that it names.
 
     Raises:
         SuiteError: the suite's file is missing or wrong.
     """
-    suite = load_suite(SUITES.offered()[name])
+    suite = load_suite(session_files.offered()[name])
     files = [suite.spec.base] if suite.spec.base else []
     for expert in suite.spec.experts.values():
-        files += [expert.weights, expert.head or "", expert.data.file if expert.data else ""]
+        files += expert.files
     stamps = [stamp(suite.file(relative)) for relative in filter(None, files)]
-    return digest_of(file_digest(suite.path), *stamps)
+    return digest_of(str(suite.path), file_digest(suite.path), *stamps)
 
 
 def stamp(path: Path) -> str:
@@ -66,13 +68,24 @@ def stamp(path: Path) -> str:
 @st.cache_resource(max_entries=8, show_spinner=False)
 def open_suite(name: str, key: str) -> Suite:
     """The suite of that name, as it is at that key."""
-    return load_suite(SUITES.offered()[name])
+    return load_suite(session_files.offered()[name])
 
 
 @st.cache_resource(show_spinner=False)
-def factor_store() -> FactorStore:
-    """The one factor store of the server."""
+def _shared_factors() -> FactorStore:
     return FactorStore()
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _private_factors(folder: str) -> FactorStore:
+    return FactorStore(Path(folder), memory_bytes=PRIVATE_BYTES)
+
+
+def factor_store(suite: Suite) -> FactorStore:
+    """The server's one factor store; for uploads one beside them, which goes with them."""
+    if session_files.has_uploads(suite):
+        return _private_factors(str(suite.root / "factors"))
+    return _shared_factors()
 
 
 @st.cache_resource(show_spinner=False)
@@ -83,7 +96,7 @@ def job_runner() -> JobRunner:
 
 @st.cache_resource(max_entries=4, show_spinner=False)
 def _session(key: str, tasks: tuple[str, ...], _suite: Suite) -> MergeSession:
-    return MergeSession(_suite, tasks, factor_store())
+    return MergeSession(_suite, tasks, factor_store(_suite))
 
 
 def session(view: View, tasks: Sequence[str] | None = None) -> MergeSession:
@@ -118,4 +131,4 @@ def measurable(view: View) -> bool:
 
 def group(view: View) -> ParameterGroup:
     """The chosen layer across the chosen tasks."""
-    return ParameterGroup(view.suite, view.tasks, view.layer, factor_store())
+    return ParameterGroup(view.suite, view.tasks, view.layer, factor_store(view.suite))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
@@ -18,7 +19,7 @@ import streamlit as st
 
 from merge_core.errors import MergeScopeError
 from merge_core.recipe import Recipe
-from ui import garbage, sidebar
+from ui import garbage, session_files, sidebar
 from ui.pool_resources import PoolView
 from ui.resources import View
 from ui.widgets import share_label
@@ -54,6 +55,13 @@ class PageEntry:
 MERGING = (
     PageEntry(
         "overview", "Overview", ":material/biotech:", "The suite and a first result", "suite"
+    ),
+    PageEntry(
+        "open_checkpoints",
+        "Open checkpoints",
+        ":material/folder_open:",
+        "Your own models: what fits, and a suite of them",
+        "own",
     ),
     PageEntry(
         "spectra",
@@ -155,6 +163,8 @@ def lab_query(recipe: Recipe) -> dict[str, str | list[str]]:
 
 def run() -> None:
     """Draw the shell, then the page that was asked for."""
+    with suppress(OSError):  # said on the page that needs it
+        session_files.janitor()
     st.set_page_config(page_title="MergeScope", page_icon="🔬", layout="wide")
     groups = {title: [_page(e) for e in entries] for title, entries in SECTIONS.items()}
     page = st.navigation(groups)

@@ -7,8 +7,7 @@ from collections.abc import Mapping
 import streamlit as st
 
 from merge_core.pool import REGIMES, Pool
-from ui import pool_resources, resources
-from ui.catalog import SUITES
+from ui import pool_resources, resources, session_files
 from ui.pool_resources import PoolView
 from ui.resources import View
 from ui.widgets import choice
@@ -18,11 +17,10 @@ def choose_suite() -> View:
     """Suite, tasks and layer, kept across pages and in the link."""
     name = st.selectbox(
         "Suite",
-        list(SUITES.offered()),
+        list(session_files.offered()),
         key="suite",
         bind="query-params",
-        help="Experts fine-tuned from one base. Start with `mergescope app my/suite.yaml` "
-        "to see your own.",
+        help="Experts fine-tuned from one base. The page Open checkpoints adds your own.",
     )
     key = resources.suite_key(name)
     suite = resources.open_suite(name, key)

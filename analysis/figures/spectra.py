@@ -23,6 +23,7 @@ from analysis.figures.style import (
     task_markers,
     thinned,
 )
+from merge_core.parameters import block_of, matrix_kind
 
 # Column of a spectral summary: what it is called, its unit, and how it is written in a cell.
 SUMMARY_VALUES: dict[str, tuple[str, str, str]] = {
@@ -47,10 +48,14 @@ _CONTAINERS = frozenset(
 
 
 def short_name(parameter: str) -> str:
-    """A parameter's name for an axis: ``blocks.0.attn.qkv.weight`` is ``0 attn.qkv``.
+    """A parameter's name for an axis: ``blocks.0.attn.qkv.weight`` is ``0 attention qkv``.
 
-    The suffix ``weight`` and leading words for containers go; the numbers of blocks come first.
+    Numbers of blocks come first. Matrices of attention and MLP are called alike whatever a
+    library calls them; of other names the suffix ``weight`` and words for containers go.
     """
+    kind = matrix_kind(parameter)
+    if kind is not None:
+        return " ".join(part for part in (".".join(map(str, block_of(parameter))), kind) if part)
     words = parameter.removesuffix("weight").rstrip("._").split(".")
     numbers = [i for i, word in enumerate(words[:-1]) if word.isdigit()]
     split = numbers[-1] + 1 if numbers else 0
@@ -60,6 +65,12 @@ def short_name(parameter: str) -> str:
         rest = rest[1:]
     short = " ".join(part for part in (".".join(place), ".".join(rest)) if part)
     return short or parameter
+
+
+def _part_name(short: str, part: str) -> str:
+    """The short name of a part of a fused matrix, as the separate matrix would be called."""
+    fused = "attention qkv"
+    return short.removesuffix("qkv") + part if short.endswith(fused) else f"{short} {part}"
 
 
 def short_names(parameters: Iterable[str]) -> dict[str, str]:
@@ -234,12 +245,14 @@ def summary_map(frame: pd.DataFrame, value: str, title: str = "") -> go.Figure:
         KeyError: the value is none that a summary holds.
     """
     label, unit, digits = SUMMARY_VALUES[value]
-    table = frame.pivot_table(
-        index="parameter", columns="task", values=value, sort=False, dropna=False
-    )
+    table = frame.pivot_table(index=["parameter", "part"], columns="task", values=value, sort=False)
     z = table.to_numpy(dtype=float)
-    names = short_names(table.index)
-    rows = [names[parameter] for parameter in table.index]
+    parameters = [parameter for parameter, _ in table.index]
+    names = short_names(parameters)
+    rows = [
+        names[parameter] if part == "whole" else _part_name(names[parameter], part)
+        for parameter, part in table.index
+    ]
     tasks = list(table.columns)
     figure = go.Figure(
         go.Heatmap(
@@ -258,7 +271,7 @@ def summary_map(frame: pd.DataFrame, value: str, title: str = "") -> go.Figure:
     figure.add_scatter(
         x=[tasks[j] for _, j in cells],
         y=[rows[i] for i, _ in cells],
-        customdata=[[table.index[i], tasks[j]] for i, j in cells],
+        customdata=[[parameters[i], tasks[j]] for i, j in cells],
         text=[f"{z[i, j]:.6g}" for i, j in cells],
         mode="markers",
         marker={"symbol": "square", "size": 18, "color": TRANSPARENT, "line": {"width": 0}},

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -82,8 +83,8 @@ class Lesson:
         }
         for task in tasks:
             head = self._evaluator.head(task)
-            images, _ = self._evaluator.inputs(task, SPLIT, None)
-            width = self._backbone.features(state, images[:1]).shape[1]
+            image = self._evaluator.pixels(task, SPLIT, np.arange(1))
+            width = self._backbone.features(state, image).shape[1]
             if width != head.weight.shape[1]:
                 raise SuiteError(
                     f"The head of task {task!r} takes features of width {head.weight.shape[1]}, "
@@ -112,10 +113,11 @@ class Lesson:
 
     def images(self, task: str, most: int) -> Tensor:
         """Normalised validation images, N x 3 x H x W: all, or `most` of them by the seed."""
-        images, _ = self._evaluator.inputs(task, SPLIT, None)
-        if len(images) <= most:
-            return images
-        return images[torch.randperm(len(images), generator=self._source(task))[:most]]
+        count = self._count(task)
+        if count <= most:
+            return self._evaluator.pixels(task, SPLIT, np.arange(count))
+        order = torch.randperm(count, generator=self._source(task))
+        return self._evaluator.pixels(task, SPLIT, order[:most].numpy())
 
     def batches(self, task: str, size: int) -> Iterator[Tensor]:
         """Validation images without end, shuffled by the seed anew in every pass.
@@ -125,13 +127,15 @@ class Lesson:
             size: images of a batch; what is left at the end of a pass is not used in it, and all
                 images are one batch where there are fewer.
         """
-        images, _ = self._evaluator.inputs(task, SPLIT, None)
-        source = self._source(task)
-        whole = max(len(images) // size, 1) * size
+        count, source = self._count(task), self._source(task)
+        whole = max(count // size, 1) * size
         while True:
-            order = torch.randperm(len(images), generator=source)
+            order = torch.randperm(count, generator=source)
             for part in order[:whole].split(size):
-                yield images[part]
+                yield self._evaluator.pixels(task, SPLIT, part.numpy())
+
+    def _count(self, task: str) -> int:
+        return len(self._evaluator.raw_inputs(task, SPLIT).labels)
 
     def _source(self, task: str) -> torch.Generator:
         # By the task's name: the other tasks and their order do not count.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -206,8 +207,8 @@ def test_a_cancelled_run_keeps_what_was_run(
 def test_labels_are_not_looked_at(suite: Suite, session: MergeSession) -> None:
     evaluator = Evaluator(suite)
     for task in TASKS:
-        images, labels = evaluator.inputs(task, "val", None)
-        evaluator._inputs[task, "val", None] = (images, np.full_like(labels, 99))
+        raw = evaluator.raw_inputs(task, "val")
+        evaluator._raw[task, "val", None] = replace(raw, labels=np.full_like(raw.labels, 99))
     got = evaluator.recipe_outputs(average(), session, SOME, measures=tuple(MEASURES))
     expected = by_numpy(suite, averaged(suite), "shapes")
     assert got["shapes"]["classes"].tolist() == expected["classes"].tolist()

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.decomposition import PCA, TruncatedSVD
 from torch import Tensor
+from transformers.pytorch_utils import Conv1D
 
 from analysis.patterns import (
     attention_layers,
@@ -215,6 +216,41 @@ def test_forms_are_timms_attention(vit: Any) -> None:
     assert weights == pytest.approx(seen[0][0].numpy(), abs=1e-10)
 
 
+@pytest.mark.parametrize("library", ["gpt2", "clip", "bert"])
+def test_forms_are_those_of_fused_columns_and_of_separate_weights(library: str) -> None:
+    """Logits of the libraries' own layers: GPT-2 fuses by columns, others keep weights apart."""
+    torch.manual_seed(4)
+    x = torch.randn(5, 12, dtype=torch.float64)
+    if library == "gpt2":
+        layer = Conv1D(36, 12).double()
+        state = {"h.0.attn.c_attn.weight": layer.weight.detach()}
+        query, key, _ = layer(x).split(12, dim=1)
+    else:
+        names = {
+            "clip": ("layers.0.self_attn.q_proj", "layers.0.self_attn.k_proj"),
+            "bert": ("layer.0.attention.self.query", "layer.0.attention.self.key"),
+        }[library]
+        layers = [torch.nn.Linear(12, 12, bias=False).double() for _ in names]
+        state = {f"{n}.weight": m.weight.detach() for n, m in zip(names, layers, strict=True)}
+        query, key = (m(x) for m in layers)
+    (name,) = attention_layers(state)
+    assert name == next(iter(state))
+    assert set(state) <= set(pictured_names({n: w.shape for n, w in state.items()}))
+    B = query_key(state, name, 3)
+    heads = [part.reshape(5, 3, 4).transpose(0, 1) for part in (query, key)]
+    logits = heads[0] @ heads[1].mT / 4**0.5
+    assert np.einsum("ia,hab,jb->hij", x, B, x) == pytest.approx(logits.detach().numpy(), abs=1e-10)
+
+
+def test_layers_whose_queries_share_keys_have_no_forms() -> None:
+    state = {
+        "layers.0.self_attn.q_proj.weight": torch.ones(12, 12),
+        "layers.0.self_attn.k_proj.weight": torch.ones(4, 12),
+    }
+    assert attention_layers(state) == ()
+    assert attention_layers({"layers.0.self_attn.q_proj.weight": torch.ones(12, 12)}) == ()
+
+
 @pytest.mark.parametrize("heads", [1, 3, 6])
 def test_head_spectrum_is_that_of_the_form(vit: Any, heads: int) -> None:
     state, layer = vit.state_dict(), "blocks.0.attn.qkv.weight"
@@ -247,7 +283,7 @@ def test_symmetric_antisymmetric_and_silent_heads() -> None:
 
 def test_layers_and_heads_must_exist(vit: Any) -> None:
     state = vit.state_dict()
-    with pytest.raises(CheckpointError, match=r"no fused query-key-value weight 'blocks\.7"):
+    with pytest.raises(CheckpointError, match=r"no attention weight 'blocks\.7"):
         query_key(state, "blocks.7.attn.qkv.weight", 3)
     for heads in (0, 5):
         with pytest.raises(CheckpointError, match=f"{heads} heads cannot share"):

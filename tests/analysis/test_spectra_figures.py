@@ -20,7 +20,7 @@ from analysis.interference import (
 )
 from analysis.spectra import cuts, spectral_summary, spectrum
 from merge_core.task_vectors import Groups, ParameterGroup
-from tests.analysis.tiny_suite import MATRICES, TASKS
+from tests.analysis.tiny_suite import MATRICES, QKV, TASKS
 
 ORIGINS = ("average", "base")
 SHARES = (0.1, 0.25, 0.5, 1.0)
@@ -43,12 +43,15 @@ def visible_texts(figure: go.Figure) -> str:
 @pytest.mark.parametrize(
     ("parameter", "short"),
     [
-        ("blocks.0.attn.qkv.weight", "0 attn.qkv"),
-        ("visual.transformer.resblocks.11.mlp.c_fc.weight", "11 mlp.c_fc"),
-        ("resblocks.3.attn.in_proj_weight", "3 attn.in_proj"),
-        ("encoder.layer.3.attention.self.query.weight", "3 attention.self.query"),
-        ("model.layers.7.self_attn.q_proj.weight", "7 self_attn.q_proj"),
-        ("layers.0.blocks.1.attn.qkv.weight", "0.1 attn.qkv"),
+        ("blocks.0.attn.qkv.weight", "0 attention qkv"),
+        ("transformer.h.0.attn.c_attn.weight", "0 attention qkv"),
+        ("visual.transformer.resblocks.11.mlp.c_fc.weight", "11 mlp in"),
+        ("resblocks.3.attn.in_proj_weight", "3 attention qkv"),
+        ("encoder.layer.3.attention.self.query.weight", "3 attention q"),
+        ("model.layers.7.self_attn.q_proj.weight", "7 attention q"),
+        ("layers.0.blocks.1.attn.qkv.weight", "0.1 attention qkv"),
+        ("head.attention.in_proj_weight", "attention qkv"),
+        ("stages.0.blocks.1.conv_dw.weight", "0.1 conv_dw"),
         ("layer1.0.conv1.weight", "layer1.0 conv1"),
         ("layer1.0.downsample.0.weight", "layer1.0 downsample.0"),
         ("features.28.weight", "features.28"),
@@ -137,6 +140,23 @@ def test_cumulative_energy_draws_energy_marks_and_choice(fc: ParameterGroup) -> 
     assert {note.text for note in figure.layout.annotations} == {"50 %", "90 %", "chosen: 25 %"}
 
 
+def test_a_map_of_parts_names_them_like_separate_matrices(groups: Groups) -> None:
+    frame = spectral_summary(groups, "average", apart=True)
+    heat, cells = spectra_figures.summary_map(frame, "frobenius").data
+    assert list(heat.y)[:3] == ["0 attention q", "0 attention k", "0 attention v"]
+    values = frame.set_index(["part", "task"])["frobenius"]
+    for task, row, (parameter, _), text in zip(
+        cells.x, cells.y, cells.customdata, cells.text, strict=True
+    ):
+        if parameter == QKV:  # a click opens the fused layer
+            assert float(text) == pytest.approx(values[row[-1], task], rel=1e-5)
+    assert short_of_split("q") == "0 attention q"
+
+
+def short_of_split(part: str) -> str:
+    return spectra_figures.short_name(f"layers.0.self_attn.{part}_proj.weight")
+
+
 @pytest.mark.parametrize("value", list(spectra_figures.SUMMARY_VALUES))
 def test_summary_map_draws_every_value_where_it_belongs(groups: Groups, value: str) -> None:
     frame = spectral_summary(groups, "average")
@@ -170,6 +190,7 @@ def test_summary_map_can_be_clicked_anywhere_in_a_cell(groups: Groups) -> None:
 def test_large_summary_maps_thin_their_labels_but_not_their_cells() -> None:
     parameters = [f"blocks.{i}.fc.weight" for i in range(70)]
     frame = pd.DataFrame({"parameter": np.repeat(parameters, 2), "task": ["a", "b"] * 70})
+    frame["part"] = "whole"
     figure = spectra_figures.summary_map(frame.assign(stable_rank=np.arange(140.0)), "stable_rank")
     heat, cells = figure.data
     assert heat.texttemplate is None

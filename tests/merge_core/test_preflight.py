@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession, check_fits
-from merge_core.errors import SuiteError
+from merge_core.errors import CheckpointError, SuiteError
 from merge_core.export import merge_to_folder
 from merge_core.factors import FactorStore
 from merge_core.preflight import preflight
@@ -72,6 +72,70 @@ def test_a_base_that_departs_is_told(suite_of: Callable[..., Suite]) -> None:
     plain = three({})["a"]
     suite = suite_of({"a": plain, "b": plain}, base={**plain, "mlp.weight": torch.ones(5, 6)})
     assert differences(suite) == [("base", "mlp.weight", "shape", True)]
+
+
+def test_everything_is_told_in_one_report(suite_of: Callable[..., Suite]) -> None:
+    """Not the first fault alone: whoever mends it would meet the next after another long wait."""
+    good = {"wte.weight": torch.ones(7, 4), "mlp.weight": W, "b": torch.ones(4), "head.weight": W}
+    suite = suite_of(
+        {
+            "gone": good,
+            "a": good,
+            "short": {**good, "wte.weight": torch.ones(5, 4)},
+            "odd": {"mlp.weight": W.T.contiguous(), "wte.weight": torch.ones(7, 4).half()},
+            "damaged": good,
+        },
+        base={**good, "head.weight": torch.ones(2, 6), "only": W},
+        decompose=["mlp*", "nowhere.*"],
+    )
+    suite.file(suite.spec.experts["gone"].weights).unlink()
+    broken(suite, "damaged")
+    report = preflight(suite)
+    assert [(d.member, d.parameter, d.kind, d.blocking) for d in report.differences] == [
+        ("gone", "", "unreadable", True),
+        ("damaged", "", "unreadable", True),
+        ("short", "wte.weight", "vocabulary", True),
+        ("odd", "b", "missing", True),
+        ("odd", "head.weight", "head", False),
+        ("odd", "mlp.weight", "shape", True),
+        ("odd", "wte.weight", "dtype", False),
+        ("base", "head.weight", "head", False),
+        ("base", "only", "extra", False),
+    ]
+    assert "does not exist" in report.differences[0].detail
+    assert report.notes == ("'nowhere.*' under 'decompose' in suite.yaml matches no parameter",)
+    assert report.plan == ()  # nothing that all others share fits
+    with pytest.raises(CheckpointError, match="does not exist"):
+        check_fits(suite, suite.tasks)
+
+
+def test_a_base_that_cannot_be_read_is_told_with_the_rest(suite_of: Callable[..., Suite]) -> None:
+    plain = three({})["a"]
+    suite = suite_of({"a": plain, "b": {**plain, "more": W}}, base=plain)
+    suite.file(str(suite.spec.base)).write_bytes(b"")
+    report = preflight(suite)
+    assert [(d.member, d.kind) for d in report.differences] == [
+        ("base", "unreadable"),
+        ("b", "extra"),
+    ]
+    assert len(report.plan) == 3
+
+
+def test_no_member_can_be_read(suite_of: Callable[..., Suite]) -> None:
+    suite = suite_of({"a": {"w": W}})
+    broken(suite, "a")
+    report = preflight(suite)
+    assert [d.kind for d in report.blocking] == ["unreadable"]
+    assert report.plan == ()
+
+
+def test_methods_that_decompose_nothing_take_less_memory(
+    synthetic_suite: Callable[..., Suite],
+) -> None:
+    matrices = preflight(synthetic_suite(shapes={"l0.weight": (64, 64), "b": (9,)}))
+    assert 4 * 64 * 64 * 4 <= matrices.entrywise_bytes < matrices.memory_bytes
+    vectors = preflight(synthetic_suite(shapes={"b": (4096,)}))
+    assert vectors.entrywise_bytes == vectors.memory_bytes >= 4 * 4096 * 4
 
 
 def test_no_tensor_is_read(

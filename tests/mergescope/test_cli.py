@@ -231,7 +231,17 @@ def test_help_is_light() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    names = ("app", "inspect", "merge", "evaluate", "select-rank", "compare", "methods", "pool")
+    names = (
+        "app",
+        "inspect",
+        "merge",
+        "evaluate",
+        "select-rank",
+        "compare",
+        "methods",
+        "pool",
+        "suite",
+    )
     for command in names:
         assert f"  {command} " in done.stdout
 

@@ -113,6 +113,20 @@ def test_the_scree_is_the_spectrum_of_the_task_vectors() -> None:
     np.testing.assert_allclose(shown[strong], expected[places - 1][strong], rtol=1e-4)
 
 
+def test_the_map_shows_fused_queries_keys_and_values_apart_when_asked_to() -> None:
+    at = healthy(open_page("spectra", fused="Apart", quantity="Norm"))
+    drawn = trace(figures(at)[2], type="heatmap")
+    rows = list(drawn["y"])
+    assert {"0 attention q", "0 attention k", "0 attention v"} <= set(rows)
+    assert not any("qkv" in row for row in rows)
+    fused = weights("blocks.1.attn.qkv.weight")
+    centred = fused - fused.mean(axis=0)
+    for place, part in enumerate("qkv"):
+        exact = [np.linalg.norm(np.split(matrix, 3)[place]) for matrix in centred]
+        shown = array(drawn["z"])[rows.index(f"1 attention {part}")]
+        np.testing.assert_allclose(shown, exact, rtol=1e-4)
+
+
 def test_energy_kept_follows_the_rank() -> None:
     layer = load_suite("demo").matrices[0]
     at = healthy(open_page("spectra", layer=layer, share="16 %"))

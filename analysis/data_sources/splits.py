@@ -1,0 +1,99 @@
+"""Which images of a source are for choosing (validation) and which for reporting (test)."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+
+from merge_core.data_spec import DataSpec
+from merge_core.errors import SuiteError
+
+TEST = ("test", "t10k", "testing")
+VALIDATION = ("val", "validation", "valid")
+TRAINING = ("train", "training", "trainval")
+KNOWN = (*TRAINING, *VALIDATION, *TEST)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The splits of a source that are used.
+
+    Attributes:
+        val: the one to choose on.
+        test: the one to report on; perhaps the same.
+    """
+
+    val: str
+    test: str
+
+    @property
+    def held_out(self) -> bool:
+        """Whether validation images are a drawn part of their split rather than all of it."""
+        # The parts of EMNIST are called emnist-digits-train and so on.
+        return self.val == self.test or self.val.rpartition("-")[2] in TRAINING
+
+
+def choose(data: DataSpec, names: Collection[str], what: str) -> Choice:
+    """The splits that suite.yaml names, else the usual ones.
+
+    Test: the split called so, else one called validation, else the only one. Validation: the
+    split called so, else a part of the training split, else a part of the test split.
+
+    Args:
+        data: what suite.yaml says.
+        names: of the source's splits.
+        what: whose data these are, for messages.
+
+    Raises:
+        SuiteError: a split that the source lacks, or none that is clearly for testing.
+    """
+    for field, name in (("val", data.val), ("test", data.test)):
+        if name is not None and name not in names:
+            raise SuiteError(
+                f"{what[0].upper()}{what[1:]}: there is no split {name!r}; there is "
+                f"{', '.join(names) or 'none'}. Correct '{field}'."
+            )
+    others = [name for name in VALIDATION if name != data.val]
+    usual = [name for name in (*TEST, *others) if name in names]
+    test = data.test or next(iter([*usual, *(names if len(names) == 1 else [])]), None)
+    if test is None:
+        raise SuiteError(
+            f"{what[0].upper()}{what[1:]}: which split is for testing? There is "
+            f"{', '.join(names) or 'none'}; name one as 'test'."
+        )
+    own = [name for name in (*VALIDATION, *TRAINING) if name in names and name != test]
+    return Choice(data.val or next(iter(own), test), test)
+
+
+def rows(data: DataSpec, choice: Choice, for_test: bool, count: int, what: str) -> np.ndarray:
+    """Numbers of the images that are used, in an order drawn by the seed.
+
+    The order is shuffled, so that the first so many are a fair sample, and a larger `limit` adds
+    to a smaller one. Validation and test images never overlap.
+
+    Args:
+        data: what suite.yaml says.
+        choice: of splits.
+        for_test: for the test split rather than validation.
+        count: images in the split that is drawn from.
+        what: whose data these are, for messages.
+
+    Raises:
+        SuiteError: too few images.
+    """
+    order = np.random.default_rng(data.seed).permutation(count)
+    shared = choice.val == choice.test
+    if count < 1 + shared:
+        raise SuiteError(
+            f"{what[0].upper()}{what[1:]}: the split "
+            f"{(choice.test if for_test else choice.val)!r} has {count} images, too few."
+        )
+    held = max(1, round(data.val_share * count))
+    if shared:
+        held = min(held, count - 1)
+        order = order[held:] if for_test else order[:held]
+    elif not for_test and choice.held_out:
+        order = order[:held]
+    return order[: data.limit]

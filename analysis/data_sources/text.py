@@ -1,0 +1,92 @@
+"""Texts with labels as rows of tokens, from datasets of the Hugging Face hub's form."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from analysis.data_sources.hugging_face import read_tables
+from analysis.data_sources.source import UNLABELLED, Request
+from analysis.data_sources.splits import choose, rows
+from merge_core.data_files import Resolve, located, tokenizer_path
+from merge_core.data_spec import DataSpec
+from merge_core.errors import SuiteError
+
+PADDING = -1  # no token has this number, so that none is taken for it
+
+
+def read_texts(
+    data: DataSpec, split: Literal["val", "test"], resolve: Resolve, what: str
+) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
+    """One split of a task's texts.
+
+    Args:
+        data: what suite.yaml says, of the kind ``text``.
+        split: for choosing or for reporting.
+        resolve: of paths of suite.yaml.
+        what: whose data these are, for messages.
+
+    Returns:
+        Tokens, int32, N x L, at the end of a text :data:`PADDING`; labels, int64, N; class names.
+
+    Raises:
+        SuiteError: a dataset or tokenizer that is missing or of another form, or labels that are
+            no classes.
+        HubError: a tokenizer of the hub that cannot be fetched.
+    """
+    assert data.text_columns is not None
+    path = located(data, resolve, what)
+    found = read_tables(Request(data, path, resolve, what))
+    choice = choose(data, found, what)
+    table = found[getattr(choice, split)]
+    label = (data.label_column or "label") if data.labelled else None
+    for name in (*data.text_columns, *((label,) if label else ())):
+        if name not in table.features:
+            raise SuiteError(
+                f"{what[0].upper()}{what[1:]}: there is no column {name!r}; there is "
+                f"{', '.join(table.features)}."
+            )
+    chosen = table.select(rows(data, choice, split == "test", len(table), what))
+    tokens = _encoded(
+        _tokenizer(tokenizer_path(data, resolve)),
+        [[str(text) for text in chosen[name]] for name in data.text_columns],
+        data.length,
+    )
+    if label is None:
+        return tokens, np.full(len(tokens), UNLABELLED), ()
+    labels = np.asarray(chosen[label])
+    if labels.dtype.kind not in "iub" or int(labels.min()) < 0:
+        raise SuiteError(
+            f"{what[0].upper()}{what[1:]}: the column {label!r} holds no class numbers from 0. "
+            "Accuracy needs classes; choose another split or column."
+        )
+    names = getattr(table.features[label], "names", None)
+    names = names or [str(number) for number in range(int(labels.max()) + 1)]
+    return tokens, labels.astype(np.int64), tuple(names)
+
+
+@lru_cache(maxsize=4)
+def _tokenizer(folder: Path) -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError as fault:
+        raise SuiteError(
+            "Texts need the package transformers: pip install 'mergescope[text]'."
+        ) from fault
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as fault:  # files of another form make the library raise almost anything
+        reason = " ".join(str(fault).split())
+        raise SuiteError(f"{folder} holds no tokenizer of transformers: {reason:.200}") from fault
+
+
+def _encoded(tokenizer: Any, columns: list[list[str]], length: int) -> np.ndarray:
+    """int32, N x length: one text a row, or two read as a pair."""
+    found = tokenizer(*columns, truncation=True, max_length=length)["input_ids"]
+    tokens = np.full((len(found), length), PADDING, dtype=np.int32)
+    for place, row in zip(tokens, found, strict=True):
+        place[: len(row)] = row
+    return tokens

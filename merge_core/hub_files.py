@@ -1,0 +1,164 @@
+"""Names on the Hugging Face Hub, and which files of a repository make up a model's weights.
+
+Nothing here asks the network: see :mod:`merge_core.hub`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection
+from dataclasses import dataclass, replace
+from pathlib import PurePosixPath
+
+from merge_core.checkpoint import FOLDER_CANDIDATES, PICKLE_SUFFIXES, TORCH_SUFFIXES
+from merge_core.companions import COMPANIONS
+from merge_core.errors import HubError
+
+SCHEME = "hf://"
+MAIN = "main"
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
+BESIDE = (*COMPANIONS, ADAPTER_CONFIG, "README.md")
+# A trainer leaves these beside the weights, under endings that weights have too.
+NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")
+
+_PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
+_ID = re.compile(rf"hf://(?P<repo>{_PART}(?:/{_PART})?)(?:@(?P<revision>[^:]*))?(?::(?P<file>.*))?")
+_WORD = re.compile(r"[A-Za-z0-9_.+=-]+")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+
+
+def is_hub_id(text: str) -> bool:
+    """Whether a text names something on the hub rather than a path."""
+    return text.startswith(SCHEME)
+
+
+@dataclass(frozen=True)
+class HubId:
+    """``hf://org/name@revision:file``.
+
+    Attributes:
+        repo: ``org/name``, or ``name`` alone.
+        revision: branch, tag or commit.
+        file: a weight file, an index or a folder of the repository; its usual one when None.
+    """
+
+    repo: str
+    revision: str = MAIN
+    file: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> HubId:
+        """Read ``hf://[org/]name[@revision][:file]``.
+
+        Raises:
+            HubError: another form, or a path that leaves the repository.
+        """
+        match = _ID.fullmatch(text)
+        parts = match.groupdict() if match else {}
+        repo, revision, file = parts.get("repo"), parts.get("revision"), parts.get("file")
+        if (
+            repo is None
+            or ".." in repo
+            or "--" in repo
+            or (revision is not None and not _stays_inside(revision))
+            or (file is not None and not is_plain_path(file))
+        ):
+            raise HubError(
+                f"{text!r:.200} is not a name on the hub. Write hf://org/name, "
+                "hf://org/name@revision or hf://org/name@revision:file."
+            )
+        return cls(repo, revision or MAIN, file)
+
+    def at(self, revision: str) -> HubId:
+        """The same model at another revision."""
+        return replace(self, revision=revision)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether the revision is a commit, whose content never changes."""
+        return COMMIT.fullmatch(self.revision) is not None
+
+    def __str__(self) -> str:
+        revision = "" if self.revision == MAIN else f"@{self.revision}"
+        file = "" if self.file is None else f":{self.file}"
+        return f"{SCHEME}{self.repo}{revision}{file}"
+
+
+def _stays_inside(revision: str) -> bool:
+    """Whether a revision (``main``, ``v1.0``, ``refs/pr/3``) is safe as the name of a file."""
+    return all(_WORD.fullmatch(part) and set(part) != {"."} for part in revision.split("/"))
+
+
+def is_plain_path(path: str) -> bool:
+    """Whether a file's name in a repository stays inside it, on every system."""
+    return (
+        path.isprintable()
+        and not set(path) & set('\\:*?"<>|')
+        and all(part.strip(" .") for part in path.split("/"))
+    )
+
+
+def entry_file(names: Collection[str], wanted: str | None, repo: str) -> str:
+    """The file by which a model's weights open: a file, an index, or an adapter's weights.
+
+    Safetensors come before pickles; a pickle is taken only where there is nothing else.
+
+    Args:
+        names: the files of the repository.
+        wanted: a file or folder that was asked for; the root when None.
+        repo: its name, for the message.
+
+    Raises:
+        HubError: there is no such file, no weights, or several and none is usual.
+    """
+    if wanted is not None and wanted in names:
+        if not is_weights(wanted):
+            raise HubError(
+                f"{repo}: {wanted} is no weight file. Name a .safetensors file, an index or a "
+                "PyTorch file."
+            )
+        return wanted
+    folder = PurePosixPath(wanted or "")
+    here = sorted(
+        path.name for path in map(PurePosixPath, names) if path.parent == folder and path.name
+    )
+    if wanted is not None and not here:
+        raise HubError(f"{repo} has no file or folder {wanted!r}. Check the name after the colon.")
+    safe = [name for name in here if name.endswith(".safetensors")]
+    torch_files = [
+        name for name in here if name.endswith(TORCH_SUFFIXES) and not name.startswith(NOT_WEIGHTS)
+    ]
+    usual = [name for name in FOLDER_CANDIDATES if name in here]
+    if ADAPTER_CONFIG in here:
+        usual += [name for name in ADAPTERS if name in here]
+    first = [name for name in usual if "safetensors" in name]
+    if not first and len(safe) == 1:
+        first = safe
+    if not first and not safe:
+        first = usual or (torch_files if len(torch_files) == 1 else [])
+    if first:
+        return str(folder / first[0])
+    found = safe or torch_files
+    if not found:
+        raise HubError(f"{repo} holds no weights. Name another repository or folder.")
+    raise HubError(
+        f"{repo} holds several weight files ({', '.join(found[:4])}…) and no index. "
+        f"Name one: {SCHEME}{repo}:{folder / found[0]}."
+    )
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file's ending is one that weights, or their index, have."""
+    return name.endswith((".safetensors", ".index.json", *PICKLE_SUFFIXES))
+
+
+def is_adapter(entry: str) -> bool:
+    """Whether weights are those of a PEFT adapter, which opens by its folder."""
+    return PurePosixPath(entry).name in ADAPTERS
+
+
+def companions(names: Collection[str], entry: str) -> list[str]:
+    """The configuration, tokenizer and card beside the weights, as far as they are there."""
+    beside = (str(PurePosixPath(entry).with_name(name)) for name in BESIDE)
+    return [path for path in beside if path in names]

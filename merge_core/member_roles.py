@@ -1,0 +1,258 @@
+"""What models that were found may be in a suite: expert, base, head; their names; the draft."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from pydantic import TypeAdapter, ValidationError
+
+from merge_core.checkpoint import Checkpoint
+from merge_core.errors import SuiteError
+from merge_core.suite import Suite, SuiteSpec, TaskName
+from merge_core.suite_draft import (
+    LONGEST,
+    Layout,
+    base_candidates,
+    draft,
+    guess_architecture,
+    task_name,
+    task_names,
+)
+
+Kind = Literal["model", "adapter", "head"]
+Role = Literal["expert", "base", "head", "left out"]
+
+ORDER: tuple[Role, ...] = ("base", "expert", "head", "left out")
+HEAD_WORDS = re.compile(r"(^|[-_.])(head|heads|classifier)([-_.]|$)", re.IGNORECASE)
+
+
+@dataclass(frozen=True)
+class Found:
+    """A model that was found, and what is suggested for it.
+
+    Attributes:
+        reference: its absolute path, or its hub id.
+        label: what its name says, such as ``Cars`` of ``Cars/finetuned.pt``.
+        long_label: its name with its folder's, where that alone is not told from others'.
+        shown: the reference as people know it (relative to the place where it was found).
+        kind: ``model``, ``adapter`` or ``head`` (a bare classifier).
+        checkpoint: its headers; None where they cannot be read, or only with a base.
+        nbytes: size in bytes.
+        download: bytes of it that a download would fetch.
+        task: suggested task name.
+        role: suggested role.
+        note: why it is left out, or what to know.
+    """
+
+    reference: str
+    label: str
+    long_label: str
+    shown: str
+    kind: Kind = "model"
+    checkpoint: Checkpoint | None = field(default=None, repr=False, compare=False)
+    nbytes: int = 0
+    download: int = 0
+    task: str = ""
+    role: Role = "expert"
+    note: str = ""
+
+    @cached_property
+    def layout(self) -> Layout:
+        """Shape of each parameter by name; empty where it is not known."""
+        known = self.checkpoint
+        return {} if known is None else {name: known.info(name).shape for name in known}
+
+
+class DraftedSuite(Suite):
+    """A suite of models that were found: known by their headers, also on the hub.
+
+    Args:
+        spec: the suite.
+        path: where its file will lie.
+        found: its members, and perhaps others.
+    """
+
+    def __init__(self, spec: SuiteSpec, path: Path, found: Sequence[Found]) -> None:
+        super().__init__(spec, path)
+        self._found = {each.reference: each.checkpoint for each in found if each.checkpoint}
+
+    def _open(self, relative: str, what: str) -> Checkpoint:
+        return self._found.get(relative) or super()._open(relative, what)
+
+
+def suggested(found: Sequence[Found]) -> tuple[Found, ...]:
+    """Task names and roles for what was found and read, sorted by role.
+
+    What shares fewer than half of its parameters, by name and shape, with the largest group of
+    models is left out; so are further models that look like a base.
+    """
+    models = [i for i, f in enumerate(found) if f.kind != "head" and f.role == "expert"]
+    result = list(found)
+    for i, note in _misfits([found[i] for i in models]):
+        result[models[i]] = replace(result[models[i]], role="left out", note=note)
+    models = [i for i in models if result[i].role == "expert"]
+    for place, i in enumerate(base_candidates([found[i].label for i in models])):
+        role: Role = "base" if place == 0 else "left out"
+        note = "" if place == 0 else "another model that looks like the base"
+        result[models[i]] = replace(result[models[i]], role=role, note=note)
+    experts = [i for i in models if result[i].role == "expert"]
+    labels = [result[i].label for i in experts]
+    if len(set(labels)) < len(labels):  # the same file name in several folders: both tell
+        labels = [result[i].long_label for i in experts]
+    for i, name in zip(experts, task_names(labels), strict=True):
+        result[i] = replace(result[i], task=name)
+    for i, each in enumerate(result):
+        if not each.task:
+            result[i] = replace(each, task=task_name(each.label))
+        if each.kind == "head" and each.role == "expert":
+            result[i] = replace(result[i], role="head")
+    return tuple(sorted(result, key=lambda each: ORDER.index(each.role)))
+
+
+def _misfits(models: Sequence[Found]) -> Iterator[tuple[int, str]]:
+    """Which models belong to another network than most of them, and why."""
+    read = [(i, model) for i, model in enumerate(models) if model.layout]
+
+    def kin(a: Layout, b: Layout) -> int:
+        return sum(b.get(name) == shape for name, shape in a.items())
+
+    def related(a: Layout, b: Layout) -> bool:
+        return 2 * kin(a, b) >= max(len(a), len(b))
+
+    if not read:
+        return
+    _, most = max(read, key=lambda item: sum(related(item[1].layout, m.layout) for _, m in read))
+    for i, model in read:
+        if not related(model.layout, most.layout):
+            yield (
+                i,
+                f"another network: {kin(model.layout, most.layout)} of its {len(model.layout)} "
+                f"parameters are as in {most.shown}",
+            )
+
+
+def with_base(found: Sequence[Found], base: str | None) -> tuple[Found, ...]:
+    """The same with another base, or none; what was taken for the base before is left out.
+
+    Args:
+        found: models.
+        base: reference of one of them.
+    """
+
+    def role(each: Found) -> Role:
+        if each.reference == base:
+            return "base"
+        return "left out" if each.role == "base" else each.role
+
+    return tuple(replace(each, role=role(each)) for each in found)
+
+
+def with_tasks(found: Sequence[Found], named: Mapping[str, str]) -> tuple[Found, ...]:
+    """The same with the task names that people gave, whatever was suggested.
+
+    Args:
+        found: models.
+        named: reference of an expert by task name.
+
+    Raises:
+        SuiteError: another expert has that name.
+    """
+    names = {reference: task for task, reference in named.items()}
+    result = tuple(
+        replace(each, task=names[each.reference], role="expert")
+        if each.reference in names
+        else each
+        for each in found
+    )
+    tasks = [each.task for each in result if each.role == "expert"]
+    if twice := [task for task in named if tasks.count(task) > 1]:
+        raise SuiteError(f"Two experts are called {twice[0]!r}. Give each a name of its own.")
+    return result
+
+
+def drafted(found: Sequence[Found], name: str, preset: SuiteSpec | None = None) -> SuiteSpec:
+    """The suite of the models by their roles, with heads and architecture where they are known.
+
+    Args:
+        found: models with roles and task names.
+        name: the suite's name.
+        preset: the suite that they come from, whose heads, data and architecture they keep.
+
+    Raises:
+        SuiteError: no expert, or a name that is not allowed.
+    """
+    experts = {each.task: each for each in found if each.role == "expert"}
+    base = next((each for each in found if each.role == "base"), None)
+    if preset is not None:
+        of = {expert.weights: expert for expert in preset.experts.values()}
+        kept = {task: of[each.reference] for task, each in experts.items()}
+        reference = None if base is None else base.reference
+        return preset.model_copy(update={"name": name, "base": reference, "experts": kept})
+    shapes = [guess_architecture(e.layout) for e in (*experts.values(), *([base] if base else []))]
+    same = bool(shapes) and all(shape == shapes[0] for shape in shapes)
+    return draft(
+        {task: each.reference for task, each in experts.items()},
+        None if base is None else base.reference,
+        name,
+        shapes[0] if same else None,
+        heads_for(found, list(experts)),
+    )
+
+
+def of_preset(found: Sequence[Found], preset: SuiteSpec) -> tuple[Found, ...]:
+    """A preset's models with the names and roles that it gives them, whatever was suggested."""
+    tasks = {expert.weights: task for task, expert in preset.experts.items()}
+    return tuple(
+        replace(each, task=tasks[each.reference], role="expert")
+        if each.reference in tasks
+        else replace(each, role="base")
+        for each in found
+    )
+
+
+def mistakes(found: Sequence[Found]) -> list[str]:
+    """What keeps models with these roles and names from being a suite, in words."""
+    experts = [each for each in found if each.role == "expert"]
+    bases = [each for each in found if each.role == "base"]
+    valid = TypeAdapter(TaskName)
+    wrong = []
+    for each in experts:
+        try:
+            valid.validate_python(each.task)
+        except ValidationError:
+            wrong.append(each.task)
+    said = []
+    if not experts:
+        said.append("Choose at least one model as an expert.")
+    if wrong:
+        said.append(
+            f"Task names have letters, digits and . _ + - (at most {LONGEST}); not so: "
+            f"{', '.join(map(repr, wrong))}."
+        )
+    if twice := [task for task, count in Counter(e.task for e in experts).items() if count > 1]:
+        said.append(f"Each task needs a name of its own; twice there: {', '.join(twice)}.")
+    if len(bases) > 1:
+        said.append(f"There is one base at most; chosen are {', '.join(b.shown for b in bases)}.")
+    if not bases and any(each.kind == "adapter" for each in experts):
+        said.append("Adapters need the base that they were trained on. Choose it.")
+    return said
+
+
+def heads_for(found: Sequence[Found], tasks: Sequence[str]) -> dict[str, str]:
+    """Classifiers that belong to tasks by name: ``head_Cars.pt`` or ``heads/cars.safetensors``.
+
+    Returns:
+        Reference of the head by task; tasks without one are absent.
+    """
+
+    def folded(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", HEAD_WORDS.sub("-", text).lower())
+
+    known = {folded(each.label): each.reference for each in found if each.role == "head"}
+    return {task: known[folded(task)] for task in tasks if folded(task) in known}

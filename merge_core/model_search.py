@@ -1,0 +1,229 @@
+"""Models in folders, among files and on the hub: what there is, read from headers alone."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+
+from merge_core.adapter_config import CONFIG_FILE, read_adapter_config
+from merge_core.adapters import WEIGHT_FILES, is_adapter
+from merge_core.checkpoint import FOLDER_CANDIDATES, TORCH_SUFFIXES, Checkpoint
+from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
+from merge_core.hub_files import NOT_WEIGHTS, HubId, is_hub_id
+from merge_core.member_roles import Found, Kind, suggested
+from merge_core.progress import Progress
+from merge_core.suite_draft import Layout
+
+WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+# File names that say nothing about the task: the folder's name does.
+SAYS_NOTHING = re.compile(
+    r"^(model|pytorch_model|adapter_model|adapter|finetuned|nonlinear_finetuned|fine_tuned|"
+    r"checkpoint|ckpt|weights|best|last|final|encoder|image_encoder)$",
+    re.IGNORECASE,
+)
+MOST_MODELS = 200
+MOST_ENTRIES = 5000
+AT_ONCE = 8  # asking the hub is mostly waiting
+
+
+def find_models(
+    places: Sequence[str], inside: Path | None = None, progress: Progress | None = None
+) -> tuple[Found, ...]:
+    """The models at these places, with suggested task names and roles.
+
+    A model is a weight file, a sharded index, a Hugging Face folder, an adapter folder or a hub
+    id. Folders are searched to one level below them. Only headers are read.
+
+    Args:
+        places: folders, files and hub ids.
+        inside: refuse files that lie outside this folder, also by symbolic links.
+        progress: told after each model.
+
+    Raises:
+        SuiteError: a place that does not exist, nothing found, or too much.
+        Cancelled: `progress` says so.
+    """
+    listed = [found for place in places for found in _at(place, len(places) == 1)]
+    if not listed:
+        where = ", ".join(places)
+        raise SuiteError(
+            f"No model was found in {where}. Known: .safetensors, {', '.join(TORCH_SUFFIXES)}, "
+            "sharded indices, Hugging Face and adapter folders, one level deep."
+        )
+    if len(listed) > MOST_MODELS:
+        raise SuiteError(
+            f"{len(listed)} models were found, more than {MOST_MODELS}. Name a folder further "
+            "down, or the files themselves."
+        )
+    once = list({found.reference: found for found in reversed(listed)}.values())[::-1]
+    opened = []
+    pool = ThreadPoolExecutor(AT_ONCE)
+    try:
+        for found in pool.map(lambda each: _opened(each, inside), once):
+            opened.append(found)
+            (progress or Progress()).step(len(opened), len(once), found.shown)
+    finally:
+        pool.shutdown(cancel_futures=True)
+    return suggested(opened)
+
+
+def _at(place: str, alone: bool) -> Iterator[Found]:
+    """What lies at one place; of a model's own folder, other models only if it stands alone."""
+    if is_hub_id(place):
+        asked = HubId.parse(place)
+        inner = Path(asked.file or "").parts
+        told = [asked.repo.rpartition("/")[2], *(p for p in inner if not _says_nothing(p))]
+        shown = place.removeprefix("hf://")
+        yield Found(place, "-".join(told), re.sub(r"[/@:]", "-", shown), shown)
+        return
+    try:
+        path = Path(place).expanduser().resolve()
+        if path.is_file():
+            yield _file(path, path.parent)
+            return
+        if not path.is_dir():
+            raise SuiteError(f"{place} does not exist. Check the path.")
+        if _is_model(path):
+            yield _folder(path, path.parent)
+            if not alone:
+                return
+        else:
+            yield from _files(path, path)
+        for child in _entries(path):
+            if child.is_dir() and _is_model(child):
+                yield _folder(child, path)
+            elif child.is_dir():
+                yield from _files(child, path)
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, impossible names
+        reason = getattr(error, "strerror", None) or error
+        raise SuiteError(f"{place} cannot be read ({reason}). Check the path.") from error
+
+
+def holds_models(folder: Path) -> bool:
+    """Whether a folder is a model or holds weight files, by their names."""
+    try:
+        return _is_model(folder) or any(True for _ in _files(folder, folder))
+    except (OSError, SuiteError):  # not ours to read, or far too much
+        return False
+
+
+def _entries(folder: Path) -> list[Path]:
+    """What is in a folder and not hidden, by name.
+
+    Raises:
+        SuiteError: too much.
+    """
+    entries = list(islice(folder.iterdir(), MOST_ENTRIES + 1))
+    if len(entries) > MOST_ENTRIES:
+        raise SuiteError(f"{folder} holds more than {MOST_ENTRIES} files. Name a smaller folder.")
+    return sorted(entry for entry in entries if not entry.name.startswith("."))
+
+
+def _is_model(folder: Path) -> bool:
+    return is_adapter(folder) or any((folder / name).is_file() for name in FOLDER_CANDIDATES)
+
+
+def _folder(path: Path, root: Path) -> Found:
+    kind: Kind = "adapter" if is_adapter(path) else "model"
+    return Found(str(path), path.name, path.name, path.relative_to(root).as_posix(), kind)
+
+
+def _files(folder: Path, root: Path) -> Iterator[Found]:
+    """Each weight file of a folder, a sharded index standing for its shards."""
+    for path in _entries(folder):
+        is_weights = path.name.endswith(WEIGHT_SUFFIXES) and not SHARD.search(path.stem)
+        if (
+            (is_weights or path.name.endswith(".index.json"))
+            and not path.name.startswith(NOT_WEIGHTS)
+            and path.is_file()
+        ):
+            yield _file(path, root)
+
+
+def _file(path: Path, root: Path) -> Found:
+    nothing = _says_nothing(path.name) and path.parent != root
+    stem = _stem(path.name)
+    label = path.parent.name if nothing else stem
+    return Found(str(path), label, f"{path.parent.name}-{stem}", path.relative_to(root).as_posix())
+
+
+def _stem(name: str) -> str:
+    """A weight file's name without its endings."""
+    stem = name.removesuffix(".index.json")
+    while Path(stem).suffix in (*WEIGHT_SUFFIXES, ".tar"):
+        stem = Path(stem).stem
+    return stem
+
+
+def _says_nothing(name: str) -> bool:
+    return SAYS_NOTHING.match(_stem(name)) is not None
+
+
+def _opened(found: Found, inside: Path | None) -> Found:
+    """The same with its headers, or with why they cannot be read."""
+    try:
+        if is_hub_id(found.reference):
+            return _on_hub(found)
+        path = Path(found.reference)
+        if inside is not None and (outside := _outside(path, inside)) is not None:
+            raise CheckpointError(f"{outside.name} is a link to a place outside the folder.")
+        if found.kind == "adapter":
+            of = read_adapter_config(path / CONFIG_FILE).base_model_name_or_path
+            size = sum(
+                (path / name).stat().st_size for name in WEIGHT_FILES if (path / name).exists()
+            )
+            return replace(found, nbytes=size, note=f"an adapter of {of or 'an unnamed base'}")
+        return _known(found, Checkpoint(path))
+    except MergeScopeError as error:
+        note = str(error).replace(found.reference, found.shown)
+        return replace(found, role="left out", note=note)
+    except OSError as error:
+        return replace(found, role="left out", note=f"It cannot be read ({error.strerror}).")
+
+
+def _on_hub(found: Found) -> Found:
+    """A model of the hub: from the cache, else by the headers of its weights there."""
+    from merge_core import hub
+    from merge_core.hub_files import is_adapter as opens_adapter
+    from merge_core.hub_headers import headers
+
+    path = hub.cached(found.reference)
+    if path is not None:
+        if is_adapter(path):
+            return replace(found, kind="adapter")
+        return _known(found, Checkpoint(path))
+    model = hub.describe(found.reference)
+    found = replace(found, nbytes=model.nbytes, download=model.to_download)
+    if opens_adapter(model.entry):
+        return replace(found, kind="adapter", note="an adapter: read once it is downloaded")
+    if not model.entry.endswith((".safetensors", ".index.json")):
+        return replace(found, note="pickled weights: read once they are downloaded")
+    return replace(_known(found, headers(model)), nbytes=model.nbytes)
+
+
+def _known(found: Found, checkpoint: Checkpoint) -> Found:
+    named = ", ".join(checkpoint.foreign)
+    known = replace(
+        found,
+        checkpoint=checkpoint,
+        nbytes=checkpoint.nbytes,
+        note=f"a pickle that names {named}; nothing of it is run" if named else found.note,
+    )
+    return replace(known, kind="head") if _is_head(known.layout) else known
+
+
+def _outside(path: Path, inside: Path) -> Path | None:
+    """A file of the model that lies outside the folder, by a symbolic link, if there is one."""
+    beside = path if path.is_dir() else path.parent
+    files = [path, *beside.iterdir()] if path.is_dir() or path.suffix == ".json" else [path]
+    return next((f for f in files if not f.resolve().is_relative_to(inside.resolve())), None)
+
+
+def _is_head(layout: Layout) -> bool:
+    """Whether a layout is a bare linear classifier."""
+    return layout.keys() <= {"weight", "bias"} and len(layout.get("weight", ())) == 2

@@ -1,0 +1,73 @@
+"""Numpy arrays in pickled state dicts, as the places of their bytes.
+
+Source: numpy's ``ndarray.__reduce_ex__``: ``_reconstruct`` and a state up to protocol 4,
+``_frombuffer`` from protocol 5 on. Neither is called.
+"""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from merge_core.pickle_machine import Blob, Global, Record
+from merge_core.pickle_tensors import Region, Storage, StoredTensor, count, view
+
+DTYPES = {
+    "f8": torch.float64,
+    "f4": torch.float32,
+    "f2": torch.float16,
+    "i8": torch.int64,
+    "i4": torch.int32,
+    "i2": torch.int16,
+    "i1": torch.int8,
+    "u1": torch.uint8,
+    "b1": torch.bool,
+}
+RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
+
+
+def stored_array(value: Any) -> StoredTensor | None:
+    """A numpy array of numbers as a place in the stream that its pickle was read from.
+
+    Args:
+        value: what :func:`merge_core.pickle_machine.read_pickle` put for it.
+
+    Returns:
+        None for anything else, and for arrays of texts, objects or big-endian numbers, and those
+        that protocols 0 to 2 write as text.
+
+    Raises:
+        PickleFileError: sizes that no array has, or more than its bytes hold.
+    """
+    match value:
+        case Record(
+            maker=Global() as maker, state=(_, shape, dtype, bool() as fortran, Blob() as data)
+        ) if str(maker) in RECONSTRUCT:
+            return _array(data, dtype, shape, fortran)
+        case Record(
+            maker=Global() as maker, args=(Blob() as data, dtype, shape, str() as order)
+        ) if str(maker) in FROM_BUFFER:
+            return _array(data, dtype, shape, order == "F")
+    return None
+
+
+def _array(data: Blob, kind: Any, shape: Any, fortran: bool) -> StoredTensor | None:
+    dtype = _dtype(kind)
+    if dtype is None or not isinstance(shape, tuple):
+        return None
+    sizes = [count(size) for size in shape]
+    steps = list(accumulate(sizes if fortran else sizes[::-1], lambda a, b: a * b, initial=1))[:-1]
+    storage = Storage(Region(data.size, data.start), dtype, 0, data.size)
+    return view(storage, 0, shape, steps if fortran else steps[::-1])
+
+
+def _dtype(kind: Any) -> torch.dtype | None:
+    match kind:
+        case Record(
+            maker=Global("numpy", "dtype"), args=(str() as code, *_), state=(_, "<" | "|", *_)
+        ):
+            return DTYPES.get(code)
+    return None

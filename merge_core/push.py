@@ -1,0 +1,62 @@
+"""A merged model onto the Hugging Face Hub."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from merge_core.errors import HubError
+from merge_core.hub_client import api, token
+from merge_core.hub_errors import explained
+from merge_core.hub_files import BESIDE, MAIN, SCHEME, HubId, is_hub_id
+
+RECIPE = "recipe.yaml"
+# As a merge writes them, at the root or in a folder per task; never code, never pickles.
+PUSHED = (
+    "*.safetensors",
+    "*.index.json",
+    *(n for f in (RECIPE, *BESIDE) for n in (f, f"*/{f}")),
+)
+
+
+def push(folder: Path, name: str, public: bool = False) -> str:
+    """Upload a merged model: weights, recipe, card, and the configuration beside them.
+
+    Args:
+        folder: as :func:`merge_core.export.merge_to_folder` wrote it.
+        name: ``org/name`` on the hub; made if it is not there.
+        public: whether everybody may see it.
+
+    Returns:
+        Its address.
+
+    Raises:
+        HubError: no token, a malformed name, no weights in the folder, a public repository
+            although `public` is False, no permission, no network.
+    """
+    target = HubId.parse(name if is_hub_id(name) else f"{SCHEME}{name}")
+    if target.file is not None or target.revision != MAIN:
+        raise HubError(f"Push to a repository (org/name), not to {name!r}.")
+    if not any(folder.rglob("*.safetensors")):
+        raise HubError(f"{folder} holds no merged model. Name the folder that a merge wrote.")
+    if token() is None:
+        raise HubError(
+            "A push needs a token that may write: make one in the settings of your account on the "
+            "hub, and set HF_TOKEN to it."
+        )
+    with explained(target, folder):
+        client = api()
+        made = client.create_repo(target.repo, private=not public, exist_ok=True)
+        private = client.model_info(made.repo_id).private
+    if not private and not public:
+        raise HubError(
+            f"{made.repo_id} exists and is public. Push with --public if everybody may see this "
+            "model, or choose another name."
+        )
+    with explained(target, folder):
+        client.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=folder,
+            allow_patterns=list(PUSHED),
+            commit_message="Model merged with MergeScope",
+        )
+    return str(made)

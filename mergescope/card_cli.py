@@ -1,0 +1,32 @@
+"""``mergescope card``: a merged model's accuracies, into its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergescope.terminal import LimitOption, checked_split, console, print_frame
+
+
+def card(
+    folder: Annotated[Path, typer.Argument(help="A merged model, as a merge wrote it.")],
+    split: Annotated[str, typer.Option(help="val or test.")] = "test",
+    suite: Annotated[
+        str | None, typer.Option(help="Where its suite lies now, if that has moved.")
+    ] = None,
+    limit: LimitOption = None,
+) -> None:
+    """Evaluate a merged model and write its model card anew, with the accuracies."""
+    from analysis.card import write_card
+    from merge_core.provenance import read_provenance
+    from merge_core.suite import load_suite
+
+    part = checked_split(split)
+    about = read_provenance(folder)
+    members = load_suite(suite or about.recipe.suite)
+    frame = write_card(folder, about, members, part, limit)
+    columns = ["task", "accuracy", "low", "high", "correct", "images"]
+    print_frame(console(), f"Accuracy on the {part} split, with 95 % intervals", frame[columns])
+    typer.echo(str(folder / "README.md"))

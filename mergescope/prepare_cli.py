@@ -1,0 +1,93 @@
+"""``mergescope prepare``: everything that evaluation reads, ready before it is needed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, get_args
+
+import typer
+
+from merge_core.errors import SuiteError
+from mergescope.terminal import (
+    SuiteArgument,
+    TasksOption,
+    console,
+    print_table,
+    progress_bar,
+    split_names,
+)
+
+if TYPE_CHECKING:
+    from merge_core.suite import Suite
+
+
+def prepare(
+    suite: SuiteArgument,
+    tasks: TasksOption = None,
+    download: Annotated[
+        bool,
+        typer.Option("--download", help="Fetch datasets of torchvision and the hub if missing."),
+    ] = False,
+) -> None:
+    """Read a suite's evaluation data and make its zero-shot heads, once; say what there is."""
+    from merge_core.suite import load_suite
+
+    loaded = load_suite(suite)
+    rows = []
+    for task in loaded.select(split_names(tasks)):
+        if download:
+            _download(loaded, task)
+        rows.append([task, *_images(loaded, task), _head(loaded, task)])
+    print_table(
+        console(),
+        "Evaluation data",
+        ["task", "kind", "input", "validation", "test", "classes", "head"],
+        rows,
+    )
+
+
+def _download(suite: Suite, task: str) -> None:
+    from analysis.data_sources import download
+
+    data = suite.spec.experts[task].data
+    if data is not None:
+        download(data, suite.file, f"data of task {task!r}")
+
+
+def _images(suite: Suite, task: str) -> list[str]:
+    """Kind, size of the images, numbers of images and classes."""
+    from analysis.inputs import Split, load_inputs
+
+    data = suite.spec.experts[task].data
+    if data is None:
+        return ["none", "", "", "", ""]
+    bar = progress_bar(f"reading {task}")
+    found = {split: load_inputs(suite, task, split, None, bar) for split in get_args(Split)}
+    size = found["test"].images.shape[1:3]
+    return [
+        data.kind,
+        f"{size[0]} tokens" if data.kind == "text" else f"{size[0]} x {size[1]}",
+        *(f"{len(found[split].labels):,}" for split in ("val", "test")),
+        str(len(found["test"].class_names)),
+    ]
+
+
+def _head(suite: Suite, task: str) -> str:
+    """The form of the head.
+
+    Raises:
+        SuiteError: it has fewer classes than the labels.
+    """
+    from analysis.inputs import has_labels, load_head, load_inputs
+
+    if suite.spec.experts[task].head is None:
+        return "none"
+    head = load_head(suite, task)
+    classes, width = head.weight.shape
+    if suite.spec.experts[task].data is not None and has_labels(suite, task, "test"):
+        most = int(load_inputs(suite, task, "test").labels.max())
+        if most >= classes:
+            raise SuiteError(
+                f"The head of task {task!r} has {classes} classes, but its test images have "
+                f"labels up to {most}. Correct the head or 'classes'."
+            )
+    return f"{classes} x {width}" + (", of unit features" if head.normalizes else "")

@@ -1,0 +1,198 @@
+"""``mergescope suite init``: a suite.yaml from folders, files, hub ids, adapters or a preset."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from merge_core.errors import SuiteError
+from mergescope.terminal import console, print_frame, print_table, progress_bar, size
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from merge_core.member_roles import Found
+    from merge_core.suite import Suite, SuiteSpec
+
+suite_app = typer.Typer(
+    name="suite",
+    help="Suites: experts fine-tuned from one base.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+NO_BASE = "none"
+
+
+@suite_app.callback()
+def suite() -> None:
+    """Suites: experts fine-tuned from one base."""
+
+
+@suite_app.command()
+def init(
+    places: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders, weight files, adapter folders, hub ids (hf://org/name)."),
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="What the experts were fine-tuned from: a path, a hub id, or 'none'."),
+    ] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(help="An expert as name=path or name=hub id; may be repeated."),
+    ] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A published benchmark, such as clip-vit-b-32-8.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", help="The file to write; suite.yaml in the folder."),
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the file if it exists.")
+    ] = False,
+) -> None:
+    """Find models, say what fits, and write suite.yaml. Only headers are read."""
+    from merge_core.member_roles import DraftedSuite, drafted, of_preset, with_base, with_tasks
+    from merge_core.model_search import find_models
+    from merge_core.suite_draft import write_suite
+
+    named = _named(task or [])
+    wanted = list(places or [])
+    out = console()
+    path = _output(wanted, output)
+    if path.exists() and not overwrite:
+        raise SuiteError(
+            f"{path} exists. Give another name with --output, or --overwrite to replace it."
+        )
+    if preset is not None:
+        if wanted or named:
+            raise SuiteError("--preset names its members itself: leave out paths, ids and --task.")
+        spec = _of_preset(preset, base)
+        found = of_preset(
+            find_models(_members(spec), progress=progress_bar("asking the hub")), spec
+        )
+    else:
+        further = [] if base in (None, NO_BASE) else [_reference(str(base))]
+        found = find_models(
+            [*wanted, *named.values(), *further] or ["."], progress=progress_bar("reading headers")
+        )
+        found = with_tasks(found, named)
+        if base is not None:
+            found = with_base(found, further[0] if further else None)
+        spec = drafted(found, path.resolve().parent.name or "suite")
+        _print_found(out, found)
+    _print_fit(out, DraftedSuite(spec, path, found))
+    write_suite(spec, path, overwrite)
+    out.print(f"written: {path}")
+    _print_next(out, path, found)
+
+
+def _named(pairs: Sequence[str]) -> dict[str, str]:
+    """``name=path`` pairs: reference by task."""
+    from pydantic import TypeAdapter, ValidationError
+
+    from merge_core.suite import TaskName
+
+    named: dict[str, str] = {}
+    for pair in pairs:
+        name, equals, place = pair.partition("=")
+        try:
+            TypeAdapter(TaskName).validate_python(name)
+        except ValidationError:
+            equals = ""
+        if not equals or not place or name in named:
+            raise SuiteError(
+                f"--task takes name=path, each name once and of letters, digits and . _ + -; "
+                f"got {pair!r}."
+            )
+        named[name] = _reference(place)
+    return named
+
+
+def _reference(place: str) -> str:
+    """A path made absolute; a hub id as it is."""
+    from merge_core.hub_files import is_hub_id
+
+    if is_hub_id(place):
+        return place
+    try:
+        return str(Path(place).expanduser().resolve())
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SuiteError(f"{place!r} is not a path ({error}). Check it.") from error
+
+
+def _output(places: Sequence[str], output: Path | None) -> Path:
+    """Where the suite is written: in the one folder that is named, else here."""
+    if output is not None:
+        return output / "suite.yaml" if output.is_dir() else output
+    only = Path(places[0]).expanduser() if len(places) == 1 else Path()
+    return (only if only.is_dir() else Path()) / "suite.yaml"
+
+
+def _of_preset(name: str, base: str | None) -> SuiteSpec:
+    from merge_core.presets import preset_spec
+
+    spec = preset_spec(name)
+    if base is None:
+        return spec
+    return spec.model_copy(update={"base": None if base == NO_BASE else _reference(base)})
+
+
+def _members(spec: SuiteSpec) -> list[str]:
+    """The references of a suite's base and experts."""
+    return [*([spec.base] if spec.base else []), *(e.weights for e in spec.experts.values())]
+
+
+def _print_found(out: Console, found: Sequence[Found]) -> None:
+    print_table(
+        out,
+        "Found",
+        ["task", "role", "model", "size", "note"],
+        [
+            [
+                each.task if each.role == "expert" else "",
+                each.role,
+                each.shown,
+                size(each.nbytes) if each.nbytes else "",
+                each.note,
+            ]
+            for each in found
+        ],
+    )
+
+
+def _print_fit(out: Console, suite: Suite) -> None:
+    from analysis.fit import fit_table
+    from merge_core.preflight import preflight
+    from mergescope.inspection import print_preflight
+
+    report = preflight(suite)
+    if not report.plan:
+        reason = next((d.detail for d in report.blocking), "nothing is common to all")
+        out.print(f"what fits is not known yet: {reason}")
+        return
+    members = [*suite.tasks, *([] if suite.spec.base is None else ["base"])]
+    frame = fit_table(report, members)
+    frame["fits"] = frame["fits"].map({True: "yes", False: "no"})
+    print_frame(out, "What fits", frame)
+    print_preflight(out, report)
+    if report.blocking:
+        typer.echo(
+            "note: not all of these can be merged as they are. Correct their roles with --base and "
+            "--task, or take members out of the file.",
+            err=True,
+        )
+
+
+def _print_next(out: Console, path: Path, found: Sequence[Found]) -> None:
+    place = shlex.quote(str(path))
+    if fetch := sum(each.download for each in found):
+        out.print(f"next: mergescope download {place}  ({size(fetch)})")
+    out.print(f"next: mergescope inspect {place}")
+    out.print(f"next: mergescope app {place}")

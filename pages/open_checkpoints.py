@@ -1,0 +1,154 @@
+"""Open checkpoints: point at models, see what fits, write a suite.yaml and open it at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import streamlit as st
+
+from merge_core import hub
+from merge_core.errors import MergeScopeError
+from merge_core.files import digest_of
+from merge_core.member_roles import DraftedSuite, drafted, mistakes
+from merge_core.suite import Suite, SuiteSpec, load_suite
+from merge_core.suite_draft import suite_text, task_name, write_suite
+from ui import charts, session_files, shell
+from ui.open_members import fit_section, members_table
+from ui.open_sources import (
+    FILE,
+    Collection,
+    from_folder,
+    from_hub,
+    from_preset,
+    from_uploads,
+)
+from ui.progress import run_job
+from ui.widgets import choice
+
+shell.enter()
+
+SOURCES = {"folder": "Folder", "hub": "Hugging Face Hub", "preset": "Benchmark", "upload": "Upload"}
+
+
+def open_suite(name: str, path: Path) -> None:
+    """Offer a suite to this session and go to it."""
+    offered = session_files.offer(task_name(name), path)
+    for key in ("tasks", "layer"):  # another suite has others
+        st.session_state.pop(key, None)
+    st.session_state["suite"] = offered
+    st.switch_page(shell.page("overview"), query_params={"suite": offered})
+
+
+def undownloaded(suite: Suite, title: str = "Download", nbytes: int = 0) -> bool:
+    """Whether members are on the hub only; offers to download them.
+
+    Args:
+        suite: the suite.
+        title: of the job, unlike others on the page.
+        nbytes: how much that is, where it is known.
+    """
+    missing = hub.missing(suite)
+    if not missing:
+        return False
+    # Counted, so that what somebody removes from the cache again can be fetched again.
+    turn = st.session_state.setdefault("open_downloads", 0)
+    what = f"{len(missing)} models" if len(missing) > 1 else "the model"
+    job = run_job(
+        key=f"download:{turn}:{digest_of(*missing)}",
+        title=title,
+        button=f"Download {what}" + (f" ({nbytes / 1e6:,.0f} MB)" if nbytes else ""),
+        note="They go into the hub's own cache on the server "
+        f"({hub.free_space() / 1e9:,.1f} GB free) and are used again.",
+        work=lambda progress: hub.download(suite, progress),
+    )
+    if job is not None:
+        st.session_state["open_downloads"] = turn + 1
+        st.rerun()
+    return True
+
+
+def waiting_suites() -> None:
+    """Suites on offer whose models are still to be downloaded."""
+    for name, path in session_files.offered().items():
+        try:
+            suite = load_suite(path)
+            if hub.missing(suite):
+                st.subheader(f"The suite {name} is not downloaded yet", anchor=False)
+                undownloaded(suite, f"Download {name}")
+        except MergeScopeError:  # said where it is opened
+            continue
+
+
+def keep_file(spec: SuiteSpec, path: Path) -> None:
+    """A button that downloads the suite's file."""
+    st.download_button(
+        f"Download {FILE}",
+        suite_text(spec, path),
+        file_name=FILE,
+        mime="text/yaml",
+        on_click="ignore",
+        icon=":material/download:",
+    )
+
+
+def suite_section(collection: Collection) -> None:
+    """Name the members, see what fits, write the file and open it."""
+    st.subheader("Who takes part, and as what?", anchor=False)
+    found = members_table(collection.found, collection.key)
+    if said := mistakes(found):
+        for sentence in said:
+            st.warning(sentence)
+        return
+    name = st.text_input(
+        "Name of the suite", collection.name, key=f"name_{collection.key}", max_chars=80
+    )
+    spec = drafted(found, name.strip() or collection.name, collection.preset)
+    suite = DraftedSuite(spec, collection.path, found)
+    st.subheader("What fits?", anchor=False)
+    fit_section(suite)
+    if spec.architecture is not None:
+        lacking = suite.why_not_evaluated
+        st.markdown(
+            f"Network: **{spec.architecture.name}** of {spec.architecture.library}. "
+            + ("Accuracies can be measured." if lacking is None else f"For accuracies: {lacking}.")
+        )
+    st.subheader("Open it", anchor=False)
+    chosen = [each.download for each in found if each.role in ("expert", "base")]
+    if undownloaded(suite, nbytes=sum(chosen)):
+        st.markdown("Until then it can be kept as a file:")
+        keep_file(spec, collection.path)
+        return
+    overwrite = not collection.shown  # in the session's own folder nobody else's file is lost
+    if collection.shown:
+        label = f"Write {collection.shown} and open it"
+        if collection.path.exists():
+            overwrite = st.checkbox(f"Replace the {FILE} that is there")
+    else:
+        label = "Open this suite"
+        st.markdown("The suite is seen in this session alone, and is gone with it.")
+        if not session_files.has_uploads(suite):
+            keep_file(spec, collection.path)
+    if st.button(label, type="primary", icon=":material/folder_open:"):
+        write_suite(spec, collection.path, overwrite)
+        open_suite(spec.name, collection.path)
+
+
+def page() -> None:
+    """The page."""
+    charts.heading(
+        "Which models do you want to merge?",
+        "Point at a folder, at models on the hub, at a published benchmark, or upload files. "
+        "Only headers are read, and nothing in a file is ever run. You see what fits before any "
+        "long work.",
+    )
+    source = choice("Where are they?", SOURCES, "from")
+    if source == "folder":
+        collection = from_folder(open_suite)
+    else:
+        collection = {"hub": from_hub, "preset": from_preset, "upload": from_uploads}[source]()
+    if collection is not None:
+        suite_section(collection)
+    waiting_suites()
+
+
+page()

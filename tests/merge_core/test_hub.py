@@ -1,0 +1,405 @@
+"""Models on a hub served on loopback: headers, download, cache, and what goes wrong."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import io
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from huggingface_hub import constants
+from safetensors.torch import save
+
+from merge_core import hub as product
+from merge_core.checkpoint import Checkpoint
+from merge_core.errors import Cancelled, HubError, OutputError
+from merge_core.hub import cached, describe, fetch, local, resolved
+from merge_core.hub_client import reporting_bar
+from merge_core.hub_headers import headers
+from merge_core.progress import Progress
+from tests.hub_client import INDEX, SHARDS, files_of, hub, sharded, weights
+from tests.hub_server import Hub
+
+__all__ = ["hub"]
+ID = "hf://org/model"
+SECRET = "hf_VerySecretToken"
+RANGE = 100_001  # what huggingface_hub asks for first
+
+
+def infos(checkpoint: Checkpoint) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {n: (checkpoint.info(n).shape, checkpoint.info(n).dtype) for n in checkpoint}
+
+
+def test_headers_alone_are_transferred(hub: Hub, tmp_path: Path) -> None:
+    state = weights(side=600, dtype=torch.bfloat16)
+    hub.repository("org/model", files_of({f"module.{n}": v for n, v in state.items()}))
+    size = len(hub.repositories["org/model"].commits.popitem()[1]["model.safetensors"])
+    hub.repository("org/model", files_of({f"module.{n}": v for n, v in state.items()}))
+    model = describe(ID)
+    found = headers(model)
+    assert infos(found) == {n: (tuple(v.shape), v.dtype) for n, v in sorted(state.items())}
+    assert found.nbytes == sum(v.nbytes for v in state.values())
+    assert hub.sent == {"model.safetensors": RANGE}
+    assert size > 7 * RANGE
+    # Weights, configuration and card; nothing of the rest.
+    assert set(model.files) == {"config.json", "README.md", "model.safetensors"}
+    assert model.nbytes == model.to_download > size
+    for use in (lambda: found.tensor("norm.weight"), lambda: found.digest):
+        with pytest.raises(HubError, match=f"not downloaded yet.*mergescope download {ID}"):
+            use()
+
+
+def test_headers_of_shards(hub: Hub, tmp_path: Path) -> None:
+    state = weights(side=400)
+    hub.repository("org/model", sharded(state))
+    seen: list[tuple[int, int, str]] = []
+    found = headers(describe(ID), Progress(lambda *event: seen.append(event)))
+    assert hub.sent[SHARDS[0]] == RANGE < state["encoder.0.weight"].nbytes
+    assert seen == [(1, 2, SHARDS[0]), (2, 2, SHARDS[1])]
+    assert infos(found) == infos(Checkpoint(local(ID)))
+
+
+def test_a_download_comes_once(hub: Hub) -> None:
+    state = weights()
+    files = files_of(state)
+    hub.repository("org/model", files)
+    assert cached(ID) is None
+    assert resolved(ID) is None
+    path = local(ID)
+    assert path.name == "model.safetensors"
+    assert path.read_bytes() == files["model.safetensors"]
+    assert torch.equal(Checkpoint(path).tensor("norm.weight"), state["norm.weight"])
+    assert sorted(hub.sent) == ["README.md", "config.json", "model.safetensors"]
+    assert (path.parent / "config.json").read_bytes() == files["config.json"]
+    hub.requests.clear()
+    assert local(ID) == cached(ID) == path
+    assert hub.requests == []
+    commit = hub.repositories["org/model"].branches["main"]
+    assert resolved(ID) == f"{ID}@{commit}"
+    assert cached(f"{ID}@{commit}") == path
+    assert cached(f"{ID}@{commit}:model.safetensors") == path
+    assert cached(f"{ID}:other.safetensors") is None
+
+
+def test_a_revision_stays(hub: Hub) -> None:
+    repository = hub.repository("org/model", files_of(weights(1)))
+    first = repository.branches["main"]
+    path = local(ID)
+    second = repository.commit(files_of(weights(2)))
+    # The branch has moved on; what was downloaded stands for it until it is asked for by name.
+    assert local(ID) == path
+    for commit, seed in ((first, 1), (second, 2)):
+        tensor = Checkpoint(local(f"{ID}@{commit}")).tensor("norm.weight")
+        assert torch.equal(tensor, weights(seed)["norm.weight"])
+    assert describe(f"{ID}@{first}").id.revision == first
+    assert describe(ID).id.revision == second
+
+
+def test_shards_pickles_and_adapters(hub: Hub) -> None:
+    state = weights()
+    hub.repository("org/shards", sharded(state))
+    path = local("hf://org/shards")
+    assert path.name == INDEX
+    assert torch.equal(Checkpoint(path).tensor("norm.weight"), state["norm.weight"])
+    stream = io.BytesIO()
+    torch.save(state, stream)
+    hub.repository("org/old", {"pytorch_model.bin": stream.getvalue(), "run.py": b""})
+    with pytest.raises(HubError, match=r"pickled weights.*mergescope download hf://org/old"):
+        headers(describe("hf://org/old"))
+    path = local("hf://org/old")
+    assert torch.equal(Checkpoint(path).tensor("norm.weight"), state["norm.weight"])
+    adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": save(state)}
+    hub.repository("org/lora", {f"deep/{name}": content for name, content in adapter.items()})
+    with pytest.raises(HubError, match="an adapter"):
+        headers(describe("hf://org/lora:deep"))
+    folder = local("hf://org/lora:deep")
+    assert sorted(path.name for path in folder.iterdir()) == sorted(adapter)
+
+
+def test_a_half_downloaded_model_is_not_there(hub: Hub) -> None:
+    hub.repository("org/model", sharded(weights()))
+    path = local(ID)
+    (path.parent / SHARDS[1]).unlink()
+    assert cached(ID) is None
+    hub.sent.clear()
+    assert local(ID) == path
+    assert SHARDS[0] not in hub.sent
+
+
+def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repository("org/model", files_of(weights()))
+    hub.repository("org/other", files_of(weights()))
+    path = local(ID)
+    hub.requests.clear()
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert local(ID) == path
+    with pytest.raises(
+        HubError, match=r"hf://org/other is not in the cache \(.*hub cache\).*HF_HUB"
+    ):
+        local("hf://org/other")
+    assert hub.requests == []
+
+
+def gated(hub: Hub) -> None:
+    hub.repository("org/model", files_of(weights()), gated=True, token="another")
+
+
+def private(hub: Hub) -> None:
+    hub.repository("org/model", files_of(weights()), token="another")
+
+
+def answering(status: int) -> Callable[[Hub], None]:
+    def answer(hub: Hub) -> None:
+        hub.status = status
+
+    return answer
+
+
+def plain(hub: Hub) -> None:
+    hub.repository("org/model", files_of(weights()))
+
+
+def stopped(hub: Hub) -> None:
+    hub.close()
+
+
+@pytest.mark.parametrize(
+    ("arrange", "name", "message"),
+    [
+        (plain, "hf://org/absent", "has no repository 'org/absent', or it is private.*HF_TOKEN"),
+        (plain, f"{ID}@v9", "org/model has no revision 'v9'"),
+        (plain, f"{ID}:x.safetensors", "has no file or folder 'x.safetensors'"),
+        (private, ID, "has no repository 'org/model', or it is private"),
+        (gated, ID, "is gated. Accept its terms"),
+        (answering(403), ID, "forbids this"),
+        (answering(429), ID, "too many requests"),
+        (answering(500), ID, "the hub fails .HTTP 500.. Try again later"),
+        (stopped, ID, "no connection to 127.0.0.1"),
+    ],
+)
+@pytest.mark.parametrize("token", [None, SECRET])
+def test_what_the_hub_refuses(
+    hub: Hub,
+    arrange: Callable[[Hub], None],
+    name: str,
+    message: str,
+    token: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    caplog.set_level(logging.DEBUG)
+    if token is not None:
+        monkeypatch.setenv("HF_TOKEN", token)
+    arrange(hub)
+    with pytest.raises(HubError, match=message) as caught:
+        local(name)
+    assert "\n" not in str(caught.value)
+    assert SECRET not in str(caught.value)
+    assert SECRET not in caplog.text
+    assert set(hub.tokens) <= {token}
+    assert hub.sent == {}
+
+
+def test_the_token_of_the_environment_opens_what_is_gated(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repository("org/model", files_of(weights()), gated=True, token=SECRET)
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    assert set(headers(describe(ID))) == set(weights())
+    assert local(ID).is_file()
+    assert set(hub.tokens) == {SECRET}
+
+
+def test_an_interrupted_download_resumes(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 50_000)
+    files = files_of(weights(side=300))
+    hub.repository("org/model", files)
+    hub.break_after = 200_000
+    path = local(ID)
+    assert path.read_bytes() == files["model.safetensors"]
+    # Each byte came once.
+    assert hub.sent["model.safetensors"] == len(files["model.safetensors"])
+    assert hub.requests.count(f"GET /org/model/resolve/{path.parent.name}/model.safetensors") == 2
+    assert capfd.readouterr().err == ""  # the library's warnings hold signed addresses
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json"])
+def test_a_damaged_file_is_refused_and_removed(hub: Hub, name: str) -> None:
+    hub.repository("org/model", files_of(weights()))
+    hub.damaged = {name}
+    with pytest.raises(HubError, match=f"{name} arrived damaged"):
+        local(ID)
+    assert cached(ID) is None
+    hub.damaged = set()
+    content = (local(ID).parent / name).read_bytes()
+    assert content == files_of(weights())[name]
+
+
+def test_a_cancelled_download_keeps_what_is_complete(hub: Hub) -> None:
+    hub.repository("org/model", sharded(weights(side=700)))
+    progress = Progress()
+    seen: list[tuple[int, int, str]] = []
+
+    def listen(done: int, total: int, label: str) -> None:
+        seen.append((done, total, label))
+        if SHARDS[0] in label:
+            progress.cancel.set()
+
+    progress.listener = listen
+    with pytest.raises(Cancelled, match=rf"download of {ID} was cancelled.*kept"):
+        local(ID, progress)
+    assert cached(ID) is None
+    # 700 x 700 float32 and two vectors: 1.97 MB in all.
+    assert seen[-1][:2] == (1, 1)
+    hub.sent.clear()
+    assert torch.equal(
+        Checkpoint(local(ID)).tensor("norm.weight"), weights(side=700)["norm.weight"]
+    )
+    assert set(hub.sent) == {SHARDS[1]}
+
+
+def test_progress_ends_at_the_total(hub: Hub) -> None:
+    hub.repository("org/one", files_of(weights(side=600)))
+    hub.repository("org/two", sharded(weights(side=600)))
+    seen: list[tuple[int, int, str]] = []
+    models = [describe("hf://org/one"), describe("hf://org/two")]
+    fetch(models, Progress(lambda *event: seen.append(event)))
+    total = sum(model.nbytes for model in models) // 10**6
+    assert total == 2
+    assert [done for done, *_ in seen] == sorted(done for done, *_ in seen)
+    assert seen[-1][:2] == (total, total)
+    assert models[0].to_download == models[1].to_download == 0
+
+
+def test_no_room_on_the_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repository("org/model", files_of(weights()))
+    needed = describe(ID).nbytes
+    monkeypatch.setattr(product, "free_space", lambda: needed - 1)
+    with pytest.raises(HubError, match="Free some space, or choose another disk with HF_HOME"):
+        local(ID)
+    assert hub.sent == {}
+    monkeypatch.setattr(product, "free_space", lambda: needed)
+    assert local(ID).is_file()
+
+
+def test_a_cache_that_cannot_be_written(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.repository("org/model", files_of(weights()))
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
+    with pytest.raises(OutputError, match="file could not be written"):
+        local(ID)
+
+
+def test_a_file_that_arrives_short_or_is_gone(hub: Hub) -> None:
+    repository = hub.repository("org/model", files_of(weights()))
+    model = describe(ID)
+    hub.short = {"model.safetensors"}
+    with pytest.raises(HubError, match="a file arrived incomplete"):
+        fetch([model])
+    assert cached(ID) is None
+    hub.short = set()
+    del repository.commits[model.id.revision]["model.safetensors"]
+    with pytest.raises(HubError, match="a file of it is gone from the hub"):
+        fetch([model])
+
+
+def test_a_disk_that_fills_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repository("org/model", files_of(weights()))
+
+    def full(*arguments: object, **options: object) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
+    with pytest.raises(OutputError, match=r"The disk is full: .*hub cache"):
+        local(ID)
+
+
+def test_chunked_transfers_report_to_the_same_bar(hub: Hub) -> None:
+    """What hf_xet tells of its progress reaches the listener, and a cancel stops it."""
+    from huggingface_hub.utils._xet_progress_reporting import XetDownloadProgressReporter
+
+    seen: list[tuple[int, int, str]] = []
+    progress = Progress(lambda *event: seen.append(event))
+    bar = reporting_bar(progress, 2_000_000, 9_000_000, "x")
+    with XetDownloadProgressReporter(
+        reconstruction_desc="", total=7_000_000, log_level=30, tqdm_class=bar
+    ) as reporter:
+        for bytes_ in (3_000_000, 5_000_000):
+            report = SimpleNamespace(
+                total_bytes=7_000_000,
+                total_bytes_completed=bytes_,
+                total_transfer_bytes_completed=bytes_ // 2,
+                total_bytes_completion_rate=1.0,
+                total_transfer_bytes_completion_rate=1.0,
+            )
+            reporter.update_progress(report)
+        assert seen == [(5, 9, "x"), (7, 9, "x")]
+        progress.cancel.set()
+        report.total_bytes_completed = 6_000_000
+        with pytest.raises(Cancelled):
+            reporter.update_progress(report)
+
+
+def forged(header: bytes) -> bytes:
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"abc", "damaged"),
+        (forged(b"{not json"), "damaged"),
+        ((2**62).to_bytes(8, "little") + b"{}", "damaged"),
+        (forged(b'{"a": {"dtype": "F32", "shape": [2]}}'), "damaged"),
+        (forged(b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}'), "damaged"),
+        (forged(b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 8]}}'), "damaged"),
+        (forged(b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'), "has dtype 'F4'"),
+        (forged(b'["a"]'), "damaged"),
+        (forged(b"{}"), "holds no tensors"),
+    ],
+)
+def test_a_forged_header(hub: Hub, content: bytes, message: str) -> None:
+    hub.repository("org/model", {"model.safetensors": content})
+    with pytest.raises(HubError, match=message):
+        headers(describe(ID))
+
+
+@pytest.mark.parametrize(
+    "index",
+    [b"[]", b'{"weight_map": {"a": "../../x.safetensors"}}', b'{"weight_map": {"a": "x.bin"}}'],
+)
+def test_a_forged_index(hub: Hub, index: bytes, tmp_path: Path) -> None:
+    hub.repository("org/model", {INDEX: index, "m.safetensors": save(weights())})
+    with pytest.raises(Exception, match=r"(shard index|outside its folder|is not there)") as caught:
+        describe(ID)
+    assert isinstance(caught.value, product.CheckpointError)
+    assert not list(tmp_path.rglob("x.safetensors"))
+
+
+def test_names_that_leave_the_repository_are_not_fetched(hub: Hub, tmp_path: Path) -> None:
+    files = {**files_of(weights()), "../../out/config.json": b"{}", "..\\model.safetensors": b""}
+    hub.repository("org/model", files)
+    assert set(describe(ID).files) == {"config.json", "README.md", "model.safetensors"}
+
+
+def test_the_cache_is_that_of_huggingface_hub(hub: Hub) -> None:
+    """What another library downloads is found, and the other way round."""
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    hub.repository("org/model", files_of(weights()))
+    theirs = hf_hub_download("org/model", "model.safetensors", endpoint=hub.url, token=False)
+    assert cached(ID) == Path(theirs)
+    hub.repository("org/other", files_of(weights(3)))
+    ours = local("hf://org/other")
+    assert try_to_load_from_cache("org/other", "model.safetensors") == str(ours)
+    content = files_of(weights(3))["model.safetensors"]
+    assert ours.resolve().name == hashlib.sha256(content).hexdigest()

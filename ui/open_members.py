@@ -1,0 +1,131 @@
+"""The table of models that were found, and what the pre-flight says of them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+
+import pandas as pd
+import streamlit as st
+
+from analysis.fit import fit_table
+from merge_core.member_roles import Found, Role
+from merge_core.preflight import preflight
+from merge_core.suite import Suite
+
+# What people choose from, and what it means.
+ROLES: dict[str, Role] = {
+    "expert": "expert",
+    "base": "base",
+    "classifier": "head",
+    "leave out": "left out",
+}
+LABELS = {role: label for label, role in ROLES.items()}
+
+
+def members_frame(found: Sequence[Found]) -> pd.DataFrame:
+    """One row per model: ``role``, ``task``, ``model``, ``tensors``, ``megabytes``, ``note``."""
+    return pd.DataFrame(
+        {
+            "role": [LABELS[each.role] for each in found],
+            "task": [each.task for each in found],
+            "model": [each.shown for each in found],
+            "tensors": pd.array([len(each.layout) or None for each in found], dtype="Int64"),
+            "megabytes": [each.nbytes / 1e6 or None for each in found],
+            "note": [each.note for each in found],
+        }
+    )
+
+
+def edited(found: Sequence[Found], frame: pd.DataFrame) -> tuple[Found, ...]:
+    """The models with the roles and task names of a frame whose rows stand in their order.
+
+    Nothing else of the frame is used: a browser decides on no path.
+    """
+    return tuple(
+        replace(each, role=ROLES.get(str(role), "left out"), task=str(task or "").strip())
+        for each, role, task in zip(found, frame["role"], frame["task"], strict=True)
+    )
+
+
+def members_table(found: Sequence[Found], key: str) -> tuple[Found, ...]:
+    """The models in a table in which roles and task names can be changed.
+
+    Args:
+        found: models with suggestions.
+        key: changes when they do.
+    """
+    columns = st.column_config
+    frame = st.data_editor(
+        members_frame(found),
+        key=f"members_{key}",
+        hide_index=True,
+        num_rows="fixed",
+        disabled=["model", "tensors", "megabytes", "note"],
+        column_config={
+            "role": columns.SelectboxColumn(
+                "Role",
+                options=list(ROLES),
+                required=True,
+                help="Experts are merged. The base is what they were fine-tuned from; some "
+                "methods need none. Classifiers go with the expert of their name.",
+            ),
+            "task": columns.TextColumn(
+                "Task", max_chars=80, required=True, help="Letters, digits and . _ + -"
+            ),
+            "model": columns.TextColumn("Model", width="medium"),
+            "tensors": columns.NumberColumn("Tensors"),
+            "megabytes": columns.NumberColumn("MB", format="%.1f"),
+            "note": columns.TextColumn("Note", width="large"),
+        },
+    )
+    return edited(found, frame)
+
+
+def fit_section(suite: Suite) -> None:
+    """What fits, what differs, and what a merge will take."""
+    report = preflight(suite)
+    if not report.plan:
+        reason = next((d.detail for d in report.blocking), "nothing is common to all.")
+        st.warning(f"What fits is not known yet: {reason}")
+        return
+    cards = st.columns(4)
+    cards[0].metric("Experts", len(suite.tasks), border=True)
+    count = sum(math.prod(row.shape) for row in report.plan)
+    cards[1].metric("Merged parameters", f"{count / 1e6:,.1f} M", border=True)
+    cards[2].metric(
+        "Memory of a merge",
+        f"{report.memory_bytes / 1e6:,.0f} MB",
+        border=True,
+        help="Estimated peak of a spectral method, which streams parameter by parameter; methods "
+        f"that only average or compare entries take {report.entrywise_bytes / 1e6:,.0f} MB.",
+    )
+    cards[3].metric("Merged model on disk", f"{report.disk_bytes / 1e6:,.1f} MB", border=True)
+    members = [*suite.tasks, *([] if suite.spec.base is None else ["base"])]
+    frame = fit_table(report, members)
+    unfit = frame.loc[~frame["fits"], "member"].tolist()
+    if unfit:
+        st.error(
+            f"These do not fit {suite.tasks[0]}: {', '.join(unfit)}. Leave them out, or choose "
+            "other roles.",
+            icon=":material/error:",
+        )
+    else:
+        st.success(f"All {len(members)} models fit together.", icon=":material/check_circle:")
+    for note in report.notes:
+        st.info(note)
+    st.dataframe(
+        frame.assign(fits=frame["fits"].map({True: "yes", False: "no"})),
+        hide_index=True,
+        column_config={
+            "member": "Model",
+            "fits": "Fits",
+            "differences": st.column_config.TextColumn("Differences", width="large"),
+        },
+    )
+    if report.differences:
+        with st.expander("Every difference", icon=":material/difference:"):
+            st.dataframe(pd.DataFrame([asdict(d) for d in report.differences]), hide_index=True)
+    with st.expander("What becomes of each parameter", icon=":material/checklist:"):
+        st.dataframe(pd.DataFrame([asdict(row) for row in report.plan]), hide_index=True)

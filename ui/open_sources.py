@@ -1,0 +1,233 @@
+"""Where the models of a new suite come from: a folder, the hub, a preset, or uploads."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+
+import streamlit as st
+
+from merge_core.errors import SuiteError
+from merge_core.files import digest_of
+from merge_core.hub_files import HubId
+from merge_core.member_roles import Found, of_preset
+from merge_core.model_search import MOST_ENTRIES, find_models
+from merge_core.presets import presets
+from merge_core.suite import SuiteSpec, load_suite
+from merge_core.suite_draft import task_name
+from ui import roots, session_files, uploads
+from ui.progress import run_job
+from ui.resources import stamp
+
+FILE = "suite.yaml"
+
+
+@dataclass(frozen=True)
+class Collection:
+    """Models to make a suite of.
+
+    Attributes:
+        found: the models, with suggested roles and task names.
+        name: suggested name of the suite.
+        key: changes when the models do.
+        path: where its file is to lie.
+        shown: that path as people know it; empty in the session's own folder.
+        preset: the suite that they come from, if there is one.
+    """
+
+    found: tuple[Found, ...]
+    name: str
+    key: str
+    path: Path
+    shown: str = ""
+    preset: SuiteSpec | None = None
+
+
+def from_folder(open_suite: Callable[[str, Path], None]) -> Collection | None:
+    """Models in a folder below an allowed root.
+
+    Args:
+        open_suite: opens a suite.yaml that is there already, by name and path.
+    """
+    allowed = roots.roots()
+    root = allowed[0]
+    if len(allowed) > 1:
+        root = st.selectbox("Below", allowed, format_func=str, key="open_root")
+    options, complete = _folders(str(root))
+    text = st.selectbox(
+        f"Folder below {root}",
+        options,
+        index=None,
+        format_func=lambda option: "(the folder itself)" if option == "." else option,
+        placeholder="Choose a folder, or type its path",
+        accept_new_options=True,
+        key="open_folder",
+        help="Folders that hold weight files, sharded or not, Hugging Face or adapter folders. "
+        "Folders below the chosen one are searched too, one level deep. Start with "
+        "`mergescope app --root FOLDER` to choose below another folder.",
+    )
+    if not complete:
+        st.info("There are many folders here, and not all were looked into: type the path.")
+    if text is None:
+        if not options and complete:
+            st.info(f"No weight files were found below {root}, {roots.DEPTH} levels deep.")
+        return None
+    place = roots.confined(text, root)
+    existing = place / FILE
+    if existing.is_file():
+        _offer_existing(existing, root, open_suite)
+    found = _read(str(place), str(root), _state(place))
+    shown = existing.relative_to(root).as_posix()
+    if not os.access(place, os.W_OK):
+        existing, shown = session_files.folder() / task_name(place.name) / FILE, ""
+    return Collection(found, place.name or "suite", _key(found), existing, shown)
+
+
+@st.cache_data(ttl=20, max_entries=8, show_spinner="Looking for models …")
+def _folders(root: str) -> tuple[list[str], bool]:
+    return roots.folders(Path(root))
+
+
+@st.cache_resource(max_entries=4, show_spinner="Reading headers …")
+def _read(place: str, root: str, state: str) -> tuple[Found, ...]:
+    """What is found in a folder in that state."""
+    return find_models([place], inside=Path(root))
+
+
+def _state(place: Path) -> str:
+    """What tells one state of a folder, and of the folders in it, from another."""
+    stamps: list[str] = []
+    with suppress(OSError):  # said by the search
+        for folder in [place, *(child for child in place.iterdir() if child.is_dir())]:
+            stamps += [stamp(path) for path in islice(folder.iterdir(), MOST_ENTRIES)]
+    return digest_of(*sorted(stamps))
+
+
+def _offer_existing(path: Path, root: Path, open_suite: Callable[[str, Path], None]) -> None:
+    """A suite.yaml that lies in the folder already can be opened as it is."""
+    left, right = st.columns([3, 1], vertical_alignment="center")
+    left.markdown(f"This folder has a **{FILE}** already.")
+    if right.button("Open it as it is", icon=":material/open_in_new:", width="stretch"):
+        if not path.resolve().is_relative_to(root):
+            raise SuiteError(f"This {FILE} is a link to a place outside the allowed folders.")
+        suite = load_suite(path)
+        document = suite.spec.model_dump(mode="json")
+        if (named := roots.names_outside(document, suite.root, root)) is not None:
+            raise SuiteError(
+                f"This {FILE} names {named!r}, which lies outside the allowed folders. Open it "
+                "from the command line: mergescope app, with its path."
+            )
+        open_suite(suite.name, suite.path)
+
+
+def from_hub() -> Collection | None:
+    """Models that are named by their hub ids."""
+    text = st.text_area(
+        "Hub ids, one a line",
+        key="open_ids",
+        placeholder="hf://org/base-model\nhf://org/first-expert\nhf://org/second-expert",
+        help="hf://org/name, hf://org/name@revision or hf://org/name@revision:file. Private and "
+        "gated models need HF_TOKEN in the server's environment.",
+    )
+    ids = [line.strip() for line in text.splitlines() if line.strip()]
+    if not ids:
+        return None
+    places = [line if "://" in line else f"hf://{line}" for line in ids]
+    found = _headers([str(HubId.parse(place)) for place in places])
+    return None if found is None else _in_session(found, "from the hub")
+
+
+def from_preset() -> Collection | None:
+    """A published benchmark."""
+    known = presets()
+    name = st.selectbox(
+        "Benchmark",
+        list(known),
+        index=None,
+        format_func=lambda name: f"{known[name].title} ({known[name].protocol})",
+        placeholder="Choose one",
+        key="open_preset",
+    )
+    if name is None:
+        return None
+    spec = known[name].spec
+    st.markdown(spec.description)
+    members = [*([spec.base] if spec.base else []), *(e.weights for e in spec.experts.values())]
+    found = _headers(members)
+    return None if found is None else _in_session(of_preset(found, spec), name, spec)
+
+
+def _headers(ids: Sequence[str]) -> tuple[Found, ...] | None:
+    """The headers of models on the hub, read in the background when asked for."""
+    attempt = st.session_state.setdefault("open_attempt", 0)
+    job = run_job(
+        key=f"headers:{attempt}:{digest_of(*ids)}",
+        title="Read headers",
+        button="Ask the hub what fits",
+        note=f"{len(ids)} models. Only their headers are read now; weights are downloaded when "
+        "you say so.",
+        work=lambda progress: find_models(ids, progress=progress),
+    )
+    if job is None:
+        return None
+    found: tuple[Found, ...] = job.result
+    if any(each.checkpoint is None and not each.nbytes for each in found):
+        st.button("Ask the hub again", icon=":material/refresh:", on_click=_try_again)
+    return found
+
+
+def _try_again() -> None:
+    st.session_state["open_attempt"] += 1
+
+
+def from_uploads() -> Collection | None:
+    """Safetensors files that are uploaded into the session's own folder."""
+    folder = session_files.folder() / "uploads"
+    folder.mkdir(exist_ok=True)
+    turn = st.session_state.setdefault("open_turn", 0)
+    st.file_uploader(
+        "Drag safetensors files here",
+        type=uploads.SUFFIX.removeprefix("."),
+        accept_multiple_files=True,
+        key=f"open_upload_{turn}",
+        on_change=_take_uploads,
+        args=(folder, turn),
+        help=f"At most {uploads.MOST_FILES} files and {uploads.MOST_BYTES / 1e9:g} GB. They are "
+        "seen in this session alone and removed after it. Larger models: put them in a folder on "
+        "the server.",
+    )
+    for sentence in st.session_state.get("open_refused", []):
+        st.warning(sentence)
+    if not any(folder.glob(f"*{uploads.SUFFIX}")):
+        return None
+    st.button("Remove all uploads", icon=":material/delete:", on_click=_remove, args=(folder,))
+    found = find_models([str(folder)], inside=folder)
+    return Collection(found, "uploads", _key(found), folder / FILE)
+
+
+def _take_uploads(folder: Path, turn: int) -> None:
+    """Move what was uploaded from the server's memory into the folder, and empty the widget."""
+    sent = st.session_state.get(f"open_upload_{turn}") or []
+    st.session_state["open_refused"] = uploads.keep(sent, folder)
+    session_files.forget_uploads(sent)
+    st.session_state["open_turn"] = turn + 1
+
+
+def _remove(folder: Path) -> None:
+    for path in folder.iterdir():
+        if path.is_file():
+            path.unlink(missing_ok=True)
+    st.session_state["open_refused"] = []
+
+
+def _in_session(found: tuple[Found, ...], name: str, preset: SuiteSpec | None = None) -> Collection:
+    path = session_files.folder() / task_name(name) / FILE
+    return Collection(found, name, _key(found), path, preset=preset)
+
+
+def _key(found: Sequence[Found]) -> str:
+    return digest_of(*(f"{each.reference}:{each.nbytes}:{each.note}" for each in found))[:16]
