@@ -105,7 +105,7 @@ def _measured(
     cold = MergeSession(session.suite, tasks, FactorStore(folder))
     if cold.groups.keep:
         for held, own in zip(session.groups, cold.groups, strict=True):
-            own.experts = held.experts
+            own.members = held.members
             if session.suite.base is not None:
                 own.base = held.base
     if method.learns is not None:

@@ -91,9 +91,7 @@ def _ordered_pairs(
     return pd.DataFrame({"first": first, "second": second, "origin": origin, **columns})
 
 
-def pair_interference(
-    factors: Sequence[Factors | SideFactors], side: Side = "row"
-) -> np.ndarray:
+def pair_interference(factors: Sequence[Factors | SideFactors], side: Side = "row") -> np.ndarray:
     """Interference of every pair of task vectors of one matrix, for every rank at once.
 
     I_ij(k) = ‖S_i V_iᵀ V_j S_j‖_F with the top k directions and S_i = diag(σ_i)/√(Σ_{a≤k} σ_ia²).

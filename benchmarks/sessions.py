@@ -19,6 +19,7 @@ import psutil
 from streamlit.proto.BackMsg_pb2 import BackMsg
 from streamlit.proto.ForwardMsg_pb2 import ForwardMsg
 from websockets.sync.client import connect
+from websockets.typing import Origin, Subprotocol
 
 from tests.browser.conftest import Server
 from ui.shell import PAGES
@@ -32,7 +33,8 @@ def visit(server: Server, number: int, end: float, opened: list[float], faults: 
     """One visitor, until `end`; appends the seconds that each page took."""
     source = random.Random(number)
     address = f"ws://127.0.0.1:{server.port}/_stcore/stream"
-    with connect(address, subprotocols=["streamlit"], max_size=None, origin=server.url) as channel:
+    protocol, origin = Subprotocol("streamlit"), Origin(server.url)
+    with connect(address, subprotocols=[protocol], max_size=None, origin=origin) as channel:
         while time.monotonic() < end:
             page = source.choice(PAGES)
             query: list[tuple[str, str]] = []

@@ -17,8 +17,8 @@ from merge_core.errors import CheckpointError
 from merge_core.files import digest_of, file_digest
 from merge_core.header_checks import check_safetensors_header, check_tensors, read_index
 from merge_core.lazy import lazy
-from merge_core.pickle_tensors import StoredTensor, Unreadable
-from merge_core.pickles import PickledTensors
+from merge_core.pickled.files import PickledTensors
+from merge_core.pickled.tensors import StoredTensor, Unreadable
 
 SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -314,7 +314,8 @@ class Checkpoint:
             name: a parameter.
 
         Returns:
-            None here; left m x r and right r x n of an adapter (see :mod:`merge_core.adapters`).
+            None here; left m x r and right r x n of an adapter (see
+            :mod:`merge_core.adapters.checkpoint`).
         """
         return None
 

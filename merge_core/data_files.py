@@ -226,8 +226,8 @@ def tokenizer_path(data: DataSpec, resolve: Resolve) -> Path:
     Raises:
         HubError: it is on the hub and not downloaded.
     """
-    from merge_core.hub import required
-    from merge_core.hub_files import is_hub_id
+    from merge_core.hub.files import is_hub_id
+    from merge_core.hub.models import required
 
     assert data.tokenizer is not None
     if not is_hub_id(data.tokenizer):
@@ -258,8 +258,8 @@ def head_path(file: str, resolve: Resolve) -> Path:
     Raises:
         HubError: it is on the hub and not downloaded.
     """
-    from merge_core.hub import required
-    from merge_core.hub_files import is_hub_id
+    from merge_core.hub.files import is_hub_id
+    from merge_core.hub.models import required
 
     return required(file) if is_hub_id(file) else resolve(file)
 
@@ -271,8 +271,8 @@ def tower_path(made: ZeroShotSpec, resolve: Resolve, what: str) -> Path:
         SuiteError: it is not there.
         HubError: it is on the hub and not downloaded.
     """
-    from merge_core.hub import required
-    from merge_core.hub_files import is_hub_id
+    from merge_core.hub.files import is_hub_id
+    from merge_core.hub.models import required
 
     if is_hub_id(made.text_tower):
         path = required(made.text_tower)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from merge_core.hub_files import HubId
+from merge_core.hub.files import HubId
 from merge_core.provenance import Provenance
 from merge_core.recipe import Recipe
 from merge_core.suite import Suite

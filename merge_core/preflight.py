@@ -7,7 +7,7 @@ from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
-from merge_core.adapters import AdaptedCheckpoint
+from merge_core.adapters.checkpoint import AdaptedCheckpoint
 from merge_core.checkpoint import Checkpoint, TensorInfo
 from merge_core.errors import CheckpointError
 from merge_core.members import longest_vocabulary

@@ -20,15 +20,15 @@ from pydantic import (
     ValidationError,
 )
 
-from merge_core.adapters import AdaptedCheckpoint, is_adapter, stored_in_by_out
+from merge_core.adapters.checkpoint import AdaptedCheckpoint, is_adapter, stored_in_by_out
 from merge_core.checkpoint import Checkpoint
 from merge_core.data_files import data_identity, head_identity
 from merge_core.data_spec import DataSpec, Head, paths_of
 from merge_core.errors import CheckpointError, HubError, SuiteError, explain_validation
 from merge_core.files import digest_of, path_below, read_yaml
-from merge_core.hub import HubModel, place, required, resolved
-from merge_core.hub_files import HubId, is_hub_id
-from merge_core.hub_headers import headers
+from merge_core.hub.files import HubId, is_hub_id
+from merge_core.hub.headers import headers
+from merge_core.hub.models import HubModel, place, required, resolved
 from merge_core.members import are_own_heads, longest_vocabulary, names_in_all
 from merge_core.parameters import Treatment, treatment
 from merge_core.parameters import describe as describe_parameter
@@ -204,7 +204,7 @@ class Suite:
         """This suite, with the headers alone of members that are on the hub and not downloaded.
 
         Args:
-            models: what is not downloaded, as :func:`merge_core.hub.describe` found it.
+            models: what is not downloaded, as :func:`merge_core.hub.models.describe` found it.
             progress: reports each file; cancels between two.
 
         Raises:

@@ -12,7 +12,7 @@ from mergescope.terminal import console, print_table, progress_bar, size
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from merge_core.hub import HubModel
+    from merge_core.hub.models import HubModel
     from merge_core.suite import Suite
 
 
@@ -22,7 +22,7 @@ def download(
     ],
 ) -> None:
     """Download the members of a suite that are on the hub, into huggingface_hub's cache."""
-    from merge_core import hub
+    from merge_core.hub import models as hub
 
     suite = suite_or_model(reference)
     models = [hub.describe(name) for name in hub.missing(suite)]
@@ -34,7 +34,7 @@ def download(
 
 def print_models(models: Sequence[HubModel]) -> None:
     """What would be downloaded, one row a model, and whether the disk has room."""
-    from merge_core.hub import free_space
+    from merge_core.hub.models import free_space
 
     if not models:
         return
@@ -64,7 +64,7 @@ def suite_or_model(reference: str) -> Suite:
         SuiteError: as :func:`merge_core.suite.load_suite`.
         HubError: not a name on the hub.
     """
-    from merge_core.hub_files import HubId, is_hub_id
+    from merge_core.hub.files import HubId, is_hub_id
     from merge_core.suite import ExpertSpec, Suite, SuiteSpec, load_suite
 
     if not is_hub_id(reference):
@@ -76,7 +76,7 @@ def suite_or_model(reference: str) -> Suite:
 
 def with_headers(suite: Suite) -> Suite:
     """The suite; where members are on the hub only, their headers, and what they would take."""
-    from merge_core.hub import describe, missing
+    from merge_core.hub.models import describe, missing
 
     models = [describe(name) for name in missing(suite)]
     print_models(models)
@@ -93,8 +93,8 @@ def push(
     """Upload a merged model to the hub; the token is read from HF_TOKEN."""
     from merge_core.errors import RecipeError
     from merge_core.files import read_yaml
-    from merge_core.push import RECIPE
-    from merge_core.push import push as push_folder
+    from merge_core.hub.push import RECIPE
+    from merge_core.hub.push import push as push_folder
 
     if (folder / RECIPE).is_file():
         recipe, _ = read_yaml(folder / RECIPE, RECIPE, RecipeError, "the folder of a merge")

@@ -15,7 +15,7 @@ from mergescope.terminal import console, print_frame, print_table, progress_bar,
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from merge_core.member_roles import Found
+    from merge_core.opening.roles import Found
     from merge_core.suite import Suite, SuiteSpec
 
 suite_app = typer.Typer(
@@ -58,9 +58,9 @@ def init(
     ] = False,
 ) -> None:
     """Find models, say what fits, and write suite.yaml. Only headers are read."""
-    from merge_core.member_roles import DraftedSuite, drafted, of_preset, with_base, with_tasks
-    from merge_core.model_search import find_models
-    from merge_core.suite_draft import write_suite
+    from merge_core.opening.draft import write_suite
+    from merge_core.opening.roles import DraftedSuite, drafted, of_preset, with_base, with_tasks
+    from merge_core.opening.search import find_models
 
     named = _named(task or [])
     wanted = list(places or [])
@@ -117,7 +117,7 @@ def _named(pairs: Sequence[str]) -> dict[str, str]:
 
 def _reference(place: str) -> str:
     """A path made absolute; a hub id as it is."""
-    from merge_core.hub_files import is_hub_id
+    from merge_core.hub.files import is_hub_id
 
     if is_hub_id(place):
         return place
@@ -136,7 +136,7 @@ def _output(places: Sequence[str], output: Path | None) -> Path:
 
 
 def _of_preset(name: str, base: str | None) -> SuiteSpec:
-    from merge_core.presets import preset_spec
+    from merge_core.opening.presets import preset_spec
 
     spec = preset_spec(name)
     if base is None:

@@ -6,12 +6,12 @@ from pathlib import Path
 
 import streamlit as st
 
-from merge_core import hub
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of
-from merge_core.member_roles import DraftedSuite, drafted, mistakes
+from merge_core.hub import models as hub
+from merge_core.opening.draft import suite_text, task_name, write_suite
+from merge_core.opening.roles import DraftedSuite, drafted, mistakes
 from merge_core.suite import Suite, SuiteSpec, load_suite
-from merge_core.suite_draft import suite_text, task_name, write_suite
 from ui import charts, session_files, shell
 from ui.open_members import fit_section, members_table
 from ui.open_sources import (

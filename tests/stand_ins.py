@@ -22,7 +22,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from merge_core.presets import Preset
+from merge_core.opening.presets import Preset
 from merge_core.suite import ExpertSpec, SuiteSpec
 from tests.merge_core.pickled_files import importable
 

@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis.fit import fit_table
-from merge_core.member_roles import Found, Role
+from merge_core.opening.roles import Found, Role
 from merge_core.preflight import preflight
 from merge_core.suite import Suite
 

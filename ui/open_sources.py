@@ -13,12 +13,12 @@ import streamlit as st
 
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
-from merge_core.hub_files import HubId
-from merge_core.member_roles import Found, of_preset
-from merge_core.model_search import MOST_ENTRIES, find_models
-from merge_core.presets import presets
+from merge_core.hub.files import HubId
+from merge_core.opening.draft import task_name
+from merge_core.opening.presets import presets
+from merge_core.opening.roles import Found, of_preset
+from merge_core.opening.search import MOST_ENTRIES, find_models
 from merge_core.suite import SuiteSpec, load_suite
-from merge_core.suite_draft import task_name
 from ui import roots, session_files, uploads
 from ui.progress import run_job
 from ui.resources import stamp

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merge_core.errors import MergeScopeError
-from merge_core.model_search import holds_models
+from merge_core.opening.search import holds_models
 
 VARIABLE = "MERGESCOPE_ROOTS"
 DEPTH = 4

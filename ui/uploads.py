@@ -11,7 +11,7 @@ from typing import Protocol
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, OutputError
 from merge_core.files import explain_os_error
-from merge_core.suite_draft import task_name
+from merge_core.opening.draft import task_name
 
 SUFFIX = ".safetensors"
 MOST_FILES = 32

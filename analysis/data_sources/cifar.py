@@ -15,7 +15,7 @@ import numpy as np
 
 from analysis.data_sources.source import UNLABELLED, Pixels, Request, Source
 from merge_core.errors import SuiteError
-from merge_core.pickle_machine import (
+from merge_core.pickled.machine import (
     Blob,
     Budget,
     Global,

@@ -250,7 +250,9 @@ class TestRefusals:
 
     def test_files_that_are_missing(self, suite: Suite) -> None:
         (suite.root / "heads/shapes.safetensors").unlink()
-        with pytest.raises(SuiteError, match=r"heads/shapes.safetensors \(head of task 'shapes'.*exist"):
+        with pytest.raises(
+            SuiteError, match=r"heads/shapes.safetensors \(head of task 'shapes'.*exist"
+        ):
             Evaluator(suite).experts(["shapes"])
 
     def test_nan_weights(self, suite: Suite) -> None:

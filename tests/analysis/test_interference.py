@@ -24,9 +24,9 @@ from analysis.interference import (
     sign_conflict,
     tsv_interference,
 )
+from merge_core.decomposition import decompose
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.factors import FactorStore
-from merge_core.decomposition import decompose
 from merge_core.linalg import Factors
 from merge_core.progress import Progress
 from merge_core.suite import Suite

@@ -15,8 +15,8 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from merge_core.adapter_export import AdapterRank, AdapterReport, merge_to_adapter
-from merge_core.adapters import AdaptedCheckpoint
+from merge_core.adapters.checkpoint import AdaptedCheckpoint
+from merge_core.adapters.export import AdapterRank, AdapterReport, merge_to_adapter
 from merge_core.engine import MergeSession
 from merge_core.errors import OutputError, RecipeError, SuiteError
 from merge_core.factors import FactorStore

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from merge_core.adapters import AdaptedCheckpoint, is_adapter, stored_in_by_out
+from merge_core.adapters.checkpoint import AdaptedCheckpoint, is_adapter, stored_in_by_out
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession
 from merge_core.errors import CheckpointError

@@ -15,12 +15,12 @@ import torch
 from huggingface_hub import constants
 from safetensors.torch import save
 
-from merge_core import hub as product
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import Cancelled, HubError, OutputError
-from merge_core.hub import cached, describe, fetch, local, resolved
-from merge_core.hub_client import reporting_bar
-from merge_core.hub_headers import headers
+from merge_core.hub import models as product
+from merge_core.hub.client import reporting_bar
+from merge_core.hub.headers import headers
+from merge_core.hub.models import cached, describe, fetch, local, resolved
 from merge_core.progress import Progress
 from tests.hub_client import INDEX, SHARDS, files_of, hub, sharded, weights
 from tests.hub_server import Hub

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_core.errors import HubError
-from merge_core.hub_files import (
+from merge_core.hub.files import (
     HubId,
     companions,
     entry_file,

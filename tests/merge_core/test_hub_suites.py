@@ -16,11 +16,11 @@ from safetensors import safe_open
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import HubError, SuiteError
 from merge_core.export import merge_to_folder
-from merge_core.hub import describe, download, local, missing
+from merge_core.hub.models import describe, download, local, missing
+from merge_core.hub.push import push
 from merge_core.model_card import Result, model_card
 from merge_core.preflight import preflight
 from merge_core.provenance import provenance, read_provenance
-from merge_core.push import push
 from merge_core.recipe import make_recipe
 from merge_core.suite import Suite, load_suite
 from tests.hub_client import files_of, hub, sharded, weights

@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from merge_core.errors import Cancelled, SuiteError
-from merge_core.member_roles import DraftedSuite, Found, heads_for
-from merge_core.model_search import MOST_MODELS, find_models, holds_models
+from merge_core.opening.draft import draft
+from merge_core.opening.roles import DraftedSuite, Found, heads_for
+from merge_core.opening.search import MOST_MODELS, find_models, holds_models
 from merge_core.preflight import preflight
 from merge_core.progress import Progress
-from merge_core.suite_draft import draft
 
 State = dict[str, Tensor]
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError
-from merge_core.pickle_machine import PickleFileError
-from merge_core.pickle_zip import inflate
+from merge_core.pickled.machine import PickleFileError
+from merge_core.pickled.zips import inflate
 from tests.merge_core.pickled_files import FORMATS, assert_holds, drawn, legacy
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch on its own old formats

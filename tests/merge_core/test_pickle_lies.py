@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from merge_core.pickle_machine import MOST_STEPS
+from merge_core.pickled.machine import MOST_STEPS
 from tests.merge_core.pickled_by_hand import (
     DATA,
     HEAD,
@@ -311,7 +311,8 @@ def test_lies_and_bombs_are_refused_in_time_and_in_memory(tmp_path: Path) -> Non
     slow = {r["name"]: r["seconds"] for r in reports if r["seconds"] > SECONDS}
     assert not slow
     assert max(r["megabytes"] for r in reports) < MEGABYTES
-    assert {event for r in reports for event in r["events"]} == {"open"}
+    # id() is reported too; by it storages that two tensors share are told.
+    assert {event for r in reports for event in r["events"]} - {"builtins.id"} == {"open"}
     opened = {Path(r["name"]).stem for r in reports if r["error"] is None}
     assert opened == {"0 good", *HARMLESS}
     for report in reports:

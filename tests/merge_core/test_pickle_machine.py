@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from merge_core.pickle_machine import Blob, Budget, Pairs, PickleFileError, read_pickle
+from merge_core.pickled.machine import Blob, Budget, Pairs, PickleFileError, read_pickle
 
 
 class Inert:

@@ -13,7 +13,7 @@ import torch
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError
-from merge_core.pickle_arrays import DTYPES
+from merge_core.pickled.arrays import DTYPES
 
 rng = np.random.default_rng(0)
 NUMBERS = rng.integers(0, 2, (3, 4)) + rng.integers(0, 9, (3, 4)) / 2

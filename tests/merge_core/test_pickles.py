@@ -23,7 +23,7 @@ from torch import nn
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError
-from merge_core.pickles import PickledTensors
+from merge_core.pickled.files import PickledTensors
 from merge_core.suite import load_suite
 from tests.merge_core.pickled_files import (
     FORMATS,

@@ -7,11 +7,11 @@ import re
 import pytest
 import torch
 
-from merge_core.benchmark_tasks import VISION_TASKS
 from merge_core.data_spec import DataSpec, HeadSpec
 from merge_core.errors import SuiteError
-from merge_core.hub_files import HubId
-from merge_core.presets import CLIP_MODELS, Preset, preset_spec, presets
+from merge_core.hub.files import HubId
+from merge_core.opening.benchmark_tasks import VISION_TASKS
+from merge_core.opening.presets import CLIP_MODELS, Preset, preset_spec, presets
 from merge_core.suite import SuiteSpec
 
 # Classes, training and test images: the papers and cards of the data sets.

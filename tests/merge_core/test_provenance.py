@@ -150,7 +150,7 @@ def test_each_difference_is_named(synthetic_suite: Make, tmp_path: Path) -> None
     assert line == "order of experts: was task0, task2, is task2, task0"
     changed = moved(suite, tmp_path / "patterns", average=["conv*"])
     (line,) = differences(about, changed)
-    assert "'decompose' or 'average'" in line
+    assert "'decompose', 'average' or 'vocabulary'" in line
 
     with pytest.raises(RecipeError, match="Put them back, or name the suite") as caught:
         recipe_again(about, changed, "x")

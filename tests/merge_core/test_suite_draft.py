@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 from pydantic import TypeAdapter
 
 from merge_core.errors import OutputError, SuiteError
-from merge_core.suite import ArchitectureSpec, SuiteSpec, TaskName, load_suite
-from merge_core.suite_draft import (
+from merge_core.opening.draft import (
     VITS,
     base_candidates,
     draft,
@@ -24,6 +23,7 @@ from merge_core.suite_draft import (
     task_names,
     write_suite,
 )
+from merge_core.suite import ArchitectureSpec, SuiteSpec, TaskName, load_suite
 
 VALID = TypeAdapter(TaskName)
 

@@ -214,9 +214,7 @@ def test_a_large_suite_is_not_held_in_memory(
     assert not any("members" in vars(group) for group in streamed.groups)
 
 
-@given(
-    st.integers(1, 5), st.integers(0, 9), st.sampled_from([1e-8, 1e-3, 1.0]), st.integers(0, 99)
-)
+@given(st.integers(1, 5), st.integers(0, 9), st.sampled_from([1e-8, 1e-3, 1.0]), st.integers(0, 99))
 def test_the_mean_and_what_it_lost_are_the_mean(T: int, n: int, size: float, seed: int) -> None:
     source = torch.Generator().manual_seed(seed)
     common = torch.randn(n, 3, generator=source)

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merge_core.adapters import AdaptedCheckpoint
+from merge_core.adapters.checkpoint import AdaptedCheckpoint
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession, merged_tensors
 from merge_core.export import merge_to_folder

@@ -10,7 +10,7 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from merge_core.adapters import AdaptedCheckpoint
+from merge_core.adapters.checkpoint import AdaptedCheckpoint
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import RecipeError
 from mergescope.cli import app

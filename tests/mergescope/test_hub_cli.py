@@ -11,7 +11,7 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from merge_core.hub import cached
+from merge_core.hub.models import cached
 from mergescope import cli
 from tests.evaluable import TASKS, by_hand, evaluable
 from tests.hub_client import files_of, hub, sharded, weights

@@ -21,13 +21,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from analysis.evaluation import Evaluator
-from merge_core.benchmark_tasks import VISION_TASKS
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
-from merge_core.presets import preset_spec, presets
+from merge_core.opening.benchmark_tasks import VISION_TASKS
+from merge_core.opening.draft import write_suite
+from merge_core.opening.presets import preset_spec, presets
 from merge_core.recipe import make_recipe
 from merge_core.suite import load_suite
-from merge_core.suite_draft import write_suite
 from mergescope import cli
 from tests.merge_core.pickled_files import importable
 from tests.stand_ins import (

@@ -131,7 +131,7 @@ def test_models_of_the_hub(
 def test_a_preset_is_written_though_the_hub_cannot_be_reached(
     hub: Hub, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from merge_core.presets import preset_spec
+    from merge_core.opening.presets import preset_spec
 
     hub.status = 503
     assert call(monkeypatch, "suite", "init", "--preset", "clip-vit-b-32-8", "-o", "p.yaml") == 0

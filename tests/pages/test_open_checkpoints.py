@@ -15,7 +15,7 @@ from safetensors.torch import save, save_file
 from streamlit.testing.v1 import AppTest
 
 from merge_core.checkpoint import Checkpoint
-from merge_core.member_roles import Found
+from merge_core.opening.roles import Found
 from merge_core.suite import load_suite
 from tests.conftest import random_states
 from tests.hub_client import files_of, hub, weights

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from analysis import patterns
-from merge_core.presets import presets
-from merge_core.suite_draft import write_suite
+from merge_core.opening.draft import write_suite
+from merge_core.opening.presets import presets
 from tests.pages.test_pages import figures, healthy, open_page
 from tests.stand_ins import offline, shrunk, write_stand_ins
 

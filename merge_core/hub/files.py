@@ -1,6 +1,6 @@
 """Names on the Hugging Face Hub, and which files of a repository make up a model's weights.
 
-Nothing here asks the network: see :mod:`merge_core.hub`.
+Nothing here asks the network: see :mod:`merge_core.hub.models`.
 """
 
 from __future__ import annotations

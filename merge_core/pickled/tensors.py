@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from merge_core.pickle_machine import Global, Pairs, PickleFileError, Record
+from merge_core.pickled.machine import Global, Pairs, PickleFileError, Record
 
 DTYPES = {
     str(value).removeprefix("torch."): value

@@ -28,7 +28,8 @@ LATEST_PROTOCOL = 5
 class PickleFileError(Exception):
     """What is wrong with a pickled file, in sentences that call the file "it".
 
-    :class:`merge_core.pickles.PickledTensors` makes a CheckpointError of it, which names the file.
+    :class:`merge_core.pickled.files.PickledTensors` makes a CheckpointError of it, which names
+    the file.
     """
 
     @classmethod

@@ -16,14 +16,14 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
-from merge_core.benchmark_tasks import (
+from merge_core.errors import SuiteError
+from merge_core.opening.benchmark_tasks import (
     GLUE,
     GLUE_TASKS,
     VISION_TASKS,
     TextTask,
     VisionTask,
 )
-from merge_core.errors import SuiteError
 from merge_core.suite import SuiteSpec
 
 Protocol = Literal["FusionBench", "TALL-masks", "GLUE"]

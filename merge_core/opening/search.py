@@ -9,14 +9,14 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from merge_core.adapter_config import CONFIG_FILE, read_adapter_config
-from merge_core.adapters import WEIGHT_FILES, is_adapter
+from merge_core.adapters.checkpoint import WEIGHT_FILES, is_adapter
+from merge_core.adapters.config import CONFIG_FILE, read_adapter_config
 from merge_core.checkpoint import FOLDER_CANDIDATES, TORCH_SUFFIXES, Checkpoint
 from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
-from merge_core.hub_files import NOT_WEIGHTS, HubId, is_hub_id
-from merge_core.member_roles import Found, Kind, suggested
+from merge_core.hub.files import NOT_WEIGHTS, HubId, is_hub_id
+from merge_core.opening.draft import Layout
+from merge_core.opening.roles import Found, Kind, suggested
 from merge_core.progress import Progress
-from merge_core.suite_draft import Layout
 
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")
@@ -188,9 +188,9 @@ def _opened(found: Found, inside: Path | None) -> Found:
 
 def _on_hub(found: Found) -> Found:
     """A model of the hub: from the cache, else by the headers of its weights there."""
-    from merge_core import hub
-    from merge_core.hub_files import is_adapter as opens_adapter
-    from merge_core.hub_headers import headers
+    from merge_core.hub import models as hub
+    from merge_core.hub.files import is_adapter as opens_adapter
+    from merge_core.hub.headers import headers
 
     path = hub.cached(found.reference)
     if path is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from merge_core.adapter_config import CONFIG_FILE, AdapterConfig, read_adapter_config
+from merge_core.adapters.config import CONFIG_FILE, AdapterConfig, read_adapter_config
 from merge_core.checkpoint import Checkpoint, TensorInfo
 from merge_core.errors import CheckpointError
 from merge_core.files import digest_of

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from merge_core.errors import Cancelled, CheckpointError, HubError
 from merge_core.files import file_digest
 from merge_core.header_checks import read_index
-from merge_core.hub_client import (
+from merge_core.hub.client import (
     MEGABYTE,
     api,
     cache_folder,
@@ -28,8 +28,8 @@ from merge_core.hub_client import (
     repository_folder,
     snapshot,
 )
-from merge_core.hub_errors import explained
-from merge_core.hub_files import (
+from merge_core.hub.errors import explained
+from merge_core.hub.files import (
     ADAPTER_CONFIG,
     HubId,
     companions,

@@ -7,8 +7,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_core.hub_errors import explained
-from merge_core.hub_files import HubId
+from merge_core.hub.errors import explained
+from merge_core.hub.files import HubId
 from merge_core.progress import Progress
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from merge_core.pickle_arrays import stored_array
-from merge_core.pickle_machine import Blob, Global, Pairs, PickleFileError, Record
-from merge_core.pickle_tensors import Storage, StoredTensor, Unreadable, view
+from merge_core.pickled.arrays import stored_array
+from merge_core.pickled.machine import Blob, Global, Pairs, PickleFileError, Record
+from merge_core.pickled.tensors import Storage, StoredTensor, Unreadable, view
 
 NamedTensor = StoredTensor | Unreadable
 
@@ -29,7 +29,7 @@ def named_tensors(content: Any, arrays: bool = True) -> dict[str, NamedTensor]:
     """The tensors of a pickled state dict or module, inside the usual wrappers or bare.
 
     Args:
-        content: what :func:`merge_core.pickle_machine.read_pickle` returned.
+        content: what :func:`merge_core.pickled.machine.read_pickle` returned.
         arrays: whether numpy arrays count, whose bytes lie inside the pickle.
 
     Returns:

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from merge_core.pickle_machine import Blob, Global, Record
-from merge_core.pickle_tensors import Region, Storage, StoredTensor, count, view
+from merge_core.pickled.machine import Blob, Global, Record
+from merge_core.pickled.tensors import Region, Storage, StoredTensor, count, view
 
 DTYPES = {
     "f8": torch.float64,
@@ -33,7 +33,7 @@ def stored_array(value: Any) -> StoredTensor | None:
     """A numpy array of numbers as a place in the stream that its pickle was read from.
 
     Args:
-        value: what :func:`merge_core.pickle_machine.read_pickle` put for it.
+        value: what :func:`merge_core.pickled.machine.read_pickle` put for it.
 
     Returns:
         None for anything else, and for arrays of texts, objects or big-endian numbers, and those

@@ -14,8 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import SuiteError
-from merge_core.suite import Suite, SuiteSpec, TaskName
-from merge_core.suite_draft import (
+from merge_core.opening.draft import (
     LONGEST,
     Layout,
     base_candidates,
@@ -24,6 +23,7 @@ from merge_core.suite_draft import (
     task_name,
     task_names,
 )
+from merge_core.suite import Suite, SuiteSpec, TaskName
 
 Kind = Literal["model", "adapter", "head"]
 Role = Literal["expert", "base", "head", "left out"]

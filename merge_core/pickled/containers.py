@@ -14,8 +14,8 @@ from typing import Any, BinaryIO
 
 import torch
 
-from merge_core.pickle_machine import Blob, Budget, Pairs, PickleFileError, read_pickle
-from merge_core.pickle_tensors import (
+from merge_core.pickled.machine import Blob, Budget, Pairs, PickleFileError, read_pickle
+from merge_core.pickled.tensors import (
     MOST_DIMENSIONS,
     Region,
     Storage,
@@ -24,7 +24,7 @@ from merge_core.pickle_tensors import (
     storage_dtype,
     view,
 )
-from merge_core.pickle_zip import DEFLATED, Entry, inflate, locate, read_directory, region_of
+from merge_core.pickled.zips import DEFLATED, Entry, inflate, locate, read_directory, region_of
 
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 
 from merge_core.errors import HubError, MergeScopeError
 from merge_core.files import explain_os_error
-from merge_core.hub_files import HubId
+from merge_core.hub.files import HubId
 
 BY_STATUS = {
     401: "the hub refuses the token in HF_TOKEN. Set a valid one, or unset it.",

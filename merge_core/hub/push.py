@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from merge_core.errors import HubError
-from merge_core.hub_client import api, token
-from merge_core.hub_errors import explained
-from merge_core.hub_files import BESIDE, MAIN, SCHEME, HubId, is_hub_id
+from merge_core.hub.client import api, token
+from merge_core.hub.errors import explained
+from merge_core.hub.files import BESIDE, MAIN, SCHEME, HubId, is_hub_id
 
 RECIPE = "recipe.yaml"
 # As a merge writes them, at the root or in a folder per task; never code, never pickles.

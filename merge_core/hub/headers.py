@@ -16,10 +16,10 @@ from merge_core.checkpoint import (
 )
 from merge_core.errors import HubError
 from merge_core.header_checks import check_tensors, read_index
-from merge_core.hub import HubModel, beside, not_here
-from merge_core.hub_client import MEGABYTE, api, cache_folder, fetch_file
-from merge_core.hub_errors import explained
-from merge_core.hub_files import HubId, is_adapter
+from merge_core.hub.client import MEGABYTE, api, cache_folder, fetch_file
+from merge_core.hub.errors import explained
+from merge_core.hub.files import HubId, is_adapter
+from merge_core.hub.models import HubModel, beside, not_here
 from merge_core.progress import Progress
 
 HEADERS_AT_ONCE = 8

@@ -12,8 +12,8 @@ import zlib
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from merge_core.pickle_machine import PickleFileError
-from merge_core.pickle_tensors import Region
+from merge_core.pickled.machine import PickleFileError
+from merge_core.pickled.tensors import Region
 
 MOST_ENTRIES = 100_000
 LARGEST_DIRECTORY = 1 << 25

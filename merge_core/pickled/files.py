@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from merge_core.errors import CheckpointError
-from merge_core.pickle_containers import read_contents
-from merge_core.pickle_machine import PickleFileError
-from merge_core.pickle_names import NamedTensor, named_tensors
-from merge_core.pickle_tensors import Region, StoredTensor, Unreadable
-from merge_core.pickle_zip import inflate
+from merge_core.pickled.containers import read_contents
+from merge_core.pickled.machine import PickleFileError
+from merge_core.pickled.names import NamedTensor, named_tensors
+from merge_core.pickled.tensors import Region, StoredTensor, Unreadable
+from merge_core.pickled.zips import inflate
 
 
 class PickledTensors:

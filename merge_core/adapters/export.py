@@ -22,8 +22,14 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from merge_core.adapter_config import CONFIG_FILE
-from merge_core.adapters import PREFIX, WEIGHT_FILES, AdaptedCheckpoint, Naming, stored_in_by_out
+from merge_core.adapters.checkpoint import (
+    PREFIX,
+    WEIGHT_FILES,
+    AdaptedCheckpoint,
+    Naming,
+    stored_in_by_out,
+)
+from merge_core.adapters.config import CONFIG_FILE
 from merge_core.checkpoint import TensorInfo
 from merge_core.decomposition import decompose
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
@@ -32,7 +38,7 @@ from merge_core.executors import Executor, Threads
 from merge_core.export import portable
 from merge_core.factors import FactorStore
 from merge_core.files import check_output, folder_written_whole
-from merge_core.hub_files import HubId, is_hub_id
+from merge_core.hub.files import HubId, is_hub_id
 from merge_core.linalg import as_matrix, directions
 from merge_core.methods.cart_energy import energy_rank
 from merge_core.methods.declaration import Rank

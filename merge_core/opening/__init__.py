@@ -1,0 +1,1 @@
+"""From what somebody has to a suite: finding models, naming tasks, presets."""

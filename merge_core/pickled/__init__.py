@@ -1,0 +1,1 @@
+"""Pickled checkpoints, read as data: nothing that they name is imported or run."""
