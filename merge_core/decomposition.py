@@ -6,13 +6,14 @@ Notation: A is m x n with r = min(m, n). Its *side* are the r singular vectors o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from merge_core.linalg import Factors
+from merge_core.linalg import Factors, product_with
 
 Route = Literal["gram", "svd"]
 
@@ -129,8 +130,23 @@ def gram(B: Tensor, block: int = 192) -> Tensor:
     return G
 
 
-def cut(side: Side, A: Tensor, k: int, tolerance: float) -> tuple[Side, float]:
-    """The side made ready for a cut after k directions, and what SVD_k is estimated to be off by.
+@dataclass(frozen=True)
+class Cut:
+    """A side made ready for a cut.
+
+    Attributes:
+        side: whose first vectors span what is kept.
+        error: ‖A P̂_k − SVD_k(A)‖_F / ‖SVD_k(A)‖_F, an estimate.
+        long: A times the first k vectors, where it was made on the way.
+    """
+
+    side: Side
+    error: float
+    long: Tensor | None = None
+
+
+def cut(side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, tolerance: float) -> Cut:
+    """The side made ready for a cut after k directions.
 
     To first order the projection on the first k vectors errs by c_ij = d_ij / (σ_i² − σ_j²)
     between a kept i and a dropped j, d the defect of the eigenvectors. Those of the last few kept
@@ -138,24 +154,28 @@ def cut(side: Side, A: Tensor, k: int, tolerance: float) -> tuple[Side, float]:
     turned back by them; the others count with the noise's root mean square.
 
     Args:
-        side: of A.
-        A: m x n, float32.
+        side: of A, whose vectors have min(m, n) entries.
+        tall: gives rows of A, or of Aᵀ where m ≤ n, in float32.
+        rows: how many there are, max(m, n).
         k: directions kept.
-        tolerance: of the error, as it is returned.
-
-    Returns:
-        The side, and ‖A P̂_k − SVD_k(A)‖_F / ‖SVD_k(A)‖_F, an estimate.
+        tolerance: of the error.
 
     Source: [derived] from first-order perturbation of invariant subspaces (Stewart and Sun,
     Matrix perturbation theory, 1990, chapter V).
     """
     if side.noise == 0 or k >= side.vectors.shape[0]:
-        return side, 0.0
+        return Cut(side, 0.0)
     squares = side.S.double().square()
     first = max(0, k - WINDOW)
     near, far = side.vectors[first:k], side.vectors[k:]
-    B = A.T if A.shape[0] <= A.shape[1] else A
-    residual = B.T @ (B @ near.T) - near.T * squares[first:k].to(near.dtype)
+    residual = -near.T * squares[first:k].to(near.dtype)
+
+    def add(block: Tensor, product: Tensor) -> None:
+        residual.addmm_(block.T, product[:, -near.shape[0] :])
+
+    # Few leading directions are wanted themselves; of many, the tail is cut off instead.
+    leading = 2 * k <= side.S.numel()
+    long = product_with(tall, rows, (side.vectors[:k] if leading else near).T, add)
     defect = torch.full((k, far.shape[0]), side.noise, dtype=torch.float64)
     defect[first:] = (far @ residual).T.double()
     kept, dropped = squares[:k, None], squares[None, k:]
@@ -167,14 +187,14 @@ def cut(side: Side, A: Tensor, k: int, tolerance: float) -> tuple[Side, float]:
         return float((off.sum() / squares[:k].sum()).sqrt())
 
     if (estimate := error(turn)) <= tolerance:
-        return side, estimate
+        return Cut(side, estimate, long if leading else None)
     back = turn[first:].to(near.dtype)
     vectors = side.vectors.clone()
     vectors[first:k] += back @ far
     vectors[k:] -= back.T @ near
     # What is left: the rounding of the residual itself, and the second order.
     turn[first:] = RESIDUAL_NOISE * turn[first:].abs() + turn[first:].square()
-    return Side(vectors, side.S, side.noise), error(turn)
+    return Cut(Side(vectors, side.S, side.noise), error(turn))
 
 
 def _sign(U: Tensor) -> Tensor:

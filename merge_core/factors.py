@@ -31,7 +31,7 @@ TOLERANCE = 5e-5
 DISK_BYTES = 20 << 30
 LOOK_EVERY = 256 << 20
 
-Matrix = Callable[[torch.dtype], Tensor]
+Tall = Callable[[torch.dtype, slice], Tensor]
 
 
 def _sound(side: Side) -> bool:
@@ -78,7 +78,7 @@ class FactorStore:
         member: str,
         origin: str,
         parameter: str,
-        matrix: Matrix,
+        tall: Tall,
         shape: tuple[int, int],
         k: int | None = None,
     ) -> SideFactors:
@@ -88,7 +88,8 @@ class FactorStore:
             member: content digest of the expert.
             origin: content digest of what it is taken about (the base, or all experts averaged).
             parameter: the parameter's name.
-            matrix: makes the m x n matrix in float32 or float64.
+            tall: makes rows of the m x n matrix, of its transpose where m ≤ n, in float32 or
+                float64.
             shape: m, n.
             k: how many leading directions must span their space to within a relative error of
                 SVD_k of about 1e-4; where float32 does not reach that (close singular values),
@@ -101,32 +102,29 @@ class FactorStore:
         key = digest_of(FORMAT, self.route, member, origin, parameter)
         path = self.folder / key[:2] / f"{key}.safetensors"
         side = self._remembered(key)
-        A: Tensor | None = None  # what was made on the way is used again
         if side is None:
-            side = self._read(path, shape)
-            if side is None:
-                A = matrix(torch.float32)
-                side = self._made(path, A)
+            side = self._read(path, shape) or self._made(path, tall, torch.float32, shape)
             self._remember(key, side)
-        sure_at: int | None = None
-        if side.noise > 0:
-            sure_at = 0  # no number of leading directions was asked for
-            if k is not None:
-                A = matrix(torch.float32) if A is None else A
-                sure_at, (ready, error) = k, cut(side, A, k, TOLERANCE)
-                if error > TOLERANCE:
-                    ready = side = self._made(path, matrix(torch.float64))
-                    sure_at = None
-                    self._remember(key, side)
-                side = ready
-        factors = SideFactors(side.vectors, side.S, shape, partial(matrix, torch.float32), sure_at)
-        if k is not None and A is not None and SMALL <= min(shape) >= 2 * k:
-            factors.weigh(k, A)
+        rows = partial(tall, torch.float32)
+        if side.noise == 0:
+            return SideFactors(side.vectors, side.S, shape, rows)
+        if k is None:  # no number of leading directions was asked for
+            return SideFactors(side.vectors, side.S, shape, rows, sure_at=0)
+        ready = cut(side, rows, max(shape), k, TOLERANCE)
+        if ready.error > TOLERANCE:
+            side = self._made(path, tall, torch.float64, shape)
+            self._remember(key, side)
+            return SideFactors(side.vectors, side.S, shape, rows)
+        factors = SideFactors(ready.side.vectors, side.S, shape, rows, sure_at=k)
+        if ready.long is not None:
+            factors.weigh(ready.long)
         return factors
 
-    def _made(self, path: Path, A: Tensor) -> Side:
+    def _made(self, path: Path, tall: Tall, dtype: torch.dtype, shape: tuple[int, int]) -> Side:
         """Decompose, and keep on disk."""
-        side = short_side(A.to(_device(A)), self.route)
+        B = tall(dtype, slice(None))
+        A = (B.T if shape[0] <= shape[1] else B).to(_device(B))
+        side = short_side(A, self.route)
         with self._lock:
             self.decompositions += 1
         data = save({"vectors": side.vectors, "S": side.S}, {"noise": repr(side.noise)})
@@ -134,7 +132,7 @@ class FactorStore:
         with suppress(OutputError):
             write_atomically(path, data)
             self._make_room(len(data))
-        return self._read(path, A.shape) or side  # the file's pages can be dropped by the system
+        return self._read(path, shape) or side  # the file's pages can be dropped by the system
 
     def _make_room(self, written: int) -> None:
         """Evict what was not used for longest, now and then."""

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 SMALL = 512
+ROWS = 512
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ class SideFactors:
         vectors: q x min(m, n), orthonormal rows: the short side's vectors, one a direction.
         S: singular values, r, descending; those after the first q are zero.
         shape: m, n; the short side is U where m ≤ n, else V.
-        matrix: gives A, m x n, whenever the long side is asked for.
+        tall: gives rows of A, or of Aᵀ where the short side is U, when the long side is asked for.
         sure_at: the number of leading directions that are known to span their space exactly
             enough; None if any number is.
     """
@@ -80,14 +81,14 @@ class SideFactors:
         vectors: Tensor,
         S: Tensor,
         shape: tuple[int, int],
-        matrix: Callable[[], Tensor],
+        tall: Callable[[slice], Tensor],
         sure_at: int | None = None,
     ) -> None:
         self.S = S
         self.sure_at = sure_at
         self.shape = shape
         self._vectors = vectors
-        self._matrix = matrix
+        self._tall = tall
         self._wide = shape[0] <= shape[1]
         self._long: Tensor | None = None
 
@@ -118,9 +119,9 @@ class SideFactors:
         left, right = self.pair(slice(0, k))
         return left @ right.T
 
-    def weigh(self, k: int, A: Tensor) -> None:
-        """Make the long side of the first k directions now, while the matrix is at hand."""
-        self._long = self._times(A, slice(0, k))
+    def weigh(self, long: Tensor) -> None:
+        """Take over the long side of the first directions, times their values, made elsewhere."""
+        self._long = long
 
     def _short(self, kept: slice) -> Tensor:
         vectors = self._vectors[kept].T
@@ -133,14 +134,11 @@ class SideFactors:
         if self._long is None or self._long.shape[1] < stop:
             # A small matrix is worth all of its long side, from which every rank is a slice.
             made = slice(0, None) if self.rank < SMALL else kept
-            product = self._times(self._matrix(), made)
+            product = product_with(self._tall, max(self.shape), self._short(made))
             if made.start:
                 return product
             self._long = product
         return self._long[:, start:stop]
-
-    def _times(self, A: Tensor, kept: slice) -> Tensor:
-        return (A.T if self._wide else A).to(self._vectors.dtype) @ self._short(kept)
 
     def _unit(self, k: int | None) -> Tensor:
         """The long side's first vectors, orthonormal but for those of zero weight."""
@@ -150,6 +148,33 @@ class SideFactors:
         unit = torch.zeros_like(weighted)
         unit[:, live] = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
         return unit
+
+
+def product_with(
+    tall: Callable[[slice], Tensor],
+    rows: int,
+    X: Tensor,
+    look: Callable[[Tensor, Tensor], None] | None = None,
+) -> Tensor:
+    """B X for a matrix that is made a few rows at a time, so that it stays in the cache.
+
+    Args:
+        tall: gives rows of B, rows x n.
+        rows: how many it has.
+        X: n x k.
+        look: told each block of B and its product.
+
+    Returns:
+        rows x k, in the dtype of X.
+    """
+    product = torch.empty(rows, X.shape[1], dtype=X.dtype)
+    for start in range(0, rows, ROWS):
+        part = slice(start, start + ROWS)
+        block = tall(part).to(X.dtype)
+        torch.mm(block, X, out=product[part])
+        if look is not None:
+            look(block, product[part])
+    return product
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
@@ -218,10 +243,12 @@ def factors_of_product(left: Tensor, right: Tensor) -> SideFactors:
     S = torch.zeros(min(shape))
     S[: D.numel()] = (D * live).float()
 
-    def product() -> Tensor:
-        return (left @ right).float()
+    def tall(part: slice) -> Tensor:
+        if shape[0] <= shape[1]:
+            return (right[:, part].T @ left.T).float()
+        return (left[part] @ right).float()
 
-    return SideFactors(side.float().contiguous(), S, shape, product)
+    return SideFactors(side.float().contiguous(), S, shape, tall)
 
 
 def orthogonalised(X: Tensor) -> Tensor:

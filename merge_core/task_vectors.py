@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Literal
@@ -108,11 +109,6 @@ class ParameterGroup:
         """shape: θ_avg = (1/T) Σ θ_t."""
         return mean(self.members)
 
-    @lazy
-    def _rounded_off(self) -> Tensor:
-        """shape: what the average lost in rounding, (1/T) Σ (θ_t − θ_avg)."""
-        return mean(self.members, self.average)
-
     @property
     def buffer(self) -> Tensor:
         """An integer parameter as it is in the base, else in the first expert."""
@@ -180,8 +176,8 @@ class ParameterGroup:
                 return factors_of_product(*centred)
             members = [self._suite.expert(task) for task in self.tasks]
             about = digest_of("average", *sorted(member.digest for member in members))
-        matrix = partial(self._task_matrix, origin, place)
-        return self._store.get(member.digest, about, self.name, matrix, shape, k)
+        tall = partial(self._tall, origin, place)
+        return self._store.get(member.digest, about, self.name, tall, shape, k)
 
     def _centred_product(self, place: int) -> tuple[Tensor, Tensor] | None:
         """C_t of adapters of one base as a product of thin matrices, left m x q and right q x n.
@@ -198,12 +194,21 @@ class ParameterGroup:
         left = torch.cat([w * L for w, (L, _) in zip(shares, known, strict=True)], dim=1)
         return left, torch.cat([R for _, R in known])
 
-    def _task_matrix(self, origin: Origin, place: int, dtype: torch.dtype) -> Tensor:
-        """One task vector as a matrix (out x in), rounded once; float64 for such weights."""
-        member, dtype = self.members[place], torch.promote_types(dtype, self.members[place].dtype)
-        if origin == "base":
-            return as_matrix(member.to(dtype) - self.base.to(dtype))
-        return as_matrix((member.to(dtype) - self.average).sub_(self._rounded_off))
+    def _tall(self, origin: Origin, place: int, dtype: torch.dtype, part: slice) -> Tensor:
+        """Rows of a task vector as a matrix, of its transpose where that is the taller.
+
+        Float64 for such weights.
+        """
+        wide = operator.le(*matrix_shape(self.info.shape))
+
+        def rows(tensor: Tensor) -> Tensor:
+            matrix = as_matrix(tensor)
+            return (matrix.T if wide else matrix)[part].to(dtype)
+
+        dtype = torch.promote_types(dtype, self.members[place].dtype)
+        # Exact: near numbers are subtracted, and the average is the point that is merged about,
+        # as rounded as every weight is.
+        return rows(self.members[place]) - rows(self.origin(origin))
 
     def sum_of_truncations(self, origin: Origin, k: int) -> Tensor:
         """shape: Σ_t SVD_k(task vector t), kept until another k is asked for."""
@@ -224,7 +229,7 @@ class ParameterGroup:
 
     def release(self) -> None:
         """Forget what was read; it is read again when asked for."""
-        for name in ("members", "experts", "base", "average", "_rounded_off", "_filler"):
+        for name in ("members", "experts", "base", "average", "_filler"):
             self.__dict__.pop(name, None)
         self._sums.clear()
         self._factors.clear()
@@ -257,33 +262,18 @@ class ParameterGroup:
         return value if value.dtype == torch.float64 else value.float()
 
 
-def mean(members: Sequence[Tensor], about: Tensor | None = None) -> Tensor:
-    """The mean of tensors, or of their differences to one that is near them.
-
-    Differences of near numbers are exact (Sterbenz), so that the mean and the mean about it
-    together are as exact as the task vectors themselves.
-
-    Args:
-        members: T tensors of one shape and dtype.
-        about: of the same shape and dtype; nothing is taken off when None.
-    """
-    if len(members) == 1 and about is None:
+def mean(members: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors of one shape and floating dtype (T of them; a single one itself)."""
+    if len(members) == 1:
         return members[0]
     result = torch.empty_like(members[0], memory_format=torch.contiguous_format)
     flat, whole = [member.reshape(-1) for member in members], result.view(-1)
-    origin = None if about is None else about.reshape(-1)
     # In pieces that stay in the processor's cache while all members are added to them.
     for start in range(0, whole.numel(), PIECE):
         part = slice(start, start + PIECE)
-        total = whole[part]
-        if origin is None:
-            torch.add(flat[0][part], flat[1][part], out=total)
-            for member in flat[2:]:
-                total += member[part]
-        else:
-            torch.sub(flat[0][part], origin[part], out=total)
-            for member in flat[1:]:
-                total += member[part] - origin[part]
+        total = torch.add(flat[0][part], flat[1][part], out=whole[part])
+        for member in flat[2:]:
+            total += member[part]
         total /= len(flat)
     return result
 

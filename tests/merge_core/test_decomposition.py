@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_core import decomposition
-from merge_core.decomposition import Side, cut, gram, short_side
+from merge_core.decomposition import Cut, Side, cut, gram, short_side
 from merge_core.factors import TOLERANCE, FactorStore
 from merge_core.linalg import SideFactors, factors_of_product, sum_of_truncations
 
@@ -49,7 +51,17 @@ def truth(A: Tensor) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def factors(A: Tensor, side: Side | None = None) -> SideFactors:
     side = side or short_side(A)
-    return SideFactors(side.vectors, side.S, tuple(A.shape), lambda: A)
+    return SideFactors(side.vectors, side.S, tuple(A.shape), partial(tall(A), torch.float32))
+
+
+def tall(A: Tensor) -> Callable[[torch.dtype, slice], Tensor]:
+    """Rows of A, or of its transpose where that is not the shorter."""
+    B = A.T if A.shape[0] <= A.shape[1] else A
+    return lambda dtype, part: B[part].to(dtype)
+
+
+def ready(A: Tensor, k: int, tolerance: float) -> Cut:
+    return cut(short_side(A), partial(tall(A), torch.float32), max(A.shape), k, tolerance)
 
 
 @pytest.fixture(autouse=True)
@@ -91,8 +103,12 @@ def test_the_estimated_error_is_about_the_true_one(kind: str, k: int, tolerance:
         if k < len(S) and S[k - 1] - S[k] < 1e-9 * S[0]:
             continue  # the truth itself is one of many
         exact = (U[:, :k] * S[:k]) @ Vt[:k]
-        side, estimate = cut(short_side(A), A, k, tolerance)
-        got = factors(A, side).truncated(k).double().numpy()
+        found = ready(A, k, tolerance)
+        estimate = found.error
+        got = factors(A, found.side).truncated(k).double().numpy()
+        if found.long is not None:  # it is the product that it says it is
+            long = (A.T if shape[0] <= shape[1] else A) @ found.side.vectors[:k].T
+            torch.testing.assert_close(found.long, long, rtol=1e-5, atol=1e-8)
         error = np.linalg.norm(got - exact) / np.linalg.norm(exact)
         # Three of its own, and what float32 products round anyway.
         assert error <= 3 * estimate + 2e-6, (shape, estimate)
@@ -102,8 +118,8 @@ def test_the_estimated_error_is_about_the_true_one(kind: str, k: int, tolerance:
 
 def test_directions_that_cannot_be_told_apart_are_not_called_exact() -> None:
     A = matrix("equal", R, R)
-    assert cut(short_side(A), A, 10, 1e-4)[1] > 0.1
-    assert cut(short_side(A), A, R, 1e-4)[1] == 0
+    assert ready(A, 10, 1e-4).error > 0.1
+    assert ready(A, R, 1e-4).error == 0
 
 
 @pytest.mark.parametrize("share", [0.02, 0.08, 0.3, 0.5, 0.9])
@@ -116,7 +132,7 @@ def test_a_merged_update_is_that_of_float64(tmp_path: Path, kind: str, share: fl
         U, S, Vt = truth(A)
         expected += (U[:, :k] * S[:k]) @ Vt[:k]
     held = [
-        store.get(f"expert {t}", "average", "w", A.to, (2 * R, R), k)
+        store.get(f"expert {t}", "average", "w", tall(A), (2 * R, R), k)
         for t, A in enumerate(matrices)
     ]
     got = sum_of_truncations(held, k, lambda: torch.stack(matrices).sum(0)).double().numpy()
@@ -125,16 +141,16 @@ def test_a_merged_update_is_that_of_float64(tmp_path: Path, kind: str, share: fl
 
 def test_what_float32_cannot_cut_is_decomposed_in_float64_and_kept_so(tmp_path: Path) -> None:
     A, store = matrix("steep", R, R), FactorStore(tmp_path)
-    assert store.get("e", "o", "w", A.to, (R, R)).sure_at == 0
-    assert store.get("e", "o", "w", A.to, (R, R), 2).sure_at == 2
+    assert store.get("e", "o", "w", tall(A), (R, R)).sure_at == 0
+    assert store.get("e", "o", "w", tall(A), (R, R), 2).sure_at == 2
     assert store.decompositions == 1
     k = 140  # deep in the tail of equal values
-    assert cut(short_side(A), A, k, TOLERANCE)[1] > TOLERANCE
-    assert store.get("e", "o", "w", A.to, (R, R), k).sure_at is None
+    assert ready(A, k, TOLERANCE).error > TOLERANCE
+    assert store.get("e", "o", "w", tall(A), (R, R), k).sure_at is None
     assert store.decompositions == 2
     for again in (store, FactorStore(tmp_path)):
         before = again.decompositions
-        assert again.get("e", "o", "w", A.to, (R, R), 2).sure_at is None
+        assert again.get("e", "o", "w", tall(A), (R, R), 2).sure_at is None
         assert again.decompositions == before
 
 
@@ -182,11 +198,11 @@ def test_the_folder_is_kept_within_its_limit_and_the_oldest_goes_first(tmp_path:
     one = short_side(matrix("decaying", R, R)).vectors.nbytes
     store = FactorStore(tmp_path, disk_bytes=5 * one)
     for t in range(8):
-        store.get(f"expert {t}", "average", "w", matrix("decaying", R, R, t).to, (R, R))
+        store.get(f"expert {t}", "average", "w", tall(matrix("decaying", R, R, t)), (R, R))
     held = sum(p.stat().st_size for p in tmp_path.rglob("*") if p.is_file())
     assert one < held <= 5 * one
     fresh = FactorStore(tmp_path)
-    fresh.get("expert 7", "average", "w", matrix("decaying", R, R, 7).to, (R, R))
+    fresh.get("expert 7", "average", "w", tall(matrix("decaying", R, R, 7)), (R, R))
     assert fresh.decompositions == 0
-    fresh.get("expert 0", "average", "w", matrix("decaying", R, R, 0).to, (R, R))
+    fresh.get("expert 0", "average", "w", tall(matrix("decaying", R, R, 0)), (R, R))
     assert fresh.decompositions == 1

@@ -214,14 +214,12 @@ def test_a_large_suite_is_not_held_in_memory(
     assert not any("members" in vars(group) for group in streamed.groups)
 
 
-@given(st.integers(1, 5), st.integers(0, 9), st.sampled_from([1e-8, 1e-3, 1.0]), st.integers(0, 99))
-def test_the_mean_and_what_it_lost_are_the_mean(T: int, n: int, size: float, seed: int) -> None:
+@given(st.integers(1, 5), st.integers(0, 400), st.integers(0, 99))
+def test_the_mean_does_not_depend_on_its_pieces(T: int, n: int, seed: int) -> None:
     source = torch.Generator().manual_seed(seed)
-    common = torch.randn(n, 3, generator=source)
-    members = [common + size * torch.randn(n, 3, generator=source) for _ in range(T)]
+    members = [torch.randn(n, 3, generator=source) for _ in range(T)]
     exact = np.mean([m.double().numpy() for m in members], axis=0)
-    high = mean(members)
-    both = high.double().numpy() + mean(members, high).double().numpy()
-    np.testing.assert_allclose(high.numpy(), exact, rtol=1e-6, atol=1e-6)
-    spread = max((float((m - high).abs().max()) for m in members if n), default=0.0)
-    np.testing.assert_allclose(both, exact, rtol=0, atol=1e-6 * spread + 1e-30)
+    for piece in (7, 1 << 17):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("merge_core.task_vectors.PIECE", piece)
+            np.testing.assert_allclose(mean(members).numpy(), exact, rtol=1e-6, atol=1e-6)
