@@ -70,7 +70,8 @@ def decompose(A: Tensor, route: Route = "gram") -> Factors:
         U, S, V = _both_sides(A)
     else:
         V, S, U = _both_sides(A.T)
-    sign = _sign(U)
+    peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True))
+    sign = torch.where(peak < 0, -1.0, 1.0)
     return Factors((U * sign).contiguous(), S.contiguous(), (V * sign).contiguous())
 
 
@@ -102,7 +103,8 @@ def short_side(A: Tensor, route: Route = "gram") -> Side:
     else:
         S, vectors = _gram_route(B.double())
         noise = 0.0
-    vectors = vectors * _sign(vectors.T)[:, None]
+    peak = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
+    vectors = vectors * torch.where(peak < 0, -1.0, 1.0).to(vectors.dtype)
     return Side(vectors.float().contiguous().cpu(), S.float().cpu(), noise)
 
 
@@ -197,15 +199,10 @@ def cut(side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, toleranc
     return Cut(Side(vectors, side.S, side.noise), error(turn))
 
 
-def _sign(U: Tensor) -> Tensor:
-    """±1 for each column: what makes its entry of largest magnitude positive."""
-    peak = U.gather(0, U.abs().argmax(dim=0, keepdim=True))[0]
-    return torch.where(peak < 0, -1.0, 1.0).to(U.dtype)
-
-
 def _in_range(B: Tensor) -> bool:
     """Whether the squares of the entries stay well inside float32's range."""
-    return 1e-12 < float(B.abs().max()) < 1e12
+    low, high = B.aminmax()
+    return 1e-12 < max(-float(low), float(high)) < 1e12
 
 
 def _scaled(B: Tensor) -> tuple[Tensor, Tensor]:
@@ -221,7 +218,7 @@ def _gram_route(B: Tensor) -> tuple[Tensor, Tensor]:
     B, size = _scaled(B)
     eigenvalues, vectors = torch.linalg.eigh(gram(B))
     S = eigenvalues.flip(0).clamp_min(0).sqrt()
-    return torch.where(S > GRAM_NOISE * S[0], S, 0.0) * size, vectors.flip(1).T
+    return torch.where(S > GRAM_NOISE * S[0], S, 0.0) * size, vectors.T.flip(0)
 
 
 def _both_sides(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -241,17 +238,18 @@ def _fast(B: Tensor) -> tuple[Tensor, Tensor, float]:
     """S, the side (rows) and its noise, of a tall float32 matrix."""
     G = gram(B)
     eigenvalues, vectors = torch.linalg.eigh(G)
-    squares, Q = eigenvalues.flip(0).clamp_min(0), vectors.flip(1)
+    # LAPACK leaves the vectors column by column in memory: as rows they are in order.
+    squares, rows = eigenvalues.flip(0).clamp_min(0), vectors.T.flip(0)
     S = squares.sqrt()
-    noise = _noise(G, Q, squares)
+    noise = _noise(G, rows, squares)
     clear = int((S > FAST_FLOOR * S[0]).sum())
     if clear < S.numel():
-        S, Q = _resolved(B, Q, S, clear)
-    return torch.where(S > FAST_NOISE * S[0], S, 0.0), Q.T, noise
+        S, rows = _resolved(B, rows, S, clear)
+    return torch.where(S > FAST_NOISE * S[0], S, 0.0), rows, noise
 
 
-def _noise(G: Tensor, Q: Tensor, squares: Tensor) -> float:
-    """Root mean square of the entries of Qᵀ G Q − diag(squares), from a few random probes.
+def _noise(G: Tensor, rows: Tensor, squares: Tensor) -> float:
+    """Root mean square of the entries of Q G Qᵀ − diag(squares), from a few random probes.
 
     E‖D x‖² = ‖D‖_F² for standard normal x (Hutchinson): no n x n product is needed. What the
     product G itself is off by is a tenth of what its eigenvectors are.
@@ -259,15 +257,15 @@ def _noise(G: Tensor, Q: Tensor, squares: Tensor) -> float:
     n = G.shape[0]
     generator = torch.Generator().manual_seed(0)
     X = torch.randn(n, PROBES, generator=generator).to(G.device)
-    Y = G @ X - Q @ (squares[:, None] * (Q.T @ X))
+    Y = G @ X - rows.T @ (squares[:, None] * (rows @ X))
     return float(Y.double().norm()) / PROBES**0.5 / n
 
 
-def _resolved(B: Tensor, Q: Tensor, S: Tensor, clear: int) -> tuple[Tensor, Tensor]:
-    """S and Q with the directions after the first `clear` found again in their own subspace."""
-    rest = B @ Q[:, clear:]
+def _resolved(B: Tensor, rows: Tensor, S: Tensor, clear: int) -> tuple[Tensor, Tensor]:
+    """S and the rows with the directions after the first `clear` found again among themselves."""
+    rest = B @ rows[clear:].T
     eigenvalues, turn = torch.linalg.eigh(gram(rest))
     small = eigenvalues.flip(0).clamp_min(0).sqrt()
     # Noise must not reorder the clear ones and those found again.
     small = torch.minimum(small, S[clear - 1])
-    return torch.cat([S[:clear], small]), torch.cat([Q[:, :clear], Q[:, clear:] @ turn.flip(1)], 1)
+    return torch.cat([S[:clear], small]), torch.cat([rows[:clear], turn.T.flip(0) @ rows[clear:]])

@@ -29,6 +29,7 @@ Handle = TypeVar("Handle")
 
 RETRIES = 3
 POLL_SECONDS = 0.1
+AHEAD = 3
 
 
 class Executor(ABC):
@@ -102,8 +103,9 @@ class Ahead(Executor, Generic[Handle]):
         """See :meth:`Executor.map`."""
         with self._opened(function) as pool:
             rest = iter(items)
-            # One more than there are workers: nobody waits while the consumer writes a result.
-            waiting = deque((i, pool.begin(i)) for i in islice(rest, self.workers + 1))
+            # So far ahead that nobody is idle while one long piece among short ones holds up the
+            # results, or while the consumer writes one.
+            waiting = deque((i, pool.begin(i)) for i in islice(rest, AHEAD * self.workers))
             try:
                 while waiting:
                     yield pool.wait(waiting, cancel)
