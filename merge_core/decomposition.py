@@ -152,8 +152,8 @@ def cut(side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, toleranc
 
     To first order the projection on the first k vectors errs by c_ij = d_ij / (σ_i² − σ_j²)
     between a kept i and a dropped j, d the defect of the eigenvectors. Those of the last few kept
-    ones, whose gaps are smallest, are computed and, where the estimate exceeds the tolerance,
-    turned back by them; the others count with the noise's root mean square.
+    ones, whose gaps are smallest, are computed, the others count with the noise's root mean
+    square. Where that exceeds the tolerance, all are computed, and the vectors are turned back.
 
     Args:
         side: of A, whose vectors have min(m, n) entries.
@@ -168,35 +168,47 @@ def cut(side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, toleranc
     if side.noise == 0 or k >= side.vectors.shape[0]:
         return Cut(side, 0.0)
     squares = side.S.double().square()
-    first = max(0, k - WINDOW)
-    near, far = side.vectors[first:k], side.vectors[k:]
-    residual = -near.T * squares[first:k].to(near.dtype)
-
-    def add(block: Tensor, product: Tensor) -> None:
-        residual.addmm_(block.T, product[:, -near.shape[0] :])
-
-    # Few leading directions are wanted themselves; of many, the tail is cut off instead.
-    leading = 2 * k <= side.S.numel()
-    long = product_with(tall, rows, (side.vectors[:k] if leading else near).T, add)
-    defect = torch.full((k, far.shape[0]), side.noise, dtype=torch.float64)
-    defect[first:] = (far @ residual).T.double()
     kept, dropped = squares[:k, None], squares[None, k:]
-    turn = (defect / (kept - dropped)).nan_to_num(1.0, posinf=1.0, neginf=1.0)
 
     def error(turn: Tensor) -> float:
         # No direction is off by more than itself, however close its neighbour.
         off = turn.square().clamp(max=1.0) * (kept + dropped)
         return float((off.sum() / squares[:k].sum()).sqrt())
 
+    # Few leading directions are wanted themselves; of many, the tail is cut off instead.
+    leading = 2 * k <= side.S.numel()
+    first = max(0, k - WINDOW)
+    long, defect = _defect(side, tall, rows, k, first, 0 if leading else first)
+    gaps = kept - dropped
+    turn = torch.full_like(gaps, side.noise)
+    turn[first:] = defect
+    turn = (turn / gaps).nan_to_num(1.0, posinf=1.0, neginf=1.0)
     if (estimate := error(turn)) <= tolerance:
         return Cut(side, estimate, long if leading else None)
-    back = turn[first:].to(near.dtype)
+    if first > 0:
+        _, defect = _defect(side, tall, rows, k, 0, 0)
+        turn = (defect / gaps).nan_to_num(1.0, posinf=1.0, neginf=1.0)
+    back = turn.to(side.vectors.dtype)
     vectors = side.vectors.clone()
-    vectors[first:k] += back @ far
-    vectors[k:] -= back.T @ near
-    # What is left: the rounding of the residual itself, and the second order.
-    turn[first:] = RESIDUAL_NOISE * turn[first:].abs() + turn[first:].square()
-    return Cut(Side(vectors, side.S, side.noise), error(turn))
+    vectors[:k] += back @ side.vectors[k:]
+    vectors[k:] -= back.T @ side.vectors[:k]
+    # What is left: the rounding of the defect itself, and the second order.
+    left = RESIDUAL_NOISE * turn.abs() + turn.square()
+    return Cut(Side(vectors, side.S, side.noise), error(left))
+
+
+def _defect(
+    side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, first: int, wanted: int
+) -> tuple[Tensor, Tensor]:
+    """A times the vectors from `wanted` to k, and d_ij for i from `first` to k, j from k on."""
+    near = side.vectors[first:k]
+    residual = -near.T * side.S[first:k].square()
+
+    def add(block: Tensor, product: Tensor) -> None:
+        residual.addmm_(block.T, product[:, first - k :])
+
+    product = product_with(tall, rows, side.vectors[wanted:k].T, add)
+    return product, (side.vectors[k:] @ residual).T.double()
 
 
 def _in_range(B: Tensor) -> bool:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_core.decomposition import Route
 from merge_core.errors import RecipeError, SuiteError
-from merge_core.executors import Executor, Serial
+from merge_core.executors import Executor, Serial, Threads
 from merge_core.factorisation import opened
 from merge_core.factors import FactorStore
 from merge_core.methods import get_postprocessor, methods
@@ -264,7 +264,9 @@ class MergeSession:
             raise SuiteError("The recipe's tasks are not the ones that this session holds.")
         check_recipe(self.suite, recipe)
         # Copies: what is only averaged would otherwise be the very tensor that the session holds.
-        tensors = merged_tensors(recipe, self.groups, progress, task, learned)
+        # A small model is merged before a second thread has begun.
+        where = Serial() if self.groups.keep else Threads()
+        tensors = merged_tensors(recipe, self.groups, progress, task, learned, where)
         merged = {name: value.clone() for name, value in tensors}
         if self.suite.base is not None:
             for name in self.suite.kept(self.groups.tasks):

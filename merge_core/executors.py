@@ -29,7 +29,7 @@ Handle = TypeVar("Handle")
 
 RETRIES = 3
 POLL_SECONDS = 0.1
-AHEAD = 3
+AHEAD = 2
 
 
 class Executor(ABC):
