@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Directions below which a matrix costs little, whatever is made of all of it.
 SMALL = 512
+# Rows of a matrix that are made at a time.
 ROWS = 512
 
 

@@ -161,7 +161,7 @@ def _code_balance(passes: Passes, density: float) -> Balance:
 
 
 def measure(groups: Groups, parameters: PcbParameters, run: Run, progress: Progress) -> Balance:
-    """The whole-model statistics of either variant, in four passes at most.
+    """The whole-model statistics of either variant, in four passes; fewer of a small model.
 
     Args:
         groups: all parameters.

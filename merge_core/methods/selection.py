@@ -137,7 +137,7 @@ def summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
 def kth_largest(
     passes: Passes, values: Callable[[Tensor], Tensor], ranks: Sequence[int], label: str
 ) -> Tensor:
-    """Order statistics of each task over the whole model, exactly, in two passes at most.
+    """Order statistics of each task over the whole model, exactly, in one or two passes.
 
     Of a small model everything is ranked. Of a larger one a sample gives two bounds that hold the
     wanted value between them, but for a chance of about 1e-9; one pass counts the entries beyond

@@ -125,7 +125,7 @@ def thresholds(
 ) -> Tensor | None:
     """The magnitude that each task's kept entries reach, over the whole model, exactly.
 
-    Two passes over the parameters, see :func:`merge_core.methods.selection.kth_largest`.
+    One or two passes over the parameters, see :func:`merge_core.methods.selection.kth_largest`.
 
     Args:
         groups: all parameters.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merge_core import linalg
 from merge_core.linalg import as_matrix
 from merge_core.task_vectors import Origin, ParameterGroup
 
@@ -52,8 +53,7 @@ def resolution(weights: Tensor) -> float:
 
 def matrix_shape(group: ParameterGroup) -> tuple[int, int]:
     """m and n of a decomposed parameter as the matrix (out x in)."""
-    rows = group.info.shape[0]
-    return rows, group.info.numel // rows
+    return linalg.matrix_shape(group.info.shape)
 
 
 def factored_bytes(group: ParameterGroup, k: int) -> int:
