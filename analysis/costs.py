@@ -139,7 +139,7 @@ def storage_bytes(recipe: Recipe, session: MergeSession) -> int:
         if method.storage is not None and group.info.is_floating:
             total += method.storage(group, recipe.parameters_of(group.name), run)
         else:
-            total += group.info.numel * written_dtype(recipe, group.info.dtype).itemsize
+            total += group.info.numel * written_dtype(recipe, group.info.dtype.torch).itemsize
     return total
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from analysis.spectra import with_factors
 from merge_core.errors import SuiteError
-from merge_core.linalg import Factors, SideFactors, directions
+from merge_core.linalg import ALL, Factors, SideFactors, directions
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
@@ -185,7 +185,7 @@ def interference_over_rank(
     Source: CART, arXiv:2412.12153.
     """
     rows = []
-    for group in with_factors(groups, origin, progress):
+    for group in with_factors(groups, origin, progress, ALL):
         factors = group.factors(origin)
         T, r = len(factors), factors[0].rank
         pairs = pair_interference(factors, _stored_side(group, side))

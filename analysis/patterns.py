@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from analysis.networks import State
-from merge_core.checkpoint import TensorInfo
 from merge_core.errors import CheckpointError
 from merge_core.parameters import describe, matrix_kind, query_key_value
+from merge_core.shards import TensorInfo
 
 VIEWS = {
     "kernels": "first convolution kernels",
@@ -288,7 +288,7 @@ def attention_layers(weights: State) -> tuple[str, ...]:
     found = []
     for name, weight in weights.items():
         if matrix_kind(name) == "attention qkv":
-            role = describe(name, TensorInfo(tuple(weight.shape), weight.dtype))
+            role = describe(name, TensorInfo.of(weight))
             if role.parts and max(weight.shape) == 3 * min(weight.shape):
                 found.append(name)
         elif (apart := query_key_value(name)) is not None and weight.ndim == 2:
@@ -315,7 +315,7 @@ def _queries_keys(weights: State, layer: str, heads: int) -> tuple[Tensor, Tenso
         query, key = (weights[name].double() for name in apart[:2])
     else:
         fused = weights[layer].double()
-        info = TensorInfo(tuple(fused.shape), fused.dtype)
+        info = TensorInfo.of(fused)
         outputs = fused.T if describe(layer, info).in_by_out else fused
         query, key, _ = outputs.chunk(3)
     width = query.shape[1]

@@ -91,7 +91,10 @@ def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
 
 
 def with_factors(
-    groups: Groups | ParameterGroup, origin: Origin, progress: Progress | None
+    groups: Groups | ParameterGroup,
+    origin: Origin,
+    progress: Progress | None,
+    k: int | None = None,
 ) -> Iterator[ParameterGroup]:
     """The groups that have a spectrum, their factors made several at once.
 
@@ -99,13 +102,14 @@ def with_factors(
         groups: the suite's parameters, or one of them that is decomposed.
         origin: what the task vectors are taken about.
         progress: told after each matrix.
+        k: how many singular vectors will be looked at; None for values only.
 
     Raises:
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
     if isinstance(groups, Groups):
-        yield from factorised(groups, origin, progress=progress)
+        yield from factorised(groups, origin, k, progress=progress)
         return
     yield groups
     if progress is not None:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import decoder, scaling, vision
+from benchmarks import larger, scaling, vision
 from benchmarks.bundled import bundled
 from benchmarks.measure import FailedError, Laboratory
 from benchmarks.record import Part, Results, Sheet, load, machine
@@ -45,7 +45,7 @@ def dashboard(laboratory: Laboratory, sheet: Sheet) -> None:
     all_pages(laboratory, sheet)
 
 
-# The decoder comes after the vision models are gone, so that the disk holds one of the two.
+# Larger models come after those before them are gone, so that the disk holds one kind at a time.
 PLANS = {
     "startup": Plan(scaling.startup),
     "streaming": Plan(vision.streaming, "vit"),
@@ -55,7 +55,8 @@ PLANS = {
     "mergekit": Plan(vision.mergekit, "vit"),
     "executors": Plan(scaling.executors, "vit"),
     "growth": Plan(scaling.growth, "plain"),
-    "decoder": Plan(decoder.decoder, "decoder"),
+    "large": Plan(larger.vit_large, "vit-1024"),
+    "decoder": Plan(larger.decoder, "decoder"),
     "bundled": Plan(bundled),
     "dashboard": Plan(dashboard),
 }
@@ -108,7 +109,7 @@ def tidy(work: Path, uses: str) -> None:
 def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for 11 GB of models")
+    parser.add_argument("--work", type=Path, required=True, help="folder for 15 GB of models")
     parser.add_argument("--quick", action="store_true", help="small sizes, single repeats")
     parser.add_argument("--only", nargs="+", choices=list(PLANS), metavar="NAME", default=[])
     parser.add_argument("--keep", action="store_true", help="keep the synthetic models")

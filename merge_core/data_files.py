@@ -18,7 +18,7 @@ from merge_core.data_spec import (
     head_spec,
 )
 from merge_core.errors import OutputError, SuiteError
-from merge_core.files import cache_dir, digest_of, file_digest, write_atomically
+from merge_core.files import cache_dir, digest_of, file_digest, hash_of, write_atomically
 from merge_core.yaml_text import read_text_file
 
 Resolve = Callable[[str], Path]  # a path of suite.yaml, made absolute
@@ -119,7 +119,7 @@ def _hub_dataset(data: DataSpec, what: str, download: bool) -> Path:
 
 
 def content_digest(path: Path, pattern: str | None = None) -> str:
-    """SHA-256 (hex) of a file's bytes, or of all files of a folder and their places in it.
+    """BLAKE3 (hex) of a file's bytes; of a folder, SHA-256 over its files' places and BLAKE3.
 
     A folder's is remembered by the sizes and times of change of its files. Hidden files do not
     count.
@@ -140,15 +140,14 @@ def content_digest(path: Path, pattern: str | None = None) -> str:
         names.append(os.fsencode(file.relative_to(path)))
         times = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
         signs += [names[-1], repr(times).encode()]
-    memo = cache_dir() / "digests" / digest_of("folder", os.fsencode(path.resolve()), *signs)
+    memo = cache_dir() / "digests" / digest_of("blake3", os.fsencode(path.resolve()), *signs)
     with suppress(OSError, ValueError):
         known = memo.read_text()
         if len(bytes.fromhex(known)) == hashlib.sha256().digest_size:
             return known
     parts: list[bytes] = []
     for name, file in zip(names, files, strict=True):
-        with file.open("rb") as stream:
-            parts += [name, hashlib.file_digest(stream, "sha256").digest()]
+        parts += [name, hash_of(file).digest()]
     whole = digest_of("folder", *parts)
     with suppress(OSError, OutputError):
         write_atomically(memo, whole.encode())

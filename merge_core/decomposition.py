@@ -7,13 +7,15 @@ Notation: A is m x n with r = min(m, n). Its *side* are the r singular vectors o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
 from torch import Tensor
 
 from merge_core.linalg import Factors, product_with
+from merge_core.tridiagonal import Reduction, reduced
 
 Route = Literal["gram", "svd"]
 
@@ -27,6 +29,10 @@ FAST_FLOOR = 0.005
 # Shorter sides take no time in float64.
 FAST_FROM = 512
 PROBES = 4
+# Vectors are made from a reduction this share of them at a time, and their squared length may
+# differ from 1 by so much when those before are taken out.
+BLOCKS = 8
+CLEAN = 0.01
 # Directions before a cut whose error is computed, and how exactly.
 WINDOW = 8
 RESIDUAL_NOISE = 0.2
@@ -37,16 +43,18 @@ class Side:
     """Singular values and the singular vectors on a matrix's short side.
 
     Attributes:
-        vectors: q x min(m, n), orthonormal rows, one a direction; q = r unless the directions of
-            zero weight are left out.
+        vectors: q x min(m, n), orthonormal rows, one a direction; q = r unless there is a
+            reduction, which gives the others.
         S: singular values, r, descending, non-negative.
         noise: root mean square of the entries of side · AᵀA · sideᵀ − diag(S²), in the unit of
             S²; 0 where the decomposition was made in float64.
+        reduction: of AᵀA (or A Aᵀ), its eigenvectors the rows of the side.
     """
 
     vectors: Tensor
     S: Tensor
     noise: float = 0.0
+    reduction: Reduction | None = None
 
 
 def decompose(A: Tensor, route: Route = "gram") -> Factors:
@@ -75,7 +83,7 @@ def decompose(A: Tensor, route: Route = "gram") -> Factors:
     return Factors((U * sign).contiguous(), S.contiguous(), (V * sign).contiguous())
 
 
-def short_side(A: Tensor, route: Route = "gram") -> Side:
+def short_side(A: Tensor, route: Route = "gram", wanted: int | None = None) -> Side:
     """Singular values and short side, in the arithmetic of A's dtype or better.
 
     In float32, from :data:`FAST_FROM` directions on, the Gram matrix and its eigenvectors are
@@ -86,6 +94,8 @@ def short_side(A: Tensor, route: Route = "gram") -> Side:
     Args:
         A: m x n, float32 or float64, finite; on a GPU it is decomposed there.
         route: ``"svd"`` calls LAPACK's SVD in float64.
+        wanted: how many of the first vectors are needed at once (all when None). Up to a third
+            in float32 on the CPU, the others are left to a reduction (see :func:`extended`).
 
     Returns:
         The side in float32, on the CPU, the largest entry of each vector positive.
@@ -99,13 +109,44 @@ def short_side(A: Tensor, route: Route = "gram") -> Side:
         _, S, vectors = torch.linalg.svd(B.double(), full_matrices=False)
         noise = 0.0
     elif A.dtype == torch.float32 and B.shape[1] >= FAST_FROM and _in_range(B):
-        S, vectors, noise = _fast(B)
+        G = gram(B)
+        if wanted is not None and 3 * wanted <= len(G) and not A.is_cuda:
+            with suppress(ArithmeticError):
+                return extended(_reduced(B, G), wanted)
+        S, vectors, noise = _fast(B, G)
     else:
         S, vectors = _gram_route(B.double())
         noise = 0.0
-    peak = vectors.gather(1, vectors.abs().argmax(dim=1, keepdim=True))
-    vectors = vectors * torch.where(peak < 0, -1.0, 1.0).to(vectors.dtype)
-    return Side(vectors.float().contiguous().cpu(), S.float().cpu(), noise)
+    return Side(_signed(vectors).float().contiguous().cpu(), S.float().cpu(), noise)
+
+
+def extended(side: Side, wanted: int) -> Side:
+    """The side with at least its first `wanted` vectors at hand (all if there are fewer).
+
+    They are made a fixed number at a time, so that they do not depend on what was asked for when.
+
+    Raises:
+        ArithmeticError: an eigenvector cannot be found from the reduction.
+    """
+    r = side.S.numel()
+    if side.reduction is None or side.vectors.shape[0] >= min(wanted, r):
+        return side
+    vectors, block = side.vectors, max(1, r // BLOCKS)
+    while (first := vectors.shape[0]) < min(wanted, r):
+        new = side.reduction.eigenvectors(first, min(first + block, r))
+        # Close eigenvalues on both sides of the border: their vectors know nothing of each other.
+        new = new - (new @ vectors.T) @ vectors
+        if not bool(((new.square().sum(dim=1) - 1).abs() < CLEAN).all()):
+            raise ArithmeticError(f"eigenvectors from {first} on, of {r}, are not orthonormal")
+        vectors = torch.cat([vectors, _signed(new)])
+    whole = vectors.shape[0] == r
+    return Side(vectors, side.S, side.noise, None if whole else side.reduction)
+
+
+def _signed(vectors: Tensor) -> Tensor:
+    """Rows whose entry of largest magnitude is positive."""
+    low, high = vectors.aminmax(dim=1, keepdim=True)
+    return vectors * torch.where(-low > high, -1.0, 1.0).to(vectors.dtype)
 
 
 def singular_values(A: Tensor) -> Tensor:
@@ -156,7 +197,7 @@ def cut(side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, toleranc
     square. Where that exceeds the tolerance, all are computed, and the vectors are turned back.
 
     Args:
-        side: of A, whose vectors have min(m, n) entries.
+        side: of A, at least its first k vectors at hand.
         tall: gives rows of A, or of Aᵀ where m ≤ n, in float32.
         rows: how many there are, max(m, n).
         k: directions kept.
@@ -165,7 +206,7 @@ def cut(side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, toleranc
     Source: [derived] from first-order perturbation of invariant subspaces (Stewart and Sun,
     Matrix perturbation theory, 1990, chapter V).
     """
-    if side.noise == 0 or k >= side.vectors.shape[0]:
+    if side.noise == 0 or k >= side.S.numel():
         return Cut(side, 0.0)
     squares = side.S.double().square()
     kept, dropped = squares[:k, None], squares[None, k:]
@@ -177,7 +218,7 @@ def cut(side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, toleranc
 
     # Few leading directions are wanted themselves; of many, the tail is cut off instead.
     leading = 2 * k <= side.S.numel()
-    first = max(0, k - WINDOW)
+    first, known = max(0, k - WINDOW), side.vectors.shape[0] - k
     long, defect = _defect(side, tall, rows, k, first, 0 if leading else first)
     gaps = kept - dropped
     turn = torch.full_like(gaps, side.noise)
@@ -188,19 +229,23 @@ def cut(side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, toleranc
     if first > 0:
         _, defect = _defect(side, tall, rows, k, 0, 0)
         turn = (defect / gaps).nan_to_num(1.0, posinf=1.0, neginf=1.0)
-    back = turn.to(side.vectors.dtype)
+    back = turn[:, :known].to(side.vectors.dtype)
     vectors = side.vectors.clone()
     vectors[:k] += back @ side.vectors[k:]
     vectors[k:] -= back.T @ side.vectors[:k]
     # What is left: the rounding of the defect itself, and the second order.
-    left = RESIDUAL_NOISE * turn.abs() + turn.square()
-    return Cut(Side(vectors, side.S, side.noise), error(left))
+    left = turn.abs()
+    left[:, :known] = RESIDUAL_NOISE * left[:, :known] + left[:, :known].square()
+    return Cut(replace(side, vectors=vectors), error(left))
 
 
 def _defect(
     side: Side, tall: Callable[[slice], Tensor], rows: int, k: int, first: int, wanted: int
 ) -> tuple[Tensor, Tensor]:
-    """A times the vectors from `wanted` to k, and d_ij for i from `first` to k, j from k on."""
+    """A times the vectors from `wanted` to k, and d_ij for i from `first` to k, j from k on.
+
+    Of vectors not at hand only the sum of d_ij² is known; it is spread over them evenly.
+    """
     near = side.vectors[first:k]
     residual = -near.T * side.S[first:k].square()
 
@@ -208,7 +253,14 @@ def _defect(
         residual.addmm_(block.T, product[:, first - k :])
 
     product = product_with(tall, rows, side.vectors[wanted:k].T, add)
-    return product, (side.vectors[k:] @ residual).T.double()
+    along = side.vectors @ residual
+    unknown = side.S.numel() - side.vectors.shape[0]
+    defect = along[k:].T.double()
+    if unknown:
+        rest = residual.double().square().sum(dim=0) - along.double().square().sum(dim=0)
+        each = (rest.clamp_min(0) / unknown).sqrt()
+        defect = torch.cat([defect, each[:, None].expand(-1, unknown)], dim=1)
+    return product, defect
 
 
 def _in_range(B: Tensor) -> bool:
@@ -246,9 +298,29 @@ def _both_sides(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, V * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
 
-def _fast(B: Tensor) -> tuple[Tensor, Tensor, float]:
-    """S, the side (rows) and its noise, of a tall float32 matrix."""
-    G = gram(B)
+def _reduced(B: Tensor, G: Tensor) -> Side:
+    """All values and no vectors yet, of a tall float32 matrix whose Gram matrix is G.
+
+    Raises:
+        ArithmeticError: too many values are too small to be told apart, or LAPACK fails.
+    """
+    reduction = reduced(G)
+    S = reduction.eigenvalues.flip(0).clamp_min(0).sqrt().float()
+    r = S.numel()
+    clear = int((S > FAST_FLOOR * S[0]).sum())
+    if clear < r:
+        if r - clear > r // BLOCKS:
+            raise ArithmeticError(f"{r - clear} of {r} singular values are small")
+        rows = reduction.eigenvectors(clear, r)
+        S = torch.cat([S[:clear], _small(B, rows, S[clear - 1])[0]])
+    S = torch.where(S > FAST_NOISE * S[0], S, 0.0)
+    X = _probes(r)
+    noise = _rms(X @ G - reduction.times(X))
+    return Side(torch.empty(0, r), S, noise, reduction)
+
+
+def _fast(B: Tensor, G: Tensor) -> tuple[Tensor, Tensor, float]:
+    """S, the side (rows) and its noise, of a tall float32 matrix whose Gram matrix is G."""
     eigenvalues, vectors = torch.linalg.eigh(G)
     # LAPACK leaves the vectors column by column in memory: as rows they are in order.
     squares, rows = eigenvalues.flip(0).clamp_min(0), vectors.T.flip(0)
@@ -263,21 +335,34 @@ def _fast(B: Tensor) -> tuple[Tensor, Tensor, float]:
 def _noise(G: Tensor, rows: Tensor, squares: Tensor) -> float:
     """Root mean square of the entries of Q G Qᵀ − diag(squares), from a few random probes.
 
-    E‖D x‖² = ‖D‖_F² for standard normal x (Hutchinson): no n x n product is needed. What the
-    product G itself is off by is a tenth of what its eigenvectors are.
+    What the product G itself is off by is a tenth of what its eigenvectors are.
     """
-    n = G.shape[0]
-    generator = torch.Generator().manual_seed(0)
-    X = torch.randn(n, PROBES, generator=generator).to(G.device)
-    Y = G @ X - rows.T @ (squares[:, None] * (rows @ X))
-    return float(Y.double().norm()) / PROBES**0.5 / n
+    X = _probes(G.shape[0]).to(G.device)
+    return _rms(X @ G - (squares * (X @ rows.T)) @ rows)
+
+
+def _probes(n: int) -> Tensor:
+    """Standard normal rows, :data:`PROBES` x n."""
+    return torch.randn(PROBES, n, generator=torch.Generator().manual_seed(0))
+
+
+def _rms(products: Tensor) -> float:
+    """Root mean square of the entries of D from probes x as rows, each times D.
+
+    E‖x D‖² = ‖D‖_F² for standard normal x (Hutchinson): no n x n product is needed.
+    """
+    return float(products.double().norm()) / PROBES**0.5 / products.shape[1]
 
 
 def _resolved(B: Tensor, rows: Tensor, S: Tensor, clear: int) -> tuple[Tensor, Tensor]:
     """S and the rows with the directions after the first `clear` found again among themselves."""
-    rest = B @ rows[clear:].T
-    eigenvalues, turn = torch.linalg.eigh(gram(rest))
-    small = eigenvalues.flip(0).clamp_min(0).sqrt()
+    small, turn = _small(B, rows[clear:], S[clear - 1])
+    return torch.cat([S[:clear], small]), torch.cat([rows[:clear], turn @ rows[clear:]])
+
+
+def _small(B: Tensor, rows: Tensor, most: Tensor) -> tuple[Tensor, Tensor]:
+    """Singular values of B within the span of some rows, and how the rows turn to their vectors."""
+    eigenvalues, turn = torch.linalg.eigh(gram(B @ rows.T))
+    values = eigenvalues.flip(0).clamp_min(0).sqrt()
     # Noise must not reorder the clear ones and those found again.
-    small = torch.minimum(small, S[clear - 1])
-    return torch.cat([S[:clear], small]), torch.cat([rows[:clear], turn.T.flip(0) @ rows[clear:]])
+    return torch.minimum(values, most), turn.T.flip(0)

@@ -17,7 +17,8 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
-from merge_core.checkpoint import SAFETENSORS_DTYPES, Checkpoint
+from merge_core.checkpoint import Checkpoint
+from merge_core.dtypes import SAFETENSORS_DTYPES
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError
 from merge_core.executors import Executor, Threads
@@ -31,7 +32,7 @@ from merge_core.recipe import Recipe
 from merge_core.suite import BUNDLED, Suite
 from merge_core.task_vectors import Groups
 
-DTYPE_NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+DTYPE_NAMES = {dtype.torch: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SHARD_BYTES = 5_000_000_000
 KEY_DIGITS = 24
 
@@ -119,13 +120,18 @@ def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
 def output_plan(recipe: Recipe, groups: Groups, where: Layout) -> list[Planned]:
     """The tensors of the output: what is merged, then what only the base has."""
     plan = [
-        Planned(where.stored(name), group.info.shape, written_dtype(recipe, group.info.dtype), name)
+        Planned(
+            where.stored(name),
+            group.info.shape,
+            written_dtype(recipe, group.info.dtype.torch),
+            name,
+        )
         for group in groups.members
         for name in (group.name, *groups.twins.get(group.name, ()))
     ]
     for name in where.kept:
         info = where.reference.info(name)
-        dtype = written_dtype(recipe, info.dtype)
+        dtype = written_dtype(recipe, info.dtype.torch)
         plan.append(Planned(where.stored(name), info.shape, dtype, name, merged=False))
     return plan
 

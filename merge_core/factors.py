@@ -2,7 +2,8 @@
 
 Changing the rank or the scale of a merge never decomposes again: a factor is known by the
 digests of the checkpoint and of the origin it is taken about, and the parameter's name. Only the
-short side is stored; the long one is a product with the task vector itself.
+short side is stored; the long one is a product with the task vector itself. Of large matrices the
+first vectors are made, and the reduction is kept, from which further ones follow when asked for.
 """
 
 from __future__ import annotations
@@ -20,24 +21,26 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from merge_core.decomposition import Route, Side, cut, short_side
+from merge_core.decomposition import BLOCKS, Route, Side, cut, extended, short_side
 from merge_core.errors import OutputError
-from merge_core.files import cache_dir, digest_of, evict, write_atomically
+from merge_core.files import cache_dir, digest_of, evict, factors_limit, write_atomically
 from merge_core.linalg import SMALL, SideFactors
+from merge_core.tridiagonal import Reduction
 
-FORMAT = "factors-2"
+FORMAT = "factors-3"
 # What SVD_k of a task vector may be off by, relative to its norm; the estimate is rarely too low.
 TOLERANCE = 5e-5
-DISK_BYTES = 20 << 30
 LOOK_EVERY = 256 << 20
 
 Tall = Callable[[torch.dtype, slice], Tensor]
 
 
-def _sound(side: Side) -> bool:
+def _sound(side: Side, r: int) -> bool:
     """Whether what was stored can be a decomposition: unit vectors, finite descending values."""
-    vectors, S = side.vectors, side.S
-    if vectors.ndim != 2 or S.ndim != 1 or not 0 <= vectors.shape[0] <= S.numel():
+    vectors, S, parts = side.vectors, side.S, side.reduction
+    if S.shape != (r,) or vectors.ndim != 2 or vectors.shape[1] != r or len(vectors) > r:
+        return False
+    if len(vectors) < r and parts is None:
         return False
     ordered = bool((S[:-1] >= S[1:]).all() and S.isfinite().all())
     return ordered and bool(((vectors.norm(dim=1) - 1).abs() < 1e-3).all())
@@ -66,7 +69,7 @@ class FactorStore:
         self.folder = cache_dir() / "factors" if folder is None else folder
         self.route = route
         self.decompositions = 0
-        self._disk_limit = _disk_limit() if disk_bytes is None else disk_bytes
+        self._disk_limit = factors_limit() if disk_bytes is None else disk_bytes
         self._written = 0
         self._limit = memory_bytes
         self._held = 0
@@ -94,45 +97,88 @@ class FactorStore:
             k: how many leading directions must span their space to within a relative error of
                 SVD_k of about 1e-4; where float32 does not reach that (close singular values),
                 the matrix is decomposed once more in float64. None asks for values and single
-                directions only.
+                directions only, whose vectors are made when they are looked at.
 
         Returns:
             Factors in float32.
         """
         key = digest_of(FORMAT, self.route, member, origin, parameter)
-        path = self.folder / key[:2] / f"{key}.safetensors"
+        rows = partial(tall, torch.float32)
+        wanted = 0 if k is None else min(k, min(shape))
         side = self._remembered(key)
         if side is None:
-            side = self._read(path, shape) or self._made(path, tall, torch.float32, shape)
+            side = self._read(key, shape) or self._made(key, tall, torch.float32, shape, wanted)
             self._remember(key, side)
-        rows = partial(tall, torch.float32)
         if side.noise == 0:
             return SideFactors(side.vectors, side.S, shape, rows)
+        more = partial(self._more, key, tall, shape)
         if k is None:  # no number of leading directions was asked for
-            return SideFactors(side.vectors, side.S, shape, rows, sure_at=0)
+            return SideFactors(side.vectors, side.S, shape, rows, sure_at=0, more=more)
+        side = self._extended(key, side, tall, shape, wanted)
         ready = cut(side, rows, max(shape), k, TOLERANCE)
+        if ready.error > TOLERANCE and side.reduction is not None:
+            # With the directions after the cut at hand it can be turned back.
+            side = self._extended(key, side, tall, shape, k + min(shape) // BLOCKS)
+            ready = cut(side, rows, max(shape), k, TOLERANCE)
         if ready.error > TOLERANCE:
-            side = self._made(path, tall, torch.float64, shape)
+            side = self._made(key, tall, torch.float64, shape)
             self._remember(key, side)
             return SideFactors(side.vectors, side.S, shape, rows)
-        factors = SideFactors(ready.side.vectors, side.S, shape, rows, sure_at=k)
+        factors = SideFactors(ready.side.vectors, side.S, shape, rows, sure_at=k, more=more)
         if ready.long is not None:
             factors.weigh(ready.long)
         return factors
 
-    def _made(self, path: Path, tall: Tall, dtype: torch.dtype, shape: tuple[int, int]) -> Side:
+    def _made(
+        self,
+        key: str,
+        tall: Tall,
+        dtype: torch.dtype,
+        shape: tuple[int, int],
+        wanted: int | None = None,
+    ) -> Side:
         """Decompose, and keep on disk."""
         B = tall(dtype, slice(None))
         A = (B.T if shape[0] <= shape[1] else B).to(_device(B))
-        side = short_side(A, self.route)
+        side = short_side(A, self.route, wanted)
         with self._lock:
             self.decompositions += 1
-        data = save({"vectors": side.vectors, "S": side.S}, {"noise": repr(side.noise)})
+        return self._kept(key, side, shape)
+
+    def _more(self, key: str, tall: Tall, shape: tuple[int, int], wanted: int) -> Tensor:
+        """At least so many vectors of a matrix that was seen before."""
+        side = self._remembered(key) or self._read(key, shape)
+        if side is None:  # evicted meanwhile
+            side = self._made(key, tall, torch.float32, shape, wanted)
+        return self._extended(key, side, tall, shape, wanted).vectors
+
+    def _extended(
+        self, key: str, side: Side, tall: Tall, shape: tuple[int, int], wanted: int
+    ) -> Side:
+        """The side with at least so many vectors, kept where they had to be made."""
+        if side.reduction is None or len(side.vectors) >= min(wanted, min(shape)):
+            return side
+        try:
+            side = self._kept(key, extended(side, wanted), shape)
+        except ArithmeticError:
+            side = self._made(key, tall, torch.float32, shape)
+        self._remember(key, side)
+        return side
+
+    def _kept(self, key: str, side: Side, shape: tuple[int, int]) -> Side:
+        """Write to disk; what was written, whose pages can be dropped by the system."""
+        tensors = {"vectors": side.vectors, "S": side.S}
+        if side.reduction is not None:
+            tensors |= vars(side.reduction)
+        data = save(tensors, {"noise": repr(side.noise)})
         # A full or read-only cache costs time, never the result.
         with suppress(OutputError):
-            write_atomically(path, data)
+            write_atomically(self._path(key), data)
             self._make_room(len(data))
-        return self._read(path, shape) or side  # the file's pages can be dropped by the system
+        return self._read(key, shape) or side
+
+    def _path(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
 
     def _make_room(self, written: int) -> None:
         """Evict what was not used for longest, now and then."""
@@ -145,17 +191,19 @@ class FactorStore:
             with suppress(OSError):
                 evict(self.folder, self._disk_limit)
 
-    def _read(self, path: Path, shape: tuple[int, ...]) -> Side | None:
+    def _read(self, key: str, shape: tuple[int, int]) -> Side | None:
+        path = self._path(key)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 noise = float((file.metadata() or {})["noise"])
-                side = Side(file.get_tensor("vectors"), file.get_tensor("S"), noise)
+                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             os.utime(path)
-        except (SafetensorError, OSError, KeyError, ValueError):
+            vectors, S = held.pop("vectors"), held.pop("S")
+            side = Side(vectors, S, noise, Reduction(**held) if held else None)
+        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             # Absent, written by a killed process or damaged since: computed afresh and replaced.
             return None
-        fits = side.S.shape == (min(shape),) and side.vectors.shape[1:] == (min(shape),)
-        return side if fits and _sound(side) else None
+        return side if _sound(side, min(shape)) else None
 
     def _remembered(self, key: str) -> Side | None:
         with self._lock:
@@ -176,14 +224,10 @@ class FactorStore:
 
 
 def _size(side: Side | None) -> int:
-    return 0 if side is None else side.vectors.nbytes + side.S.nbytes
-
-
-def _disk_limit() -> int:
-    """Bytes from ``$MERGESCOPE_FACTORS_GB``; the default where it is not a number."""
-    with suppress(KeyError, ValueError, OverflowError):
-        return int(float(os.environ["MERGESCOPE_FACTORS_GB"]) * (1 << 30))
-    return DISK_BYTES
+    if side is None:
+        return 0
+    parts = [] if side.reduction is None else list(vars(side.reduction).values())
+    return sum(tensor.nbytes for tensor in (side.vectors, side.S, *parts))
 
 
 def _device(A: Tensor) -> torch.device:

@@ -15,11 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from blake3 import blake3
 
 from merge_core.errors import MergeScopeError, OutputError
 from merge_core.yaml_text import load_yaml, read_text_file
 
 PARTIAL = ".partial"
+FACTORS_BYTES = 20 << 30
+PIECE_BYTES = 1 << 20
 
 
 def cache_dir() -> Path:
@@ -29,6 +32,13 @@ def cache_dir() -> Path:
         return Path(chosen).expanduser()
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     return Path(root) / "mergescope"
+
+
+def factors_limit() -> int:
+    """Bytes that stored factors may take: ``$MERGESCOPE_FACTORS_GB``, else 20 GiB."""
+    with suppress(KeyError, ValueError, OverflowError):
+        return max(0, int(float(os.environ["MERGESCOPE_FACTORS_GB"]) * (1 << 30)))
+    return FACTORS_BYTES
 
 
 def digest_of(*parts: str | bytes) -> str:
@@ -42,13 +52,18 @@ def digest_of(*parts: str | bytes) -> str:
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 (hex) of a file's bytes, remembered by path, size and times of change.
+    """BLAKE3 (hex, 256 bits) of a file's bytes, remembered by path, size and times of change.
+
+    Cryptographic like SHA-256, at more than three times its speed: checkpoints are large.
 
     Raises:
         OSError: the file cannot be read.
+
+    Source: https://github.com/BLAKE3-team/BLAKE3-specs.
     """
     state = path.stat()
     memo_key = digest_of(
+        "blake3",
         str(path.resolve()),
         str(state.st_size),
         str(state.st_mtime_ns),
@@ -58,13 +73,26 @@ def file_digest(path: Path) -> str:
     memo = cache_dir() / "digests" / memo_key
     with suppress(OSError, ValueError):
         known = memo.read_text()
-        if len(bytes.fromhex(known)) == hashlib.sha256().digest_size:
+        if len(bytes.fromhex(known)) == blake3.digest_size:
             return known
-    with path.open("rb") as stream:
-        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    digest = hash_of(path).hexdigest()
     with suppress(OSError, OutputError):
         write_atomically(memo, digest.encode())
     return digest
+
+
+def hash_of(path: Path) -> blake3:
+    """BLAKE3 of a file's bytes, read in pieces.
+
+    Raises:
+        OSError: the file cannot be read.
+    """
+    whole = blake3()
+    piece = memoryview(bytearray(PIECE_BYTES))
+    with path.open("rb", buffering=0) as stream:
+        while size := stream.readinto(piece):
+            whole.update(piece[:size])
+    return whole
 
 
 def read_yaml(

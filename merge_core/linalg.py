@@ -6,6 +6,7 @@ Notation: A is m x n with r = min(m, n) and A = U diag(S) Vᵀ, U m x r, V n x r
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,8 @@ from torch import Tensor
 SMALL = 512
 # Rows of a matrix that are made at a time.
 ROWS = 512
+# As many directions as there are.
+ALL = sys.maxsize
 
 
 @dataclass(frozen=True)
@@ -71,11 +74,12 @@ class SideFactors:
 
     Args:
         vectors: q x min(m, n), orthonormal rows: the short side's vectors, one a direction.
-        S: singular values, r, descending; those after the first q are zero.
+        S: singular values, r, descending; those after the first q are zero unless `more` is given.
         shape: m, n; the short side is U where m ≤ n, else V.
         tall: gives rows of A, or of Aᵀ where the short side is U, when the long side is asked for.
         sure_at: the number of leading directions that are known to span their space exactly
             enough; None if any number is.
+        more: gives at least so many rows of the vectors, when more than q are asked for.
     """
 
     def __init__(
@@ -85,12 +89,14 @@ class SideFactors:
         shape: tuple[int, int],
         tall: Callable[[slice], Tensor],
         sure_at: int | None = None,
+        more: Callable[[int], Tensor] | None = None,
     ) -> None:
         self.S = S
         self.sure_at = sure_at
         self.shape = shape
         self._vectors = vectors
         self._tall = tall
+        self._more = more
         self._wide = shape[0] <= shape[1]
         self._long: Tensor | None = None
 
@@ -126,6 +132,9 @@ class SideFactors:
         self._long = long
 
     def _short(self, kept: slice) -> Tensor:
+        stop = kept.indices(self.rank)[1]
+        if self._more is not None and stop > self._vectors.shape[0]:
+            self._vectors = self._more(stop)
         vectors = self._vectors[kept].T
         missing = len(range(*kept.indices(self.rank))) - vectors.shape[1]
         return torch.nn.functional.pad(vectors, (0, missing)) if missing else vectors

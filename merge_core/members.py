@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from merge_core.checkpoint import Checkpoint, TensorInfo
+from merge_core.checkpoint import Checkpoint
 from merge_core.parameters import describe
+from merge_core.shards import TensorInfo
 from merge_core.vocabulary import longest
 
 

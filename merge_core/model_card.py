@@ -59,7 +59,7 @@ def model_card(
     members = [(name, digest, about.sources.get(name)) for name, digest in about.inputs.items()]
     if about.base is not None:
         members.append(("(base)", about.base, about.base_source))
-    columns = ["member", "SHA-256 of its content"]
+    columns = ["member", "digest of its content (SHA-256 of its files' BLAKE3)"]
     rows = [[name, f"`{digest}`"] for name, digest, _ in members]
     if any(source for *_, source in members):
         columns.append("from")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from functools import lru_cache
 
-from merge_core.checkpoint import TensorInfo
+from merge_core.shards import TensorInfo
 
 Table = tuple[tuple[str, tuple[str, ...]], ...]
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from merge_core.adapters.checkpoint import AdaptedCheckpoint
-from merge_core.checkpoint import Checkpoint, TensorInfo
+from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError
+from merge_core.estimates import Job, Part, usual_workers
 from merge_core.members import longest_vocabulary
 from merge_core.parameters import describe
+from merge_core.shards import TensorInfo
 from merge_core.suite import Suite
 from merge_core.tied import says_tied, ties
 from merge_core.vocabulary import longest
@@ -22,6 +25,7 @@ VOCABULARY_RULES = {
     "base": "written as it is in the base",
     "common": "merged row by row at the length of the longest",
 }
+NO_JOB = Job()
 
 
 @dataclass(frozen=True)
@@ -71,20 +75,37 @@ class Preflight:
         plan: one row per merged parameter.
         notes: further findings in sentences: tied tensors, patterns that match nothing.
         foreign: names of what pickled files would import, sorted; none of it is.
-        memory_bytes: estimated peak memory of a streamed merge by a spectral method (all members'
-            copies of the largest parameter in float32, its factors in float64 included); each
-            further worker takes as much again.
-        entrywise_bytes: the same for methods that only average or compare entries.
-        disk_bytes: size of the merged file.
+        job: what a merge costs (see :mod:`merge_core.estimates`).
     """
 
     differences: tuple[Difference, ...]
     plan: tuple[ParameterPlan, ...] = ()
     notes: tuple[str, ...] = ()
     foreign: tuple[str, ...] = ()
-    memory_bytes: int = 0
-    entrywise_bytes: int = 0
-    disk_bytes: int = 0
+    job: Job = NO_JOB
+
+    @property
+    def memory_bytes(self) -> int:
+        """Estimated peak anonymous memory of a merge by a spectral method such as CART.
+
+        Imports, and all threads, are included; it is streamed as `mergescope merge` does.
+        """
+        return max(self.job.spectral_bytes, self.entrywise_bytes)
+
+    @property
+    def entrywise_bytes(self) -> int:
+        """The same for methods that only average or compare entries."""
+        return self.job.entrywise_bytes
+
+    @property
+    def factor_bytes(self) -> int:
+        """What a spectral method stores in the cache, so that another setting is quick."""
+        return self.job.factor_bytes
+
+    @property
+    def disk_bytes(self) -> int:
+        """Size of the merged file."""
+        return self.job.written_bytes
 
     @property
     def blocking(self) -> tuple[Difference, ...]:
@@ -113,19 +134,13 @@ def preflight(suite: Suite, tasks: Sequence[str] | None = None) -> Preflight:
         differences += _differences(suite, who, member, chosen[0], first)
     bad = {difference.parameter for difference in differences if difference.blocking}
     plan = [row for row in _plan(suite, chosen) if row.name not in bad]
-    copies = len(others) + 1
-    infos = {row.name: _info(suite, row.name, chosen) for row in plan}
-    entrywise = [_entry_bytes(infos[row.name], copies) for row in plan]
-    factors = [_factor_bytes(infos[r.name], len(chosen)) if r.decomposed else 0 for r in plan]
     foreign = set(first.foreign).union(*(member.foreign for _, member in others))
     return Preflight(
         tuple(differences),
         tuple(plan),
         tuple(_notes(suite, chosen)),
         tuple(sorted(foreign)),
-        max((a + b for a, b in zip(entrywise, factors, strict=True)), default=0),
-        max(entrywise, default=0),
-        _disk_bytes(suite, chosen, infos),
+        _job(suite, chosen, plan),
     )
 
 
@@ -257,6 +272,35 @@ def _notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
                 yield f"{pattern!r} under {field!r} in suite.yaml matches no parameter"
 
 
+def _job(suite: Suite, tasks: tuple[str, ...], plan: Sequence[ParameterPlan]) -> Job:
+    members = suite.members(tasks)
+    infos = {row.name: _info(suite, row.name, tasks) for row in plan}
+    # Of an adapter little more is read than its base, which is a member.
+    whole = [member for member in members if not isinstance(member, AdaptedCheckpoint)]
+    return Job(
+        tuple(_part(infos[row.name], row, members[: len(tasks)]) for row in plan),
+        len(tasks),
+        sum(member.nbytes for member in whole),
+        _disk_bytes(suite, tasks, infos),
+        usual_workers(),
+    )
+
+
+def _part(info: TensorInfo, row: ParameterPlan, experts: Sequence[Checkpoint]) -> Part:
+    """A parameter's share in the cost."""
+    adapters = [expert for expert in experts if isinstance(expert, AdaptedCheckpoint)]
+    computed = max(4, info.dtype.itemsize) if info.is_floating else info.dtype.itemsize
+    as_stored = computed == info.dtype.itemsize and not adapters
+    pages = as_stored and all(expert.info(row.name).shape == info.shape for expert in experts)
+    sides = (info.shape[0], math.prod(info.shape[1:])) if row.decomposed else None
+    thin = None
+    if sides is not None and len(adapters) == len(experts):
+        updates = [adapter.updates.get(row.name) for adapter in adapters]
+        thin = sum(update.rank for update in updates if update is not None)
+    small = thin is not None and sides is not None and thin < min(sides)
+    return Part(info.numel, computed, sides, not pages, thin if small else None)
+
+
 def _disk_bytes(suite: Suite, tasks: tuple[str, ...], infos: dict[str, TensorInfo]) -> int:
     """Bytes of all tensors of the output: what only the base has is written as well."""
     twins = suite.twins(tasks)
@@ -267,17 +311,5 @@ def _disk_bytes(suite: Suite, tasks: tuple[str, ...], infos: dict[str, TensorInf
     return total
 
 
-def _entry_bytes(info: TensorInfo, copies: int) -> int:
-    """Stacked experts, their working copies (float32 at least), the result and one temporary."""
-    return (2 * copies + 2) * info.numel * max(4, info.dtype.itemsize)
-
-
-def _factor_bytes(info: TensorInfo, experts: int) -> int:
-    m = info.shape[0]
-    n = info.numel // m
-    r = min(m, n)
-    return experts * (m + n + 1) * r * 4 + 3 * (m * n + r * r) * 8
-
-
 def _dtype(info: TensorInfo) -> str:
-    return str(info.dtype).removeprefix("torch.")
+    return info.dtype.name

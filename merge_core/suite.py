@@ -319,9 +319,12 @@ class Suite:
     def members_digest(self, tasks: Sequence[str], with_base: bool) -> str:
         """Digest (hex) of the content of the chosen experts, and of the base where it counts."""
         experts = [self.expert(task) for task in tasks]
-        # Hashing runs at a core's speed, not the disk's: several files at once.
-        with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-            parts = list(pool.map(lambda expert: expert.digest, experts))
+        unknown = [expert for expert in experts if "digest" not in vars(expert)]
+        if len(unknown) > 1:
+            # Hashing runs at a core's speed, not the disk's: several files at once.
+            with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+                list(pool.map(lambda expert: expert.digest, unknown))
+        parts = [expert.digest for expert in experts]
         if with_base and self.base is not None:
             parts.append("base:" + self.base.digest)
         return digest_of(*parts)

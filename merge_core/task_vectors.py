@@ -13,7 +13,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoint import Checkpoint, is_finite
 from merge_core.errors import SuiteError
 from merge_core.factors import FactorStore
 from merge_core.files import digest_of
@@ -76,7 +76,14 @@ class ParameterGroup:
             SuiteError: the experts' shapes differ.
             CheckpointError: unreadable, or NaN or infinite entries.
         """
-        return [self._whole(member) for member in self._parts]
+        members = [self._whole(member) for member in self._parts]
+        if members[0].dtype.is_floating_point:
+            # One pass for both: what is not finite in a member is not finite in the average.
+            self.average = mean(members)
+            if not is_finite(self.average):
+                for task, member in zip(self.tasks, members, strict=True):
+                    self._suite.expert(task).check_finite(self.name, member)
+        return members
 
     @lazy
     def experts(self) -> Tensor:
@@ -102,12 +109,16 @@ class ParameterGroup:
                 f"The suite {self._suite.name!r} names no base, which this needs. "
                 "Add 'base:' to suite.yaml, or take a method or origin about the average."
             )
-        return self._whole(self._read(self._suite.base, "base"))
+        base = self._whole(self._unchecked(self._suite.base, "base"))
+        self._suite.base.check_finite(self.name, base)
+        return base
 
     @lazy
     def average(self) -> Tensor:
         """shape: θ_avg = (1/T) Σ θ_t."""
-        return mean(self.members)
+        members = self.members
+        made: Tensor | None = self.__dict__.get("average")  # while they were read
+        return mean(members) if made is None else made
 
     @property
     def buffer(self) -> Tensor:
@@ -236,21 +247,22 @@ class ParameterGroup:
 
     @property
     def _parts(self) -> list[Tensor]:
-        """Each expert's own rows."""
-        return [self._read(self._suite.expert(task), f"expert {task!r}") for task in self.tasks]
+        """Each expert's own rows, not yet looked at."""
+        experts = [(self._suite.expert(task), f"expert {task!r}") for task in self.tasks]
+        return [self._unchecked(*expert) for expert in experts]
 
     @lazy
     def _filler(self) -> Tensor:
         base = self._suite.base
-        own = None if base is None else self._read(base, "base")
+        own = None if base is None else self._unchecked(base, "base")
         return filler(self._parts, own, self.info.shape[0])
 
     def _whole(self, value: Tensor) -> Tensor:
         """A member's tensor, with the rows of a vocabulary that it lacks."""
         return completed(value, self._filler) if self._ragged else value
 
-    def _read(self, checkpoint: Checkpoint, who: str) -> Tensor:
-        value = checkpoint.tensor(self.name)
+    def _unchecked(self, checkpoint: Checkpoint, who: str) -> Tensor:
+        value = checkpoint.unchecked(self.name)
         if tuple(value.shape) != self.info.shape and not self._ragged:
             raise SuiteError(
                 f"Suite {self._suite.name!r}: parameter {self.name!r} has shape "
@@ -318,13 +330,13 @@ class Groups:
     def dtypes(self) -> dict[str, torch.dtype]:
         """The dtype in which the input stores each tensor of a merge, by its name there."""
         found = {
-            name: group.info.dtype
+            name: group.info.dtype.torch
             for group in self.members
             for name in (group.name, *self.twins.get(group.name, ()))
         }
         if self.suite.base is not None:
             for name in self.suite.kept(self.tasks):
-                found[name] = self.suite.base.info(name).dtype
+                found[name] = self.suite.base.info(name).dtype.torch
         return found
 
     def __iter__(self) -> Iterator[ParameterGroup]:

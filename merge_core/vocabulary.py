@@ -6,9 +6,10 @@ Rows are matched by their number, as tokens are: a member with fewer rows has th
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def longest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
@@ -35,6 +36,8 @@ def filler(experts: Sequence[Tensor], base: Tensor | None, rows: int) -> Tensor:
     Returns:
         rows x (the other sizes), in the experts' dtype.
     """
+    import torch
+
     total = torch.zeros(rows, *experts[0].shape[1:], dtype=torch.float64)
     count = torch.zeros(rows, *(1,) * (total.ndim - 1), dtype=torch.float64)
     for expert in experts:
@@ -48,5 +51,7 @@ def filler(experts: Sequence[Tensor], base: Tensor | None, rows: int) -> Tensor:
 
 def completed(member: Tensor, filling: Tensor) -> Tensor:
     """A member with the rows that it lacks taken from `filling`; the same tensor if none."""
+    import torch
+
     short = len(member) < len(filling)
     return torch.cat([member, filling[len(member) :].to(member.dtype)]) if short else member

@@ -144,7 +144,7 @@ def inspect(
     out.print(f"base: {'none' if loaded.spec.base is None else 'yes'}")
     lacking = loaded.why_not_evaluated
     out.print(f"evaluation: {'ready' if lacking is None else 'not possible, ' + lacking}")
-    print_preflight(out, report, full)
+    print_preflight(out, report, full, timed=not headers_only)
     if not headers_only and not report.blocking:
         print_frame(
             out,

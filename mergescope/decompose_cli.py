@@ -30,6 +30,7 @@ def decompose(
     from merge_core.executors import executor as executor_named
     from merge_core.factorisation import factorised
     from merge_core.factors import FactorStore
+    from merge_core.linalg import ALL
     from merge_core.suite import load_suite
     from merge_core.task_vectors import Groups, Origin
 
@@ -43,7 +44,7 @@ def decompose(
     begun = time.monotonic()
     groups = Groups(loaded, chosen, store)
     bar = progress_bar("decomposing")
-    made = factorised(groups, cast("Origin", origin), executor=where, progress=bar)
+    made = factorised(groups, cast("Origin", origin), ALL, where, bar)
     done = sum(1 for _ in made)
     typer.echo(
         f"{done} matrices of {len(chosen)} experts in {time.monotonic() - begun:.1f} s; factors "

@@ -17,13 +17,16 @@ MOST_DIFFERENCES = 20
 MOST_SHAPES = 3
 
 
-def print_preflight(out: Console, report: Preflight, full: bool = False) -> None:
+def print_preflight(
+    out: Console, report: Preflight, full: bool = False, timed: bool = True
+) -> None:
     """Print a report.
 
     Args:
         out: where to.
         report: of :func:`merge_core.preflight.preflight`.
         full: every parameter and difference rather than one row a kind.
+        timed: with an estimate of time, for which torch is imported and this machine measured.
     """
     if report.foreign:
         out.print(f"named in pickled files, neither imported nor run: {', '.join(report.foreign)}")
@@ -32,11 +35,7 @@ def print_preflight(out: Console, report: Preflight, full: bool = False) -> None
         f"parameters: {len(report.plan)} ({decomposed} decomposed, "
         f"{len(report.plan) - decomposed} averaged)"
     )
-    out.print(
-        f"a merge takes about {size(report.memory_bytes)} of memory "
-        f"({size(report.entrywise_bytes)} by methods that decompose nothing) for each worker "
-        f"and {size(report.disk_bytes)} on disk"
-    )
+    _print_cost(out, report, timed and not report.blocking)
     for note in report.notes:
         out.print(f"note: {note}")
     every = full or len(report.differences) <= MOST_DIFFERENCES
@@ -55,6 +54,32 @@ def print_preflight(out: Console, report: Preflight, full: bool = False) -> None
         columns = ["parameters", "what", "treatment", "shapes", "for example"]
         rows = _kinds_of_parameters(report.plan)
     print_table(out, "Parameters" if full else "Parameters (each with --full)", columns, rows)
+
+
+def _print_cost(out: Console, report: Preflight, timed: bool) -> None:
+    """What a merge takes; its time where asked for."""
+    workers = report.job.workers
+    threads = "one thread" if workers == 1 else f"{workers} threads"
+    less = ""
+    if report.entrywise_bytes < report.memory_bytes:
+        less = f" ({size(report.entrywise_bytes)} by methods that decompose nothing)"
+    out.print(
+        f"a merge takes about {size(report.memory_bytes)} of memory on {threads}{less} "
+        f"and {size(report.disk_bytes)} on disk"
+    )
+    if report.factor_bytes:
+        out.print(
+            f"spectral methods also store up to {size(report.factor_bytes)} of factors in the "
+            "cache, so that another rank or scale is quick"
+        )
+    if timed:
+        from merge_core.estimates import TIME_NOTE, about, seconds
+
+        taken = seconds(report.job)
+        out.print(
+            f"time on this machine: {about(taken.entrywise)} to average, {about(taken.spectral)} "
+            f"by CART ({TIME_NOTE})"
+        )
 
 
 def _kinds_of_differences(differences: Iterable[Difference]) -> list[list[str]]:

@@ -15,8 +15,9 @@ from analysis.evaluation import mean_accuracy
 from analysis.figures import accuracy as figures
 from analysis.first_result import first_recipes, first_result, knows_first_result
 from analysis.inputs import UNLABELLED, load_inputs
+from merge_core.estimates import TIME_NOTE, about, seconds
 from merge_core.methods import get_method
-from merge_core.preflight import preflight
+from merge_core.preflight import Preflight, preflight
 from merge_core.recipe import Recipe
 from merge_core.suite import BUNDLED
 from ui import charts, resources, shell
@@ -102,10 +103,10 @@ def first_section(view: View) -> None:
         frame = job.result
     mean = mean_accuracy(frame, by=["model"])
     values = mean.set_index("model")["accuracy"]
-    cards = st.columns(len(values))
-    for card, model in zip(cards, values.index, strict=True):
+    cards = charts.cards(len(values))
+    for model in values.index:
         row = mean[mean["model"] == model].iloc[0]
-        card.metric(
+        cards.metric(
             model,
             f"{row['accuracy']:.1%}",
             delta=None
@@ -139,35 +140,53 @@ def card_section(view: View) -> None:
     suite = view.suite
     first = suite.expert(suite.tasks[0])
     count = sum(first.info(name).numel for name in first if first.info(name).is_floating)
-    cards = st.columns(4)
-    cards[0].metric("Experts", len(suite.tasks), border=True)
-    cards[1].metric("Parameters each", f"{count / 1e6:.1f} M", border=True)
-    cards[2].metric(
+    cards = charts.cards(4)
+    cards.metric("Experts", len(suite.tasks), border=True)
+    cards.metric("Parameters each", f"{count / 1e6:.1f} M", border=True)
+    cards.metric(
         "Weight matrices",
         len(suite.matrices),
         border=True,
         help="Decomposed by spectral methods; everything else is averaged.",
     )
-    cards[3].metric("Base", "yes" if suite.base is not None else "none", border=True)
+    cards.metric("Base", "yes" if suite.base is not None else "none", border=True)
     report = preflight(suite, view.tasks)
     for difference in report.blocking[:MOST_WARNINGS]:
         st.warning(
             f"**{difference.member}**, `{difference.parameter}`: {difference.kind}, "
             f"{difference.detail}. These experts cannot be merged."
         )
-    with st.expander("Pre-flight: what a merge will do and take", icon=":material/checklist:"):
-        st.markdown(
-            f"A streamed merge takes about {report.memory_bytes / 1e6:,.0f} MB of memory for each "
-            f"worker ({report.entrywise_bytes / 1e6:,.0f} MB by methods that decompose nothing) "
-            f"and {report.disk_bytes / 1e6:,.1f} MB on disk. Spectral methods decompose the "
-            "matrices of attention and MLP and average everything else."
+    label, icon = "Pre-flight: what a merge will do and take", ":material/checklist:"
+    with st.expander(label, icon=icon, key="preflight", on_change="rerun") as opened:
+        if opened.open:
+            preflight_report(report)
+
+
+def preflight_report(report: Preflight) -> None:
+    """What a merge takes, and what becomes of each parameter."""
+    time = ""
+    if not report.blocking:
+        taken = seconds(report.job)
+        time = (
+            f" On this machine, when it is quiet, averaging takes {about(taken.entrywise)}, CART "
+            f"{about(taken.spectral)} ({TIME_NOTE})."
         )
-        for note in report.notes:
-            st.markdown(f"- `{note}`")
-        plan = pd.DataFrame([asdict(row) for row in report.plan])
-        st.dataframe(plan, hide_index=True)
-        if report.differences:
-            st.dataframe(pd.DataFrame([asdict(d) for d in report.differences]), hide_index=True)
+    less = ""
+    if report.entrywise_bytes < report.memory_bytes:
+        less = f" ({report.entrywise_bytes / 1e6:,.0f} MB by methods that decompose nothing)"
+    st.markdown(
+        f"`mergescope merge` takes about {report.memory_bytes / 1e6:,.0f} MB of memory{less} and "
+        f"{report.disk_bytes / 1e6:,.1f} MB on disk; spectral methods store up to "
+        f"{report.factor_bytes / 1e6:,.1f} MB of factors in the cache, so that another rank or "
+        f"scale is quick.{time} Spectral methods decompose the matrices of attention and MLP and "
+        "average everything else."
+    )
+    for note in report.notes:
+        st.markdown(f"- `{note}`")
+    plan = pd.DataFrame([asdict(row) for row in report.plan])
+    st.dataframe(plan, hide_index=True)
+    if report.differences:
+        st.dataframe(pd.DataFrame([asdict(d) for d in report.differences]), hide_index=True)
 
 
 def tasks_section(view: View) -> None:
@@ -189,7 +208,7 @@ def tasks_section(view: View) -> None:
             source = "data:image/png;base64," + base64.b64encode(image).decode()
             st.image(source, width="stretch", alt=f"Sample images of {task}: {names}")
             known = f"{classes} classes" if classes else "no labels"
-            st.markdown(f"**{view.suite.title(task)}** · {known} · {images} validation")
+            st.markdown(f"**{view.suite.title(task)}**  \n{known}, {images} validation images")
 
 
 def page() -> None:

@@ -10,9 +10,11 @@ import pandas as pd
 import streamlit as st
 
 from analysis.fit import fit_table
+from merge_core.estimates import TIME_NOTE, about, seconds
 from merge_core.opening.roles import Found, Role
 from merge_core.preflight import preflight
 from merge_core.suite import Suite
+from ui import charts
 
 # What people choose from, and what it means.
 ROLES: dict[str, Role] = {
@@ -90,18 +92,35 @@ def fit_section(suite: Suite) -> None:
         reason = next((d.detail for d in report.blocking), "nothing is common to all.")
         st.warning(f"What fits is not known yet: {reason}")
         return
-    cards = st.columns(4)
-    cards[0].metric("Experts", len(suite.tasks), border=True)
+    cards = charts.cards(3)
+    cards.metric("Experts", len(suite.tasks), border=True)
     count = sum(math.prod(row.shape) for row in report.plan)
-    cards[1].metric("Merged parameters", f"{count / 1e6:,.1f} M", border=True)
-    cards[2].metric(
+    cards.metric("Merged parameters", f"{count / 1e6:,.1f} M", border=True)
+    cards.metric("Merged model on disk", f"{report.disk_bytes / 1e6:,.1f} MB", border=True)
+    cards.metric(
         "Memory of a merge",
         f"{report.memory_bytes / 1e6:,.0f} MB",
         border=True,
-        help="Estimated peak of a spectral method, which streams parameter by parameter; methods "
+        help="Estimated peak of 'mergescope merge' with a spectral method, which streams parameter "
+        f"by parameter, on as many threads as torch takes here ({report.job.workers}); methods "
         f"that only average or compare entries take {report.entrywise_bytes / 1e6:,.0f} MB.",
     )
-    cards[3].metric("Merged model on disk", f"{report.disk_bytes / 1e6:,.1f} MB", border=True)
+    if not report.blocking:
+        taken = seconds(report.job)
+        cards.metric(
+            "Time of a merge",
+            about(taken.spectral).removeprefix("about "),
+            border=True,
+            help=f"Estimate for CART on this machine, when it is quiet; averaging takes "
+            f"{about(taken.entrywise)} ({TIME_NOTE}).",
+        )
+    cards.metric(
+        "Stored factors",
+        f"{report.factor_bytes / 1e6:,.1f} MB",
+        border=True,
+        help="Spectral methods store at most as much in the cache, so that another rank or scale "
+        "is quick.",
+    )
     members = [*suite.tasks, *([] if suite.spec.base is None else ["base"])]
     frame = fit_table(report, members)
     unfit = frame.loc[~frame["fits"], "member"].tolist()

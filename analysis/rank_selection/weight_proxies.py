@@ -20,7 +20,7 @@ from analysis.rank_selection.weight_response import (
 )
 from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_ranks
 from analysis.spectra import with_factors
-from merge_core.linalg import directions
+from merge_core.linalg import ALL, directions
 from merge_core.methods import get_method
 from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
@@ -307,7 +307,7 @@ def _spectra(groups: Groups, space: SearchSpace, progress: Progress | None) -> p
     origin = space.base.run(groups.tasks).origin
     shares = shares_of(space)
     frames = []
-    for group in with_factors(groups, origin, progress):
+    for group in with_factors(groups, origin, progress, ALL):
         factors = group.factors(origin)
         pairs = max(1, len(factors) * (len(factors) - 1))
         at = [directions(share, factors[0].rank) - 1 for share in shares]

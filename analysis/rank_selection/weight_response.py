@@ -26,7 +26,7 @@ from torch import Tensor
 
 from analysis.rank_selection.space import RANKS, SearchSpace
 from analysis.spectra import with_factors
-from merge_core.linalg import as_matrix
+from merge_core.linalg import ALL, as_matrix
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
@@ -139,8 +139,9 @@ def responses(groups: Groups, space: SearchSpace, progress: Progress | None = No
     ranks: Sequence[float | None] = shares_of(space) or (None,)
     recipes = [space.recipe(rank, 1.0) for rank in ranks]
     rows = []
-    for group in with_factors(groups, recipes[0].run(groups.tasks).origin, progress):
-        covariance, response, task_energy = targets(group, recipes[0].run(group.tasks).origin)
+    origin = recipes[0].run(groups.tasks).origin
+    for group in with_factors(groups, origin, progress, ALL):
+        covariance, response, task_energy = targets(group, origin)
         for rank, recipe in zip(ranks, recipes, strict=True):
             D = update(group, recipe)
             rows.append(

@@ -14,16 +14,19 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from merge_core.adapters.config import CONFIG_FILE, AdapterConfig, read_adapter_config
-from merge_core.checkpoint import Checkpoint, TensorInfo
+from merge_core.checkpoint import Checkpoint
+from merge_core.dtypes import DTYPES, Dtype
 from merge_core.errors import CheckpointError
 from merge_core.files import digest_of
 from merge_core.lazy import lazy
+from merge_core.shards import TensorInfo
 from merge_core.tied import ties
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
@@ -189,15 +192,18 @@ class AdaptedCheckpoint(Checkpoint):
         Raises:
             CheckpointError: no tensor of that name, an unreadable file, or NaN or infinite entries.
         """
+        import torch
+
         info = self.info(name)
+        dtype = info.dtype.torch
         key = self._whole.get(name)
         stored = self.base.tensor(name) if key is None else self._adapter.tensor(key)
-        value = stored.to(info.dtype)
+        value = stored.to(dtype)
         if name in self._biases:
             key, scale = self._biases[name]
-            value = value + scale * self._adapter.tensor(key).to(info.dtype)
+            value = value + scale * self._adapter.tensor(key).to(dtype)
         if name in self.updates:
-            left, right = (factor.to(info.dtype) for factor in self._factors(self.updates[name]))
+            left, right = (factor.to(dtype) for factor in self._factors(self.updates[name]))
             value = torch.addmm(value.reshape(len(left), -1), left, right).reshape(info.shape)
             if not bool(torch.isfinite(value).all()):
                 raise CheckpointError(
@@ -205,6 +211,10 @@ class AdaptedCheckpoint(Checkpoint):
                     "merged; train or export it again."
                 )
         return value
+
+    def unchecked(self, name: str) -> Tensor:
+        """As :meth:`tensor`, which looks at what it reads."""
+        return self.tensor(name)
 
     def touches(self, name: str) -> bool:
         """Whether a tensor differs from the base's; False means: by exactly nothing."""
@@ -223,6 +233,8 @@ class AdaptedCheckpoint(Checkpoint):
         Raises:
             CheckpointError: unreadable, or NaN or infinite entries.
         """
+        import torch
+
         info = self.info(name)
         if not info.is_floating or len(info.shape) < 2 or not info.numel:
             return None
@@ -332,8 +344,8 @@ class AdaptedCheckpoint(Checkpoint):
         return name
 
 
-def _working(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype.is_floating_point and dtype.itemsize < 4 else dtype
+def _working(dtype: Dtype) -> Dtype:
+    return DTYPES["float32"] if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
 def _open_weights(folder: Path) -> Checkpoint:

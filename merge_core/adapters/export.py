@@ -30,7 +30,6 @@ from merge_core.adapters.checkpoint import (
     stored_in_by_out,
 )
 from merge_core.adapters.config import CONFIG_FILE
-from merge_core.checkpoint import TensorInfo
 from merge_core.decomposition import decompose
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError, RecipeError, SuiteError
@@ -48,6 +47,7 @@ from merge_core.parameters import treatment
 from merge_core.progress import Progress
 from merge_core.provenance import HEADER_KEY, provenance
 from merge_core.recipe import Recipe
+from merge_core.shards import TensorInfo
 from merge_core.suite import Suite
 from merge_core.task_vectors import Groups
 
@@ -266,7 +266,7 @@ class _Draft:
         eps = torch.finfo(merged.dtype).eps
         if not bool(((merged - base).abs() > SAME * eps * base.abs()).any()):
             return
-        layer = self._layer(name, TensorInfo(tuple(merged.shape), merged.dtype))
+        layer = self._layer(name, TensorInfo.of(merged))
         if layer is None:
             self._keep_whole(name, merged, base)
         else:
@@ -368,7 +368,7 @@ class _Draft:
                 continue
             value = self._base.tensor(name) if changed is None else changed
             key = PREFIX + biases.get(own, own)
-            state[key] = self._written(key, value, self._base.info(name).dtype)
+            state[key] = self._written(key, value, self._base.info(name).dtype.torch)
             if not inside:
                 in_base.append(name)
         self.report.in_base = tuple(in_base)

@@ -16,7 +16,6 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from merge_core.errors import Cancelled, CheckpointError, HubError
-from merge_core.files import file_digest
 from merge_core.header_checks import read_index
 from merge_core.hub.client import (
     MEGABYTE,
@@ -312,7 +311,8 @@ def _check_content(model: HubModel, file: RemoteFile, path: Path) -> None:
         HubError: it differs.
     """
     if file.sha256 is not None:
-        same = file_digest(path) == file.sha256
+        with path.open("rb") as stream:
+            same = hashlib.file_digest(stream, "sha256").hexdigest() == file.sha256
     elif file.git_sha1 is not None:
         content = path.read_bytes()
         # Git names content by this hash; it guards against accidents here, not against attacks.

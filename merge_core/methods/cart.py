@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from merge_core.linalg import as_matrix, directions
@@ -34,7 +35,8 @@ def merge(group: ParameterGroup, parameters: CartParameters, run: Run) -> Tensor
     if not group.decomposed:
         return group.average
     k = directions(parameters.rank, min(as_matrix(group.average).shape))
-    return group.average + parameters.scale * group.sum_of_truncations("average", k)
+    update = group.sum_of_truncations("average", k)
+    return torch.add(group.average, update, alpha=parameters.scale)
 
 
 def warnings(tasks: int, parameters: CartParameters) -> list[str]:

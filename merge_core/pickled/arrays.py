@@ -9,21 +9,20 @@ from __future__ import annotations
 from itertools import accumulate
 from typing import Any
 
-import torch
-
+from merge_core.dtypes import DTYPES, Dtype
 from merge_core.pickled.machine import Blob, Global, Record
 from merge_core.pickled.tensors import Region, Storage, StoredTensor, count, view
 
-DTYPES = {
-    "f8": torch.float64,
-    "f4": torch.float32,
-    "f2": torch.float16,
-    "i8": torch.int64,
-    "i4": torch.int32,
-    "i2": torch.int16,
-    "i1": torch.int8,
-    "u1": torch.uint8,
-    "b1": torch.bool,
+CODES = {
+    "f8": DTYPES["float64"],
+    "f4": DTYPES["float32"],
+    "f2": DTYPES["float16"],
+    "i8": DTYPES["int64"],
+    "i4": DTYPES["int32"],
+    "i2": DTYPES["int16"],
+    "i1": DTYPES["int8"],
+    "u1": DTYPES["uint8"],
+    "b1": DTYPES["bool"],
 }
 RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
 FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
@@ -64,10 +63,10 @@ def _array(data: Blob, kind: Any, shape: Any, fortran: bool) -> StoredTensor | N
     return view(storage, 0, shape, steps if fortran else steps[::-1])
 
 
-def _dtype(kind: Any) -> torch.dtype | None:
+def _dtype(kind: Any) -> Dtype | None:
     match kind:
         case Record(
             maker=Global("numpy", "dtype"), args=(str() as code, *_), state=(_, "<" | "|", *_)
         ):
-            return DTYPES.get(code)
+            return CODES.get(code)
     return None

@@ -12,8 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
-import torch
-
+from merge_core.dtypes import Dtype
 from merge_core.pickled.machine import Blob, Budget, Pairs, PickleFileError, read_pickle
 from merge_core.pickled.tensors import (
     MOST_DIMENSIONS,
@@ -71,7 +70,7 @@ def read_contents(stream: BinaryIO, size: int) -> Contents:
     return Contents(_read_stream(stream, size, maker), tuple(sorted(maker.foreign)))
 
 
-def _storage_key(key: Any) -> tuple[torch.dtype, str, int, Any]:
+def _storage_key(key: Any) -> tuple[Dtype, str, int, Any]:
     """A storage's dtype, key, size in bytes and view, as a persistent id states them."""
     match key:
         case ("storage", kind, str() as name, _, numel) | (

@@ -10,23 +10,26 @@ Nothing is imported or called on the file's behalf.
 from __future__ import annotations
 
 from pathlib import Path
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from merge_core.errors import CheckpointError
+from merge_core.lazy import lazy
 from merge_core.pickled.containers import read_contents
 from merge_core.pickled.machine import PickleFileError
 from merge_core.pickled.names import NamedTensor, named_tensors
 from merge_core.pickled.tensors import Region, StoredTensor, Unreadable
 from merge_core.pickled.zips import inflate
 
+if TYPE_CHECKING:
+    from torch import Tensor, UntypedStorage
+
 
 class PickledTensors:
     """The tensors of one file that ``torch.save`` or ``pickle.dump`` wrote.
 
-    Opening reads the pickle and no tensor. The file is memory-mapped (copy-on-write), so that
-    what was read can be dropped by the system again; compressed storages are unpacked when read.
+    Opening reads the pickle and no tensor, and needs no torch. For tensors the file is
+    memory-mapped (copy-on-write), so that what was read can be dropped by the system again;
+    compressed storages are unpacked when read.
 
     Args:
         path: the file.
@@ -53,8 +56,7 @@ class PickledTensors:
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
         self.foreign = contents.foreign
-        self._whole = self._map()
-        self._unpacked: tuple[Region, torch.UntypedStorage] | None = None
+        self._unpacked: tuple[Region, UntypedStorage] | None = None
 
     @property
     def ties(self) -> tuple[tuple[str, ...], ...]:
@@ -75,6 +77,8 @@ class PickledTensors:
         Raises:
             CheckpointError: it is no plain array, or its bytes cannot be read.
         """
+        import torch
+
         place = self.stored[name]
         if isinstance(place, Unreadable):
             raise CheckpointError(f"{self.path}: tensor {name!r} is no plain array.")
@@ -84,21 +88,27 @@ class PickledTensors:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} cannot be read: {fault}"
             ) from fault
-        return torch.empty(0, dtype=place.dtype).set_(storage, 0, place.shape, place.strides)
+        empty = torch.empty(0, dtype=place.dtype.torch)
+        return empty.set_(storage, 0, place.shape, place.strides)
 
-    def _map(self) -> torch.UntypedStorage | None:
+    @lazy
+    def _whole(self) -> UntypedStorage | None:
+        from torch import UntypedStorage
+
         try:
-            whole = torch.UntypedStorage.from_file(str(self.path), False, self._size)
+            whole = UntypedStorage.from_file(str(self.path), False, self._size)
         except RuntimeError:  # a file larger than the memory is not always mapped: read in pieces
             return None
-        assert isinstance(whole, torch.UntypedStorage)
+        assert isinstance(whole, UntypedStorage)
         return whole
 
-    def _bytes(self, place: StoredTensor) -> torch.UntypedStorage:
+    def _bytes(self, place: StoredTensor) -> UntypedStorage:
         """The bytes from a tensor's first element to its last."""
+        from torch import UntypedStorage
+
         region, begin, end = place.region, place.begin, place.begin + place.extent
         if begin == end:
-            return torch.UntypedStorage(0)
+            return UntypedStorage(0)
         if region.packed is not None:
             return self._inflated(region)[begin:end]
         assert region.start is not None
@@ -108,7 +118,7 @@ class PickledTensors:
         # Only torch's zip format keeps storages at addresses that suit their dtype.
         return found.clone() if (region.start + begin) % place.dtype.itemsize else found
 
-    def _inflated(self, region: Region) -> torch.UntypedStorage:
+    def _inflated(self, region: Region) -> UntypedStorage:
         """A compressed storage; the last one is kept, for the tensors that share it."""
         known = self._unpacked
         if known is not None and known[0] is region:
@@ -128,5 +138,7 @@ class PickledTensors:
         return data
 
 
-def _storage_of(data: bytearray) -> torch.UntypedStorage:
+def _storage_of(data: bytearray) -> UntypedStorage:
+    import torch
+
     return torch.frombuffer(data, dtype=torch.uint8).untyped_storage()

@@ -13,35 +13,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
+from merge_core.dtypes import DTYPES, Dtype
 from merge_core.pickled.machine import Global, Pairs, PickleFileError, Record
 
-DTYPES = {
-    str(value).removeprefix("torch."): value
-    for value in vars(torch).values()
-    if isinstance(value, torch.dtype)
-}
 STORAGE_DTYPES = {
-    "DoubleStorage": torch.float64,
-    "FloatStorage": torch.float32,
-    "HalfStorage": torch.float16,
-    "BFloat16Storage": torch.bfloat16,
-    "LongStorage": torch.int64,
-    "IntStorage": torch.int32,
-    "ShortStorage": torch.int16,
-    "CharStorage": torch.int8,
-    "ByteStorage": torch.uint8,
-    "BoolStorage": torch.bool,
-    "ComplexDoubleStorage": torch.complex128,
-    "ComplexFloatStorage": torch.complex64,
-    "QInt8Storage": torch.qint8,
-    "QInt32Storage": torch.qint32,
-    "QUInt8Storage": torch.quint8,
-    "QUInt4x2Storage": torch.quint4x2,
-    "QUInt2x4Storage": torch.quint2x4,
-    "UntypedStorage": torch.uint8,
-    "TypedStorage": torch.uint8,
+    "DoubleStorage": DTYPES["float64"],
+    "FloatStorage": DTYPES["float32"],
+    "HalfStorage": DTYPES["float16"],
+    "BFloat16Storage": DTYPES["bfloat16"],
+    "LongStorage": DTYPES["int64"],
+    "IntStorage": DTYPES["int32"],
+    "ShortStorage": DTYPES["int16"],
+    "CharStorage": DTYPES["int8"],
+    "ByteStorage": DTYPES["uint8"],
+    "BoolStorage": DTYPES["bool"],
+    "ComplexDoubleStorage": DTYPES["complex128"],
+    "ComplexFloatStorage": DTYPES["complex64"],
+    "QInt8Storage": DTYPES["qint8"],
+    "QInt32Storage": DTYPES["qint32"],
+    "QUInt8Storage": DTYPES["quint8"],
+    "QUInt4x2Storage": DTYPES["quint4x2"],
+    "QUInt2x4Storage": DTYPES["quint2x4"],
+    "UntypedStorage": DTYPES["uint8"],
+    "TypedStorage": DTYPES["uint8"],
 }
 STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
 # Globals that are no foreign classes: what plain tensors and containers are pickled with.
@@ -109,7 +103,7 @@ class Storage:
     """A typed view of a region, from byte `begin` of it on."""
 
     region: Region
-    dtype: torch.dtype
+    dtype: Dtype
     begin: int
     size: int
 
@@ -124,7 +118,7 @@ class StoredTensor:
     """
 
     region: Region
-    dtype: torch.dtype
+    dtype: Dtype
     begin: int
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -142,7 +136,7 @@ class Unreadable:
     kind: str
 
 
-def storage_dtype(kind: Any) -> torch.dtype:
+def storage_dtype(kind: Any) -> Dtype:
     """The dtype that a storage class stands for.
 
     Raises:
@@ -288,7 +282,7 @@ def _rebuilt(maker: Global, args: tuple[Any, ...]) -> Any:
     return Unreadable(KINDS.get(name, f"made by {maker.shown}"))
 
 
-def _dtype_named(name: str) -> torch.dtype:
+def _dtype_named(name: str) -> Dtype:
     if name not in DTYPES:
         raise PickleFileError.damaged("it names a dtype that torch does not have")
     return DTYPES[name]

@@ -89,7 +89,7 @@ def test_a_decoder_is_sharded_and_opens_as_a_suite(tmp_path: Path) -> None:
     assert len(set(index["weight_map"].values())) > 2
     assert set(suite.parameters) == set(DECODER.shapes)
     expert = suite.expert("task2")
-    assert all(expert.info(name).dtype == torch.bfloat16 for name in expert)
+    assert all(expert.info(name).dtype.torch == torch.bfloat16 for name in expert)
     # What MergeScope decomposes is what the benchmark's own routes decompose.
     shapes = DECODER.shapes
     assert set(suite.matrices) == {n for n in shapes if synthetic.is_matrix(n, shapes[n])}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import yaml
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+
+from merge_core.adapters.checkpoint import AdaptedCheckpoint
+from merge_core.checkpoint import Checkpoint
+from merge_core.suite import Suite, load_suite
 
 State = dict[str, Tensor]
 
@@ -31,6 +37,17 @@ class Mixed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(x)
+
+
+def gpt2() -> nn.Module:
+    """A tiny GPT-2 whose layers are stored transposed."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_embd=8, n_layer=2, n_head=2, vocab_size=13, n_positions=6, tie_word_embeddings=False
+    )
+    torch.manual_seed(3)
+    model: nn.Module = transformers.GPT2LMHeadModel(config)
+    return model
 
 
 def state_of(model: nn.Module) -> State:
@@ -55,6 +72,22 @@ def adapter(model: nn.Module, folder: Path, seed: int = 0, **options: Any) -> St
     return state_of(adapted.merge_and_unload())
 
 
+def opened(folder: Path, model: nn.Module, **options: Any) -> tuple[AdaptedCheckpoint, State]:
+    """An adapter of a model read by us, and the model as PEFT merges it."""
+    merged = adapter(model, folder / "lora", **options)
+    save_file(state_of(model), folder / "base.safetensors")
+    base = Checkpoint(folder / "base.safetensors")
+    return AdaptedCheckpoint(folder / "lora", base), merged
+
+
+def rewritten(folder: Path, change: Callable[[State], object]) -> None:
+    """Change the stored tensors of an adapter in place."""
+    path = folder / "adapter_model.safetensors"
+    state = load_file(path)
+    change(state)
+    save_file({name: value.clone() for name, value in state.items()}, path)
+
+
 def write_adapted_suite(folder: Path, base: State, experts: dict[str, str], **fields: Any) -> Path:
     """A suite.yaml beside its base and its adapters' folders."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,3 +103,13 @@ def write_adapted_suite(folder: Path, base: State, experts: dict[str, str], **fi
     path = folder / "suite.yaml"
     path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
     return path
+
+
+def two_adapters(folder: Path) -> Suite:
+    """A suite of the tasks digits and letters: two adapters of rank 2 of one model."""
+    torch.manual_seed(4)
+    model = Mixed()
+    for seed, task in enumerate(["digits", "letters"]):
+        adapter(model, folder / task, seed, r=2, target_modules=["square", "wide", "conv"])
+    names = {"digits": "digits", "letters": "letters/adapter_model.safetensors"}
+    return load_suite(write_adapted_suite(folder, state_of(model), names))

@@ -62,7 +62,7 @@ def assert_holds(path: Path, state: Mapping[str, Tensor]) -> Checkpoint:
     assert list(checkpoint) == sorted(state)
     for name, value in state.items():
         assert checkpoint.info(name).shape == tuple(value.shape)
-        assert checkpoint.info(name).dtype == value.dtype
+        assert checkpoint.info(name).dtype.torch == value.dtype
         assert_same(checkpoint.tensor(name), value)
     return checkpoint
 

@@ -22,6 +22,16 @@ from tests.merge_core.float64_reference import (
     ties_update,
 )
 
+# Every method of the family, each variant of it.
+SETTINGS: list[tuple[str, dict[str, Any]]] = [
+    ("ties", {"combine": "sum"}),
+    ("dare_task_arithmetic", {}),
+    ("dare_ties", {"drop": 0.999}),
+    ("breadcrumbs", {}),
+    ("pcb", {"variant": "paper"}),
+    ("pcb", {"variant": "code"}),
+]
+
 
 def run(suite: Suite, method: str, task: str | None = None, keep: bool = True, **fields: Any):
     """What the engine makes of a suite, with all of a recipe's fields; `task` for one model each.

@@ -26,11 +26,11 @@ from tests.merge_core.adapted_models import (
     Mixed,
     State,
     adapter,
+    gpt2,
     shaken,
     state_of,
     write_adapted_suite,
 )
-from tests.merge_core.test_adapters import gpt2
 
 ALL = AdapterRank.parse("1.0")
 Shake = Callable[[nn.Module, int], None]

@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from merge_core.checkpoint import Checkpoint, TensorInfo
+from merge_core.checkpoint import Checkpoint
+from merge_core.dtypes import DTYPES, Dtype
 from merge_core.errors import CheckpointError
+from merge_core.shards import TensorInfo
 
 STATE: dict[str, Tensor] = {
     "f64": torch.tensor([[1.0, 1e-300], [-1e300, 0.1]], dtype=torch.float64),
@@ -38,7 +40,7 @@ def assert_holds(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
     assert len(checkpoint) == len(state)
     for name, value in state.items():
         assert name in checkpoint
-        assert checkpoint.info(name) == TensorInfo(tuple(value.shape), value.dtype)
+        assert checkpoint.info(name) == TensorInfo(tuple(value.shape), Dtype.of(value.dtype))
         got = checkpoint.tensor(name)
         assert got.dtype == value.dtype
         assert got.shape == value.shape
@@ -163,7 +165,7 @@ def test_opening_reads_headers_only(tmp_path: Path) -> None:
         stream.truncate(8 + len(header) + size)
     assert path.stat().st_blocks * 512 < 1 << 20, "the file system does not keep holes"
     checkpoint = Checkpoint(path)
-    assert checkpoint.info("w") == TensorInfo((1 << 17, 1 << 17), torch.float32)
+    assert checkpoint.info("w") == TensorInfo((1 << 17, 1 << 17), DTYPES["float32"])
     assert checkpoint.nbytes == size
 
 

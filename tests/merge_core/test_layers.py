@@ -47,6 +47,6 @@ def test_the_analysis_needs_no_page() -> None:
 
 
 def test_the_block_itself_works() -> None:
-    done = import_all("merge_core", "yaml")
+    done = import_all("merge_core", "torch")
     assert done.returncode != 0
-    assert "yaml" in done.stderr
+    assert "import of torch halted" in done.stderr

@@ -14,8 +14,8 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from merge_core.checkpoint import TensorInfo
 from merge_core.parameters import describe, treatment
+from merge_core.shards import TensorInfo
 
 CLASSES = 7
 TEXT: dict[str, Any] = {"vocab_size": 60, "num_labels": CLASSES}
@@ -121,7 +121,7 @@ def test_the_tables_agree_with_the_modules(build: Callable[[str], nn.Module], na
         model = build(name)
     kinds: dict[str, int] = {}
     for parameter, tensor, owner, inside in owners(model):
-        info = TensorInfo(tuple(tensor.shape), tensor.dtype)
+        info = TensorInfo.of(tensor)
         role, rule = describe(parameter, info), treatment(parameter, info)
         assert rule.decomposed == by_module(parameter, tensor, owner, inside), (parameter, role)
         kinds[role.kind] = kinds.get(role.kind, 0) + 1

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from merge_core.checkpoint import TensorInfo
+from merge_core.dtypes import DTYPES
 from merge_core.parameters import block_of, describe, query_key_value, treatment
+from merge_core.shards import TensorInfo
 
 D = 64
+FLOAT32 = DTYPES["float32"]
 
 DECOMPOSED = [
     # timm ViT
@@ -93,13 +94,13 @@ AVERAGED = [
 def test_weights_of_attention_mlp_and_convolutions_are_decomposed(
     name: str, shape: tuple[int, ...]
 ) -> None:
-    rule = treatment(name, TensorInfo(shape, torch.float32))
+    rule = treatment(name, TensorInfo(shape, FLOAT32))
     assert rule.decomposed, rule.reason
 
 
 @pytest.mark.parametrize(("name", "shape"), AVERAGED)
 def test_everything_else_is_averaged_and_says_why(name: str, shape: tuple[int, ...]) -> None:
-    rule = treatment(name, TensorInfo(shape, torch.float32))
+    rule = treatment(name, TensorInfo(shape, FLOAT32))
     assert not rule.decomposed
     assert rule.reason
 
@@ -122,14 +123,14 @@ def test_everything_else_is_averaged_and_says_why(name: str, shape: tuple[int, .
 def test_thirds_are_shown_only_where_they_are_queries_keys_and_values(
     name: str, shape: tuple[int, ...], parts: bool
 ) -> None:
-    role = describe(name, TensorInfo(shape, torch.float32))
+    role = describe(name, TensorInfo(shape, FLOAT32))
     assert role.parts == (("q", "k", "v") if parts else ())
     assert role.is_matrix
 
 
 def test_the_shape_tells_a_linear_layer_from_gpt2s_where_it_can() -> None:
     def in_by_out(name: str, *shape: int) -> bool:
-        return describe(name, TensorInfo(shape, torch.float32)).in_by_out
+        return describe(name, TensorInfo(shape, FLOAT32)).in_by_out
 
     assert in_by_out("transformer.h.0.attn.c_attn.weight", D, 3 * D)
     assert not in_by_out("transformer.h.0.attn.c_attn.weight", 3 * D, D)
@@ -153,7 +154,7 @@ def test_the_shape_tells_a_linear_layer_from_gpt2s_where_it_can() -> None:
 )
 def test_blocks(name: str, block: tuple[int, ...]) -> None:
     assert block_of(name) == block
-    assert describe(name, TensorInfo((D, D), torch.float32)).block == block
+    assert describe(name, TensorInfo((D, D), FLOAT32)).block == block
 
 
 def test_separate_queries_name_their_keys_and_values() -> None:
@@ -170,13 +171,13 @@ def test_separate_queries_name_their_keys_and_values() -> None:
 
 
 def test_integer_buffers_are_kept_whatever_a_suite_says() -> None:
-    info = TensorInfo((8, 8), torch.int64)
+    info = TensorInfo((8, 8), DTYPES["int64"])
     assert not treatment("attn.index.weight", info).decomposed
     assert "integer" in treatment("w", info, decompose=["*"]).reason
 
 
 def test_a_suites_patterns_win_over_the_table() -> None:
-    info = TensorInfo((8, 8), torch.float32)
+    info = TensorInfo((8, 8), FLOAT32)
     assert not treatment("mlp.fc1.weight", info, average=["mlp.*"]).decomposed
     assert treatment("tok_embed.weight", info, decompose=["*embed*"]).decomposed
     assert treatment("visual.proj", info, decompose=["visual.proj"]).decomposed
@@ -187,4 +188,4 @@ def test_a_suites_patterns_win_over_the_table() -> None:
 
 def test_a_vector_cannot_be_forced_into_a_decomposition() -> None:
     for shape in ((8,), (), (1, 8), (8, 1)):
-        assert not treatment("x", TensorInfo(shape, torch.float32), decompose=["*"]).decomposed
+        assert not treatment("x", TensorInfo(shape, FLOAT32), decompose=["*"]).decomposed

@@ -13,12 +13,12 @@ import torch
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError
-from merge_core.pickled.arrays import DTYPES
+from merge_core.pickled.arrays import CODES
 
 rng = np.random.default_rng(0)
 NUMBERS = rng.integers(0, 2, (3, 4)) + rng.integers(0, 9, (3, 4)) / 2
 ARRAYS: dict[str, Any] = {
-    **{code: NUMBERS.astype(code) for code in DTYPES},
+    **{code: NUMBERS.astype(code) for code in CODES},
     "fortran": np.asfortranarray(NUMBERS),
     "turned": NUMBERS.astype("f4").T,
     "kernel": np.asfortranarray(rng.normal(size=(2, 3, 4, 5)).astype("f4")),

@@ -13,6 +13,7 @@ from torch import Tensor
 from merge_core.checkpoint import Checkpoint
 from merge_core.engine import MergeSession, check_fits
 from merge_core.errors import CheckpointError, SuiteError
+from merge_core.estimates import IMPORTS_BYTES
 from merge_core.export import merge_to_folder
 from merge_core.factors import FactorStore
 from merge_core.preflight import preflight
@@ -132,10 +133,12 @@ def test_no_member_can_be_read(suite_of: Callable[..., Suite]) -> None:
 def test_methods_that_decompose_nothing_take_less_memory(
     synthetic_suite: Callable[..., Suite],
 ) -> None:
-    matrices = preflight(synthetic_suite(shapes={"l0.weight": (64, 64), "b": (9,)}))
-    assert 4 * 64 * 64 * 4 <= matrices.entrywise_bytes < matrices.memory_bytes
+    matrices = preflight(synthetic_suite(shapes={"l0.attn.qkv.weight": (64, 64), "b": (9,)}))
+    assert 2 * 64 * 64 * 4 <= matrices.entrywise_bytes - IMPORTS_BYTES
+    assert matrices.entrywise_bytes < matrices.memory_bytes == matrices.job.spectral_bytes
     vectors = preflight(synthetic_suite(shapes={"b": (4096,)}))
-    assert vectors.entrywise_bytes == vectors.memory_bytes >= 4 * 4096 * 4
+    assert vectors.entrywise_bytes == vectors.memory_bytes
+    assert vectors.factor_bytes == 0 < matrices.factor_bytes
 
 
 def test_no_tensor_is_read(
@@ -144,7 +147,7 @@ def test_no_tensor_is_read(
     def refuse(self: Checkpoint, name: str) -> Tensor:
         raise AssertionError(f"{name} was read")
 
-    monkeypatch.setattr(Checkpoint, "tensor", refuse)
+    monkeypatch.setattr(Checkpoint, "unchecked", refuse)
     suite = synthetic_suite()
     assert preflight(suite).plan
     with pytest.raises(AssertionError, match="was read"):
@@ -174,16 +177,19 @@ def test_the_disk_estimate_is_the_tensors_size_in_the_merged_file(
 def test_the_memory_estimate_follows_the_largest_parameter_and_the_experts(
     synthetic_suite: Callable[..., Suite],
 ) -> None:
-    def memory(tasks: int = 3, layers: int = 2, width: int = 64, dtype=torch.float32) -> int:
-        shapes = {f"l{i}.weight": (width, width) for i in range(layers)}
-        return preflight(synthetic_suite(tasks=tasks, shapes=shapes, dtype=dtype)).memory_bytes
+    def memory(
+        tasks: int = 3, layers: int = 2, width: int = 64, dtype: torch.dtype = torch.float32
+    ) -> int:
+        shapes = {f"l{i}.attn.qkv.weight": (width, width) for i in range(layers)}
+        suite = synthetic_suite(tasks=tasks, shapes=shapes, dtype=dtype, counter=False)
+        return preflight(suite).job.spectral_bytes - IMPORTS_BYTES
 
     assert memory(layers=8) == memory(layers=2)
     assert memory(width=128) == pytest.approx(4 * memory(width=64), rel=0.05)
     assert memory(tasks=6) - memory(tasks=3) >= 3 * 64 * 64 * 4
     assert memory(dtype=torch.float64) > memory()
-    # All experts and the base at once are the least that a merge can do with.
-    assert memory() >= 4 * 64 * 64 * 4
+    # Half precision is converted: all experts at once.
+    assert memory(dtype=torch.bfloat16) - memory() == 3 * 64 * 64 * 4
 
 
 def broken(suite: Suite, task: str) -> None:

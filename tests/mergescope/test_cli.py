@@ -81,9 +81,9 @@ def test_inspect_headers_only_reads_no_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     read: list[str] = []
-    original = Checkpoint.tensor
+    original = Checkpoint.unchecked
     monkeypatch.setattr(
-        Checkpoint, "tensor", lambda self, name: read.append(name) or original(self, name)
+        Checkpoint, "unchecked", lambda self, name: read.append(name) or original(self, name)
     )
     assert call(monkeypatch, "inspect", folder, "--headers-only", "--tasks", "lines, digits") == 0
     assert read == []

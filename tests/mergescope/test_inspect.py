@@ -9,9 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from merge_core.preflight import preflight
+from merge_core import estimates
+from merge_core.estimates import Job, Part, Rates
+from merge_core.preflight import Preflight, preflight
 from merge_core.suite import Suite
 from mergescope import cli
+from mergescope.inspection import print_preflight
+from mergescope.terminal import console
 
 D = 8
 STATE = {
@@ -58,6 +62,35 @@ def test_parameters_are_shown_by_kind(suite_of: Callable[..., Suite], printed: A
     assert row(text, "attention qkv, stored in x out")[0] == "1"
     assert row(text, "scale")[3] == "one number"
     assert "blocks.1.attn.qkv.weight" not in text
+
+
+def test_the_cost_is_told_and_time_only_where_weights_are_read(
+    suite_of: Callable[..., Suite], printed: Any, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    suite = suite_of({"a": STATE, "b": STATE})
+    monkeypatch.setattr(estimates, "rates", lambda: Rates(0.02, 1e10, 1e9, 1e9))
+    print_preflight(console(), preflight(suite))
+    timed = capsys.readouterr().out
+    monkeypatch.setattr(estimates, "rates", None)  # not even asked for
+    _, text = printed(suite)
+    # 12 attention matrices of 24 x 8 and one more, five of the MLP: 8 x 8 and 8 values each.
+    assert f"up to {2 * 18 * 4 * (8 * 8 + 8) / 1000:.3g} KB of factors" in text
+    assert "MB of memory on one thread and" in text
+    assert f"{sum(4 * value.numel() for value in STATE.values()) / 1000:.3g} KB on disk" in text
+    assert timed.startswith(text.partition("parameters:")[1])
+    assert "time on this machine: less than 1 s to average, less than 1 s by CART" in timed
+    assert "time" not in text
+    large = Preflight((), job=Job((Part(10**8, 4, (10**4, 10**4)),), tasks=2, workers=2))
+    print_preflight(console(), large, timed=False)
+    assert "GB of memory on 2 threads (1.55 GB by methods that" in capsys.readouterr().out
+
+
+def test_no_time_is_told_of_what_cannot_be_merged(
+    suite_of: Callable[..., Suite], capsys: Any
+) -> None:
+    suite = suite_of({"a": STATE, "b": {**STATE, "scale": torch.ones(3)}})
+    print_preflight(console(), preflight(suite))
+    assert "time on this machine" not in capsys.readouterr().out
 
 
 def test_every_parameter_is_shown_on_request(suite_of: Callable[..., Suite], printed: Any) -> None:

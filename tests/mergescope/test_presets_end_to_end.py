@@ -30,16 +30,15 @@ from merge_core.recipe import make_recipe
 from merge_core.suite import load_suite
 from mergescope import cli
 from tests.merge_core.pickled_files import importable
+from tests.stand_in_data import SIZE, snapshot
 from tests.stand_ins import (
     OPEN_CLIP,
     PROJECTED,
-    SIZE,
     TOKENS,
     ClassificationHead,
     at,
     offline,
     shrunk,
-    snapshot,
     write_stand_ins,
 )
 

@@ -24,20 +24,26 @@ from tests.mergescope.test_cli import call
 AXES = ("--ranks", "0.07,0.26,0.6", "--scales", "0.5,1.5,4")
 
 
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the command and the library keep what they have run, each in a place of its own."""
+    return tmp_path_factory.mktemp("kept")
+
+
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
+def folder(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MERGESCOPE_CACHE", str(kept / "command"))
     monkeypatch.setenv("COLUMNS", "160")
     evaluable(tmp_path / "suite")
     return tmp_path / "suite"
 
 
-def library(folder: Path, tmp_path: Path, mode: Any = "labels", **options: Any) -> Selection:
+def library(folder: Path, kept: Path, mode: Any = "labels", **options: Any) -> Selection:
     """The same from Python, with stores of its own."""
     suite = load_suite(folder)
     space = search_space("cart", str(folder), None, (0.07, 0.26, 0.6), (0.5, 1.5, 4.0))
-    evaluator = Evaluator(suite, PredictionStore(tmp_path / "own.sqlite"))
-    session = MergeSession(suite, None, FactorStore(tmp_path / "own"))
+    evaluator = Evaluator(suite, PredictionStore(kept / "library.sqlite"))
+    session = MergeSession(suite, None, FactorStore(kept / "library"))
     return select_rank(space, session, evaluator, mode, **options)
 
 
@@ -45,6 +51,7 @@ def library(folder: Path, tmp_path: Path, mode: Any = "labels", **options: Any) 
 @pytest.mark.parametrize("full", [False, True])
 def test_the_command_says_what_the_library_says(
     folder: Path,
+    kept: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: Any,
@@ -56,7 +63,7 @@ def test_the_command_says_what_the_library_says(
     arguments += ["--every-proxy"]
     assert call(monkeypatch, *arguments, *(["--full-grid"] if full else [])) == 0
     printed = capsys.readouterr().out
-    found = library(folder, tmp_path, mode, full_grid=full, every_proxy=True)
+    found = library(folder, kept, mode, full_grid=full, every_proxy=True)
     written, suite = load_recipe(recipe)
     assert written == found.recipe
     assert suite.root == folder

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -20,7 +20,7 @@ from merge_core.suite import load_suite
 from tests.conftest import random_states
 from tests.hub_client import files_of, hub, weights
 from tests.hub_server import Hub
-from tests.pages.test_pages import ROOT, healthy, open_page
+from tests.pages.test_pages import app_at, finished, healthy, open_page
 from ui import session_files
 from ui.open_members import edited, members_frame
 
@@ -92,8 +92,18 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     assert table["role"].tolist() == ["base", "expert", "expert", "expert", "leave out"]
     assert str(root) not in table["note"].iloc[-1]
     assert at.success[0].value.startswith("All 4 models fit")
+    told = {metric.label: metric.value for metric in at.metric}
+    assert told["Experts"] == "3"
+    assert told["Time of a merge"] == "less than 1 s"
+    assert 300 < float(told["Memory of a merge"].removesuffix(" MB")) < 600
+    assert told["Stored factors"] == "0.0 MB"
     at = healthy(press(at, "Write runs/models/suite.yaml and open it"))
     assert opened(at) == "models"
+    assert not any("mergescope merge" in text.value for text in at.markdown)
+    at.switch_page("pages/overview.py").session_state["preflight"] = True
+    at = healthy(at.run())
+    (cost,) = (text.value for text in at.markdown if "mergescope merge" in text.value)
+    assert "averaging takes less than 1 s, CART less than 1 s" in cost
     assert list(at.sidebar.get("button_group")[0].value) == list(TASKS)
     document = yaml.safe_load((root / "runs/models/suite.yaml").read_text())
     assert document["base"] == "base.safetensors"
@@ -165,8 +175,7 @@ def test_a_path_outside_cannot_be_typed(text: str, root: Path) -> None:
     write_models(root / "models")
     write_models(root.parent / "outside")
     (root / "link").symlink_to(root.parent / "outside")
-    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=120)
-    at.switch_page(str(ROOT / "pages" / "open_checkpoints.py"))
+    at = app_at("open_checkpoints")
     at.session_state["open_folder"] = text.format(outside=root.parent / "outside")
     at.run()
     assert "is not a folder below root" in said(at)
@@ -287,28 +296,18 @@ def test_uploads_that_are_no_weights_are_refused_in_words(root: Path) -> None:
     assert not list(root.parent.rglob("*escape*"))
 
 
-def until(at: AppTest, done: Callable[[AppTest], bool]) -> AppTest:
-    """Run the page again until its background job has ended."""
-    deadline = time.monotonic() + 60
-    while not done(at) and time.monotonic() < deadline:
-        time.sleep(0.2)
-        at.run()
-    return healthy(at)
-
-
 def test_models_of_the_hub_are_asked_after_downloaded_and_opened(hub: Hub, root: Path) -> None:
     for seed, name in enumerate(("net", "net-cars", "net-dtd")):
         hub.repository(f"org/{name}", files_of(weights(seed)))
     at = open_source("Hugging Face Hub")
     at.text_area(key="open_ids").set_value("hf://org/net\n\n org/net-cars \nhf://org/net-dtd").run()
     assert hub.requests == []  # nothing before it is asked for
-    at = until(press(at, "Ask the hub"), lambda at: bool(at.dataframe))
+    at = healthy(finished(press(at, "Ask the hub")))
     assert members(at)["role"].tolist() == ["base", "expert", "expert"]
     assert members(at)["task"].tolist()[1:] == ["cars", "dtd"]
     assert "All 3 models fit" in said(at)
     assert not list(root.parent.rglob("blobs"))  # headers alone
-    at = press(at, "Download 3 models")
-    at = until(at, lambda at: any(b.label == "Open this suite" for b in at.button))
+    at = healthy(finished(press(at, "Download 3 models")))
     at = healthy(press(at, "Open this suite"))
     assert opened(at) == "from-the-hub"
     assert list(at.sidebar.get("button_group")[0].value) == ["cars", "dtd"]
@@ -318,7 +317,7 @@ def test_a_benchmark_without_the_hub_is_there_all_the_same(hub: Hub) -> None:
     hub.status = 503
     at = open_source("Benchmark")
     at.selectbox(key="open_preset").set_value("clip-vit-b-32-8").run()
-    at = until(press(at, "Ask the hub"), lambda at: bool(at.dataframe))
+    at = healthy(finished(press(at, "Ask the hub")))
     table = members(at)
     assert table["role"].tolist() == ["base"] + 8 * ["expert"]
     assert "sun397" in table["task"].tolist()
@@ -336,7 +335,8 @@ def test_a_suite_on_offer_that_is_not_downloaded_can_be(
     monkeypatch.setenv("MERGESCOPE_SUITES", str(path))
     at = open_source("Upload")
     assert any("root is not downloaded" in title.value for title in at.subheader)
-    at = until(press(at, "Download the model"), lambda at: not at.subheader)
+    at = healthy(finished(press(at, "Download the model")))
+    assert not at.subheader
     assert Checkpoint(load_suite(path).file("hf://org/net")).nbytes
 
 

@@ -1,4 +1,4 @@
-"""A language model's shapes: sharded, in bfloat16, 1.1 billion parameters, three experts."""
+"""Larger models: a ViT-L/14 with eight experts, and a language model in bfloat16 with three."""
 
 from __future__ import annotations
 
@@ -8,20 +8,32 @@ from benchmarks import synthetic
 from benchmarks.measure import Laboratory
 from benchmarks.members import RANK, SCALE, Members, merged, spectra_of
 from benchmarks.record import GB, Sheet
+from benchmarks.synthetic import Model
 
-TASKS = 3
+
+def vit_large(laboratory: Laboratory, sheet: Sheet) -> None:
+    """Eight experts of ViT-L/14 size, float32, one file each."""
+    model = synthetic.vit(128, 2, 32, 64) if laboratory.quick else synthetic.vit_l_14()
+    _all(laboratory, sheet, model, tasks=8, most_memory=None)
 
 
 def decoder(laboratory: Laboratory, sheet: Sheet) -> None:
-    """The decoder is inspected, one layer of it analysed, and it is merged."""
+    """A decoder's shapes: sharded, in bfloat16, 1.1 billion parameters, three experts."""
     model = synthetic.decoder_1b()
     if laboratory.quick:
         model = synthetic.decoder(128, 352, 2, 1000, 32, 1 << 20)
-    members = Members.made(laboratory, model, "decaying", TASKS)
+    _all(laboratory, sheet, model, tasks=3, most_memory=3)
+
+
+def _all(
+    laboratory: Laboratory, sheet: Sheet, model: Model, tasks: int, most_memory: float | None
+) -> None:
+    """The model is inspected, one layer of it analysed, and it is merged."""
+    members = Members.made(laboratory, model, "decaying", tasks)
     laboratory.fresh_cache()
     inspect = [sys.executable, "-m", "mergescope", "inspect", str(members.suite), "--headers-only"]
     seen = laboratory.command(inspect, 3)
-    note = f"{model.nbytes / model.dtype.itemsize / GB:.2f} G parameters, {TASKS} experts and base"
+    note = f"{model.nbytes / model.dtype.itemsize / GB:.2f} G parameters, {tasks} experts and base"
     sheet.seconds("inspect --headers-only", seen.seconds, note)
     layer = spectra_of(laboratory, members, [members.block()])
     note = f"{layer.answer['matrices']} matrices; the model has {members.depth} layers"
@@ -33,4 +45,4 @@ def decoder(laboratory: Laboratory, sheet: Sheet) -> None:
     sheet.seconds("CART, cold files, nothing stored", cart.seconds)
     sheet.cost("CART against the average", cart.best / average.best)
     peak = max(run.anonymous for run in (seen, layer, average, cart))
-    sheet.memory("peak memory", peak, at_most=3)
+    sheet.memory("peak memory", peak, at_most=most_memory)
