@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
@@ -25,7 +26,8 @@ class TaskArithmeticParameters(MethodParameters):
 def merge(group: ParameterGroup, parameters: TaskArithmeticParameters, run: Run) -> Tensor:
     """θ_0 + λ Σ_t w_t (θ_t − θ_0) of one parameter."""
     if not run.weights:
-        return group.base + parameters.scale * len(group.tasks) * (group.average - group.base)
+        # θ_0 + λT (θ_avg − θ_0), in one pass.
+        return torch.lerp(group.base, group.average, parameters.scale * len(group.tasks))
     return group.base + parameters.scale * run.task_vectors(group).sum(dim=0)
 
 
