@@ -286,7 +286,7 @@ def about(taken: float) -> str:
         taken: in seconds.
     """
     if taken < 1:
-        return "less than 1 s"
+        return "under 1 s"
     for unit, size in (("s", 1), ("min", 60), ("h", 3600)):
         value = taken / size
         if value < 90 or unit == "h":

@@ -90,7 +90,7 @@ def ranking(result: Compared) -> None:
 
 def table(result: Compared) -> None:
     """Everything in one table."""
-    charts.table(result.summary, "comparison", key="comparison")
+    charts.table(result.summary, "comparison", key="comparison", words={"label": "Method"})
     if len(result.seeds):
         st.markdown(
             "Methods whose seed changes the merge, over their seeds: mean, standard deviation, "
@@ -119,7 +119,12 @@ def tasks(result: Compared) -> None:
     with right:
         wide = result.tasks.pivot(index="label", columns="task", values="accuracy")
         wide = wide.loc[order, result.experts["task"]]
-        charts.table(wide.reset_index(), "tasks", key="tasks")
+        charts.table(
+            wide.reset_index(),
+            "tasks",
+            key="tasks",
+            words={"label": "Method"} | {task: task for task in map(str, wide)},
+        )
 
 
 def costs(result: Compared) -> None:
@@ -141,15 +146,16 @@ def costs(result: Compared) -> None:
 def published_figures() -> None:
     """What papers report, apart from everything measured here."""
     frame = published()
-    sources = {source: source for source in frame["source"].unique()}
+    sources = {source: source[0].upper() + source[1:] for source in frame["source"].unique()}
     source = choice("Source", sources, "source")
     mine = frame[frame["source"] == source].drop(columns="source")
     st.markdown(
         "Published test accuracies of CLIP models, on the protocol with the corrected DTD split; "
         "figures of papers that used the leaking split are left out. **Not comparable with the "
-        "measured ones** on the other tabs: other models, other tasks."
+        "measured ones** on this page: other models, other tasks."
     )
-    charts.table(mine, "published", key="published")
+    words = {"low": "Accuracy (%), lowest", "high": "Accuracy (%), highest"}
+    charts.table(mine, "published", key="published", words=words)
 
 
 def page() -> None:
@@ -183,11 +189,14 @@ def page() -> None:
             view.name, names, session, evaluator, budget, progress=progress, own=own
         ),
     )
+    if job is None:
+        st.subheader("What papers report", anchor=False)
+        published_figures()
+        return
     places = st.tabs(["Ranking", "Table", "Tasks", "Costs", "Published"])
-    if job is not None:
-        for place, draw in zip(places, (ranking, table, tasks, costs), strict=False):
-            with place:
-                draw(job.result)
+    for place, draw in zip(places, (ranking, table, tasks, costs), strict=False):
+        with place:
+            draw(job.result)
     with places[-1]:
         published_figures()
 

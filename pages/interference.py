@@ -158,7 +158,7 @@ def section() -> None:
                 ),
                 key=f"pairs_{origin}",
                 alt=f"{side}-space interference of each pair of tasks in {view.layer}, k = {k}",
-                height=430,
+                height=480,
             )
     charts.how_to_read(
         "pairs",
@@ -250,7 +250,7 @@ def section() -> None:
                 ),
                 key=f"cosine_{origin}",
                 alt=f"Cosine similarity of task vectors in {where}, {LABELS[origin]}",
-                height=430,
+                height=480,
             )
     expected = -1 / (len(view.tasks) - 1)
     centred = cosines[0]
@@ -300,7 +300,7 @@ def angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
             figures.pair_map(angles, "angle", title=f"{SHORT[origin]}: angles at k = {k}", zmax=90),
             key="angles",
             alt=f"Mean principal angle of each pair of tasks in {view.layer}, k = {k}",
-            height=430,
+            height=480,
         )
         charts.numbers(angles, f"principal_angles_k{k}", key="angles")
     if "base" in origins(view):
@@ -310,7 +310,7 @@ def angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
                 figures.conflict_bars(signs, title="Where do signs clash? (original)"),
                 key="signs",
                 alt="Share of magnitude that cancels and of entries with both signs per matrix",
-                height=430,
+                height=480,
             )
             charts.numbers(signs, "sign_conflict", key="signs")
     charts.how_to_read(

@@ -80,27 +80,25 @@ def factor_label(m: float) -> str:
 
 def choose(view: PoolView, evaluator: PoolEvaluator) -> tuple[Who, What, str | None]:
     """Who is scaled, and what."""
-    left, right = st.columns(2)
-    with left:
-        shown: dict[Who, str] = dict(WHO) if len(view.members) > 1 else {"all": WHO["all"]}
-        who: Who = choice(
-            "Who is multiplied by m",
-            {key: label.capitalize() for key, label in shown.items()},
-            "who",
-            "The others stay as they are; soups and ensembles are of all chosen members.",
-        )
-    with right:
-        what: What = choice(
-            "What is multiplied by m",
-            SHORT_WHAT,
-            "what",
-            "Weights: parameters of two dimensions or more. Whole state: BatchNorm's running "
-            "statistics too, as in the paper's code.",
-        )
-        layer = None
-        if what == "layer":
-            options = magnitude.layer_names(evaluator.network.module)
-            layer = st.selectbox("Layer", options, key="scaled", bind="query-params")
+    # Not beside each other: in a column the options would be cut off instead of broken.
+    shown: dict[Who, str] = dict(WHO) if len(view.members) > 1 else {"all": WHO["all"]}
+    who: Who = choice(
+        "Who is multiplied by m",
+        {key: label.capitalize() for key, label in shown.items()},
+        "who",
+        "The others stay as they are; soups and ensembles are of all chosen members.",
+    )
+    what: What = choice(
+        "What is multiplied by m",
+        SHORT_WHAT,
+        "what",
+        "Weights: parameters of two dimensions or more. Whole state: BatchNorm's running "
+        "statistics too, as in the paper's code.",
+    )
+    layer = None
+    if what == "layer":
+        options = magnitude.layer_names(evaluator.network.module)
+        layer = st.selectbox("Layer", options, key="scaled", bind="query-params")
     return who, what, layer
 
 
@@ -172,18 +170,17 @@ def scaling_section() -> None:
         )
     overlay = predicted(view.key, view.members, who, what, layer, law, view)
     st.markdown(f"At **m = {factor_label(m)}**, accuracy and the share of unchanged predictions:")
-    cards = st.columns(4)
+    cards = charts.cards(4)
     here = frame[np.isclose(frame["magnitude"], m)].set_index("subject")
-    for card, subject, title in zip(
-        cards,
+    for subject, title in zip(
         ("individuals", "uniform_soup", "logit_ensemble", "norm_restored"),
-        ("Individuals", "Uniform soup", "Logit ensemble", "Norm-restored soup"),
+        ("Individuals", "Uniform soup", "Logit ensemble", "Norm-restored"),
         strict=True,
     ):
         if subject not in here.index:
             continue
         row = here.loc[subject]
-        card.metric(
+        cards.metric(
             title,
             f"{row['accuracy']:.1%}",
             delta=f"{row['stability']:.1%} unchanged",
@@ -257,15 +254,15 @@ def norms_section() -> None:
     total = identity[identity["parameter"] == TOTAL].iloc[0]
     ratio = float(np.sqrt(total["soup_square"] / total["mean_square"]))
     n = len(view.members)
-    cards = st.columns(4)
-    cards[0].metric("Mean ‖θᵢ‖²", f"{total['mean_square']:.4g}")
-    cards[1].metric("‖average‖²", f"{total['soup_square']:.4g}")
-    cards[2].metric(
+    cards = charts.cards(4)
+    cards.metric("Mean ‖θᵢ‖²", f"{total['mean_square']:.4g}")
+    cards.metric("‖average‖²", f"{total['soup_square']:.4g}")
+    cards.metric(
         "Mean ‖θᵢ − average‖²",
         f"{total['spread']:.4g}",
         help="Computed apart from the other two: the identity says that it is their difference.",
     )
-    cards[3].metric(
+    cards.metric(
         "Identity holds to",
         f"{identity['deviation'].max():.0e}",
         help="Largest relative deviation over all parameters, float64.",
@@ -273,6 +270,11 @@ def norms_section() -> None:
     st.markdown(
         f"The average of {n} members keeps **{ratio:.0%}** of their norm (root mean square over "
         f"members; {1 / np.sqrt(n):.0%} would be left of independent ones of mean zero)."
+    )
+    quantity: Literal["norm", "variance"] = choice(
+        "Members and their average compared by",
+        {"norm": "Norms", "variance": "Variances"},
+        "size",
     )
     left, right = st.columns(2)
     height = max(430, 26 * len(norms) + 160)
@@ -284,16 +286,11 @@ def norms_section() -> None:
             height=height,
         )
     with right:
-        quantity: Literal["norm", "variance"] = choice(
-            "Shown at the right",
-            {"norm": "Norms", "variance": "Variances"},
-            "size",
-        )
         charts.show(
             norm_figures.norm_ranges(norms, quantity, title="Members and their average"),
             key="ranges",
             alt=f"{quantity} of members and average per parameter",
-            height=height - 80,
+            height=height,
         )
     charts.how_to_read(
         "norms",
@@ -304,13 +301,13 @@ def norms_section() -> None:
         r"= \tfrac1N\sum_i\|\theta_i-\bar\theta\|^2",
     )
     charts.numbers(norms, f"norms_{view.name}", key="norms")
+    weights = norms[norms["weight"]]["parameter"].tolist()
+    parameter = st.selectbox(
+        "Parameter", weights + [p for p in norms["parameter"] if p not in weights],
+        key="parameter", bind="query-params",
+    )  # fmt: skip
     left, right = st.columns(2)
     with left:
-        weights = norms[norms["weight"]]["parameter"].tolist()
-        parameter = st.selectbox(
-            "Parameter", weights + [p for p in norms["parameter"] if p not in weights],
-            key="parameter", bind="query-params",
-        )  # fmt: skip
         charts.show(
             norm_figures.weight_histogram(
                 histogram(view.key, view.members, parameter, view),
@@ -327,7 +324,7 @@ def norms_section() -> None:
             ),
             key="identity",
             alt="Mean squared norm beside squared norm of the average plus spread",
-            height=490,
+            height=420,
         )
     charts.numbers(identity, f"identity_{view.name}", key="identity")
 

@@ -21,7 +21,7 @@ from ui.own_recipes import link_form
 from ui.progress import run_job
 from ui.recipe_options import recipe_options
 from ui.resources import View
-from ui.widgets import choice, controls
+from ui.widgets import choice, controls, share_label
 
 shell.enter()
 
@@ -102,7 +102,7 @@ def references(key: str, tasks: tuple[str, ...], split: Split, _view: View) -> p
 def pinned(view: View) -> Recipe | None:
     """The recipe to compare with, from the text field (and so from the link)."""
     text = st.text_input(
-        "Compare with (a recipe's link form)",
+        "Compare with",
         key="pin",
         bind="query-params",
         placeholder="Pin the current recipe, or paste one",
@@ -121,12 +121,18 @@ def pinned(view: View) -> Recipe | None:
 
 
 def title_of(recipe: Recipe) -> str:
-    """A recipe in a few words, such as ``CART, rank 0.08, scale 2``."""
-    values = [
-        f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value}"
-        for name, value in recipe.parameters.items()
-    ]
-    return ", ".join([get_method(recipe.method).title, *values])
+    """A recipe in a few words, such as ``CART, rank 8 %, scale 2``."""
+    method = get_method(recipe.method)
+    ranks = {spec.name for spec in method.specs if spec.kind == "rank"}
+    words = []
+    for name, value in recipe.parameters.items():
+        if name in ranks and isinstance(value, float):
+            words.append(f"{name} {share_label(value)}")
+        else:
+            words.append(
+                f"{name} {value:g}" if isinstance(value, (int, float)) else f"{name} {value}"
+            )
+    return ", ".join([method.title, *words])
 
 
 def pin_current(recipe: Recipe) -> None:
@@ -166,23 +172,25 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> li
         theirs = accuracy(view.key, view.tasks, other.to_query(), split, view)
         frames.append(theirs.assign(model="Pinned: " + title_of(other)))
         delta = mean["accuracy"] - theirs["accuracy"].mean()
-    cards = st.columns(4)
-    cards[0].metric(
+    cards = charts.cards(4)
+    cards.metric(
         "Mean accuracy",
         f"{mean['accuracy']:.1%}",
         delta=None if delta is None else f"{100 * delta:+.1f} points against the pinned one",
         help=f"95 % interval {mean['low']:.1%} to {mean['high']:.1%}, mean over tasks.",
     )
-    cards[1].metric("Experts", f"{expert_mean:.1%}")
+    cards.metric(
+        "Experts", f"{expert_mean:.1%}", help="Each expert on its own task, mean over tasks."
+    )
     right = experts["accuracy"].to_numpy() > 0
     relative = mine["accuracy"].to_numpy()[right] / experts["accuracy"].to_numpy()[right]
-    cards[2].metric(
+    cards.metric(
         "Normalised",
         f"{relative.mean():.1%}" if right.any() else "–",
         help="Each task's accuracy over its expert's, mean.",
     )
     worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
-    cards[3].metric(f"Worst task: {worst['task']}", f"{worst['accuracy']:.1%}")
+    cards.metric(f"Worst task: {worst['task']}", f"{worst['accuracy']:.1%}")
     drawn = pd.concat(frames, ignore_index=True)
     charts.show(
         figures.per_task(drawn, title="How well does the merged model do each task?"),

@@ -97,7 +97,8 @@ def classifier_section() -> None:
             "No pool of linear classifiers is on offer. Build one with `mergescope pool build`."
         )
         return
-    left, right = st.columns([2, 3], vertical_alignment="bottom")
+    st.subheader("What does a linear classifier look for?", anchor=False)
+    left, right = st.columns([2, 3])
     title = left.selectbox(
         "Linear classifiers of", list(pools), key="classifiers", bind="query-params"
     )
@@ -141,14 +142,18 @@ def classifier_section() -> None:
         which: templates.diagonal_dominance(templates.cosine_frame(images, other, names))
         for which, other in (("means", means.means), ("centred", means.centred))
     }
-    cards = st.columns(4)
-    cards[0].metric(
-        "Cosine with own centred mean",
+    cards = charts.cards(4)
+    cards.metric(
+        "Cosine, own class",
         f"{compared['centred'].diagonal:.2f}",
-        help="Mean over classes of the cosine of a template with μ_c − μ.",
+        help="Mean cosine of a template with the centred mean of its class, μ_c − μ.",
     )
-    cards[1].metric("… with other classes'", f"{compared['centred'].off_diagonal:.2f}")
-    cards[2].metric(
+    cards.metric(
+        "Cosine, other classes",
+        f"{compared['centred'].off_diagonal:.2f}",
+        help="Mean cosine of a template with the centred means of the other classes.",
+    )
+    cards.metric(
         "Nearest to own class",
         f"{compared['centred'].largest:.0%}",
         delta=f"{compared['means'].largest:.0%} by plain means",
@@ -159,10 +164,9 @@ def classifier_section() -> None:
     )
     logits = evaluator.merge(checkpoint.digest, lambda: weights, "test").logits
     right_ones = (logits.argmax(dim=1).numpy() == evaluator.labels("test")).mean()
-    cards[3].metric("Test accuracy", f"{right_ones:.1%}")
+    cards.metric("Test accuracy", f"{right_ones:.1%}")
     # Side by side on a wide page, below each other on a phone.
     halves = [chosen[i : i + PER_FIGURE] for i in range(0, len(chosen), PER_FIGURE)]
-    titles = ["What does a linear classifier look for?", f"{title}, {name}"]
     for place, half in enumerate(halves):
         if place % 2 == 0:
             columns = st.columns(2)
@@ -171,12 +175,12 @@ def classifier_section() -> None:
                 figures.template_grid(
                     {row: values[half] for row, values in rows.items()},
                     [names[i] for i in half],
-                    title=titles[place % 2],
+                    title=f"A linear classifier's templates, {names[half[0]]} to {names[half[-1]]}",
                     kind=kind,
                     columns=PER_FIGURE,
                 ),
                 key=f"templates_{place}",
-                alt=f"Templates of {title} with class means and centred class means",
+                alt=f"Templates of {title}, {name}, with class means and centred class means",
             )
     charts.how_to_read(
         "templates",
@@ -218,7 +222,7 @@ def similarity_columns(
             ),
             key="cosines",
             alt=f"Cosine of each template with each class's {options[against]}",
-            height=460,
+            height=500,
         )
         charts.numbers(frame, "template_cosines", key="cosines")
     with right:
@@ -245,7 +249,7 @@ def similarity_columns(
             ),
             key="over_decay",
             alt=f"{MEASUREMENTS[value]} {axes[axis].lower()}",
-            height=400,
+            height=440,
         )
         charts.numbers(measured, "templates_measured", key="measured")
     charts.how_to_read(

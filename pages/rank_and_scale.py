@@ -186,12 +186,12 @@ def answer(selection: Selection) -> None:
         )
         if words
     ]
-    cards = st.columns(4)
-    for place, (name, words) in zip(cards, axes, strict=False):
-        place.metric(name, words)
+    cards = charts.cards(4)
+    for name, words in axes:
+        cards.metric(name, words)
     if selection.accuracy is not None:
         mean = selection.accuracy
-        cards[2].metric(
+        cards.metric(
             "Validation accuracy",
             f"{mean['accuracy']:.1%}",
             delta=interval(mean),
@@ -207,7 +207,7 @@ def answer(selection: Selection) -> None:
         )
     if selection.report is not None:
         test = mean_accuracy(selection.report).iloc[0]
-        cards[3].metric(
+        cards.metric(
             "Test accuracy",
             f"{test['accuracy']:.1%}",
             delta=interval(test),

@@ -73,16 +73,16 @@ def open_cell() -> None:
 @shell.fragment
 def energy_section(drawn: pd.DataFrame) -> None:
     """Cumulative energy and what the marked rank keeps of it (alone when the rank moves)."""
-    cards = st.columns(2)
     share = share_slider(
         "Rank to mark (share of directions)",
         "share",
         "Draws the rank at which a merge would cut. CART's paper uses 8 %.",
     )
     kept = drawn[drawn["share"] <= share + 1e-9].groupby(["origin", "task"])["energy"].max()
-    for card, origin in zip(cards, drawn["origin"].unique(), strict=False):
+    cards = charts.cards(2)
+    for origin in drawn["origin"].unique():
         known = origin in kept.index.get_level_values("origin")
-        card.metric(
+        cards.metric(
             f"Energy kept, {ORIGIN_LABELS[origin].lower()}",
             f"{kept[origin].mean():.1%}" if known else "0 %",
             help=f"Share of Σσ² in the leading {share_label(share)} of directions, task mean.",
@@ -93,7 +93,7 @@ def energy_section(drawn: pd.DataFrame) -> None:
         ),
         key="energy",
         alt=f"Cumulative energy of {shell.view().layer} over rank",
-        height=440,
+        height=460,
     )
 
 
@@ -101,8 +101,17 @@ def energy_section(drawn: pd.DataFrame) -> None:
 def layer_section() -> None:
     """Scree and cumulative energy of the chosen layer."""
     view = shell.view()
-    left, right = st.columns(2)
-    with left:
+    parts = parts_of(resources.group(view))
+    part: Part = parts[0]
+    if len(parts) > 1:
+        part = choice(
+            "Part of the fused matrix",
+            {name: name for name in parts},
+            "part",
+            FUSED_HELP,
+        )
+    scree, energy = st.columns(2, vertical_alignment="bottom")
+    with scree:
         which = choice(
             "Task vectors",
             ORIGIN_LABELS if view.suite.base is not None else {"average": "Centred"},
@@ -110,34 +119,22 @@ def layer_section() -> None:
             "Centred: about the average of the chosen experts (CART). "
             "Original: about the base they were fine-tuned from.",
         )
-    with right:
-        parts = parts_of(resources.group(view))
-        part: Part = parts[0]
-        if len(parts) > 1:
-            part = choice(
-                "Part of the fused matrix",
-                {name: name for name in parts},
-                "part",
-                FUSED_HELP,
-            )
-    frames = [
-        spectrum_frames(view.key, view.tasks, view.layer, origin, part, view)
-        for origin in ORIGINS[which]
-    ]
-    drawn = pd.concat([frame for frame, _ in frames], ignore_index=True)
-    lines = frames[0][1]
-    scree, energy = st.columns(2)
-    with scree:
-        cards = st.columns(2)
+        frames = [
+            spectrum_frames(view.key, view.tasks, view.layer, origin, part, view)
+            for origin in ORIGINS[which]
+        ]
+        drawn = pd.concat([frame for frame, _ in frames], ignore_index=True)
+        lines = frames[0][1]
+        cards = charts.cards(2)
         about = f"({ORIGIN_LABELS[ORIGINS[which][0]].lower()}, mean over tasks)."
-        cards[0].metric(
+        cards.metric(
             "Gavish-Donoho rank",
             f"{lines['gavish_donoho_rank'].mean():.0f}",
             help="Directions above the optimal hard threshold if the rest were white noise "
             + about,
         )
-        cards[1].metric(
-            "Rank above the noise edge",
+        cards.metric(
+            "Rank above noise",
             f"{lines['noise_rank'].mean():.0f}",
             help="Directions above the Marchenko-Pastur edge, the noise estimated from the median "
             + about,
@@ -146,7 +143,7 @@ def layer_section() -> None:
             figures.scree(drawn, lines, title="How fast do the singular values fall?"),
             key="scree",
             alt=f"Singular values of {view.layer} per task on a log axis",
-            height=520,
+            height=460,
         )
     with energy:
         energy_section(drawn)

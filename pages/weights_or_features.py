@@ -121,21 +121,21 @@ def rules_section() -> None:
     frame = over_members(view.key, view.members, split, statistics, view)
     chance = 1 / len(evaluator.class_names)
     full = frame[frame["n"] == frame["n"].max()]
-    cards = st.columns(4)
-    for card, rule, title in zip(
-        cards,
+    cards = charts.cards(4)
+    for rule, title in zip(
         ("individuals", "uniform_soup", "logit_ensemble", "feature_ensemble_averaged_head"),
         ("Individuals", "Uniform soup", "Logit ensemble", "Feature ensemble"),
         strict=True,
     ):
         row = at(frame, rule)
-        card.metric(
+        cards.metric(
             title,
             f"{row['accuracy']:.1%}",
             delta=None
             if rule == "individuals"
             else f"{100 * (row['accuracy'] - at(frame, 'individuals')['accuracy']):+.1f} points",
             border=True,
+            height="stretch",
             help=f"{row['label']}: {SPLIT_NAMES[split]} split, 95 % interval {row['low']:.1%} to "
             f"{row['high']:.1%}; {row['passes']} forward passes per image.",
         )
@@ -178,7 +178,7 @@ def rules_section() -> None:
             ),
             key="cost",
             alt="Accuracy against forward passes per image",
-            height=430,
+            height=500,
         )
     with right:
         pairs = agreement_frame(view.key, view.members, split, statistics, view)
@@ -186,7 +186,7 @@ def rules_section() -> None:
             agreement_map(pairs, title="How often do two models predict alike?"),
             key="agreement",
             alt="Share of equal predictions for each pair of models",
-            height=430,
+            height=500,
         )
     charts.how_to_read(
         "cost",
@@ -232,24 +232,24 @@ def why_section(view: PoolView, split: Split, statistics: Statistics) -> None:
     st.subheader("Where do the rules part?", anchor=False)
     term, covariance, gap = gap_frames(view.key, view.members, split, statistics, view)
     about, apart = covariance.iloc[0], gap.iloc[0]
-    cards = st.columns(4)
-    cards[0].metric(
+    cards = charts.cards(4)
+    cards.metric(
         "Covariance term",
         f"{about['ratio']:.1%}",
         help="Root mean square of logit ensemble − feature ensemble with averaged head, relative "
         "to the ensemble's logits.",
     )
-    cards[1].metric(
+    cards.metric(
         "Predictions it changes",
         f"{about['changed']:.1%}",
         help="Share of images on which those two ensembles predict different classes.",
     )
-    cards[2].metric(
+    cards.metric(
         "Soup − ensemble",
         f"{apart['ratio']:.1%}",
         help="Root mean square of the logits' difference, relative to the ensemble's logits.",
     )
-    cards[3].metric(
+    cards.metric(
         "Predictions that differ",
         f"{apart['changed']:.1%}",
         help="Share of images on which soup and logit ensemble predict different classes.",

@@ -2,18 +2,34 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import urlencode
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
+from streamlit.delta_generator import DeltaGenerator
+
+CARD = 130  # pixels: half a phone's width
+# Columns that many tables have: shares, shown in percent, and those with a unit.
+SHARES = {"accuracy", "low", "high", "normalised", "worst"}
+UNITS = {"seconds": "Time (s)", "peak_mb": "Peak memory (MB)", "storage_mb": "Storage (MB)"}
 
 
 def heading(question: str, purpose: str) -> None:
     """A page's title, a question, and one line on what it shows."""
     st.header(question, anchor=False)
     st.markdown(purpose)
+
+
+def cards(count: int) -> DeltaGenerator:
+    """Room for so many metrics side by side, two beside each other on a phone.
+
+    Args:
+        count: most of them in a row.
+    """
+    return st.grid(count, min_column_width=CARD)
 
 
 def show(figure: go.Figure, key: str, alt: str, height: int | None = None, **options: Any) -> Any:
@@ -73,15 +89,22 @@ def numbers(frame: pd.DataFrame, name: str, key: str) -> None:
             table(frame, name, key)
 
 
-def table(frame: pd.DataFrame, name: str, key: str) -> None:
+def table(frame: pd.DataFrame, name: str, key: str, words: Mapping[str, str] | None = None) -> None:
     """A table, its CSV, and a link to the view.
 
     Args:
         frame: the numbers.
         name: file name of the CSV, without ending.
         key: unique on the page.
+        words: what stands above columns whose name says too little; the CSV keeps the names.
     """
-    st.dataframe(frame, hide_index=True, key=f"table_{key}")
+    above = {name: name.replace("_", " ").capitalize() for name in map(str, frame)}
+    above |= UNITS | dict(words or {})
+    columns: dict[str, Any] = dict(above)
+    for column in SHARES & set(frame) if "accuracy" in frame else ():
+        if frame[column].dropna().between(0, 1).all():
+            columns[column] = st.column_config.NumberColumn(above[column], format="percent")
+    st.dataframe(frame, hide_index=True, column_config=columns, key=f"table_{key}")
     left, right = st.columns([1, 2], vertical_alignment="center")
     left.download_button(
         "Download CSV",

@@ -21,6 +21,7 @@ NORMALISATIONS: dict[Normalisation, str] = {
 }
 
 PER_ROW, SHOWN, TILE = 6, 24, 54
+FILTERS = ("kernels", "patch_embedding")  # views of pictures
 
 EXPLAINED = {
     "kernels": (
@@ -73,7 +74,9 @@ def deeper_section() -> None:
     if view == "heads":
         heads_view(source, shown)
         return
-    levels = choice("Grey levels of filters", NORMALISATIONS, "filter_levels")
+    levels: Normalisation = "symmetric"
+    if view in FILTERS:
+        levels = choice("Grey levels of filters", NORMALISATIONS, "filter_levels")
     for column, (name, weights) in zip(st.columns(len(shown)), shown.items(), strict=True):
         with column:
             draw(view, name, weights, levels)
@@ -83,14 +86,14 @@ def deeper_section() -> None:
 def draw(view: str, name: str, weights: dict[str, Tensor], levels: Normalisation) -> None:
     """One view of one model."""
     key = f"{view}_{name}"
-    if view in ("kernels", "patch_embedding"):
+    if view in FILTERS:
         filters = patterns.first_kernels(weights).filters
         grid = figures.kernel_grid(filters, title=name, kind=levels, columns=PER_ROW, most=SHOWN)
         rows = math.ceil(min(len(filters), SHOWN) / PER_ROW)
         charts.show(grid, key=key, alt=f"First filters of {name}", height=fitted(grid, rows))
         components = figures.components_grid(
             patterns.filter_components(filters),
-            title=f"{name}: principal components",
+            title=f"{name}: components",
             kind=levels,
             columns=PER_ROW,
             most=2 * PER_ROW,

@@ -24,6 +24,7 @@ from ui.progress import run_job
 from ui.resources import stamp
 
 FILE = "suite.yaml"
+MOST_SAID = 3  # models that could not be read, each in words
 
 
 @dataclass(frozen=True)
@@ -138,7 +139,9 @@ def from_hub() -> Collection | None:
         return None
     places = [line if "://" in line else f"hf://{line}" for line in ids]
     found = _headers([str(HubId.parse(place)) for place in places])
-    return None if found is None else _in_session(found, "from the hub")
+    if found is None or len(_unread(found)) == len(found):
+        return None  # what went wrong is said
+    return _in_session(found, "from the hub")
 
 
 def from_preset() -> Collection | None:
@@ -175,9 +178,17 @@ def _headers(ids: Sequence[str]) -> tuple[Found, ...] | None:
     if job is None:
         return None
     found: tuple[Found, ...] = job.result
-    if any(each.checkpoint is None and not each.nbytes for each in found):
+    if unread := _unread(found):
+        # A cell of the table would cut these sentences off.
+        notes = "\n".join(f"- {each.note}" for each in unread[:MOST_SAID])
+        st.warning(f"{len(unread)} of {len(found)} could not be read:\n\n{notes}")
         st.button("Ask the hub again", icon=":material/refresh:", on_click=_try_again)
     return found
+
+
+def _unread(found: Sequence[Found]) -> list[Found]:
+    """Models that the hub said nothing of."""
+    return [each for each in found if each.checkpoint is None and not each.nbytes]
 
 
 def _try_again() -> None:

@@ -119,7 +119,7 @@ def settings_section(selection: Selection, other: Selection | None, view: View) 
                 ),
                 key="curve",
                 alt=f"{selection.score} over {axis} with every proxy's pick",
-                height=470,
+                height=500,
             )
         if space.ranks and space.scales:
             with right:
@@ -135,7 +135,7 @@ def settings_section(selection: Selection, other: Selection | None, view: View) 
                     ),
                     key="rank_scale_map",
                     alt="Score over rank and scale: what was evaluated, and what is tied",
-                    height=470,
+                    height=500,
                     on_select=pick_clicked,
                     selection_mode="points",
                 )
@@ -158,7 +158,7 @@ def picks_alone(selection: Selection) -> None:
             ),
             key="picked",
             alt="Rank and scale that each rule picks",
-            height=470,
+            height=500,
         )
     charts.how_to_read("map", EXPLAINED, selection.recipe.declaration.formula)
     charts.numbers(selection.picks, "picks", key="points")

@@ -10,7 +10,6 @@ from merge_core.pool import REGIMES, Pool
 from ui import pool_resources, resources, session_files
 from ui.pool_resources import PoolView
 from ui.resources import View
-from ui.widgets import choice
 
 
 def choose_suite() -> View:
@@ -71,11 +70,12 @@ def choose_pool(opened: str) -> PoolView:
         "`mergescope app my/pool.yaml` to see your own.",
     )
     starts = groups[label]
-    start = choice(
+    start = st.radio(
         "Where training began",
-        {start: start for start in starts},
-        "start",
-        "Shared: every member goes on from the same short pre-training. "
+        list(starts),
+        key="start",
+        bind="query-params",
+        help="Shared: every member goes on from the same short pre-training. "
         "Independent: every member has initial weights of its own.",
     )
     name = starts[start]

@@ -17,7 +17,7 @@ MODEL_LOOKS = {
     "CART": (OKABE_ITO[3], "circle"),
 }
 OTHER_LOOKS = ((OKABE_ITO[3], "circle"), (OKABE_ITO[0], "square"), (OKABE_ITO[2], "triangle-up"))
-ACCURACY = "accuracy, %"
+ACCURACY = "Accuracy (%)"
 
 
 def per_task(frame: pd.DataFrame, title: str) -> go.Figure:
@@ -32,8 +32,10 @@ def per_task(frame: pd.DataFrame, title: str) -> go.Figure:
     place = {task: len(tasks) - i for i, task in enumerate(tasks)}
     others = iter(OTHER_LOOKS * len(models))
     looks = {m: MODEL_LOOKS[m] if m in MODEL_LOOKS else next(others) for m in models}
-    # Models of one task stand a little apart, so that their intervals do not cover each other.
-    offsets = np.linspace(0.24, -0.24, len(models)) if len(models) > 1 else np.zeros(1)
+    # Models of one task stand a little apart, so that their intervals do not cover each other,
+    # and nearer to each other than to the next task.
+    reach = min(0.24, 0.1 * (len(models) - 1))
+    offsets = np.linspace(reach, -reach, len(models))
     figure = go.Figure()
     for offset, model in zip(offsets, models, strict=True):
         mine = frame[frame["model"] == model]
@@ -46,6 +48,7 @@ def per_task(frame: pd.DataFrame, title: str) -> go.Figure:
             name=model,
             text=[*mine["task"], "mean over tasks"],
             marker={"color": colour, "symbol": symbol, "size": 10},
+            cliponaxis=False,  # a dot at 100 % is whole
             error_x={
                 "type": "data",
                 "symmetric": False,

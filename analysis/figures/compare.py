@@ -9,11 +9,19 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.style import DIVERGING, MARKERS, OKABE_ITO, REFERENCE, layout
+from analysis.figures.style import (
+    DIVERGING,
+    MARKERS,
+    OKABE_ITO,
+    REFERENCE,
+    colour_bar,
+    layout,
+)
 
 MOST_ON_RADAR = 6
 # Names of methods are broken into two lines of so many letters, which leaves room on a phone.
 LETTERS = 26
+ROW = 30  # pixels, which hold two lines
 
 
 def _broken(text: str) -> str:
@@ -60,7 +68,7 @@ def method_dots(
         hovertemplate="%{y}, worst task %{text}: %{x:.1f} %<extra></extra>",
     )
     names = [f"{len(frame) - row}  {label}" for row, label in enumerate(frame["label"])]
-    layout(figure, title, x="Accuracy (%)", y="", height=150 + 26 * len(frame))
+    layout(figure, title, x="Accuracy (%)", y="", height=150 + ROW * len(frame))
     figure.layout.margin.t += 14
     figure.update_yaxes(
         type="category",
@@ -143,7 +151,6 @@ def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figu
             zmin=-limit,
             zmax=limit,
             hovertemplate="%{y} − %{x}: %{z:+.1f} points %{text}<extra></extra>",
-            colorbar={"title": {"text": "Points"}, "thickness": 12},
         )
     )
     layout(
@@ -151,9 +158,10 @@ def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figu
         title,
         x="Place in the ranking, subtracted",
         y="Place in the ranking",
-        height=300 + 14 * len(order),
+        height=340 + 14 * len(order),
         legend=False,
     )
+    colour_bar(figure, "Difference of mean accuracy (points)")
     # Each row has its number; columns have as many as fit a phone.
     shown = [label for label, i in place.items() if len(order) <= 12 or i == 0 or i % 5 == 4]
     figure.update_xaxes(tickvals=shown, ticktext=[str(place[label] + 1) for label in shown])
@@ -190,7 +198,7 @@ def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
         text=[
             _broken(label) if own else "" for label, own in zip(frame["label"], named, strict=True)
         ],
-        textposition="top center",
+        textposition=_aside(frame, quantity, named),
         textfont={"size": 11},
         cliponaxis=False,
         customdata=frame["label"],
@@ -199,5 +207,19 @@ def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
     )
     layout(figure, title, x=names[quantity], y="Accuracy (%)", legend=False)
     if quantity == "seconds":
-        figure.update_xaxes(type="log")
+        figure.update_xaxes(type="log", minorloglabels="none")
     return figure
+
+
+def _aside(frame: pd.DataFrame, quantity: str, named: pd.Series) -> list[str]:
+    """Where names stand at their points: beside each other where points are near each other."""
+    x = frame[quantity].to_numpy(dtype=float)
+    x = np.log(x) if quantity == "seconds" else x
+    y = frame["accuracy"].to_numpy(dtype=float)
+    places = np.full(len(frame), "top center", dtype=object)
+    shown = np.flatnonzero(named)
+    near = (np.diff(x[shown]) < 0.15 * np.ptp(x)) & (np.diff(y[shown]) < 0.1 * np.ptp(y))
+    places[shown[:-1][near]] = "top left"
+    places[shown[1:][near]] = "bottom right"
+    places[shown[1:-1][near[:-1] & near[1:]]] = "top center"
+    return list(places)

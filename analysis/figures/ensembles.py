@@ -321,11 +321,12 @@ def _chance(figure: go.Figure, chance: float | None, vertical: bool) -> None:
     if chance is None:
         return
     look = {"color": REFERENCE, "dash": "dot", "width": 1.5}
-    note = {"text": f"chance {percent(chance)}", "font": {"size": 11}}
+    name = f"chance {percent(chance)}"
     if vertical:
+        note = {"text": name, "font": {"size": 11}}
         figure.add_vline(x=100 * chance, line=look, annotation=note, annotation_position="top")
-    else:
-        figure.add_hline(y=100 * chance, line=look, annotation=note, annotation_position="top left")
+    else:  # in the legend: rules that fail lie on the line and would cover a label
+        figure.add_hline(y=100 * chance, line=look, name=name, showlegend=True)
 
 
 def _range(frame: pd.DataFrame, chance: float | None) -> list[float]:

@@ -18,10 +18,13 @@ from analysis.figures.style import (
     ORIGIN_MARKERS,
     ORIGIN_NAMES,
     SEQUENTIAL,
+    colour_bar,
     layout,
     mark_share,
     percent,
+    readable_cells,
     share_axis,
+    square_cells,
 )
 
 # Column of a frame: its label with unit.
@@ -73,18 +76,12 @@ def pair_map(
             if z.size <= CELLS_WITH_TEXT
             else None,
             hovertemplate=f"%{{y}} with %{{x}}<br>{label}: %{{z:.6g}}<extra></extra>",
-            colorbar={"title": {"text": label, "side": "right"}, "thickness": 12},
         )
     )
-    layout(figure, title, x="Task", y="Task", height=440, legend=False)
-    figure.update_xaxes(type="category", showgrid=False, constrain="domain")
-    figure.update_yaxes(
-        type="category",
-        showgrid=False,
-        autorange="reversed",
-        scaleanchor="x",
-        constrain="domain",
-    )
+    layout(figure, title, x="Task", y="Task", height=480, legend=False)
+    colour_bar(figure, label)
+    readable_cells(figure)
+    square_cells(figure)
     return figure
 
 

@@ -14,6 +14,7 @@ from analysis.figures.style import (
     DIVERGING,
     OKABE_ITO,
     SEQUENTIAL,
+    colour_bar,
     layout,
     percent,
     thinned,
@@ -102,15 +103,11 @@ def kernel_norm_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
             zmin=0,
             zmax=float(z.max()) or 1.0,
             hovertemplate="%{y}<br>exceeded by %{x:.0f} % of the filters: %{z:.4g}<extra></extra>",
-            colorbar={
-                "title": {"text": "Root mean square weight", "side": "right"},
-                "thickness": 12,
-                "exponentformat": "power",
-            },
         )
     )
-    height = min(900, 160 + 18 * len(chosen))
+    height = min(900, 200 + 18 * len(chosen))
     layout(figure, title, x="Filters, strongest first (%)", y="", height=height, legend=False)
+    colour_bar(figure, "Root mean square weight")
     figure.update_xaxes(showgrid=False)
     # The end of a long name says most, and the whole of it would fill a phone.
     short = [name if len(name) <= 18 else f"…{name[-17:]}" for name in labels]
@@ -184,9 +181,10 @@ def head_maps(forms: np.ndarray, title: str = "") -> go.Figure:
             showarrow=False,
             font={"size": 10},
         )
-    figure.update_xaxes(showticklabels=False)
+    figure.update_xaxes(showticklabels=False, ticks="")
     figure.update_yaxes(
         showticklabels=False,
+        ticks="",
         autorange=None,
         range=[math.ceil(heads / columns) * (cells + gap) - gap - 0.5, -gap - 0.5],
     )
@@ -202,23 +200,18 @@ def _map(z: np.ndarray, limit: float, label: str, title: str) -> go.Figure:
             zmax=limit,
             hoverongaps=False,
             hovertemplate="%{z:.4g}<extra></extra>",
-            # Below, so that a phone's width is left to the map.
-            colorbar={
-                "title": {"text": label, "side": "bottom"},
-                "orientation": "h",
-                "y": 0,
-                "yref": "container",
-                "yanchor": "bottom",
-                "thickness": 12,
-                "exponentformat": "power",
-                "nticks": 5,
-            },
         )
     )
-    layout(figure, title, x="", y="", height=500, legend=False)
-    figure.update_layout(margin_b=90)
+    layout(figure, title, x="", y="", height=450, legend=False)
+    colour_bar(figure, label)
     figure.update_xaxes(showgrid=False, constrain="domain")
-    figure.update_yaxes(showgrid=False, autorange="reversed", scaleanchor="x", constrain="domain")
+    figure.update_yaxes(
+        showgrid=False,
+        autorange="reversed",
+        scaleanchor="x",
+        constrain="domain",
+        constraintoward="top",
+    )
     return figure
 
 
@@ -247,5 +240,5 @@ def head_spectrum(frame: pd.DataFrame, title: str = "") -> go.Figure:
             hovertemplate=f"head {number}<br>σ<sub>%{{x}}</sub> = %{{y:.4g}}<extra></extra>",
         )
     layout(figure, title, x="Direction", y="Singular value of B<sub>h</sub> (log scale)")
-    figure.update_yaxes(type="log")
+    figure.update_yaxes(type="log", exponentformat="power", minorloglabels="none")
     return figure

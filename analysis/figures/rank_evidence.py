@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import textwrap
+from collections.abc import Collection, Sequence
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,6 @@ from plotly.subplots import make_subplots
 
 from analysis.figures.rank_selection import (
     MODE_LOOKS,
-    SCALE,
     SHARE_OF_RANK,
     rank_words,
     setting_words,
@@ -30,7 +30,8 @@ from analysis.figures.style import (
 # Regrets beyond so many points are drawn at the edge: settings that destroy the model would
 # otherwise leave no room for the differences that matter.
 REGRET_SPAN = 12.0
-ROW = 24
+ROW = 28  # pixels, which hold a name in two lines
+LETTERS = 20
 RANK_TICKS = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -77,7 +78,7 @@ def proxies_over_rank(
             customdata=mine["expected"].to_numpy(),
             hovertemplate="rank %{text}: %{customdata:.3f}<extra>by the search</extra>",
         )
-    layout(figure, title, x=SHARE_OF_RANK, y="from its lowest (0) to its highest (1)", height=480)
+    layout(figure, title, x=SHARE_OF_RANK, y="From its lowest (0) to its highest (1)", height=480)
     _rank_axis(figure)
     return figure
 
@@ -86,6 +87,19 @@ def _rank_axis(figure: go.Figure) -> None:
     """A logarithmic axis of shares with round ticks: picks lie anywhere."""
     text = [percent(share) for share in RANK_TICKS]
     figure.update_xaxes(type="log", tickmode="array", tickvals=RANK_TICKS, ticktext=text)
+
+
+def _name_axis(figure: go.Figure, names: Sequence[str]) -> None:
+    """A row per name, the last on top; long names in two lines, which leaves room on a phone."""
+    figure.update_yaxes(
+        type="category",
+        categoryorder="array",
+        categoryarray=names,
+        tickmode="array",
+        tickvals=names,
+        ticktext=["<br>".join(textwrap.wrap(name, LETTERS)) for name in names],
+        tickfont={"size": 10},
+    )
 
 
 def stretched(values: np.ndarray) -> np.ndarray:
@@ -122,11 +136,9 @@ def picks_over_rank(picks: pd.DataFrame, title: str, chosen: float) -> go.Figure
                 ],
                 hovertemplate="%{y}<br>%{text}<extra></extra>",
             )
-    layout(figure, title, x="rank (log)", y="", height=150 + ROW * len(frame))
+    layout(figure, title, x="Rank (log scale)", y="", height=150 + ROW * len(frame))
     _rank_axis(figure)
-    figure.update_yaxes(
-        type="category", categoryorder="array", categoryarray=frame["title"].tolist()
-    )
+    _name_axis(figure, frame["title"].tolist())
     figure.add_vline(x=chosen, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
     return figure
 
@@ -174,11 +186,11 @@ def regret_dots(table: pd.DataFrame, title: str, value: str = "test_regret") -> 
     layout(
         figure,
         title,
-        x=f"regret, points (▷ beyond {REGRET_SPAN:g})",
+        x=f"Regret (points, ▷ beyond {REGRET_SPAN:g})",
         y="",
         height=150 + ROW * len(means),
     )
-    figure.update_yaxes(type="category", categoryorder="array", categoryarray=means.index.tolist())
+    _name_axis(figure, means.index.tolist())
     figure.update_xaxes(range=[min(-0.5, 100 * frame[value].min() - 0.3), REGRET_SPAN + 0.5])
     return figure
 
@@ -194,12 +206,12 @@ def best_over_tasks(frame: pd.DataFrame, title: str) -> go.Figure:
     axes = [
         (axis, label, factor)
         for axis, label, factor in (
-            ("rank", "best rank, share of directions, %", 100),
-            ("scale", f"best {SCALE}", 1),
+            ("rank", "Best rank, share of directions (%)", 100),
+            ("scale", "Best λ", 1),
         )
         if frame[f"best_{axis}"].notna().any()
     ]
-    figure = make_subplots(rows=1, cols=len(axes), horizontal_spacing=0.14)
+    figure = make_subplots(rows=1, cols=len(axes), horizontal_spacing=0.2)
     # Sets of one size stand a little apart, so that their ranges do not cover each other.
     place = (
         frame.groupby("tasks").cumcount()
@@ -234,7 +246,7 @@ def best_over_tasks(frame: pd.DataFrame, title: str) -> go.Figure:
                 text=mine["subset"],
                 hovertemplate="%{text}: %{y:.3g}<extra>" + str(suite) + "</extra>",
             )
-    layout(figure, title, x="number of tasks", y="", height=380)
+    layout(figure, title, x="Number of tasks", y="", height=380)
     figure.update_xaxes(tickmode="array", tickvals=sorted(set(frame["tasks"])))
     for column, (_, label, _) in enumerate(axes, start=1):
         figure.update_yaxes(title={"text": label}, row=1, col=column)
@@ -265,7 +277,9 @@ def layer_ranks(frame: pd.DataFrame, title: str, uniform: float) -> go.Figure:
             text=[f"{r:.0f} directions" for r in mine["rank"]],
             hovertemplate="%{y}<br>%{x:.1%}, %{text}<extra>" + str(rule) + "</extra>",
         )
-    layout(figure, title, x="share of directions (log)", y="", height=150 + ROW * len(parameters))
+    layout(
+        figure, title, x="Share of directions (log scale)", y="", height=150 + ROW * len(parameters)
+    )
     figure.update_yaxes(type="category", categoryorder="array", categoryarray=parameters[::-1])
     figure.update_xaxes(**share_axis([*frame["share"], uniform]))
     mark_share(figure, uniform, "uniform")
@@ -305,5 +319,5 @@ def accuracy_over_storage(frame: pd.DataFrame, title: str) -> go.Figure:
             ],
             hovertemplate="%{text}: %{y:.1f} %<extra>" + str(rule) + "</extra>",
         )
-    label = "numbers that the kept directions take, millions"
-    return layout(figure, title, x=label, y="accuracy, %", height=420)
+    label = "Numbers that the kept directions take (millions)"
+    return layout(figure, title, x=label, y="Accuracy (%)", height=420)

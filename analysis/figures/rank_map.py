@@ -18,7 +18,13 @@ from analysis.figures.rank_selection import (
     setting_words,
     unit,
 )
-from analysis.figures.style import CELLS_WITH_TEXT, SEQUENTIAL, TRANSPARENT, layout
+from analysis.figures.style import (
+    CELLS_WITH_TEXT,
+    SEQUENTIAL,
+    TRANSPARENT,
+    colour_bar,
+    layout,
+)
 
 # Colours end so many points below the best: settings that destroy the model would otherwise
 # take the whole scale and leave none for the differences that matter.
@@ -102,7 +108,7 @@ def evaluated_map(
                     "line": {"width": 3 if name == "chosen" else 1.5, "color": MARK},
                 },
             )
-    layout(figure, title, x="rank, share of directions kept", y=SCALE, height=460)
+    layout(figure, title, x="Rank, share of directions kept", y=SCALE, height=460)
     _equal_cells(figure, ranks, scales)
     span = [
         float(np.nanmax(values)) if len(known) else 1.0,
@@ -114,10 +120,11 @@ def evaluated_map(
             "colorscale": SEQUENTIAL,
             "cmin": lowest,
             "cmax": span[0],
-            "colorbar": {"title": {"text": label, "side": "right"}, "thickness": 12},
             "showscale": bool(len(known)),
         }
     )
+    if len(known):
+        colour_bar(figure, label)
     return figure
 
 

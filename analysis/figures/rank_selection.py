@@ -35,16 +35,15 @@ MODE_LOOKS = {
     "weights": ("weights only", OKABE_ITO[1], "triangle-down"),
     "default": ("the method's default", REFERENCE, "x"),
 }
-SHARE_OF_RANK = "rank, share of directions kept (log)"
-SCALE = "scaling coefficient λ"
+SHARE_OF_RANK = "Rank, share of directions kept (log scale)"
+SCALE = "Scaling coefficient λ"
 SHARES = ("accuracy", "agreement", "overlap")
 
 
 def unit(score: str) -> tuple[str, float]:
-    """Axis label of a score (lower case), and the factor that takes its values there."""
+    """Axis label of a score, and the factor that takes its values there."""
     title = SCORES[score].title
-    name = title[0].lower() + title[1:]
-    return (f"{name}, %", 100.0) if score in SHARES else (name, 1.0)
+    return (f"{title} (%)", 100.0) if score in SHARES else (title, 1.0)
 
 
 def score_curve(
@@ -217,7 +216,7 @@ def tasks_over_rank(
             text=[setting_words(row) for row in mine.to_dict("records")],
             hovertemplate="%{text}: %{y:.1f} %<extra>" + task + "</extra>",
         )
-    label = "accuracy, %" if value == "accuracy" else "accuracy, % of the expert's"
+    label = "Accuracy (%)" if value == "accuracy" else "Accuracy (% of the expert's)"
     layout(figure, title, x=SHARE_OF_RANK if axis == "rank" else SCALE, y=label, height=420)
     if axis == "rank":
         figure.update_xaxes(**share_axis(frame["rank"].unique()))

@@ -106,7 +106,7 @@ def norm_ranges(
     )
     what = "Frobenius norm" if quantity == "norm" else "Variance of the entries"
     layout(figure, title, x=f"{what} (log scale)", y="", height=160 + 24 * len(labels))
-    figure.update_xaxes(type="log", nticks=6, exponentformat="power")
+    figure.update_xaxes(type="log", nticks=6, exponentformat="power", minorloglabels="none")
     _parameters(figure, labels)
     return figure
 

@@ -7,7 +7,15 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.figures.ensembles import BAND
-from analysis.figures.style import CELLS_WITH_TEXT, OKABE_ITO, SEQUENTIAL, layout
+from analysis.figures.style import (
+    CELLS_WITH_TEXT,
+    OKABE_ITO,
+    SEQUENTIAL,
+    colour_bar,
+    layout,
+    readable_cells,
+    square_cells,
+)
 
 
 def agreement_map(frame: pd.DataFrame, value: str = "agreement", title: str = "") -> go.Figure:
@@ -95,17 +103,10 @@ def _pair_map(frame: pd.DataFrame, value: str, label: str, axis: str, title: str
             ygap=1,
             texttemplate="%{z:.2f}" if z.size <= CELLS_WITH_TEXT else None,
             hovertemplate=f"%{{y}}, %{{x}}<br>{label}: %{{z:.3f}}<extra></extra>",
-            colorbar={"title": {"text": label, "side": "right"}, "thickness": 12},
         )
     )
-    layout(figure, title, x=axis, y=axis, height=460, legend=False)
-    angle = -90 if max(map(len, names)) > 3 else 0  # slanted, they would run into the colour bar
-    figure.update_xaxes(type="category", tickangle=angle, showgrid=False, constrain="domain")
-    figure.update_yaxes(
-        type="category",
-        showgrid=False,
-        autorange="reversed",
-        scaleanchor="x",
-        constrain="domain",
-    )
+    layout(figure, title, x=axis, y=axis, height=500, legend=False)
+    colour_bar(figure, label)
+    readable_cells(figure)
+    square_cells(figure)
     return figure

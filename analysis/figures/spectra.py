@@ -16,9 +16,11 @@ from analysis.figures.style import (
     REFERENCE,
     SEQUENTIAL,
     TRANSPARENT,
+    colour_bar,
     layout,
     mark_share,
     percent,
+    readable_cells,
     task_colours,
     task_markers,
     thinned,
@@ -151,23 +153,24 @@ def _explain_dashes(figure: go.Figure, origins: Sequence[str]) -> None:
 
 
 def _draw_cuts(figure: go.Figure, cuts: pd.DataFrame, last: int) -> None:
-    """Thin lines of both bounds: labels at the right end, origins told apart in the legend."""
+    """Thin lines of both bounds: one label above both, origins told apart in the legend."""
     bounds = (
-        ("noise_edge", "noise_rank", "noise edge", "bottom left"),
-        ("gavish_donoho", "gavish_donoho_rank", "Gavish-Donoho", "top left"),
+        ("noise_edge", "noise_rank", "noise edge"),
+        ("gavish_donoho", "gavish_donoho_rank", "Gavish-Donoho"),
     )
     means = cuts.groupby("origin", sort=False)[[c for column in bounds for c in column[:2]]].mean()
     note = "" if len(set(cuts["task"])) == 1 else ", mean over tasks"
-    for column, rank, name, side in bounds:
-        # One label a bound: above the higher line, or below the lower one.
-        labelled = means[column].idxmax() if side == "top left" else means[column].idxmin()
+    # The spectra fall: at the right end there is room above the lines, none between or below.
+    highest = ("gavish_donoho", means["gavish_donoho"].idxmax())
+    for column, rank, name in bounds:
         for origin, mean in means[means[column] > 0].iterrows():
+            here = (column, origin) == highest
             figure.add_scatter(
                 x=np.array([1.0, last]),
                 y=np.array([mean[column], mean[column]]),
                 mode="lines+text",
-                text=["", f"{name}{note}"] if origin == labelled else ["", ""],
-                textposition=side,
+                text=["", f"Gavish-Donoho,<br>noise edge{note}" if here else ""],
+                textposition="top left",
                 textfont={"size": 11},
                 line={"color": REFERENCE, "dash": _BOUND_DASHES[str(origin)], "width": 1},
                 name=f"noise bounds, {_SHORT_ORIGINS[str(origin)]}",
@@ -211,18 +214,19 @@ def cumulative_energy(
     layout(figure, title, x="Share of directions kept, k / r (%)", y="Share of energy Σσ² kept (%)")
     figure.update_xaxes(range=[0, 1.02], tickformat=".0%")
     figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
-    for place, mark in enumerate(marks):
+    figure.update_layout(margin_r=40)
+    for mark in marks:
         figure.add_hline(y=mark, line={"color": REFERENCE, "dash": "dot", "width": 1})
-        # Side by side: marks near each other would cover one another's label.
         figure.add_annotation(
-            x=1 - 0.17 * place,
+            x=1,
             xref="paper",
-            xanchor="right",
+            xanchor="left",
             y=mark,
-            yanchor="top",
+            # Marks near each other would cover one another's label.
+            yanchor={max(marks): "bottom", min(marks): "top"}.get(mark, "middle"),
             text=percent(mark),
             showarrow=False,
-            font={"size": 11},
+            font={"size": 10},
         )
     if chosen_share is not None:
         mark_share(figure, chosen_share)
@@ -264,7 +268,6 @@ def summary_map(frame: pd.DataFrame, value: str, title: str = "") -> go.Figure:
             ygap=1,
             texttemplate=f"%{{z:{digits}}}" if z.size <= CELLS_WITH_TEXT else None,
             hoverinfo="skip",
-            colorbar={"title": {"text": f"{label}<br>({unit})", "side": "right"}, "thickness": 12},
         )
     )
     cells = [(i, j) for i in range(len(rows)) for j in range(len(tasks)) if np.isfinite(z[i, j])]
@@ -278,7 +281,9 @@ def summary_map(frame: pd.DataFrame, value: str, title: str = "") -> go.Figure:
         hovertemplate="%{customdata[0]}<br>%{customdata[1]}<br>"
         f"{label}: %{{text}} {unit}<extra></extra>",
     )
-    layout(figure, title, x="Task", y="Matrix", height=max(320, 150 + 22 * len(rows)), legend=False)
+    layout(figure, title, x="Task", y="Matrix", height=max(360, 190 + 22 * len(rows)), legend=False)
+    colour_bar(figure, f"{label} ({unit})")
+    readable_cells(figure)
     # Wherever in a cell the pointer is, the nearest marker is the cell's own.
     figure.update_layout(hoverdistance=-1, clickmode="event+select", dragmode=False)
     figure.update_xaxes(type="category", showgrid=False)

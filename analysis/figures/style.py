@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 import plotly.graph_objects as go
+from plotly.colors import sample_colorscale, unlabel_rgb
 
 # Okabe and Ito's palette, safe for colour-blind readers; its black vanishes on a dark page and
 # is grey here, and its yellow, faint on a light one, comes last.
@@ -33,6 +34,9 @@ TRANSPARENT = "rgba(0,0,0,0)"
 
 # Above this many cells the numbers in a map no longer fit.
 CELLS_WITH_TEXT = 120
+# Relative luminance (WCAG) up to which white reads better on a colour than black.
+DARK = 0.18
+BAR_HEIGHT = 48
 
 ORIGIN_NAMES = {
     "average": "about the average (centred)",
@@ -117,6 +121,7 @@ def layout(
         showlegend=legend,
         legend={
             "orientation": "h",
+            "xref": "container",  # a phone has no width to leave below the axis labels
             "x": 0,
             "xanchor": "left",
             "yref": "container",
@@ -128,6 +133,78 @@ def layout(
     figure.update_xaxes(title={"text": x}, automargin=True, zeroline=False)
     figure.update_yaxes(title={"text": y}, automargin=True, zeroline=False)
     return figure
+
+
+def colour_bar(figure: go.Figure, label: str) -> None:
+    """A colour bar between title and plot, so that a phone's width is left to the map.
+
+    Args:
+        figure: with heat maps, after :func:`layout`; changed in place.
+        label: what the colours are, with unit.
+    """
+    bar = {
+        "title": {"text": label, "side": "top", "font": {"size": 12}},
+        "orientation": "h",
+        "x": 0,
+        "xanchor": "left",
+        "xpad": 0,
+        "y": 0.999,  # from 1 on Plotly moves the figure's title out of sight
+        "yanchor": "bottom",
+        "thickness": 10,
+        "nticks": 6,
+        "exponentformat": "power",
+    }
+    if any(trace.coloraxis for trace in figure.select_traces({"type": "heatmap"})):
+        figure.update_layout(coloraxis_colorbar=bar)
+    else:
+        figure.update_traces(colorbar=bar, selector={"type": "heatmap"})
+    figure.update_layout(margin_t=figure.layout.margin.t + BAR_HEIGHT)
+
+
+def readable_cells(figure: go.Figure) -> None:
+    """White numbers on a heat map's dark cells, black ones on its light cells.
+
+    Plotly's own choice is a grey that is faint on middling colours. Numbers of one trace have
+    one colour, so the light cells are drawn a second time.
+
+    Args:
+        figure: with one heat map with numbers or without; changed in place.
+    """
+    (heat,) = figure.select_traces({"type": "heatmap"})
+    z = np.asarray(heat.z, dtype=float)
+    known = np.isfinite(z)
+    if not heat.texttemplate or not known.any():
+        return
+    low = float(z[known].min() if heat.zmin is None else heat.zmin)
+    high = float(z[known].max() if heat.zmax is None else heat.zmax)
+    places = np.clip((z[known] - low) / ((high - low) or 1.0), 0, 1)
+    colours = sample_colorscale([list(stop) for stop in heat.colorscale], places.tolist())
+    rgb = np.asarray([unlabel_rgb(colour) for colour in colours]) / 255
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    light = np.full(z.shape, False)
+    light[known] = linear @ [0.2126, 0.7152, 0.0722] > DARK
+    heat.update(zmin=low, zmax=high, textfont_color="#FFFFFF")
+    figure.add_trace(heat)
+    figure.data[-1].update(
+        z=np.where(light, z, np.nan),
+        textfont_color="#000000",
+        showscale=False,
+        hoverinfo="skip",
+        hovertemplate=None,
+    )
+
+
+def square_cells(figure: go.Figure) -> None:
+    """A map of pairs: as many rows as columns, the first row on top, cells as wide as high."""
+    figure.update_xaxes(type="category", showgrid=False, constrain="domain")
+    figure.update_yaxes(
+        type="category",
+        showgrid=False,
+        autorange="reversed",
+        scaleanchor="x",
+        constrain="domain",
+        constraintoward="top",  # under the colour bar, where a phone's width makes it small
+    )
 
 
 def mark_share(figure: go.Figure, share: float, name: str = "chosen") -> None:

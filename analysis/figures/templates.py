@@ -10,7 +10,16 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.blending import blend
-from analysis.figures.style import DASHES, DIVERGING, MARKERS, OKABE_ITO, layout
+from analysis.figures.style import (
+    DASHES,
+    DIVERGING,
+    MARKERS,
+    OKABE_ITO,
+    colour_bar,
+    layout,
+    readable_cells,
+    square_cells,
+)
 from analysis.images import NORMALISATIONS, Normalisation, Tiles, normalise, tile_png
 from analysis.templates import COMPARISONS
 
@@ -33,7 +42,7 @@ def tile_figure(
     title: str,
     labels: Sequence[str],
     row_names: Sequence[str] = (),
-    height: int = 84,
+    height: int = 64,
 ) -> go.Figure:
     """Pictures of tiles below each other, without hover (it would tell colours, not weights).
 
@@ -150,7 +159,7 @@ def blend_strip(
     labels = [shortened(name, 14) for name in names]
     labels += [f"λ = {lam:.2g}", "first − second"]
     tiles = tile_png(list(normalise(images, kind, shared)), 4)
-    return tile_figure([tiles], with_scale(title, kind, shared), labels, height=190)
+    return tile_figure([tiles], with_scale(title, kind, shared), labels, height=110)
 
 
 def cosine_map(
@@ -179,18 +188,12 @@ def cosine_map(
             zmax=1,
             texttemplate="%{z:.1f}" if len(names) <= 10 else None,
             hovertemplate=f"{rows} %{{y}}<br>{columns} %{{x}}<br>cosine %{{z:.4f}}<extra></extra>",
-            colorbar={"title": {"text": "Cosine (−1 to 1)", "side": "right"}, "thickness": 12},
         )
     )
-    layout(figure, title, x=columns, y=rows, height=440, legend=False)
-    figure.update_xaxes(type="category", showgrid=False, constrain="domain")
-    figure.update_yaxes(
-        type="category",
-        showgrid=False,
-        autorange="reversed",
-        scaleanchor="x",
-        constrain="domain",
-    )
+    layout(figure, title, x=columns, y=rows, height=480, legend=False)
+    colour_bar(figure, "Cosine (−1 to 1)")
+    readable_cells(figure)
+    square_cells(figure)
     return figure
 
 
@@ -224,6 +227,7 @@ def dominance_lines(
     groups = [(label, part)] if alone else part.groupby(key, sort=False)
     for place, (group, points) in enumerate(groups):
         name = f"decay {group!s}" if key == "decay" else COMPARISONS.get(str(group), label)
+        name = name.replace("_c", "<sub>c</sub>")
         stats = points.groupby("decay" if x == "weight_decay" else "epoch", sort=False)[value].agg(
             ["mean", "min", "max", "size"]
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,14 +13,23 @@ from torch import Tensor
 
 from analysis.evaluation import Evaluator
 from analysis.learners.lesson import Lesson
+from analysis.learning import learn
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
+from merge_core.recipe import Recipe, make_recipe
 from merge_core.suite import Suite, load_suite
 from tests.evaluable import CLASSES, TASKS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
+# Few and large steps: every learner in a fraction of a second.
+QUICK: dict[str, dict[str, Any]] = {
+    "fisher": {"examples": 5},
+    "regmean": {"examples": 12},
+    "regmean_plus_plus": {"examples": 12},
+    "adamerging": {"steps": 3, "learning_rate": 0.05},
+    "cart_adaptive": {"rank": 2, "steps": 3, "learning_rate": 0.05},
+}
 
 
 def mlp_suite(folder: Path, widths: tuple[int, ...] = (6, 5), images: int = 40) -> Suite:
@@ -80,3 +90,22 @@ def lesson_on(suite: Suite, recipe: Recipe, progress: Progress | None = None) ->
     """What a recipe's learner is given."""
     session = MergeSession(suite, recipe.tasks, FactorStore())
     return Lesson(Evaluator(suite), recipe, session, progress or Progress())
+
+
+def recipe_of(method: str, seed: int = 0, tasks: Any = None, **parameters: Any) -> Recipe:
+    """A quick recipe of a method that learns."""
+    given = QUICK[method] | parameters
+    document = {"method": method, "seed": seed, "tasks": tasks, "parameters": given}
+    return make_recipe({**document, "suite": "."})
+
+
+def learnt(suite: Suite, recipe: Recipe, progress: Progress | None = None) -> Any:
+    """What the recipe's learner gives."""
+    session = MergeSession(suite, recipe.tasks, FactorStore())
+    return learn(Evaluator(suite), recipe, session, progress)
+
+
+def merged(suite: Suite, recipe: Recipe) -> dict[str, Tensor]:
+    """The merged weights, learnt and all."""
+    session = MergeSession(suite, recipe.tasks, FactorStore())
+    return session.merge(recipe, learned=learn(Evaluator(suite), recipe, session))

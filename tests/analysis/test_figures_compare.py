@@ -86,6 +86,18 @@ def test_the_radar_starts_below_what_is_drawn() -> None:
     assert task_radar(frame, [], "?").layout.polar.radialaxis.range[0] == 0
 
 
+def test_names_of_near_points_stand_beside_each_other(summary: pd.DataFrame) -> None:
+    frame = summary.assign(seconds=[1.0, 0.9, 0.8, 0.01], accuracy=[0.9, 0.895, 0.89, 0.3])
+    (dots,) = cost_scatter(frame, "seconds", "?").data
+    sides = dict(zip(dots.customdata, dots.textposition, strict=True))
+    assert sides == {
+        LABELS[2]: "top left",
+        "TIES": "top center",
+        "CART": "bottom right",
+        "A": "top center",
+    }
+
+
 def test_costs_name_what_nothing_cheaper_beats(summary: pd.DataFrame) -> None:
     figure = cost_scatter(summary, "seconds", "?")
     (dots,) = figure.data

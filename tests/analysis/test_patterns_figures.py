@@ -114,7 +114,7 @@ def test_cosine_map_is_the_frame() -> None:
     A, B = pictures(7), pictures(7)[::-1]
     frame = cosine_frame(A, B, NAMES)
     figure = flat.cosine_map(frame, "Which?")
-    (trace,) = figure.data
+    trace = figure.data[0]
     table = frame.pivot_table(index="first", columns="second", values="cosine", sort=False)
     assert np.array_equal(trace.z, table[list(trace.x)].loc[list(trace.y)].to_numpy())
     assert (trace.zmin, trace.zmax) == (-1, 1)
@@ -157,7 +157,7 @@ def test_lines_over_decay_are_means_over_seeds() -> None:
     bands = [t for t in figure.data if t.fill == "tonexty"]
     assert len(bands) == 3
     assert bands[0].y == pytest.approx(means.y + 0.05)
-    assert "μ_c − μ" in centred.name
+    assert "μ<sub>c</sub> − μ" in centred.name
     assert figure.layout.xaxis.type == "category"
 
 

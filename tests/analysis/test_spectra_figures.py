@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 import pytest
+from plotly.colors import sample_colorscale
 
 from analysis.figures import interference as interference_figures
 from analysis.figures import spectra as spectra_figures
@@ -104,14 +106,16 @@ def test_scree_draws_one_tasks_bounds_or_their_mean(fc: ParameterGroup) -> None:
     assert edge.y == pytest.approx([bounds["noise_edge"].mean()] * 2)
     assert cut.y == pytest.approx([bounds["gavish_donoho"].mean()] * 2)
     assert edge.x.tolist() == [1, 9]
-    assert "mean over tasks" in edge.text[1]
+    # One label above both lines, of which the cut is the higher one.
+    assert cut.y[1] > edge.y[1]
+    assert cut.text[1] == "Gavish-Donoho,<br>noise edge, mean over tasks"
     one = bounds[bounds["task"] == TASKS[2]]
-    edge = spectra_figures.scree(frame[frame["task"] == TASKS[2]], one).data[-2]
+    edge, cut = spectra_figures.scree(frame[frame["task"] == TASKS[2]], one).data[-2:]
     assert edge.y[0] == pytest.approx(one["noise_edge"].iloc[0])
-    assert edge.text[1] == "noise edge"
+    assert cut.text[1] == "Gavish-Donoho,<br>noise edge"
     two = spectra_figures.scree(both(spectrum, fc), both(cuts, fc))
-    labels = {text for trace in two.data[-4:] for text in trace.text if text}
-    assert labels == {"noise edge, mean over tasks", "Gavish-Donoho, mean over tasks"}
+    (labelled,) = [trace for trace in two.data[-4:] if any(trace.text)]
+    assert labelled.y[1] == max(trace.y[1] for trace in two.data[-4:])
     legend = [trace.name for trace in two.data[-4:] if trace.showlegend]
     assert legend == ["noise bounds, centred", "noise bounds, original"]
     nothing = bounds.assign(noise_edge=0.0, gavish_donoho=0.0)
@@ -142,7 +146,7 @@ def test_cumulative_energy_draws_energy_marks_and_choice(fc: ParameterGroup) -> 
 
 def test_a_map_of_parts_names_them_like_separate_matrices(groups: Groups) -> None:
     frame = spectral_summary(groups, "average", apart=True)
-    heat, cells = spectra_figures.summary_map(frame, "frobenius").data
+    heat, cells, _ = spectra_figures.summary_map(frame, "frobenius").data
     assert list(heat.y)[:3] == ["0 attention q", "0 attention k", "0 attention v"]
     values = frame.set_index(["part", "task"])["frobenius"]
     for task, row, (parameter, _), text in zip(
@@ -160,7 +164,7 @@ def short_of_split(part: str) -> str:
 @pytest.mark.parametrize("value", list(spectra_figures.SUMMARY_VALUES))
 def test_summary_map_draws_every_value_where_it_belongs(groups: Groups, value: str) -> None:
     frame = spectral_summary(groups, "average")
-    heat, cells = spectra_figures.summary_map(frame, value, "Map").data
+    heat, cells, _ = spectra_figures.summary_map(frame, value, "Map").data
     table = frame.set_index(["parameter", "task"])[value]
     names = spectra_figures.short_names(MATRICES)
     assert heat.hoverinfo == "skip"
@@ -175,6 +179,26 @@ def test_summary_map_draws_every_value_where_it_belongs(groups: Groups, value: s
         i, j = list(heat.y).index(row), list(heat.x).index(task)
         assert heat.z[i, j] == expected
         assert float(text) == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("scale", [style.SEQUENTIAL, style.DIVERGING])
+def test_numbers_in_cells_can_be_read(scale: str) -> None:
+    """WCAG's contrast of 4.5 : 1, whatever the colour of the cell."""
+    z = np.append(np.linspace(-1, 1, 39), np.nan).reshape(4, 10)
+    figure = go.Figure(go.Heatmap(z=z, colorscale=scale, texttemplate="%{z}"))
+    style.readable_cells(figure)
+    white, black = figure.data
+    assert (white.textfont.color, black.textfont.color) == ("#FFFFFF", "#000000")
+    assert (black.zmin, black.zmax, black.colorscale) == (-1, 1, white.colorscale)
+    light = np.isfinite(black.z)
+    assert np.array_equal(black.z[light], z[light])
+    for value, on_light in zip(z[np.isfinite(z)], light[np.isfinite(z)], strict=True):
+        (colour,) = sample_colorscale(scale, [(value + 1) / 2])
+        share = np.array([int(c) / 255 for c in re.findall(r"\d+", colour)])
+        channels = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in share]
+        luminance = 0.2126 * channels[0] + 0.7152 * channels[1] + 0.0722 * channels[2]
+        contrast = (luminance + 0.05) / 0.05 if on_light else 1.05 / (luminance + 0.05)
+        assert contrast >= 4.5
 
 
 def test_summary_map_can_be_clicked_anywhere_in_a_cell(groups: Groups) -> None:
@@ -205,7 +229,7 @@ def test_large_summary_maps_thin_their_labels_but_not_their_cells() -> None:
 def test_pair_map_of_cosines_is_symmetric_about_zero(groups: Groups) -> None:
     frame = cosine_similarity(groups, "average")
     figure = interference_figures.pair_map(frame, "cosine", "Cosines", diverging=True)
-    (heat,) = figure.data
+    heat = figure.data[0]
     assert np.array_equal(heat.z.ravel(), frame["cosine"])
     assert list(heat.x) == list(heat.y) == list(TASKS)
     assert (heat.zmin, heat.zmax) == (-1, 1)
@@ -216,10 +240,10 @@ def test_pair_map_of_cosines_is_symmetric_about_zero(groups: Groups) -> None:
 
 def test_pair_map_of_interference_starts_at_zero(fc: ParameterGroup) -> None:
     frame = interference_pairs(fc, "base", 2)
-    (heat,) = interference_figures.pair_map(frame, "interference").data
+    heat = interference_figures.pair_map(frame, "interference").data[0]
     assert heat.zmin == 0
     assert heat.zmax == frame["interference"].max()
-    (fixed,) = interference_figures.pair_map(frame, "interference", zmin=-0.5, zmax=1).data
+    fixed = interference_figures.pair_map(frame, "interference", zmin=-0.5, zmax=1).data[0]
     assert (fixed.zmin, fixed.zmax) == (-0.5, 1)
 
 

@@ -20,7 +20,8 @@ from analysis.towers import common_prefix
 from merge_core.errors import PoolError, SuiteError
 from merge_core.suite import ArchitectureSpec, Suite, load_suite
 from tests.evaluable import edit_document, write_document
-from tests.stand_ins import OPEN_CLIP, PROJECTED, SIZE, VISION, moved
+from tests.stand_in_data import SIZE
+from tests.stand_ins import OPEN_CLIP, PROJECTED, VISION, moved
 
 CLIP = {"name": "clip_vision_model", "library": "transformers", "args": VISION}
 TOWER = {"name": "ViT-B-32-quickgelu", "library": "open_clip", "args": OPEN_CLIP}

@@ -118,23 +118,37 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     assert "Traceback" not in running.stop()
 
 
-@pytest.fixture
-def context(browser: Browser) -> Iterator[BrowserContext]:
-    """A browser session of its own, wide and light."""
-    session = browser.new_context(
+@pytest.fixture(scope="session")
+def wide(browser: Browser) -> Iterator[BrowserContext]:
+    """A wide and light window, which keeps the scripts of the page that it has once loaded."""
+    window = browser.new_context(
         viewport={"width": 1400, "height": 1000}, accept_downloads=True, color_scheme="light"
     )
-    session.set_default_timeout(45_000)
-    yield session
-    session.close()
+    window.set_default_timeout(45_000)
+    yield window
+    window.close()
 
 
 @pytest.fixture
-def requests(context: BrowserContext) -> list[Request]:
-    """Every request that the session makes."""
+def context(wide: BrowserContext) -> Iterator[BrowserContext]:
+    """The window without pages; each page that is opened is a visitor of its own to the server."""
+    yield wide
+    for page in wide.pages:
+        page.close()
+    wide.clear_cookies()
+
+
+@pytest.fixture
+def requests(context: BrowserContext) -> Iterator[list[Request]]:
+    """Every request that the window makes."""
     seen: list[Request] = []
-    context.on("request", lambda request: seen.append(request))
-    return seen
+
+    def note(request: Request) -> None:
+        seen.append(request)
+
+    context.on("request", note)
+    yield seen
+    context.remove_listener("request", note)
 
 
 def settle(page: Page) -> None:

@@ -80,6 +80,10 @@ def test_each_page_opens_without_errors_or_foreign_requests(
         wait_idle(page)
     else:
         settle(page)
+        # Every figure and picture has a description.
+        assert page.get_by_role("figure").count() >= 1
+    assert all(figure.get_attribute("aria-label") for figure in page.get_by_role("figure").all())
+    assert all(image.get_attribute("alt") for image in page.locator("img").all())
     assert page.get_by_role("heading", name=PAGES[name]).is_visible()
     assert page.get_by_test_id("stException").count() == 0
     assert page.get_by_test_id("stAlertContentError").count() == 0
@@ -113,17 +117,6 @@ def test_a_comparison_draws_its_ranking(server: Server, context: BrowserContext)
     assert page.url == address
 
 
-def test_every_figure_and_picture_has_a_description(
-    server: Server, context: BrowserContext
-) -> None:
-    page = context.new_page()
-    page.goto(server.url)
-    settle(page)
-    assert page.get_by_role("figure").count() >= 1
-    assert all(figure.get_attribute("aria-label") for figure in page.get_by_role("figure").all())
-    assert all(image.get_attribute("alt") for image in page.locator("img").all())
-
-
 def test_choices_stand_in_the_address_and_open_again_as_they_were(
     server: Server, context: BrowserContext
 ) -> None:
@@ -150,7 +143,7 @@ def test_choices_stand_in_the_address_and_open_again_as_they_were(
     settle(other)
     assert other.url == address
     assert metrics(other) == shown
-    assert other.get_by_text("Pinned: CART, rank 0.12, scale 1").count() >= 1
+    assert other.get_by_text("Pinned: CART, rank 12 %, scale 1").count() >= 1
     expect(other.get_by_test_id("stCode").filter(has_text="method:")).to_contain_text("scale: 1.2")
 
 
@@ -262,7 +255,7 @@ def test_the_downloaded_checkpoint_is_the_merge(
     recipe = make_recipe({"method": "task_arithmetic", "parameters": {"scale": 0.4}})
     expected = MergeSession(suite, None, FactorStore()).merge(recipe)
     for name, value in merged.items():
-        assert value.dtype == suite.base.info(name).dtype
+        assert value.dtype == suite.base.info(name).dtype.torch
         assert value.equal(expected[name].to(value.dtype))
     assert "task_arithmetic" in Checkpoint(target).metadata["mergescope"]
 

@@ -150,8 +150,8 @@ class TestTime:
     @pytest.mark.parametrize(
         ("taken", "words"),
         [
-            (0, "less than 1 s"),
-            (0.99, "less than 1 s"),
+            (0, "under 1 s"),
+            (0.99, "under 1 s"),
             (1, "about 1 s"),
             (9.6, "about 10 s"),
             (17.2, "about 20 s"),

@@ -50,7 +50,7 @@ def test_a_folder(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) ->
     fits = out.partition("What fits")[2]
     assert [cells(fits, name)[1] for name in (*TASKS, "base")] == ["yes"] * 3
     assert "a merge takes about" in out
-    assert "time on this machine: less than 1 s to average, less than 1 s by CART" in out
+    assert "time on this machine: under 1 s to average, under 1 s by CART" in out
     path = folder / "suite.yaml"
     assert f"next: mergescope inspect {path}" in out
     assert f"next: mergescope app {path}" in out

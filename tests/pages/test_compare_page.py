@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from merge_core.methods import get_method
 from merge_core.recipe import make_recipe
 from merge_core.suite import load_suite
 from tests.evaluable import write_evaluable
-from tests.pages.test_pages import array, figures, healthy, open_page
+from tests.pages.test_pages import array, figures, finished, healthy, open_page
 from ui.own_recipes import link_form, parsed
 
 Offer = Callable[..., Path]
@@ -37,15 +36,9 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offer:
     return make
 
 
-def compared(at: AppTest, seconds: float = 120) -> AppTest:
-    """Press the button, and run again until the job has ended."""
-    button(at, "Compare these methods").click().run()
-    end = time.monotonic() + seconds
-    while any(each.label == "Cancel" for each in at.button):
-        assert time.monotonic() < end, "the job did not end"
-        time.sleep(0.1)
-        at.run()
-    return healthy(at)
+def compared(at: AppTest) -> AppTest:
+    """Press the button, and wait until the job has ended."""
+    return healthy(finished(button(at, "Compare these methods").click().run()))
 
 
 def test_a_comparison_shows_the_evaluators_accuracies(offer: Offer) -> None:

@@ -94,7 +94,7 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     assert at.success[0].value.startswith("All 4 models fit")
     told = {metric.label: metric.value for metric in at.metric}
     assert told["Experts"] == "3"
-    assert told["Time of a merge"] == "less than 1 s"
+    assert told["Time of a merge"] == "under 1 s"
     assert 300 < float(told["Memory of a merge"].removesuffix(" MB")) < 600
     assert told["Stored factors"] == "0.0 MB"
     at = healthy(press(at, "Write runs/models/suite.yaml and open it"))
@@ -103,7 +103,7 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     at.switch_page("pages/overview.py").session_state["preflight"] = True
     at = healthy(at.run())
     (cost,) = (text.value for text in at.markdown if "mergescope merge" in text.value)
-    assert "averaging takes less than 1 s, CART less than 1 s" in cost
+    assert "averaging takes under 1 s, CART under 1 s" in cost
     assert list(at.sidebar.get("button_group")[0].value) == list(TASKS)
     document = yaml.safe_load((root / "runs/models/suite.yaml").read_text())
     assert document["base"] == "base.safetensors"
@@ -311,6 +311,19 @@ def test_models_of_the_hub_are_asked_after_downloaded_and_opened(hub: Hub, root:
     at = healthy(press(at, "Open this suite"))
     assert opened(at) == "from-the-hub"
     assert list(at.sidebar.get("button_group")[0].value) == ["cars", "dtd"]
+
+
+def test_what_the_hub_does_not_give_is_said_in_whole_sentences(hub: Hub) -> None:
+    hub.status = 503
+    at = open_source("Hugging Face Hub")
+    at.text_area(key="open_ids").set_value("hf://org/net\nhf://org/net-cars").run()
+    at = finished(press(at, "Ask the hub"))
+    (warning,) = at.warning
+    assert "2 of 2 could not be read" in warning.value
+    assert "org/net:" in warning.value
+    assert "org/net-cars:" in warning.value
+    assert not at.dataframe  # a table of nothing
+    assert any(button.label == "Ask the hub again" for button in at.button)
 
 
 def test_a_benchmark_without_the_hub_is_there_all_the_same(hub: Hub) -> None:

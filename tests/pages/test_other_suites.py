@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from streamlit.testing.v1 import AppTest
 
 from tests.evaluable import write_evaluable
-from tests.pages.test_pages import PAGES, figures, metrics, open_page
+from tests.pages.test_pages import PAGES, figures, finished, metrics, open_page
 
 NEEDS_EVALUATION = ("overview", "rank_and_scale", "merge_lab")
 
@@ -134,21 +132,13 @@ def test_a_damaged_suite_is_explained_on_the_page(
     assert at.sidebar.selectbox(key="suite").options == ["demo", "mine"]
 
 
-def wait_for_figures(at: AppTest) -> AppTest:
-    """Run the page again until its background job has ended."""
-    deadline = time.monotonic() + 120
-    while not figures(at) and time.monotonic() < deadline:
-        time.sleep(0.3)
-        at.run()
-    assert not at.exception
-    return at
-
-
 def test_the_first_result_of_a_new_suite_is_a_button_away(offer: Callable[..., Path]) -> None:
     offer()
     at = open_page("overview", suite="mine")
     next(b for b in at.button if b.label.startswith("Evaluate base")).click()
-    at = wait_for_figures(at.run())
+    at = finished(at.run())
+    assert not at.exception
+    assert figures(at)
     assert {"Base", "Weight average", "Task Arithmetic", "CART", "Experts"} <= set(metrics(at))
     assert any("default" in m.value for m in at.markdown)
 

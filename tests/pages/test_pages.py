@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import base64
 import json
+import time
+from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import streamlit as st
 import yaml
+from streamlit.components.v2.component_manager import BidiComponentManager
 from streamlit.testing.v1 import AppTest
 
 from merge_core.linalg import as_matrix
 from merge_core.methods import methods
 from merge_core.suite import load_suite
+from ui import resources
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("overview", "spectra", "interference", "rank_and_scale", "merge_lab")
@@ -27,17 +33,42 @@ HEADINGS = {
 }
 
 
-def open_page(name: str, **query: str | list[str]) -> AppTest:
-    """Run a page as Streamlit does when a link to it is opened.
+@cache
+def installed_components() -> BidiComponentManager:
+    """What AppTest else looks for among all installed packages, once for each app."""
+    manager = BidiComponentManager()
+    manager.discover_and_register_components(start_file_watching=False)
+    return manager
+
+
+def app_at(name: str) -> AppTest:
+    """The app at one of its pages, not run yet.
 
     AppTest, like a fresh server, starts the page's file without the entry: the page itself has
     to bring the shell.
     """
     at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=120)
-    at.switch_page(str(ROOT / "pages" / f"{name}.py"))
+    at._bidi_component_manager = installed_components()
+    return at.switch_page(str(ROOT / "pages" / f"{name}.py"))
+
+
+def open_page(name: str, **query: str | list[str]) -> AppTest:
+    """Run a page as Streamlit does when a link to it is opened."""
+    at = app_at(name)
     for key, value in query.items():
         at.query_params[key] = value
     return at.run()
+
+
+def finished(at: AppTest, seconds: float = 120) -> AppTest:
+    """Run the page again, as its own polling does, when no job is under way any more."""
+    end = time.monotonic() + seconds
+    while any(button.label == "Cancel" for button in at.button):
+        assert time.monotonic() < end, "the job did not end"
+        # Jobs run one after another: when an empty one has had its turn, the others have ended.
+        resources.job_runner()._pool.submit(lambda: None).result(seconds)
+        at.run()
+    return at
 
 
 def healthy(at: AppTest) -> AppTest:
@@ -74,6 +105,14 @@ def weights(parameter: str) -> np.ndarray:
     """The parameter of all experts of the bundled suite, float64."""
     suite = load_suite("demo")
     return np.stack([suite.expert(t).tensor(parameter).double().numpy() for t in suite.tasks])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def empty_caches() -> Iterator[None]:
+    """After the module only: as on a server, all look at one suite, which never changes."""
+    yield
+    st.cache_data.clear()
+    st.cache_resource.clear()
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -234,8 +273,7 @@ def test_pages_leave_the_weights_as_they_are() -> None:
 
 
 def test_the_explanation_of_the_rank_says_what_the_curve_shows() -> None:
-    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=120)
-    at.switch_page(str(ROOT / "pages" / "interference.py"))
+    at = app_at("interference")
     at.session_state["how_curves"] = True
     healthy(at.run())
     curve = trace(figures(at)[2], name="about the average (centred)")
@@ -269,8 +307,7 @@ def test_angles_and_signs_are_drawn_when_asked_for() -> None:
     ],
 )
 def test_explanation_and_numbers_are_there_when_opened(name: str, key: str) -> None:
-    at = AppTest.from_file(str(ROOT / "app.py"), default_timeout=120)
-    at.switch_page(str(ROOT / "pages" / f"{name}.py"))
+    at = app_at(name)
     closed = len(healthy(at.run()).dataframe)
     for which in (f"numbers_{key}", f"how_{'map' if key == 'summary' else key}"):
         at.session_state[which] = True

@@ -49,7 +49,7 @@ def test_cosines_are_the_classifiers(offer_pool: Offer) -> None:
     cosine = unit[0] @ unit[1].T
     drawn = next(f for f in figures(at) if "Which class" in f["layout"]["title"]["text"])
     np.testing.assert_allclose(array(trace(drawn, type="heatmap")["z"]), cosine, atol=1e-6)
-    assert metrics(at)["Cosine with own centred mean"] == f"{np.diag(cosine).mean():.2f}"
+    assert metrics(at)["Cosine, own class"] == f"{np.diag(cosine).mean():.2f}"
 
 
 def test_decay_model_and_epoch_are_choices(offer_pool: Offer) -> None:
@@ -62,7 +62,7 @@ def test_decay_model_and_epoch_are_choices(offer_pool: Offer) -> None:
     epoch = next(slider for slider in at.select_slider if slider.label == "Epoch")
     last = metrics(at)
     first = metrics(healthy(epoch.set_value(0.0).run()))
-    assert last["Cosine with own centred mean"] != first["Cosine with own centred mean"]
+    assert last["Cosine, own class"] != first["Cosine, own class"]
     axis = next(group for group in at.segmented_control if group.label == "Drawn")
     healthy(axis.set_value("epoch").run())
 

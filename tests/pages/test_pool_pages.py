@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from analysis.networks import Network
 from merge_core.pool import Pool
-from tests.pages.test_pages import figures, healthy, metrics, open_page
+from tests.pages.test_pages import figures, finished, healthy, metrics, open_page
 from tests.pools import ARCHITECTURES
 
 POOL_PAGES = ("weights_or_features", "magnitude_and_stability")
@@ -26,16 +25,6 @@ Offer = Callable[..., Pool]
 def open_pool_page(name: str, pool: Pool, **query: str | list[str]) -> AppTest:
     start = "Independent starts" if pool.spec.regime == "independent" else "Shared start"
     return open_page(name, pool=f"{pool.spec.task}, {pool.spec.family}", start=start, **query)
-
-
-def finished(at: AppTest, seconds: float = 60) -> AppTest:
-    """Run again, as the page's own polling does, until no job is under way."""
-    end = time.monotonic() + seconds
-    while any(button.label == "Cancel" for button in at.button):
-        assert time.monotonic() < end, "the job did not end"
-        time.sleep(0.1)
-        at.run()
-    return at
 
 
 def by_hand(pool: Pool, split: str, states: list[dict[str, Tensor]]) -> tuple[np.ndarray, Tensor]:
@@ -163,10 +152,13 @@ def test_biases_break_small_magnitudes(offer_pool: Offer) -> None:
     assert card.value in ("24.0%", "26.0%")
 
 
-@pytest.mark.parametrize("what", ["Weights only", "Whole state", "One layer"])
+@pytest.mark.parametrize(
+    ("what", "architecture"),
+    [("Weights only", "mlp"), ("Whole state", "resnet"), ("One layer", "vgg")],
+)
 @pytest.mark.parametrize("who", ["All members", "The first member", "All but the last member"])
-def test_who_and_what_are_scaled(offer_pool: Offer, who: str, what: str) -> None:
-    pool = offer_pool("resnet")
+def test_who_and_what_are_scaled(offer_pool: Offer, who: str, what: str, architecture: str) -> None:
+    pool = offer_pool(architecture)
     at = healthy(finished(open_pool_page("magnitude_and_stability", pool, who=who, what=what)))
     titles = [figure["layout"]["title"]["text"] for figure in figures(at)]
     assert any("Who decides" in title for title in titles) == (who != "All members")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from merge_core.factors import FactorStore
 from merge_core.progress import Progress
 from merge_core.suite import load_suite
 from tests.evaluable import edit_arrays, write_evaluable
-from tests.pages.test_pages import array, figures, healthy, metrics, open_page, trace
+from tests.pages.test_pages import array, figures, finished, healthy, metrics, open_page, trace
 from ui import rank_layers_section, rank_settings_section
 from ui.widgets import share_label
 
@@ -57,15 +56,10 @@ def library(path: Path, mode: Mode, method: str = "cart", **options: Any) -> Sel
     return select_rank(space, session, evaluator, mode, **options)
 
 
-def found(at: AppTest, label: str = BUTTON, seconds: float = 120) -> AppTest:
-    """Press the button, and run again until the job has ended."""
-    next(button for button in at.button if button.label == label).click().run()
-    end = time.monotonic() + seconds
-    while any(button.label == "Cancel" for button in at.button):
-        assert time.monotonic() < end, "the job did not end"
-        time.sleep(0.1)
-        at.run()
-    return healthy(at)
+def found(at: AppTest, label: str = BUTTON) -> AppTest:
+    """Press the button, and wait until the job has ended."""
+    button = next(button for button in at.button if button.label == label)
+    return healthy(finished(button.click().run()))
 
 
 def titled(at: AppTest, words: str) -> dict[str, Any]:

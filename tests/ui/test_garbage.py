@@ -48,5 +48,5 @@ def test_objects_are_hidden_until_a_collection_is_due(monkeypatch: pytest.Monkey
 def test_a_run_of_a_page_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
     monkeypatch.setattr(garbage, "spare", lambda: calls.append(1))
-    healthy(open_page("patterns"))
+    healthy(open_page("merge_lab"))
     assert calls == [1]

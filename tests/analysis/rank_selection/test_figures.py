@@ -87,7 +87,7 @@ class TestCurve:
         figure = decoded(rank_selection.score_curve(frame, "Best?", value="entropy"))
         line = next(t for t in figure.data if t.name)
         np.testing.assert_allclose(line.y, frame.sort_values("rank")["expected"])
-        assert figure.layout.yaxis.title.text == "entropy"
+        assert figure.layout.yaxis.title.text == "Entropy"
 
     @pytest.mark.parametrize("value", ["accuracy", "normalised"])
     def test_tasks(self, value: str) -> None:
