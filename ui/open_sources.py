@@ -77,7 +77,7 @@ def from_folder(open_suite: Callable[[str, Path], None]) -> Collection | None:
         if not options and complete:
             st.info(f"No weight files were found below {root}, {roots.DEPTH} levels deep.")
         return None
-    place = roots.confined(text, root)
+    place = roots.confined(_meant(text, options), root)
     existing = place / FILE
     if existing.is_file():
         _offer_existing(existing, root, open_suite)
@@ -86,6 +86,12 @@ def from_folder(open_suite: Callable[[str, Path], None]) -> Collection | None:
     if not os.access(place, os.W_OK):
         existing, shown = session_files.folder() / task_name(place.name) / FILE, ""
     return Collection(found, place.name or "suite", _key(found), existing, shown)
+
+
+def _meant(text: str, options: Sequence[str]) -> str:
+    """What was typed; a bare name means the only folder that is called so."""
+    named = [option for option in options if Path(option).name == text]
+    return named[0] if len(named) == 1 and text not in options else text
 
 
 @st.cache_data(ttl=20, max_entries=8, show_spinner="Looking for models …")

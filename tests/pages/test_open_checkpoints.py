@@ -88,6 +88,9 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     assert at.selectbox(key="open_folder").options == ["runs/models"]
     at = healthy(choose_folder("runs/models"))
     table = members(at)
+    # Whoever types the last part of its path is understood.
+    at.session_state["open_folder"] = "models"
+    assert members(healthy(at.run())).equals(table)
     assert table["model"].tolist() == [f"{n}.safetensors" for n in ("base", *TASKS, "damaged")]
     assert table["role"].tolist() == ["base", "expert", "expert", "expert", "leave out"]
     assert str(root) not in table["note"].iloc[-1]
