@@ -12,6 +12,7 @@ import torch
 import yaml
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
+from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from merge_core.suite import Suite, load_suite
@@ -27,6 +28,10 @@ settings.register_profile(
 )
 settings.load_profile("mergescope")
 
+TESTS = Path(__file__).parent
+# What takes longest, first of all; browsers one at a time.
+LONG = ("browser/test_dashboard", "data/", "pages/", "browser/")
+
 # A small transformer in names and kinds of tensors: matrices of both orientations, a kernel,
 # what is only averaged, and an integer buffer.
 SHAPES: dict[str, tuple[int, ...]] = {
@@ -41,6 +46,16 @@ SHAPES: dict[str, tuple[int, ...]] = {
 COUNTER = "bn.num_batches_tracked"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the files that take longest, so that no worker waits for another's in the end."""
+
+    def place(item: pytest.Item) -> int:
+        name = item.path.relative_to(TESTS).as_posix()
+        return next((i for i, start in enumerate(LONG) if name.startswith(start)), len(LONG))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """Keep the user's cache out of the tests, and the tests out of the user's cache."""
@@ -51,9 +66,15 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def one_thread() -> None:
-    """Small tensors are fastest on one thread, and results do not depend on the machine's."""
+def one_thread() -> Iterator[None]:
+    """Small tensors are fastest on one thread, and results do not depend on the machine's.
+
+    NumPy's further threads would wait in loops that take the other workers' time.
+    """
     torch.set_num_threads(1)
+    with threadpool_limits(1), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")  # of processes that tests start
+        yield
 
 
 def write_suite(

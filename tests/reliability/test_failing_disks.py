@@ -274,9 +274,12 @@ def test_inputs_that_change_meanwhile(
             return
         changed = {name: value + 1 for name, value in load_file(victim).items()}
         if act == "rewritten":
-            data = bytearray(victim.read_bytes())
-            data[-1] ^= 1
-            victim.write_bytes(data)
+            # Never cut short: where a thread reads it, the system would end the process (SIGBUS).
+            with victim.open("r+b") as stream:
+                stream.seek(-1, os.SEEK_END)
+                (last,) = stream.read(1)
+                stream.seek(-1, os.SEEK_END)
+                stream.write(bytes([last ^ 1]))
             return
         victim.unlink()
         if act == "replaced":
