@@ -28,7 +28,7 @@ FAST_NOISE = 1.5e-6
 FAST_FLOOR = 0.005
 # Shorter sides take no time in float64.
 FAST_FROM = 512
-PROBES = 4
+PROBES = 2
 # Vectors are made from a reduction this share of them at a time, and their squared length may
 # differ from 1 by so much when those before are taken out.
 BLOCKS = 8

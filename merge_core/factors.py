@@ -105,23 +105,26 @@ class FactorStore:
         key = digest_of(FORMAT, self.route, member, origin, parameter)
         rows = partial(tall, torch.float32)
         wanted = 0 if k is None else min(k, min(shape))
-        side = self._remembered(key)
+        made: Callable[[slice], Tensor] = rows
+        side = self._remembered(key) or self._read(key, shape)
         if side is None:
-            side = self._read(key, shape) or self._made(key, tall, torch.float32, shape, wanted)
-            self._remember(key, side)
+            B = tall(torch.float32, slice(None))
+            made = B.__getitem__  # for the cut: not made a second time
+            side = self._made(key, B, shape, wanted)
+        self._remember(key, side)
         if side.noise == 0:
             return SideFactors(side.vectors, side.S, shape, rows)
         more = partial(self._more, key, tall, shape)
         if k is None:  # no number of leading directions was asked for
             return SideFactors(side.vectors, side.S, shape, rows, sure_at=0, more=more)
         side = self._extended(key, side, tall, shape, wanted)
-        ready = cut(side, rows, max(shape), k, TOLERANCE)
+        ready = cut(side, made, max(shape), k, TOLERANCE)
         if ready.error > TOLERANCE and side.reduction is not None:
             # With the directions after the cut at hand it can be turned back.
             side = self._extended(key, side, tall, shape, k + min(shape) // BLOCKS)
-            ready = cut(side, rows, max(shape), k, TOLERANCE)
+            ready = cut(side, made, max(shape), k, TOLERANCE)
         if ready.error > TOLERANCE:
-            side = self._made(key, tall, torch.float64, shape)
+            side = self._made(key, tall(torch.float64, slice(None)), shape)
             self._remember(key, side)
             return SideFactors(side.vectors, side.S, shape, rows)
         factors = SideFactors(ready.side.vectors, side.S, shape, rows, sure_at=k, more=more)
@@ -129,16 +132,8 @@ class FactorStore:
             factors.weigh(ready.long)
         return factors
 
-    def _made(
-        self,
-        key: str,
-        tall: Tall,
-        dtype: torch.dtype,
-        shape: tuple[int, int],
-        wanted: int | None = None,
-    ) -> Side:
-        """Decompose, and keep on disk."""
-        B = tall(dtype, slice(None))
+    def _made(self, key: str, B: Tensor, shape: tuple[int, int], wanted: int | None = None) -> Side:
+        """Decompose a matrix, given as the taller of itself and its transpose; keep on disk."""
         A = (B.T if shape[0] <= shape[1] else B).to(_device(B))
         side = short_side(A, self.route, wanted)
         with self._lock:
@@ -149,7 +144,7 @@ class FactorStore:
         """At least so many vectors of a matrix that was seen before."""
         side = self._remembered(key) or self._read(key, shape)
         if side is None:  # evicted meanwhile
-            side = self._made(key, tall, torch.float32, shape, wanted)
+            side = self._made(key, tall(torch.float32, slice(None)), shape, wanted)
         return self._extended(key, side, tall, shape, wanted).vectors
 
     def _extended(
@@ -161,7 +156,7 @@ class FactorStore:
         try:
             side = self._kept(key, extended(side, wanted), shape)
         except ArithmeticError:
-            side = self._made(key, tall, torch.float32, shape)
+            side = self._made(key, tall(torch.float32, slice(None)), shape)
         self._remember(key, side)
         return side
 
