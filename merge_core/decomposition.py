@@ -49,12 +49,15 @@ class Side:
         noise: root mean square of the entries of side · AᵀA · sideᵀ − diag(S²), in the unit of
             S²; 0 where the decomposition was made in float64.
         reduction: of AᵀA (or A Aᵀ), its eigenvectors the rows of the side.
+        rough: whether values below 0.005 of the first, and their vectors, are not found again
+            among themselves, and so are rough.
     """
 
     vectors: Tensor
     S: Tensor
     noise: float = 0.0
     reduction: Reduction | None = None
+    rough: bool = False
 
 
 def decompose(A: Tensor, route: Route = "gram") -> Factors:
@@ -89,7 +92,7 @@ def short_side(A: Tensor, route: Route = "gram", wanted: int | None = None) -> S
     In float32, from :data:`FAST_FROM` directions on, the Gram matrix and its eigenvectors are
     computed in float32 and their error is measured; anything else is computed in float64. Values
     below 0.005 of the first are found again in their own subspace, where the largest do not
-    drown them.
+    drown them (not where they are many and only leading vectors are wanted: see :class:`Side`).
 
     Args:
         A: m x n, float32 or float64, finite; on a GPU it is decomposed there.
@@ -112,7 +115,7 @@ def short_side(A: Tensor, route: Route = "gram", wanted: int | None = None) -> S
         G = gram(B)
         if wanted is not None and 3 * wanted <= len(G) and not A.is_cuda:
             with suppress(ArithmeticError):
-                return extended(_reduced(B, G), wanted)
+                return extended(_reduced(B, G, wanted), wanted)
         S, vectors, noise = _fast(B, G)
     else:
         S, vectors = _gram_route(B.double())
@@ -140,7 +143,7 @@ def extended(side: Side, wanted: int) -> Side:
             raise ArithmeticError(f"eigenvectors from {first} on, of {r}, are not orthonormal")
         vectors = torch.cat([vectors, _signed(new)])
     whole = vectors.shape[0] == r
-    return Side(vectors, side.S, side.noise, None if whole else side.reduction)
+    return replace(side, vectors=vectors, reduction=None if whole else side.reduction)
 
 
 def _signed(vectors: Tensor) -> Tensor:
@@ -298,25 +301,27 @@ def _both_sides(A: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return U, S, V * torch.where(R.diagonal() < 0, -1.0, 1.0)
 
 
-def _reduced(B: Tensor, G: Tensor) -> Side:
+def _reduced(B: Tensor, G: Tensor, wanted: int) -> Side:
     """All values and no vectors yet, of a tall float32 matrix whose Gram matrix is G.
 
     Raises:
-        ArithmeticError: too many values are too small to be told apart, or LAPACK fails.
+        ArithmeticError: many values are too small to be told apart and no leading vectors are
+            wanted, or LAPACK fails.
     """
     reduction = reduced(G)
     S = reduction.eigenvalues.flip(0).clamp_min(0).sqrt().float()
     r = S.numel()
     clear = int((S > FAST_FLOOR * S[0]).sum())
-    if clear < r:
-        if r - clear > r // BLOCKS:
-            raise ArithmeticError(f"{r - clear} of {r} singular values are small")
+    rough = r - clear > r // BLOCKS
+    if rough and not wanted:
+        raise ArithmeticError(f"{r - clear} of {r} singular values are small")
+    if clear < r and not rough:
         rows = reduction.eigenvectors(clear, r)
         S = torch.cat([S[:clear], _small(B, rows, S[clear - 1])[0]])
     S = torch.where(S > FAST_NOISE * S[0], S, 0.0)
     X = _probes(r)
     noise = _rms(X @ G - reduction.times(X))
-    return Side(torch.empty(0, r), S, noise, reduction)
+    return Side(torch.empty(0, r), S, noise, reduction, rough)
 
 
 def _fast(B: Tensor, G: Tensor) -> tuple[Tensor, Tensor, float]:

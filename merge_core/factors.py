@@ -97,7 +97,8 @@ class FactorStore:
             k: how many leading directions must span their space to within a relative error of
                 SVD_k of about 1e-4; where float32 does not reach that (close singular values),
                 the matrix is decomposed once more in float64. None asks for values and single
-                directions only, whose vectors are made when they are looked at.
+                directions only, whose vectors are made when they are looked at. Where most values
+                are small, a merge leaves those rough: they are made when they are asked for.
 
         Returns:
             Factors in float32.
@@ -106,7 +107,7 @@ class FactorStore:
         rows = partial(tall, torch.float32)
         wanted = 0 if k is None else min(k, min(shape))
         made: Callable[[slice], Tensor] = rows
-        side = self._remembered(key) or self._read(key, shape)
+        side = self._known(key, shape, k)
         if side is None:
             B = tall(torch.float32, slice(None))
             made = B.__getitem__  # for the cut: not made a second time
@@ -127,7 +128,7 @@ class FactorStore:
             side = self._made(key, tall(torch.float64, slice(None)), shape)
             self._remember(key, side)
             return SideFactors(side.vectors, side.S, shape, rows)
-        factors = SideFactors(ready.side.vectors, side.S, shape, rows, sure_at=k, more=more)
+        factors = SideFactors(ready.side.vectors, side.S, shape, rows, k, more, side.rough)
         if ready.long is not None:
             factors.weigh(ready.long)
         return factors
@@ -142,8 +143,8 @@ class FactorStore:
 
     def _more(self, key: str, tall: Tall, shape: tuple[int, int], wanted: int) -> Tensor:
         """At least so many vectors of a matrix that was seen before."""
-        side = self._remembered(key) or self._read(key, shape)
-        if side is None:  # evicted meanwhile
+        side = self._known(key, shape, wanted)
+        if side is None:  # evicted meanwhile, or too rough
             side = self._made(key, tall(torch.float32, slice(None)), shape, wanted)
         return self._extended(key, side, tall, shape, wanted).vectors
 
@@ -165,12 +166,21 @@ class FactorStore:
         tensors = {"vectors": side.vectors, "S": side.S}
         if side.reduction is not None:
             tensors |= vars(side.reduction)
+        if side.rough:
+            tensors["rough"] = torch.ones(1, dtype=torch.bool)
         data = save(tensors, {"noise": repr(side.noise)})
         # A full or read-only cache costs time, never the result.
         with suppress(OutputError):
             write_atomically(self._path(key), data)
             self._make_room(len(data))
         return self._read(key, shape) or side
+
+    def _known(self, key: str, shape: tuple[int, int], k: int | None) -> Side | None:
+        """What is stored, if its values and vectors are good enough for so many directions."""
+        side = self._remembered(key) or self._read(key, shape)
+        if side is not None and side.rough and (k is None or 3 * k > min(shape)):
+            return None
+        return side
 
     def _path(self, key: str) -> Path:
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -193,8 +203,9 @@ class FactorStore:
                 noise = float((file.metadata() or {})["noise"])
                 held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
             os.utime(path)
-            vectors, S = held.pop("vectors"), held.pop("S")
-            side = Side(vectors, S, noise, Reduction(**held) if held else None)
+            vectors, S, rough = held.pop("vectors"), held.pop("S"), "rough" in held
+            held.pop("rough", None)
+            side = Side(vectors, S, noise, Reduction(**held) if held else None, rough)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             # Absent, written by a killed process or damaged since: computed afresh and replaced.
             return None

@@ -80,6 +80,7 @@ class SideFactors:
         sure_at: the number of leading directions that are known to span their space exactly
             enough; None if any number is.
         more: gives at least so many rows of the vectors, when more than q are asked for.
+        rough: whether small values are rough (see :class:`merge_core.decomposition.Side`).
     """
 
     def __init__(
@@ -90,9 +91,11 @@ class SideFactors:
         tall: Callable[[slice], Tensor],
         sure_at: int | None = None,
         more: Callable[[int], Tensor] | None = None,
+        rough: bool = False,
     ) -> None:
         self.S = S
         self.sure_at = sure_at
+        self.rough = rough
         self.shape = shape
         self._vectors = vectors
         self._tall = tall
@@ -119,7 +122,8 @@ class SideFactors:
 
     def pair(self, kept: slice) -> tuple[Tensor, Tensor]:
         """Two matrices, m x k and n x k, whose product L Rᵀ is Σ_{i kept} σ_i u_i v_iᵀ."""
-        short, long = self._short(kept), self._weighted(kept)
+        long = self._weighted(kept)  # first: it may bring other vectors
+        short = self._short(kept)
         return (short, long) if self._wide else (long, short)
 
     def truncated(self, k: int) -> Tensor:
@@ -134,7 +138,8 @@ class SideFactors:
     def _short(self, kept: slice) -> Tensor:
         stop = kept.indices(self.rank)[1]
         if self._more is not None and stop > self._vectors.shape[0]:
-            self._vectors = self._more(stop)
+            # Not those before, where they were turned for a cut: nor is their long side.
+            self._vectors, self._long = self._more(stop), None
         vectors = self._vectors[kept].T
         missing = len(range(*kept.indices(self.rank))) - vectors.shape[1]
         return torch.nn.functional.pad(vectors, (0, missing)) if missing else vectors

@@ -165,7 +165,7 @@ class ParameterGroup:
             SuiteError: origin "base" without a base.
         """
         held = self._factors.get(origin)
-        if held is None or (k is not None and any(f.sure_at not in (None, k) for f in held)):
+        if held is None or any(f.rough if k is None else f.sure_at not in (None, k) for f in held):
             held = [self._factor(origin, place, k) for place in range(len(self.tasks))]
             self._factors[origin] = held
         return held
