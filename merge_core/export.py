@@ -21,7 +21,7 @@ from merge_core.checkpoint import Checkpoint
 from merge_core.dtypes import SAFETENSORS_DTYPES
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError
-from merge_core.executors import Executor, Threads
+from merge_core.executors import Executor, Threads, one_thread
 from merge_core.factors import FactorStore
 from merge_core.files import check_output, digest_of, folder_written_whole
 from merge_core.layout import Layout, layout
@@ -283,7 +283,8 @@ class _Shard:
                 stream.truncate(self._start)
                 stream.seek(self._start)
             for planned, tensor in tensors:
-                write_tensor(stream, tensor, planned)
+                with one_thread():  # others are merging meanwhile
+                    write_tensor(stream, tensor, planned)
 
     def _size(self) -> int:
         """Size of what an earlier run wrote; 0 if it meant to write something else."""
