@@ -222,7 +222,7 @@ class Seconds:
 
 @cache
 def rates() -> Rates:
-    """Measured once in a process, in about 0.1 s, on one thread.
+    """Measured once in a process, in about 0.15 s, on one thread.
 
     The processor's time counts, so that other programs change little: it is what a quiet machine
     would take.
@@ -260,10 +260,9 @@ def seconds(job: Job, speed: Rates | None = None) -> Seconds:
         job: what is merged.
         speed: of the machine; measured when None.
 
-    Estimated and measured in seconds, two quiet cores (benchmarks/RESULTS.md of the day before the
-    reduction was kept): 8 ViT-B/32 averaged 3.3 and 2.6 to 3.5, by CART 17 and 17 to 19; 3 bfloat16
-    decoders of 1.1 G parameters averaged 14 and 17, by CART 150 and 207; the bundled suite averaged
-    0.1 and 0.1, by CART 0.4 and 0.4.
+    Estimated and measured in seconds, two quiet cores: 8 ViT-B/32 averaged 3.3 and 2.7 to 3.2, by
+    CART 17 and 16 to 18; 3 bfloat16 decoders of 1.1 G parameters averaged 14 and 18, by CART 150
+    and 177; the bundled suite, on a busy machine, averaged 0.1 and 0.1, by CART 0.4 and 0.4.
     """
     speed = speed or rates()
     at_once = min(HASHED_AT_ONCE, job.workers)

@@ -1,7 +1,8 @@
 """Factors of task vectors, computed once and kept: in memory, and on disk by content.
 
-Changing the rank or the scale of a merge never decomposes again: a factor is known by the
-digests of the checkpoint and of the origin it is taken about, and the parameter's name. Only the
+Changing the rank or the scale of a merge does not decompose again (see :meth:`FactorStore.get` for
+two exceptions): a factor is known by the digests of the checkpoint and of the origin it is taken
+about, and the parameter's name. Only the
 short side is stored; the long one is a product with the task vector itself. Of large matrices the
 first vectors are made, and the reduction is kept, from which further ones follow when asked for.
 """

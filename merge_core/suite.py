@@ -321,7 +321,7 @@ class Suite:
         experts = [self.expert(task) for task in tasks]
         unknown = [expert for expert in experts if "digest" not in vars(expert)]
         if len(unknown) > 1:
-            # Hashing runs at a core's speed, not the disk's: several files at once.
+            # Several files at once keep the disk and the cores busy.
             with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
                 list(pool.map(lambda expert: expert.digest, unknown))
         parts = [expert.digest for expert in experts]

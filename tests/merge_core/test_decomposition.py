@@ -144,7 +144,8 @@ def test_the_estimated_error_is_about_the_true_one(
             torch.testing.assert_close(found.long, long, rtol=1e-5, atol=1e-8)
         error = np.linalg.norm(got - exact) / np.linalg.norm(exact)
         # Three of its own, and what float32 products round anyway.
-        assert error <= 3 * estimate + 3e-6, (shape, estimate)
+        rounding = 2e-6 if held is None else 3e-6
+        assert error <= 3 * estimate + rounding, (shape, estimate)
         if S[k - 1] > 0.01 * S[0]:  # below, the noise of the large values is too cautious
             assert estimate <= 30 * error + 2e-6, (shape, error)
 
