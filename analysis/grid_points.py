@@ -12,7 +12,7 @@ from analysis.inputs import Split
 from analysis.outputs import Images, Outputs
 from merge_core.decomposition import Route
 from merge_core.engine import MergeSession
-from merge_core.executors import Executor
+from merge_core.executors.base import Executor
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe

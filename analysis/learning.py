@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from analysis.learners.entropy import learn_adamerging, learn_cart_adaptive
 from analysis.learners.fisher import learn_fisher
 from analysis.learners.lesson import Lesson
 from analysis.learners.regmean import learn_regmean, learn_regmean_plus_plus
+from analysis.outputs import ModelOutputs
 from merge_core.engine import MergeSession, check_recipe
 from merge_core.errors import SuiteError
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
-
-if TYPE_CHECKING:
-    from analysis.evaluation import Evaluator
 
 Learner = Callable[[Lesson], Any]
 
@@ -30,7 +28,7 @@ LEARNERS: dict[str, Learner] = {
 
 
 def learn(
-    evaluator: Evaluator,
+    outputs: ModelOutputs,
     recipe: Recipe,
     session: MergeSession,
     progress: Progress | None = None,
@@ -41,7 +39,7 @@ def learn(
     is not read. The same recipe on the same data gives the same result.
 
     Args:
-        evaluator: of the recipe's suite.
+        outputs: of the recipe's suite.
         recipe: what is learnt for.
         session: the suite's members, with the recipe's tasks.
         progress: told between units of work, where it can be cancelled.
@@ -59,4 +57,4 @@ def learn(
     if session.suite.select(recipe.tasks) != session.groups.tasks:
         raise SuiteError("The recipe's tasks are not the ones that this session holds.")
     check_recipe(session.suite, recipe)
-    return LEARNERS[name](Lesson(evaluator, recipe, session, progress or Progress()))
+    return LEARNERS[name](Lesson(outputs, recipe, session, progress or Progress()))

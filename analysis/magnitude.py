@@ -43,7 +43,7 @@ from analysis.soups import (
 )
 from analysis.soups import predicted as predicted_classes
 from merge_core.errors import PoolError
-from merge_core.executors import Threads
+from merge_core.executors.local import Threads
 from merge_core.progress import Progress
 
 Who = Literal["all", "first", "last", "all_but_last"]

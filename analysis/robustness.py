@@ -27,7 +27,7 @@ from analysis.soups import (
     uniform_soup,
 )
 from merge_core.errors import PoolError
-from merge_core.executors import Threads
+from merge_core.executors.local import Threads
 from merge_core.progress import Progress
 
 Corruption = Literal["noise", "blur", "contrast", "brightness", "occlusion", "rotation"]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from analysis.spectra import spectral_summary, spectrum
 from benchmarks.synthetic import is_matrix
-from merge_core.executors import executor as executor_named
+from merge_core.executors.choose import executor as executor_named
 from merge_core.export import merge_to_folder
 from merge_core.factors import FactorStore
 from merge_core.linalg import directions

@@ -67,7 +67,7 @@ def merge_times(
     Returns:
         Of each merge the seconds of its repeats and the digest of the weights that it wrote.
     """
-    from merge_core.executors import executor
+    from merge_core.executors.choose import executor
     from merge_core.export import merge_to_folder
     from merge_core.factors import FactorStore
     from merge_core.recipe import make_recipe

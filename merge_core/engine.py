@@ -12,7 +12,8 @@ from torch import Tensor
 
 from merge_core.decomposition import Route
 from merge_core.errors import RecipeError, SuiteError
-from merge_core.executors import Executor, Serial, Threads
+from merge_core.executors.base import Executor
+from merge_core.executors.local import Serial, Threads
 from merge_core.factorisation import opened
 from merge_core.factors import FactorStore
 from merge_core.methods import get_postprocessor, methods

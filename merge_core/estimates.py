@@ -20,7 +20,7 @@ from merge_core.files import factors_limit
 FLOAT = 4
 
 # Memory, as the engine is (see its modules).
-AHEAD = 2  # results ready for each worker, as in merge_core.executors
+AHEAD = 2  # results ready for each worker, as in merge_core.executors.base
 SAMPLE = 1 << 19  # entries of each task that a threshold is looked for in, as in methods.selection
 ENTRYWISE_COPIES = 2  # of a parameter, beside what is read and what is written
 SAMPLE_COPIES = 4
@@ -230,7 +230,7 @@ def rates() -> Rates:
     import torch
     from blake3 import blake3
 
-    from merge_core.executors import one_thread
+    from merge_core.executors.base import one_thread
 
     def best(work: Callable[[], object]) -> float:
         work()  # libraries set themselves up at the first call

@@ -21,7 +21,8 @@ from merge_core.checkpoint import Checkpoint
 from merge_core.dtypes import SAFETENSORS_DTYPES
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError
-from merge_core.executors import Executor, Threads, one_thread
+from merge_core.executors.base import Executor, one_thread
+from merge_core.executors.local import Threads
 from merge_core.factors import FactorStore
 from merge_core.files import check_output, digest_of, folder_written_whole
 from merge_core.layout import Layout, layout

@@ -8,7 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from merge_core.decomposition import Route
-from merge_core.executors import Executor, Threads
+from merge_core.executors.base import Executor
+from merge_core.executors.local import Threads
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress
 from merge_core.suite import load_suite

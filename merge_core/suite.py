@@ -27,12 +27,10 @@ from merge_core.data_spec import DataSpec, Head, paths_of
 from merge_core.errors import CheckpointError, HubError, SuiteError, explain_validation
 from merge_core.files import digest_of, path_below, read_yaml
 from merge_core.hub.files import HubId, is_hub_id
-from merge_core.hub.headers import headers
-from merge_core.hub.models import HubModel, place, required, resolved
+from merge_core.hub.models import place, required, resolved
 from merge_core.members import are_own_heads, longest_vocabulary, names_in_all
 from merge_core.parameters import Treatment, treatment
 from merge_core.parameters import describe as describe_parameter
-from merge_core.progress import Progress
 from merge_core.tied import twins
 
 BUNDLED = "demo"
@@ -200,31 +198,6 @@ class Suite:
         weights = self.spec.base if task is None else self.spec.experts[task].weights
         return resolved(weights) if weights is not None and is_hub_id(weights) else None
 
-    def headers_only(self, models: Sequence[HubModel], progress: Progress | None = None) -> Suite:
-        """This suite, with the headers alone of members that are on the hub and not downloaded.
-
-        Args:
-            models: what is not downloaded, as :func:`merge_core.hub.models.describe` found it.
-            progress: reports each file; cancels between two.
-
-        Raises:
-            HubError: a member opens only whole (an adapter, a pickle); no access, no network.
-            Cancelled: `progress` was cancelled.
-        """
-        weights = [self.spec.base, *(expert.weights for expert in self.spec.experts.values())]
-        members = [m for m in models if any(w is not None and _names(w, m) for w in weights)]
-        if not members:  # a tower or a tokenizer alone
-            return self
-        shown = Suite(self.spec, self.path)
-        for model in members:
-            found = headers(model, progress)
-            if self.spec.base is not None and _names(self.spec.base, model):
-                shown.base = found.under(self.spec.base_prefix)
-            for task, expert in self.spec.experts.items():
-                if _names(expert.weights, model):
-                    shown._experts[task] = found
-        return shown
-
     @property
     def can_evaluate(self) -> bool:
         """Whether an architecture, and a head and data for every task, are named."""
@@ -374,10 +347,6 @@ class Suite:
                 "its base. Add 'base:' to suite.yaml: the model that it was trained on."
             )
         return self.base
-
-
-def _names(weights: str, model: HubModel) -> bool:
-    return is_hub_id(weights) and HubId.parse(weights) == model.asked
 
 
 def load_suite(reference: str | Path) -> Suite:

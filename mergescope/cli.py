@@ -223,7 +223,7 @@ def merge(
 ) -> None:
     """Merge as a recipe says, into a folder with weights, recipe and model card."""
     from merge_core.adapters.export import AdapterRank, merge_to_adapter
-    from merge_core.executors import executor as executor_named
+    from merge_core.executors.choose import executor as executor_named
     from merge_core.export import merge_to_folder
     from merge_core.factors import FactorStore
     from merge_core.recipe import load_recipe

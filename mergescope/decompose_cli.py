@@ -27,7 +27,7 @@ def decompose(
 ) -> None:
     """Decompose all matrices once; spectra, interference, every rank and scale then reuse it."""
     from merge_core.engine import check_fits
-    from merge_core.executors import executor as executor_named
+    from merge_core.executors.choose import executor as executor_named
     from merge_core.factorisation import factorised
     from merge_core.factors import FactorStore
     from merge_core.linalg import ALL

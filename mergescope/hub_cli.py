@@ -23,12 +23,13 @@ def download(
 ) -> None:
     """Download the members of a suite that are on the hub, into huggingface_hub's cache."""
     from merge_core.hub import models as hub
+    from merge_core.opening.download import hub_members, missing
 
     suite = suite_or_model(reference)
-    models = [hub.describe(name) for name in hub.missing(suite)]
+    models = [hub.describe(name) for name in missing(suite)]
     print_models(models)
     hub.fetch(models, progress_bar("downloading"))
-    for name in hub.hub_members(suite):
+    for name in hub_members(suite):
         typer.echo(f"{hub.resolved(name)} {hub.required(name)}")
 
 
@@ -76,11 +77,12 @@ def suite_or_model(reference: str) -> Suite:
 
 def with_headers(suite: Suite) -> Suite:
     """The suite; where members are on the hub only, their headers, and what they would take."""
-    from merge_core.hub.models import describe, missing
+    from merge_core.hub.models import describe
+    from merge_core.opening.download import headers_only, missing
 
     models = [describe(name) for name in missing(suite)]
     print_models(models)
-    return suite.headers_only(models, progress_bar("reading headers"))
+    return headers_only(suite, models, progress_bar("reading headers"))
 
 
 def push(

@@ -76,7 +76,7 @@ def select(
     from analysis.rank_selection.select import select_rank
     from analysis.rank_selection.space import search_space
     from merge_core.engine import MergeSession
-    from merge_core.executors import executor as executor_named
+    from merge_core.executors.choose import executor as executor_named
     from merge_core.factors import FactorStore
     from merge_core.files import write_atomically
     from merge_core.suite import load_suite

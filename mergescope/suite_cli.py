@@ -59,7 +59,7 @@ def init(
 ) -> None:
     """Find models, say what fits, and write suite.yaml. Only headers are read."""
     from merge_core.opening.draft import write_suite
-    from merge_core.opening.roles import DraftedSuite, drafted, of_preset, with_base, with_tasks
+    from merge_core.opening.roles import drafted, drafted_suite, of_preset, with_base, with_tasks
     from merge_core.opening.search import find_models
 
     named = _named(task or [])
@@ -87,7 +87,7 @@ def init(
             found = with_base(found, further[0] if further else None)
         spec = drafted(found, path.resolve().parent.name or "suite")
         _print_found(out, found)
-    _print_fit(out, DraftedSuite(spec, path, found))
+    _print_fit(out, drafted_suite(spec, path, found))
     write_suite(spec, path, overwrite)
     out.print(f"written: {path}")
     _print_next(out, path, found)

@@ -9,8 +9,9 @@ import streamlit as st
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of
 from merge_core.hub import models as hub
+from merge_core.opening import download
 from merge_core.opening.draft import suite_text, task_name, write_suite
-from merge_core.opening.roles import DraftedSuite, drafted, mistakes
+from merge_core.opening.roles import drafted, drafted_suite, mistakes
 from merge_core.suite import Suite, SuiteSpec, load_suite
 from ui import charts, session_files, shell
 from ui.open_members import fit_section, members_table
@@ -47,7 +48,7 @@ def undownloaded(suite: Suite, title: str = "Download", nbytes: int = 0) -> bool
         title: of the job, unlike others on the page.
         nbytes: how much that is, where it is known.
     """
-    missing = hub.missing(suite)
+    missing = download.missing(suite)
     if not missing:
         return False
     # Counted, so that what somebody removes from the cache again can be fetched again.
@@ -59,7 +60,7 @@ def undownloaded(suite: Suite, title: str = "Download", nbytes: int = 0) -> bool
         button=f"Download {what}" + (f" ({nbytes / 1e6:,.0f} MB)" if nbytes else ""),
         note="They go into the hub's own cache on the server "
         f"({hub.free_space() / 1e9:,.1f} GB free) and are used again.",
-        work=lambda progress: hub.download(suite, progress),
+        work=lambda progress: download.download(suite, progress),
     )
     if job is not None:
         st.session_state["open_downloads"] = turn + 1
@@ -72,7 +73,7 @@ def waiting_suites() -> None:
     for name, path in session_files.offered().items():
         try:
             suite = load_suite(path)
-            if hub.missing(suite):
+            if download.missing(suite):
                 st.subheader(f"The suite {name} is not downloaded yet", anchor=False)
                 undownloaded(suite, f"Download {name}")
         except MergeScopeError:  # said where it is opened
@@ -103,7 +104,7 @@ def suite_section(collection: Collection) -> None:
         "Name of the suite", collection.name, key=f"name_{collection.key}", max_chars=80
     )
     spec = drafted(found, name.strip() or collection.name, collection.preset)
-    suite = DraftedSuite(spec, collection.path, found)
+    suite = drafted_suite(spec, collection.path, found)
     st.subheader("What fits?", anchor=False)
     fit_section(suite)
     if spec.architecture is not None:

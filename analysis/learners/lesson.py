@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -12,14 +11,12 @@ from torch import Tensor, nn
 
 from analysis.inputs import Split
 from analysis.model import Backbone
+from analysis.outputs import ModelOutputs
 from merge_core.engine import MergeSession
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
-
-if TYPE_CHECKING:
-    from analysis.evaluation import Evaluator
 
 SPLIT: Split = "val"
 BATCH = 50
@@ -31,16 +28,16 @@ class Lesson:
     """One recipe's learning on the validation images of its tasks, whose labels it never sees.
 
     Args:
-        evaluator: gives images and heads.
+        outputs: gives images and heads.
         recipe: what is learnt for.
         session: its members.
         progress: told between units of work.
     """
 
     def __init__(
-        self, evaluator: Evaluator, recipe: Recipe, session: MergeSession, progress: Progress
+        self, outputs: ModelOutputs, recipe: Recipe, session: MergeSession, progress: Progress
     ) -> None:
-        self._evaluator = evaluator
+        self._outputs = outputs
         self.recipe = recipe
         self.groups = session.groups
         self.tasks = session.groups.tasks
@@ -82,8 +79,8 @@ class Lesson:
             if name in self.names
         }
         for task in tasks:
-            head = self._evaluator.head(task)
-            image = self._evaluator.pixels(task, SPLIT, np.arange(1))
+            head = self._outputs.head(task)
+            image = self._outputs.pixels(task, SPLIT, np.arange(1))
             width = self._backbone.features(state, image).shape[1]
             if width != head.weight.shape[1]:
                 raise SuiteError(
@@ -103,7 +100,7 @@ class Lesson:
         Raises:
             SuiteError: they are not finite.
         """
-        logits = self._evaluator.head(task).logits(self.features(weights, images))
+        logits = self._outputs.head(task).logits(self.features(weights, images))
         if not bool(torch.isfinite(logits).all()):
             raise SuiteError(
                 f"The model gives non-finite outputs on task {task!r}; choose a smaller scale or "
@@ -115,9 +112,9 @@ class Lesson:
         """Normalised validation images, N x 3 x H x W: all, or `most` of them by the seed."""
         count = self._count(task)
         if count <= most:
-            return self._evaluator.pixels(task, SPLIT, np.arange(count))
+            return self._outputs.pixels(task, SPLIT, np.arange(count))
         order = torch.randperm(count, generator=self._source(task))
-        return self._evaluator.pixels(task, SPLIT, order[:most].numpy())
+        return self._outputs.pixels(task, SPLIT, order[:most].numpy())
 
     def batches(self, task: str, size: int) -> Iterator[Tensor]:
         """Validation images without end, shuffled by the seed anew in every pass.
@@ -132,10 +129,10 @@ class Lesson:
         while True:
             order = torch.randperm(count, generator=source)
             for part in order[:whole].split(size):
-                yield self._evaluator.pixels(task, SPLIT, part.numpy())
+                yield self._outputs.pixels(task, SPLIT, part.numpy())
 
     def _count(self, task: str) -> int:
-        return len(self._evaluator.raw_inputs(task, SPLIT).labels)
+        return len(self._outputs.raw_inputs(task, SPLIT).labels)
 
     def _source(self, task: str) -> torch.Generator:
         # By the task's name: the other tasks and their order do not count.

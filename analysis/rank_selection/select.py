@@ -23,7 +23,7 @@ from analysis.rank_selection.stored import NotStored, StoredEvaluator
 from analysis.rank_selection.weight_proxies import recommend_from_weights
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
-from merge_core.executors import Executor
+from merge_core.executors.base import Executor
 from merge_core.linalg import directions
 from merge_core.methods import get_method, methods
 from merge_core.methods.spectral import matrix_shape

@@ -33,7 +33,8 @@ from merge_core.adapters.config import CONFIG_FILE
 from merge_core.decomposition import decompose
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError, RecipeError, SuiteError
-from merge_core.executors import Executor, Threads
+from merge_core.executors.base import Executor
+from merge_core.executors.local import Threads
 from merge_core.export import portable
 from merge_core.factors import FactorStore
 from merge_core.files import check_output, folder_written_whole

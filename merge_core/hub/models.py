@@ -1,4 +1,4 @@
-"""Models on the Hugging Face Hub: what they consist of, their headers, and their download.
+"""Models on the Hugging Face Hub: what they consist of, where they lie, and their download.
 
 Files land in huggingface_hub's own cache, shared with every other library; nothing but weights,
 configuration, tokenizer and card is fetched, and nothing fetched is run. A branch stays at the
@@ -13,7 +13,6 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING
 
 from merge_core.errors import Cancelled, CheckpointError, HubError
 from merge_core.header_checks import read_index
@@ -34,13 +33,9 @@ from merge_core.hub.files import (
     companions,
     entry_file,
     is_adapter,
-    is_hub_id,
     is_plain_path,
 )
 from merge_core.progress import Progress
-
-if TYPE_CHECKING:
-    from merge_core.suite import Suite
 
 TIMEOUT = 20.0
 
@@ -264,34 +259,6 @@ def not_here(text: str) -> str:
         f"{text} is not downloaded yet. Download it on the page Open checkpoints, or with: "
         f"mergescope download {text}"
     )
-
-
-def hub_members(suite: Suite) -> list[str]:
-    """What a suite names on the hub, the base first: weights, heads, towers and tokenizers."""
-    named = [suite.spec.base, *(f for expert in suite.spec.experts.values() for f in expert.files)]
-    return list(dict.fromkeys(name for name in named if name is not None and is_hub_id(name)))
-
-
-def missing(suite: Suite) -> list[str]:
-    """What a suite names on the hub and the cache has not, the base first.
-
-    Raises:
-        HubError: a name on the hub is malformed.
-    """
-    return [name for name in hub_members(suite) if cached(name) is None]
-
-
-def download(suite: Suite, progress: Progress | None = None) -> None:
-    """Download what a suite names on the hub and the cache has not.
-
-    Args:
-        suite: the suite.
-        progress: reports megabytes; cancels within a file.
-
-    Raises:
-        HubError, OutputError, Cancelled: as :func:`local`.
-    """
-    fetch([describe(name) for name in missing(suite)], progress)
 
 
 def _shards(entry: str, index: Path) -> list[str]:

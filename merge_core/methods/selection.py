@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from merge_core.executors import Threads
+from merge_core.executors.local import Threads
 from merge_core.methods.declaration import Run
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup

@@ -14,6 +14,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import SuiteError
+from merge_core.opening.download import SuiteByHeaders
 from merge_core.opening.draft import (
     LONGEST,
     Layout,
@@ -69,7 +70,7 @@ class Found:
         return {} if known is None else {name: known.info(name).shape for name in known}
 
 
-class DraftedSuite(Suite):
+def drafted_suite(spec: SuiteSpec, path: Path, found: Sequence[Found]) -> Suite:
     """A suite of models that were found: known by their headers, also on the hub.
 
     Args:
@@ -77,13 +78,8 @@ class DraftedSuite(Suite):
         path: where its file will lie.
         found: its members, and perhaps others.
     """
-
-    def __init__(self, spec: SuiteSpec, path: Path, found: Sequence[Found]) -> None:
-        super().__init__(spec, path)
-        self._found = {each.reference: each.checkpoint for each in found if each.checkpoint}
-
-    def _open(self, relative: str, what: str) -> Checkpoint:
-        return self._found.get(relative) or super()._open(relative, what)
+    known = {each.reference: each.checkpoint for each in found if each.checkpoint is not None}
+    return SuiteByHeaders(spec, path, known)
 
 
 def suggested(found: Sequence[Found]) -> tuple[Found, ...]:

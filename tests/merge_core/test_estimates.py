@@ -13,8 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from merge_core import decomposition, estimates, executors, suite
+from merge_core import decomposition, estimates, suite
 from merge_core.estimates import IMPORTS_BYTES, Job, Part, Rates, about, seconds, usual_workers
+from merge_core.executors import base, local
 from merge_core.export import merge_to_folder
 from merge_core.factors import FactorStore
 from merge_core.methods import selection
@@ -231,12 +232,12 @@ def test_more_threads_take_more_memory_and_no_more_time(job: Job) -> None:
 
 
 def test_the_engine_is_what_the_estimates_think(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert executors.AHEAD == estimates.AHEAD
+    assert base.AHEAD == estimates.AHEAD
     assert selection.SAMPLE == estimates.SAMPLE
     assert suite.HASHED_AT_ONCE == estimates.HASHED_AT_ONCE
     assert decomposition.FAST_FROM == estimates.FAST_FROM
     assert decomposition.BLOCKS == estimates.STORED_SHARE
-    assert usual_workers() == executors.Threads().workers == 1
+    assert usual_workers() == local.Threads().workers == 1
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert usual_workers() == 3

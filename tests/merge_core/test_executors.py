@@ -16,13 +16,15 @@ from typing import Any
 import pytest
 import torch
 
-import merge_core.executors as executors
 from merge_core.errors import Cancelled, ExecutorError, SuiteError
-from merge_core.executors import Executor, Processes, Serial, Threads, executor
+from merge_core.executors import base
+from merge_core.executors.base import Executor
+from merge_core.executors.choose import executor
+from merge_core.executors.local import Processes, Serial, Threads
+from merge_core.executors.ray import Ray
 from merge_core.export import merge_to_folder
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress
-from merge_core.ray_executor import Ray
 from merge_core.recipe import make_recipe
 from merge_core.suite import Suite
 from tests.work import dies, dies_once, squared
@@ -131,7 +133,7 @@ class TestProcesses:
         assert not multiprocessing.active_children()
 
     def test_one_that_always_dies_is_given_up(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(executors, "RETRIES", 0)
+        monkeypatch.setattr(base, "RETRIES", 0)
         with pytest.raises(ExecutorError, match="died 1 times around 5"):
             list(Processes(1).map(dies, [5]))
 
@@ -150,7 +152,7 @@ class TestRay:
     def test_one_that_always_dies_is_given_up(
         self, ray: Ray, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        monkeypatch.setattr("merge_core.ray_executor.RETRIES", 0)
+        monkeypatch.setattr("merge_core.executors.ray.RETRIES", 0)
         with pytest.raises(ExecutorError, match="died 1 times"):
             list(ray.map(dies, [5]))
 

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from merge_core.errors import Cancelled, SuiteError
-from merge_core.executors import Executor, Processes, Serial, Threads
+from merge_core.executors.base import Executor
+from merge_core.executors.local import Processes, Serial, Threads
 from merge_core.factorisation import factorised
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress

@@ -16,9 +16,10 @@ from safetensors import safe_open
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import HubError, SuiteError
 from merge_core.export import merge_to_folder
-from merge_core.hub.models import describe, download, local, missing
+from merge_core.hub.models import describe, local
 from merge_core.hub.push import push
 from merge_core.model_card import Result, model_card
+from merge_core.opening.download import download, headers_only, missing
 from merge_core.preflight import preflight
 from merge_core.provenance import provenance, read_provenance
 from merge_core.recipe import make_recipe
@@ -80,7 +81,7 @@ def test_nothing_is_downloaded_unasked(suite: Suite, hub: Hub) -> None:
 def test_headers_are_enough_for_the_report(
     suite: Suite, hub: Hub, suite_of: Callable[..., Suite]
 ) -> None:
-    shown = suite.headers_only([describe(name) for name in missing(suite)])
+    shown = headers_only(suite, [describe(name) for name in missing(suite)])
     on_disk = suite_of({"digits": weights(1), "shapes": weights(2)}, base=weights(0))
     assert preflight(shown) == preflight(on_disk)
     assert missing(suite)  # still not here
@@ -103,7 +104,7 @@ def test_towers_and_heads_are_downloaded_with_the_suite(
     suite = load_suite(suite.path)
     assert missing(suite) == ["hf://org/clip", "hf://org/head:two.safetensors"]
     # The members are here: nothing about them is asked of the hub.
-    assert suite.headers_only([describe(name) for name in missing(suite)]) is suite
+    assert headers_only(suite, [describe(name) for name in missing(suite)]) is suite
     download(suite)
     assert missing(suite) == []
     assert suite.file("hf://org/head:two.safetensors") == local("hf://org/head:two.safetensors")

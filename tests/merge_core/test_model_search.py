@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.opening.draft import draft
-from merge_core.opening.roles import DraftedSuite, Found, heads_for
+from merge_core.opening.roles import Found, drafted_suite, heads_for
 from merge_core.opening.search import MOST_MODELS, find_models, holds_models
 from merge_core.preflight import preflight
 from merge_core.progress import Progress
@@ -200,7 +200,7 @@ def test_a_draft_is_checked_by_what_was_found(tmp_path: Path) -> None:
     found = find_models([str(tmp_path)])
     members = {each.task: each.reference for each in found if each.role == "expert"}
     base = next(each.reference for each in found if each.role == "base")
-    suite = DraftedSuite(draft(members, base), tmp_path / "suite.yaml", found)
+    suite = drafted_suite(draft(members, base), tmp_path / "suite.yaml", found)
     report = preflight(suite)
     assert report.blocking == ()
     assert len(report.plan) == 4

@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, MergeScopeError, OutputError
-from merge_core.executors import Executor, Threads
+from merge_core.executors.base import Executor
+from merge_core.executors.local import Threads
 from merge_core.export import merge_to_folder
 from merge_core.progress import Progress
 from merge_core.recipe import make_recipe

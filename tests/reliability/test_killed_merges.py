@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import Cancelled, CheckpointError, OutputError
-from merge_core.executors import Processes, Serial, Threads
+from merge_core.executors.local import Processes, Serial, Threads
 from merge_core.export import merge_to_folder
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, make_recipe

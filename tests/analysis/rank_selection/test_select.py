@@ -27,7 +27,8 @@ from analysis.rank_selection.select import (
 from analysis.rank_selection.space import SearchSpace, search_space
 from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled, RecipeError, SuiteError
-from merge_core.executors import Executor, Processes, Serial, Threads
+from merge_core.executors.base import Executor
+from merge_core.executors.local import Processes, Serial, Threads
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress
 from merge_core.recipe import recipe_from_yaml

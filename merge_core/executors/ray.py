@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from merge_core.errors import ExecutorError
-from merge_core.executors import POLL_SECONDS, RETRIES, Ahead, NotYet, Pool, one_thread
+from merge_core.executors.base import POLL_SECONDS, RETRIES, Ahead, NotYet, Pool, one_thread
 
 
 class Ray(Ahead[Any]):

@@ -1,0 +1,161 @@
+"""What every executor is: pieces of work in the items' order, a few of them ahead.
+
+Every executor gives the same results, in the items' order: each piece runs under one torch
+thread, wherever it runs, so that even the last bits agree. Small pieces side by side also gain
+more than one piece spread over torch's own threads.
+"""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from itertools import islice
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from merge_core.errors import Cancelled, ExecutorError
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Handle = TypeVar("Handle")
+
+RETRIES = 3
+POLL_SECONDS = 0.1
+AHEAD = 2
+
+
+class Executor(ABC):
+    """Maps a function over items, several at once, a few ahead of whoever takes the results.
+
+    Attributes:
+        shares_memory: whether the function sees the caller's objects; if not, it and the items
+            travel by pickle.
+    """
+
+    shares_memory: bool
+
+    @abstractmethod
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Iterable[Item],
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Result]:
+        """Results in the order of the items.
+
+        A piece whose worker dies is run again; work that was begun is finished when the consumer
+        stops early, and what waited is dropped.
+
+        Args:
+            function: of one item; it must not depend on the others, and must give the same
+                result when it is run twice.
+            items: taken up only a few ahead of the results, so that memory stays bounded.
+            cancel: set it to stop waiting.
+
+        Raises:
+            Cancelled: `cancel` was set.
+            ExecutorError: workers died again and again at one item.
+            Exception: whatever `function` raises, in its item's place.
+        """
+
+
+class Ahead(Executor, Generic[Handle]):
+    """A window of pieces in flight; subclasses say how one is begun and waited for."""
+
+    def __init__(self, workers: int) -> None:
+        if workers < 1:
+            raise ExecutorError(f"An executor needs at least one worker, not {workers}.")
+        self.workers = workers
+
+    def map(
+        self,
+        function: Callable[[Item], Result],
+        items: Iterable[Item],
+        cancel: threading.Event | None = None,
+    ) -> Iterator[Result]:
+        """See :meth:`Executor.map`."""
+        with self._opened(function) as pool:
+            rest = iter(items)
+            # So far ahead that nobody is idle while one long piece among short ones holds up the
+            # results, or while the consumer writes one.
+            waiting = deque((i, pool.begin(i)) for i in islice(rest, AHEAD * self.workers))
+            try:
+                while waiting:
+                    yield pool.wait(waiting, cancel)
+                    waiting.extend((i, pool.begin(i)) for i in islice(rest, 1))
+            finally:
+                for _, handle in waiting:
+                    pool.drop(handle)
+
+    @abstractmethod
+    def _opened(self, function: Callable[[Any], Any]) -> Any:
+        """A context manager giving the workers' :class:`Pool`."""
+
+
+class NotYet(Exception):  # noqa: N818 - a state rather than a fault
+    """A piece is still being worked on."""
+
+
+class Pool(ABC, Generic[Handle]):
+    """Workers that run one function."""
+
+    @abstractmethod
+    def begin(self, item: Any) -> Handle:
+        """Start one piece."""
+
+    @abstractmethod
+    def ready(self, handle: Handle) -> Any:
+        """The result within :data:`POLL_SECONDS`, or :class:`NotYet`."""
+
+    @abstractmethod
+    def drop(self, handle: Handle) -> None:
+        """Forget a piece that nobody waits for any more."""
+
+    def mend(self, waiting: deque[tuple[Any, Handle]]) -> None:
+        """Replace dead workers, and begin again what they had."""
+
+    def wait(self, waiting: deque[tuple[Any, Handle]], cancel: threading.Event | None) -> Any:
+        """The first piece's result; it is taken off the queue."""
+        deaths = 0
+        while True:
+            stop_if_cancelled(cancel)
+            try:
+                result = self.ready(waiting[0][1])
+            except NotYet:
+                continue
+            except BrokenProcessPool as error:
+                deaths += 1
+                if deaths > RETRIES:
+                    raise _died(waiting[0][0]) from error
+                self.mend(waiting)
+                continue
+            waiting.popleft()
+            return result
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Torch's own threads reduced to one in the calling thread."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def stop_if_cancelled(cancel: threading.Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise Cancelled("Cancelled; nothing was written.")
+
+
+def _died(item: Any) -> ExecutorError:
+    return ExecutorError(
+        f"Worker processes died {RETRIES + 1} times around {item!s:.100}, perhaps for lack of "
+        "memory. Take fewer workers (processes:1), or threads."
+    )
