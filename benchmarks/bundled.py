@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from analysis.evaluation import Evaluator
-from analysis.predictions import PredictionStore
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection.adaptive import adaptive_search, exhaustive_search
 from analysis.rank_selection.space import search_space
 from benchmarks.measure import Laboratory

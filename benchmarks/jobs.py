@@ -15,7 +15,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis.spectra import spectral_summary, spectrum
+from analysis.spectral.spectra import spectral_summary, spectrum
 from benchmarks.synthetic import is_matrix
 from merge_core.executors.choose import executor as executor_named
 from merge_core.export import merge_to_folder

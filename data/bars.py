@@ -12,9 +12,10 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from analysis.evaluation import CONFIDENCE, Evaluator, mean_accuracy
-from analysis.first_result import first_recipes, first_result
-from analysis.inputs import Split
+from analysis.accuracy import CONFIDENCE, mean_accuracy
+from analysis.comparison.first_result import first_recipes, first_result
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.space import search_space
 from merge_core.engine import MergeSession

@@ -23,7 +23,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analysis.pool_evaluation import PoolEvaluator, PoolSplit
+from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from data.pool_building import Member, PoolPlan, build_pool, fitted, varied_members
 from data.pool_images import ImageTask, limited, write_inputs
 from data.pool_tasks import POOL_TASKS, Sizes

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 import pandas as pd
 
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.regret import EVIDENCE, EVIDENCE_IMAGES, regret_table
 from analysis.rank_selection.space import SearchSpace, search_space
 from merge_core.engine import MergeSession

@@ -15,7 +15,7 @@ import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from analysis.networks import build_network
+from analysis.networks.build import build_network
 from data.pool_images import ImageTask, normaliser, write_inputs
 from data.pool_training import State, Training, state_of, train
 from merge_core.errors import PoolError

@@ -69,7 +69,7 @@ def pixel_constants(images: Images) -> tuple[Constants, Constants]:
 def normaliser(
     mean: Sequence[float], std: Sequence[float], device: torch.device
 ) -> Callable[[Tensor], Tensor]:
-    """From uint8 N x C x H x W to float32 (x / 255 − mean) / std, like `analysis.inputs.scaled`."""
+    """From uint8 N x C x H x W to float32 (x / 255 − mean) / std, like `outputs.inputs.scaled`."""
     shift, scale = (torch.tensor(c, device=device).reshape(-1, 1, 1) for c in (mean, std))
     return lambda images: (images.float() / 255 - shift) / scale
 

@@ -11,9 +11,9 @@ import sys
 import tempfile
 from pathlib import Path
 
-from analysis.evaluation import Evaluator
-from analysis.first_result import first_recipes, first_result
-from analysis.predictions import SHIPPED_NAME, PredictionStore
+from analysis.comparison.first_result import first_recipes, first_result
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.prediction_store import SHIPPED_NAME, PredictionStore
 from analysis.rank_selection.select import NEEDS, select_rank
 from analysis.rank_selection.space import search_space
 from merge_core.engine import MergeSession

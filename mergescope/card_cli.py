@@ -19,7 +19,7 @@ def card(
     limit: LimitOption = None,
 ) -> None:
     """Evaluate a merged model and write its model card anew, with the accuracies."""
-    from analysis.card import write_card
+    from analysis.evaluation.model_card import write_card
     from merge_core.provenance import read_provenance
     from merge_core.suite import load_suite
 

@@ -162,7 +162,7 @@ def _norms(suite: Suite, tasks: list[str] | None) -> pd.DataFrame:
     """Norms and ranks of the task vectors about each available origin, one row a task."""
     import pandas as pd
 
-    from analysis.spectra import spectral_summary
+    from analysis.spectral.spectra import spectral_summary
     from merge_core.factors import FactorStore
     from merge_core.task_vectors import Groups, Origin
 
@@ -293,7 +293,7 @@ def _recipe_of_model(path: Path, reference: str | None) -> tuple[Recipe, Suite, 
 
 def _learned(recipe: Recipe, suite: Suite, store: FactorStore) -> object:
     """What a recipe's method learns from the suite's data before it merges."""
-    from analysis.evaluation import Evaluator
+    from analysis.evaluation.evaluator import Evaluator
     from merge_core.engine import MergeSession
 
     session = MergeSession(suite, recipe.tasks, store)
@@ -311,7 +311,8 @@ def evaluate(
     import pandas as pd
     import yaml
 
-    from analysis.evaluation import Evaluator, mean_accuracy
+    from analysis.accuracy import mean_accuracy
+    from analysis.evaluation.evaluator import Evaluator
     from merge_core.engine import MergeSession
     from merge_core.factors import FactorStore
     from merge_core.recipe import load_recipe, make_recipe

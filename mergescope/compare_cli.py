@@ -26,7 +26,7 @@ from mergescope.terminal import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from analysis.comparison import Compared
+    from analysis.comparison.run import Compared
     from merge_core.recipe import Recipe
     from merge_core.suite import Suite
 
@@ -63,8 +63,8 @@ def compare(
     csv: CsvOption = None,
 ) -> None:
     """Methods on the same images: accuracy, cost, and which differences are real."""
-    from analysis.comparison import compared
-    from analysis.evaluation import Evaluator
+    from analysis.comparison.run import compared
+    from analysis.evaluation.evaluator import Evaluator
     from merge_core.engine import MergeSession
     from merge_core.factors import FactorStore
     from merge_core.suite import load_suite
@@ -105,7 +105,7 @@ def compare(
 
 def _chosen(text: str | None, suite: Suite, tasks: tuple[str, ...]) -> list[str]:
     """Names of methods: those asked for, or those that can run here."""
-    from analysis.comparison import usable
+    from analysis.comparison.run import usable
 
     if text is None or text.strip() == ALL:
         found = usable(suite, tasks)
@@ -194,8 +194,8 @@ def _print_seeds(out: Console, result: Compared) -> None:
 
 
 def _print_differences(out: Console, result: Compared) -> None:
-    from analysis.compare import paired
-    from analysis.comparison import behind
+    from analysis.accuracy import paired
+    from analysis.comparison.run import behind
 
     best, *others = result.summary["label"].tolist()
     if not others:

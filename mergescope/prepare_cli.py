@@ -55,7 +55,7 @@ def _download(suite: Suite, task: str) -> None:
 
 def _images(suite: Suite, task: str) -> list[str]:
     """Kind, size of the images, numbers of images and classes."""
-    from analysis.inputs import Split, load_inputs
+    from analysis.outputs.inputs import Split, load_inputs
 
     data = suite.spec.experts[task].data
     if data is None:
@@ -77,7 +77,8 @@ def _head(suite: Suite, task: str) -> str:
     Raises:
         SuiteError: it has fewer classes than the labels.
     """
-    from analysis.inputs import has_labels, load_head, load_inputs
+    from analysis.outputs.heads import load_head
+    from analysis.outputs.inputs import has_labels, load_inputs
 
     if suite.spec.experts[task].head is None:
         return "none"

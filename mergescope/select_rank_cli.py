@@ -72,7 +72,7 @@ def select(
     ] = None,
 ) -> None:
     """Which rank and scale: from labels, from inputs alone, or from weights alone."""
-    from analysis.evaluation import Evaluator
+    from analysis.evaluation.evaluator import Evaluator
     from analysis.rank_selection.select import select_rank
     from analysis.rank_selection.space import search_space
     from merge_core.engine import MergeSession
@@ -123,7 +123,7 @@ def _checked_mode(text: str | None, can_evaluate: bool) -> Mode:
 
 
 def _print(out: Console, result: Selection) -> None:
-    from analysis.evaluation import mean_accuracy
+    from analysis.accuracy import mean_accuracy
     from analysis.rank_selection.select import setting_words
 
     out.print(f"recommended: {setting_words(result.rank, result.scale)}")

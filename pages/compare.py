@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import streamlit as st
 
-from analysis import compare
-from analysis.comparison import SEEDS, Compared, compared, usable
+from analysis import accuracy
+from analysis.comparison.published import published
+from analysis.comparison.run import SEEDS, Compared, compared, usable
 from analysis.figures import compare as figures
-from analysis.published import published
 from merge_core.files import digest_of
 from merge_core.recipe import Recipe
 from ui import charts, resources, shell
@@ -69,7 +69,7 @@ def ranking(result: Compared) -> None:
             alt="Mean test accuracy of each method with its interval",
         )
     with right:
-        pairs = compare.paired(result.hits)
+        pairs = accuracy.paired(result.hits)
         charts.show(
             figures.paired_map(pairs, order, title="Which differences are real?"),
             key="pairs",

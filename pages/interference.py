@@ -7,7 +7,7 @@ import streamlit as st
 
 from analysis.figures import interference as figures
 from analysis.figures.spectra import short_name
-from analysis.interference import (
+from analysis.spectral.interference import (
     Side,
     cosine_similarity,
     interference_over_rank,

@@ -9,14 +9,22 @@ import numpy as np
 import pandas as pd
 import streamlit as st
 
-from analysis import magnitude, robustness
 from analysis.figures import magnitude as figures
 from analysis.figures import regularisation as norm_figures
-from analysis.homogeneity import LAWS, Law, affine_depth, dominance, exact_degree, laws
-from analysis.magnitude import WHO, What, Who
-from analysis.pool_evaluation import PoolEvaluator
-from analysis.regularisation import TOTAL, histogram_frame, identity_frame, norms_frame
-from analysis.robustness import CORRUPTIONS, Corruption
+from analysis.magnitude import robustness, sweep
+from analysis.magnitude.homogeneity import (
+    LAWS,
+    Law,
+    What,
+    affine_depth,
+    dominance,
+    exact_degree,
+    laws,
+)
+from analysis.magnitude.norms import TOTAL, histogram_frame, identity_frame, norms_frame
+from analysis.magnitude.robustness import CORRUPTIONS, Corruption
+from analysis.magnitude.sweep import WHO, Who
+from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.files import digest_of
 from merge_core.progress import Progress
 from ui import charts, pool_resources, shell
@@ -55,7 +63,7 @@ def predicted(
 ) -> pd.DataFrame:
     """The sweep that a power law predicts."""
     evaluator = pool_resources.evaluator(_view)
-    return magnitude.predicted_sweep(evaluator, members, MAGNITUDES, who, what, layer, law=law)
+    return sweep.predicted_sweep(evaluator, members, MAGNITUDES, who, what, layer, law=law)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -97,14 +105,14 @@ def choose(view: PoolView, evaluator: PoolEvaluator) -> tuple[Who, What, str | N
     )
     layer = None
     if what == "layer":
-        options = magnitude.layer_names(evaluator.network.module)
+        options = sweep.layer_names(evaluator.network.module)
         layer = st.selectbox("Layer", options, key="scaled", bind="query-params")
     return who, what, layer
 
 
 def law_in_words(evaluator: PoolEvaluator, what: What, layer: str | None) -> str:
     """What mathematics says about this choice."""
-    scaled = magnitude.scaled_names(evaluator.network.module, what, layer)
+    scaled = sweep.scaled_names(evaluator.network.module, what, layer)
     degree = exact_degree(evaluator, scaled)
     depth = affine_depth(evaluator, scaled)
     if degree is not None:
@@ -133,7 +141,7 @@ def scaling_section() -> None:
     who, what, layer = choose(view, evaluator)
 
     def work(progress: Progress) -> pd.DataFrame:
-        return magnitude.magnitude_sweep(
+        return sweep.magnitude_sweep(
             evaluator, view.members, MAGNITUDES, who, what, layer, progress=progress
         )
 
@@ -159,7 +167,7 @@ def scaling_section() -> None:
         bind="query-params",
         help="The marked factor; 1 leaves the members as they are.",
     )
-    scaled = magnitude.scaled_names(evaluator.network.module, what, layer)
+    scaled = sweep.scaled_names(evaluator.network.module, what, layer)
     known = laws(evaluator, scaled)
     with right:
         law: Law = choice(

@@ -5,10 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from analysis.card import results_of
-from analysis.evaluation import mean_accuracy
+from analysis.accuracy import mean_accuracy
+from analysis.evaluation.model_card import results_of
 from analysis.figures import accuracy as figures
-from analysis.inputs import Split
+from analysis.outputs.inputs import Split
 from merge_core.errors import RecipeError
 from merge_core.export import merged_bytes
 from merge_core.methods import get_method, methods

@@ -11,10 +11,11 @@ import pandas as pd
 import streamlit as st
 from PIL import Image
 
-from analysis.evaluation import mean_accuracy
+from analysis.accuracy import mean_accuracy
+from analysis.comparison.first_result import first_recipes, first_result, knows_first_result
+from analysis.data_sources.source import UNLABELLED
 from analysis.figures import accuracy as figures
-from analysis.first_result import first_recipes, first_result, knows_first_result
-from analysis.inputs import UNLABELLED, load_inputs
+from analysis.outputs.inputs import load_inputs
 from merge_core.estimates import TIME_NOTE, about, seconds
 from merge_core.methods import get_method
 from merge_core.preflight import Preflight, preflight

@@ -7,10 +7,10 @@ import pandas as pd
 import streamlit as st
 from torch import Tensor
 
-from analysis import blending, templates
 from analysis.figures import templates as figures
-from analysis.images import Normalisation
-from analysis.pool_evaluation import PoolEvaluator, tensors_of
+from analysis.outputs.pool_outputs import PoolEvaluator, tensors_of
+from analysis.patterns import blending, templates
+from analysis.patterns.images import Normalisation
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import PoolError
 from merge_core.pool import Pool

@@ -8,7 +8,8 @@ from collections.abc import Callable
 import pandas as pd
 import streamlit as st
 
-from analysis.evaluation import Evaluator, mean_accuracy
+from analysis.accuracy import mean_accuracy
+from analysis.evaluation.evaluator import Evaluator
 from analysis.figures import rank_evidence
 from analysis.figures import rank_selection as figures
 from analysis.rank_selection.select import (

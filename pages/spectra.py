@@ -6,7 +6,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis.figures import spectra as figures
-from analysis.spectra import Part, cuts, parts_of, spectral_summary, spectrum
+from analysis.spectral.spectra import Part, cuts, parts_of, spectral_summary, spectrum
 from merge_core.parameters import describe
 from merge_core.task_vectors import Groups, Origin
 from ui import charts, resources, shell

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from analysis import similarity, soups, taylor
-from analysis.ensembles import accuracy_over_members, agreement
+from analysis.averaging import curvature, similarity, soups
+from analysis.averaging.ensembles import accuracy_over_members, agreement
+from analysis.averaging.gaps import covariance_frame, covariance_summary, gap_to_ensemble
+from analysis.averaging.soups import Statistics
 from analysis.figures import ensembles as figures
 from analysis.figures.similarity import agreement_map, cka_layers
-from analysis.gaps import covariance_frame, covariance_summary, gap_to_ensemble
-from analysis.inputs import SPLIT_NAMES, Split
-from analysis.soups import Statistics
+from analysis.outputs.inputs import SPLIT_NAMES, Split
 from merge_core.files import digest_of
 from merge_core.progress import Progress
 from ui import charts, pool_resources, shell
@@ -293,7 +293,7 @@ def curvature_section(view: PoolView, statistics: Statistics) -> None:
         return
 
     def work(progress: Progress) -> pd.DataFrame:
-        return taylor.predicted_gap(evaluator, view.members, progress=progress)
+        return curvature.predicted_gap(evaluator, view.members, progress=progress)
 
     members = ",".join(map(str, view.members))
     job = run_job(
@@ -313,7 +313,7 @@ def curvature_section(view: PoolView, statistics: Statistics) -> None:
         alt="Measured soup minus ensemble against the second-order prediction",
         height=430,
     )
-    said = taylor.gap_summary(frame).iloc[0]
+    said = curvature.gap_summary(frame).iloc[0]
     st.caption(
         f"Correlation {said['correlation']:.2f}, slope {said['slope']:.2f} (1 would be exact); "
         "test images, BatchNorm statistics averaged."

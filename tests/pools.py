@@ -12,7 +12,7 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis.networks import Network
+from analysis.networks.pool_network import Network
 from merge_core.pool import Pool, load_pool
 
 SIZE, CLASSES = 12, 4

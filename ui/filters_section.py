@@ -8,9 +8,9 @@ import plotly.graph_objects as go
 import streamlit as st
 from torch import Tensor
 
-from analysis import patterns
 from analysis.figures import patterns as figures
-from analysis.images import Normalisation
+from analysis.patterns import filters as patterns
+from analysis.patterns.images import Normalisation
 from ui import charts, shell
 from ui.pictured import AVERAGE, Source, open_source, pictured, source_names
 from ui.widgets import choice

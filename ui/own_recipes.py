@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from analysis.comparison import adapted, label_of, usable
+from analysis.comparison.run import adapted, label_of, usable
 from merge_core.engine import check_recipe
 from merge_core.errors import MergeScopeError
 from merge_core.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import streamlit as st
 from torch import Tensor
 
-from analysis.model import Backbone
-from analysis.networks import Network
-from analysis.patterns import head_count, pictured_names
+from analysis.networks.backbone import Backbone
+from analysis.networks.pool_network import Network
+from analysis.patterns.filters import head_count, pictured_names
 from merge_core.checkpoint import Checkpoint
 from merge_core.pool import Pool
 from merge_core.suite import Suite

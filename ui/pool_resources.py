@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import streamlit as st
 
-from analysis.pool_evaluation import PoolEvaluator
+from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.files import digest_of
 from merge_core.pool import Pool, load_pool
 from ui.catalog import POOLS

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
+from analysis.evaluation.stored_only import NotStored, StoredEvaluator
 from analysis.figures import rank_evidence as figures
 from analysis.rank_selection.allocation import against_uniform
 from analysis.rank_selection.per_layer import ranks_per_layer
 from analysis.rank_selection.select import Selection
-from analysis.rank_selection.stored import NotStored, StoredEvaluator
 from merge_core.engine import MergeSession
 from merge_core.files import digest_of
 from merge_core.progress import Progress

@@ -13,8 +13,8 @@ from typing import get_args
 
 import streamlit as st
 
-from analysis.evaluation import Evaluator
-from analysis.inputs import Split, has_labels
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import Split, has_labels
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.files import digest_of, file_digest

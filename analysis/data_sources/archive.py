@@ -3,14 +3,33 @@
 from __future__ import annotations
 
 import zipfile
+import zlib
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
 from analysis.data_sources.source import UNLABELLED, Pixels, Request, Source
-from merge_core.errors import SuiteError
+from merge_core.errors import MergeScopeError, SuiteError
 
 ENDING = "_images"
+
+
+@dataclass(frozen=True)
+class TaskInputs:
+    """One split of one task.
+
+    Attributes:
+        images: uint8, N x H x W x channels; perhaps mapped from a file. Of texts their tokens,
+            int32, N x L.
+        labels: int64, N, in 0..classes−1; all :data:`UNLABELLED` where there are none.
+        class_names: one per class.
+    """
+
+    images: np.ndarray
+    labels: np.ndarray
+    class_names: tuple[str, ...]
 
 
 def open_archive(request: Request) -> Source:
@@ -35,8 +54,6 @@ def open_archive(request: Request) -> Source:
 
 
 def _split(request: Request, split: str) -> Pixels:
-    from analysis.inputs import read_split
-
     found = read_split(
         request.path,
         split,
@@ -47,3 +64,69 @@ def _split(request: Request, split: str) -> Pixels:
     )
     labels = found.labels if request.data.labelled else np.full(len(found.images), UNLABELLED)
     return Pixels(found.images, labels, f"{request.path.name}, {split}")
+
+
+def read_split(
+    path: Path,
+    split: str,
+    what: str,
+    error: type[MergeScopeError],
+    channels: int,
+    limit: int | None = None,
+    labelled: bool = True,
+) -> TaskInputs:
+    """Read one split of a numpy archive of images.
+
+    Args:
+        path: the archive.
+        split: its arrays are ``{split}_images`` and ``{split}_labels``.
+        what: whose data these are, for messages.
+        error: what is raised.
+        channels: the number of colour channels expected.
+        limit: only the first so many images.
+        labelled: whether labels must be there; else they are :data:`UNLABELLED` where missing.
+
+    Raises:
+        MergeScopeError: of the given kind: a missing file, or content of another form.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            images = archive[f"{split}_images"][:limit]
+            if labelled or f"{split}_labels" in archive:
+                labels = archive[f"{split}_labels"][:limit]
+                least = 0
+            else:
+                labels, least = np.full(len(images), UNLABELLED), UNLABELLED
+            if labels.dtype.kind not in "iu":
+                raise ValueError(f"the labels are {labels.dtype}, not integers")
+            labels = labels.astype(np.int64)
+            count = int(labels.max(initial=-1)) + 1
+            names = (
+                tuple(str(name) for name in archive["class_names"])
+                if "class_names" in archive
+                else tuple(str(i) for i in range(count))
+            )
+    except OSError as fault:
+        raise error(f"{path} ({what}) cannot be read: {fault}.") from fault
+    # TypeError: a lone .npy array; IndexError: a number instead of an array; the others: damage.
+    except (
+        ValueError,
+        LookupError,
+        TypeError,
+        EOFError,
+        RuntimeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as fault:
+        raise error(
+            f"{path} ({what}) is not a numpy archive with {split}_images and "
+            f"{split}_labels ({fault})."
+        ) from fault
+    if images.ndim != 4 or images.shape[-1] != channels or images.dtype != np.uint8:
+        raise error(
+            f"{path}: {split}_images must be uint8 of shape N x height x width x {channels}, "
+            f"got {images.dtype} of shape {images.shape}."
+        )
+    if labels.shape != (len(images),) or len(labels) == 0 or labels.min() < least:
+        raise error(f"{path}: {split}_labels must be one class number per image, from 0.")
+    return TaskInputs(images, labels, names)

@@ -37,7 +37,7 @@ def rules_dots(frame: pd.DataFrame, title: str = "", chance: float | None = None
     """Accuracy of each rule with its interval, over the band of individuals.
 
     Args:
-        frame: of :func:`analysis.ensembles.rules_frame`.
+        frame: of :func:`analysis.averaging.ensembles.rules_frame`.
         title: the figure's title.
         chance: accuracy of guessing (a share), drawn as a line.
     """
@@ -78,7 +78,7 @@ def accuracy_over_n(frame: pd.DataFrame, title: str = "", chance: float | None =
     """Accuracy of each rule over the number of members, with the band of individuals.
 
     Args:
-        frame: of :func:`analysis.ensembles.accuracy_over_members`.
+        frame: of :func:`analysis.averaging.ensembles.accuracy_over_members`.
         title: the figure's title.
         chance: accuracy of guessing (a share), drawn as a line.
     """
@@ -124,7 +124,7 @@ def accuracy_against_cost(
     members, the markers a little apart.
 
     Args:
-        frame: of :func:`analysis.ensembles.accuracy_over_members`.
+        frame: of :func:`analysis.averaging.ensembles.accuracy_over_members`.
         title: the figure's title.
         chance: accuracy of guessing (a share), drawn as a line.
     """
@@ -163,7 +163,7 @@ def covariance_scatter(frame: pd.DataFrame, title: str = "") -> go.Figure:
     What lies off the line is the covariance term.
 
     Args:
-        frame: of :func:`analysis.gaps.covariance_frame`.
+        frame: of :func:`analysis.averaging.gaps.covariance_frame`.
         title: the figure's title.
     """
     return _diagonal(
@@ -178,8 +178,8 @@ def gap_scatter(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """A difference of two rules' logits, measured against predicted.
 
     Args:
-        frame: of :func:`analysis.taylor.predicted_gap` or
-            :func:`analysis.gaps.covariance_frame`.
+        frame: of :func:`analysis.averaging.curvature.predicted_gap` or
+            :func:`analysis.averaging.gaps.covariance_frame`.
         title: the figure's title.
     """
     return _diagonal(
@@ -194,7 +194,7 @@ def greedy_trace(trace: pd.DataFrame, title: str = "") -> go.Figure:
     """The greedy soup's steps: accuracy of each candidate, kept or not, and of each member alone.
 
     Args:
-        trace: of :func:`analysis.soups.greedy_soup`.
+        trace: of :func:`analysis.averaging.soups.greedy_soup`.
         title: the figure's title.
     """
     names = [f"member {member}" for member in trace["member"]]

@@ -110,8 +110,8 @@ def over_rank(
     """A quantity over the share of directions kept, centred against original.
 
     Args:
-        frame: of :func:`analysis.interference.interference_over_rank` (a curve a matrix) or
-            :func:`analysis.interference.mean_over_layers`, one origin or both.
+        frame: of :func:`analysis.spectral.interference.interference_over_rank` (a curve a matrix)
+            or :func:`analysis.spectral.interference.mean_over_layers`, one origin or both.
         value: the column drawn.
         title: the figure's title.
         chosen_share: share of the directions that the page has chosen.
@@ -158,8 +158,8 @@ def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None =
     Down and to the left is better: little lost and little in each other's way.
 
     Args:
-        frame: of :func:`analysis.interference.interference_over_rank` (a curve a matrix) or
-            :func:`analysis.interference.mean_over_layers`, one origin or both.
+        frame: of :func:`analysis.spectral.interference.interference_over_rank` (a curve a matrix)
+            or :func:`analysis.spectral.interference.mean_over_layers`, one origin or both.
         title: the figure's title.
         chosen_share: share of the directions that the page has chosen; the nearest computed
             point of each curve gets a ring.
@@ -225,7 +225,7 @@ def conflict_bars(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """Per parameter: the magnitude that cancels in the sum, and the entries with both signs.
 
     Args:
-        frame: of :func:`analysis.interference.sign_conflict`.
+        frame: of :func:`analysis.spectral.interference.sign_conflict`.
         title: the figure's title.
     """
     names = short_names(frame["parameter"])

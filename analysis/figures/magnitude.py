@@ -8,8 +8,8 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from analysis.figures.style import OKABE_ITO, REFERENCE, layout
-from analysis.homogeneity import LAWS, Law
-from analysis.magnitude import SUBJECTS
+from analysis.magnitude.homogeneity import LAWS, Law
+from analysis.magnitude.sweep import SUBJECTS
 
 # Column of the frame: label with unit, and tick format of its axis.
 QUANTITIES: dict[str, tuple[str, str]] = {
@@ -49,9 +49,10 @@ def magnitude_lines(
     """One measure over m, a line a subject.
 
     Args:
-        frame: of :func:`analysis.magnitude.magnitude_sweep`.
+        frame: of :func:`analysis.magnitude.sweep.magnitude_sweep`.
         quantity: a key of :data:`QUANTITIES`.
-        prediction: of :func:`analysis.magnitude.predicted_sweep`, drawn over it in dashed grey.
+        prediction: of :func:`analysis.magnitude.sweep.predicted_sweep`, drawn over it in dashed
+            grey.
         title: the figure's title.
         chosen: the m that the page has chosen.
     """
@@ -73,8 +74,9 @@ def magnitude_grid(
     """Six measures over m as small multiples, two beside each other.
 
     Args:
-        frame: of :func:`analysis.magnitude.magnitude_sweep`.
-        prediction: of :func:`analysis.magnitude.predicted_sweep`, drawn over it in dashed grey.
+        frame: of :func:`analysis.magnitude.sweep.magnitude_sweep`.
+        prediction: of :func:`analysis.magnitude.sweep.predicted_sweep`, drawn over it in dashed
+            grey.
         title: the figure's title.
         chosen: the m that the page has chosen.
     """
@@ -208,7 +210,7 @@ def dominance_lines(frame: pd.DataFrame, title: str = "", chosen: float | None =
     """The scaled member's part of the average, in weights and in logits.
 
     Args:
-        frame: of :func:`analysis.homogeneity.dominance`.
+        frame: of :func:`analysis.magnitude.homogeneity.dominance`.
         title: the figure's title.
         chosen: the m that the page has chosen.
     """

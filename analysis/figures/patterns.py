@@ -20,8 +20,8 @@ from analysis.figures.style import (
     thinned,
 )
 from analysis.figures.templates import tile_figure, with_scale
-from analysis.images import Normalisation, normalise, pooled, stitched, tile_png
-from analysis.patterns import Components
+from analysis.patterns.filters import Components
+from analysis.patterns.images import Normalisation, normalise, pooled, stitched, tile_png
 
 # Most cells along a side of a heat map, and cells of a layer in the map of norms.
 CELLS = 256
@@ -63,7 +63,7 @@ def components_grid(
     """Principal components of filters, each with the share that it explains.
 
     Args:
-        components: of :func:`analysis.patterns.filter_components`.
+        components: of :func:`analysis.patterns.filters.filter_components`.
         title: the figure's title; how intensities are to be read is added.
         kind: the normalisation of intensities.
         columns: components side by side.
@@ -81,7 +81,7 @@ def kernel_norm_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """The norms of every layer's filters, strongest filter first.
 
     Args:
-        frame: of :func:`analysis.patterns.kernel_norms`.
+        frame: of :func:`analysis.patterns.filters.kernel_norms`.
         title: the figure's title.
     """
     names = short_names(dict.fromkeys(frame["layer"]))
@@ -129,7 +129,7 @@ def position_grid(similarity: np.ndarray, title: str = "") -> go.Figure:
 
     Args:
         similarity: rows x columns x rows x columns, of
-            :func:`analysis.patterns.position_similarity`.
+            :func:`analysis.patterns.filters.position_similarity`.
         title: the figure's title.
     """
     rows, columns = similarity.shape[:2]
@@ -157,7 +157,7 @@ def head_maps(forms: np.ndarray, title: str = "") -> go.Figure:
     Large forms are reduced by the mean of blocks, which the title then says.
 
     Args:
-        forms: heads x width x width, of :func:`analysis.patterns.query_key`.
+        forms: heads x width x width, of :func:`analysis.patterns.filters.query_key`.
         title: the figure's title.
     """
     heads, width, _ = forms.shape
@@ -219,7 +219,7 @@ def head_spectrum(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """Singular values of each head's form; the legend says how symmetric it is.
 
     Args:
-        frame: of :func:`analysis.patterns.head_spectrum`.
+        frame: of :func:`analysis.patterns.filters.head_spectrum`.
         title: the figure's title.
     """
     figure = go.Figure()

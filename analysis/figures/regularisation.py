@@ -10,8 +10,8 @@ import plotly.graph_objects as go
 
 from analysis.figures.magnitude import COLOURS, LINES, SYMBOLS
 from analysis.figures.style import OKABE_ITO, REFERENCE, layout
-from analysis.magnitude import SUBJECTS
-from analysis.robustness import CORRUPTIONS, Corruption
+from analysis.magnitude.robustness import CORRUPTIONS, Corruption
+from analysis.magnitude.sweep import SUBJECTS
 
 NAMES = SUBJECTS | {"individuals": "individuals"}
 
@@ -24,7 +24,7 @@ def norm_ratios(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """Per parameter: the average's norm as a share of the members', with the line 1/√N.
 
     Args:
-        frame: of :func:`analysis.regularisation.norms_frame`.
+        frame: of :func:`analysis.magnitude.norms.norms_frame`.
         title: the figure's title.
     """
     labels = np.array(_labels(frame))
@@ -74,7 +74,7 @@ def norm_ranges(
     """Per parameter: norm or variance of the members (mean, least to most) and of the average.
 
     Args:
-        frame: of :func:`analysis.regularisation.norms_frame`.
+        frame: of :func:`analysis.magnitude.norms.norms_frame`.
         quantity: "norm" (Frobenius) or "variance" (of the entries).
         title: the figure's title.
     """
@@ -126,7 +126,7 @@ def weight_histogram(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """The distribution of one parameter's entries, in steps.
 
     Args:
-        frame: of :func:`analysis.regularisation.histogram_frame`.
+        frame: of :func:`analysis.magnitude.norms.histogram_frame`.
         title: the figure's title.
     """
     figure = go.Figure()
@@ -151,7 +151,7 @@ def identity_bar(frame: pd.DataFrame, parameter: str, title: str = "") -> go.Fig
     """mean‖θ_i‖² beside the sum of ‖θ̄‖² and mean‖θ_i − θ̄‖².
 
     Args:
-        frame: of :func:`analysis.regularisation.identity_frame`.
+        frame: of :func:`analysis.magnitude.norms.identity_frame`.
         parameter: one of its rows.
         title: the figure's title.
     """
@@ -180,7 +180,7 @@ def noise_lines(frame: pd.DataFrame, relative: bool = True, title: str = "") -> 
     """Accuracy over the strength of noise on the weights, with the range over seeds.
 
     Args:
-        frame: of :func:`analysis.robustness.weight_noise_sweep`.
+        frame: of :func:`analysis.magnitude.robustness.weight_noise_sweep`.
         relative: as the sweep's.
         title: the figure's title.
     """
@@ -195,7 +195,7 @@ def corruption_lines(frame: pd.DataFrame, corruption: Corruption, title: str = "
     """Accuracy over the severity of a corruption, individuals with their range.
 
     Args:
-        frame: of :func:`analysis.robustness.corruption_sweep`.
+        frame: of :func:`analysis.magnitude.robustness.corruption_sweep`.
         corruption: which one it is.
         title: the figure's title.
     """

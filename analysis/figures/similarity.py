@@ -22,7 +22,7 @@ def agreement_map(frame: pd.DataFrame, value: str = "agreement", title: str = ""
     """A map of pairs of models.
 
     Args:
-        frame: of :func:`analysis.ensembles.agreement`.
+        frame: of :func:`analysis.averaging.ensembles.agreement`.
         value: ``agreement`` or ``error_overlap``.
         title: the figure's title.
     """
@@ -37,7 +37,7 @@ def cka_map(frame: pd.DataFrame, layer: str, title: str = "") -> go.Figure:
     """Similarity of every two members at one layer.
 
     Args:
-        frame: of :func:`analysis.similarity.cka_frame`.
+        frame: of :func:`analysis.averaging.similarity.cka_frame`.
         layer: one of its layers.
         title: the figure's title.
     """
@@ -49,7 +49,7 @@ def cka_layers(frame: pd.DataFrame, title: str = "") -> go.Figure:
     """Similarity over depth: the mean over pairs of members, and the lowest to highest pair.
 
     Args:
-        frame: of :func:`analysis.similarity.mean_cka`.
+        frame: of :func:`analysis.averaging.similarity.mean_cka`.
         title: the figure's title.
     """
     frame = frame.sort_values("depth")

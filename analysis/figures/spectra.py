@@ -86,10 +86,10 @@ def scree(frame: pd.DataFrame, cuts: pd.DataFrame | None = None, title: str = ""
     """Singular values over their index, logarithmic, a colour a task and a dash an origin.
 
     Args:
-        frame: of :func:`analysis.spectra.spectrum`, one origin or both below one another. Zero
-            singular values have no place on a logarithmic axis and are left out.
-        cuts: of :func:`analysis.spectra.cuts`, drawn as dotted lines: one task's bounds, or the
-            mean over tasks.
+        frame: of :func:`analysis.spectral.spectra.spectrum`, one origin or both below one another.
+            Zero singular values have no place on a logarithmic axis and are left out.
+        cuts: of :func:`analysis.spectral.spectra.cuts`, drawn as dotted lines: one task's bounds,
+            or the mean over tasks.
         title: the figure's title.
     """
     figure = go.Figure()
@@ -190,7 +190,7 @@ def cumulative_energy(
     """Energy kept over the share of directions kept, a colour a task and a dash an origin.
 
     Args:
-        frame: of :func:`analysis.spectra.spectrum`, one origin or both below one another.
+        frame: of :func:`analysis.spectral.spectra.spectrum`, one origin or both below one another.
         title: the figure's title.
         marks: shares of the energy drawn as dotted lines.
         chosen_share: share of the directions that the page has chosen.
@@ -237,7 +237,7 @@ def summary_map(frame: pd.DataFrame, value: str, title: str = "") -> go.Figure:
     """One scalar of the spectrum for every matrix (rows) and task (columns).
 
     Args:
-        frame: of :func:`analysis.spectra.spectral_summary`, one origin.
+        frame: of :func:`analysis.spectral.spectra.spectral_summary`, one origin.
         value: a key of :data:`SUMMARY_VALUES`.
         title: the figure's title.
 

@@ -9,7 +9,6 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.blending import blend
 from analysis.figures.style import (
     DASHES,
     DIVERGING,
@@ -20,8 +19,9 @@ from analysis.figures.style import (
     readable_cells,
     square_cells,
 )
-from analysis.images import NORMALISATIONS, Normalisation, Tiles, normalise, tile_png
-from analysis.templates import COMPARISONS
+from analysis.patterns.blending import blend
+from analysis.patterns.images import NORMALISATIONS, Normalisation, Tiles, normalise, tile_png
+from analysis.patterns.templates import COMPARISONS
 
 # Column of a frame: its label with unit, and whether it depends on what is compared.
 VALUES = {
@@ -171,7 +171,7 @@ def cosine_map(
     """Cosines of templates (down) with class means or the like (across), from −1 to 1.
 
     Args:
-        frame: of :func:`analysis.templates.cosine_frame`.
+        frame: of :func:`analysis.patterns.templates.cosine_frame`.
         title: the figure's title.
         rows: label of the vertical axis.
         columns: label of the horizontal axis.
@@ -207,7 +207,7 @@ def dominance_lines(
     """A measurement of templates over weight decay or training: mean and range over members.
 
     Args:
-        frame: of :func:`analysis.templates.decay_frame`, or of its twin along training.
+        frame: of :func:`analysis.patterns.templates.decay_frame`, or of its twin along training.
         x: "weight_decay", with a line for each comparison, or "epoch", with one for each decay.
         value: one of :data:`VALUES`.
         title: the figure's title.
@@ -281,7 +281,7 @@ def response_lines(
     """How images of two classes, and all others, respond along the blend of the two.
 
     Args:
-        frame: of :func:`analysis.blending.blend_response`.
+        frame: of :func:`analysis.patterns.blending.blend_response`.
         value: "logit", or "share_as_a" for the share that is classified as the first class.
         names: of classes a and b.
         title: the figure's title.
@@ -302,7 +302,7 @@ def model_response_lines(
     """Accuracy or logits along the blend of two classifiers.
 
     Args:
-        frame: of :func:`analysis.blending.model_response`.
+        frame: of :func:`analysis.patterns.blending.model_response`.
         value: "accuracy", or "logit" for the logit of the class looked at.
         class_name: that class.
         names: of the first and the second model.

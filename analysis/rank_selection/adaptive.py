@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from analysis.compare import difference
-from analysis.evaluation import CONFIDENCE, Evaluator
-from analysis.inputs import Split
+from analysis.accuracy import CONFIDENCE, difference
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import Split
 from analysis.rank_selection.scores import image_scores
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.surrogate import Levels, Surrogate, root

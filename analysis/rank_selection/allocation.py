@@ -16,11 +16,11 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from analysis.compare import difference
-from analysis.evaluation import CONFIDENCE, Evaluator, accuracy_frame, mean_accuracy
+from analysis.accuracy import CONFIDENCE, accuracy_frame, difference, mean_accuracy
+from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
-from analysis.spectra import cumulative_energy, with_factors
+from analysis.spectral.spectra import cumulative_energy, with_factors
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
 from merge_core.linalg import directions

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from analysis.evaluation import Evaluator
-from analysis.inputs import Split
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.scores import SCORES
 from analysis.rank_selection.space import SearchSpace

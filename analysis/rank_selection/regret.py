@@ -12,9 +12,9 @@ import numpy as np
 import pandas as pd
 from scipy.stats import norm
 
-from analysis.compare import Hits, difference
-from analysis.evaluation import CONFIDENCE, Evaluator
-from analysis.inputs import Split
+from analysis.accuracy import CONFIDENCE, Hits, difference
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search, exhaustive_search
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
 from analysis.rank_selection.scores import SCORES, scores_at

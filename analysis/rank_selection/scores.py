@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from analysis.evaluation import Evaluator
-from analysis.inputs import Split
-from analysis.outputs import Images
-from analysis.predictions import CLASSES
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import Split
+from analysis.outputs.prediction_store import CLASSES
+from analysis.outputs.suite_outputs import Images
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
 from merge_core.progress import Progress
@@ -29,7 +29,7 @@ class Score:
         title: as shown.
         why: why it should follow the accuracy, as a clause.
         source: who proposed it.
-        measures: of the merge, names of :data:`analysis.measures.MEASURES`.
+        measures: of the merge, names of :data:`analysis.outputs.measures.MEASURES`.
         of: gives the score of each image (N, floats) from the merge's measures (each N) and the
             reference classes (N).
         reference: what the reference classes are: labels, the predictions of the task's expert,

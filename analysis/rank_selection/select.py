@@ -11,15 +11,16 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
-from analysis.evaluation import Evaluator, mean_accuracy
-from analysis.grid_points import evaluate_side_by_side
-from analysis.inputs import Split, has_labels
+from analysis.accuracy import mean_accuracy
+from analysis.evaluation.evaluator import Evaluator
+from analysis.evaluation.side_by_side import evaluate_side_by_side
+from analysis.evaluation.stored_only import NotStored, StoredEvaluator
+from analysis.outputs.inputs import Split, has_labels
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
 from analysis.rank_selection.regret import evidence, recommended_proxy, summary
 from analysis.rank_selection.scores import SCORES
 from analysis.rank_selection.space import SearchSpace
-from analysis.rank_selection.stored import NotStored, StoredEvaluator
 from analysis.rank_selection.weight_proxies import recommend_from_weights
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError

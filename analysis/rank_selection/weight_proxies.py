@@ -8,8 +8,6 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.interference import Side, pair_interference
-from analysis.noise import as_array
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_response import (
     PROPORTIONAL,
@@ -19,7 +17,9 @@ from analysis.rank_selection.weight_response import (
     whole_model,
 )
 from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_ranks
-from analysis.spectra import with_factors
+from analysis.spectral.interference import Side, pair_interference
+from analysis.spectral.noise_bounds import as_array
+from analysis.spectral.spectra import with_factors
 from merge_core.linalg import ALL, directions
 from merge_core.methods import get_method
 from merge_core.methods.spectral import matrix_shape

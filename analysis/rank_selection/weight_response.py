@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from analysis.rank_selection.space import RANKS, SearchSpace
-from analysis.spectra import with_factors
+from analysis.spectral.spectra import with_factors
 from merge_core.linalg import ALL, as_matrix
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.noise import as_array, gavish_donoho_cut, noise_edge
-from analysis.spectra import (
+from analysis.spectral.noise_bounds import as_array, gavish_donoho_cut, noise_edge
+from analysis.spectral.spectra import (
     effective_rank,
     energy_rank,
     participation_ratio,

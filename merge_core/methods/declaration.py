@@ -175,7 +175,7 @@ class Method:
         draws: what it draws at random, by the recipe's seed, in words; empty where nothing.
         tasks: the number of experts that it merges, where that is fixed.
         learns: what has to be computed from the suite's data before the merge, as
-            :data:`analysis.learning.LEARNERS` names it; it becomes the run's state.
+            :data:`analysis.learning.learn.LEARNERS` names it; it becomes the run's state.
         data: which of the suite's data that takes.
         gradients: whether it differentiates the model.
         averaged: which parameters it only averages, in words.

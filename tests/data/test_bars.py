@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import data.bars
-from analysis.evaluation import Evaluator
-from analysis.predictions import PredictionStore
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection.space import SearchSpace, search_space
 from data.build_suite import main
 from data.tasks import TASKS

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from analysis.inputs import scaled
-from analysis.pool_evaluation import PoolEvaluator
+from analysis.outputs.inputs import scaled
+from analysis.outputs.pool_outputs import PoolEvaluator
 from data.pool_tasks import POOL_TASKS, Sizes
 from merge_core.pool import BUNDLED_POOLS, Pool, bundled_pools, load_pool
 

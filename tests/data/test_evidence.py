@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.space import search_space
 from data import evidence
 from data.evidence import CASES, FURTHER, SUBSETS, Case

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from analysis.pool_evaluation import PoolEvaluator
+from analysis.outputs.pool_outputs import PoolEvaluator
 from data.build_pools import DESIGNS, LINEAR_TASKS, main
 from data.pool_building import Member, PoolPlan, build_pool, fitted, varied_members
 from data.pool_images import ImageTask

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from analysis.inputs import read_split
+from analysis.data_sources.archive import read_split
 from data.pool_images import (
     SPLITS,
     ImageTask,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.inputs import scaled
+from analysis.outputs.inputs import scaled
 from data.pool_images import normaliser
 from data.pool_presets import PAPER, PAPER_TINY
 from data.pool_training import Training, shifted, state_of, train

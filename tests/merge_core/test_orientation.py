@@ -9,8 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from analysis.interference import interference_over_rank, interference_pairs, principal_angles
-from analysis.spectra import parts_of, spectrum
+from analysis.spectral.interference import (
+    interference_over_rank,
+    interference_pairs,
+    principal_angles,
+)
+from analysis.spectral.spectra import parts_of, spectrum
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.recipe import make_recipe

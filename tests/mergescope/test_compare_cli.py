@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import comparison
-from analysis.compare import candidates, difference
-from analysis.evaluation import Evaluator
+from analysis.accuracy import difference
+from analysis.comparison import run as comparison
+from analysis.comparison.tuning import candidates
+from analysis.evaluation.evaluator import Evaluator
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.methods import methods

@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
 from merge_core import provenance
 from merge_core.engine import MergeSession
 from merge_core.export import merge_to_folder

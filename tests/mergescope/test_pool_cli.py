@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.pool_evaluation import PoolEvaluator
+from analysis.outputs.pool_outputs import PoolEvaluator
 from data.pool_building import RATES
 from data.pool_images import ImageTask
 from data.pool_presets import Request, requested

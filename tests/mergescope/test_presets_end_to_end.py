@@ -20,7 +20,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch import Tensor
 
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.opening.benchmark_tasks import VISION_TASKS

@@ -9,8 +9,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.evaluation import Evaluator
-from analysis.predictions import PredictionStore
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection.select import Selection, select_rank
 from analysis.rank_selection.space import search_space
 from merge_core.engine import MergeSession

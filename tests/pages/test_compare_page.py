@@ -11,7 +11,7 @@ import pytest
 import yaml
 from streamlit.testing.v1 import AppTest
 
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
 from merge_core.methods import get_method

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from streamlit.testing.v1 import AppTest
 
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
 from merge_core.factors import FactorStore

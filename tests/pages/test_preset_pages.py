@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from analysis import patterns
+from analysis.patterns import filters
 from merge_core.opening.draft import write_suite
 from merge_core.opening.presets import presets
 from tests.pages.test_pages import figures, healthy, open_page
@@ -49,7 +49,7 @@ def test_patterns_shows_filters_positions_and_heads(preset: str) -> None:
     # The base of a CLIP holds a text half that the experts lack.
     healthy(at.selectbox(key=place).set_value("base").run())
     control = next(g for g in at.get("button_group") if "Attention heads" in g.options)
-    views = [v for v, title in patterns.VIEWS.items() if title.capitalize() in control.options]
+    views = [v for v, title in filters.VIEWS.items() if title.capitalize() in control.options]
     drawn = []
     for view in views:
         picked = next(g for g in at.get("button_group") if g.key == control.key)

@@ -14,8 +14,8 @@ import streamlit as st
 import yaml
 from streamlit.testing.v1 import AppTest
 
-from analysis.evaluation import Evaluator
-from analysis.predictions import PredictionStore
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection import space as spaces
 from analysis.rank_selection.select import Mode, Selection, select_rank, task_curves
 from analysis.rank_selection.space import search_space

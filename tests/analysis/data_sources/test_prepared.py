@@ -13,10 +13,11 @@ import yaml
 from pydantic import ValidationError
 
 import analysis.data_sources.prepared as prepared_module
-import analysis.outputs as outputs_module
+import analysis.outputs.suite_outputs as outputs_module
 from analysis.data_sources.prepared import Prepared, prepared
-from analysis.evaluation import Evaluator
-from analysis.inputs import UNLABELLED, has_labels, load_inputs, normalised, scaled
+from analysis.data_sources.source import UNLABELLED
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import has_labels, load_inputs, normalised, scaled
 from merge_core.data_files import content_digest
 from merge_core.data_spec import DataSpec
 from merge_core.errors import Cancelled, OutputError, SuiteError

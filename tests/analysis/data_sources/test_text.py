@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from transformers import GPT2Tokenizer, RobertaTokenizer
 
 from analysis.data_sources.text import PADDING, read_texts
-from analysis.evaluation import Evaluator
-from analysis.inputs import has_labels, load_head, load_inputs
-from analysis.model import Backbone
+from analysis.evaluation.evaluator import Evaluator
+from analysis.networks.backbone import Backbone
+from analysis.outputs.heads import load_head
+from analysis.outputs.inputs import has_labels, load_inputs
 from merge_core.data_spec import DataSpec, HeadSpec
 from merge_core.errors import SuiteError
 from merge_core.suite import Suite, load_suite

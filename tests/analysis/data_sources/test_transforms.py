@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
 from analysis.data_sources.transforms import geometry, resolved
-from analysis.inputs import scaled
+from analysis.outputs.inputs import scaled
 from merge_core.errors import SuiteError
 from merge_core.suite import ArchitectureSpec
 from tests.analysis.data_sources.files import noise, spec

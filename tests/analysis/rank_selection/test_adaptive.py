@@ -13,8 +13,8 @@ import pytest
 from scipy.stats import norm
 
 import analysis.rank_selection.adaptive as module
-from analysis.evaluation import Evaluator
-from analysis.predictions import PredictionStore
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
 from analysis.rank_selection.scores import image_scores
 from analysis.rank_selection.space import RANKS, SearchSpace, search_space

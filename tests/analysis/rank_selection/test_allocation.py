@@ -11,7 +11,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.evaluation import Evaluator, mean_accuracy
+from analysis.accuracy import mean_accuracy
+from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.allocation import (
     ALLOCATIONS,
     _fill,

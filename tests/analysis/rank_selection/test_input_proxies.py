@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
 from analysis.rank_selection.scores import SCORES, image_scores
 from analysis.rank_selection.space import SearchSpace, search_space

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import data.evidence
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.input_proxies import INPUT_PROXIES
 from analysis.rank_selection.regret import (
     best_setting,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from scipy.special import softmax
 
-from analysis.evaluation import Evaluator
+from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.scores import SCORES, image_scores, scores_at
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError

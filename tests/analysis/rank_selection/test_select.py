@@ -11,9 +11,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.evaluation import Evaluator
-from analysis.model import Backbone
-from analysis.predictions import PredictionStore
+from analysis.evaluation.evaluator import Evaluator
+from analysis.networks.backbone import Backbone
+from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection import select as door
 from analysis.rank_selection.input_proxies import INPUT_PROXIES
 from analysis.rank_selection.select import (

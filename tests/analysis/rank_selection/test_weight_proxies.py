@@ -14,8 +14,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
-from analysis.interference import interference_over_rank, mean_over_layers
-from analysis.noise import gavish_donoho_cut, noise_edge
 from analysis.rank_selection.space import RANKS, SearchSpace, search_space
 from analysis.rank_selection.weight_proxies import (
     CURVES,
@@ -29,6 +27,8 @@ from analysis.rank_selection.weight_proxies import (
 )
 from analysis.rank_selection.weight_response import PROPORTIONAL, responses, update, whole_model
 from analysis.rank_selection.weight_rules import RULES, Spectrum, rule_ranks
+from analysis.spectral.interference import interference_over_rank, mean_over_layers
+from analysis.spectral.noise_bounds import gavish_donoho_cut, noise_edge
 from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled
 from merge_core.factors import FactorStore

@@ -1,0 +1,130 @@
+"""Accuracy per task and over tasks, its intervals, and paired differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from itertools import combinations
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from scipy.stats import norm
+
+CONFIDENCE = 0.95
+
+Hits = Mapping[str, np.ndarray]
+
+
+def wilson_interval(correct: np.ndarray, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """95 % Wilson score interval of a proportion.
+
+    Args:
+        correct: successes, any shape.
+        images: trials, same shape, at least 1.
+
+    Returns:
+        Lower and upper bounds in [0, 1].
+
+    Source: Wilson, JASA 22 (1927), 209.
+    """
+    z = norm.ppf(0.5 + CONFIDENCE / 2)
+    p = correct / images
+    centre = (p + z**2 / (2 * images)) / (1 + z**2 / images)
+    half = z / (1 + z**2 / images) * np.sqrt(p * (1 - p) / images + z**2 / (4 * images**2))
+    return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
+
+
+def accuracy_frame(correct: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """Per-task accuracy from per-image hits.
+
+    Args:
+        correct: task to a boolean vector, one entry per image.
+
+    Returns:
+        Columns task, correct, images, accuracy, low, high (shares; Wilson 95 %).
+    """
+    frame = pd.DataFrame(
+        {
+            "task": list(correct),
+            "correct": [int(hits.sum()) for hits in correct.values()],
+            "images": [len(hits) for hits in correct.values()],
+        }
+    )
+    frame["accuracy"] = frame["correct"] / frame["images"]
+    frame["low"], frame["high"] = wilson_interval(
+        frame["correct"].to_numpy(), frame["images"].to_numpy()
+    )
+    return frame
+
+
+def mean_accuracy(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
+    """The mean over tasks, every task counting alike, with a 95 % normal interval.
+
+    The tasks' images are independent samples, so the variance of the mean is
+    Σ p_t (1 − p_t) / n_t / T². It speaks of these T tasks, not of other ones.
+
+    Args:
+        frame: of :func:`accuracy_frame`, possibly with further columns.
+        by: columns that tell the settings apart.
+
+    Returns:
+        Columns `by`, accuracy, low, high, one row per setting.
+    """
+    work = frame.assign(
+        variance=frame["accuracy"] * (1 - frame["accuracy"]) / frame["images"], tasks=1
+    )
+    keys: list[Any] = list(by) or [np.zeros(len(work), dtype=int)]
+    grouped = work.groupby(keys, sort=False, dropna=False)
+    result = grouped.agg(
+        accuracy=("accuracy", "mean"), variance=("variance", "sum"), tasks=("tasks", "sum")
+    ).reset_index(drop=not by)
+    half = norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(result["variance"]) / result["tasks"]
+    result["low"] = (result["accuracy"] - half).clip(0, 1)
+    result["high"] = (result["accuracy"] + half).clip(0, 1)
+    return result.drop(columns=["variance", "tasks"])
+
+
+def difference(first: Hits, second: Hits) -> tuple[float, float]:
+    """Mean over tasks of first − second accuracy, and its standard error, from the same images.
+
+    The per-image differences of a task are independent draws of one variable in {−1, 0, 1}, so
+    the variance of the mean over T tasks is Σ_t var_t / n_t / T².
+
+    Args:
+        first: task to booleans, one per image.
+        second: the same tasks and images.
+
+    Returns:
+        The difference and its standard error, as shares.
+    """
+    gaps = [first[task].astype(float) - second[task].astype(float) for task in first]
+    variance = sum(gap.var(ddof=1) / len(gap) if len(gap) > 1 else 0.0 for gap in gaps)
+    return float(np.mean([gap.mean() for gap in gaps])), math.sqrt(variance) / len(gaps)
+
+
+def paired(hits: Mapping[str, Hits]) -> pd.DataFrame:
+    """All pairwise differences, and which of them are real.
+
+    A difference counts as real if its z-test stays below 5 % after Holm's correction for the
+    number of pairs.
+
+    Returns:
+        One row per unordered pair: first, second, difference (shares), low, high (95 %, of this
+        pair alone), p, real.
+
+    Source: Holm, Scandinavian Journal of Statistics 6 (1979), 65.
+    """
+    z = norm.ppf(0.5 + CONFIDENCE / 2)
+    rows = []
+    for first, second in combinations(hits, 2):
+        gap, error = difference(hits[first], hits[second])
+        p = 2 * norm.sf(abs(gap) / error) if error > 0 else float(gap == 0)
+        rows.append((first, second, gap, gap - z * error, gap + z * error, p))
+    columns = ["first", "second", "difference", "low", "high", "p"]
+    frame = pd.DataFrame(rows, columns=columns)
+    order = np.argsort(frame["p"].to_numpy(), kind="stable")
+    steps = (len(frame) - np.arange(len(frame))) * frame["p"].to_numpy()[order]
+    adjusted = np.empty(len(frame))
+    adjusted[order] = np.maximum.accumulate(steps)
+    return frame.assign(real=adjusted < 1 - CONFIDENCE)

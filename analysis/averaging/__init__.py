@@ -1,0 +1,1 @@
+"""Weights or features averaged: soups, ensembles, and the curvature between them."""

@@ -1,0 +1,1 @@
+"""Methods compared: settings tuned, run on the same images, with their costs."""

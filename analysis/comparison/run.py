@@ -1,0 +1,371 @@
+"""A whole comparison: which methods can run, each tuned where asked, all on the same images."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from analysis.accuracy import Hits, accuracy_frame, mean_accuracy
+from analysis.comparison import tuning
+from analysis.comparison.costs import cost
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import Split
+from merge_core.engine import MergeSession, check_recipe
+from merge_core.methods import get_method, get_postprocessor, methods
+from merge_core.methods.declaration import Method
+from merge_core.progress import Progress
+from merge_core.recipe import Recipe, make_recipe
+from merge_core.suite import Suite
+
+SEEDS = 3
+
+
+@dataclass(frozen=True)
+class Compared:
+    """What a comparison found; a method whose seed counts has one label per seed.
+
+    Attributes:
+        hits: label to task to booleans.
+        summary: of :func:`summary`, with columns chosen (how the setting came about), setting and
+            needs (words), the best first.
+        seeds: of :func:`over_seeds`.
+        tasks: of :func:`task_frame`.
+        recipes: label to recipe.
+        experts: each expert on its task.
+        base: accuracy of the base, mean over tasks, or None.
+    """
+
+    hits: dict[str, dict[str, np.ndarray]]
+    summary: pd.DataFrame
+    seeds: pd.DataFrame
+    tasks: pd.DataFrame
+    recipes: dict[str, Recipe]
+    experts: pd.DataFrame
+    base: float | None
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One recipe of a comparison.
+
+    Attributes:
+        recipe: what is evaluated.
+        chosen: how its setting came about, in words.
+        repeated: the title under which its seeds are one, None where it stands alone.
+    """
+
+    recipe: Recipe
+    chosen: str
+    repeated: str | None = None
+
+
+def usable(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
+    """Methods that can merge these tasks of a suite at their usual origin, by name."""
+    return {
+        name: method
+        for name, method in methods().items()
+        if (suite.base is not None or not method.needs_base())
+        and method.tasks in (None, len(tasks))
+    }
+
+
+def adapted(recipe: Recipe, reference: str, tasks: Sequence[str]) -> Recipe:
+    """A recipe on the suite and tasks of a comparison; all else stays as it is.
+
+    Raises:
+        RecipeError: it gives a weight to another task.
+    """
+    return make_recipe({**recipe.model_dump(), "suite": reference, "tasks": tuple(tasks)})
+
+
+def compared(
+    reference: str,
+    names: Sequence[str],
+    session: MergeSession,
+    evaluator: Evaluator,
+    budget: int = 1,
+    seeds: int = SEEDS,
+    split: Split = "test",
+    limit: int | None = None,
+    progress: Progress | None = None,
+    own: Sequence[Recipe] = (),
+) -> Compared:
+    """Tune each method where asked, then evaluate everything on the same images.
+
+    Args:
+        reference: how recipes name the session's suite.
+        names: of methods.
+        session: the merges; its tasks are taken.
+        evaluator: where predictions are kept.
+        budget: settings that each method may try on the validation split; 1 keeps its defaults,
+            and methods that learn from data always stay at theirs.
+        seeds: of each method whose seed changes the merge
+            (:func:`analysis.comparison.tuning.seed_counts`).
+        split: ``test`` for reporting.
+        limit: only the first so many images of each task.
+        progress: reports, and cancels between two merges.
+        own: recipes beside those of the methods, evaluated as they are but for suite and tasks;
+            equal ones count once.
+
+    Raises:
+        RecipeError: an unknown method, or a recipe that gives a weight to another task.
+        MergeScopeError: a method that this suite cannot serve; unfit inputs.
+        Cancelled: by `progress`.
+    """
+    progress = progress or Progress()
+    tasks = session.groups.tasks
+    starts = {
+        name: make_recipe({"suite": reference, "tasks": tasks, "method": name}) for name in names
+    }
+    mine = {label_of(each): each for each in (adapted(r, reference, tasks) for r in own)}
+    for recipe in (*starts.values(), *mine.values()):
+        check_recipe(session.suite, recipe)
+    entries: dict[str, Entry] = {}
+    for done, (name, recipe) in enumerate(starts.items()):
+        title = get_method(name).title
+        progress.step(done, 2 * len(starts), f"settings of {title}")
+        inner = Progress(cancel=progress.cancel)
+        recipe, chosen = _setting(recipe, session, evaluator, budget, limit, inner)
+        if tuning.seed_counts(recipe, evaluator, tasks):
+            for each in tuning.seeded(recipe, seeds):
+                entries[f"{title}, seed {each.seed}"] = Entry(each, chosen, title)
+        else:
+            entries[title] = Entry(recipe, chosen)
+    entries |= {label: Entry(recipe, "your recipe") for label, recipe in mine.items()}
+    listener = progress.listener
+
+    def report(done: int, total: int, label: str) -> None:
+        if listener is not None:
+            listener(total + done, 2 * total, f"{label} on the {split} split")
+
+    outer = Progress(listener=report, cancel=progress.cancel)
+    recipes = {label: entry.recipe for label, entry in entries.items()}
+    hits, costs = compare(recipes, session, evaluator, split, limit, outer)
+    experts = evaluator.experts(tasks, split, limit)
+    frame = task_frame(hits)
+    table = summary(frame, experts, costs)
+    base = session.suite.base
+    return Compared(
+        hits,
+        _described(table, entries).sort_values("accuracy", ascending=False, kind="stable"),
+        over_seeds(table, {label: entry.repeated for label, entry in entries.items()}),
+        frame,
+        recipes,
+        experts,
+        None
+        if base is None
+        else float(evaluator.checkpoint(base, tasks, split, limit)["accuracy"].mean()),
+    )
+
+
+def _setting(
+    recipe: Recipe,
+    session: MergeSession,
+    evaluator: Evaluator,
+    budget: int,
+    limit: int | None,
+    progress: Progress,
+) -> tuple[Recipe, str]:
+    """A method's setting within the budget, and how it came about in words."""
+    if budget == 1:
+        return recipe, "default"
+    if recipe.declaration.learns is not None:  # each setting would take minutes
+        return recipe, "default (not tuned)"
+    best, tried = tuning.tuned(recipe, session, evaluator, budget, limit=limit, progress=progress)
+    if len(tried) == 1:
+        return recipe, "default (nothing to tune)"
+    return best, f"best of {len(tried)} on validation"
+
+
+def _described(summary: pd.DataFrame, entries: Mapping[str, Entry]) -> pd.DataFrame:
+    """The summary with each label's setting, how it came about, and needs, in words."""
+    found = [entries[label] for label in summary["label"]]
+    frame = summary.assign(needs=[_needs(entry.recipe) for entry in found])
+    place = list(frame.columns).index("seconds")
+    frame.insert(place, "chosen", [entry.chosen for entry in found])
+    frame.insert(place + 1, "setting", [setting_of(entry.recipe) for entry in found])
+    return frame
+
+
+def _needs(recipe: Recipe) -> str:
+    return ", ".join(recipe.declaration.needs) or "nothing else"
+
+
+def label_of(recipe: Recipe) -> str:
+    """A recipe's method and what it sets besides defaults: ``CART (rank 0.16, scale 3)``.
+
+    Recipes that merge the same experts differently have different labels.
+    """
+    setting = setting_of(recipe, only_changed=True)
+    return f"{recipe.declaration.title} ({setting or 'default'})"
+
+
+def setting_of(recipe: Recipe, only_changed: bool = False) -> str:
+    """Everything that a recipe sets besides method, suite and tasks, in words (empty for nothing).
+
+    Args:
+        recipe: the recipe.
+        only_changed: leave out parameters of the method that have their default value.
+    """
+    method = recipe.declaration
+    parts = [
+        _value(spec.name, recipe.parameters[spec.name])
+        for spec in method.specs
+        if not only_changed or recipe.parameters[spec.name] != spec.default
+    ]
+    if recipe.origin is not None and recipe.origin != method.origins[0]:
+        parts.append(f"about the {recipe.origin}")
+    parts += [_value(f"weight of {task}", value) for task, value in recipe.weights.items()]
+    parts += [f"{_values(each.parameters)} in {each.match}" for each in recipe.overrides]
+    for step in recipe.then:
+        values = _values(step.parameters)
+        title = get_postprocessor(step.method).title
+        parts.append(f"then {title}" + (f" at {values}" if values else ""))
+    if method.draws or recipe.seed != 0:
+        parts.append(f"seed {recipe.seed}")
+    if recipe.dtype != "input":
+        parts.append(recipe.dtype)
+    return ", ".join(parts)
+
+
+def _values(parameters: Mapping[str, Any]) -> str:
+    return " and ".join(_value(name, value) for name, value in parameters.items())
+
+
+def _value(name: str, value: Any) -> str:
+    """``scale 3``; a rank of 1 direction is ``1`` and one of all of them is ``1.0``."""
+    short = isinstance(value, float) and name != "rank" and float(f"{value:g}") == value
+    return f"{name} {value:g}" if short else f"{name} {value}"
+
+
+def over_seeds(summary: pd.DataFrame, repeated: Mapping[str, str | None]) -> pd.DataFrame:
+    """How far a method's accuracy depends on its seed.
+
+    Args:
+        summary: of :func:`summary`.
+        repeated: label to the title under which its seeds are one, or None.
+
+    Returns:
+        One row per title: title, seeds (number of them), accuracy (mean over seeds of the mean
+        over tasks), spread (standard deviation over seeds with n − 1; NaN of one seed), least,
+        most.
+    """
+    return (
+        summary.assign(title=summary["label"].map(dict(repeated)))
+        .dropna(subset=["title"])
+        .groupby("title", sort=False)["accuracy"]
+        .agg(seeds="size", accuracy="mean", spread="std", least="min", most="max")
+        .reset_index()
+    )
+
+
+def behind(pairs: pd.DataFrame, best: str) -> pd.DataFrame:
+    """Differences to one label that are real, from all paired differences.
+
+    Args:
+        pairs: of :func:`analysis.accuracy.paired`.
+        best: the label.
+
+    Returns:
+        Columns label, difference (of the label − best, shares), low, high, p; largest first.
+    """
+    first = pairs[(pairs["first"] == best) & pairs["real"]]
+    second = pairs[(pairs["second"] == best) & pairs["real"]]
+    frame = pd.concat(
+        [
+            second.rename(columns={"first": "label"}),
+            first.assign(
+                label=first["second"],
+                difference=-first["difference"],
+                low=-first["high"],
+                high=-first["low"],
+            ),
+        ]
+    )
+    columns = ["label", "difference", "low", "high", "p"]
+    return frame[columns].sort_values("difference", ascending=False).reset_index(drop=True)
+
+
+def compare(
+    recipes: Mapping[str, Recipe],
+    session: MergeSession,
+    evaluator: Evaluator,
+    split: Split = "test",
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> tuple[dict[str, dict[str, np.ndarray]], pd.DataFrame]:
+    """Evaluate recipes on the same images.
+
+    Args:
+        recipes: by label.
+        session: the merges; its tasks are taken.
+        evaluator: where predictions are kept.
+        split: ``test`` for reporting.
+        limit: only the first so many images of each task.
+        progress: reports each recipe, and cancels between two.
+
+    Returns:
+        Which images each recipe classifies correctly (label to task to booleans), and one row
+        per recipe: label, seconds, peak_mb, storage_mb (see
+        :class:`analysis.comparison.costs.Cost`).
+
+    Raises:
+        MergeScopeError: unfit inputs.
+        Cancelled: between two recipes, or inside a long one.
+    """
+    progress = progress or Progress()
+    hits: dict[str, dict[str, np.ndarray]] = {}
+    rows = []
+    for done, (label, recipe) in enumerate(recipes.items()):
+        progress.step(done, len(recipes), label)
+        inner = Progress(cancel=progress.cancel)
+        rows.append({"label": label, **asdict(cost(recipe, session, evaluator, inner))})
+        hits[label] = evaluator.recipe_hits(recipe, session, split, limit, inner)
+    progress.step(len(recipes), len(recipes), "compared")
+    return hits, pd.DataFrame(rows, columns=["label", "seconds", "peak_mb", "storage_mb"])
+
+
+def task_frame(hits: Mapping[str, Hits]) -> pd.DataFrame:
+    """Accuracy of each label on each task.
+
+    Returns:
+        Columns label and those of :func:`analysis.accuracy.accuracy_frame`.
+    """
+    parts = [accuracy_frame(each).assign(label=label) for label, each in hits.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
+def summary(frame: pd.DataFrame, experts: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+    """One row per label: average, normalised average, worst task and cost.
+
+    Args:
+        frame: of :func:`task_frame`.
+        experts: of :meth:`Evaluator.experts` on the same images.
+        costs: of :func:`compare`.
+
+    Returns:
+        Columns label, accuracy, low, high (mean over tasks, 95 %), normalised (mean over tasks of
+        accuracy / the expert's; NaN where an expert gets nothing right), worst_task, worst,
+        seconds, peak_mb, storage_mb.
+    """
+    own = experts.set_index("task")["accuracy"].replace(0, np.nan)
+    relative = frame.assign(normalised=frame["accuracy"] / frame["task"].map(own))
+    lowest = frame.loc[frame.groupby("label", sort=False)["accuracy"].idxmin()]
+    return (
+        mean_accuracy(frame, ["label"])
+        .merge(
+            relative.groupby("label", sort=False)["normalised"].agg(lambda x: x.mean(skipna=False)),
+            on="label",
+        )
+        .merge(
+            lowest[["label", "task", "accuracy"]].rename(
+                columns={"task": "worst_task", "accuracy": "worst"}
+            ),
+            on="label",
+        )
+        .merge(costs, on="label", how="left")
+    )

@@ -1,0 +1,1 @@
+"""Accuracy of members and merges of a suite."""

@@ -1,0 +1,240 @@
+"""Accuracy of a suite's members and merges, with its sampling error.
+
+Evaluation mode, frozen heads, fixed splits. Choices are made on the validation split; the test
+split is for reporting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from torch import Tensor
+
+from analysis.accuracy import accuracy_frame
+from analysis.data_sources.source import UNLABELLED
+from analysis.learning.learn import learn
+from analysis.outputs.inputs import SPLIT_NAMES, Split
+from analysis.outputs.prediction_store import CLASSES, PredictionStore
+from analysis.outputs.suite_outputs import Images, ModelOutputs, Outputs
+from merge_core.checkpoint import Checkpoint
+from merge_core.engine import MergeSession, written_dtype
+from merge_core.errors import SuiteError
+from merge_core.files import digest_of
+from merge_core.progress import Progress
+from merge_core.recipe import Recipe
+from merge_core.suite import Suite
+
+
+class Evaluator(ModelOutputs):
+    """Evaluates members and merges of one suite (see :class:`ModelOutputs`)."""
+
+    def __init__(self, suite: Suite, predictions: PredictionStore | None = None) -> None:
+        super().__init__(suite, predictions)
+        self._learned: tuple[str, Any] = ("", None)
+
+    def knows(
+        self, recipe: Recipe, session: MergeSession, split: Split = "val", limit: int | None = None
+    ) -> bool:
+        """Whether a merge's predictions on all its tasks are stored already."""
+        return self._stored(self._digest(recipe, session), session.groups.tasks, split, limit)
+
+    def knows_member(
+        self,
+        checkpoint: Checkpoint,
+        tasks: Sequence[str],
+        split: Split = "val",
+        limit: int | None = None,
+    ) -> bool:
+        """Whether a member's predictions on these tasks are stored already."""
+        return self._stored(checkpoint.digest, tasks, split, limit)
+
+    def checkpoint(
+        self,
+        checkpoint: Checkpoint,
+        tasks: Sequence[str],
+        split: Split = "val",
+        limit: int | None = None,
+    ) -> pd.DataFrame:
+        """Accuracy of a member's checkpoint on some tasks (see :func:`accuracy_frame`).
+
+        Raises:
+            MergeScopeError: unreadable or unfit weights, heads or data.
+        """
+        images = self.images(tasks, split, limit)
+        outputs = self.member_outputs(checkpoint, images, split)
+        return accuracy_frame(self._hits(outputs, images, split, limit))
+
+    def experts(
+        self, tasks: Sequence[str], split: Split = "val", limit: int | None = None
+    ) -> pd.DataFrame:
+        """Accuracy of each expert on its own task."""
+        parts = [self.checkpoint(self.suite.expert(t), [t], split, limit) for t in tasks]
+        return pd.concat(parts, ignore_index=True)
+
+    def member_outputs(
+        self,
+        checkpoint: Checkpoint,
+        images: Images,
+        split: Split = "val",
+        measures: Collection[str] = (CLASSES,),
+    ) -> Outputs:
+        """What a member gives for images of some tasks (see :meth:`outputs`).
+
+        Raises:
+            MergeScopeError: unreadable or unfit weights, heads or data.
+        """
+
+        def weights() -> dict[str, Tensor]:
+            return {name: checkpoint.tensor(name) for name in checkpoint}
+
+        return self.outputs(checkpoint.digest, weights, images, split, measures)
+
+    def expert_outputs(
+        self, images: Images, split: Split = "val", measures: Collection[str] = (CLASSES,)
+    ) -> Outputs:
+        """What each task's own expert gives for its images: pseudo-labels, for one.
+
+        Raises:
+            MergeScopeError: unreadable or unfit weights, heads or data.
+        """
+        parts = [
+            self.member_outputs(self.suite.expert(task), {task: mine}, split, measures)
+            for task, mine in images.items()
+        ]
+        return {task: values for part in parts for task, values in part.items()}
+
+    def learned(
+        self, recipe: Recipe, session: MergeSession, progress: Progress | None = None
+    ) -> Any:
+        """What a recipe's method learns from data (:func:`analysis.learning.learn.learn`).
+
+        The last recipe's is kept: it can be as large as all experts together.
+
+        Raises:
+            MergeScopeError: unfit inputs.
+            Cancelled: between two steps.
+        """
+        if recipe.declaration.learns is None:
+            return None
+        digest, state = self._learned
+        wanted = self._digest(recipe, session)
+        if digest != wanted:
+            state = learn(self, recipe, session, progress)
+            self._learned = (wanted, state)
+        return state
+
+    def recipe_outputs(
+        self,
+        recipe: Recipe,
+        session: MergeSession,
+        images: Images,
+        split: Split = "val",
+        measures: Collection[str] = (CLASSES,),
+        progress: Progress | None = None,
+    ) -> Outputs:
+        """What a merge, as it would be written, gives for images of its tasks.
+
+        What its method learns from data is learnt only if something has to be run.
+
+        Args:
+            recipe: what is merged.
+            session: its members.
+            images: tasks of the session to numbers of images (see :meth:`outputs`).
+            split: ``val`` or ``test``.
+            measures: names of :data:`analysis.outputs.measures.MEASURES`.
+            progress: reports images run, and steps of learning.
+
+        Raises:
+            MergeScopeError: unfit inputs.
+            Cancelled: between two batches, or between two steps of learning.
+        """
+        digest = self._digest(recipe, session)
+        learned = partial(self.learned, recipe, session, progress)
+        if not recipe.declaration.indexed:
+            model = partial(_as_written, recipe, session, None, learned)
+            return self.outputs(digest, model, images, split, measures, progress)
+        progress = progress or Progress()
+        outputs: Outputs = {}
+        for done, (task, mine) in enumerate(images.items()):
+            progress.step(done, len(images), task)
+            model = partial(_as_written, recipe, session, task, learned)
+            inner = Progress(cancel=progress.cancel)
+            outputs |= self.outputs(digest, model, {task: mine}, split, measures, inner)
+        progress.step(len(images), len(images), "done")
+        return outputs
+
+    def recipe_hits(
+        self,
+        recipe: Recipe,
+        session: MergeSession,
+        split: Split = "val",
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> dict[str, np.ndarray]:
+        """Which images (bool, N) of each of its tasks a merge classifies correctly.
+
+        Raises:
+            MergeScopeError: unfit inputs.
+            Cancelled: between two batches, or between two steps of learning.
+        """
+        images = self.images(session.groups.tasks, split, limit, progress)
+        outputs = self.recipe_outputs(recipe, session, images, split, progress=progress)
+        return self._hits(outputs, images, split, limit)
+
+    def recipe(
+        self,
+        recipe: Recipe,
+        session: MergeSession,
+        split: Split = "val",
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> pd.DataFrame:
+        """Accuracy of a merge on its tasks (see :func:`accuracy_frame`).
+
+        Raises:
+            MergeScopeError: unfit inputs.
+            Cancelled: between two batches, or between two steps of learning.
+        """
+        return accuracy_frame(self.recipe_hits(recipe, session, split, limit, progress))
+
+    def _hits(
+        self, outputs: Outputs, images: Images, split: Split, limit: int | None
+    ) -> dict[str, np.ndarray]:
+        hits = {}
+        for task, numbers in images.items():
+            labels = self.raw_inputs(task, split, limit).labels[numbers]
+            if int(labels.min()) == UNLABELLED:
+                raise SuiteError(
+                    f"The {SPLIT_NAMES[split]} images of task {task!r} have no labels, so no "
+                    f"accuracy can be measured. Add {split}_labels to its data; rank and scale can "
+                    "be chosen without labels."
+                )
+            if int(labels.max()) >= len(self.head(task).weight):
+                raise SuiteError(self.misfit(task, f"labels up to {int(labels.max())}"))
+            hits[task] = outputs[task][CLASSES] == labels
+        return hits
+
+    def _stored(self, digest: str, tasks: Sequence[str], split: Split, limit: int | None) -> bool:
+        return self.known(digest, self.images(tasks, split, limit), split)
+
+    def _digest(self, recipe: Recipe, session: MergeSession) -> str:
+        """Of what determines the merged weights: data, too, where the method learns from them."""
+        digest = recipe.digest(self.suite)
+        if recipe.declaration.learns is None:
+            return digest
+        return digest_of(digest, *(self.data_digest(task) for task in session.groups.tasks))
+
+
+def _as_written(
+    recipe: Recipe, session: MergeSession, task: str | None, learned: Callable[[], Any]
+) -> dict[str, Tensor]:
+    """The merged weights, rounded to the dtypes that a file of them would have."""
+    stored = session.groups.dtypes
+    return {
+        name: value.to(written_dtype(recipe, stored[name]))
+        for name, value in session.merge(recipe, task=task, learned=learned()).items()
+    }

@@ -1,0 +1,64 @@
+"""Accuracies of a merged model as its model card states them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import Split
+from merge_core.checkpoint import Checkpoint
+from merge_core.files import write_atomically
+from merge_core.model_card import Result, model_card
+from merge_core.provenance import Provenance, recipe_again
+from merge_core.suite import Suite
+
+
+def results_of(frame: pd.DataFrame, split: Split) -> list[Result]:
+    """What a card says, from a frame of accuracies.
+
+    Args:
+        frame: of :func:`analysis.accuracy.accuracy_frame`, one row a task.
+        split: which it was measured on.
+    """
+    return [
+        Result(str(task), split, float(accuracy), float(low), float(high), int(images))
+        for task, accuracy, low, high, images in frame[
+            ["task", "accuracy", "low", "high", "images"]
+        ].itertuples(index=False)
+    ]
+
+
+def write_card(
+    folder: Path, about: Provenance, suite: Suite, split: Split, limit: int | None = None
+) -> pd.DataFrame:
+    """Evaluate a merged model as it lies on disk, and write its card anew with the accuracies.
+
+    Args:
+        folder: as :func:`merge_core.export.merge_to_folder` wrote it.
+        about: what it says of itself (:func:`merge_core.provenance.read_provenance`).
+        suite: the suite that it was merged from.
+        split: which of the suite's data to take.
+        limit: only the first so many examples of each task.
+
+    Returns:
+        As :func:`analysis.accuracy.accuracy_frame`.
+
+    Raises:
+        RecipeError: the suite's members are no longer those that were merged.
+        SuiteError: the suite cannot be evaluated.
+        CheckpointError: the folder holds no merged model.
+        OutputError: the card cannot be written.
+    """
+    recipe_again(about, suite, about.recipe.suite)
+    evaluator = Evaluator(suite)
+    tasks = list(about.inputs)
+    if about.recipe.declaration.indexed:
+        parts = [evaluator.checkpoint(Checkpoint(folder / t), [t], split, limit) for t in tasks]
+        frame = pd.concat(parts, ignore_index=True)
+    else:
+        frame = evaluator.checkpoint(Checkpoint(folder), tasks, split, limit)
+    card = model_card(about.recipe, suite, about, results_of(frame, split))
+    write_atomically(folder / "README.md", card.encode())
+    return frame

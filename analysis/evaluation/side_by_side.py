@@ -1,0 +1,101 @@
+"""Many merges evaluated side by side, each on a worker that merges and runs the images."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.inputs import Split
+from analysis.outputs.suite_outputs import Images, Outputs
+from merge_core.decomposition import Route
+from merge_core.engine import MergeSession
+from merge_core.executors.base import Executor
+from merge_core.factors import FactorStore
+from merge_core.progress import Progress
+from merge_core.recipe import Recipe
+from merge_core.suite import load_suite
+
+
+def evaluate_side_by_side(
+    recipes: Sequence[Recipe],
+    session: MergeSession,
+    evaluator: Evaluator,
+    executor: Executor,
+    measures: Collection[str],
+    split: Split = "val",
+    progress: Progress | None = None,
+) -> int:
+    """Evaluate merges on all images of their tasks; what comes back is stored as it comes.
+
+    Args:
+        recipes: of one suite and task set, each giving one model from weights alone.
+        session: of those tasks.
+        evaluator: where outputs are kept; what it knows is not run again.
+        executor: where merges are made and run, each by one torch thread.
+        measures: names of :data:`analysis.outputs.measures.MEASURES`.
+        split: ``val`` or ``test``.
+        progress: told after each merge; cancels between two.
+
+    Returns:
+        How many merges were run.
+
+    Raises:
+        MergeScopeError: unfit inputs; workers that die again and again.
+        Cancelled: by `progress`; what was stored stays.
+    """
+    progress = progress or Progress()
+    images = evaluator.images(session.groups.tasks, split)
+    unknown = [
+        recipe
+        for recipe in recipes
+        if not evaluator.known(recipe.digest(evaluator.suite), images, split, measures)
+    ]
+    store = session.groups.store
+    unit = _Unit(
+        str(session.suite.path),
+        session.groups.tasks,
+        store.folder,
+        store.route,
+        tuple(measures),
+        split,
+    )
+    results = executor.map(unit, unknown, progress.cancel)
+    for done, recipe in enumerate(unknown, start=1):
+        outputs = next(results)
+        evaluator.keep(recipe.digest(evaluator.suite), images, split, outputs)
+        progress.step(done, len(unknown), "settings")
+    return len(unknown)
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """Evaluates a recipe in a worker that has the files, but not the caller's memory."""
+
+    suite: str
+    tasks: tuple[str, ...]
+    factors: Path
+    route: Route
+    measures: tuple[str, ...]
+    split: Split
+
+    def __call__(self, recipe: Recipe) -> Outputs:
+        session, evaluator, images = self._opened()
+        return evaluator.recipe_outputs(recipe, session, images, self.split, self.measures)
+
+    def _opened(self) -> tuple[MergeSession, Evaluator, Images]:
+        """Opened once in each worker: neither is meant for two threads at once."""
+        held = getattr(_WORKER, "held", None)
+        if held is None or held[0] != self:
+            suite = load_suite(self.suite)
+            session = MergeSession(suite, self.tasks, FactorStore(self.factors, route=self.route))
+            evaluator = Evaluator(suite)
+            images = evaluator.images(session.groups.tasks, self.split)
+            held = _WORKER.held = (self, (session, evaluator, images))
+        opened: tuple[MergeSession, Evaluator, Images] = held[1]
+        return opened
+
+
+_WORKER = threading.local()

@@ -1,0 +1,169 @@
+"""Coefficients of task vectors at which the merged model is surest of its predictions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from analysis.learning.context import Lesson, State
+from merge_core.methods.adamerging import Coefficients, limits, vectors
+from merge_core.methods.cart_adaptive import truncations
+
+BATCH = 16
+
+
+@dataclass(frozen=True)
+class Family:
+    """All merges θ = θ_origin + Σ_t λ_t v_t, one row of λ for each parameter or for several.
+
+    Attributes:
+        origin: weights of the whole network.
+        vectors: T x shape, for the parameters that move.
+        rows: which row of λ counts for each of them.
+    """
+
+    origin: State
+    vectors: Mapping[str, Tensor]
+    rows: Mapping[str, int]
+
+    def weights(self, values: Tensor) -> dict[str, Tensor]:
+        """The moving parameters at coefficients λ (rows x T), differentiable in them."""
+        return {
+            name: self.origin[name] + torch.tensordot(values[self.rows[name]], moved, dims=1)
+            for name, moved in self.vectors.items()
+        }
+
+
+def learn_adamerging(lesson: Lesson) -> Coefficients:
+    """λ of AdaMerging for each task and parameter (the same for all with level: task).
+
+    Args:
+        lesson: the recipe's parameters are those of AdaMerging.
+
+    Source: Yang et al., arXiv:2310.02575, equations 4 to 6.
+    """
+    recipe, run = lesson.recipe, lesson.recipe.run(lesson.tasks)
+    settings: dict[str, Any] = {
+        group.name: recipe.parameters_of(group.name)
+        for group in lesson.groups
+        if group.info.is_floating
+    }
+    trimmed = any(own.trimmed != "none" for own in settings.values())
+    found = limits(lesson.groups, run, lesson.progress) if trimmed else None
+    origin, moved = {}, {}
+    for group in lesson.groups:
+        origin[group.name] = group.base
+        if group.name in settings and group.name in lesson.names:
+            own = vectors(group, settings[group.name], run, found)
+            moved[group.name] = own.float()
+    # One row for all parameters of level task, which has no name of its own.
+    shared = {name: name if own.level == "layer" else "" for name, own in settings.items()}
+    keys = list(dict.fromkeys(shared.values()))
+    rows = {name: keys.index(key) for name, key in shared.items()}
+    start = torch.empty(len(keys), len(lesson.tasks))
+    for name, row in rows.items():
+        start[row] = settings[name].start
+    family = Family(lesson.fitting(origin, lesson.tasks), moved, rows)
+    values = surest(lesson, family, start, bounds=(0.0, 1.0))
+    return Coefficients({name: values[row] for name, row in rows.items()}, found)
+
+
+def learn_cart_adaptive(lesson: Lesson) -> dict[str, Tensor]:
+    """λ of CART for each task and decomposed matrix: T numbers by name.
+
+    Args:
+        lesson: the recipe's parameters are those of CART with test-time adaptation.
+
+    Source: Choi et al., arXiv:2412.12153, test-time adaptation.
+    """
+    origin, moved, start = {}, {}, []
+    names = []
+    for group in lesson.groups:
+        origin[group.name] = group.average if group.info.is_floating else group.buffer
+        if group.decomposed:
+            own: Any = lesson.recipe.parameters_of(group.name)
+            names.append(group.name)
+            start.append([own.scale] * len(lesson.tasks))
+            if group.name in lesson.names:
+                moved[group.name] = truncations(group, own).float()
+    if not names:
+        return {}
+    rows = {name: row for row, name in enumerate(names)}
+    family = Family(lesson.fitting(origin, lesson.tasks), moved, rows)
+    values = surest(lesson, family, torch.tensor(start))
+    return {name: values[row] for name, row in rows.items()}
+
+
+def entropy(lesson: Lesson, weights: State, images: Tensor, task: str) -> Tensor:
+    """Mean entropy (nats) of the predictions on some images, differentiable in the weights."""
+    log_p = lesson.log_probabilities(weights, images, task)
+    return -(log_p.exp() * log_p).sum(dim=1).mean()
+
+
+def slopes(
+    lesson: Lesson, family: Family, values: Tensor, batches: Sequence[Tensor]
+) -> tuple[float, Tensor]:
+    """The summed entropies of all tasks at λ, and their derivative with respect to λ.
+
+    Args:
+        lesson: gives network and heads.
+        family: what λ stands for.
+        values: λ, rows x T.
+        batches: images of each task, in the tasks' order.
+
+    Returns:
+        Nats, and rows x T.
+
+    Raises:
+        SuiteError: the outputs are not finite.
+    """
+    leaf = values.detach().requires_grad_()
+    merged = family.weights(leaf)
+    # Differentiated in two stages, so that only one task's activations are held at a time.
+    cut = {name: value.detach().requires_grad_() for name, value in merged.items()}
+    total = 0.0
+    for task, images in zip(lesson.tasks, batches, strict=True):
+        loss = entropy(lesson, {**family.origin, **cut}, images, task)
+        loss.backward()
+        total += loss.item()
+    passed = [name for name, value in cut.items() if value.grad is not None]
+    torch.autograd.backward([merged[n] for n in passed], [cut[n].grad for n in passed])
+    slope = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
+    return total, slope
+
+
+def surest(
+    lesson: Lesson, family: Family, start: Tensor, bounds: tuple[float, float] | None = None
+) -> Tensor:
+    """λ after the recipe's steps of Adam on the entropy of the predictions.
+
+    Args:
+        lesson: the recipe's parameters `steps` and `learning_rate` count.
+        family: what λ stands for.
+        start: λ, rows x T.
+        bounds: λ is clamped to these where it is used, as in AdaMerging's code, so that a
+            coefficient beyond a bound has no slope.
+
+    Returns:
+        λ as used, rows x T.
+    """
+    parameters: Any = lesson.recipe.checked_parameters
+    streams = [lesson.batches(task, BATCH) for task in lesson.tasks]
+    values = start.clone().requires_grad_()
+    adam = torch.optim.Adam([values], lr=parameters.learning_rate)
+
+    def used() -> Tensor:
+        return values if bounds is None else values.clamp(*bounds)
+
+    with torch.enable_grad():
+        for step in range(parameters.steps):
+            lesson.progress.step(step, parameters.steps, "adapting to unlabelled images")
+            batches = [next(stream) for stream in streams]
+            _, slope = slopes(lesson, family, used(), batches)
+            values.grad = torch.autograd.grad(used(), values, slope)[0]
+            adam.step()
+    return used().detach()

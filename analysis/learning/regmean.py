@@ -1,0 +1,200 @@
+"""Least-squares fits of linear layers to the experts' outputs: RegMean and RegMean++."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from analysis.learning.context import BATCH, Lesson
+from merge_core.methods.regmean import NormalEquations, no_equations
+
+Layers = Mapping[str, nn.Module]
+
+
+@torch.no_grad()
+def learn_regmean(lesson: Lesson) -> dict[str, Tensor]:
+    """The update of every linear layer's weight about the average.
+
+    Args:
+        lesson: the recipe's parameters are those of RegMean.
+
+    Returns:
+        Name of a weight to m x n, float64.
+
+    Source: Jin et al., arXiv:2212.09849, equation 2.
+    """
+    parameters: Any = lesson.recipe.checked_parameters
+    layers = linear_layers(lesson)
+    fit = Fit(lesson, layers)
+    for place, task in enumerate(lesson.tasks):
+        lesson.progress.step(place, len(lesson.tasks), f"activations of {task}")
+        weights = lesson.expert(task)
+        with gram_matrices(layers) as grams:
+            for batch in lesson.images(task, parameters.examples).split(BATCH):
+                lesson.features(weights, batch)
+        for layer, gram in grams.items():
+            fit.add(layer, task, gram)
+    return fit.updates()
+
+
+@torch.no_grad()
+def learn_regmean_plus_plus(lesson: Lesson) -> dict[str, Tensor]:
+    """The same, block by block, on the inputs that the merged blocks before give.
+
+    Args:
+        lesson: the recipe's parameters are those of RegMean++.
+
+    Returns:
+        Name of a weight to m x n, float64.
+
+    Source: Nguyen et al., arXiv:2508.03121, section 3; within a block each expert's own layers
+    pass the inputs on.
+    """
+    parameters: Any = lesson.recipe.checked_parameters
+    layers = linear_layers(lesson)
+    images = {task: lesson.images(task, parameters.examples) for task in lesson.tasks}
+    experts = {task: lesson.expert(task) for task in lesson.tasks}
+    merged = dict(experts[lesson.tasks[0]])
+    for group in lesson.groups:
+        if group.info.is_floating and group.name in merged:
+            merged[group.name] = group.average.float()
+    fit = Fit(lesson, layers)
+    blocks = blocks_in_order(lesson, layers, merged, images[lesson.tasks[0]][:1])
+    for done, (block, inside) in enumerate(blocks.items()):
+        module = lesson.network.get_submodule(block)
+        for place, task in enumerate(lesson.tasks):
+            unit = done * len(lesson.tasks) + place
+            lesson.progress.step(unit, len(blocks) * len(lesson.tasks), f"{block} on {task}")
+            prefix = f"{block}."
+            own = {
+                name.removeprefix(prefix): value
+                for name, value in experts[task].items()
+                if name.startswith(prefix)
+            }
+            with calls(module) as inputs:
+                for batch in images[task].split(BATCH):
+                    lesson.features(merged, batch)
+            with gram_matrices(inside) as grams:
+                for args, keywords in inputs:
+                    torch.func.functional_call(module, own, args, keywords)
+            for layer, gram in grams.items():
+                fit.add(layer, task, gram)
+        for layer in inside:
+            merged[f"{layer}.weight"] = (fit.averages[layer] + fit.update(layer)).float()
+    return fit.updates()
+
+
+class Fit:
+    """The least-squares problems of all linear layers, counted in expert by expert.
+
+    Args:
+        lesson: gives the experts and the recipe's factor of off-diagonal entries.
+        layers: of the network.
+    """
+
+    def __init__(self, lesson: Lesson, layers: Layers) -> None:
+        self._lesson = lesson
+        self.averages = {
+            group.name.removesuffix(".weight"): group.experts.double().mean(dim=0)
+            for group in lesson.groups
+            if group.name.removesuffix(".weight") in layers
+        }
+        self._equations: dict[str, NormalEquations] = {}
+
+    def add(self, layer: str, task: str, gram: Tensor) -> None:
+        """Count in an expert's layer with the Gram matrix of its inputs, n x n."""
+        name = f"{layer}.weight"
+        parameters: Any = self._lesson.recipe.parameters_of(name)
+        average = self.averages[layer]
+        if layer not in self._equations:
+            self._equations[layer] = no_equations(*average.shape)
+        offset = self._lesson.suite.expert(task).tensor(name).double() - average
+        self._equations[layer].add(offset, gram, parameters.off_diagonal)
+
+    def update(self, layer: str) -> Tensor:
+        """The fitted update of one layer's weight about the average, m x n."""
+        return self._equations[layer].solved()
+
+    def updates(self) -> dict[str, Tensor]:
+        """Name of a weight to its update."""
+        return {f"{layer}.weight": self.update(layer) for layer in self._equations}
+
+
+def linear_layers(lesson: Lesson) -> dict[str, nn.Module]:
+    """The network's linear layers by name, as far as their weights are merged."""
+    merged = {group.name for group in lesson.groups if group.info.is_floating}
+    return {
+        name: module
+        for name, module in lesson.network.named_modules()
+        if isinstance(module, nn.Linear) and f"{name}.weight" in merged
+    }
+
+
+def blocks_in_order(
+    lesson: Lesson, layers: Layers, weights: Mapping[str, Tensor], image: Tensor
+) -> dict[str, dict[str, nn.Module]]:
+    """The blocks that hold linear layers, as an image passes them, each with its layers.
+
+    A layer's block is the module of its path up to the last number (``blocks.0`` of
+    ``blocks.0.attn.qkv``), or the layer itself where there is none that runs as one.
+    """
+    order: list[str] = []
+    numbered = {name: re.match(r"(.*\.)?\d+(?=\.|$)", name) for name in layers}
+    candidates = {*layers, *(found.group() for found in numbered.values() if found)}
+    handles = [
+        lesson.network.get_submodule(name).register_forward_pre_hook(
+            lambda _module, _args, name=name: order.append(name)
+        )
+        for name in candidates
+    ]
+    try:
+        lesson.features(weights, image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    blocks: dict[str, dict[str, nn.Module]] = {}
+    for name in order:
+        if name in layers:
+            found = numbered[name]
+            block = found.group() if found and found.group() in order else name
+            blocks.setdefault(block, {})[name] = layers[name]
+    return blocks
+
+
+@contextmanager
+def calls(module: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
+    """Collects the arguments and keywords of every call of a module."""
+    found: list[tuple[Any, Any]] = []
+    handle = module.register_forward_pre_hook(
+        lambda _module, args, keywords: found.append((args, keywords)), with_kwargs=True
+    )
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@contextmanager
+def gram_matrices(layers: Layers) -> Iterator[dict[str, Tensor]]:
+    """Collects XᵀX of each layer's inputs, n x n, float64; every token of an image is a row."""
+    grams: dict[str, Tensor] = {}
+
+    def watch(name: str) -> Any:
+        def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            X = args[0].reshape(-1, args[0].shape[-1]).double()
+            gram = X.T @ X
+            grams[name] = grams[name] + gram if name in grams else gram
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+    try:
+        yield grams
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""The magnitude of weights: sweeps, homogeneity, norms, robustness, calibration."""

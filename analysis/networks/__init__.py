@@ -1,0 +1,1 @@
+"""Networks that run with any weights of their layout."""

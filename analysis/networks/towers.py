@@ -1,0 +1,268 @@
+"""Networks of open_clip and transformers from their configuration alone, without classifiers.
+
+Nothing is fetched and no code of a checkpoint is run: the libraries build a network with random
+weights from a name and arguments, and the suite's weights are put into it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from analysis.networks.build import build_network
+from merge_core.errors import SuiteError
+from merge_core.suite import ArchitectureSpec, Suite
+
+PROJECTION = "visual_projection.weight"
+_EXTRAS = {"open_clip": ("open_clip_torch", "clip"), "transformers": ("transformers", "text")}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How transformers builds a type of model, and what its classifiers take of it.
+
+    Attributes:
+        config: class of its configuration.
+        model: its class.
+        within: how a classifier calls the model, in the names of parameters.
+        token: of text models, the token whose features are classified.
+        more: arguments beside the configuration.
+    """
+
+    config: str
+    model: str
+    within: str = ""
+    token: Literal["first", "last"] | None = None
+    more: Mapping[str, Any] = field(default_factory=dict)
+
+
+# By the type in config.json.
+MODELS = {
+    "clip_vision_model": Kind("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
+    "gpt2": Kind("GPT2Config", "GPT2Model", "transformer", "last"),
+    "roberta": Kind(
+        "RobertaConfig", "RobertaModel", "roberta", "first", {"add_pooling_layer": False}
+    ),
+}
+
+
+class _Within(nn.Module):
+    """A network under another name, so that its parameters are called as in a checkpoint."""
+
+    def __init__(self, path: list[str], network: nn.Module) -> None:
+        super().__init__()
+        first, *rest = path
+        self.add_module(first, _Within(rest, network) if rest else network)
+
+    def forward(self, images: Tensor) -> Any:
+        return next(self.children())(images)
+
+
+class _Projected(nn.Module):
+    """The vision half of a CLIP of transformers, named as in a whole CLIP."""
+
+    def __init__(self, vision_model: nn.Module, visual_projection: nn.Module) -> None:
+        super().__init__()
+        self.vision_model = vision_model
+        self.visual_projection = visual_projection
+
+    def forward(self, images: Tensor) -> Any:
+        return self.visual_projection(self.vision_model(pixel_values=images).pooler_output)
+
+
+class _OfTexts(nn.Module):
+    """A text model, giving the features of one token of each text."""
+
+    def __init__(self, name: str, model: nn.Module, token: Literal["first", "last"]) -> None:
+        super().__init__()
+        self.add_module(name, model)
+        self._token = token
+        config: Any = model.config
+        self._filler = config.pad_token_id or 0
+
+    def forward(self, tokens: Tensor) -> Any:
+        """Features, N x width, of tokens, N x L, which are negative after the end of a text."""
+        if tokens.ndim != 2 or tokens.is_floating_point():
+            raise ValueError("it takes texts, and these are images")
+        there = tokens >= 0
+        longest = max(int(there.sum(dim=1).max()), 1)
+        tokens, there = tokens[:, :longest], there[:, :longest]
+        model = next(self.children())
+        hidden = model(
+            input_ids=torch.where(there, tokens, self._filler), attention_mask=there.long()
+        ).last_hidden_state
+        if self._token == "first":
+            return hidden[:, 0]
+        return hidden[torch.arange(len(hidden)), (there.sum(dim=1) - 1).clamp(min=0)]
+
+
+def suite_network(suite: Suite) -> tuple[nn.Module, frozenset[str]]:
+    """The network that a suite names, its parameters called as in the suite's checkpoints.
+
+    Args:
+        suite: a suite with an architecture.
+
+    Returns:
+        The network in evaluation mode, without gradients, from images (N x 3 x H x W) or tokens
+        (N x L, negative after the end of a text) to features (N x width); and the names of
+        parameters that the experts lack and that therefore hold the base's own values: a CLIP of
+        transformers that was fine-tuned as ``CLIPVisionModel`` leaves the projection out, which
+        all experts share.
+
+    Raises:
+        SuiteError: a network that its library does not know or cannot build, or a library that
+            is not installed.
+        CheckpointError: an expert or base that cannot be opened.
+    """
+    architecture = suite.spec.architecture
+    assert architecture is not None
+    names = frozenset(suite.expert(suite.tasks[0]))
+    if architecture.library == "timm":
+        network = build_network(architecture, suite.path, SuiteError, num_classes=0)
+    elif architecture.library == "open_clip":
+        network = _open_clip(architecture, suite.path)
+    else:
+        network = _of_transformers(architecture, suite.path, names)
+    prefix = common_prefix(network.state_dict(), names)
+    if prefix:
+        network = _Within(prefix[:-1].split("."), network)
+    network = network.eval().requires_grad_(False)
+    return network, _given_by_base(network, suite, names)
+
+
+def common_prefix(expected: Collection[str], names: Collection[str]) -> str:
+    """The prefix under which most of a network's parameters are found in a checkpoint.
+
+    Args:
+        expected: names of the network's parameters.
+        names: of the checkpoint's.
+
+    Returns:
+        Such as ``model.visual.``, or empty; the shortest of several that find as many.
+    """
+    known = set(names)
+    anchor = max(expected, key=lambda name: (name.count("."), len(name)))
+    candidates = {""} | {n.removesuffix(anchor) for n in known if n.endswith(f".{anchor}")}
+    return min(candidates, key=lambda p: (-sum(p + name in known for name in expected), len(p)))
+
+
+def _given_by_base(network: nn.Module, suite: Suite, names: Collection[str]) -> frozenset[str]:
+    """Give the projection the base's values where experts lack it; the names of what was given."""
+    own = network.state_dict()
+    if PROJECTION not in own or PROJECTION in names:
+        return frozenset()
+    if suite.base is None or PROJECTION not in suite.base:
+        raise SuiteError(
+            f"The experts of {suite.name!r} are vision models without {PROJECTION!r}, which "
+            "features need. Give the CLIP they were fine-tuned from as the suite's base."
+        )
+    value = suite.base.tensor(PROJECTION)
+    if value.shape != own[PROJECTION].shape:
+        raise SuiteError(
+            f"{PROJECTION!r} of the base has shape {tuple(value.shape)}, but the architecture "
+            f"needs {tuple(own[PROJECTION].shape)}. Correct its args in {suite.path}."
+        )
+    own[PROJECTION].copy_(value)  # own shares the network's memory
+    return frozenset({PROJECTION})
+
+
+def _open_clip(architecture: ArchitectureSpec, path: Path) -> nn.Module:
+    """A visual tower of open_clip; arguments replace those of the named configuration."""
+    open_clip = _library("open_clip", path)
+    known = open_clip.get_model_config(architecture.name)
+    if known is None:
+        near = [name for name in open_clip.list_models() if name[:6] == architecture.name[:6]]
+        raise SuiteError(
+            f"{path}: open_clip knows no architecture {architecture.name!r}."
+            + (f" Similar: {', '.join(near[:4])}." if near else "")
+        )
+    args = dict(architecture.args)
+    try:
+        vision = {**known.pop("vision_cfg"), **args.pop("vision_cfg", {})}
+        if vision.get("timm_model_pretrained") or vision.get("hf_model_pretrained"):
+            raise ValueError("weights are not fetched")
+        whole = {key: known[key] for key in ("embed_dim", "quick_gelu") if key in known} | args
+        clip = open_clip.CLIP(
+            vision_cfg=open_clip.CLIPVisionCfg(**vision),
+            # The text half is not used: as small as it can be.
+            text_cfg=open_clip.CLIPTextCfg(
+                context_length=1, vocab_size=1, width=8, heads=1, layers=1
+            ),
+            **whole,
+        )
+    except Exception as fault:  # wrong arguments raise almost anything, from deep inside
+        raise _not_built(architecture, path, fault) from fault
+    visual: nn.Module = clip.visual
+    return visual
+
+
+def _of_transformers(
+    architecture: ArchitectureSpec, path: Path, names: Collection[str]
+) -> nn.Module:
+    """A model of transformers, in the layout of the names."""
+    transformers = _library("transformers", path)
+    name = architecture.name
+    if name not in MODELS:
+        raise SuiteError(
+            f"{path}: of transformers, {', '.join(MODELS)} can be run, not {name!r}. Leave the "
+            "architecture out: merging and analysis of the weights need none."
+        )
+    kind = MODELS[name]
+    configure = getattr(transformers, kind.config)
+    unknown = [argument for argument in architecture.args if not hasattr(configure(), argument)]
+    if unknown:
+        raise SuiteError(
+            f"{path}: a {kind.config} of transformers has no {unknown[0]!r}. Correct the args."
+        )
+    try:
+        whole = getattr(transformers, kind.model)(configure(**architecture.args), **kind.more)
+    except Exception as fault:  # wrong arguments raise almost anything, from deep inside
+        raise _not_built(architecture, path, fault) from fault
+    if kind.token is not None:
+        return _OfTexts(kind.within, whole, kind.token)
+    vision, projection = whole.vision_model, whole.visual_projection
+    if any(name.startswith("vision_model.") for name in names):
+        return _Projected(vision, projection)
+    return _bare(vision, projection)
+
+
+def _bare(vision_model: nn.Module, projection: nn.Module) -> nn.Module:
+    """A vision model that projects its own output: how transformers 5 names what it saves."""
+
+    class Bare(type(vision_model)):  # type: ignore[misc]
+        def forward(self, images: Tensor) -> Any:
+            return self.visual_projection(super().forward(pixel_values=images).pooler_output)
+
+    vision_model.add_module("visual_projection", projection)
+    vision_model.__class__ = Bare
+    return vision_model
+
+
+def _not_built(architecture: ArchitectureSpec, path: Path, fault: Exception) -> SuiteError:
+    return SuiteError(
+        f"{path}: {architecture.library} cannot build {architecture.name!r} with "
+        f"{architecture.args} ({type(fault).__name__}: {' '.join(str(fault).split()):.200}). "
+        "Correct the args."
+    )
+
+
+def _library(name: str, path: Path) -> Any:
+    """An optional library.
+
+    Raises:
+        SuiteError: it is not installed.
+    """
+    try:
+        return importlib.import_module(name)
+    except ImportError as fault:
+        package, extra = _EXTRAS[name]
+        raise SuiteError(
+            f"{path} names an architecture of {name}, but {package} is not installed. Run "
+            f"pip install 'mergescope[{extra}]'."
+        ) from fault

@@ -1,0 +1,1 @@
+"""What models give for images of tasks, and where it is kept."""

@@ -1,0 +1,92 @@
+"""The frozen classifiers of tasks."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from analysis.outputs.zero_shot import zero_shot_weight
+from merge_core.checkpoint import Checkpoint
+from merge_core.data_files import head_path
+from merge_core.data_spec import head_spec
+from merge_core.errors import CheckpointError, SuiteError
+from merge_core.suite import Suite
+
+
+@dataclass(frozen=True)
+class Head:
+    """A frozen linear classifier: logits = features @ weight.T + bias.
+
+    Attributes:
+        weight: classes x width, float32.
+        bias: classes, float32.
+        normalizes: whether features are divided by their norm first.
+        hidden: weight and bias of a layer before it, after which comes tanh (RoBERTa's heads).
+    """
+
+    weight: Tensor
+    bias: Tensor
+    normalizes: bool = False
+    hidden: tuple[Tensor, Tensor] | None = None
+
+    def logits(self, features: Tensor) -> Tensor:
+        """N x classes from N x width."""
+        if self.normalizes:
+            features = features / features.norm(dim=-1, keepdim=True)
+        if self.hidden is not None:
+            weight, bias = self.hidden
+            features = torch.tanh(features @ weight.T + bias)
+        return features @ self.weight.T + self.bias
+
+
+def load_head(suite: Suite, task: str) -> Head:
+    """A task's head: a file with ``weight`` and ``bias`` (a prefix such as ``head.`` is allowed),
+    or one made of class names (:mod:`analysis.outputs.zero_shot`).
+
+    Raises:
+        SuiteError: no head, a missing file, or one without weight and bias.
+        MergeScopeError: a text tower that cannot be fetched or run.
+    """
+    given = suite.spec.experts[task].head
+    if given is None:
+        raise SuiteError(f"Task {task!r} has no head; add 'head:' to it in {suite.path}.")
+    spec = head_spec(given)
+    if spec.zero_shot is not None:
+        made = zero_shot_weight(suite, task, spec.zero_shot)
+        return Head(made, torch.zeros(len(made)), normalizes=True)
+    assert spec.file is not None
+    path = head_path(spec.file, suite.file)
+    try:
+        checkpoint = Checkpoint(path)
+        start = "" if spec.layers is None else f"{spec.layers}."
+        names = [
+            n
+            for n in checkpoint
+            if n.startswith(start) and n.rpartition(".")[2] in ("weight", "bias")
+        ]
+        first = [f"{start}dense.{kind}" for kind in ("weight", "bias")]
+        hidden = None
+        if set(first) < set(names):  # dense, tanh, out_proj: a classification head of RoBERTa
+            hidden = (checkpoint.tensor(first[0]).float(), checkpoint.tensor(first[1]).float())
+            names = [name for name in names if name not in first]
+        found = {name.rpartition(".")[2]: checkpoint.tensor(name).float() for name in names}
+    except CheckpointError as error:
+        raise SuiteError(f"Head of task {task!r}: {error}") from error
+    if len(found) < len(names):
+        raise SuiteError(
+            f"{path} (head of task {task!r}) holds several layers "
+            f"({', '.join(names[:4])}, ...). Give a file with one 'weight' and one 'bias', or "
+            "name the head's by 'layers'."
+        )
+    weight = found.get("weight")
+    if weight is None or weight.ndim != 2:
+        raise SuiteError(
+            f"{path} (head of task {task!r}) must hold a 'weight' of shape "
+            "classes x width, and may hold a 'bias'."
+        )
+    bias = found.get("bias", torch.zeros(len(weight)))
+    if bias.shape != (len(weight),):
+        raise SuiteError(f"{path}: bias and weight disagree about the classes.")
+    return Head(weight, bias, spec.normalizes, hidden)

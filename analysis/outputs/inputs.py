@@ -1,0 +1,109 @@
+"""Evaluation inputs of a task: images and labels of a split, and how they are normalised."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.data_sources.archive import TaskInputs, read_split
+from analysis.data_sources.prepared import prepared
+from analysis.data_sources.text import read_texts
+from analysis.data_sources.transforms import resolved
+from merge_core.data_spec import DataSpec
+from merge_core.errors import SuiteError
+from merge_core.progress import Progress
+from merge_core.suite import Suite
+
+Split = Literal["val", "test"]
+SPLIT_NAMES: dict[Split, str] = {"val": "validation", "test": "test"}
+
+
+def load_inputs(
+    suite: Suite,
+    task: str,
+    split: Split,
+    limit: int | None = None,
+    progress: Progress | None = None,
+) -> TaskInputs:
+    """Read one split of a task's data.
+
+    A numpy archive (``.npz``) holds ``val_images``, ``val_labels``, ``test_images``,
+    ``test_labels`` and, optionally, ``class_names``. Labels may be left out; then nothing that
+    needs accuracy can be asked. Other kinds of data are decoded once and kept
+    (:func:`analysis.data_sources.prepared.prepared`).
+
+    Args:
+        suite: the suite.
+        task: a task with data.
+        split: ``val`` for choosing, ``test`` for reporting.
+        limit: only the first so many images.
+        progress: reports images that have to be decoded.
+
+    Raises:
+        SuiteError: no data, a missing file, or content of another form.
+        OutputError: decoded images cannot be kept.
+        Cancelled: between two images.
+    """
+    spec, what = _data(suite, task), f"data of task {task!r}"
+    if spec.plain:
+        assert spec.file is not None
+        path = suite.file(spec.file)
+        return read_split(path, split, what, SuiteError, channels=3, limit=limit, labelled=False)
+    if spec.kind == "text":
+        tokens, labels, names = read_texts(spec, split, suite.file, what)
+        return TaskInputs(tokens[:limit], labels[:limit], names)
+    found = prepared(spec, suite.spec.architecture, split, suite.file, what, progress)
+    return TaskInputs(found.images[:limit], found.labels[:limit], found.class_names)
+
+
+def _data(suite: Suite, task: str) -> DataSpec:
+    spec = suite.spec.experts[task].data
+    if spec is None:
+        raise SuiteError(f"Task {task!r} has no data; add 'data:' to it in {suite.path}.")
+    return spec
+
+
+def has_labels(suite: Suite, task: str, split: Split) -> bool:
+    """Whether a task has labels in a split: as suite.yaml says, or as an archive names them.
+
+    Raises:
+        SuiteError: a file that is no archive.
+    """
+    spec = suite.spec.experts[task].data
+    if spec is None:
+        return False
+    if not spec.plain:
+        return spec.labelled
+    assert spec.file is not None
+    path = suite.file(spec.file)
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            return f"{split}_labels" in archive
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as fault:
+        raise SuiteError(f"{path} (data of task {task!r}) cannot be read: {fault}.") from fault
+
+
+def normalised(images: np.ndarray, suite: Suite, task: str) -> Tensor:
+    """float32, N x 3 x H x W: scaled to [0, 1], then (x − mean) / std of the task's data.
+
+    Raises:
+        SuiteError: the task has no data, or its transform is not known.
+    """
+    spec = _data(suite, task)
+    if spec.kind == "text":
+        return torch.from_numpy(images.astype(np.int64))
+    transform = resolved(spec, suite.spec.architecture, f"data of task {task!r}")
+    mean, std = spec.constants if transform is None else (transform.mean, transform.std)
+    return scaled(images, mean, std)
+
+
+def scaled(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+    """float32, N x C x H x W: (x / 255 − mean) / std of uint8 images N x H x W x C."""
+    shift, scale = (torch.tensor(constants).reshape(-1, 1, 1) for constants in (mean, std))
+    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
+    return (pixels / 255 - shift) / scale

@@ -1,0 +1,78 @@
+"""What one forward pass of a model says about each image."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from analysis.outputs.prediction_store import CLASSES
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A model's outputs on some images of a task.
+
+    Attributes:
+        features: N x width, the input of the task's head.
+        logits: N x classes.
+    """
+
+    features: Tensor
+    logits: Tensor
+
+    def __getitem__(self, images: slice | Tensor) -> Pass:
+        return Pass(self.features[images], self.logits[images])
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One number per image.
+
+    Attributes:
+        of: gives it (N) from the model's pass and that of the task's expert on the same images.
+        by_expert: whether the expert's pass is used.
+        dtype: in which it is kept.
+    """
+
+    of: Callable[[Pass, Pass], Tensor]
+    by_expert: bool
+    dtype: Literal["int16", "float32"] = "float32"
+
+
+def _entropy(model: Pass, _: Pass) -> Tensor:
+    logs = model.logits.log_softmax(dim=1)
+    return -(logs.exp() * logs).sum(dim=1)
+
+
+def _l2(model: Pass, expert: Pass) -> Tensor:
+    return (model.features - expert.features).norm(dim=1)
+
+
+def _cosine(model: Pass, expert: Pass) -> Tensor:
+    return 1 - torch.cosine_similarity(model.features, expert.features, dim=1)
+
+
+def _overlap(model: Pass, expert: Pass) -> Tensor:
+    return torch.minimum(model.logits.softmax(dim=1), expert.logits.softmax(dim=1)).sum(dim=1)
+
+
+def _divergence(model: Pass, expert: Pass) -> Tensor:
+    own, reference = model.logits.log_softmax(dim=1), expert.logits.log_softmax(dim=1)
+    return (reference.exp() * (reference - own)).sum(dim=1)
+
+
+MEASURES: dict[str, Measure] = {
+    CLASSES: Measure(lambda model, _: model.logits.argmax(dim=1), False, "int16"),
+    "entropy": Measure(_entropy, False),
+    "l2": Measure(_l2, True),
+    "cosine": Measure(_cosine, True),
+    "overlap": Measure(_overlap, True),
+    "divergence": Measure(_divergence, True),
+}
+"""Predicted class; entropy of the softmax p (nats); distance of the features to those of the task's
+expert: ‖f − f_t‖₂ and 1 − cos(f, f_t); of p to the expert's softmax q: Σ_c min(p_c, q_c), which is
+one minus their total variation, and KL(q ‖ p) (nats)."""

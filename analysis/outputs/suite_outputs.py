@@ -1,0 +1,337 @@
+"""What weights of a suite give for images: run for those that are asked for, and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import cache, cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from analysis.data_sources.archive import TaskInputs
+from analysis.networks.backbone import Backbone
+from analysis.networks.pool_network import BATCH
+from analysis.outputs.heads import Head, load_head
+from analysis.outputs.inputs import Split, load_inputs, normalised
+from analysis.outputs.measures import MEASURES, Pass
+from analysis.outputs.prediction_store import (
+    CLASSES,
+    SHIPPED_NAME,
+    PredictionStore,
+    filled,
+    is_missing,
+    nothing,
+    output_key,
+)
+from merge_core.errors import SuiteError
+from merge_core.progress import Progress
+from merge_core.suite import Suite
+
+Images = Mapping[str, np.ndarray]
+Outputs = dict[str, dict[str, np.ndarray]]
+
+# Normalised images of a split up to this size stay in memory; of larger ones, a batch at a time.
+KEPT_BYTES = 1 << 28
+
+
+class ModelOutputs:
+    """Runs weights of one suite; the model, inputs, heads and what was computed are kept.
+
+    Args:
+        suite: a suite with architecture, heads and data.
+        predictions: where outputs are kept (with the suite's own store by default).
+
+    Attributes:
+        forward_images: images run so far.
+
+    Raises:
+        SuiteError: the suite cannot be evaluated.
+    """
+
+    def __init__(self, suite: Suite, predictions: PredictionStore | None = None) -> None:
+        if suite.why_not_evaluated is not None:
+            raise SuiteError(
+                f"The suite {suite.name!r} can be analysed and merged but not evaluated: "
+                f"{suite.why_not_evaluated}."
+            )
+        self.suite = suite
+        self.predictions = predictions or PredictionStore(shipped=(suite.root / SHIPPED_NAME,))
+        self._inputs: dict[tuple[str, Split, int | None], tuple[Tensor, np.ndarray]] = {}
+        self._raw: dict[tuple[str, Split, int | None], TaskInputs] = {}
+        self._heads: dict[str, Head] = {}
+        self._digests: dict[str, str] = {}
+        self._expert_passes: dict[tuple[str, Split], Pass] = {}
+        self.forward_images = 0
+
+    @cached_property
+    def backbone(self) -> Backbone:
+        """The suite's architecture."""
+        return Backbone(self.suite)
+
+    def inputs(self, task: str, split: Split, limit: int | None) -> tuple[Tensor, np.ndarray]:
+        """Normalised images (N x 3 x H x W) and labels (N) of a task: all at once, in memory.
+
+        Raises:
+            MergeScopeError: missing or malformed data.
+        """
+        key = (task, split, limit)
+        if key in self._inputs:
+            return self._inputs[key]
+        raw = self.raw_inputs(task, split, limit)
+        whole = (normalised(raw.images, self.suite, task), raw.labels)
+        if whole[0].nbytes <= KEPT_BYTES:
+            self._inputs[key] = whole
+        return whole
+
+    def raw_inputs(
+        self,
+        task: str,
+        split: Split,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> TaskInputs:
+        """Images before normalisation (those that were decoded are mapped from a file), and labels.
+
+        Raises:
+            MergeScopeError: missing or malformed data.
+            Cancelled: between two images that have to be decoded.
+        """
+        key = (task, split, limit)
+        if key not in self._raw:
+            self._raw[key] = load_inputs(self.suite, task, split, limit, progress)
+        return self._raw[key]
+
+    def images(
+        self,
+        tasks: Collection[str],
+        split: Split,
+        limit: int | None = None,
+        progress: Progress | None = None,
+    ) -> Images:
+        """Task to the numbers of its images in a split: all, or the first `limit`.
+
+        Raises:
+            MergeScopeError: missing or malformed data.
+            Cancelled: between two images that have to be decoded.
+        """
+        found = {task: self.raw_inputs(task, split, limit, progress) for task in tasks}
+        return {task: np.arange(len(inputs.labels)) for task, inputs in found.items()}
+
+    def head(self, task: str) -> Head:
+        """A task's head.
+
+        Raises:
+            SuiteError: missing or malformed head.
+        """
+        if task not in self._heads:
+            self._heads[task] = load_head(self.suite, task)
+        return self._heads[task]
+
+    def predict(
+        self, weights: Mapping[str, Tensor], task: str, split: Split, limit: int | None = None
+    ) -> np.ndarray:
+        """Predicted classes (int64, N), which are not kept.
+
+        Raises:
+            SuiteError: weights, head or data that do not fit; non-finite logits.
+        """
+        whole = self._run(weights, self.images([task], split, limit), split)[task]
+        return whole.logits.argmax(dim=1).numpy()
+
+    def outputs(
+        self,
+        digest: str,
+        weights: Callable[[], Mapping[str, Tensor]],
+        images: Images,
+        split: Split = "val",
+        measures: Collection[str] = (CLASSES,),
+        progress: Progress | None = None,
+    ) -> Outputs:
+        """What weights give for images of some tasks; what is known is not run again.
+
+        Labels are not used.
+
+        Args:
+            digest: content digest of the weights.
+            weights: gives them; called only if an image has to be run.
+            images: task to numbers of images in the split, in any order.
+            split: ``val`` or ``test``.
+            measures: names of :data:`analysis.outputs.measures.MEASURES`; one pass gives them all.
+            progress: reports images run; what was run is kept when cancelled.
+
+        Returns:
+            Task to measure to values, aligned with `images` (int16 classes, else float32).
+
+        Raises:
+            MergeScopeError: weights, heads or data that do not fit; non-finite logits.
+            Cancelled: between two batches.
+        """
+        progress = progress or Progress()
+        weights = cache(weights)
+        keys, vectors = self._known(digest, images, split, measures)
+        unknown = _unknown(vectors, images)
+        total, done = sum(len(wanted) for wanted in unknown.values()), 0
+        touched: set[str] = set()
+        try:
+            for batch in _batches(unknown, BATCH):
+                progress.step(done, total, ", ".join(batch))
+                passes = self._run(weights(), batch, split)
+                for task, part in batch.items():
+                    for name, values in vectors[task].items():
+                        values[part] = self._measured(name, passes[task], task, split, part)
+                touched.update(batch)
+                done += sum(len(part) for part in batch.values())
+        finally:
+            new = {k: vectors[task][name] for (task, name), k in keys.items() if task in touched}
+            self.predictions.put(new)
+        progress.step(total, total, "done")
+        return {
+            task: {name: values[images[task]] for name, values in vectors[task].items()}
+            for task in images
+        }
+
+    def keep(self, digest: str, images: Images, split: Split, outputs: Outputs) -> None:
+        """Store what weights gave elsewhere, as :meth:`outputs` does with what it ran.
+
+        Args:
+            digest: content digest of the weights.
+            images: task to numbers of images.
+            split: ``val`` or ``test``.
+            outputs: task to measure to values, aligned with `images`.
+        """
+        for task, values in outputs.items():
+            mine = {task: images[task]}
+            keys, vectors = self._known(digest, mine, split, list(values))
+            for name, given in values.items():
+                vectors[task][name][images[task]] = given
+            self.predictions.put({key: vectors[t][name] for (t, name), key in keys.items()})
+            self.forward_images += len(images[task])
+
+    def known(
+        self,
+        digest: str,
+        images: Images,
+        split: Split = "val",
+        measures: Collection[str] = (CLASSES,),
+    ) -> bool:
+        """Whether :meth:`outputs` would run nothing."""
+        _, vectors = self._known(digest, images, split, measures)
+        return not any(map(len, _unknown(vectors, images).values()))
+
+    def _known(
+        self, digest: str, images: Images, split: Split, measures: Collection[str]
+    ) -> tuple[dict[tuple[str, str], str], Outputs]:
+        """Keys by task and measure, and what is stored: as far as the last image at least."""
+        keys = {
+            (task, name): self._output_key(digest, task, split, name)
+            for task in images
+            for name in measures
+        }
+        stored = self.predictions.get({k: MEASURES[name].dtype for (_, name), k in keys.items()})
+        vectors: Outputs = {task: {} for task in images}
+        for (task, name), key in keys.items():
+            empty = nothing(int(images[task].max(initial=-1)) + 1, MEASURES[name].dtype)
+            vectors[task][name] = filled(stored[key], empty) if key in stored else empty
+        return keys, vectors
+
+    def _measured(
+        self, name: str, outputs: Pass, task: str, split: Split, part: np.ndarray
+    ) -> np.ndarray:
+        measure = MEASURES[name]
+        reference = outputs
+        if measure.by_expert:
+            reference = self._expert_pass(task, split)[torch.from_numpy(part)]
+        return measure.of(outputs, reference).numpy().astype(measure.dtype)
+
+    def _expert_pass(self, task: str, split: Split) -> Pass:
+        """The pass of a task's expert over all its images, which is kept."""
+        key = (task, split)
+        if key not in self._expert_passes:
+            expert = self.suite.expert(task)
+            weights = {name: expert.tensor(name) for name in expert}
+            self._expert_passes[key] = self._run(weights, self.images([task], split), split)[task]
+        return self._expert_passes[key]
+
+    def _run(self, weights: Mapping[str, Tensor], images: Images, split: Split) -> dict[str, Pass]:
+        """One pass over ascending images of some tasks together: few of many fill a batch too."""
+        pixels = [self.pixels(task, split, part) for task, part in images.items()]
+        alike = len({part.shape[1:] for part in pixels}) == 1
+        together = [torch.cat(pixels)] if alike and len(pixels) > 1 else pixels
+        features = torch.cat([self.backbone.features(weights, part) for part in together])
+        passes = {}
+        sizes = [len(part) for part in images.values()]
+        for task, mine in zip(images, features.split(sizes), strict=True):
+            head = self.head(task)
+            if mine.shape[-1] != head.weight.shape[1]:
+                raise SuiteError(self.misfit(task, f"features of width {mine.shape[-1]}"))
+            passes[task] = Pass(mine, head.logits(mine))
+            if not bool(torch.isfinite(passes[task].logits).all()):
+                raise SuiteError(
+                    f"The model gives non-finite outputs on task {task!r}; choose a smaller scale."
+                )
+        self.forward_images += len(features)
+        return passes
+
+    def misfit(self, task: str, what: str) -> str:
+        """The message that a task's head does not fit."""
+        head = self.head(task)
+        return (
+            f"The head of task {task!r} ({len(head.weight)} classes of width "
+            f"{head.weight.shape[1]}) does not fit {what}."
+        )
+
+    def pixels(self, task: str, split: Split, images: np.ndarray) -> Tensor:
+        """Normalised images of these numbers (at least one), float32, N x 3 x H x W.
+
+        Raises:
+            MergeScopeError: missing or malformed data.
+        """
+        first, last = int(images[0]), int(images.max())
+        # What was read up to a limit is enough where it reaches far enough.
+        held = [key for key, kept in list(self._raw.items()) if len(kept.labels) > last]
+        limit = next((most for *place, most in held if place == [task, split]), None)
+        raw = self.raw_inputs(task, split, limit)
+        if raw.images.size * torch.float32.itemsize > KEPT_BYTES:
+            return normalised(raw.images[images], self.suite, task)
+        source = self.inputs(task, split, limit)[0]
+        if np.array_equal(images, np.arange(first, last + 1)):
+            return source[first : last + 1]  # without a copy
+        return source[torch.from_numpy(images)]
+
+    def _output_key(self, digest: str, task: str, split: Split, name: str) -> str:
+        if MEASURES[name].by_expert:
+            name = f"{name} {self.suite.expert(task).digest}"
+        return output_key(digest, self.data_digest(task), split, name)
+
+    def data_digest(self, task: str) -> str:
+        """Digest of a task's data, head and architecture (remembered)."""
+        if task not in self._digests:
+            self._digests[task] = self.suite.data_digest(task)
+        return self._digests[task]
+
+
+def _unknown(vectors: Outputs, images: Images) -> dict[str, np.ndarray]:
+    """Images, ascending, of which a vector of their task does not know the value."""
+    return {
+        task: np.unique(
+            wanted[np.any([is_missing(v[wanted]) for v in vectors[task].values()], axis=0)]
+        )
+        for task, wanted in images.items()
+    }
+
+
+def _batches(images: Images, size: int) -> Iterator[dict[str, np.ndarray]]:
+    """Images in their order, `size` at a time across tasks."""
+    batch: dict[str, np.ndarray] = {}
+    room = size
+    for task, numbers in images.items():
+        rest = numbers
+        while len(rest):
+            batch[task], rest = rest[:room], rest[room:]
+            room -= len(batch[task])
+            if room == 0:
+                yield batch
+                batch, room = {}, size
+    if batch:
+        yield batch

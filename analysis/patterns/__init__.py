@@ -1,0 +1,1 @@
+"""Class templates, blended images, and patterns in filters and attention."""

@@ -1,0 +1,1 @@
+"""Spectra of task vectors, noise bounds, and interference between tasks."""

@@ -1,0 +1,376 @@
+"""How task vectors get in each other's way: cosines, interference of subspaces, sign conflicts.
+
+Row spaces are spanned by right singular vectors V, column spaces by left ones U. All sums are
+float64; factors come in the float32 they are stored in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import combinations, product
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from analysis.spectral.spectra import with_factors
+from merge_core.errors import SuiteError
+from merge_core.linalg import ALL, Factors, SideFactors, directions
+from merge_core.progress import Progress
+from merge_core.task_vectors import Groups, Origin, ParameterGroup
+
+Side = Literal["row", "column"]
+
+
+def cosine_similarity(
+    groups: Groups, origin: Origin, parameter: str | None = None, progress: Progress | None = None
+) -> pd.DataFrame:
+    """Cosines of whole task vectors, or of one parameter's.
+
+    Args:
+        groups: the suite's parameters; integer buffers are passed over.
+        origin: what the task vectors are taken about.
+        parameter: only this one; None for all of them as one long vector.
+        progress: told after each parameter.
+
+    Returns:
+        One row per ordered pair: first, second, origin, cosine in [−1, 1] (0 where a task
+        vector is zero). About the average the task vectors sum to zero, so the mean over pairs
+        is near −1/(T−1) by construction: exactly there when all have one norm.
+
+    Raises:
+        SuiteError: unknown parameter, or origin "base" without a base.
+        Cancelled: by `progress`.
+    """
+    members = _floating(groups, parameter)
+    T = len(groups.tasks)
+    gram = torch.zeros(T, T, dtype=torch.float64)
+    for done, group in enumerate(members, start=1):
+        tau = _task_vectors(group, origin)
+        gram += tau @ tau.T
+        _release(groups, group)
+        if progress is not None:
+            progress.step(done, len(members), group.name)
+    norm = gram.diagonal().sqrt()
+    cosine = (gram / torch.outer(norm, norm)).nan_to_num(0.0).clamp(-1, 1)
+    return _ordered_pairs(groups.tasks, origin, {"cosine": cosine.numpy()})
+
+
+def _floating(groups: Groups, parameter: str | None) -> list[ParameterGroup]:
+    """The parameters that are weights, or the one asked for."""
+    members = [g for g in groups if g.info.is_floating and parameter in (None, g.name)]
+    if not members:
+        raise SuiteError(
+            f"The suite {groups.suite.name!r} has no weights named {parameter!r} in all experts."
+            if parameter
+            else f"The experts of the suite {groups.suite.name!r} have no weights in common."
+        )
+    return members
+
+
+def _task_vectors(group: ParameterGroup, origin: Origin) -> Tensor:
+    """T x numel, float64: centred about the float64 mean, so that they sum to zero."""
+    experts = group.experts.double()
+    about = group.base.double() if origin == "base" else experts.mean(dim=0)
+    return (experts - about).flatten(1)
+
+
+def _release(groups: Groups, group: ParameterGroup) -> None:
+    if not groups.keep:
+        group.release()
+
+
+def _ordered_pairs(
+    tasks: Sequence[str], origin: Origin, values: dict[str, np.ndarray | int]
+) -> pd.DataFrame:
+    """A frame of all T·T ordered pairs from T x T arrays."""
+    first, second = zip(*product(tasks, tasks), strict=True)
+    columns = {name: np.ravel(v) if np.ndim(v) else v for name, v in values.items()}
+    return pd.DataFrame({"first": first, "second": second, "origin": origin, **columns})
+
+
+def pair_interference(factors: Sequence[Factors | SideFactors], side: Side = "row") -> np.ndarray:
+    """Interference of every pair of task vectors of one matrix, for every rank at once.
+
+    I_ij(k) = ‖S_i V_iᵀ V_j S_j‖_F with the top k directions and S_i = diag(σ_i)/√(Σ_{a≤k} σ_ia²).
+    An entry (a, b) of V_iᵀ V_j counts from k = max(a, b) on, so a running sum over k of what is
+    new gives all ranks in O(r²) per pair after one product.
+
+    Args:
+        factors: of T matrices of one shape.
+        side: "row" compares row spaces (V), "column" column spaces (U).
+
+    Returns:
+        T x T x r, symmetric, in [0, 1]; entry k−1 of the last axis belongs to rank k. The
+        diagonal is ‖S_i²‖_F, a matrix against itself. 0 for a task vector that is zero.
+
+    Source: CART, arXiv:2412.12153, the row-space interference; its column twin uses U.
+    """
+    bases = [(f.right() if side == "row" else f.left()).double() for f in factors]
+    squares = [f.S.double() ** 2 for f in factors]
+    energy = [s.cumsum(0) for s in squares]
+    T, r = len(factors), factors[0].rank
+    pairs = np.zeros((T, T, r))
+    for i in range(T):
+        own = (squares[i] ** 2).cumsum(0).sqrt() / energy[i]
+        pairs[i, i] = own.nan_to_num(0.0).numpy()
+    for i, j in combinations(range(T), 2):
+        weighted = (bases[i].T @ bases[j]).square_()
+        weighted *= squares[i][:, None]
+        weighted *= squares[j]
+        new = weighted.tril().sum(dim=1) + weighted.triu(1).sum(dim=0)
+        value = (new.cumsum(0) / energy[i] / energy[j]).sqrt().nan_to_num(0.0)
+        pairs[i, j] = pairs[j, i] = value.numpy()
+    return pairs
+
+
+def _stored_side(group: ParameterGroup, side: Side) -> Side:
+    """The side of the stored matrix that a side of the layer's is: others in GPT-2's in x out."""
+    if not group.in_by_out:
+        return side
+    return "column" if side == "row" else "row"
+
+
+def interference_pairs(
+    group: ParameterGroup, origin: Origin, k: int, side: Side = "row"
+) -> pd.DataFrame:
+    """The T x T interference of one matrix at one rank (see :func:`pair_interference`).
+
+    Args:
+        group: a decomposed parameter.
+        origin: what the task vectors are taken about.
+        k: directions kept, at least 1; more than r count as r.
+        side: "row" or "column".
+
+    Returns:
+        One row per ordered pair, the pairs of a task with itself included: first, second,
+        origin, k, interference in [0, 1].
+
+    Raises:
+        SuiteError: origin "base" without a base.
+    """
+    top = [f.head(k) for f in group.factors(origin, k)]
+    pairs = pair_interference(top, _stored_side(group, side))[:, :, -1]
+    return _ordered_pairs(group.tasks, origin, {"k": top[0].rank, "interference": pairs})
+
+
+def interference_over_rank(
+    groups: Groups | ParameterGroup,
+    origin: Origin,
+    shares: Sequence[float],
+    side: Side = "row",
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """Interference against reconstruction over the rank, for every matrix.
+
+    Args:
+        groups: the suite's parameters (those not decomposed are passed over), or one of them.
+        origin: what the task vectors are taken about.
+        shares: shares ρ of the directions, in (0, 1]; k = max(1, floor(ρ·r)).
+        side: "row" or "column".
+        progress: told after each matrix.
+
+    Returns:
+        One row per parameter and share: parameter, origin, share, k, interference
+        (I(k) = Σ_{i≠j} I_ij(k)), interference_normalised (I(k)/(T(T−1)), 0 for one task),
+        reconstruction (R(k) = Σ_t Σ_{i>k} σ_ti²), energy (R(0)), reconstruction_share
+        (R(k)/R(0)), update_norm (‖Σ_t SVD_k(task vector t)‖_F).
+
+    Raises:
+        SuiteError: origin "base" without a base.
+        Cancelled: by `progress`.
+
+    Source: CART, arXiv:2412.12153.
+    """
+    rows = []
+    for group in with_factors(groups, origin, progress, ALL):
+        factors = group.factors(origin)
+        T, r = len(factors), factors[0].rank
+        pairs = pair_interference(factors, _stored_side(group, side))
+        interference = pairs.sum(axis=(0, 1)) - np.trace(pairs)
+        # Summed from the small end, so that what little is lost near full rank stays exact.
+        squares = np.sum([f.S.double().numpy() ** 2 for f in factors], axis=0)
+        lost = np.append(squares[::-1].cumsum()[::-1], 0.0)
+        for share in shares:
+            k = directions(float(share), r)
+            rows.append(
+                {
+                    "parameter": group.name,
+                    "origin": origin,
+                    "share": float(share),
+                    "k": k,
+                    "interference": interference[k - 1],
+                    "interference_normalised": interference[k - 1] / max(1, T * (T - 1)),
+                    "reconstruction": lost[k],
+                    "energy": lost[0],
+                    "reconstruction_share": lost[k] / lost[0] if lost[0] > 0 else 0.0,
+                    "update_norm": float(group.sum_of_truncations(origin, k).double().norm()),
+                }
+            )
+    return pd.DataFrame(rows)
+
+
+def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
+    """The whole model's curve from the curves of its matrices.
+
+    Args:
+        frame: of :func:`interference_over_rank`, one origin or several.
+
+    Returns:
+        One row per origin and share: origin, share, interference and interference_normalised
+        (means over matrices), reconstruction and energy (sums), reconstruction_share (of the
+        sums), update_norm (root of the sum of squares: the norm of the whole update).
+    """
+    squared = frame.assign(update_norm=frame["update_norm"] ** 2)
+    mean = squared.groupby(["origin", "share"], as_index=False).agg(
+        interference=("interference", "mean"),
+        interference_normalised=("interference_normalised", "mean"),
+        reconstruction=("reconstruction", "sum"),
+        energy=("energy", "sum"),
+        update_norm=("update_norm", "sum"),
+    )
+    share = (mean["reconstruction"] / mean["energy"]).fillna(0.0)
+    return mean.assign(reconstruction_share=share, update_norm=np.sqrt(mean["update_norm"]))
+
+
+def principal_angles(
+    group: ParameterGroup, origin: Origin, k: int, side: Side = "row"
+) -> pd.DataFrame:
+    """Principal angles between the top-k subspaces of every pair of tasks.
+
+    Args:
+        group: a decomposed parameter.
+        origin: what the task vectors are taken about.
+        k: directions kept, at least 1; those of zero weight span nothing and are left out.
+        side: "row" or "column".
+
+    Returns:
+        One row per unordered pair and angle: first, second, index (1..k), angle in degrees,
+        ascending, in [0, 90].
+
+    Raises:
+        SuiteError: origin "base" without a base.
+
+    Source: Björck and Golub, 1973; small angles by their sine, which the cosine cannot resolve.
+    """
+    subspaces = []
+    for f in group.factors(origin, k):
+        vectors = f.right(k) if _stored_side(group, side) == "row" else f.left(k)
+        span = vectors[:, f.S[:k] > 0].double()
+        # Stored in float32, orthonormal to 1e-7 only.
+        subspaces.append(torch.linalg.qr(span).Q)
+    frames = []
+    for i, j in combinations(range(len(subspaces)), 2):
+        angle = np.degrees(_angles(subspaces[i], subspaces[j]))
+        frames.append(
+            pd.DataFrame(
+                {
+                    "first": group.tasks[i],
+                    "second": group.tasks[j],
+                    "index": np.arange(1, angle.size + 1),
+                    "angle": angle,
+                }
+            )
+        )
+    columns = ["first", "second", "index", "angle"]
+    return pd.concat(frames, ignore_index=True) if frames else pd.DataFrame(columns=columns)
+
+
+def _angles(P: Tensor, Q: Tensor) -> np.ndarray:
+    """Angles in radians, ascending, between the spans of orthonormal columns."""
+    if P.shape[1] < Q.shape[1]:
+        P, Q = Q, P
+    if Q.shape[1] == 0:
+        return np.empty(0)
+    overlap = P.T @ Q
+    cosine = torch.linalg.svdvals(overlap).clamp(max=1)
+    sine = torch.linalg.svdvals(Q - P @ overlap).flip(0).clamp(max=1)
+    return torch.where(cosine**2 < 0.5, cosine.arccos(), sine.arcsin()).numpy()
+
+
+def mean_angles(angles: pd.DataFrame) -> pd.DataFrame:
+    """The mean principal angle of each pair, as a full T x T table.
+
+    Args:
+        angles: of :func:`principal_angles`.
+
+    Returns:
+        One row per ordered pair: first, second, angle in degrees (0 with itself).
+    """
+    mean = angles.groupby(["first", "second"], sort=False)["angle"].mean().reset_index()
+    mirrored = mean.rename(columns={"first": "second", "second": "first"})
+    tasks = list(dict.fromkeys([*mean["first"], *mean["second"]]))
+    itself = pd.DataFrame({"first": tasks, "second": tasks, "angle": 0.0})
+    both = pd.concat([itself, mean, mirrored], ignore_index=True)
+    place = {task: i for i, task in enumerate(tasks)}
+    return both.sort_values(
+        ["first", "second"], key=lambda column: column.map(place), ignore_index=True
+    )
+
+
+def sign_conflict(groups: Groups, origin: Origin, parameter: str | None = None) -> pd.DataFrame:
+    """How far tasks pull single weights in opposite directions.
+
+    Args:
+        groups: the suite's parameters; integer buffers are passed over.
+        origin: what the task vectors are taken about. About the average every entry sums to
+            zero, so `conflict` is 1 by construction; ask about the base.
+        parameter: only this one; None for each of them.
+
+    Returns:
+        One row per parameter: parameter, conflict (1 − Σ_e|Σ_t τ_te| / Σ_e Σ_t|τ_te|, in [0, 1]:
+        the share of magnitude that cancels in the sum, so that entries count by their size),
+        opposed (share of entries that some task raises and another lowers), entries (count).
+        0 where nothing changed.
+
+    Raises:
+        SuiteError: unknown parameter, or origin "base" without a base.
+
+    Source: the sign conflicts of TIES, arXiv:2306.01708, section 3, weighted by magnitude.
+    """
+    rows = []
+    for group in _floating(groups, parameter):
+        tau = _task_vectors(group, origin)
+        magnitude = float(tau.abs().sum())
+        kept = float(tau.sum(dim=0).abs().sum())
+        opposed = (tau > 0).any(dim=0) & (tau < 0).any(dim=0)
+        rows.append(
+            {
+                "parameter": group.name,
+                "conflict": 1 - kept / magnitude if magnitude > 0 else 0.0,
+                "opposed": float(opposed.double().mean()),
+                "entries": tau.shape[1],
+            }
+        )
+        _release(groups, group)
+    return pd.DataFrame(rows)
+
+
+def tsv_interference(group: ParameterGroup, k: int, origin: Origin = "base") -> float:
+    """Singular Task Interference: ‖(UᵀU − I) Σ (VᵀV − I)‖_1 of all tasks' top-k directions.
+
+    U (m x Tk) and V (n x Tk) hold the tasks' singular vectors side by side, Σ their singular
+    values; the norm sums magnitudes of entries. 0 where the directions are all orthogonal.
+
+    Args:
+        group: a decomposed parameter.
+        k: directions kept of each task, at least 1.
+        origin: the paper takes task vectors about the base.
+
+    Returns:
+        The interference, in the unit of the weights; it grows with T and k.
+
+    Raises:
+        SuiteError: origin "base" without a base.
+
+    Source: arXiv:2412.00081, the definition of Singular Task Interference.
+    """
+    top = [f.head(k).to(torch.float64) for f in group.factors(origin, k)]
+    U = torch.cat([f.U for f in top], dim=1)
+    V = torch.cat([f.V for f in top], dim=1)
+    sigma = torch.cat([f.S for f in top])
+    identity = torch.eye(sigma.shape[0], dtype=torch.float64)
+    overlap_left, overlap_right = U.T @ U - identity, V.T @ V - identity
+    return float(((overlap_left * sigma) @ overlap_right).abs().sum())

@@ -1,0 +1,251 @@
+"""Spectra of task vectors: singular values, energy, ranks and noise bounds per matrix and task.
+
+Singular values have the unit of the weights; energies are shares of Σσ²; ranks count directions.
+Every scalar of an all-zero spectrum (a task that left the matrix as it was) is 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, get_args
+
+import numpy as np
+import pandas as pd
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from analysis.spectral.noise_bounds import as_array, gavish_donoho_cut, noise_edge
+from merge_core.decomposition import singular_values
+from merge_core.factorisation import factorised
+from merge_core.linalg import as_matrix, directions
+from merge_core.parameters import describe
+from merge_core.progress import Progress
+from merge_core.task_vectors import Groups, Origin, ParameterGroup
+
+Part = Literal["whole", "q", "k", "v"]
+
+# CART's recommended share of directions.
+TOP_SHARE = 0.08
+
+
+def stable_rank(S: Tensor | ArrayLike) -> float:
+    """‖A‖_F² / σ_1², in [1, r]: how many directions as strong as the first the energy amounts to.
+
+    Source: Rudelson and Vershynin, arXiv:math/0503442.
+    """
+    sigma = as_array(S)
+    return float(np.sum((sigma / sigma[0]) ** 2)) if sigma[0] > 0 else 0.0
+
+
+def effective_rank(S: Tensor | ArrayLike) -> float:
+    """exp(−Σ p log p) with p = σ/Σσ, in [1, r]: the entropy of the spectrum as a count.
+
+    Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
+    """
+    sigma = as_array(S)
+    p = sigma[sigma > 0]
+    if p.size == 0:
+        return 0.0
+    p = p / p.sum()
+    return float(np.exp(-np.sum(p * np.log(p))))
+
+
+def participation_ratio(S: Tensor | ArrayLike) -> float:
+    """(Σσ²)² / Σσ⁴, in [1, r]: the number of directions that share the energy."""
+    sigma = as_array(S)
+    if not sigma[0] > 0:
+        return 0.0
+    energy = (sigma / sigma[0]) ** 2
+    return float(energy.sum() ** 2 / np.sum(energy**2))
+
+
+def cumulative_energy(S: Tensor | ArrayLike) -> np.ndarray:
+    """Σ_{i≤k} σ_i² / Σσ² for k = 1..r: r values, ascending to exactly 1 (all 0 without energy)."""
+    sigma = as_array(S)
+    if not sigma[0] > 0:
+        return np.zeros_like(sigma)
+    energy = np.cumsum((sigma / sigma[0]) ** 2)
+    return energy / energy[-1]
+
+
+def energy_rank(S: Tensor | ArrayLike, share: float) -> int:
+    """The smallest k with Σ_{i≤k} σ_i² ≥ share·Σσ².
+
+    Args:
+        S: singular values, descending.
+        share: part of the energy, in (0, 1].
+
+    Raises:
+        ValueError: share outside (0, 1].
+    """
+    if not 0 < share <= 1:
+        raise ValueError(f"share is {share}; a part of the energy lies in (0, 1]")
+    energy = cumulative_energy(S)
+    return int(np.searchsorted(energy, share)) + 1 if energy[-1] > 0 else 0
+
+
+def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
+    """The parts a matrix can be looked at in: q, k and v too where it fuses them."""
+    fused = group.decomposed and describe(group.name, group.info).parts
+    return get_args(Part) if fused else ("whole",)
+
+
+def with_factors(
+    groups: Groups | ParameterGroup,
+    origin: Origin,
+    progress: Progress | None,
+    k: int | None = None,
+) -> Iterator[ParameterGroup]:
+    """The groups that have a spectrum, their factors made several at once.
+
+    Args:
+        groups: the suite's parameters, or one of them that is decomposed.
+        origin: what the task vectors are taken about.
+        progress: told after each matrix.
+        k: how many singular vectors will be looked at; None for values only.
+
+    Raises:
+        SuiteError: origin "base" without a base.
+        Cancelled: by `progress`.
+    """
+    if isinstance(groups, Groups):
+        yield from factorised(groups, origin, k, progress=progress)
+        return
+    yield groups
+    if progress is not None:
+        progress.step(1, 1, groups.name)
+
+
+def _spectra(
+    group: ParameterGroup, origin: Origin, part: Part
+) -> tuple[tuple[int, int], list[np.ndarray]]:
+    """Rows and columns of a part of a matrix, and its singular values for each task."""
+    if part == "whole":
+        factors = group.factors(origin)
+        return factors[0].shape, [as_array(f.S) for f in factors]
+    parts = parts_of(group)
+    if part not in parts:
+        raise ValueError(f"{group.name!r} has no part {part!r}; it has {', '.join(parts)}")
+    # Of GPT-2's weights, stored in x out, columns are outputs.
+    outputs = int(group.in_by_out)
+    matrices = [
+        as_matrix(tau).chunk(3, dim=outputs)[parts.index(part) - 1]
+        for tau in group.task_vectors(origin)
+    ]
+    m, n = matrices[0].shape
+    return (m, n), [as_array(singular_values(A)) for A in matrices]
+
+
+def spectrum(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
+    """Singular values of each task vector of one matrix.
+
+    Args:
+        group: a decomposed parameter, out x in (kernels as o x (i·kh·kw)).
+        origin: what the task vectors are taken about.
+        part: the whole matrix, or a third of the outputs of a fused qkv weight.
+
+    Returns:
+        One row per task and direction: task, origin, index (1..r), share (index/r), sigma
+        (unit of the weights), energy (Σ_{i≤index}σ²/Σσ²).
+
+    Raises:
+        SuiteError: origin "base" without a base.
+        ValueError: the matrix has no such part.
+    """
+    _, spectra = _spectra(group, origin, part)
+    r = spectra[0].size
+    index = np.arange(1, r + 1)
+    return pd.DataFrame(
+        {
+            "task": np.repeat(group.tasks, r),
+            "origin": origin,
+            "index": np.tile(index, len(spectra)),
+            "share": np.tile(index / r, len(spectra)),
+            "sigma": np.concatenate(spectra),
+            "energy": np.concatenate([cumulative_energy(S) for S in spectra]),
+        }
+    )
+
+
+def cuts(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
+    """Noise bounds of each task vector of one matrix, and how many directions pass them.
+
+    Args:
+        group: a decomposed parameter.
+        origin: what the task vectors are taken about.
+        part: as in :func:`spectrum`.
+
+    Returns:
+        One row per task: task, origin, noise_edge and gavish_donoho (singular values), noise_rank
+        and gavish_donoho_rank (counts). Their limits are told in
+        :mod:`analysis.spectral.noise_bounds`.
+
+    Raises:
+        SuiteError: origin "base" without a base.
+        ValueError: the matrix has no such part.
+    """
+    (m, n), spectra = _spectra(group, origin, part)
+    rows = []
+    for task, S in zip(group.tasks, spectra, strict=True):
+        edge, cut = noise_edge(S, m, n), gavish_donoho_cut(S, m, n)
+        rows.append(
+            {
+                "task": task,
+                "origin": origin,
+                "noise_edge": edge,
+                "noise_rank": int(np.sum(edge < S)),
+                "gavish_donoho": cut,
+                "gavish_donoho_rank": int(np.sum(cut < S)),
+            }
+        )
+    return pd.DataFrame(rows)
+
+
+def spectral_summary(
+    groups: Groups, origin: Origin, progress: Progress | None = None, apart: bool = False
+) -> pd.DataFrame:
+    """The spectrum of every matrix and task in a few numbers.
+
+    Args:
+        groups: the suite's parameters; those not decomposed are passed over.
+        origin: what the task vectors are taken about.
+        progress: told after each matrix.
+        apart: look at queries, keys and values one by one where a matrix fuses them.
+
+    Returns:
+        One row per parameter, part and task: parameter, part, task, origin, rows, columns,
+        frobenius (‖A‖_F) and spectral_norm (σ_1) in the unit of the weights, stable_rank,
+        effective_rank, participation_ratio, top_share (energy in the leading 8 % of the
+        directions), energy_rank_90 and noise_rank (counts).
+
+    Raises:
+        SuiteError: origin "base" without a base.
+        Cancelled: by `progress`.
+    """
+    rows = []
+    for group in with_factors(groups, origin, progress):
+        parts = parts_of(group)
+        for part in parts[1:] if apart and len(parts) > 1 else parts[:1]:
+            shape, spectra = _spectra(group, origin, part)
+            rows += [
+                {"parameter": group.name, "part": part, "task": task, "origin": origin}
+                | _in_numbers(S, *shape)
+                for task, S in zip(group.tasks, spectra, strict=True)
+            ]
+    return pd.DataFrame(rows)
+
+
+def _in_numbers(S: np.ndarray, m: int, n: int) -> dict[str, float]:
+    """The columns of a summary, of the singular values of an m x n matrix."""
+    return {
+        "rows": m,
+        "columns": n,
+        "frobenius": float(np.linalg.norm(S)),
+        "spectral_norm": float(S[0]),
+        "stable_rank": stable_rank(S),
+        "effective_rank": effective_rank(S),
+        "participation_ratio": participation_ratio(S),
+        "top_share": float(cumulative_energy(S)[directions(TOP_SHARE, S.size) - 1]),
+        "energy_rank_90": energy_rank(S, 0.9),
+        "noise_rank": int(np.sum(noise_edge(S, m, n) < S)),
+    }
