@@ -10,10 +10,11 @@ from analysis.comparison.run import SEEDS, Compared, compared, usable
 from analysis.figures import compare as figures
 from merge_core.files import digest_of
 from merge_core.recipe import Recipe
-from ui import charts, resources, shell
-from ui.own_recipes import own_recipes
+from ui import charts, shell
 from ui.progress import run_job
-from ui.resources import View
+from ui.sections.own_recipes import own_recipes
+from ui.server import resources
+from ui.server.resources import View
 from ui.widgets import choice
 
 shell.enter()

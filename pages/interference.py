@@ -19,8 +19,9 @@ from analysis.spectral.interference import (
 )
 from merge_core.linalg import as_matrix, directions
 from merge_core.task_vectors import Groups, Origin
-from ui import charts, resources, shell
-from ui.resources import View
+from ui import charts, shell
+from ui.server import resources
+from ui.server.resources import View
 from ui.widgets import SHARES, choice, share_label, share_slider
 
 shell.enter()

@@ -27,9 +27,10 @@ from analysis.magnitude.sweep import WHO, Who
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.files import digest_of
 from merge_core.progress import Progress
-from ui import charts, pool_resources, shell
-from ui.pool_resources import PoolView
+from ui import charts, shell
 from ui.progress import run_job
+from ui.server import pool_resources
+from ui.server.pool_resources import PoolView
 from ui.widgets import choice
 
 shell.enter()

@@ -16,11 +16,12 @@ from merge_core.methods.declaration import Method
 from merge_core.model_card import Result, model_card
 from merge_core.provenance import provenance
 from merge_core.recipe import Recipe, make_recipe, recipe_from_query
-from ui import charts, resources, shell
-from ui.own_recipes import link_form
+from ui import charts, shell
 from ui.progress import run_job
-from ui.recipe_options import recipe_options
-from ui.resources import View
+from ui.sections.own_recipes import link_form
+from ui.sections.recipe_options import recipe_options
+from ui.server import resources
+from ui.server.resources import View
 from ui.widgets import choice, controls, share_label
 
 shell.enter()

@@ -13,9 +13,10 @@ from merge_core.opening import download
 from merge_core.opening.draft import suite_text, task_name, write_suite
 from merge_core.opening.roles import drafted, drafted_suite, mistakes
 from merge_core.suite import Suite, SuiteSpec, load_suite
-from ui import charts, session_files, shell
-from ui.open_members import fit_section, members_table
-from ui.open_sources import (
+from ui import charts, shell
+from ui.progress import run_job
+from ui.sections.open_members import fit_section, members_table
+from ui.sections.open_sources import (
     FILE,
     Collection,
     from_folder,
@@ -23,7 +24,7 @@ from ui.open_sources import (
     from_preset,
     from_uploads,
 )
-from ui.progress import run_job
+from ui.server import session_files
 from ui.widgets import choice
 
 shell.enter()

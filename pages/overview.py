@@ -21,9 +21,10 @@ from merge_core.methods import get_method
 from merge_core.preflight import Preflight, preflight
 from merge_core.recipe import Recipe
 from merge_core.suite import BUNDLED
-from ui import charts, resources, shell
+from ui import charts, shell
 from ui.progress import run_job
-from ui.resources import View
+from ui.server import resources
+from ui.server.resources import View
 from ui.widgets import share_label
 
 shell.enter()

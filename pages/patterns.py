@@ -14,8 +14,10 @@ from analysis.patterns.images import Normalisation
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import PoolError
 from merge_core.pool import Pool
-from ui import charts, filters_section, pool_resources, shell
-from ui.filters_section import NORMALISATIONS
+from ui import charts, shell
+from ui.sections import filters
+from ui.sections.filters import NORMALISATIONS
+from ui.server import pool_resources
 from ui.widgets import choice
 
 shell.enter()
@@ -353,4 +355,4 @@ charts.heading(
     "they show depends on weight decay and training time, and it is what averaging mixes.",
 )
 classifier_section()
-filters_section.deeper_section()
+filters.deeper_section()

@@ -26,12 +26,13 @@ from analysis.rank_selection.weight_response import PROPORTIONAL
 from merge_core.files import digest_of
 from merge_core.methods import get_method
 from merge_core.progress import Progress
-from ui import charts, resources, shell
+from ui import charts, shell
 from ui.progress import run_job
-from ui.rank_evidence_section import evidence_section, more_tasks_section
-from ui.rank_layers_section import layers_section
-from ui.rank_settings_section import settings_section
-from ui.resources import View
+from ui.sections.rank_evidence import evidence_section, more_tasks_section
+from ui.sections.rank_layers import layers_section
+from ui.sections.rank_settings import settings_section
+from ui.server import resources
+from ui.server.resources import View
 from ui.widgets import choice, share_label
 
 shell.enter()

@@ -9,8 +9,9 @@ from analysis.figures import spectra as figures
 from analysis.spectral.spectra import Part, cuts, parts_of, spectral_summary, spectrum
 from merge_core.parameters import describe
 from merge_core.task_vectors import Groups, Origin
-from ui import charts, resources, shell
-from ui.resources import View
+from ui import charts, shell
+from ui.server import resources
+from ui.server.resources import View
 from ui.widgets import choice, share_label, share_slider
 
 shell.enter()

@@ -8,8 +8,9 @@ from typing import Any
 import streamlit as st
 
 from merge_core.progress import Progress
-from ui import resources, shell
-from ui.jobs import Job
+from ui import shell
+from ui.server import resources
+from ui.server.jobs import Job
 
 POLL_SECONDS = 0.25
 

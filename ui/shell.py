@@ -19,9 +19,10 @@ import streamlit as st
 
 from merge_core.errors import MergeScopeError
 from merge_core.recipe import Recipe
-from ui import garbage, session_files, sidebar
-from ui.pool_resources import PoolView
-from ui.resources import View
+from ui import sidebar
+from ui.server import garbage, session_files
+from ui.server.pool_resources import PoolView
+from ui.server.resources import View
 from ui.widgets import share_label
 
 ROOT = Path(__file__).resolve().parent.parent

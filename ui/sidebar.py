@@ -7,9 +7,9 @@ from collections.abc import Mapping
 import streamlit as st
 
 from merge_core.pool import REGIMES, Pool
-from ui import pool_resources, resources, session_files
-from ui.pool_resources import PoolView
-from ui.resources import View
+from ui.server import pool_resources, resources, session_files
+from ui.server.pool_resources import PoolView
+from ui.server.resources import View
 
 
 def choose_suite() -> View:

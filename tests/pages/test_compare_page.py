@@ -19,7 +19,7 @@ from merge_core.recipe import make_recipe
 from merge_core.suite import load_suite
 from tests.evaluable import write_evaluable
 from tests.pages.test_pages import array, figures, finished, healthy, open_page
-from ui.own_recipes import link_form, parsed
+from ui.sections.own_recipes import link_form, parsed
 
 Offer = Callable[..., Path]
 

@@ -12,7 +12,7 @@ from merge_core.factors import FactorStore
 from merge_core.recipe import Recipe, make_recipe, recipe_from_yaml
 from merge_core.suite import load_suite
 from tests.pages.test_pages import healthy, metrics, open_page
-from ui.recipe_options import parse_overrides, parse_weights
+from ui.sections.recipe_options import parse_overrides, parse_weights
 
 
 def shown_recipe(at: AppTest) -> Recipe:

@@ -21,8 +21,8 @@ from tests.conftest import random_states
 from tests.hub_client import files_of, hub, weights
 from tests.hub_server import Hub
 from tests.pages.test_pages import app_at, finished, healthy, open_page
-from ui import session_files
-from ui.open_members import edited, members_frame
+from ui.sections.open_members import edited, members_frame
+from ui.server import session_files
 
 __all__ = ["hub"]
 TASKS = ("cars", "dtd", "svhn")

@@ -20,7 +20,7 @@ from streamlit.testing.v1 import AppTest
 from merge_core.linalg import as_matrix
 from merge_core.methods import methods
 from merge_core.suite import load_suite
-from ui import resources
+from ui.server import resources
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ("overview", "spectra", "interference", "rank_and_scale", "merge_lab")

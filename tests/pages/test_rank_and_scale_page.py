@@ -25,7 +25,7 @@ from merge_core.progress import Progress
 from merge_core.suite import load_suite
 from tests.evaluable import edit_arrays, write_evaluable
 from tests.pages.test_pages import array, figures, finished, healthy, metrics, open_page, trace
-from ui import rank_layers_section, rank_settings_section
+from ui.sections import rank_layers, rank_settings
 from ui.widgets import share_label
 
 Offer = Callable[..., Path]
@@ -143,12 +143,12 @@ def test_a_click_on_the_map_moves_the_sliders(monkeypatch: pytest.MonkeyPatch) -
         state: dict[str, Any] = {
             "rank_scale_map": {"selection": {"points": [{"customdata": data}]}}
         }
-        monkeypatch.setattr(rank_settings_section.st, "session_state", state)
-        rank_settings_section.pick_clicked()
+        monkeypatch.setattr(rank_settings.st, "session_state", state)
+        rank_settings.pick_clicked()
         assert (state["at_rank"], state["at_scale"]) == (0.26, 3.2)
     state = {"rank_scale_map": {"selection": {"points": []}}}
-    monkeypatch.setattr(rank_settings_section.st, "session_state", state)
-    rank_settings_section.pick_clicked()
+    monkeypatch.setattr(rank_settings.st, "session_state", state)
+    rank_settings.pick_clicked()
     assert "at_rank" not in state
 
 
@@ -244,5 +244,5 @@ def test_allocations_stay_among_the_scales_that_a_method_takes(offer: Offer) -> 
     session = MergeSession(suite, None, FactorStore())
     space = search_space("cart", "mine", suite.tasks)
     edge = replace(select_rank(space, session, None, "weights"), scale=max(space.scales))
-    frame = rank_layers_section.compared(edge, session, Evaluator(suite), Progress())
+    frame = rank_layers.compared(edge, session, Evaluator(suite), Progress())
     assert frame["scale"].max() <= max(space.scales)

@@ -170,7 +170,7 @@ def _print_found(out: Console, found: Sequence[Found]) -> None:
 def _print_fit(out: Console, suite: Suite) -> None:
     from analysis.fit import fit_table
     from merge_core.preflight import preflight
-    from mergescope.inspection import print_preflight
+    from mergescope.preflight_report import print_preflight
 
     report = preflight(suite)
     if not report.plan:

@@ -19,9 +19,9 @@ from merge_core.opening.presets import presets
 from merge_core.opening.roles import Found, of_preset
 from merge_core.opening.search import MOST_ENTRIES, find_models
 from merge_core.suite import SuiteSpec, load_suite
-from ui import roots, session_files, uploads
 from ui.progress import run_job
-from ui.resources import stamp
+from ui.server import roots, session_files, uploads
+from ui.server.resources import stamp
 
 FILE = "suite.yaml"
 MOST_SAID = 3  # models that could not be read, each in words

@@ -14,9 +14,10 @@ from analysis.rank_selection.select import Selection
 from merge_core.engine import MergeSession
 from merge_core.files import digest_of
 from merge_core.progress import Progress
-from ui import charts, resources, shell
+from ui import charts, shell
 from ui.progress import run_job
-from ui.resources import View
+from ui.server import resources
+from ui.server.resources import View
 
 SHOWN = 2
 BUDGETS = (0.5, 1.0, 2.0)  # of the recommended rank

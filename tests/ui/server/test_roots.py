@@ -10,7 +10,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from merge_core.errors import MergeScopeError
-from ui import roots
+from ui.server import roots
 
 NAMES = ("a", "b", "sub", "up", "out", "file.safetensors", "loop", "dangling")
 

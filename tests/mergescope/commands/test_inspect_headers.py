@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from tests.conftest import write_suite
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 LAYER = "blocks.0.mlp.fc1"
 INSPECT = """
 import sys

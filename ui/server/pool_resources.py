@@ -9,8 +9,8 @@ import streamlit as st
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.files import digest_of
 from merge_core.pool import Pool, load_pool
-from ui.catalog import POOLS
-from ui.resources import stamp
+from ui.server.catalog import POOLS
+from ui.server.resources import stamp
 
 
 @dataclass(frozen=True)

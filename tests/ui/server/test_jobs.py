@@ -11,8 +11,8 @@ import torch
 
 from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.progress import Progress
-from ui import jobs
-from ui.jobs import QUEUE_LIMIT, Job, JobRunner
+from ui.server import jobs
+from ui.server.jobs import QUEUE_LIMIT, Job, JobRunner
 
 
 @pytest.fixture

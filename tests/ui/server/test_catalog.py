@@ -10,7 +10,7 @@ import pytest
 from merge_core.errors import MergeScopeError
 from merge_core.pool import bundled_pools
 from merge_core.suite import BUNDLED, BUNDLED_PATH
-from ui.catalog import POOLS, SUITES
+from ui.server.catalog import POOLS, SUITES
 
 
 def test_only_the_bundled_ones_by_default(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from merge_core.methods import postprocessors
 from merge_core.methods.declaration import Method
 from merge_core.task_vectors import Origin
 from merge_core.yaml_text import load_yaml
-from ui.resources import View
+from ui.server.resources import View
 from ui.widgets import choice, controls
 
 ORIGINS: dict[Origin, str] = {"base": "The base", "average": "The average"}

@@ -11,8 +11,9 @@ import streamlit as st
 from analysis.figures import rank_map
 from analysis.figures import rank_selection as figures
 from analysis.rank_selection.select import Selection
-from ui import charts, resources, shell
-from ui.resources import View
+from ui import charts, shell
+from ui.server import resources
+from ui.server.resources import View
 from ui.widgets import share_label
 
 EXPLAINED = (

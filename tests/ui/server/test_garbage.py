@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.pages.test_pages import healthy, open_page
-from ui import garbage
+from ui.server import garbage
 
 
 class Loop:

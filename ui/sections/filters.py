@@ -12,7 +12,7 @@ from analysis.figures import patterns as figures
 from analysis.patterns import filters as patterns
 from analysis.patterns.images import Normalisation
 from ui import charts, shell
-from ui.pictured import AVERAGE, Source, open_source, pictured, source_names
+from ui.sections.pictured import AVERAGE, Source, open_source, pictured, source_names
 from ui.widgets import choice
 
 NORMALISATIONS: dict[Normalisation, str] = {

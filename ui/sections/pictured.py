@@ -14,7 +14,7 @@ from analysis.patterns.filters import head_count, pictured_names
 from merge_core.checkpoint import Checkpoint
 from merge_core.pool import Pool
 from merge_core.suite import Suite
-from ui import pool_resources, resources, session_files
+from ui.server import pool_resources, resources, session_files
 
 AVERAGE = "average of all"
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from ui import session_files
-from ui.session_files import Janitor
+from ui.server import session_files
+from ui.server.session_files import Janitor
 
 PATIENCE = 120 + session_files.SPARE_SECONDS
 
@@ -53,12 +53,12 @@ def test_what_a_killed_server_leaves_is_removed_and_nothing_of_a_living_one(
     tmp_path: Path,
 ) -> None:
     program = (
-        "import sys, time; from pathlib import Path; from ui.session_files import Janitor\n"
+        "import sys, time; from pathlib import Path; from ui.server.session_files import Janitor\n"
         "janitor = Janitor(Path(sys.argv[1])); folder = janitor.folder_for('x')\n"
         "(folder / 'w').touch(); print(folder, flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", program, str(tmp_path)]
-    root = Path(__file__).resolve().parents[2]
+    root = Path(__file__).resolve().parents[3]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as other:
         assert other.stdout is not None

@@ -8,7 +8,7 @@ from analysis.comparison.run import adapted, label_of, usable
 from merge_core.engine import check_recipe
 from merge_core.errors import MergeScopeError
 from merge_core.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml
-from ui.resources import View
+from ui.server.resources import View
 from ui.widgets import controls
 
 KEY = "own"

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save
 
 from merge_core.checkpoint import Checkpoint
-from ui import uploads
-from ui.uploads import keep
+from ui.server import uploads
+from ui.server.uploads import keep
 
 GOOD = save({"w": torch.ones(2, 3)})
 

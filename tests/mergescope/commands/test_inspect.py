@@ -14,7 +14,7 @@ from merge_core.estimates import Job, Part, Rates
 from merge_core.preflight import Preflight, preflight
 from merge_core.suite import Suite
 from mergescope import cli
-from mergescope.inspection import print_preflight
+from mergescope.preflight_report import print_preflight
 from mergescope.terminal import console
 
 D = 8

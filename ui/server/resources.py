@@ -20,8 +20,8 @@ from merge_core.factors import FactorStore
 from merge_core.files import digest_of, file_digest
 from merge_core.suite import Suite, load_suite
 from merge_core.task_vectors import ParameterGroup
-from ui import session_files
-from ui.jobs import JobRunner
+from ui.server import session_files
+from ui.server.jobs import JobRunner
 
 PRIVATE_BYTES = 64 << 20  # of an uploaded suite's factors in memory
 

@@ -1,0 +1,48 @@
+"""``mergescope app``: the dashboard in the browser."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def open_app(
+    references: Annotated[
+        list[str] | None,
+        typer.Argument(help="Suites and pools to offer beside the bundled ones."),
+    ] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8501,
+    root: Annotated[
+        list[Path] | None,
+        typer.Option(
+            help="Folder below which the page Open checkpoints may look; may be repeated. This one "
+            "if left out."
+        ),
+    ] = None,
+) -> None:
+    """Open the dashboard in the browser."""
+    from merge_core.pool import describes_pool, load_pool
+    from merge_core.suite import load_suite
+    from ui.server import roots
+    from ui.server.catalog import POOLS, SUITES
+
+    pools = [load_pool(name).path for name in references or [] if describes_pool(name)]
+    suites = [load_suite(name).path for name in references or [] if not describes_pool(name)]
+    environment = {
+        **os.environ,
+        **SUITES.environment(suites),
+        **POOLS.environment(pools),
+        **roots.environment(root or []),
+    }
+    home = Path(__file__).resolve().parents[2]
+    command = [sys.executable, "-m", "streamlit", "run", str(home / "app.py")]
+    # The folder holds .streamlit/config.toml: loopback only, no usage statistics, our themes.
+    result = subprocess.run(
+        [*command, f"--server.port={port}"], cwd=home, env=environment, check=False
+    )
+    raise typer.Exit(result.returncode)

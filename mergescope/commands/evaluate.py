@@ -1,0 +1,74 @@
+"""``mergescope evaluate``: accuracy per task of a recipe or of a suite's members."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergescope.terminal import (
+    CsvOption,
+    LimitOption,
+    checked_csv,
+    checked_split,
+    console,
+    print_frame,
+    progress_bar,
+    write_csv,
+)
+
+
+def evaluate(
+    target: Annotated[str, typer.Argument(help="A recipe's YAML file, or a suite.")],
+    split: Annotated[str, typer.Option(help="val or test.")] = "val",
+    limit: LimitOption = None,
+    csv: CsvOption = None,
+) -> None:
+    """Per-task accuracy with 95 % intervals: of a recipe, or of a suite's members."""
+    import pandas as pd
+    import yaml
+
+    from analysis.accuracy import mean_accuracy
+    from analysis.evaluation.evaluator import Evaluator
+    from merge_core.engine import MergeSession
+    from merge_core.factors import FactorStore
+    from merge_core.recipe import load_recipe, make_recipe
+    from merge_core.suite import load_suite
+    from merge_core.yaml_text import load_yaml, read_text_file
+
+    part = checked_split(split)
+    checked_csv(csv)
+    rows = []
+    path = Path(target)
+    document = None
+    # Whatever is wrong with the file, the loader below says it.
+    with suppress(yaml.YAMLError, ValueError, OSError, RuntimeError):
+        path = path.expanduser()
+        document = load_yaml(read_text_file(path)) if path.is_file() else None
+    is_recipe = isinstance(document, dict) and "experts" not in document
+    if is_recipe:
+        recipe, suite = load_recipe(path)
+        recipes = {recipe.declaration.title: recipe}
+    else:
+        suite = load_suite(target)
+        recipe = make_recipe({"suite": target, "method": "average"})
+        recipes = {"average": recipe}
+    evaluator = Evaluator(suite)
+    session = MergeSession(suite, recipe.tasks, FactorStore())
+    tasks = session.groups.tasks
+    if not is_recipe:
+        rows.append(evaluator.experts(tasks, part, limit).assign(model="experts"))
+        if suite.base is not None:
+            frame = evaluator.checkpoint(suite.base, tasks, part, limit)
+            rows.append(frame.assign(model="base"))
+    for title, each in recipes.items():
+        frame = evaluator.recipe(each, session, part, limit, progress_bar("evaluating"))
+        rows.append(frame.assign(model=title))
+    table = pd.concat(rows, ignore_index=True)
+    mean = mean_accuracy(table, by=["model"]).assign(task="mean over tasks")
+    table = pd.concat([table, mean], ignore_index=True)
+    columns = ["model", "task", "accuracy", "low", "high", "correct", "images"]
+    print_frame(console(), f"Accuracy on the {split} split, with 95 % intervals", table[columns])
+    write_csv(table[columns], csv)

@@ -1,0 +1,130 @@
+"""``mergescope merge``: a recipe, or a merged model made again."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from merge_core.errors import MergeScopeError, SuiteError
+from mergescope.terminal import progress_bar
+
+if TYPE_CHECKING:
+    from merge_core.decomposition import Route
+    from merge_core.factors import FactorStore
+    from merge_core.recipe import Recipe
+    from merge_core.suite import Suite
+
+
+def merge(
+    recipe: Annotated[
+        Path,
+        typer.Argument(help="A recipe's YAML file; or a merged model, which is made again."),
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Where the suite of a merged model lies now, if it has moved."),
+    ] = None,
+    shard_size: Annotated[
+        float, typer.Option(min=0.001, max=1e6, help="Largest shard in GB.")
+    ] = 5.0,
+    full_svd: Annotated[
+        bool,
+        typer.Option("--full-svd", help="Decompose by LAPACK's SVD instead of the Gram matrix."),
+    ] = False,
+    executor: Annotated[
+        str,
+        typer.Option(
+            help="Where parameters are merged: serial, threads, processes, ray (:N for N workers), "
+            "or ray://HOST:PORT of a cluster."
+        ),
+    ] = "threads",
+    as_adapter: Annotated[
+        str | None,
+        typer.Option(
+            metavar="RANK",
+            help="Write a LoRA adapter of the base instead of the whole model: directions (16), "
+            "a share (0.08), or a share of the update's energy (energy:0.95).",
+        ),
+    ] = None,
+) -> None:
+    """Merge as a recipe says, into a folder with weights, recipe and model card."""
+    from merge_core.adapters.export import AdapterRank, merge_to_adapter
+    from merge_core.executors.choose import executor as executor_named
+    from merge_core.export import merge_to_folder
+    from merge_core.factors import FactorStore
+    from merge_core.recipe import load_recipe
+
+    where = executor_named(executor)
+    rank = None if as_adapter is None else AdapterRank.parse(as_adapter)
+    route: Route = "svd" if full_svd else "gram"
+    if _is_model(recipe):
+        loaded, members, made_by = _recipe_of_model(recipe, suite)
+        route = "svd" if full_svd else made_by
+    elif suite is not None:
+        raise MergeScopeError(
+            "--suite goes with a merged model. A recipe's YAML file names its own: edit 'suite:'."
+        )
+    else:
+        loaded, members = load_recipe(recipe)
+    for warning in loaded.declaration.warnings(
+        len(members.select(loaded.tasks)), loaded.checked_parameters
+    ):
+        typer.echo(f"note: {warning}", err=True)
+    store = FactorStore(route=route)
+    learned = _learned(loaded, members, store) if loaded.declaration.learns else None
+    bar = progress_bar("merging")
+    if rank is None:
+        shard = int(shard_size * 1e9)
+        merge_to_folder(loaded, members, output, store, bar, shard, learned, where)
+    else:
+        report = merge_to_adapter(loaded, members, output, rank, store, bar, learned, where)
+        typer.echo(report.sentences(), err=True)
+    typer.echo(str(output))
+
+
+def _is_model(path: Path) -> bool:
+    """Whether a path names weights rather than a recipe."""
+    with suppress(OSError, ValueError):  # a name that no file can have: the loader says so
+        if path.is_dir():
+            return True
+    return path.suffix == ".safetensors" or path.name.endswith(".index.json")
+
+
+def _recipe_of_model(path: Path, reference: str | None) -> tuple[Recipe, Suite, Route]:
+    """Recipe, suite and decomposition that give a merged model again."""
+    from merge_core.provenance import read_provenance, recipe_again, versions
+    from merge_core.suite import load_suite
+
+    about = read_provenance(path)
+    where = reference or about.recipe.suite
+    try:
+        suite = load_suite(where)
+    except SuiteError as error:
+        hint = "" if reference else " If the suite has moved, say where it is with --suite."
+        raise SuiteError(f"{error}{hint}") from error
+    recipe = recipe_again(about, suite, where)
+    now = versions()
+    others = [
+        f"{name} {v} (now {now.get(name)})"
+        for name, v in about.versions.items()
+        if now.get(name) != v
+    ]
+    if others:
+        typer.echo(
+            f"note: made with {', '.join(others)}; the last bits of the weights may differ.",
+            err=True,
+        )
+    return recipe, suite, about.decomposition
+
+
+def _learned(recipe: Recipe, suite: Suite, store: FactorStore) -> object:
+    """What a recipe's method learns from the suite's data before it merges."""
+    from analysis.evaluation.evaluator import Evaluator
+    from merge_core.engine import MergeSession
+
+    session = MergeSession(suite, recipe.tasks, store)
+    return Evaluator(suite).learned(recipe, session, progress_bar("learning"))

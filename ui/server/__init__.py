@@ -1,0 +1,1 @@
+"""What the server keeps: between reruns, sessions and restarts."""
