@@ -17,11 +17,11 @@ from analysis.rank_selection.adaptive import adaptive_search, exhaustive_search
 from analysis.rank_selection.space import search_space
 from benchmarks.measure import Laboratory
 from benchmarks.record import Sheet
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
-from merge_core.linalg import as_matrix, directions
-from merge_core.recipe import Recipe, make_recipe
-from merge_core.suite import load_suite
+from merge_core.factors.low_rank import as_matrix, directions
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
+from merge_core.suites.suite import load_suite
 from merge_core.task_vectors import ParameterGroup
 
 RANKS = (0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.5, 0.7)

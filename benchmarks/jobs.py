@@ -18,15 +18,15 @@ from torch import Tensor
 from analysis.spectral.spectra import spectral_summary, spectrum
 from benchmarks.synthetic import is_matrix
 from merge_core.executors.choose import executor as executor_named
-from merge_core.export import merge_to_folder
-from merge_core.factors import FactorStore
-from merge_core.linalg import directions
+from merge_core.factors.low_rank import directions
+from merge_core.factors.store import FactorStore
+from merge_core.merging.recipe import make_recipe
 from merge_core.methods.declaration import Run
 from merge_core.methods.selection import kept_count
 from merge_core.methods.sparse import TiesParameters, thresholds
+from merge_core.output.model_folder import merge_to_folder
 from merge_core.progress import Progress
-from merge_core.recipe import make_recipe
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from merge_core.task_vectors import Groups
 
 

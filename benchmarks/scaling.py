@@ -68,10 +68,10 @@ def merge_times(
         Of each merge the seconds of its repeats and the digest of the weights that it wrote.
     """
     from merge_core.executors.choose import executor
-    from merge_core.export import merge_to_folder
-    from merge_core.factors import FactorStore
-    from merge_core.recipe import make_recipe
-    from merge_core.suite import load_suite
+    from merge_core.factors.store import FactorStore
+    from merge_core.merging.recipe import make_recipe
+    from merge_core.output.model_folder import merge_to_folder
+    from merge_core.suites.suite import load_suite
 
     def once(suite: str, rank: float, where: str) -> tuple[float, str]:
         values = {"rank": rank, "scale": SCALE}

@@ -18,10 +18,10 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.space import search_space
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
-from merge_core.recipe import Recipe
-from merge_core.suite import BUNDLED, load_suite
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe
+from merge_core.suites.suite import BUNDLED, load_suite
 
 MODELS = ("Base", "Experts", "Weight average", "Task Arithmetic", "CART")
 

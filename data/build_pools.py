@@ -28,7 +28,7 @@ from data.pool_building import Member, PoolPlan, build_pool, fitted, varied_memb
 from data.pool_images import ImageTask, limited, write_inputs
 from data.pool_tasks import POOL_TASKS, Sizes
 from data.pool_training import Training
-from merge_core.pool import BUNDLED_POOLS, REGIMES, Regime, load_pool
+from merge_core.suites.pool import BUNDLED_POOLS, REGIMES, Regime, load_pool
 
 LOG = logging.getLogger("data.build_pools")
 WORKERS = 2

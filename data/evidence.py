@@ -18,11 +18,11 @@ import pandas as pd
 from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.regret import EVIDENCE, EVIDENCE_IMAGES, regret_table
 from analysis.rank_selection.space import SearchSpace, search_space
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
 from merge_core.files import write_atomically
+from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
-from merge_core.suite import BUNDLED, Suite, load_suite
+from merge_core.suites.suite import BUNDLED, Suite, load_suite
 
 SUBSETS: dict[str, tuple[str, ...] | None] = {
     "8": None,

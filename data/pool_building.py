@@ -20,9 +20,9 @@ from data.pool_images import ImageTask, normaliser, write_inputs
 from data.pool_training import State, Training, state_of, train
 from merge_core.errors import PoolError
 from merge_core.files import folder_written_whole, write_atomically
-from merge_core.pool import PoolSpec, Regime
 from merge_core.progress import Progress
-from merge_core.suite import ArchitectureSpec
+from merge_core.suites.pool import PoolSpec, Regime
+from merge_core.suites.suite_spec import ArchitectureSpec
 
 OWN_INPUTS = "inputs.npz"
 FAMILIES = {"linear": "Linear", "mlp": "MLP", "vgg": "VGG"}

@@ -14,7 +14,7 @@ from data.pool_images import ImageTask
 from data.pool_training import Training
 from data.vision_datasets import FOLDER
 from merge_core.errors import PoolError
-from merge_core.pool import REGIMES, Regime
+from merge_core.suites.pool import REGIMES, Regime
 
 Preset = Literal["small", "paper"]
 PRESETS: tuple[Preset, ...] = get_args(Preset)

@@ -16,12 +16,12 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.prediction_store import SHIPPED_NAME, PredictionStore
 from analysis.rank_selection.select import NEEDS, select_rank
 from analysis.rank_selection.space import search_space
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
 from merge_core.methods import methods
 from merge_core.progress import Progress
-from merge_core.recipe import make_recipe
-from merge_core.suite import BUNDLED, load_suite
+from merge_core.suites.suite import BUNDLED, load_suite
 
 # Of these the page "Rank and scale" shows rank and scale without being asked, in every mode.
 SELECTED = ("cart", "low_rank_task_arithmetic", "task_arithmetic")

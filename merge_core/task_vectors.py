@@ -13,21 +13,21 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merge_core.checkpoint import Checkpoint, is_finite
+from merge_core.checkpoints.checkpoint import Checkpoint, is_finite
+from merge_core.checkpoints.members import longest_vocabulary
+from merge_core.checkpoints.vocabulary import completed, filler
 from merge_core.errors import SuiteError
-from merge_core.factors import FactorStore
-from merge_core.files import digest_of
-from merge_core.lazy import lazy
-from merge_core.linalg import (
+from merge_core.factors.low_rank import (
     SideFactors,
     as_matrix,
     factors_of_product,
     matrix_shape,
     sum_of_truncations,
 )
-from merge_core.members import longest_vocabulary
-from merge_core.suite import Suite
-from merge_core.vocabulary import completed, filler
+from merge_core.factors.store import FactorStore
+from merge_core.files import digest_of
+from merge_core.lazy import lazy
+from merge_core.suites.suite import Suite
 
 Origin = Literal["base", "average"]
 PIECE = 1 << 17
@@ -159,7 +159,7 @@ class ParameterGroup:
         Args:
             origin: what the task vectors are taken about.
             k: how many leading directions are going to be cut off; None if single directions
-                and values are looked at (see :meth:`merge_core.factors.FactorStore.get`).
+                and values are looked at (see :meth:`merge_core.factors.store.FactorStore.get`).
 
         Raises:
             SuiteError: origin "base" without a base.

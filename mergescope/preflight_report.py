@@ -10,7 +10,7 @@ from mergescope.terminal import print_table, size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from merge_core.preflight import Difference, ParameterPlan, Preflight
+    from merge_core.suites.preflight import Difference, ParameterPlan, Preflight
 
 Row = TypeVar("Row")
 MOST_DIFFERENCES = 20
@@ -24,7 +24,7 @@ def print_preflight(
 
     Args:
         out: where to.
-        report: of :func:`merge_core.preflight.preflight`.
+        report: of :func:`merge_core.suites.preflight.preflight`.
         full: every parameter and difference rather than one row a kind.
         timed: with an estimate of time, for which torch is imported and this machine measured.
     """
@@ -73,7 +73,7 @@ def _print_cost(out: Console, report: Preflight, timed: bool) -> None:
             "cache, so that another rank or scale is quick"
         )
     if timed:
-        from merge_core.estimates import TIME_NOTE, about, seconds
+        from merge_core.suites.estimates import TIME_NOTE, about, seconds
 
         taken = seconds(report.job)
         out.print(

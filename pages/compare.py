@@ -9,7 +9,7 @@ from analysis.comparison.published import published
 from analysis.comparison.run import SEEDS, Compared, compared, usable
 from analysis.figures import compare as figures
 from merge_core.files import digest_of
-from merge_core.recipe import Recipe
+from merge_core.merging.recipe import Recipe
 from ui import charts, shell
 from ui.progress import run_job
 from ui.sections.own_recipes import own_recipes

@@ -17,7 +17,7 @@ from analysis.spectral.interference import (
     principal_angles,
     sign_conflict,
 )
-from merge_core.linalg import as_matrix, directions
+from merge_core.factors.low_rank import as_matrix, directions
 from merge_core.task_vectors import Groups, Origin
 from ui import charts, shell
 from ui.server import resources

@@ -10,12 +10,12 @@ from analysis.evaluation.model_card import results_of
 from analysis.figures import accuracy as figures
 from analysis.outputs.inputs import Split
 from merge_core.errors import RecipeError
-from merge_core.export import merged_bytes
+from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query
 from merge_core.methods import get_method, methods
 from merge_core.methods.declaration import Method
-from merge_core.model_card import Result, model_card
-from merge_core.provenance import provenance
-from merge_core.recipe import Recipe, make_recipe, recipe_from_query
+from merge_core.output.model_card import Result, model_card
+from merge_core.output.model_folder import merged_bytes
+from merge_core.output.provenance import provenance
 from ui import charts, shell
 from ui.progress import run_job
 from ui.sections.own_recipes import link_form

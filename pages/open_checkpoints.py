@@ -12,7 +12,8 @@ from merge_core.hub import models as hub
 from merge_core.opening import download
 from merge_core.opening.draft import suite_text, task_name, write_suite
 from merge_core.opening.roles import drafted, drafted_suite, mistakes
-from merge_core.suite import Suite, SuiteSpec, load_suite
+from merge_core.suites.suite import Suite, load_suite
+from merge_core.suites.suite_spec import SuiteSpec
 from ui import charts, shell
 from ui.progress import run_job
 from ui.sections.open_members import fit_section, members_table

@@ -16,11 +16,11 @@ from analysis.comparison.first_result import first_recipes, first_result, knows_
 from analysis.data_sources.source import UNLABELLED
 from analysis.figures import accuracy as figures
 from analysis.outputs.inputs import load_inputs
-from merge_core.estimates import TIME_NOTE, about, seconds
+from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
-from merge_core.preflight import Preflight, preflight
-from merge_core.recipe import Recipe
-from merge_core.suite import BUNDLED
+from merge_core.suites.estimates import TIME_NOTE, about, seconds
+from merge_core.suites.preflight import Preflight, preflight
+from merge_core.suites.suite import BUNDLED
 from ui import charts, shell
 from ui.progress import run_job
 from ui.server import resources

@@ -11,9 +11,9 @@ from analysis.figures import templates as figures
 from analysis.outputs.pool_outputs import PoolEvaluator, tensors_of
 from analysis.patterns import blending, templates
 from analysis.patterns.images import Normalisation
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import PoolError
-from merge_core.pool import Pool
+from merge_core.suites.pool import Pool
 from ui import charts, shell
 from ui.sections import filters
 from ui.sections.filters import NORMALISATIONS

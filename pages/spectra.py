@@ -7,7 +7,7 @@ import streamlit as st
 
 from analysis.figures import spectra as figures
 from analysis.spectral.spectra import Part, cuts, parts_of, spectral_summary, spectrum
-from merge_core.parameters import describe
+from merge_core.checkpoints.parameter_roles import describe
 from merge_core.task_vectors import Groups, Origin
 from ui import charts, shell
 from ui.server import resources

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 
 State = Mapping[str, Tensor]
 

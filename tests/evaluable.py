@@ -16,7 +16,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 
 TASKS = ("digits", "shapes", "lines")
 WIDTH, CLASSES, SIZE, IMAGES = 16, 4, 16, 20

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from analysis.networks.pool_network import Network
-from merge_core.pool import Pool, load_pool
+from merge_core.suites.pool import Pool, load_pool
 
 SIZE, CLASSES = 12, 4
 IMAGES = {"train": 40, "val": 30, "test": 50}

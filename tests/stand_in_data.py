@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from merge_core.suite import ExpertSpec
+from merge_core.suites.suite_spec import ExpertSpec
 
 SIZE, CLASSES = 32, 3
 COMMIT = "5" * 40

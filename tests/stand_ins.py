@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from merge_core.opening.presets import Preset
-from merge_core.suite import SuiteSpec
-from tests.merge_core.pickled_files import importable
+from merge_core.suites.suite_spec import SuiteSpec
+from tests.merge_core.checkpoints.pickled.pickled_files import importable
 from tests.stand_in_data import CLASSES, SIZE, WRITERS, snapshot
 
 PATCH, WIDTH, PROJECTED = 16, 32, 16

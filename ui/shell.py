@@ -18,7 +18,7 @@ from typing import Any, Literal
 import streamlit as st
 
 from merge_core.errors import MergeScopeError
-from merge_core.recipe import Recipe
+from merge_core.merging.recipe import Recipe
 from ui import sidebar
 from ui.server import garbage, session_files
 from ui.server.pool_resources import PoolView

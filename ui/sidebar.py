@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import streamlit as st
 
-from merge_core.pool import REGIMES, Pool
+from merge_core.suites.pool import REGIMES, Pool
 from ui.server import pool_resources, resources, session_files
 from ui.server.pool_resources import PoolView
 from ui.server.resources import View

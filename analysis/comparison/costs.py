@@ -18,12 +18,12 @@ import torch
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.context import SPLIT
-from merge_core.engine import MergeSession, written_dtype
 from merge_core.errors import OutputError
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
 from merge_core.files import cache_dir, digest_of, write_atomically
+from merge_core.merging.engine import MergeSession, written_dtype
+from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
 
 # Of the rule by which costs are measured: those measured by another one are not comparable.
 RULE = "cost-2"
@@ -57,11 +57,11 @@ def cost(
 
     From cold: the experts (and data that a method learns from) are in memory, nothing was
     decomposed before, whatever the session's own store of factors holds; that one is neither read
-    nor written. Suites too large for memory (see :class:`merge_core.engine.MergeSession`) are read
-    meanwhile. Time is the processor's in the merging thread: what a merge takes on an idle machine,
-    even if this one is busy. What takes less than half a second is measured three times and counts
-    with its shortest time and its highest memory. A cost is remembered by the recipe, the content
-    of what it works on, the number of threads, and :data:`RULE`.
+    nor written. Suites too large for memory (see :class:`merge_core.merging.engine.MergeSession`)
+    are read meanwhile. Time is the processor's in the merging thread: what a merge takes on an idle
+    machine, even if this one is busy. What takes less than half a second is measured three times
+    and counts with its shortest time and its highest memory. A cost is remembered by the recipe,
+    the content of what it works on, the number of threads, and :data:`RULE`.
 
     Args:
         recipe: what is measured.

@@ -10,9 +10,9 @@ from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.select import recipe_at
 from analysis.rank_selection.space import search_space
-from merge_core.engine import MergeSession
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
 
 
 def suggested(

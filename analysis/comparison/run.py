@@ -14,12 +14,12 @@ from analysis.comparison import tuning
 from analysis.comparison.costs import cost
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
-from merge_core.engine import MergeSession, check_recipe
+from merge_core.merging.engine import MergeSession, check_recipe
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.methods import get_method, get_postprocessor, methods
 from merge_core.methods.declaration import Method
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 
 SEEDS = 3
 

@@ -13,10 +13,10 @@ from scipy.stats import qmc
 from analysis.accuracy import mean_accuracy
 from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.context import SPLIT
-from merge_core.engine import MergeSession
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.methods.declaration import ParameterSpec
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
 
 # Shares of directions that tuning draws from, on a log scale.
 RANK_RANGE = (0.01, 1.0)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from analysis.data_sources.source import Request, Source
-from merge_core.data_files import Resolve, located
-from merge_core.data_spec import DataSpec, Kind
 from merge_core.errors import SuiteError
+from merge_core.suites.data_files import Resolve, located
+from merge_core.suites.data_spec import DataSpec, Kind
 
 
 def open_source(data: DataSpec, resolve: Resolve, what: str) -> Source:

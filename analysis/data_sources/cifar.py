@@ -14,8 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 import numpy as np
 
 from analysis.data_sources.source import UNLABELLED, Pixels, Request, Source
-from merge_core.errors import SuiteError
-from merge_core.pickled.machine import (
+from merge_core.checkpoints.pickled.machine import (
     Blob,
     Budget,
     Global,
@@ -24,6 +23,7 @@ from merge_core.pickled.machine import (
     Record,
     read_pickle,
 )
+from merge_core.errors import SuiteError
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE

@@ -13,8 +13,8 @@ from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-un
 
 from analysis.data_sources.source import UNLABELLED, WHOLE, Request, Source
 from analysis.data_sources.splits import KNOWN
-from merge_core.data_files import read_names
 from merge_core.errors import SuiteError
+from merge_core.suites.data_files import read_names
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from typing import Any
 from PIL import Image
 
 from analysis.data_sources.source import UNLABELLED, Request, Source
-from merge_core.data_spec import DataSpec
 from merge_core.errors import SuiteError
+from merge_core.suites.data_spec import DataSpec
 
 # Readers of the library that only parse data.
 READERS = ("parquet", "arrow", "imagefolder")

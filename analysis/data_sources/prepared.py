@@ -22,12 +22,12 @@ from analysis.data_sources import open_source
 from analysis.data_sources.source import UNLABELLED, Records, Source
 from analysis.data_sources.splits import choose, rows
 from analysis.data_sources.transforms import geometry, resolved
-from merge_core.data_files import Resolve, data_identity, read_names
-from merge_core.data_spec import DataSpec, TransformSpec
 from merge_core.errors import OutputError, SuiteError
 from merge_core.files import cache_dir, digest_of, evict, explain_os_error, write_atomically
 from merge_core.progress import Progress
-from merge_core.suite import ArchitectureSpec
+from merge_core.suites.data_files import Resolve, data_identity, read_names
+from merge_core.suites.data_spec import DataSpec, TransformSpec
+from merge_core.suites.suite_spec import ArchitectureSpec
 
 FORMAT = "images-1"
 FOLDER = "images"

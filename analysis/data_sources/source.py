@@ -10,8 +10,8 @@ from typing import Protocol
 import numpy as np
 from PIL import Image
 
-from merge_core.data_files import Resolve
-from merge_core.data_spec import DataSpec
+from merge_core.suites.data_files import Resolve
+from merge_core.suites.data_spec import DataSpec
 
 UNLABELLED = -1
 # The one part of a source without splits.

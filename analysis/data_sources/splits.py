@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from merge_core.data_spec import DataSpec
 from merge_core.errors import SuiteError
+from merge_core.suites.data_spec import DataSpec
 
 TEST = ("test", "t10k", "testing")
 VALIDATION = ("val", "validation", "valid")

@@ -11,9 +11,9 @@ import numpy as np
 from analysis.data_sources.hugging_face import read_tables
 from analysis.data_sources.source import UNLABELLED, Request
 from analysis.data_sources.splits import choose, rows
-from merge_core.data_files import Resolve, located, tokenizer_path
-from merge_core.data_spec import DataSpec
 from merge_core.errors import SuiteError
+from merge_core.suites.data_files import Resolve, located, tokenizer_path
+from merge_core.suites.data_spec import DataSpec
 
 PADDING = -1  # no token has this number, so that none is taken for it
 

@@ -13,8 +13,8 @@ from PIL import Image
 from analysis.data_sources.cifar import open_cifar
 from analysis.data_sources.idx import open_idx
 from analysis.data_sources.source import UNLABELLED, WHOLE, Records, Request, Source
-from merge_core.data_spec import TORCHVISION
 from merge_core.errors import SuiteError
+from merge_core.suites.data_spec import TORCHVISION
 
 # Read here: torchvision unpickles CIFAR, and files of its own making in the MNIST family.
 MNIST_FAMILY = ("MNIST", "FashionMNIST", "KMNIST", "EMNIST")

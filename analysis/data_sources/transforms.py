@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from merge_core.data_spec import DataSpec, TransformSpec
 from merge_core.errors import SuiteError
-from merge_core.suite import ArchitectureSpec
+from merge_core.suites.data_spec import DataSpec, TransformSpec
+from merge_core.suites.suite_spec import ArchitectureSpec
 
 # open_clip.constants, and CLIPImageProcessor of transformers.
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)

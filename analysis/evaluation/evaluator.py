@@ -20,13 +20,13 @@ from analysis.learning.learn import learn
 from analysis.outputs.inputs import SPLIT_NAMES, Split
 from analysis.outputs.prediction_store import CLASSES, PredictionStore
 from analysis.outputs.suite_outputs import Images, ModelOutputs, Outputs
-from merge_core.checkpoint import Checkpoint
-from merge_core.engine import MergeSession, written_dtype
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
+from merge_core.merging.engine import MergeSession, written_dtype
+from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 
 
 class Evaluator(ModelOutputs):

@@ -8,11 +8,11 @@ import pandas as pd
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.files import write_atomically
-from merge_core.model_card import Result, model_card
-from merge_core.provenance import Provenance, recipe_again
-from merge_core.suite import Suite
+from merge_core.output.model_card import Result, model_card
+from merge_core.output.provenance import Provenance, recipe_again
+from merge_core.suites.suite import Suite
 
 
 def results_of(frame: pd.DataFrame, split: Split) -> list[Result]:
@@ -36,8 +36,8 @@ def write_card(
     """Evaluate a merged model as it lies on disk, and write its card anew with the accuracies.
 
     Args:
-        folder: as :func:`merge_core.export.merge_to_folder` wrote it.
-        about: what it says of itself (:func:`merge_core.provenance.read_provenance`).
+        folder: as :func:`merge_core.output.model_folder.merge_to_folder` wrote it.
+        about: what it says of itself (:func:`merge_core.output.provenance.read_provenance`).
         suite: the suite that it was merged from.
         split: which of the suite's data to take.
         limit: only the first so many examples of each task.

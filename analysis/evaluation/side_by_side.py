@@ -10,13 +10,13 @@ from pathlib import Path
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.outputs.suite_outputs import Images, Outputs
-from merge_core.decomposition import Route
-from merge_core.engine import MergeSession
 from merge_core.executors.base import Executor
-from merge_core.factors import FactorStore
+from merge_core.factors.decomposition import Route
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 
 
 def evaluate_side_by_side(

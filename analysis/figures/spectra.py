@@ -25,7 +25,7 @@ from analysis.figures.style import (
     task_markers,
     thinned,
 )
-from merge_core.parameters import block_of, matrix_kind
+from merge_core.checkpoints.parameter_roles import block_of, matrix_kind
 
 # Column of a spectral summary: what it is called, its unit, and how it is written in a cell.
 SUMMARY_VALUES: dict[str, tuple[str, str, str]] = {

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from analysis.networks.backbone import Backbone
 from analysis.outputs.inputs import Split
 from analysis.outputs.suite_outputs import ModelOutputs
-from merge_core.engine import MergeSession
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
 
 SPLIT: Split = "val"
 BATCH = 50

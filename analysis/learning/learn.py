@@ -10,10 +10,10 @@ from analysis.learning.entropy import learn_adamerging, learn_cart_adaptive
 from analysis.learning.fisher import learn_fisher
 from analysis.learning.regmean import learn_regmean, learn_regmean_plus_plus
 from analysis.outputs.suite_outputs import ModelOutputs
-from merge_core.engine import MergeSession, check_recipe
 from merge_core.errors import SuiteError
+from merge_core.merging.engine import MergeSession, check_recipe
+from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
 
 Learner = Callable[[Lesson], Any]
 
@@ -45,7 +45,8 @@ def learn(
         progress: told between units of work, where it can be cancelled.
 
     Returns:
-        For :meth:`merge_core.engine.MergeSession.merge`; None for methods that learn nothing.
+        For :meth:`merge_core.merging.engine.MergeSession.merge`; None for methods that learn
+        nothing.
 
     Raises:
         MergeScopeError: weights, heads or data that do not fit; outputs that are not finite.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from analysis.networks.build import PerThread, check_state
 from analysis.networks.towers import suite_network
 from merge_core.errors import SuiteError
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 
 
 class Backbone:

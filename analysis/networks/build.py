@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from analysis.networks.plain import PLAIN
 from merge_core.errors import MergeScopeError
-from merge_core.suite import ArchitectureSpec
+from merge_core.suites.suite_spec import ArchitectureSpec
 
 # Arguments of timm that would fetch weights or open other files.
 REFUSED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "scriptable")

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from analysis.networks.build import PerThread, State, build_network, check_state
 from merge_core.errors import PoolError
-from merge_core.pool import Pool
+from merge_core.suites.pool import Pool
 
 BATCH = 250
 

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from analysis.networks.build import build_network
 from merge_core.errors import SuiteError
-from merge_core.suite import ArchitectureSpec, Suite
+from merge_core.suites.suite import Suite
+from merge_core.suites.suite_spec import ArchitectureSpec
 
 PROJECTION = "visual_projection.weight"
 _EXTRAS = {"open_clip": ("open_clip_torch", "clip"), "transformers": ("transformers", "text")}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from analysis.outputs.zero_shot import zero_shot_weight
-from merge_core.checkpoint import Checkpoint
-from merge_core.data_files import head_path
-from merge_core.data_spec import head_spec
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, SuiteError
-from merge_core.suite import Suite
+from merge_core.suites.data_files import head_path
+from merge_core.suites.data_spec import head_spec
+from merge_core.suites.suite import Suite
 
 
 @dataclass(frozen=True)

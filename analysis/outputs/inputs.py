@@ -14,10 +14,10 @@ from analysis.data_sources.archive import TaskInputs, read_split
 from analysis.data_sources.prepared import prepared
 from analysis.data_sources.text import read_texts
 from analysis.data_sources.transforms import resolved
-from merge_core.data_spec import DataSpec
 from merge_core.errors import SuiteError
 from merge_core.progress import Progress
-from merge_core.suite import Suite
+from merge_core.suites.data_spec import DataSpec
+from merge_core.suites.suite import Suite
 
 Split = Literal["val", "test"]
 SPLIT_NAMES: dict[Split, str] = {"val": "validation", "test": "test"}

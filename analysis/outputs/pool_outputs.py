@@ -24,10 +24,10 @@ from analysis.data_sources.archive import TaskInputs, read_split
 from analysis.networks.build import State
 from analysis.networks.pool_network import Network, Outputs
 from analysis.outputs.inputs import scaled
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import OutputError, PoolError
 from merge_core.files import cache_dir, digest_of, evict, write_atomically
-from merge_core.pool import Pool
+from merge_core.suites.pool import Pool
 
 PoolSplit = Literal["train", "val", "test"]
 FORMAT = "outputs-1"

@@ -26,7 +26,7 @@ from analysis.outputs.prediction_store import (
 )
 from merge_core.errors import SuiteError
 from merge_core.progress import Progress
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 
 Images = Mapping[str, np.ndarray]
 Outputs = dict[str, dict[str, np.ndarray]]

@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from analysis.data_sources.prepared import class_names
-from merge_core.checkpoint import Checkpoint
-from merge_core.data_files import head_identity, read_names, tower_path
-from merge_core.data_spec import HeadSpec, ZeroShotSpec
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, SuiteError
 from merge_core.files import cache_dir, digest_of, write_atomically
-from merge_core.suite import Suite
+from merge_core.suites.data_files import head_identity, read_names, tower_path
+from merge_core.suites.data_spec import HeadSpec, ZeroShotSpec
+from merge_core.suites.suite import Suite
 
 FORMAT = "zero-shot-1"
 MARK = "{}"

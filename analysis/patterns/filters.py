@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from analysis.networks.build import State
+from merge_core.checkpoints.parameter_roles import describe, matrix_kind, query_key_value
+from merge_core.checkpoints.shards import TensorInfo
 from merge_core.errors import CheckpointError
-from merge_core.parameters import describe, matrix_kind, query_key_value
-from merge_core.shards import TensorInfo
 
 VIEWS = {
     "kernels": "first convolution kernels",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from analysis.networks.build import State
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit, tensors_of
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import PoolError
 from merge_core.progress import Progress
 

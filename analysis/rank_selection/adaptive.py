@@ -25,8 +25,8 @@ from analysis.outputs.inputs import Split
 from analysis.rank_selection.scores import image_scores
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.surrogate import Levels, Surrogate, root
-from merge_core.engine import MergeSession
 from merge_core.files import digest_of
+from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 
 LEVELS = (0.08, 0.28, 0.6, 1.0)

@@ -21,12 +21,12 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
 from analysis.spectral.spectra import cumulative_energy, with_factors
-from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
-from merge_core.linalg import directions
+from merge_core.factors.low_rank import directions
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
 from merge_core.task_vectors import Groups, Origin
 
 UNIFORM = "uniform"

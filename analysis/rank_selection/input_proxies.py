@@ -11,7 +11,7 @@ from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.scores import SCORES
 from analysis.rank_selection.space import SearchSpace
-from merge_core.engine import MergeSession
+from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 
 INPUT_PROXIES: tuple[str, ...] = tuple(

@@ -20,10 +20,10 @@ from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_
 from analysis.rank_selection.scores import SCORES, scores_at
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_proxies import recommend_from_weights
-from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
 
 EVIDENCE = Path(__file__).with_name("evidence.csv")
 EVIDENCE_IMAGES = Path(__file__).with_name("evidence_images.csv")

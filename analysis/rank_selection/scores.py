@@ -12,10 +12,10 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.outputs.prediction_store import CLASSES
 from analysis.outputs.suite_outputs import Images
-from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
 
 Values = Mapping[str, np.ndarray]
 Reference = Literal["labels", "expert"]

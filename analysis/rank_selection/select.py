@@ -22,15 +22,15 @@ from analysis.rank_selection.regret import evidence, recommended_proxy, summary
 from analysis.rank_selection.scores import SCORES
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_proxies import recommend_from_weights
-from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
 from merge_core.executors.base import Executor
-from merge_core.linalg import directions
+from merge_core.factors.low_rank import directions
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method, methods
 from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 
 Mode = Literal["labels", "inputs", "weights"]
 NEEDS: dict[Mode, str] = {

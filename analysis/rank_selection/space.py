@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from merge_core.errors import RecipeError
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.methods import get_method
-from merge_core.recipe import Recipe, make_recipe
 
 POINTS = 20
 LEAST_SHARE = 0.01

@@ -20,7 +20,7 @@ from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_rank
 from analysis.spectral.interference import Side, pair_interference
 from analysis.spectral.noise_bounds import as_array
 from analysis.spectral.spectra import with_factors
-from merge_core.linalg import ALL, directions
+from merge_core.factors.low_rank import ALL, directions
 from merge_core.methods import get_method
 from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress

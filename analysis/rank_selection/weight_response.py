@@ -26,9 +26,9 @@ from torch import Tensor
 
 from analysis.rank_selection.space import RANKS, SearchSpace
 from analysis.spectral.spectra import with_factors
-from merge_core.linalg import ALL, as_matrix
+from merge_core.factors.low_rank import ALL, as_matrix
+from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
 PROPORTIONAL: tuple[str, ...] = (

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from analysis.spectral.spectra import with_factors
 from merge_core.errors import SuiteError
-from merge_core.linalg import ALL, Factors, SideFactors, directions
+from merge_core.factors.low_rank import ALL, Factors, SideFactors, directions
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 

@@ -15,10 +15,10 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from analysis.spectral.noise_bounds import as_array, gavish_donoho_cut, noise_edge
-from merge_core.decomposition import singular_values
-from merge_core.factorisation import factorised
-from merge_core.linalg import as_matrix, directions
-from merge_core.parameters import describe
+from merge_core.checkpoints.parameter_roles import describe
+from merge_core.factors.decomposition import singular_values
+from merge_core.factors.factorise import factorised
+from merge_core.factors.low_rank import as_matrix, directions
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 

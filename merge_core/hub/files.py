@@ -10,10 +10,10 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from merge_core.checkpoint import FOLDER_CANDIDATES
-from merge_core.companions import COMPANIONS
+from merge_core.checkpoints.checkpoint import FOLDER_CANDIDATES
+from merge_core.checkpoints.companions import COMPANIONS
+from merge_core.checkpoints.shards import PICKLE_SUFFIXES, TORCH_SUFFIXES
 from merge_core.errors import HubError
-from merge_core.shards import PICKLE_SUFFIXES, TORCH_SUFFIXES
 
 SCHEME = "hf://"
 MAIN = "main"

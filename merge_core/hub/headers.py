@@ -7,16 +7,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_core.checkpoint import Checkpoint, without_prefix
-from merge_core.dtypes import SAFETENSORS_DTYPES
+from merge_core.checkpoints.checkpoint import Checkpoint, without_prefix
+from merge_core.checkpoints.dtypes import SAFETENSORS_DTYPES
+from merge_core.checkpoints.header_checks import check_tensors, read_index
+from merge_core.checkpoints.shards import TensorInfo
 from merge_core.errors import HubError
-from merge_core.header_checks import check_tensors, read_index
 from merge_core.hub.client import MEGABYTE, api, cache_folder, fetch_file
 from merge_core.hub.errors import explained
 from merge_core.hub.files import HubId, is_adapter
 from merge_core.hub.models import HubModel, beside, not_here
 from merge_core.progress import Progress
-from merge_core.shards import TensorInfo
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from merge_core.checkpoints.header_checks import read_index
 from merge_core.errors import Cancelled, CheckpointError, HubError
-from merge_core.header_checks import read_index
 from merge_core.hub.client import (
     MEGABYTE,
     api,

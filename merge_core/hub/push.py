@@ -22,7 +22,7 @@ def push(folder: Path, name: str, public: bool = False) -> str:
     """Upload a merged model: weights, recipe, card, and the configuration beside them.
 
     Args:
-        folder: as :func:`merge_core.export.merge_to_folder` wrote it.
+        folder: as :func:`merge_core.output.model_folder.merge_to_folder` wrote it.
         name: ``org/name`` on the hub; made if it is not there.
         public: whether everybody may see it.
 

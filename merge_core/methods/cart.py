@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.linalg import as_matrix, directions
+from merge_core.factors.low_rank import as_matrix, directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 

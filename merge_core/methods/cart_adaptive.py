@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.linalg import directions
+from merge_core.factors.low_rank import directions
 from merge_core.methods.adamerging import rate_parameter, steps_parameter
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
 from merge_core.methods.spectral import AVERAGED, matrix_shape

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.linalg import sum_of_truncations
+from merge_core.factors.low_rank import sum_of_truncations
 from merge_core.methods.cart import warnings
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.spectral import AVERAGED

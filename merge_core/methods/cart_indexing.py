@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from merge_core.linalg import directions
+from merge_core.factors.low_rank import directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
 from merge_core.methods.spectral import factored_bytes, matrix_shape
 from merge_core.task_vectors import ParameterGroup

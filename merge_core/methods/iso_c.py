@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from merge_core.decomposition import decompose
-from merge_core.linalg import as_matrix
+from merge_core.factors.decomposition import decompose
+from merge_core.factors.low_rank import as_matrix
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 

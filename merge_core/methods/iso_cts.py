@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.linalg import orthogonalised
+from merge_core.factors.low_rank import orthogonalised
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.spectral import AVERAGED, DEAD, moved, task_matrices
 from merge_core.task_vectors import ParameterGroup

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from merge_core.decomposition import decompose
+from merge_core.factors.decomposition import decompose
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.selection import kept_count
 from merge_core.methods.sparse import combined, elected

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core import linalg
-from merge_core.linalg import as_matrix
+from merge_core.factors import low_rank
+from merge_core.factors.low_rank import as_matrix
 from merge_core.task_vectors import Origin, ParameterGroup
 
 AVERAGED = "everything but the weight matrices of attention and MLP"
@@ -53,7 +53,7 @@ def resolution(weights: Tensor) -> float:
 
 def matrix_shape(group: ParameterGroup) -> tuple[int, int]:
     """m and n of a decomposed parameter as the matrix (out x in)."""
-    return linalg.matrix_shape(group.info.shape)
+    return low_rank.matrix_shape(group.info.shape)
 
 
 def factored_bytes(group: ParameterGroup, k: int) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.decomposition import decompose
-from merge_core.linalg import as_matrix
+from merge_core.factors.decomposition import decompose
+from merge_core.factors.low_rank import as_matrix
 from merge_core.methods.declaration import MethodParameters, Postprocessor, Run, parameter
 from merge_core.methods.spectral import DEAD, resolution
 from merge_core.task_vectors import ParameterGroup

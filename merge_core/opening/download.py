@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.hub.files import HubId, is_hub_id
 from merge_core.hub.headers import headers
 from merge_core.hub.models import HubModel, cached, describe, fetch
 from merge_core.progress import Progress
-from merge_core.suite import Suite, SuiteSpec
+from merge_core.suites.suite import Suite
+from merge_core.suites.suite_spec import SuiteSpec
 
 
 class SuiteByHeaders(Suite):

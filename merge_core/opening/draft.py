@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from merge_core.errors import OutputError, SuiteError, explain_validation
 from merge_core.files import write_atomically
-from merge_core.suite import ArchitectureSpec, SuiteSpec
+from merge_core.suites.suite_spec import ArchitectureSpec, SuiteSpec
 
 Layout = Mapping[str, tuple[int, ...]]
 

@@ -24,7 +24,7 @@ from merge_core.opening.benchmark_tasks import (
     TextTask,
     VisionTask,
 )
-from merge_core.suite import SuiteSpec
+from merge_core.suites.suite_spec import SuiteSpec
 
 Protocol = Literal["FusionBench", "TALL-masks", "GLUE"]
 COUNTS = (8, 14, 20)

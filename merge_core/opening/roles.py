@@ -12,7 +12,7 @@ from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import SuiteError
 from merge_core.opening.download import SuiteByHeaders
 from merge_core.opening.draft import (
@@ -24,7 +24,8 @@ from merge_core.opening.draft import (
     task_name,
     task_names,
 )
-from merge_core.suite import Suite, SuiteSpec, TaskName
+from merge_core.suites.suite import Suite
+from merge_core.suites.suite_spec import SuiteSpec, TaskName
 
 Kind = Literal["model", "adapter", "head"]
 Role = Literal["expert", "base", "head", "left out"]

@@ -9,15 +9,15 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from merge_core.adapters.checkpoint import WEIGHT_FILES, is_adapter
-from merge_core.adapters.config import CONFIG_FILE, read_adapter_config
-from merge_core.checkpoint import FOLDER_CANDIDATES, Checkpoint
+from merge_core.checkpoints.checkpoint import FOLDER_CANDIDATES, Checkpoint
+from merge_core.checkpoints.lora import WEIGHT_FILES, is_adapter
+from merge_core.checkpoints.lora_config import CONFIG_FILE, read_adapter_config
+from merge_core.checkpoints.shards import TORCH_SUFFIXES
 from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
 from merge_core.hub.files import NOT_WEIGHTS, HubId, is_hub_id
 from merge_core.opening.draft import Layout
 from merge_core.opening.roles import Found, Kind, suggested
 from merge_core.progress import Progress
-from merge_core.shards import TORCH_SUFFIXES
 
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")

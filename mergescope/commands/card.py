@@ -20,8 +20,8 @@ def card(
 ) -> None:
     """Evaluate a merged model and write its model card anew, with the accuracies."""
     from analysis.evaluation.model_card import write_card
-    from merge_core.provenance import read_provenance
-    from merge_core.suite import load_suite
+    from merge_core.output.provenance import read_provenance
+    from merge_core.suites.suite import load_suite
 
     part = checked_split(split)
     about = read_provenance(folder)

@@ -27,8 +27,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from analysis.comparison.run import Compared
-    from merge_core.recipe import Recipe
-    from merge_core.suite import Suite
+    from merge_core.merging.recipe import Recipe
+    from merge_core.suites.suite import Suite
 
 ALL = "all"
 
@@ -65,9 +65,9 @@ def compare(
     """Methods on the same images: accuracy, cost, and which differences are real."""
     from analysis.comparison.run import compared
     from analysis.evaluation.evaluator import Evaluator
-    from merge_core.engine import MergeSession
-    from merge_core.factors import FactorStore
-    from merge_core.suite import load_suite
+    from merge_core.factors.store import FactorStore
+    from merge_core.merging.engine import MergeSession
+    from merge_core.suites.suite import load_suite
 
     part = checked_split(split)
     checked_csv(csv)
@@ -120,7 +120,7 @@ def _chosen(text: str | None, suite: Suite, tasks: tuple[str, ...]) -> list[str]
 
 def _own(text: str, tasks: tuple[str, ...]) -> Recipe:
     """A recipe from a file, or from a link or its query."""
-    from merge_core.recipe import read_recipe, recipe_from_query
+    from merge_core.merging.recipe import read_recipe, recipe_from_query
 
     is_link = "=" in text and not Path(text).exists()
     recipe = recipe_from_query(text.rpartition("?")[2]) if is_link else read_recipe(text)

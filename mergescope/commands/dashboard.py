@@ -26,8 +26,8 @@ def open_app(
     ] = None,
 ) -> None:
     """Open the dashboard in the browser."""
-    from merge_core.pool import describes_pool, load_pool
-    from merge_core.suite import load_suite
+    from merge_core.suites.pool import describes_pool, load_pool
+    from merge_core.suites.suite import load_suite
     from ui.server import roots
     from ui.server.catalog import POOLS, SUITES
 

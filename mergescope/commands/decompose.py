@@ -26,12 +26,12 @@ def decompose(
     ] = "threads",
 ) -> None:
     """Decompose all matrices once; spectra, interference, every rank and scale then reuse it."""
-    from merge_core.engine import check_fits
     from merge_core.executors.choose import executor as executor_named
-    from merge_core.factorisation import factorised
-    from merge_core.factors import FactorStore
-    from merge_core.linalg import ALL
-    from merge_core.suite import load_suite
+    from merge_core.factors.factorise import factorised
+    from merge_core.factors.low_rank import ALL
+    from merge_core.factors.store import FactorStore
+    from merge_core.merging.engine import check_fits
+    from merge_core.suites.suite import load_suite
     from merge_core.task_vectors import Groups, Origin
 
     if origin not in get_args(Origin):

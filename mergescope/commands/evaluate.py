@@ -32,10 +32,10 @@ def evaluate(
 
     from analysis.accuracy import mean_accuracy
     from analysis.evaluation.evaluator import Evaluator
-    from merge_core.engine import MergeSession
-    from merge_core.factors import FactorStore
-    from merge_core.recipe import load_recipe, make_recipe
-    from merge_core.suite import load_suite
+    from merge_core.factors.store import FactorStore
+    from merge_core.merging.engine import MergeSession
+    from merge_core.merging.recipe import load_recipe, make_recipe
+    from merge_core.suites.suite import load_suite
     from merge_core.yaml_text import load_yaml, read_text_file
 
     part = checked_split(split)

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from merge_core.hub.models import HubModel
-    from merge_core.suite import Suite
+    from merge_core.suites.suite import Suite
 
 
 def download(
@@ -62,11 +62,12 @@ def suite_or_model(reference: str) -> Suite:
     """A suite by its reference; of a name on the hub, a suite of that model alone.
 
     Raises:
-        SuiteError: as :func:`merge_core.suite.load_suite`.
+        SuiteError: as :func:`merge_core.suites.suite.load_suite`.
         HubError: not a name on the hub.
     """
     from merge_core.hub.files import HubId, is_hub_id
-    from merge_core.suite import ExpertSpec, Suite, SuiteSpec, load_suite
+    from merge_core.suites.suite import Suite, load_suite
+    from merge_core.suites.suite_spec import ExpertSpec, SuiteSpec
 
     if not is_hub_id(reference):
         return load_suite(reference)

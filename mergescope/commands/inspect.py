@@ -14,7 +14,7 @@ from mergescope.terminal import TasksOption, console, print_frame, progress_bar,
 if TYPE_CHECKING:
     import pandas as pd
 
-    from merge_core.suite import Suite
+    from merge_core.suites.suite import Suite
 
 
 def inspect(
@@ -34,7 +34,7 @@ def inspect(
     ] = False,
 ) -> None:
     """Pre-flight of a suite, and norms and ranks of its task vectors."""
-    from merge_core.preflight import preflight
+    from merge_core.suites.preflight import preflight
 
     given = suite_or_model(suite)
     loaded = with_headers(given)
@@ -64,7 +64,7 @@ def _norms(suite: Suite, tasks: list[str] | None) -> pd.DataFrame:
     import pandas as pd
 
     from analysis.spectral.spectra import spectral_summary
-    from merge_core.factors import FactorStore
+    from merge_core.factors.store import FactorStore
     from merge_core.task_vectors import Groups, Origin
 
     origins: list[Origin] = ["average"] if suite.base is None else ["base", "average"]

@@ -12,10 +12,10 @@ from merge_core.errors import MergeScopeError, SuiteError
 from mergescope.terminal import progress_bar
 
 if TYPE_CHECKING:
-    from merge_core.decomposition import Route
-    from merge_core.factors import FactorStore
-    from merge_core.recipe import Recipe
-    from merge_core.suite import Suite
+    from merge_core.factors.decomposition import Route
+    from merge_core.factors.store import FactorStore
+    from merge_core.merging.recipe import Recipe
+    from merge_core.suites.suite import Suite
 
 
 def merge(
@@ -52,11 +52,11 @@ def merge(
     ] = None,
 ) -> None:
     """Merge as a recipe says, into a folder with weights, recipe and model card."""
-    from merge_core.adapters.export import AdapterRank, merge_to_adapter
     from merge_core.executors.choose import executor as executor_named
-    from merge_core.export import merge_to_folder
-    from merge_core.factors import FactorStore
-    from merge_core.recipe import load_recipe
+    from merge_core.factors.store import FactorStore
+    from merge_core.merging.recipe import load_recipe
+    from merge_core.output.lora import AdapterRank, merge_to_adapter
+    from merge_core.output.model_folder import merge_to_folder
 
     where = executor_named(executor)
     rank = None if as_adapter is None else AdapterRank.parse(as_adapter)
@@ -96,8 +96,8 @@ def _is_model(path: Path) -> bool:
 
 def _recipe_of_model(path: Path, reference: str | None) -> tuple[Recipe, Suite, Route]:
     """Recipe, suite and decomposition that give a merged model again."""
-    from merge_core.provenance import read_provenance, recipe_again, versions
-    from merge_core.suite import load_suite
+    from merge_core.output.provenance import read_provenance, recipe_again, versions
+    from merge_core.suites.suite import load_suite
 
     about = read_provenance(path)
     where = reference or about.recipe.suite
@@ -124,7 +124,7 @@ def _recipe_of_model(path: Path, reference: str | None) -> tuple[Recipe, Suite, 
 def _learned(recipe: Recipe, suite: Suite, store: FactorStore) -> object:
     """What a recipe's method learns from the suite's data before it merges."""
     from analysis.evaluation.evaluator import Evaluator
-    from merge_core.engine import MergeSession
+    from merge_core.merging.engine import MergeSession
 
     session = MergeSession(suite, recipe.tasks, store)
     return Evaluator(suite).learned(recipe, session, progress_bar("learning"))

@@ -99,7 +99,7 @@ def _name(output: Path) -> str:
     """The pool's name: its folder's, which must be fit for links."""
     from pydantic import TypeAdapter, ValidationError
 
-    from merge_core.pool import PoolName
+    from merge_core.suites.pool import PoolName
 
     name = output.expanduser().resolve().name
     try:

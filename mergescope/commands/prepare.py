@@ -17,7 +17,7 @@ from mergescope.terminal import (
 )
 
 if TYPE_CHECKING:
-    from merge_core.suite import Suite
+    from merge_core.suites.suite import Suite
 
 
 def prepare(
@@ -29,7 +29,7 @@ def prepare(
     ] = False,
 ) -> None:
     """Read a suite's evaluation data and make its zero-shot heads, once; say what there is."""
-    from merge_core.suite import load_suite
+    from merge_core.suites.suite import load_suite
 
     loaded = load_suite(suite)
     rows = []

@@ -75,11 +75,11 @@ def select(
     from analysis.evaluation.evaluator import Evaluator
     from analysis.rank_selection.select import select_rank
     from analysis.rank_selection.space import search_space
-    from merge_core.engine import MergeSession
     from merge_core.executors.choose import executor as executor_named
-    from merge_core.factors import FactorStore
+    from merge_core.factors.store import FactorStore
     from merge_core.files import write_atomically
-    from merge_core.suite import load_suite
+    from merge_core.merging.engine import MergeSession
+    from merge_core.suites.suite import load_suite
 
     checked_csv(csv)
     if output is not None and output.is_dir():

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from merge_core.errors import SuiteError
-from mergescope.terminal import console, print_frame, print_table, progress_bar, size
+from mergescope.terminal import console, print_table, progress_bar, size
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from merge_core.opening.roles import Found
-    from merge_core.suite import Suite, SuiteSpec
+    from merge_core.suites.suite import Suite
+    from merge_core.suites.suite_spec import SuiteSpec
 
 suite_app = typer.Typer(
     name="suite",
@@ -97,7 +98,7 @@ def _named(pairs: Sequence[str]) -> dict[str, str]:
     """``name=path`` pairs: reference by task."""
     from pydantic import TypeAdapter, ValidationError
 
-    from merge_core.suite import TaskName
+    from merge_core.suites.suite_spec import TaskName
 
     named: dict[str, str] = {}
     for pair in pairs:
@@ -168,8 +169,7 @@ def _print_found(out: Console, found: Sequence[Found]) -> None:
 
 
 def _print_fit(out: Console, suite: Suite) -> None:
-    from analysis.fit import fit_table
-    from merge_core.preflight import preflight
+    from merge_core.suites.preflight import preflight
     from mergescope.preflight_report import print_preflight
 
     report = preflight(suite)
@@ -178,9 +178,13 @@ def _print_fit(out: Console, suite: Suite) -> None:
         out.print(f"what fits is not known yet: {reason}")
         return
     members = [*suite.tasks, *([] if suite.spec.base is None else ["base"])]
-    frame = fit_table(report, members)
-    frame["fits"] = frame["fits"].map({True: "yes", False: "no"})
-    print_frame(out, "What fits", frame)
+    fits = [report.fit(member) for member in members]
+    print_table(
+        out,
+        "What fits",
+        ["member", "fits", "differences"],
+        [[fit.member, "yes" if fit.fits else "no", fit.differences] for fit in fits],
+    )
     print_preflight(out, report)
     if report.blocking:
         typer.echo(

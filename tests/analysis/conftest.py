@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from merge_core.factors import FactorStore
-from merge_core.suite import Suite
+from merge_core.factors.store import FactorStore
+from merge_core.suites.suite import Suite
 from merge_core.task_vectors import Groups, ParameterGroup
 from tests.analysis.tiny_suite import FC, QKV, TASKS, random_states, write_suite
 

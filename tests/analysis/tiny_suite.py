@@ -8,7 +8,7 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 from merge_core.task_vectors import Origin
 
 TASKS = ("digits", "shapes", "lines", "dots")

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from benchmarks import synthetic
 from benchmarks.members import Members
 from benchmarks.synthetic import Model, write_suite
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 
 SMALL = synthetic.vit(24, 2, 32, 10)
 DECODER = synthetic.decoder(16, 40, 2, 50, 8, shard_bytes=4096)

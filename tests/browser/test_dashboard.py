@@ -10,11 +10,11 @@ from playwright.sync_api import Browser, BrowserContext, Page, Request, expect
 from safetensors.torch import load_file
 
 from analysis.rank_selection.space import search_space
-from merge_core.checkpoint import Checkpoint
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
-from merge_core.recipe import make_recipe
-from merge_core.suite import load_suite
+from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
+from merge_core.suites.suite import load_suite
 from tests.browser.conftest import Server, metrics, settle, wait_idle
 from ui.widgets import share_label
 

@@ -13,10 +13,10 @@ from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection.space import SearchSpace, search_space
 from data.build_suite import main
 from data.tasks import TASKS
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
-from merge_core.recipe import make_recipe
-from merge_core.suite import load_suite
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
+from merge_core.suites.suite import load_suite
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from torch import Tensor
 from analysis.outputs.inputs import scaled
 from analysis.outputs.pool_outputs import PoolEvaluator
 from data.pool_tasks import POOL_TASKS, Sizes
-from merge_core.pool import BUNDLED_POOLS, Pool, bundled_pools, load_pool
+from merge_core.suites.pool import BUNDLED_POOLS, Pool, bundled_pools, load_pool
 
 LIMIT_BYTES = 30 * 1000**2
 DEEP = {

@@ -17,8 +17,8 @@ from torch import nn
 from data.build_suite import PLANS, Plan, image_hashes, main
 from data.tasks import TASKS
 from data.training import MATRICES
-from merge_core.parameters import treatment
-from merge_core.shards import TensorInfo
+from merge_core.checkpoints.parameter_roles import treatment
+from merge_core.checkpoints.shards import TensorInfo
 
 DEMO = Path(__file__).parents[2] / "data" / "demo"
 NAMES = [task.name for task in TASKS]

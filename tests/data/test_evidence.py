@@ -12,7 +12,7 @@ from analysis.rank_selection.space import search_space
 from data import evidence
 from data.evidence import CASES, FURTHER, SUBSETS, Case
 from merge_core.errors import SuiteError
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from tests.evaluable import evaluable
 
 

@@ -18,8 +18,8 @@ from data.pool_images import ImageTask
 from data.pool_tasks import POOL_TASKS, Sizes
 from data.pool_training import Training
 from merge_core.errors import Cancelled, OutputError, PoolError
-from merge_core.pool import Pool, Regime, load_pool
 from merge_core.progress import Progress
+from merge_core.suites.pool import Pool, Regime, load_pool
 
 CPU = torch.device("cpu")
 RESNET = {"layers": [1, 1, 1, 1], "channels": [4, 4, 6, 8], "stem_width": 4}

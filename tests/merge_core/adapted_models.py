@@ -14,9 +14,9 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from merge_core.adapters.checkpoint import AdaptedCheckpoint
-from merge_core.checkpoint import Checkpoint
-from merge_core.suite import Suite, load_suite
+from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.checkpoints.lora import AdaptedCheckpoint
+from merge_core.suites.suite import Suite, load_suite
 
 State = dict[str, Tensor]
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
-from merge_core.recipe import make_recipe
-from merge_core.suite import Suite
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
+from merge_core.suites.suite import Suite
 from tests.merge_core.float64_reference import (
     Array,
     State,

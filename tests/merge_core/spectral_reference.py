@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from tests.merge_core.float64_reference import Array, State, average, per_parameter, states, svd_k
 
 Matrices = list[Array]

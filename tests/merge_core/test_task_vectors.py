@@ -18,13 +18,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from merge_core.checkpoint import Checkpoint
-from merge_core.engine import MergeSession
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, SuiteError
-from merge_core.estimates import IMPORTS_BYTES
-from merge_core.factors import FactorStore
-from merge_core.recipe import make_recipe
-from merge_core.suite import Suite
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
+from merge_core.suites.estimates import IMPORTS_BYTES
+from merge_core.suites.suite import Suite
 from merge_core.task_vectors import Groups, Origin, ParameterGroup, mean
 from tests.merge_core.float64_reference import svd_k
 
@@ -133,11 +133,11 @@ STREAMED = """
     from pathlib import Path
     import torch
     torch.set_num_threads(1)
-    from merge_core.export import merge_to_folder
-    from merge_core.factors import FactorStore
-    from merge_core.preflight import preflight
-    from merge_core.recipe import make_recipe
-    from merge_core.suite import load_suite
+    from merge_core.output.model_folder import merge_to_folder
+    from merge_core.factors.store import FactorStore
+    from merge_core.suites.preflight import preflight
+    from merge_core.merging.recipe import make_recipe
+    from merge_core.suites.suite import load_suite
 
     def anonymous():  # resident memory that is not a mapped file
         resident, shared = map(int, Path("/proc/self/statm").read_text().split()[1:3])
@@ -211,7 +211,7 @@ def test_a_large_suite_is_not_held_in_memory(
     recipe = make_recipe({"suite": str(suite.path), "method": "cart"})
     held = MergeSession(suite, None, FactorStore(tmp_path))
     small = held.merge(recipe)
-    monkeypatch.setattr("merge_core.engine.HELD_BYTES", 100)
+    monkeypatch.setattr("merge_core.merging.engine.HELD_BYTES", 100)
     streamed = MergeSession(suite, None, FactorStore(tmp_path))
     again = streamed.merge(recipe)
     assert all(torch.equal(again[name], value) for name, value in small.items())

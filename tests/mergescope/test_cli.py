@@ -14,7 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from mergescope import cli, terminal
 from tests.evaluable import (
     TASKS,

@@ -16,7 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
-from merge_core import export, files
+from merge_core import files
+from merge_core.output import model_folder
 from mergescope import cli
 from tests.evaluable import edit_document, evaluable
 
@@ -265,7 +266,7 @@ def test_a_full_disk(
 ) -> None:
     recipe = write_recipe(folder)
     before = listing(folder.parent)
-    original, written = export.write_tensor, []
+    original, written = model_folder.write_tensor, []
 
     def write(stream: Any, tensor: Any, planned: Any) -> None:
         written.append(planned.name)
@@ -273,7 +274,7 @@ def test_a_full_disk(
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         original(stream, tensor, planned)
 
-    monkeypatch.setattr(export, "write_tensor", write)
+    monkeypatch.setattr(model_folder, "write_tensor", write)
     line = mistake("merge", recipe, "-o", "out")
     assert "The disk is full: out was not written. Free some space" in line
     assert listing(folder.parent) == before
@@ -327,7 +328,7 @@ def test_interrupting_leaves_nothing(
     def interrupted(*arguments: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(export, "write_tensor", interrupted)
+    monkeypatch.setattr(model_folder, "write_tensor", interrupted)
     monkeypatch.setattr(sys, "argv", ["mergescope", "merge", str(recipe), "-o", "out"])
     with pytest.raises(SystemExit) as caught:
         cli.main()

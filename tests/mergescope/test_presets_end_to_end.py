@@ -21,15 +21,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from analysis.evaluation.evaluator import Evaluator
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
 from merge_core.opening.benchmark_tasks import VISION_TASKS
 from merge_core.opening.draft import write_suite
 from merge_core.opening.presets import preset_spec, presets
-from merge_core.recipe import make_recipe
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from mergescope import cli
-from tests.merge_core.pickled_files import importable
+from tests.merge_core.checkpoints.pickled.pickled_files import importable
 from tests.stand_in_data import SIZE, snapshot
 from tests.stand_ins import (
     OPEN_CLIP,

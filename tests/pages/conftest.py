@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import streamlit as st
 
-from merge_core.pool import Pool
+from merge_core.suites.pool import Pool
 from tests.pools import write_pool
 
 

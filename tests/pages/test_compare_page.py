@@ -12,11 +12,11 @@ import yaml
 from streamlit.testing.v1 import AppTest
 
 from analysis.evaluation.evaluator import Evaluator
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
 from merge_core.methods import get_method
-from merge_core.recipe import make_recipe
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from tests.evaluable import write_evaluable
 from tests.pages.test_pages import array, figures, finished, healthy, open_page
 from ui.sections.own_recipes import link_form, parsed

@@ -6,11 +6,11 @@ import pytest
 from streamlit.testing.v1 import AppTest
 
 from analysis.evaluation.evaluator import Evaluator
-from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
-from merge_core.factors import FactorStore
-from merge_core.recipe import Recipe, make_recipe, recipe_from_yaml
-from merge_core.suite import load_suite
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_yaml
+from merge_core.suites.suite import load_suite
 from tests.pages.test_pages import healthy, metrics, open_page
 from ui.sections.recipe_options import parse_overrides, parse_weights
 

@@ -14,9 +14,9 @@ import yaml
 from safetensors.torch import save, save_file
 from streamlit.testing.v1 import AppTest
 
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.opening.roles import Found
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from tests.conftest import random_states
 from tests.hub_client import files_of, hub, weights
 from tests.hub_server import Hub

@@ -17,9 +17,9 @@ import yaml
 from streamlit.components.v2.component_manager import BidiComponentManager
 from streamlit.testing.v1 import AppTest
 
-from merge_core.linalg import as_matrix
+from merge_core.factors.low_rank import as_matrix
 from merge_core.methods import methods
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from ui.server import resources
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from merge_core.pool import Pool
+from merge_core.suites.pool import Pool
 from tests.pages.test_pages import array, figures, healthy, metrics, open_page, trace
 from tests.pools import CLASSES, SIZE
 

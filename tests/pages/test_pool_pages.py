@@ -14,7 +14,7 @@ from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
 from analysis.networks.pool_network import Network
-from merge_core.pool import Pool
+from merge_core.suites.pool import Pool
 from tests.pages.test_pages import figures, finished, healthy, metrics, open_page
 from tests.pools import ARCHITECTURES
 

@@ -19,10 +19,10 @@ from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection import space as spaces
 from analysis.rank_selection.select import Mode, Selection, select_rank, task_curves
 from analysis.rank_selection.space import search_space
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from tests.evaluable import edit_arrays, write_evaluable
 from tests.pages.test_pages import array, figures, finished, healthy, metrics, open_page, trace
 from ui.sections import rank_layers, rank_settings

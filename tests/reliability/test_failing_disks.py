@@ -15,14 +15,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file, save_file
 
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, MergeScopeError, OutputError
 from merge_core.executors.base import Executor
 from merge_core.executors.local import Threads
-from merge_core.export import merge_to_folder
+from merge_core.merging.recipe import make_recipe
+from merge_core.output.model_folder import merge_to_folder
 from merge_core.progress import Progress
-from merge_core.recipe import make_recipe
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 from tests.reliability.limits import Result, confined
 
 SHAPES = {f"w{i}": (40, 64) for i in range(12)}  # 10 kB each
@@ -232,7 +232,7 @@ def test_writes_that_fail_at_any_time(
     suite: Suite, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, at: int
 ) -> None:
     """The last resort for what cannot be had for real: disks that break or go away."""
-    import merge_core.export as export
+    import merge_core.output.model_folder as export
 
     original, calls = export.write_tensor, []
 

@@ -18,11 +18,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from merge_core.checkpoint import Checkpoint
-from merge_core.export import merge_to_folder, merged_bytes
-from merge_core.factors import FactorStore
-from merge_core.recipe import make_recipe
-from merge_core.suite import load_suite
+from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.factors.store import FactorStore
+from merge_core.merging.recipe import make_recipe
+from merge_core.output.model_folder import merge_to_folder, merged_bytes
+from merge_core.suites.suite import load_suite
 from merge_core.task_vectors import Groups
 
 State = Mapping[str, Tensor]

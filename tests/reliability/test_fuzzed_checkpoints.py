@@ -18,11 +18,11 @@ import pytest
 import torch
 from safetensors.torch import save
 
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError
-from merge_core.export import merge_to_folder
-from merge_core.recipe import make_recipe
-from merge_core.suite import load_suite
+from merge_core.merging.recipe import make_recipe
+from merge_core.output.model_folder import merge_to_folder
+from merge_core.suites.suite import load_suite
 from tests.reliability.limits import SECONDS, confined
 
 INPUTS = int(os.environ.get("MERGESCOPE_FUZZ", "1500"))

@@ -20,11 +20,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from merge_core.errors import MergeScopeError
-from merge_core.pool import load_pool
-from merge_core.preflight import preflight
-from merge_core.provenance import read_provenance
-from merge_core.recipe import Recipe, load_recipe, recipe_from_query, recipe_from_yaml
-from merge_core.suite import Suite, load_suite
+from merge_core.merging.recipe import Recipe, load_recipe, recipe_from_query, recipe_from_yaml
+from merge_core.output.provenance import read_provenance
+from merge_core.suites.pool import load_pool
+from merge_core.suites.preflight import preflight
+from merge_core.suites.suite import Suite, load_suite
 from merge_core.yaml_text import UNUSABLE
 from tests.evaluable import write_evaluable
 from tests.pools import write_pool
@@ -269,7 +269,7 @@ def test_links() -> None:
 
 def test_notes_of_merged_models(tmp_path: Path, evaluable: Path) -> None:
     """A model's note on how it was made comes from whoever made the file."""
-    from merge_core.export import merge_to_folder
+    from merge_core.output.model_folder import merge_to_folder
 
     suite = load_suite(evaluable)
     recipe = Recipe.model_validate({**RECIPES[0], "suite": str(suite.path)})

@@ -17,13 +17,13 @@ import pytest
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import Cancelled, CheckpointError, OutputError
 from merge_core.executors.local import Processes, Serial, Threads
-from merge_core.export import merge_to_folder
+from merge_core.merging.recipe import Recipe, make_recipe
+from merge_core.output.model_folder import merge_to_folder
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 
 KILLS = 50
 CHAIN = 2  # kills in a row before a run is left in peace

@@ -9,11 +9,10 @@ from dataclasses import asdict, replace
 import pandas as pd
 import streamlit as st
 
-from analysis.fit import fit_table
-from merge_core.estimates import TIME_NOTE, about, seconds
 from merge_core.opening.roles import Found, Role
-from merge_core.preflight import preflight
-from merge_core.suite import Suite
+from merge_core.suites.estimates import TIME_NOTE, about, seconds
+from merge_core.suites.preflight import preflight
+from merge_core.suites.suite import Suite
 from ui import charts
 
 # What people choose from, and what it means.
@@ -122,7 +121,7 @@ def fit_section(suite: Suite) -> None:
         "is quick.",
     )
     members = [*suite.tasks, *([] if suite.spec.base is None else ["base"])]
-    frame = fit_table(report, members)
+    frame = pd.DataFrame([asdict(report.fit(member)) for member in members])
     unfit = frame.loc[~frame["fits"], "member"].tolist()
     if unfit:
         st.error(

@@ -18,7 +18,8 @@ from merge_core.opening.draft import task_name
 from merge_core.opening.presets import presets
 from merge_core.opening.roles import Found, of_preset
 from merge_core.opening.search import MOST_ENTRIES, find_models
-from merge_core.suite import SuiteSpec, load_suite
+from merge_core.suites.suite import load_suite
+from merge_core.suites.suite_spec import SuiteSpec
 from ui.progress import run_job
 from ui.server import roots, session_files, uploads
 from ui.server.resources import stamp

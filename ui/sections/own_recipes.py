@@ -5,9 +5,9 @@ from __future__ import annotations
 import streamlit as st
 
 from analysis.comparison.run import adapted, label_of, usable
-from merge_core.engine import check_recipe
 from merge_core.errors import MergeScopeError
-from merge_core.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml
+from merge_core.merging.engine import check_recipe
+from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml
 from ui.server.resources import View
 from ui.widgets import controls
 

@@ -11,9 +11,9 @@ from torch import Tensor
 from analysis.networks.backbone import Backbone
 from analysis.networks.pool_network import Network
 from analysis.patterns.filters import head_count, pictured_names
-from merge_core.checkpoint import Checkpoint
-from merge_core.pool import Pool
-from merge_core.suite import Suite
+from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.suites.pool import Pool
+from merge_core.suites.suite import Suite
 from ui.server import pool_resources, resources, session_files
 
 AVERAGE = "average of all"

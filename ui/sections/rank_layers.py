@@ -11,8 +11,8 @@ from analysis.figures import rank_evidence as figures
 from analysis.rank_selection.allocation import against_uniform
 from analysis.rank_selection.per_layer import ranks_per_layer
 from analysis.rank_selection.select import Selection
-from merge_core.engine import MergeSession
 from merge_core.files import digest_of
+from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 from ui import charts, shell
 from ui.progress import run_job

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_core.errors import MergeScopeError
-from merge_core.pool import bundled_pools
-from merge_core.suite import BUNDLED, BUNDLED_PATH
+from merge_core.suites.pool import bundled_pools
+from merge_core.suites.suite import BUNDLED, BUNDLED_PATH
 
 
 @dataclass(frozen=True)

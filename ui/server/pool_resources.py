@@ -8,7 +8,7 @@ import streamlit as st
 
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.files import digest_of
-from merge_core.pool import Pool, load_pool
+from merge_core.suites.pool import Pool, load_pool
 from ui.server.catalog import POOLS
 from ui.server.resources import stamp
 

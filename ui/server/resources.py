@@ -15,10 +15,10 @@ import streamlit as st
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split, has_labels
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
 from merge_core.files import digest_of, file_digest
-from merge_core.suite import Suite, load_suite
+from merge_core.merging.engine import MergeSession
+from merge_core.suites.suite import Suite, load_suite
 from merge_core.task_vectors import ParameterGroup
 from ui.server import session_files
 from ui.server.jobs import JobRunner

@@ -27,7 +27,7 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 
 from merge_core.files import cache_dir, explain_os_error
 from merge_core.hub.files import is_hub_id
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from ui.server.catalog import SUITES
 
 try:

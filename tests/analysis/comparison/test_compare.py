@@ -14,12 +14,12 @@ from analysis.comparison.published import published
 from analysis.comparison.run import compare, summary, task_frame
 from analysis.comparison.tuning import candidates, seed_counts, seeded, tuned
 from analysis.evaluation.evaluator import Evaluator
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from tests.evaluable import IMAGES, TASKS, write_evaluable
 
 

@@ -11,11 +11,11 @@ import pytest
 from analysis.comparison import costs
 from analysis.comparison.costs import cost, storage_bytes
 from analysis.evaluation.evaluator import Evaluator
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
 from tests.evaluable import TASKS, evaluable
 
 

@@ -12,12 +12,12 @@ import pytest
 from analysis.comparison import tuning
 from analysis.comparison.run import behind, compared, label_of, over_seeds, usable
 from analysis.evaluation.evaluator import Evaluator
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled, RecipeError, SuiteError
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from tests.evaluable import TASKS, edit_document, evaluable, write_evaluable
 
 

@@ -18,11 +18,11 @@ from analysis.data_sources.prepared import Prepared, prepared
 from analysis.data_sources.source import UNLABELLED
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import has_labels, load_inputs, normalised, scaled
-from merge_core.data_files import content_digest
-from merge_core.data_spec import DataSpec
 from merge_core.errors import Cancelled, OutputError, SuiteError
 from merge_core.progress import Progress
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.data_files import content_digest
+from merge_core.suites.data_spec import DataSpec
+from merge_core.suites.suite import Suite, load_suite
 from tests.analysis.data_sources.files import (
     cycle,
     noise,

@@ -17,9 +17,9 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.networks.backbone import Backbone
 from analysis.outputs.heads import load_head
 from analysis.outputs.inputs import has_labels, load_inputs
-from merge_core.data_spec import DataSpec, HeadSpec
 from merge_core.errors import SuiteError
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.data_spec import DataSpec, HeadSpec
+from merge_core.suites.suite import Suite, load_suite
 from tests.evaluable import write_document
 from tests.stand_ins import GPT2, LETTERS, ROBERTA
 

@@ -14,7 +14,7 @@ from timm.data import create_transform, resolve_model_data_config
 from analysis.data_sources.transforms import geometry, resolved
 from analysis.outputs.inputs import scaled
 from merge_core.errors import SuiteError
-from merge_core.suite import ArchitectureSpec
+from merge_core.suites.suite_spec import ArchitectureSpec
 from tests.analysis.data_sources.files import noise, spec
 
 WHAT = "data of task 'a'"

@@ -14,14 +14,14 @@ from scipy.stats import binomtest
 from analysis.accuracy import accuracy_frame, mean_accuracy, wilson_interval
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.prediction_store import PredictionStore
-from merge_core.checkpoint import Checkpoint
-from merge_core.engine import MergeSession
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import Cancelled, CheckpointError, SuiteError
-from merge_core.export import merge_to_folder
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
+from merge_core.output.model_folder import merge_to_folder
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 from tests.evaluable import (
     IMAGES,
     TASKS,

@@ -14,11 +14,11 @@ from torch import Tensor
 from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.context import Lesson
 from analysis.learning.learn import learn
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 from tests.evaluable import CLASSES, TASKS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)

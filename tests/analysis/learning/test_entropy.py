@@ -15,10 +15,10 @@ from torch import Tensor
 from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.entropy import Family, slopes, surest
 from analysis.learning.learn import learn
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
-from merge_core.recipe import Recipe, make_recipe
-from merge_core.suite import Suite
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
+from merge_core.suites.suite import Suite
 from tests.analysis.learning.learnable import inputs_of, lesson_on, mlp_suite
 from tests.evaluable import IMAGES, TASKS, edit_document, evaluable, state_of, timm_model
 from tests.merge_core.float64_reference import (

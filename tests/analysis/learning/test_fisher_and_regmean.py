@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from analysis.learning.regmean import blocks_in_order, linear_layers
-from merge_core.recipe import make_recipe
-from merge_core.suite import Suite
+from merge_core.merging.recipe import make_recipe
+from merge_core.suites.suite import Suite
 from tests.analysis.learning.learnable import (
     inputs_of,
     learnt,

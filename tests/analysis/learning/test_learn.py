@@ -16,14 +16,14 @@ import analysis.evaluation.evaluator
 from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.learn import LEARNERS, learn
 from analysis.outputs.prediction_store import PredictionStore
-from merge_core import engine
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled, SuiteError
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging import engine
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
 from merge_core.methods import methods
 from merge_core.progress import Progress
-from merge_core.recipe import make_recipe
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 from tests.analysis.learning.learnable import (
     QUICK,
     inputs_of,

@@ -11,7 +11,7 @@ import torch
 
 from analysis.networks.backbone import Backbone
 from merge_core.errors import SuiteError
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from tests.evaluable import ARCHITECTURE, SIZE, edit_document, evaluable, state_of, timm_model
 
 

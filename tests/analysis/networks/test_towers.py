@@ -18,7 +18,8 @@ from analysis.networks.backbone import Backbone
 from analysis.networks.build import build_network
 from analysis.networks.towers import common_prefix
 from merge_core.errors import PoolError, SuiteError
-from merge_core.suite import ArchitectureSpec, Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
+from merge_core.suites.suite_spec import ArchitectureSpec
 from tests.evaluable import edit_document, write_document
 from tests.stand_in_data import SIZE
 from tests.stand_ins import OPEN_CLIP, PROJECTED, VISION, moved

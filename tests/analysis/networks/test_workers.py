@@ -14,7 +14,7 @@ from torch import Tensor
 from analysis.magnitude.sweep import magnitude_sweep
 from analysis.networks.backbone import Backbone
 from analysis.outputs.pool_outputs import PoolEvaluator
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from tests.evaluable import SIZE, TASKS, write_evaluable
 from tests.pools import write_pool
 

@@ -16,7 +16,7 @@ from analysis.data_sources.source import UNLABELLED
 from analysis.outputs.heads import load_head
 from analysis.outputs.inputs import has_labels, load_inputs, normalised
 from merge_core.errors import SuiteError
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 from tests.evaluable import IMAGES, MEANS, SIZE, STDS, edit_arrays, evaluable
 
 TASK = "shapes"

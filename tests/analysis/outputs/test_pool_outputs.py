@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from analysis.networks.pool_network import Network
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import PoolError
-from merge_core.pool import load_pool
+from merge_core.suites.pool import load_pool
 from tests.pools import ARCHITECTURES, CLASSES, IMAGES, SIZE, write_pool
 
 

@@ -15,12 +15,12 @@ from scipy.stats import entropy
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.measures import MEASURES
 from analysis.outputs.prediction_store import PredictionStore
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
-from merge_core.recipe import Recipe, make_recipe
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from tests.evaluable import IMAGES, MEANS, STDS, TASKS, evaluable, state_of, timm_model
 
 SOME = {

@@ -18,7 +18,7 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.heads import Head, load_head
 from analysis.outputs.zero_shot import class_weights
 from merge_core.errors import MergeScopeError, SuiteError
-from merge_core.suite import Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 from tests.evaluable import evaluable
 
 TASK = "shapes"

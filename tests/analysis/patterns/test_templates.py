@@ -31,8 +31,8 @@ from analysis.patterns.templates import (
     training_frame,
 )
 from merge_core.errors import Cancelled, PoolError
-from merge_core.pool import load_pool
 from merge_core.progress import Progress
+from merge_core.suites.pool import load_pool
 from tests.pools import CLASSES, SIZE, write_pool
 
 SEEDS = st.integers(0, 10**6)

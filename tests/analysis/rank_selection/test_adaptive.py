@@ -18,11 +18,11 @@ from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
 from analysis.rank_selection.scores import image_scores
 from analysis.rank_selection.space import RANKS, SearchSpace, search_space
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled, RecipeError
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from tests.evaluable import IMAGES, evaluable
 
 COUNTS = {"a": 120, "b": 200, "c": 90}

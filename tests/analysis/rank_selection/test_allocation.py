@@ -23,10 +23,10 @@ from analysis.rank_selection.allocation import (
     with_ranks,
 )
 from analysis.rank_selection.space import search_space
-from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
-from merge_core.factors import FactorStore
-from merge_core.suite import Suite
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.suites.suite import Suite
 from merge_core.task_vectors import Groups
 from tests.analysis.tiny_suite import CONV, FC, MATRICES, QKV, TASKS, random_states, write_suite
 from tests.evaluable import evaluable

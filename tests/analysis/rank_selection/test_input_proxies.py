@@ -11,11 +11,11 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
 from analysis.rank_selection.scores import SCORES, image_scores
 from analysis.rank_selection.space import SearchSpace, search_space
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from tests.evaluable import TASKS, evaluable
 
 

@@ -27,12 +27,12 @@ from analysis.rank_selection.regret import (
 )
 from analysis.rank_selection.scores import image_scores
 from analysis.rank_selection.space import SearchSpace, search_space
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled, RecipeError
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
 from merge_core.progress import Progress
-from merge_core.recipe import make_recipe
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from tests.evaluable import IMAGES, TASKS, by_hand, evaluable
 
 # Chosen so that accuracy and agreement differ in their best setting, and it lies inside.

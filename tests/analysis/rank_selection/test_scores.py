@@ -16,11 +16,11 @@ from scipy.special import softmax
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.scores import SCORES, image_scores, scores_at
-from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
-from merge_core.factors import FactorStore
-from merge_core.recipe import make_recipe
-from merge_core.suite import Suite
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
+from merge_core.suites.suite import Suite
 from tests.evaluable import (
     ARCHITECTURE,
     IMAGES,

@@ -25,14 +25,14 @@ from analysis.rank_selection.select import (
     task_curves,
 )
 from analysis.rank_selection.space import SearchSpace, search_space
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled, RecipeError, SuiteError
 from merge_core.executors.base import Executor
 from merge_core.executors.local import Processes, Serial, Threads
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import recipe_from_yaml
 from merge_core.progress import Progress
-from merge_core.recipe import recipe_from_yaml
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from tests.evaluable import CLASSES, TASKS, by_hand, edit_arrays, evaluable
 
 RANKS, SCALES = (0.07, 0.26, 0.6), (0.5, 1.5, 4.0)

@@ -29,11 +29,11 @@ from analysis.rank_selection.weight_response import PROPORTIONAL, responses, upd
 from analysis.rank_selection.weight_rules import RULES, Spectrum, rule_ranks
 from analysis.spectral.interference import interference_over_rank, mean_over_layers
 from analysis.spectral.noise_bounds import gavish_donoho_cut, noise_edge
-from merge_core.engine import MergeSession
 from merge_core.errors import Cancelled
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from merge_core.task_vectors import Groups
 from tests.analysis.tiny_suite import FC, MATRICES, QKV, TASKS, task_vectors, write_suite
 

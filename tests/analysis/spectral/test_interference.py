@@ -24,12 +24,12 @@ from analysis.spectral.interference import (
     sign_conflict,
     tsv_interference,
 )
-from merge_core.decomposition import decompose
 from merge_core.errors import Cancelled, SuiteError
-from merge_core.factors import FactorStore
-from merge_core.linalg import Factors
+from merge_core.factors.decomposition import decompose
+from merge_core.factors.low_rank import Factors
+from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from merge_core.task_vectors import Groups, ParameterGroup
 from tests.analysis.tiny_suite import (
     BIAS,

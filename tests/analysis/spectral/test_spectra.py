@@ -25,9 +25,9 @@ from analysis.spectral.spectra import (
     stable_rank,
 )
 from merge_core.errors import Cancelled, SuiteError
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
-from merge_core.suite import Suite
+from merge_core.suites.suite import Suite
 from merge_core.task_vectors import Groups, ParameterGroup
 from tests.analysis.tiny_suite import BIAS, CONV, MATRICES, QKV, TASKS, task_vectors, write_suite
 

@@ -14,11 +14,11 @@ from analysis.accuracy import difference
 from analysis.comparison import run as comparison
 from analysis.comparison.tuning import candidates
 from analysis.evaluation.evaluator import Evaluator
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import make_recipe
 from merge_core.methods import methods
-from merge_core.recipe import make_recipe
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from mergescope import cli
 from tests.evaluable import TASKS, by_hand, edit_document, evaluable, state_of
 

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 
-from merge_core import estimates
-from merge_core.estimates import Job, Part, Rates
-from merge_core.preflight import Preflight, preflight
-from merge_core.suite import Suite
+from merge_core.suites import estimates
+from merge_core.suites.estimates import Job, Part, Rates
+from merge_core.suites.preflight import Preflight, preflight
+from merge_core.suites.suite import Suite
 from mergescope import cli
 from mergescope.preflight_report import print_preflight
 from mergescope.terminal import console

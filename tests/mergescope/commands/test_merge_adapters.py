@@ -10,8 +10,8 @@ import torch
 import yaml
 from typer.testing import CliRunner
 
-from merge_core.adapters.checkpoint import AdaptedCheckpoint
-from merge_core.checkpoint import Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.checkpoints.lora import AdaptedCheckpoint
 from merge_core.errors import RecipeError
 from mergescope.cli import app
 from tests.merge_core.adapted_models import Mixed, adapter, state_of, write_adapted_suite

@@ -15,11 +15,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from analysis.evaluation.evaluator import Evaluator
-from merge_core import provenance
-from merge_core.engine import MergeSession
-from merge_core.export import merge_to_folder
-from merge_core.factors import FactorStore
-from merge_core.recipe import load_recipe
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import load_recipe
+from merge_core.output import provenance
+from merge_core.output.model_folder import merge_to_folder
 from mergescope import cli
 from tests.evaluable import TASKS, edit_arrays, evaluable
 

@@ -15,7 +15,7 @@ from analysis.outputs.pool_outputs import PoolEvaluator
 from data.pool_building import RATES
 from data.pool_images import ImageTask
 from data.pool_presets import Request, requested
-from merge_core.pool import load_pool
+from merge_core.suites.pool import load_pool
 from mergescope import cli
 from tests.data.test_vision_datasets import write_cifar100, write_mnist
 

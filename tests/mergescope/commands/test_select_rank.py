@@ -13,10 +13,10 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection.select import Selection, select_rank
 from analysis.rank_selection.space import search_space
-from merge_core.engine import MergeSession
-from merge_core.factors import FactorStore
-from merge_core.recipe import load_recipe
-from merge_core.suite import load_suite
+from merge_core.factors.store import FactorStore
+from merge_core.merging.engine import MergeSession
+from merge_core.merging.recipe import load_recipe
+from merge_core.suites.suite import load_suite
 from mergescope import terminal
 from tests.evaluable import edit_document, evaluable
 from tests.mergescope.test_cli import call

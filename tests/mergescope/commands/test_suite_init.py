@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from merge_core.suite import load_suite
+from merge_core.suites.suite import load_suite
 from tests.conftest import random_states
 from tests.hub_client import files_of, hub, weights
 from tests.hub_server import Hub

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from merge_core.errors import MergeScopeError
-from merge_core.pool import bundled_pools
-from merge_core.suite import BUNDLED, BUNDLED_PATH
+from merge_core.suites.pool import bundled_pools
+from merge_core.suites.suite import BUNDLED, BUNDLED_PATH
 from ui.server.catalog import POOLS, SUITES
 
 

@@ -1,1 +1,0 @@
-"""LoRA adapters as PEFT saves them, in and out."""

@@ -1,0 +1,1 @@
+"""Checkpoints: their files, tensors, and what each parameter is in its network."""

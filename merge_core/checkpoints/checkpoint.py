@@ -1,0 +1,285 @@
+"""A checkpoint: named tensors read one at a time, whose shapes are known without reading them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from safetensors import SafetensorError
+
+from merge_core.checkpoints.header_checks import read_index
+from merge_core.checkpoints.shards import TORCH_SUFFIXES, Shard, TensorInfo, open_shard
+from merge_core.errors import CheckpointError
+from merge_core.files import digest_of, file_digest
+from merge_core.lazy import lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PREFIXES = ("module.", "_orig_mod.")
+FOLDER_CANDIDATES = (
+    "model.safetensors.index.json",
+    "model.safetensors",
+    "pytorch_model.bin.index.json",
+    "pytorch_model.bin",
+)
+
+
+def without_prefix(names: list[str]) -> dict[str, str]:
+    """Map the public name of each tensor to the stored one, common wrapper prefixes removed."""
+    public = {name: name for name in names}
+    changed = True
+    while changed and public:
+        changed = False
+        for prefix in PREFIXES:
+            if all(name.startswith(prefix) for name in public):
+                public = {name[len(prefix) :]: stored for name, stored in public.items()}
+                changed = True
+    return public
+
+
+def is_finite(value: Tensor) -> bool:
+    """Whether no entry is NaN or infinite: one pass, without a temporary."""
+    if not value.dtype.is_floating_point or not value.numel():
+        return True
+    low, high = (value.float() if value.dtype.itemsize == 1 else value).aminmax()
+    return bool(low.isfinite() and high.isfinite())  # NaN is both extremes of its like
+
+
+class Checkpoint:
+    """Named tensors of one model, over one file, a sharded index, or a folder holding either.
+
+    Opening reads headers only; :meth:`tensor` reads one tensor. Files are memory-mapped, so
+    what was read can be dropped by the system again.
+
+    Args:
+        path: a ``.safetensors`` file, a ``*.index.json``, a file of ``torch.save`` or
+            ``pickle.dump`` (``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pkl``, ``.pth.tar``; a state
+            dict or a whole module, read as data: nothing in it is imported or run), or a folder
+            holding one of these.
+
+    Attributes:
+        path: as given.
+        files: the files that hold tensors.
+        metadata: the texts in a safetensors file's header.
+        foreign: full names of the classes and functions that pickled files would import, sorted.
+        ties: sets of names that pickled files keep one tensor under.
+
+    Raises:
+        CheckpointError: missing, empty, truncated or foreign file; shards that do not match
+            their index.
+    """
+
+    ties: tuple[tuple[str, ...], ...] = ()
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        entry = _resolve_folder(self.path)
+        owners: dict[str, Shard] = {}
+        self.files: tuple[Path, ...]
+        self.metadata: dict[str, str] = {}
+        if entry.name.endswith(".index.json"):
+            weight_map = read_index(entry)
+            self.files = tuple(entry.parent / name for name in sorted(set(weight_map.values())))
+            self._stamps = {file: _stamp(file) for file in self.files}
+            shards = {file.name: open_shard(file) for file in self.files}
+            for name, file in weight_map.items():
+                if name not in shards[file].infos:
+                    raise CheckpointError(
+                        f"{entry} says that {name!r} is in {file}, but it is not there. "
+                        "Copy or download all shards again."
+                    )
+                owners[name] = shards[file]
+        else:
+            self.files = (entry,)
+            self._stamps = {entry: _stamp(entry)}
+            shard = open_shard(entry)
+            self.metadata = getattr(shard, "metadata", {})
+            owners = dict.fromkeys(shard.infos, shard)
+        if not owners:
+            raise CheckpointError(f"{entry} holds no tensors. Give a file with model weights.")
+        self._stored = without_prefix(sorted(owners))
+        self._owners = owners
+        met = set().union(*(shard.foreign for shard in set(owners.values())))
+        self.foreign: tuple[str, ...] = tuple(sorted(met))
+        public = {stored: name for name, stored in self._stored.items()}
+        self.ties = tuple(
+            tuple(public[name] for name in names)
+            for shard in set(owners.values())
+            for names in shard.ties
+            if all(name in public for name in names)
+        )
+
+    def __repr__(self) -> str:
+        return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._stored
+
+    def stored_name(self, name: str) -> str:
+        """A tensor's name in the file, wrappers' prefixes (``module.``) included.
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
+        self._owner(name)
+        return self._stored[name]
+
+    def under(self, prefix: str) -> Checkpoint:
+        """The same tensors with a prefix before their names, such as ``transformer.``."""
+        if not prefix:
+            return self
+        renamed = copy.copy(self)
+        renamed._stored = {prefix + name: stored for name, stored in self._stored.items()}
+        return renamed
+
+    def info(self, name: str) -> TensorInfo:
+        """Shape and dtype of a tensor, without reading it.
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
+        return self._owner(name).infos[self._stored[name]]
+
+    def tensor(self, name: str) -> Tensor:
+        """Read one tensor, as stored (dtype unchanged, on the CPU; treat it as read-only).
+
+        Raises:
+            CheckpointError: no tensor of that name, an unreadable file, a file that changed
+                since it was opened, or NaN or infinite entries.
+        """
+        value = self.unchecked(name)
+        self.check_finite(name, value)
+        return value
+
+    def unchecked(self, name: str) -> Tensor:
+        """As :meth:`tensor`, for callers who look at all entries anyway and so see bad ones.
+
+        Raises:
+            CheckpointError: as there, but for NaN or infinite entries.
+        """
+        self.check_unchanged()
+        try:
+            return self._owner(name).tensor(self._stored[name])
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} cannot be read ({error}). Copy the file again."
+            ) from error
+
+    def check_finite(self, name: str, value: Tensor) -> None:
+        """Refuse a tensor with NaN or infinite entries.
+
+        Args:
+            name: of the tensor, for the message.
+            value: as read.
+
+        Raises:
+            CheckpointError: it has such entries.
+        """
+        if not is_finite(value):
+            bad = int((~value.float().isfinite()).sum())
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} has {bad:,} NaN or infinite entries of "
+                f"{value.numel():,}. Such weights cannot be merged; train or export again."
+            )
+
+    def touches(self, name: str) -> bool:
+        """Whether a tensor may differ from the base's (of an adapter, not all do)."""
+        return name in self
+
+    def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
+        """The update about the base as a product of thin matrices, where one is known.
+
+        Args:
+            name: a parameter.
+
+        Returns:
+            None here; left m x r and right r x n of an adapter (see
+            :mod:`merge_core.checkpoints.lora`).
+        """
+        return None
+
+    @lazy
+    def digest(self) -> str:
+        """SHA-256 (hex) of the BLAKE3 of all files, in the order of their names.
+
+        Raises:
+            CheckpointError: a file vanished, changed since it was opened, or cannot be read.
+        """
+        self.check_unchanged()
+        try:
+            return digest_of(*(file_digest(file) for file in self.files))
+        except OSError as error:
+            raise CheckpointError(f"{self.path} cannot be read: {error.strerror}.") from error
+
+    @property
+    def nbytes(self) -> int:
+        """Total size of the tensors in bytes, as stored."""
+        return sum(self.info(name).nbytes for name in self)
+
+    def check_unchanged(self) -> None:
+        """Refuse a file replaced under the open map: its digest and tensors would not agree.
+
+        Raises:
+            CheckpointError: a file was removed or changed since it was opened.
+        """
+        for file, stamp in self._stamps.items():
+            if _stamp(file) != stamp:
+                what = "has changed" if file.exists() else "was removed"
+                raise CheckpointError(
+                    f"{file} {what} since it was opened. Put the file back, or load the suite "
+                    "again."
+                )
+
+    def _owner(self, name: str) -> Shard:
+        stored = self._stored.get(name)
+        if stored is None:
+            raise CheckpointError(f"{self.path} holds no tensor named {name!r}.")
+        return self._owners[stored]
+
+
+def _stamp(path: Path) -> tuple[int, int, int] | None:
+    """What tells one state of a file from another: size, modification time and inode."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):  # absent, or a name that no file can have
+        return None
+    return stat.st_size, stat.st_mtime_ns, stat.st_ino
+
+
+def _resolve_folder(path: Path) -> Path:
+    try:
+        return _entry(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check it.") from error
+
+
+def _entry(path: Path) -> Path:
+    """The file that says what a checkpoint holds: the path itself, or one in its folder."""
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. Check the path.")
+    if not path.is_dir():
+        return path
+    if (path / "adapter_config.json").is_file():
+        raise CheckpointError(
+            f"{path} is an adapter, which is no model without its base. Make it an expert of a "
+            "suite whose 'base:' is what it was trained on."
+        )
+    for candidate in FOLDER_CANDIDATES:
+        if (path / candidate).is_file():
+            return path / candidate
+    weights = sorted(
+        file for file in path.iterdir() if file.name.endswith((".safetensors", *TORCH_SUFFIXES))
+    )
+    if len(weights) == 1:
+        return weights[0]
+    what = "no weight file" if not weights else f"{len(weights)} weight files and no index"
+    raise CheckpointError(f"The folder {path} holds {what}. Name the file itself.")

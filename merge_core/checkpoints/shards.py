@@ -1,0 +1,186 @@
+"""The files of a checkpoint: what they hold by their headers, and single tensors from them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from safetensors import SafetensorError, safe_open
+
+from merge_core.checkpoints.dtypes import SAFETENSORS_DTYPES, Dtype
+from merge_core.checkpoints.header_checks import check_safetensors_header, check_tensors
+from merge_core.checkpoints.pickled.files import PickledTensors
+from merge_core.checkpoints.pickled.tensors import StoredTensor, Unreadable
+from merge_core.errors import CheckpointError
+from merge_core.lazy import lazy
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")
+# In a folder, .pkl is rather data than weights, and .tar an archive.
+PICKLE_SUFFIXES = (*TORCH_SUFFIXES, ".pkl", ".tar")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a stored tensor."""
+
+    shape: tuple[int, ...]
+    dtype: Dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> TensorInfo:
+        """Those of a tensor at hand."""
+        return cls(tuple(tensor.shape), Dtype.of(tensor.dtype))
+
+    @property
+    def numel(self) -> int:
+        """Number of elements."""
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes as stored."""
+        return self.numel * self.dtype.itemsize
+
+    @property
+    def is_floating(self) -> bool:
+        """Whether the entries are weights (counters and masks are integers or booleans)."""
+        return self.dtype.is_floating_point
+
+
+class Shard(Protocol):
+    """One file of a checkpoint: headers at once, tensors on demand.
+
+    Attributes:
+        infos: shape and dtype by name.
+        foreign: full names of what a pickled file would import.
+        ties: sets of names that a pickled file keeps one tensor under.
+    """
+
+    infos: dict[str, TensorInfo]
+    foreign: tuple[str, ...]
+    ties: tuple[tuple[str, ...], ...]
+
+    def tensor(self, name: str) -> Tensor:
+        """One tensor as stored."""
+
+
+class SafetensorsShard:
+    """A safetensors file; see :class:`Shard`."""
+
+    foreign: tuple[str, ...] = ()
+    ties: tuple[tuple[str, ...], ...] = ()
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            check_safetensors_header(path)
+            header = _safe_open(path, "np")  # which does without torch
+            self.metadata: dict[str, str] = header.metadata() or {}
+            self.infos = {name: self._info(header, name) for name in header.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, UnicodeDecodeError, RuntimeError, TypeError) as error:
+            raise CheckpointError(
+                f"{path} is not a readable safetensors file: {_reason(path, error)}"
+            ) from error
+
+    def _info(self, header: Any, name: str) -> TensorInfo:
+        piece = header.get_slice(name)
+        dtype = SAFETENSORS_DTYPES.get(piece.get_dtype())
+        if dtype is None:
+            raise CheckpointError(
+                f"{self._path}: tensor {name!r} has dtype {piece.get_dtype()}, which is not "
+                "supported. Convert it to float32, float16 or bfloat16."
+            )
+        return TensorInfo(tuple(piece.get_shape()), dtype)
+
+    @lazy
+    def _tensors(self) -> Any:
+        return _safe_open(self._path, "pt")
+
+    def tensor(self, name: str) -> Tensor:
+        value: Tensor = self._tensors.get_tensor(name)
+        return value
+
+
+def _safe_open(path: Path, framework: str) -> Any:
+    try:
+        return safe_open(path, framework=framework, device="cpu")
+    except RuntimeError:  # a file larger than the memory is not always mapped: read in pieces
+        return safe_open(path, framework=framework, device="cpu", backend="pread")
+
+
+class TorchShard:
+    """A pickled file, read as data; see :class:`Shard`."""
+
+    def __init__(self, path: Path) -> None:
+        if path.stat().st_size == 0:
+            raise CheckpointError(f"{path} is empty (0 bytes). Copy or download it again.")
+        self._file = PickledTensors(path)
+        self.foreign = self._file.foreign
+        self.ties = self._file.ties
+        self.infos = {
+            name: _plain_info(path, name, stored) for name, stored in self._file.stored.items()
+        }
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.tensor(name)
+
+
+def _plain_info(path: Path, name: str, stored: StoredTensor | Unreadable) -> TensorInfo:
+    """Refuse what a torch file may hold but a merge cannot read: sparse, quantised, complex."""
+    if isinstance(stored, StoredTensor) and stored.dtype in SAFETENSORS_DTYPES.values():
+        return TensorInfo(stored.shape, stored.dtype)
+    kind = stored.dtype.name if isinstance(stored, StoredTensor) else stored.kind
+    raise CheckpointError(
+        f"{path}: tensor {name!r} is {kind}, which is not supported. "
+        "Convert it to a dense float32, float16 or bfloat16 tensor."
+    )
+
+
+def _reason(path: Path, error: Exception) -> str:
+    """Why a safetensors file could not be opened, in words."""
+    if isinstance(error, PermissionError):
+        return f"{error.strerror}. Check who may read it."
+    if not path.exists():
+        return "the file does not exist. Check the path."
+    size = path.stat().st_size
+    if size == 0:
+        return "it is empty (0 bytes). Copy or download it again."
+    text = str(error).lower()
+    if "incomplete" in text or "buffer" in text or "offset" in text or "small" in text:
+        return f"it is truncated or damaged ({size:,} bytes). Copy or download it again."
+    return (
+        "its content is not in the safetensors format (wrong file, or renamed from another "
+        "format). Give the original file."
+    )
+
+
+def open_shard(path: Path) -> Shard:
+    """A file of weights, by its ending.
+
+    Raises:
+        CheckpointError: missing, empty, truncated or foreign.
+    """
+    try:
+        exists = path.is_file()
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check it.") from error
+    if not exists:
+        raise CheckpointError(f"{path} does not exist. Copy or download all shards again.")
+    if path.suffix == ".safetensors":
+        return _checked(path, SafetensorsShard(path))
+    if path.name.endswith(PICKLE_SUFFIXES):
+        return _checked(path, TorchShard(path))
+    raise CheckpointError(
+        f"{path} has an unknown ending. Known: .safetensors, .index.json, "
+        f"{', '.join(PICKLE_SUFFIXES)}."
+    )
+
+
+def _checked(path: Path, shard: Shard) -> Shard:
+    check_tensors(path, ((name, info.shape) for name, info in shard.infos.items()))
+    return shard

@@ -1,0 +1,1 @@
+"""Singular values and vectors of task vectors, decomposed once and kept."""

@@ -1,0 +1,1 @@
+"""Recipes, and the engine that merges as they say."""

@@ -1,0 +1,344 @@
+"""A recipe: suite, tasks, method, parameters, seed and dtype, as YAML and as a link alike."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any, Literal
+from urllib.parse import parse_qsl, quote, urlencode
+
+import yaml
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    ValidationError,
+    model_validator,
+)
+
+from merge_core.errors import RecipeError, explain_validation
+from merge_core.files import digest_of, path_below
+from merge_core.methods import get_method, get_postprocessor
+from merge_core.methods.declaration import (
+    Method,
+    MethodParameters,
+    Postprocessor,
+    Run,
+    settled,
+)
+from merge_core.suites.suite import BUNDLED, Suite, load_suite
+from merge_core.task_vectors import Origin
+from merge_core.yaml_text import load_yaml, read_text_file
+
+LATER_FIELDS = ("origin", "weights", "overrides", "then")
+# As in YAML: without control characters.
+Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f]*$")]
+Dtype = Literal["input", "float32", "float16", "bfloat16", "float64"]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Override(_Strict):
+    """Other parameter values for some of the model's parameters.
+
+    Attributes:
+        match: names of parameters, with ``*`` and ``?`` (``blocks.0.*``); the last match counts.
+        parameters: the values that differ there.
+    """
+
+    match: Text = Field(min_length=1)
+    parameters: dict[str, Any] = Field(min_length=1)
+
+
+class Step(_Strict):
+    """A post-processor of the merged update, with its parameters."""
+
+    method: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_parameters(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or not isinstance(data.get("method"), str):
+            return data
+        post = get_postprocessor(data["method"])
+        checked = checked_parameters(post, data.get("parameters") or {})
+        return {**data, "parameters": checked.model_dump()}
+
+
+class Recipe(_Strict):
+    """Everything that determines a merge.
+
+    Attributes:
+        suite: path of a suite.yaml, or ``demo``.
+        tasks: chosen tasks (all when None); their order does not matter.
+        method: name of a method.
+        parameters: its parameters; defaults are filled in.
+        origin: what task vectors are taken about (the method's usual point when None).
+        weights: a factor for each task's vector, 1 for tasks that are not named.
+        overrides: other parameter values for some of the model's parameters.
+        then: post-processors of the merged update, in order.
+        seed: for methods that draw random numbers.
+        dtype: of the output; ``input`` keeps each parameter's own.
+    """
+
+    suite: Text = BUNDLED
+    tasks: tuple[str, ...] | None = None
+    method: str
+    parameters: dict[str, Any] = Field(default_factory=dict)
+    origin: Origin | None = None
+    weights: dict[str, Annotated[float, Field(allow_inf_nan=False)]] = Field(default_factory=dict)
+    overrides: tuple[Override, ...] = ()
+    then: tuple[Step, ...] = ()
+    seed: int = Field(default=0, ge=0)
+    dtype: Dtype = "input"
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_parameters(cls, data: Any) -> Any:
+        """Check the parameters against the method's declaration and fill in its defaults."""
+        if not isinstance(data, dict) or not isinstance(data.get("method"), str):
+            return data
+        method = get_method(data["method"])
+        given = data.get("parameters") or {}
+        checked = checked_parameters(method, given)
+        return {**data, "parameters": checked.model_dump()}
+
+    @model_validator(mode="after")
+    def _check_options(self) -> Recipe:
+        """Refuse what the method cannot take."""
+        method = self.declaration
+        if self.origin is not None and self.origin not in method.origins:
+            known = " or ".join(method.origins) or "none: it takes no task vectors"
+            raise RecipeError(
+                f"The method {method.name!r} takes no task vectors about the {self.origin}; "
+                f"its origins: {known}."
+            )
+        if self.weights and not method.weighted:
+            raise RecipeError(
+                f"The method {method.name!r} has no per-task weights. Leave 'weights' out, or "
+                "scale its result."
+            )
+        if self.tasks is not None and (unknown := set(self.weights) - set(self.tasks)):
+            raise RecipeError(f"weights: the recipe does not merge {min(unknown)!r}.")
+        for override in self.overrides:
+            checked_parameters(method, self.parameters | override.parameters)
+        return self
+
+    @property
+    def declaration(self) -> Method:
+        """The method."""
+        return get_method(self.method)
+
+    @property
+    def checked_parameters(self) -> MethodParameters:
+        """The parameters as the method's own model."""
+        return checked_parameters(self.declaration, self.parameters)
+
+    def parameters_of(self, name: str) -> MethodParameters:
+        """The method's parameters for one of the model's parameters: the last override counts."""
+        for override in reversed(self.overrides):
+            if fnmatchcase(name, override.match):
+                return checked_parameters(self.declaration, self.parameters | override.parameters)
+        return self.checked_parameters
+
+    @property
+    def needs_base(self) -> bool:
+        """Whether the base is needed: by the method, or by a post-processor of its update."""
+        return self.declaration.needs_base(self.origin)
+
+    def run(self, tasks: Sequence[str]) -> Run:
+        """What the method sees of the recipe besides its parameters.
+
+        Args:
+            tasks: the chosen tasks, in the suite's order.
+        """
+        origins = self.declaration.origins
+        factors = tuple(self.weights.get(task, 1.0) for task in tasks)
+        return Run(
+            origin=self.origin or (origins[0] if origins else "average"),
+            weights=() if set(factors) == {1.0} else factors,
+            seed=self.seed,
+        )
+
+    def to_yaml(self) -> str:
+        """The recipe as YAML; :func:`recipe_from_yaml` gives an equal recipe back."""
+        document = self.model_dump(mode="json", exclude_none=True)
+        for field in ("weights", "overrides", "then"):  # what is not used is not written
+            if not document[field]:
+                del document[field]
+        return yaml.safe_dump(
+            document, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
+        )
+
+    def to_query(self) -> str:
+        """The recipe as a link's query; :func:`recipe_from_query` gives an equal one back."""
+        pairs = [("suite", self.suite)]
+        if self.tasks is not None:
+            pairs.append(("tasks", ",".join(self.tasks)))
+        pairs.append(("method", self.method))
+        pairs += [(name, str(value)) for name, value in self.parameters.items()]
+        for name in ("weights", "overrides", "then"):
+            if value := self.model_dump(mode="json")[name]:
+                pairs.append((name, json.dumps(value, separators=(",", ":"))))
+        if self.origin is not None:
+            pairs.append(("origin", self.origin))
+        pairs += [("seed", str(self.seed)), ("dtype", self.dtype)]
+        return urlencode(pairs, quote_via=quote, safe=",/")
+
+    def digest(self, suite: Suite) -> str:
+        """Digest (hex) of what determines the merged weights: content of the inputs included.
+
+        Args:
+            suite: the loaded suite that `self.suite` names.
+
+        Raises:
+            SuiteError: unknown tasks.
+            CheckpointError: a member cannot be read.
+        """
+        return digest_of(
+            "recipe-1",
+            # The base counts for every method: integer buffers are taken from it.
+            suite.members_digest(suite.select(self.tasks), with_base=True),
+            json.dumps(_naming(suite)),
+            self.method,
+            json.dumps(settled(self.checked_parameters), sort_keys=True),
+            str(self.seed),
+            self.dtype,
+            # Added later: recipes without them keep the digests that their predictions are under.
+            *(json.dumps(part, sort_keys=True) for part in self._later() if part),
+        )
+
+    def _later(self) -> list[Any]:
+        document = self.model_dump(mode="json")
+        return [{name: document[name]} for name in LATER_FIELDS if document[name]]
+
+    def with_parameters(self, **changes: Any) -> Recipe:
+        """The same recipe with some parameters changed (and checked)."""
+        document = self.model_dump()
+        document["parameters"] = {**self.parameters, **changes}
+        return make_recipe(document)
+
+
+def _naming(suite: Suite) -> list[Any]:
+    """What a suite says of its parameters; a rule that is not used leaves no trace."""
+    spec = suite.spec
+    rule = [] if spec.vocabulary == "refuse" else [spec.vocabulary]
+    return [spec.decompose, spec.average, *rule]
+
+
+def checked_parameters(method: Method | Postprocessor, given: Any) -> MethodParameters:
+    """Parameters as a method's own model, defaults filled in.
+
+    Raises:
+        RecipeError: not a mapping, an unknown name, or a value out of range.
+    """
+    if not isinstance(given, dict):
+        raise RecipeError(
+            f"Method {method.name!r}: parameters must be a mapping of names to values."
+        )
+    unknown = [name for name in given if name not in method.parameters.model_fields]
+    if unknown:
+        known = ", ".join(method.parameters.model_fields) or "none"
+        raise RecipeError(
+            f"The method {method.name!r} has no parameter {unknown[0]!r}; it has: {known}."
+        )
+    try:
+        return method.parameters.model_validate(given)
+    except ValidationError as error:
+        raise RecipeError(f"Method {method.name!r}: {explain_validation(error)}.") from error
+
+
+def make_recipe(document: Any, where: str = "The recipe") -> Recipe:
+    """Check a recipe's fields.
+
+    Args:
+        document: a mapping of the fields.
+        where: what to call it in errors.
+
+    Raises:
+        RecipeError: unknown or missing fields, unknown method, parameters out of range.
+    """
+    if not isinstance(document, dict):
+        raise RecipeError(f"{where} must hold fields such as method and parameters.")
+    try:
+        return Recipe.model_validate(document)
+    except ValidationError as error:
+        raise RecipeError(f"{where}: {explain_validation(error)}.") from error
+
+
+def recipe_from_yaml(text: str, where: str = "The recipe") -> Recipe:
+    """Read a recipe from YAML.
+
+    Raises:
+        RecipeError: not YAML, or not a recipe.
+    """
+    try:
+        document = load_yaml(text)
+    except yaml.YAMLError as error:
+        first = str(error).replace("\n", " ")
+        raise RecipeError(f"{where} is not valid YAML: {first:.200}") from error
+    return make_recipe(document, where)
+
+
+def recipe_from_query(query: str) -> Recipe:
+    """Read a recipe from a link's query (a leading ``?`` is allowed).
+
+    Raises:
+        RecipeError: not a recipe.
+    """
+    fields = dict(parse_qsl(query.removeprefix("?"), keep_blank_values=True))
+    document: dict[str, Any] = {
+        name: fields.pop(name)
+        for name in ("suite", "method", "dtype", "seed", "origin")
+        if name in fields
+    }
+    if "tasks" in fields:
+        document["tasks"] = tuple(fields.pop("tasks").split(","))
+    for name in ("weights", "overrides", "then"):
+        try:
+            if name in fields:
+                document[name] = json.loads(fields.pop(name))
+        except (ValueError, RecursionError) as error:
+            raise RecipeError(f"The link: {name} is not JSON ({error}).") from error
+    return make_recipe({**document, "parameters": fields}, "The link")
+
+
+def read_recipe(path: str | Path) -> Recipe:
+    """Read a recipe file; the suite that it names is not opened.
+
+    Raises:
+        RecipeError: missing or wrong recipe.
+    """
+    path = Path(path)
+    try:
+        path = path.expanduser()
+        text = read_text_file(path)
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~someone without a home
+        told = "not a text file" if isinstance(error, ValueError) else str(error)
+        reason = getattr(error, "strerror", None) or told
+        raise RecipeError(
+            f"{path} cannot be read ({reason}). Give a recipe's YAML file."
+        ) from error
+    return recipe_from_yaml(text, str(path))
+
+
+def load_recipe(path: str | Path) -> tuple[Recipe, Suite]:
+    """Read a recipe file and the suite it names (relative to the file).
+
+    Raises:
+        RecipeError: missing or wrong recipe.
+        SuiteError: missing or wrong suite, or tasks that it does not have.
+    """
+    recipe = read_recipe(path)
+    path = Path(path).expanduser()
+    suite = load_suite(
+        BUNDLED if recipe.suite == BUNDLED else path_below(path.parent, recipe.suite, RecipeError)
+    )
+    suite.select(recipe.tasks)
+    return recipe, suite

@@ -1,0 +1,1 @@
+"""Merged models written: folders, adapters, their layout, provenance and cards."""

@@ -1,0 +1,1 @@
+"""Suites and pools: what they name, what fits, and what a merge takes."""

@@ -1,0 +1,90 @@
+"""The content of ``suite.yaml``."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+
+from merge_core.errors import HubError
+from merge_core.hub.files import HubId, is_hub_id
+from merge_core.suites.data_spec import DataSpec, Head, paths_of
+
+# Task names stand in links and in lists separated by commas.
+TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+-]+$", max_length=80)]
+
+
+def _named_rightly(weights: str) -> str:
+    """Refuse a malformed name on the hub before anything is opened."""
+    if is_hub_id(weights):
+        try:
+            HubId.parse(weights)
+        except HubError as error:
+            raise ValueError(str(error)) from error
+    return weights
+
+
+# A path, or a name on the hub.
+Weights = Annotated[str, AfterValidator(_named_rightly)]
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ArchitectureSpec(_Strict):
+    """A network of timm, open_clip or transformers by its name there, and its arguments.
+
+    ``open_clip`` gives the visual tower of that configuration; ``transformers`` takes a type of
+    model as in ``config.json`` and the arguments of its configuration.
+    """
+
+    name: str
+    args: dict[str, Any] = {}
+    library: Literal["timm", "open_clip", "transformers"] = "timm"
+
+    @property
+    def identity(self) -> str:
+        """JSON by which outputs are kept; what timm builds is known by name and arguments alone."""
+        return self.model_dump_json(exclude={"library"} if self.library == "timm" else None)
+
+
+class ExpertSpec(_Strict):
+    """One expert: weights, and where known its head and evaluation data."""
+
+    weights: Weights
+    title: str | None = None
+    head: Head | None = None
+    data: DataSpec | None = None
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The paths that it names, as written."""
+        return (self.weights, *paths_of(self.data, self.head))
+
+
+class SuiteSpec(_Strict):
+    """The content of ``suite.yaml``.
+
+    Attributes:
+        name: of the suite.
+        description: for people.
+        architecture: the network that the weights belong to, for evaluation.
+        base: what the experts were fine-tuned from.
+        experts: by task.
+        decompose, average: patterns of parameters' names, whatever the table of parameters says.
+        vocabulary: what becomes of embeddings and language heads whose numbers of rows differ.
+            Rows are matched by their number. ``refuse`` does not merge; ``base`` writes the
+            base's unmerged; ``common`` merges them at the length of the longest member, where a
+            member that lacks a row is given the base's, or the mean of the experts that have it.
+    """
+
+    name: str = Field(min_length=1)
+    description: str = ""
+    architecture: ArchitectureSpec | None = None
+    base: Weights | None = None
+    base_prefix: str = ""  # of the experts' names, which the base's lack
+    experts: dict[TaskName, ExpertSpec] = Field(min_length=1)
+    decompose: list[str] = []
+    average: list[str] = []
+    vocabulary: Literal["refuse", "base", "common"] = "refuse"

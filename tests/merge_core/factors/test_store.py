@@ -1,0 +1,230 @@
+"""Factors are computed once, kept by content, and repaired when damaged."""
+
+from __future__ import annotations
+
+import random
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from merge_core.errors import SuiteError
+from merge_core.factors.low_rank import SideFactors
+from merge_core.factors.store import FactorStore
+from merge_core.suites.suite import Suite
+from merge_core.task_vectors import Groups
+
+A = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def tall(value: Tensor) -> Callable[[torch.dtype, slice], Tensor]:
+    return lambda dtype, part: value[part].to(dtype)
+
+
+def ask(store: FactorStore, name: str = "w", value: Tensor = A) -> SideFactors:
+    return store.get("expert", "base", name, tall(value), (6, 4))
+
+
+def again(store: FactorStore, name: str = "w", value: Tensor = A) -> SideFactors:
+    before = store.decompositions
+    factors = ask(store, name, value)
+    assert store.decompositions == before, "decomposed again"
+    return factors
+
+
+def check(factors: SideFactors, expected: Tensor = A) -> None:
+    np.testing.assert_allclose(factors.truncated(99).numpy(), expected.numpy(), atol=1e-5)
+
+
+def stored(folder: Path) -> list[Path]:
+    return [p for p in folder.rglob("*") if p.is_file()]
+
+
+def test_a_second_request_never_decomposes_again(tmp_path: Path) -> None:
+    store = FactorStore(tmp_path)
+    check(ask(store))
+    check(again(store))
+    assert store.decompositions == 1
+
+
+def test_factors_survive_the_process_that_made_them(tmp_path: Path) -> None:
+    first = ask(FactorStore(tmp_path))
+    fresh = FactorStore(tmp_path)
+    second = ask(fresh)
+    assert fresh.decompositions == 0
+    for a, b in zip(
+        (first.left(), first.S, first.right()),
+        (second.left(), second.S, second.right()),
+        strict=True,
+    ):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b)
+
+
+def test_every_part_of_the_key_counts(tmp_path: Path) -> None:
+    store = FactorStore(tmp_path)
+    keys = [("m", "o", "p"), ("M", "o", "p"), ("m", "O", "p"), ("m", "o", "P"), ("mo", "", "p")]
+    for i, key in enumerate(keys):
+        check(store.get(*key, tall((i + 1) * A), (6, 4)), (i + 1) * A)
+    assert store.decompositions == len(keys)
+    for i, key in enumerate(keys):
+        check(store.get(*key, tall((i + 1) * A), (6, 4)), (i + 1) * A)
+    assert store.decompositions == len(keys)
+
+
+def test_the_two_routes_do_not_share_factors(tmp_path: Path) -> None:
+    ask(FactorStore(tmp_path, route="gram"))
+    other = FactorStore(tmp_path, route="svd")
+    check(ask(other))
+    assert other.decompositions == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["empty", "cut", "text", "zeroed", "foreign", "nan", "not a number", "of another matrix"],
+)
+def test_a_damaged_file_is_computed_afresh_and_repaired(tmp_path: Path, damage: str) -> None:
+    ask(FactorStore(tmp_path))
+    (path,) = stored(tmp_path)
+    good = path.read_bytes()
+    damaged = {
+        "empty": b"",
+        "cut": good[: len(good) // 2],
+        "text": b"hello",
+        "zeroed": good[:-64] + bytes(64),  # what a power cut leaves of the last pages
+        "foreign": good.replace(b'"vectors"', b'"vektors"'),
+        "nan": good[:-64] + b"\xff" * 64,
+        "not a number": good.replace(b'"noise":"0.0"', b'"noise":"0,0"'),
+        "of another matrix": good.replace(b"[4,4]", b"[2,8]"),
+    }[damage]
+    path.write_bytes(damaged)
+    fresh = FactorStore(tmp_path)
+    check(ask(fresh))
+    assert fresh.decompositions == 1
+    assert path.read_bytes() == good
+    check(again(FactorStore(tmp_path)))
+
+
+def test_random_damage_to_a_stored_header_never_escapes(tmp_path: Path) -> None:
+    ask(FactorStore(tmp_path))
+    (path,) = stored(tmp_path)
+    good, source = path.read_bytes(), random.Random(0)
+    for _ in range(200):
+        data = bytearray(good)
+        data[source.randrange(len(good) // 2)] = source.randrange(256)
+        path.write_bytes(data)
+        check(ask(FactorStore(tmp_path)))
+
+
+def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    store = FactorStore(blocked / "factors")
+    check(ask(store))
+    check(again(store))  # still remembered in memory
+    check(ask(FactorStore(blocked / "factors")))
+    assert blocked.read_text() == "not a folder"
+
+
+def test_the_memory_limit_evicts_what_was_used_longest_ago(tmp_path: Path) -> None:
+    one = (4 + 4 * 4) * 4  # bytes of S and the short side
+    store = FactorStore(tmp_path, memory_bytes=2 * one)
+    for name in ("a", "b"):
+        ask(store, name=name)
+    again(store, "a")  # now b is the oldest
+    ask(store, name="c")
+    for path in stored(tmp_path):
+        path.unlink()
+    for name in ("a", "c"):
+        again(store, name)
+    with pytest.raises(AssertionError, match="decomposed again"):
+        again(store, "b")
+
+
+def test_factors_beyond_the_memory_limit_still_come_from_disk(tmp_path: Path) -> None:
+    store = FactorStore(tmp_path, memory_bytes=10)
+    check(ask(store))
+    check(again(store))
+    assert store.decompositions == 1
+
+
+def test_many_threads_get_the_same_right_answers(tmp_path: Path) -> None:
+    store = FactorStore(tmp_path, memory_bytes=1000)
+    start, faults = threading.Barrier(4), []
+
+    def work() -> None:
+        start.wait()
+        try:
+            for i in range(20):
+                check(ask(store, str(i), (i + 1) * A), (i + 1) * A)
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert all(p.suffix == ".safetensors" and not p.name.startswith(".") for p in stored(tmp_path))
+    assert len(stored(tmp_path)) == 20
+
+
+def test_a_failing_matrix_leaves_nothing_behind(tmp_path: Path) -> None:
+    store = FactorStore(tmp_path)
+
+    def fails(dtype: torch.dtype, part: slice) -> Tensor:
+        raise SuiteError("unreadable")
+
+    with pytest.raises(SuiteError):
+        store.get("expert", "base", "w", fails, (6, 4))
+    assert stored(tmp_path) == []
+    check(ask(store))
+
+
+@pytest.mark.parametrize("origin", ["base", "average"])
+def test_a_suites_factors_are_those_of_its_task_vectors(
+    synthetic_suite: Callable[..., Suite], tmp_path: Path, origin: str
+) -> None:
+    suite = synthetic_suite()
+    store = FactorStore(tmp_path)
+    for group in Groups(suite, None, store):
+        if not group.decomposed:
+            continue
+        states = [suite.expert(t).tensor(group.name).double().numpy() for t in suite.tasks]
+        assert suite.base is not None
+        about = (
+            suite.base.tensor(group.name).double().numpy() if origin == "base" else sum(states) / 3
+        )
+        for factors, state in zip(group.factors(origin), states, strict=True):
+            expected = np.linalg.svd((state - about).reshape(len(state), -1), full_matrices=False)
+            np.testing.assert_allclose(factors.S.numpy(), expected[1], atol=1e-5)
+            k = 2
+            best = (expected[0][:, :k] * expected[1][:k]) @ expected[2][:k]
+            np.testing.assert_allclose(factors.truncated(k).numpy(), best, atol=2e-5)
+    assert store.decompositions == 3 * len(suite.matrices)
+
+
+def test_factors_are_shared_between_suites_with_the_same_content_only(
+    synthetic_suite: Callable[..., Suite], tmp_path: Path
+) -> None:
+    def decompositions(suite: Suite, tasks: list[str] | None, origin: str) -> int:
+        store = FactorStore(tmp_path)
+        for group in Groups(suite, tasks, store):
+            if group.decomposed:
+                group.factors(origin)
+        return store.decompositions
+
+    n = len(synthetic_suite().matrices)
+    assert decompositions(synthetic_suite(seed=5), None, "average") == 3 * n
+    assert decompositions(synthetic_suite(seed=5, name="moved"), None, "average") == 0
+    assert decompositions(synthetic_suite(seed=5), ["task2", "task1"], "average") == 2 * n
+    assert decompositions(synthetic_suite(seed=5), ["task1", "task2"], "average") == 0
+    assert decompositions(synthetic_suite(seed=5), ["task0", "task1"], "average") == 2 * n
+    assert decompositions(synthetic_suite(seed=5), None, "base") == 3 * n
+    assert decompositions(synthetic_suite(seed=5), ["task1"], "base") == 0
+    assert decompositions(synthetic_suite(seed=6), None, "base") == 3 * n
