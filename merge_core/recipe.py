@@ -31,7 +31,7 @@ from merge_core.methods.declaration import (
 )
 from merge_core.suite import BUNDLED, Suite, load_suite
 from merge_core.task_vectors import Origin
-from merge_core.yaml_text import load_yaml, read_text_file
+from merge_core.yaml_text import dump_yaml, load_yaml, read_text_file
 
 LATER_FIELDS = ("origin", "weights", "overrides", "then")
 # As in YAML: without control characters.
@@ -172,9 +172,7 @@ class Recipe(_Strict):
         for field in ("weights", "overrides", "then"):  # what is not used is not written
             if not document[field]:
                 del document[field]
-        return yaml.safe_dump(
-            document, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
-        )
+        return dump_yaml(document, flow=None, width=100)
 
     def to_query(self) -> str:
         """The recipe as a link's query; :func:`recipe_from_query` gives an equal one back."""
