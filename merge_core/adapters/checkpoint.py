@@ -16,7 +16,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_core.adapters.config import CONFIG_FILE, AdapterConfig, read_adapter_config
+from merge_core.adapters.config import (
+    CONFIG_FILE,
+    WEIGHT_FILES,
+    AdapterConfig,
+    read_adapter_config,
+)
 from merge_core.checkpoint import Checkpoint
 from merge_core.dtypes import DTYPES, Dtype
 from merge_core.errors import CheckpointError
@@ -28,7 +33,6 @@ from merge_core.tied import ties
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 # PEFT 0.21 applies this layer's update twice, whether it is merged or not: it has no one meaning.
 ATTENTION_OF_TORCH = ".base_layer.out_proj.lora_"

@@ -22,14 +22,8 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from merge_core.adapters.checkpoint import (
-    PREFIX,
-    WEIGHT_FILES,
-    AdaptedCheckpoint,
-    Naming,
-    stored_in_by_out,
-)
-from merge_core.adapters.config import CONFIG_FILE
+from merge_core.adapters.checkpoint import PREFIX, AdaptedCheckpoint, Naming, stored_in_by_out
+from merge_core.adapters.config import CONFIG_FILE, WEIGHT_FILES
 from merge_core.decomposition import decompose
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError, RecipeError, SuiteError
