@@ -5,7 +5,6 @@ Notation: A is m x n with r = min(m, n) and A = U diag(S) Vᵀ, U m x r, V n x r
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -191,11 +190,6 @@ def product_with(
         if look is not None:
             look(block, product[part])
     return product
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """m and n of a weight of this shape as the matrix that is decomposed (see `as_matrix`)."""
-    return shape[0], math.prod(shape[1:])
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

@@ -18,13 +18,7 @@ from merge_core.errors import SuiteError
 from merge_core.factors import FactorStore
 from merge_core.files import digest_of
 from merge_core.lazy import lazy
-from merge_core.linalg import (
-    SideFactors,
-    as_matrix,
-    factors_of_product,
-    matrix_shape,
-    sum_of_truncations,
-)
+from merge_core.linalg import SideFactors, as_matrix, factors_of_product, sum_of_truncations
 from merge_core.members import longest_vocabulary
 from merge_core.suite import Suite
 from merge_core.vocabulary import completed, filler
@@ -172,7 +166,7 @@ class ParameterGroup:
 
     def _factor(self, origin: Origin, place: int, k: int | None) -> SideFactors:
         member = self._suite.expert(self.tasks[place])
-        shape = matrix_shape(self.info.shape)
+        shape = self.info.matrix_shape
         if origin == "base":
             if self._suite.base is None:
                 _ = self.base  # raises, saying what is missing
@@ -199,7 +193,7 @@ class ParameterGroup:
         pairs = [self._suite.expert(task).low_rank(self.name) for task in self.tasks]
         known = [pair for pair in pairs if pair is not None]
         width = sum(right.shape[0] for _, right in known)
-        if len(known) < len(pairs) or width >= min(matrix_shape(self.info.shape)):
+        if len(known) < len(pairs) or width >= min(self.info.matrix_shape):
             return None
         shares = [float(s == place) - 1 / len(known) for s in range(len(known))]
         left = torch.cat([w * L for w, (L, _) in zip(shares, known, strict=True)], dim=1)
@@ -210,7 +204,7 @@ class ParameterGroup:
 
         Float64 for such weights.
         """
-        wide = operator.le(*matrix_shape(self.info.shape))
+        wide = operator.le(*self.info.matrix_shape)
 
         def rows(tensor: Tensor) -> Tensor:
             matrix = as_matrix(tensor)

@@ -26,7 +26,6 @@ from merge_core.errors import RecipeError
 from merge_core.executors import Executor
 from merge_core.linalg import directions
 from merge_core.methods import get_method, methods
-from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
 from merge_core.suite import Suite
@@ -329,7 +328,7 @@ def _low_rank_bytes(recipe: Recipe, session: MergeSession) -> int:
     total = 0
     for group in session.groups:
         if group.decomposed:
-            m, n = matrix_shape(group)
+            m, n = group.info.matrix_shape
             k = directions(recipe.parameters["rank"], min(m, n))
             total += len(group.tasks) * k * (m + n + 1) * group.info.dtype.itemsize
     return total

@@ -22,7 +22,6 @@ from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_rank
 from analysis.spectra import with_factors
 from merge_core.linalg import ALL, directions
 from merge_core.methods import get_method
-from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups
 
@@ -237,7 +236,7 @@ def layer_ranks(
     if not space.ranks:
         return pd.DataFrame(columns=columns)
     found = _recommended(groups, space, progress, by_matrix=True).rename(columns={"rank": "share"})
-    size = {g.name: min(matrix_shape(g)) for g in groups if g.decomposed}
+    size = {g.name: min(g.info.matrix_shape) for g in groups if g.decomposed}
     counts = [
         directions(share, size[name])
         for share, name in zip(found["share"], found["parameter"], strict=True)

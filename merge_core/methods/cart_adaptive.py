@@ -8,7 +8,7 @@ from torch import Tensor
 from merge_core.linalg import directions
 from merge_core.methods.adamerging import rate_parameter, steps_parameter
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
-from merge_core.methods.spectral import AVERAGED, matrix_shape
+from merge_core.methods.spectral import AVERAGED
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -35,7 +35,7 @@ class CartAdaptiveParameters(MethodParameters):
 
 def truncations(group: ParameterGroup, parameters: CartAdaptiveParameters) -> Tensor:
     """T x shape: SVD_k(C_t) of one matrix, for each task."""
-    r = min(matrix_shape(group))
+    r = min(group.info.matrix_shape)
     k = directions(parameters.rank, r)
     centred = group.task_vectors("average")
     if k == r:  # all directions are the vector itself, without the factors' rounding

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from merge_core.linalg import directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
-from merge_core.methods.spectral import factored_bytes, matrix_shape
+from merge_core.methods.spectral import factored_bytes
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -35,7 +35,7 @@ def merge_for(
     """θ_avg + λ SVD_k(C_t) of one matrix; θ_avg + λ C_t of anything else."""
     residual = group.experts[place] - group.average
     if group.decomposed:
-        r = min(matrix_shape(group))
+        r = min(group.info.matrix_shape)
         k = directions(parameters.rank, r)
         if k < r:  # all directions are the residual itself, without the factors' rounding
             kept = group.factors("average", k)[place].truncated(k)
@@ -45,7 +45,7 @@ def merge_for(
 
 def storage(group: ParameterGroup, parameters: CartIndexingParameters, run: Run) -> int:
     """θ_avg and k(m + n + 1) numbers a task of one matrix; each expert's own of the rest."""
-    k = directions(parameters.rank, min(matrix_shape(group))) if group.decomposed else 0
+    k = directions(parameters.rank, min(group.info.matrix_shape)) if group.decomposed else 0
     return factored_bytes(group, k)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core import linalg
 from merge_core.linalg import as_matrix
 from merge_core.task_vectors import Origin, ParameterGroup
 
@@ -51,11 +50,6 @@ def resolution(weights: Tensor) -> float:
     return torch.finfo(weights.dtype).eps * rms * (m**0.5 + n**0.5)
 
 
-def matrix_shape(group: ParameterGroup) -> tuple[int, int]:
-    """m and n of a decomposed parameter as the matrix (out x in)."""
-    return linalg.matrix_shape(group.info.shape)
-
-
 def factored_bytes(group: ParameterGroup, k: int) -> int:
     """Bytes of one parameter for all tasks, each number in two, where the task is known.
 
@@ -69,5 +63,5 @@ def factored_bytes(group: ParameterGroup, k: int) -> int:
     tasks = len(group.tasks)
     if not group.decomposed:
         return 2 * tasks * group.info.numel
-    m, n = matrix_shape(group)
+    m, n = group.info.matrix_shape
     return 2 * (m * n + tasks * min(k * (m + n + 1), m * n))

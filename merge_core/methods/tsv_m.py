@@ -7,7 +7,6 @@ from torch import Tensor
 
 from merge_core.linalg import orthogonalised
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.spectral import matrix_shape
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -32,7 +31,7 @@ def merge(group: ParameterGroup, parameters: TsvMParameters, run: Run) -> Tensor
     """
     if not group.decomposed:
         return group.average
-    k = max(1, min(matrix_shape(group)) // len(group.tasks))
+    k = max(1, min(group.info.matrix_shape) // len(group.tasks))
     factors = [f.head(k) for f in group.factors(run.origin, k)]
     S = torch.cat([f.S for f in factors]).double()
     live = S > 0

@@ -18,6 +18,7 @@ from merge_core.factors import FactorStore
 from merge_core.methods import get_method
 from merge_core.methods.declaration import Run
 from merge_core.recipe import make_recipe
+from merge_core.shards import TensorInfo
 from merge_core.suite import Suite
 from tests.merge_core.float64_reference import assert_same, states
 from tests.merge_core.spectral_reference import cart_indexing, tsv_c
@@ -122,7 +123,7 @@ def test_the_task_must_be_named(synthetic_suite: Make, name: str) -> None:
 
 
 def group(shape: tuple[int, ...], tasks: int, decomposed: bool = True) -> Any:
-    info = SimpleNamespace(shape=shape, numel=int(np.prod(shape)))
+    info = TensorInfo.of(torch.empty(shape))
     return SimpleNamespace(info=info, tasks=("t",) * tasks, decomposed=decomposed)
 
 

@@ -10,7 +10,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_core.decomposition import decompose, singular_values
+from merge_core.dtypes import DTYPES
 from merge_core.linalg import Factors, as_matrix, directions, orthogonalised, sum_of_truncations
+from merge_core.shards import TensorInfo
 
 ROUTES = ("gram", "svd")
 
@@ -208,6 +210,11 @@ def test_kernels_become_matrices_with_one_row_per_output_channel() -> None:
     assert torch.equal(matrix[1], kernel[1].flatten())
     with pytest.raises(ValueError, match="not a matrix"):
         as_matrix(torch.ones(3))
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (4, 3, 2, 2), (5, 1, 7), (3, 0)])
+def test_a_matrixs_shape_is_known_from_the_header(shape: tuple[int, ...]) -> None:
+    assert TensorInfo(shape, DTYPES["float32"]).matrix_shape == torch.ones(shape).flatten(1).shape
 
 
 def test_factors_change_dtype_together() -> None:
