@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from analysis.noise import as_array, gavish_donoho_cut, noise_edge
 from merge_core.decomposition import singular_values
 from merge_core.factorisation import factorised
 from merge_core.linalg import as_matrix, directions
+from merge_core.methods.spectral import energy_rank
 from merge_core.parameters import describe
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
@@ -66,22 +68,6 @@ def cumulative_energy(S: Tensor | ArrayLike) -> np.ndarray:
         return np.zeros_like(sigma)
     energy = np.cumsum((sigma / sigma[0]) ** 2)
     return energy / energy[-1]
-
-
-def energy_rank(S: Tensor | ArrayLike, share: float) -> int:
-    """The smallest k with Σ_{i≤k} σ_i² ≥ share·Σσ².
-
-    Args:
-        S: singular values, descending.
-        share: part of the energy, in (0, 1].
-
-    Raises:
-        ValueError: share outside (0, 1].
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; a part of the energy lies in (0, 1]")
-    energy = cumulative_energy(S)
-    return int(np.searchsorted(energy, share)) + 1 if energy[-1] > 0 else 0
 
 
 def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
@@ -245,6 +231,6 @@ def _in_numbers(S: np.ndarray, m: int, n: int) -> dict[str, float]:
         "effective_rank": effective_rank(S),
         "participation_ratio": participation_ratio(S),
         "top_share": float(cumulative_energy(S)[directions(TOP_SHARE, S.size) - 1]),
-        "energy_rank_90": energy_rank(S, 0.9),
+        "energy_rank_90": energy_rank(torch.as_tensor(S), 0.9),
         "noise_rank": int(np.sum(noise_edge(S, m, n) < S)),
     }

@@ -7,15 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 
 from analysis.noise import as_array, gavish_donoho_cut, noise_edge
-from analysis.spectra import (
-    effective_rank,
-    energy_rank,
-    participation_ratio,
-    stable_rank,
-    with_factors,
-)
+from analysis.spectra import effective_rank, participation_ratio, stable_rank, with_factors
+from merge_core.methods.spectral import energy_rank
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin
 
@@ -64,7 +60,7 @@ def _energy(share: float) -> Rule:
         f"Energy {share:.0%}",
         f"the fewest directions that hold {share:.0%} of the task vectors' energy",
         "energy threshold, as in the authors' code of CART, arXiv:2412.12153",
-        lambda s: energy_rank(s.S, share),
+        lambda s: energy_rank(torch.as_tensor(s.S), share),
     )
 
 

@@ -33,9 +33,8 @@ from merge_core.factors import FactorStore
 from merge_core.files import check_output, folder_written_whole
 from merge_core.hub.files import HubId, is_hub_id
 from merge_core.linalg import as_matrix, directions
-from merge_core.methods.cart_energy import energy_rank
 from merge_core.methods.declaration import Rank
-from merge_core.methods.spectral import resolution
+from merge_core.methods.spectral import energy_rank, resolution
 from merge_core.model_card import model_card
 from merge_core.parameters import treatment
 from merge_core.progress import Progress
@@ -90,7 +89,7 @@ class AdapterRank:
             live: how many of them are more than rounding.
         """
         if self.energy is not None:
-            return energy_rank(S[:live], self.energy) if live else 0
+            return energy_rank(S[:live], self.energy)
         return min(live, directions(self.rank, S.numel()))
 
 

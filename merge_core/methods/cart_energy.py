@@ -8,7 +8,7 @@ from torch import Tensor
 from merge_core.linalg import sum_of_truncations
 from merge_core.methods.cart import warnings
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.spectral import AVERAGED
+from merge_core.methods.spectral import AVERAGED, energy_rank
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -31,17 +31,6 @@ class CartEnergyParameters(MethodParameters):
         typical="1 (paper); 1 to 3 as shipped",
         show=(0, 8),
     )
-
-
-def energy_rank(S: Tensor, energy: float) -> int:
-    """The smallest k ≥ 1 with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i².
-
-    Args:
-        S: r singular values, descending.
-        energy: share in [0, 1].
-    """
-    reached = S.double().square().cumsum(dim=0)
-    return int((reached >= energy * reached[-1]).int().argmax()) + 1
 
 
 def merge(group: ParameterGroup, parameters: CartEnergyParameters, run: Run) -> Tensor:

@@ -50,6 +50,27 @@ def resolution(weights: Tensor) -> float:
     return torch.finfo(weights.dtype).eps * rms * (m**0.5 + n**0.5)
 
 
+def energy_rank(S: Tensor, share: float) -> int:
+    """The smallest k ≥ 1 with Σ_{i≤k} σ_i² ≥ share · Σ σ_i²; 0 where all σ are zero.
+
+    A matrix of zeros has rank 0 and is reached by no direction at all: whichever were kept would
+    be one that rounding chose.
+
+    Args:
+        S: r singular values, descending; r may be 0.
+        share: part of the energy, in [0, 1].
+
+    Raises:
+        ValueError: share outside [0, 1].
+    """
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; a part of the energy lies in [0, 1]")
+    reached = S.double().square().cumsum(dim=0)
+    if not reached.any():
+        return 0
+    return int((reached >= share * reached[-1]).int().argmax()) + 1
+
+
 def factored_bytes(group: ParameterGroup, k: int) -> int:
     """Bytes of one parameter for all tasks, each number in two, where the task is known.
 
