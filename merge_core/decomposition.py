@@ -16,6 +16,7 @@ from torch import Tensor
 
 from merge_core.linalg import Factors, product_with
 from merge_core.tridiagonal import Reduction, reduced
+from merge_core.work_sizes import BLOCKS, FAST_FROM
 
 Route = Literal["gram", "svd"]
 
@@ -26,12 +27,8 @@ GRAM_NOISE = 3e-8
 FAST_NOISE = 1.5e-6
 # Shares of the first singular value below which float32 cannot tell two of them apart.
 FAST_FLOOR = 0.005
-# Shorter sides take no time in float64.
-FAST_FROM = 512
 PROBES = 2
-# Vectors are made from a reduction this share of them at a time, and their squared length may
-# differ from 1 by so much when those before are taken out.
-BLOCKS = 8
+# The squared length of vectors may differ from 1 by so much when those before are taken out.
 CLEAN = 0.01
 # Directions before a cut whose error is computed, and how exactly.
 WINDOW = 8

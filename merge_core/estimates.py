@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from merge_core.files import factors_limit
+from merge_core.work_sizes import AHEAD, BLOCKS, FAST_FROM, HASHED_AT_ONCE, SAMPLE
 
 FLOAT = 4
 
 # Memory, as the engine is (see its modules).
-AHEAD = 2  # results ready for each worker, as in merge_core.executors
-SAMPLE = 1 << 19  # entries of each task that a threshold is looked for in, as in methods.selection
 ENTRYWISE_COPIES = 2  # of a parameter, beside what is read and what is written
 SAMPLE_COPIES = 4
 TALL = 2  # of m x n while a matrix is decomposed or merged
@@ -35,8 +34,6 @@ KEPT_BELOW = 32 << 20
 
 # Time, as shares of the rates that are measured.
 DISK_RATE = 1.5e9  # bytes a second, of a file that is not in memory: an assumption
-HASHED_AT_ONCE = 4  # files, as in merge_core.suite
-FAST_FROM = 512  # sides from which float32 is used, as in merge_core.decomposition
 DOUBLE = 2.0  # float64 against float32
 READ = 1.3  # passes of a fresh copy that reading, checking and combining a member takes
 WRITTEN = 2.0  # the same of writing a file
@@ -47,8 +44,6 @@ SIDE_PASSES = 4.0  # over the r x r vectors: sorted, written, read back
 EACH = 0.002  # seconds of a parameter, and of a decomposition, whatever their size
 LEADING = 0.85  # of that time where only leading vectors are made
 RANK = 0.08  # CART's usual share of directions
-
-STORED_SHARE = 8  # of the directions of a large matrix, as in merge_core.decomposition
 
 CALIBRATED = 512
 DIGESTED_BYTES = 8 << 20
@@ -177,7 +172,7 @@ def _stored(r: int) -> int:
     """Bytes of one matrix's factors."""
     if r < FAST_FROM:
         return FLOAT * (r * r + r)
-    return FLOAT * (r * (r + 1) // 2 + r // STORED_SHARE * r + 8 * r)
+    return FLOAT * (r * (r + 1) // 2 + r // BLOCKS * r + 8 * r)
 
 
 def _copied(part: Part, members: int) -> int:

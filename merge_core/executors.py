@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from merge_core.errors import Cancelled, ExecutorError
+from merge_core.work_sizes import AHEAD
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -29,7 +30,6 @@ Handle = TypeVar("Handle")
 
 RETRIES = 3
 POLL_SECONDS = 0.1
-AHEAD = 2
 
 
 class Executor(ABC):

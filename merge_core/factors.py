@@ -22,11 +22,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from merge_core.decomposition import BLOCKS, Route, Side, cut, extended, short_side
+from merge_core.decomposition import Route, Side, cut, extended, short_side
 from merge_core.errors import OutputError
 from merge_core.files import cache_dir, digest_of, evict, factors_limit, write_atomically
 from merge_core.linalg import SMALL, SideFactors
 from merge_core.tridiagonal import Reduction
+from merge_core.work_sizes import BLOCKS
 
 FORMAT = "factors-3"
 # What SVD_k of a task vector may be off by, relative to its norm; the estimate is rarely too low.

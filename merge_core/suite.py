@@ -34,9 +34,9 @@ from merge_core.parameters import Treatment, treatment
 from merge_core.parameters import describe as describe_parameter
 from merge_core.progress import Progress
 from merge_core.tied import twins
+from merge_core.work_sizes import HASHED_AT_ONCE
 
 BUNDLED = "demo"
-HASHED_AT_ONCE = 4
 BUNDLED_PATH = Path(__file__).resolve().parent.parent / "data" / "demo" / "suite.yaml"
 
 # Task names stand in links and in lists separated by commas.

@@ -13,11 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from merge_core import decomposition, estimates, executors, suite
+from merge_core import estimates, executors
 from merge_core.estimates import IMPORTS_BYTES, Job, Part, Rates, about, seconds, usual_workers
 from merge_core.export import merge_to_folder
 from merge_core.factors import FactorStore
-from merge_core.methods import selection
 from merge_core.preflight import preflight
 from merge_core.recipe import make_recipe
 from merge_core.suite import Suite
@@ -230,12 +229,7 @@ def test_more_threads_take_more_memory_and_no_more_time(job: Job) -> None:
     assert seconds(more, SPEED).spectral <= seconds(job, SPEED).spectral * (1 + 1e-12)
 
 
-def test_the_engine_is_what_the_estimates_think(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert executors.AHEAD == estimates.AHEAD
-    assert selection.SAMPLE == estimates.SAMPLE
-    assert suite.HASHED_AT_ONCE == estimates.HASHED_AT_ONCE
-    assert decomposition.FAST_FROM == estimates.FAST_FROM
-    assert decomposition.BLOCKS == estimates.STORED_SHARE
+def test_as_many_threads_are_supposed_as_the_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usual_workers() == executors.Threads().workers == 1
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
