@@ -11,14 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-)
+from pydantic import AfterValidator, Field, StringConstraints, ValidationError
 
 from merge_core.adapters.checkpoint import AdaptedCheckpoint, is_adapter, stored_in_by_out
 from merge_core.checkpoint import Checkpoint
@@ -33,6 +26,7 @@ from merge_core.members import are_own_heads, longest_vocabulary, names_in_all
 from merge_core.parameters import Treatment, treatment
 from merge_core.parameters import describe as describe_parameter
 from merge_core.progress import Progress
+from merge_core.strict_model import StrictModel
 from merge_core.tied import twins
 from merge_core.work_sizes import HASHED_AT_ONCE
 
@@ -57,11 +51,7 @@ def _named_rightly(weights: str) -> str:
 Weights = Annotated[str, AfterValidator(_named_rightly)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ArchitectureSpec(_Strict):
+class ArchitectureSpec(StrictModel):
     """A network of timm, open_clip or transformers by its name there, and its arguments.
 
     ``open_clip`` gives the visual tower of that configuration; ``transformers`` takes a type of
@@ -69,7 +59,7 @@ class ArchitectureSpec(_Strict):
     """
 
     name: str
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     library: Literal["timm", "open_clip", "transformers"] = "timm"
 
     @property
@@ -78,7 +68,7 @@ class ArchitectureSpec(_Strict):
         return self.model_dump_json(exclude={"library"} if self.library == "timm" else None)
 
 
-class ExpertSpec(_Strict):
+class ExpertSpec(StrictModel):
     """One expert: weights, and where known its head and evaluation data."""
 
     weights: Weights
@@ -92,7 +82,7 @@ class ExpertSpec(_Strict):
         return (self.weights, *paths_of(self.data, self.head))
 
 
-class SuiteSpec(_Strict):
+class SuiteSpec(StrictModel):
     """The content of ``suite.yaml``.
 
     Attributes:
@@ -114,8 +104,8 @@ class SuiteSpec(_Strict):
     base: Weights | None = None
     base_prefix: str = ""  # of the experts' names, which the base's lack
     experts: dict[TaskName, ExpertSpec] = Field(min_length=1)
-    decompose: list[str] = []
-    average: list[str] = []
+    decompose: list[str] = Field(default_factory=list)
+    average: list[str] = Field(default_factory=list)
     vocabulary: Literal["refuse", "base", "common"] = "refuse"
 
 
