@@ -346,31 +346,3 @@ def sign_conflict(groups: Groups, origin: Origin, parameter: str | None = None) 
         )
         _release(groups, group)
     return pd.DataFrame(rows)
-
-
-def tsv_interference(group: ParameterGroup, k: int, origin: Origin = "base") -> float:
-    """Singular Task Interference: ‖(UᵀU − I) Σ (VᵀV − I)‖_1 of all tasks' top-k directions.
-
-    U (m x Tk) and V (n x Tk) hold the tasks' singular vectors side by side, Σ their singular
-    values; the norm sums magnitudes of entries. 0 where the directions are all orthogonal.
-
-    Args:
-        group: a decomposed parameter.
-        k: directions kept of each task, at least 1.
-        origin: the paper takes task vectors about the base.
-
-    Returns:
-        The interference, in the unit of the weights; it grows with T and k.
-
-    Raises:
-        SuiteError: origin "base" without a base.
-
-    Source: arXiv:2412.00081, the definition of Singular Task Interference.
-    """
-    top = [f.head(k).to(torch.float64) for f in group.factors(origin, k)]
-    U = torch.cat([f.U for f in top], dim=1)
-    V = torch.cat([f.V for f in top], dim=1)
-    sigma = torch.cat([f.S for f in top])
-    identity = torch.eye(sigma.shape[0], dtype=torch.float64)
-    overlap_left, overlap_right = U.T @ U - identity, V.T @ V - identity
-    return float(((overlap_left * sigma) @ overlap_right).abs().sum())

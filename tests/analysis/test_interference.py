@@ -22,7 +22,6 @@ from analysis.interference import (
     pair_interference,
     principal_angles,
     sign_conflict,
-    tsv_interference,
 )
 from merge_core.decomposition import decompose
 from merge_core.errors import Cancelled, SuiteError
@@ -307,29 +306,6 @@ def test_sign_conflict_by_hand(tmp_path: Path) -> None:
 def test_sign_conflict_covers_all_weights_or_one(groups: Groups) -> None:
     assert set(sign_conflict(groups, "base")["parameter"]) == set(SHAPES)
     assert sign_conflict(groups, "base", QKV)["parameter"].tolist() == [QKV]
-
-
-def test_tsv_interference_is_its_definition(suite: Suite, fc: ParameterGroup) -> None:
-    left, sigma, right = [], [], []
-    for tau in task_vectors(suite, FC, "base"):
-        U, s, Vh = np.linalg.svd(tau.numpy(), full_matrices=False)
-        left.append(U[:, :2])
-        sigma.append(s[:2])
-        right.append(Vh[:2].T)
-    U, S, V = np.hstack(left), np.diag(np.concatenate(sigma)), np.hstack(right)
-    identity = np.eye(2 * T)
-    expected = np.abs((U.T @ U - identity) @ S @ (V.T @ V - identity)).sum()
-    assert tsv_interference(fc, 2) == pytest.approx(expected, rel=1e-5)
-
-
-def test_tsv_interference_of_orthogonal_tasks_is_zero() -> None:
-    e = torch.eye(6)
-    ones = torch.ones(2)
-    apart = Held(Factors(e[:, :2], ones, e[:, :2]), Factors(e[:, 2:4], ones, e[:, 2:4]))
-    same = Held(Factors(e[:, :2], ones, e[:, :2]), Factors(e[:, :2], ones, e[:, :2]))
-    assert tsv_interference(apart, 2) == 0.0
-    # Both overlaps swap the two tasks' directions: their product has four ones.
-    assert tsv_interference(same, 2) == pytest.approx(4.0)
 
 
 def test_a_suite_without_a_base_says_so(tmp_path: Path) -> None:
