@@ -16,8 +16,8 @@ from torch import Tensor
 
 from analysis.noise import as_array, gavish_donoho_cut, noise_edge
 from merge_core.decomposition import singular_values
-from merge_core.factorisation import factorised
-from merge_core.linalg import as_matrix, directions
+from merge_core.factorisation import Wanted, decompose_ahead
+from merge_core.linalg import as_matrix, count_directions, matrix_shape
 from merge_core.parameters import describe
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
@@ -94,22 +94,22 @@ def with_factors(
     groups: Groups | ParameterGroup,
     origin: Origin,
     progress: Progress | None,
-    k: int | None = None,
+    wanted: Wanted = "singular values",
 ) -> Iterator[ParameterGroup]:
-    """The groups that have a spectrum, their factors made several at once.
+    """The groups that have a spectrum, decomposed several at once.
 
     Args:
         groups: the suite's parameters, or one of them that is decomposed.
         origin: what the task vectors are taken about.
         progress: told after each matrix.
-        k: how many singular vectors will be looked at; None for values only.
+        wanted: what will be looked at.
 
     Raises:
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
     if isinstance(groups, Groups):
-        yield from factorised(groups, origin, k, progress=progress)
+        yield from decompose_ahead(groups, origin, wanted, progress=progress)
         return
     yield groups
     if progress is not None:
@@ -121,8 +121,7 @@ def _spectra(
 ) -> tuple[tuple[int, int], list[np.ndarray]]:
     """Rows and columns of a part of a matrix, and its singular values for each task."""
     if part == "whole":
-        factors = group.factors(origin)
-        return factors[0].shape, [as_array(f.S) for f in factors]
+        return matrix_shape(group.info.shape), [as_array(S) for S in group.singular_values(origin)]
     parts = parts_of(group)
     if part not in parts:
         raise ValueError(f"{group.name!r} has no part {part!r}; it has {', '.join(parts)}")
@@ -244,7 +243,7 @@ def _in_numbers(S: np.ndarray, m: int, n: int) -> dict[str, float]:
         "stable_rank": stable_rank(S),
         "effective_rank": effective_rank(S),
         "participation_ratio": participation_ratio(S),
-        "top_share": float(cumulative_energy(S)[directions(TOP_SHARE, S.size) - 1]),
+        "top_share": float(cumulative_energy(S)[count_directions(TOP_SHARE, S.size) - 1]),
         "energy_rank_90": energy_rank(S, 0.9),
         "noise_rank": int(np.sum(noise_edge(S, m, n) < S)),
     }

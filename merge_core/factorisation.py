@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import Literal
 
 from merge_core.decomposition import Route
 from merge_core.executors import Executor, Threads
@@ -14,20 +15,22 @@ from merge_core.progress import Progress
 from merge_core.suite import load_suite
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
+Wanted = Literal["singular values", "directions"]
 
-def factorised(
+
+def decompose_ahead(
     groups: Groups,
     origin: Origin,
-    k: int | None = None,
+    wanted: Wanted,
     executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> Iterator[ParameterGroup]:
-    """The decomposed parameters one after another, each with its factors at hand.
+    """The decomposed parameters one after another, each with what is wanted at hand.
 
     Args:
         groups: the suite's parameters.
         origin: what the task vectors are taken about.
-        k: as in :meth:`merge_core.task_vectors.ParameterGroup.factors`.
+        wanted: what will be looked at: spectra only, or all directions too.
         executor: where matrices are decomposed, a few ahead; on as many threads as torch has
             when None. Workers that share no memory leave the factors in the store's folder, which
             they must share.
@@ -46,12 +49,14 @@ def factorised(
     if where.shares_memory:
 
         def here(group: ParameterGroup) -> None:
-            group.factors(origin, k)
+            _decompose(group, origin, wanted)
 
         finished = where.map(here, members, progress.cancel)
     else:
         store = groups.store
-        unit = _Unit(str(groups.suite.path), groups.tasks, store.folder, store.route, origin, k)
+        unit = _Unit(
+            str(groups.suite.path), groups.tasks, store.folder, store.route, origin, wanted
+        )
         finished = where.map(unit, [group.name for group in members], progress.cancel)
     for done, group in enumerate(members, start=1):
         next(finished)
@@ -59,6 +64,12 @@ def factorised(
         if not groups.keep:
             group.release()
         progress.step(done, len(members), group.name)
+
+
+def _decompose(group: ParameterGroup, origin: Origin, wanted: Wanted) -> None:
+    if wanted == "directions":
+        group.directions(origin)
+    group.singular_values(origin)
 
 
 @dataclass(frozen=True)
@@ -70,11 +81,11 @@ class _Unit:
     factors: Path
     route: Route
     origin: Origin
-    k: int | None
+    wanted: Wanted
 
     def __call__(self, name: str) -> None:
         groups = opened(self.suite, tuple(self.tasks), self.factors, self.route)
-        groups[name].factors(self.origin, self.k)
+        _decompose(groups[name], self.origin, self.wanted)
         groups[name].release()
 
 

@@ -23,7 +23,7 @@ from analysis.rank_selection.weight_rules import nuclear_share
 from analysis.spectra import cumulative_energy, with_factors
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
-from merge_core.linalg import directions
+from merge_core.linalg import count_directions
 from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, make_recipe
@@ -71,7 +71,7 @@ def uniform_ranks(groups: Groups, share: float) -> dict[str, int]:
         share: in (0, 1].
     """
     members = [group for group in groups.members if group.decomposed]
-    return {group.name: directions(share, min(matrix_shape(group))) for group in members}
+    return {group.name: count_directions(share, min(matrix_shape(group))) for group in members}
 
 
 def allocate(
@@ -109,7 +109,7 @@ def allocate(
     names: list[str] = []
     costs: list[int] = []
     for group in with_factors(groups, origin, progress):
-        spectra = [f.S.double().numpy() for f in group.factors(origin)]
+        spectra = [S.double().numpy() for S in group.singular_values(origin)]
         names.append(group.name)
         worth.append(np.sum([gain(S) for S in spectra], axis=0))
         costs.append(sum(matrix_shape(group)) + 1)

@@ -24,7 +24,7 @@ from analysis.rank_selection.weight_proxies import recommend_from_weights
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
 from merge_core.executors import Executor
-from merge_core.linalg import directions
+from merge_core.linalg import count_directions
 from merge_core.methods import get_method, methods
 from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
@@ -330,7 +330,7 @@ def _low_rank_bytes(recipe: Recipe, session: MergeSession) -> int:
     for group in session.groups:
         if group.decomposed:
             m, n = matrix_shape(group)
-            k = directions(recipe.parameters["rank"], min(m, n))
+            k = count_directions(recipe.parameters["rank"], min(m, n))
             total += len(group.tasks) * k * (m + n + 1) * group.info.dtype.itemsize
     return total
 

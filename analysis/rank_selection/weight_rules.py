@@ -16,6 +16,7 @@ from analysis.spectra import (
     stable_rank,
     with_factors,
 )
+from merge_core.linalg import matrix_shape
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin
 
@@ -144,13 +145,12 @@ def rule_ranks(groups: Groups, origin: Origin, progress: Progress | None = None)
     """
     rows = []
     for group in with_factors(groups, origin, progress):
-        factors = group.factors(origin)
-        shape = factors[0].shape
-        spectra = [Spectrum(as_array(f.S), *shape, len(factors)) for f in factors]
+        shape, values = matrix_shape(group.info.shape), group.singular_values(origin)
+        spectra = [Spectrum(as_array(S), *shape, len(values)) for S in values]
         live = [s for s in spectra if s.S[0] > 0]
         for name, rule in RULES.items():
             # A matrix that no task changed adds nothing at any rank.
             mean = float(np.mean([rule.count(s) for s in live])) if live else 1.0
-            share = float(np.clip(mean / factors[0].rank, 1 / factors[0].rank, 1))
+            share = float(np.clip(mean / min(shape), 1 / min(shape), 1))
             rows.append({"proxy": name, "parameter": group.name, "share": share})
     return pd.DataFrame(rows)

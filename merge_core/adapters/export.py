@@ -38,10 +38,9 @@ from merge_core.export import portable
 from merge_core.factors import FactorStore
 from merge_core.files import check_output, folder_written_whole
 from merge_core.hub.files import HubId, is_hub_id
-from merge_core.linalg import as_matrix, directions
+from merge_core.linalg import as_matrix, count_directions, resolution
 from merge_core.methods.cart_energy import energy_rank
 from merge_core.methods.declaration import Rank
-from merge_core.methods.spectral import resolution
 from merge_core.model_card import model_card
 from merge_core.parameters import treatment
 from merge_core.progress import Progress
@@ -88,16 +87,16 @@ class AdapterRank:
                 f"(0.08), or a share of the update's energy ({ENERGY}0.95); got {text!r:.60}."
             ) from error
 
-    def of(self, S: Tensor, live: int) -> int:
+    def of(self, S: Tensor, r: int) -> int:
         """Directions kept of a matrix.
 
         Args:
-            S: its r singular values, descending.
-            live: how many of them are more than rounding.
+            S: its singular values that are more than rounding, descending.
+            r: directions of such a matrix.
         """
         if self.energy is not None:
-            return energy_rank(S[:live], self.energy) if live else 0
-        return min(live, directions(self.rank, S.numel()))
+            return energy_rank(S, self.energy) if len(S) else 0
+        return min(len(S), count_directions(self.rank, r))
 
 
 @dataclass
@@ -294,10 +293,9 @@ class _Draft:
 
     def _keep_directions(self, name: str, merged: Tensor, base: Tensor, layer: _Layer) -> None:
         update = as_matrix(merged.double() - base.double())
-        factors = decompose(update)
         noise = max(resolution(as_matrix(merged)), resolution(as_matrix(base)))
-        live = int((factors.S > noise).sum())
-        k = self._rank.of(factors.S, live)
+        factors = decompose(update, noise)
+        k = self._rank.of(factors.S, min(update.shape))
         if k == 0:
             return
         root = factors.S[:k].sqrt()
@@ -309,7 +307,7 @@ class _Draft:
         self._pairs[name] = _Pair(layer, A, B)
         self.report.ranks[name] = k
         self.report.kept += float(factors.S[:k].square().sum())
-        self.report.total += float(factors.S[:live].square().sum())
+        self.report.total += float(factors.S.square().sum())
 
     def finished(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors by PEFT's keys, and the configuration.

@@ -49,10 +49,10 @@ def merge(group: ParameterGroup, parameters: CartEnergyParameters, run: Run) -> 
     # All of the centred vectors sum to zero exactly; their rounded factors do not.
     if not group.decomposed or parameters.energy == 1:
         return group.average
-    factors = group.factors("average")
-    ranks = [energy_rank(f.S, parameters.energy) for f in factors]
+    ranks = [energy_rank(S, parameters.energy) for S in group.singular_values("average")]
+    terms = group.truncations("average", max(ranks))
     # Σ_t C_t = 0: what the tails are subtracted from, where they are the smaller product.
-    update = sum_of_truncations(factors, ranks, lambda: torch.zeros(1))
+    update = sum_of_truncations(terms, ranks, lambda: torch.zeros(1))
     update = update.reshape(group.average.shape)
     return group.average + parameters.scale * update.to(group.average.dtype)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from merge_core import linalg
@@ -33,22 +32,6 @@ def moved(group: ParameterGroup, origin: Origin, update: Tensor) -> Tensor:
     """shape of one expert: origin + an update given as an m x n float64 matrix."""
     start = group.origin(origin)
     return (start.double() + oriented(group, update).reshape(start.shape)).to(start.dtype)
-
-
-def resolution(weights: Tensor) -> float:
-    """The largest singular value that rounding alone gives to a difference of such weights.
-
-    Entries rounded at random to their dtype carry noise of at most s = ε·rms(θ), whose largest
-    singular value is about s(√m + √n), the Marchenko-Pastur edge.
-
-    Args:
-        weights: m x n, in the working dtype.
-
-    Source: [derived] ε of the dtype bounds each entry's relative rounding error.
-    """
-    m, n = weights.shape
-    rms = float(weights.double().square().mean().sqrt())
-    return torch.finfo(weights.dtype).eps * rms * (m**0.5 + n**0.5)
 
 
 def matrix_shape(group: ParameterGroup) -> tuple[int, int]:

@@ -23,7 +23,7 @@ def merge_for(group: ParameterGroup, parameters: TsvCParameters, run: Run, place
     if not group.decomposed or kept(group) == min(matrix_shape(group)):
         return group.experts[place]
     k = kept(group)
-    update = group.factors("base", k)[place].truncated(k)
+    update = group.truncations("base", k)[place].truncate(k)
     return group.base + update.reshape(group.base.shape).to(group.base.dtype)
 
 

@@ -78,10 +78,8 @@ class TestMemory:
 class TestDisk:
     def test_factors_by_hand(self) -> None:
         small, large = Part(1000, 4, (100, 10)), Part(600 * 800, 4, (600, 800))
-        # 600 rows: a triangle and four vectors of the reduction, three of them in float64; the
-        # values, and an eighth of the vectors.
-        triangle, vectors = 4 * 600 * 601 // 2, (4 + 3 * 8 + 4) * 600
-        each = 4 * (10 * 10 + 10) + triangle + vectors + 4 * 75 * 600
+        # Vectors, values and bounds: of 600 directions an eighth.
+        each = 4 * (10 * 10 + 2 * 10) + 4 * (75 * 600 + 2 * 75)
         assert Job((small, PLAIN, large), tasks=3).factor_bytes == 3 * each
 
     def test_no_more_than_the_store_may_hold(self, monkeypatch: pytest.MonkeyPatch) -> None:
