@@ -17,7 +17,7 @@ from analysis.rank_selection.adaptive import adaptive_search, exhaustive_search
 from analysis.rank_selection.space import search_space
 from benchmarks.measure import Laboratory
 from benchmarks.record import Sheet
-from merge_core.factors.low_rank import as_matrix, directions
+from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
@@ -48,7 +48,7 @@ def authors_route(group: ParameterGroup, rank: float, scale: float) -> torch.Ten
     """CART of one parameter with an SVD of every matrix as stored, again for every setting."""
     if not group.decomposed:
         return group.average
-    k = directions(rank, min(as_matrix(group.average).shape))
+    k = count_directions(rank, min(as_matrix(group.average).shape))
     update = torch.zeros_like(as_matrix(group.average))
     for centred in group.task_vectors("average"):
         U, S, Vh = torch.linalg.svd(as_matrix(centred), full_matrices=False)

@@ -18,7 +18,7 @@ from torch import Tensor
 from analysis.spectral.spectra import spectral_summary, spectrum
 from benchmarks.synthetic import is_matrix
 from merge_core.executors.choose import executor as executor_named
-from merge_core.factors.low_rank import directions
+from merge_core.factors.low_rank import count_directions
 from merge_core.factors.store import FactorStore
 from merge_core.merging.recipe import make_recipe
 from merge_core.methods.declaration import Run
@@ -85,7 +85,7 @@ def authors(
             entries += average.numel()
             if not blocks or name.startswith(tuple(blocks)):
                 start = time.perf_counter()
-                k = directions(rank, min(average.shape))
+                k = count_directions(rank, min(average.shape))
                 for matrix in centred:
                     U, S, Vh = torch.linalg.svd(matrix, full_matrices=False)
                     average = average + scale * (U[:, :k] * S[:k]) @ Vh[:k]
@@ -107,7 +107,7 @@ def update_error(suite: str, merged: str, names: list[str], rank: float, scale: 
     for name in names:
         experts = torch.stack([member.get_tensor(name) for member in members]).double()
         average = experts.mean(dim=0)
-        k = directions(rank, min(average.shape))
+        k = count_directions(rank, min(average.shape))
         update = torch.zeros_like(average)
         for expert in experts:
             U, S, Vh = torch.linalg.svd(expert - average, full_matrices=False)

@@ -20,6 +20,8 @@ import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
+from merge_core.yaml_text import dump_yaml
+
 Spectrum = Literal["decaying", "flat"]
 Shapes = dict[str, tuple[int, ...]]
 
@@ -268,7 +270,7 @@ def write_suite(folder: Path, model: Model, spectrum: Spectrum, tasks: int, seed
         "experts": experts,
     }
     # Last, and so the sign that everything is there.
-    suite.write_text(yaml.safe_dump(document, sort_keys=False))
+    suite.write_text(dump_yaml(document))
     return suite
 
 

@@ -21,7 +21,6 @@ from typing import Any
 import numpy as np
 import timm
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -30,6 +29,7 @@ from data.tasks import SPLITS, TASKS, Task, auxiliary, stream
 from data.tasks.canvas import Images, Labels
 from data.tasks.glyphs import AUXILIARY
 from data.training import Schedule, correct, fine_tune, pretrain
+from merge_core.yaml_text import dump_yaml
 
 LOG = logging.getLogger("data.build_suite")
 DESCRIPTION = (
@@ -247,7 +247,7 @@ def _write(folder: Path, plan: Plan, seed: int, device: torch.device) -> None:
             test_labels=test[1],
             class_names=np.array(task.classes),
         )
-    text = yaml.safe_dump(_description(plan), sort_keys=False, allow_unicode=True)
+    text = dump_yaml(_description(plan))
     (folder / "suite.yaml").write_text(text, encoding="utf-8")
 
 

@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -23,6 +22,7 @@ from merge_core.files import folder_written_whole, write_atomically
 from merge_core.progress import Progress
 from merge_core.suites.pool import PoolSpec, Regime
 from merge_core.suites.suite_spec import ArchitectureSpec
+from merge_core.yaml_text import dump_yaml
 
 OWN_INPUTS = "inputs.npz"
 FAMILIES = {"linear": "Linear", "mlp": "MLP", "vgg": "VGG"}
@@ -153,7 +153,7 @@ def build_pool(
             write_inputs(folder / OWN_INPUTS, task)
         document = _document(plan, task, members, start is not None, inputs or OWN_INPUTS)
         PoolSpec.model_validate(document)
-        text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True)
+        text = dump_yaml(document)
         write_atomically(folder / "pool.yaml", text.encode())
         for path in folder.iterdir():
             path.chmod(0o644)  # temporary files are private

@@ -10,7 +10,7 @@ import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -299,30 +299,22 @@ def _locked(target: Path, output: Path) -> Iterator[None]:
     Raises:
         OutputError: another process holds it.
     """
-    import fcntl
+    from filelock import FileLock, Timeout
 
     path = target.with_name(f".{target.name}.lock")
-    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
-    try:
+    with suppress(FileExistsError):  # filelock would take a place that holds no files for locked
+        path.touch(mode=0o600, exist_ok=False)
+    lock = FileLock(path, mode=0o600, blocking=False, fallback_to_soft=False)
+    with ExitStack() as held:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(lock)
+        except Timeout as error:
+            raise OutputError(
+                f"{output} is being written by another process. "
+                "Wait for it, or choose another folder."
+            ) from error
         except OSError as error:
-            if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-                raise _busy(output) from error
             if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
                 raise  # those file systems have no locks: work without
-        # Its holder may have removed the file just before it let go: then it locks nothing.
-        if not path.exists() or not os.path.samestat(os.fstat(handle), path.lstat()):
-            raise _busy(output)
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-    finally:
-        os.close(handle)
-
-
-def _busy(output: Path) -> OutputError:
-    return OutputError(
-        f"{output} is being written by another process. Wait for it, or choose another folder."
-    )
+        held.callback(path.unlink, missing_ok=True)  # before the lock is given back
+        yield

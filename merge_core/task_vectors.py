@@ -18,13 +18,14 @@ from merge_core.checkpoints.members import longest_vocabulary
 from merge_core.checkpoints.vocabulary import completed, filler
 from merge_core.errors import SuiteError
 from merge_core.factors.low_rank import (
-    SideFactors,
+    Directions,
+    Truncations,
     as_matrix,
-    factors_of_product,
-    matrix_shape,
+    decompose_product,
+    resolution,
     sum_of_truncations,
 )
-from merge_core.factors.store import FactorStore
+from merge_core.factors.store import TOLERANCE, FactorStore, TaskMatrix
 from merge_core.files import digest_of
 from merge_core.lazy import lazy
 from merge_core.suites.suite import Suite
@@ -66,7 +67,9 @@ class ParameterGroup:
         self._suite = suite
         self._store = store
         self._sums: dict[Origin, tuple[int, Tensor]] = {}
-        self._factors: dict[Origin, list[SideFactors]] = {}
+        self._spectra: dict[Origin, list[Tensor]] = {}
+        self._truncations: dict[Origin, list[Truncations]] = {}
+        self._directions: dict[Origin, tuple[int | None, list[Directions]]] = {}
 
     @lazy
     def members(self) -> list[Tensor]:
@@ -153,42 +156,106 @@ class ParameterGroup:
             part = slice(start, min(start + size * stride, about.numel()), stride)
             yield part, torch.stack([member[part] for member in flat]).sub_(about[part])
 
-    def factors(self, origin: Origin, k: int | None = None) -> list[SideFactors]:
-        """Factors of each task vector as a matrix (out x in), float32, in the tasks' order.
-
-        Args:
-            origin: what the task vectors are taken about.
-            k: how many leading directions are going to be cut off; None if single directions
-                and values are looked at (see :meth:`merge_core.factors.store.FactorStore.get`).
+    def singular_values(self, origin: Origin) -> list[Tensor]:
+        """All r singular values of each task vector as a matrix, float32, in the tasks' order.
 
         Raises:
             SuiteError: origin "base" without a base.
         """
-        held = self._factors.get(origin)
-        if held is None or any(f.rough if k is None else f.sure_at not in (None, k) for f in held):
-            held = [self._factor(origin, place, k) for place in range(len(self.tasks))]
-            self._factors[origin] = held
-        return held
+        known = self._spectra.get(origin)
+        if known is None:
+            known = [self._values(origin, place) for place in range(len(self.tasks))]
+            self._spectra[origin] = known
+        return known
 
-    def _factor(self, origin: Origin, place: int, k: int | None) -> SideFactors:
+    def truncations(self, origin: Origin, k: int | Sequence[int]) -> list[Truncations]:
+        """What gives SVD_k of each task vector as a matrix (out x in), in the tasks' order.
+
+        Args:
+            origin: what the task vectors are taken about.
+            k: how many directions of each must be within reach; of all, or one number a task.
+
+        Raises:
+            SuiteError: origin "base" without a base.
+        """
+        ranks = [k] * len(self.tasks) if isinstance(k, int) else list(k)
+        known = self._truncations.get(origin)
+        if known is None or max(map(Truncations.error, known, ranks)) > TOLERANCE:
+            known = [self._truncation(origin, place, rank) for place, rank in enumerate(ranks)]
+            self._truncations[origin] = known
+        return known
+
+    def directions(self, origin: Origin, k: int | None = None) -> list[Directions]:
+        """Leading directions of each task vector as a matrix (out x in), in the tasks' order.
+
+        Args:
+            origin: what the task vectors are taken about.
+            k: how many at most; all when None.
+
+        Returns:
+            Float32. A task has fewer where its stored numbers do not resolve more (see
+            :func:`merge_core.factors.low_rank.resolution`).
+
+        Raises:
+            SuiteError: origin "base" without a base.
+        """
+        known = self._directions.get(origin)
+        if known is None or known[0] not in (None, k):
+            found = [self._direct(origin, place, k) for place in range(len(self.tasks))]
+            known = self._directions[origin] = (k, found)
+        return known[1] if k is None else [each.head(k) for each in known[1]]
+
+    def _values(self, origin: Origin, place: int) -> Tensor:
+        product = self._product(origin, place)
+        if product is None:
+            return self._store.singular_values(self._matrix(origin, place))
+        r = min(self.info.matrix_shape)
+        return decompose_product(*product).pad(r).S.float()
+
+    def _truncation(self, origin: Origin, place: int, k: int) -> Truncations:
+        product = self._product(origin, place)
+        if product is None:
+            return self._store.truncations(self._matrix(origin, place), k)
+        found = decompose_product(*product)
+        m, n = self.info.matrix_shape
+        left, right = product if m > n else (product[1].T, product[0].T)
+        vectors = (found.V if m > n else found.U).T.float()
+        none = torch.zeros(len(vectors))
+        return Truncations(vectors, none, (m, n), lambda part: (left[part] @ right).float(), True)
+
+    def _direct(self, origin: Origin, place: int, k: int | None) -> Directions:
+        product = self._product(origin, place)
+        if product is None:
+            return self._store.directions(self._matrix(origin, place), k)
+        found = decompose_product(*product)
+        found = found if k is None else found.head(k)
+        return Directions(found.U.float(), found.S.float(), found.V.float())
+
+    def _product(self, origin: Origin, place: int) -> tuple[Tensor, Tensor] | None:
+        """A task vector of an adapter as a product of thin matrices, m x q and q x n."""
+        if origin == "average":
+            return self._centred_product(place)
+        if self._suite.base is None:
+            _ = self.base  # raises, saying what is missing
+        return self._suite.expert(self.tasks[place]).low_rank(self.name)
+
+    def _matrix(self, origin: Origin, place: int) -> TaskMatrix:
+        """What the store needs to know of a task vector."""
         member = self._suite.expert(self.tasks[place])
-        shape = matrix_shape(self.info.shape)
         if origin == "base":
-            if self._suite.base is None:
-                _ = self.base  # raises, saying what is missing
             assert self._suite.base is not None
-            pair = member.low_rank(self.name)
-            if pair is not None:
-                return factors_of_product(*pair)
             about = self._suite.base.digest
         else:
-            centred = self._centred_product(place)
-            if centred is not None:
-                return factors_of_product(*centred)
             members = [self._suite.expert(task) for task in self.tasks]
-            about = digest_of("average", *sorted(member.digest for member in members))
-        tall = partial(self._tall, origin, place)
-        return self._store.get(member.digest, about, self.name, tall, shape, k)
+            about = digest_of("average", *sorted(each.digest for each in members))
+        stored = member.info(self.name).dtype.torch
+        return TaskMatrix(
+            (member.digest, about, self.name),
+            self.info.matrix_shape,
+            torch.promote_types(torch.float32, stored),
+            partial(self._tall, origin, place),
+            lambda: resolution(as_matrix(self.members[place]), stored),
+        )
 
     def _centred_product(self, place: int) -> tuple[Tensor, Tensor] | None:
         """C_t of adapters of one base as a product of thin matrices, left m x q and right q x n.
@@ -199,7 +266,7 @@ class ParameterGroup:
         pairs = [self._suite.expert(task).low_rank(self.name) for task in self.tasks]
         known = [pair for pair in pairs if pair is not None]
         width = sum(right.shape[0] for _, right in known)
-        if len(known) < len(pairs) or width >= min(matrix_shape(self.info.shape)):
+        if len(known) < len(pairs) or width >= min(self.info.matrix_shape):
             return None
         shares = [float(s == place) - 1 / len(known) for s in range(len(known))]
         left = torch.cat([w * L for w, (L, _) in zip(shares, known, strict=True)], dim=1)
@@ -210,7 +277,7 @@ class ParameterGroup:
 
         Float64 for such weights.
         """
-        wide = operator.le(*matrix_shape(self.info.shape))
+        wide = operator.le(*self.info.matrix_shape)
 
         def rows(tensor: Tensor) -> Tensor:
             matrix = as_matrix(tensor)
@@ -232,7 +299,7 @@ class ParameterGroup:
                     return torch.zeros(1)
                 return as_matrix(sum(self.members) - len(self.tasks) * self.base)
 
-            update = sum_of_truncations(self.factors(origin, k), k, total)
+            update = sum_of_truncations(self.truncations(origin, k), k, total)
             held = (k, update.reshape(self.info.shape).to(self.members[0].dtype))
             # Several threads may merge at once: each returns the sum that it asked for.
             self._sums[origin] = held
@@ -242,8 +309,8 @@ class ParameterGroup:
         """Forget what was read; it is read again when asked for."""
         for name in ("members", "experts", "base", "average", "_filler"):
             self.__dict__.pop(name, None)
-        self._sums.clear()
-        self._factors.clear()
+        for known in (self._sums, self._spectra, self._truncations, self._directions):
+            known.clear()
 
     @property
     def _parts(self) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""YAML from anywhere: plain values only, and never more work than its length is worth."""
+"""Plain YAML: read from anywhere, never with more work than its length is worth, and written."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from typing import Any
 
 import yaml
 from yaml.events import (
-    AliasEvent,
     CollectionEndEvent,
     CollectionStartEvent,
     MappingStartEvent,
+    NodeEvent,
     ScalarEvent,
 )
 
@@ -36,8 +36,8 @@ def load_yaml(text: str) -> Any:
         text: one document.
 
     Raises:
-        yaml.YAMLError: not YAML; too long or deep, also after aliases are followed; a name
-            written twice; a tag; or a value of another kind (a date, NaN).
+        yaml.YAMLError: not YAML; too long or deep; an anchor or alias; a name written twice; a
+            tag; or a value of another kind (a date, NaN).
     """
     if len(text) > CHARACTERS:
         raise yaml.YAMLError(f"longer than {CHARACTERS:,} characters")
@@ -48,6 +48,32 @@ def load_yaml(text: str) -> Any:
         raise yaml.YAMLError(str(error)) from error
     _check_values(value)
     return value
+
+
+class _Dumper(yaml.SafeDumper):
+    """Writes out in full what :func:`load_yaml` reads back: a repeated object gets no anchor."""
+
+    def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002  # PyYAML asks of each value
+        return True
+
+
+def dump_yaml(value: Any, *, flow: bool | None = False, width: int = 80) -> str:
+    """A YAML document of plain values, mappings in their own order.
+
+    Args:
+        value: mappings, lists, texts, numbers, true, false and null; none within itself.
+        flow: whether collections stand in brackets; None for those without further ones in them.
+        width: characters of a line, as far as values can be broken.
+    """
+    text: str = yaml.dump(
+        value,
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        default_flow_style=flow,
+        width=width,
+    )
+    return text
 
 
 def read_text_file(path: Path) -> str:
@@ -68,47 +94,41 @@ def read_text_file(path: Path) -> str:
 
 @dataclass
 class _Open:
-    """A list or mapping that is being read: what it stands for, and its names so far."""
+    """A list or mapping that is being read, and a mapping's names so far."""
 
-    anchor: str | None
     mapping: bool
-    size: int = 1
     children: int = 0
     names: set[str] = field(default_factory=set)
 
 
 def _check_structure(text: str) -> None:
-    """Follow the parser's events: sizes with aliases counted in full, depth, repeated names."""
-    sizes: dict[str, int] = {}
+    """Follow the parser's events: how many and how deep, tags, anchors, repeated names."""
+    nodes = 0
     stack: list[_Open] = []
     for event in yaml.parse(text, Loader=LOADER):
+        if isinstance(event, CollectionEndEvent):
+            stack.pop()
+        if not isinstance(event, NodeEvent):
+            continue
+        if event.anchor is not None:
+            raise yaml.YAMLError(
+                f"anchors and aliases such as {event.anchor!r:.60} are not read; "
+                "write the value out in each place"
+            )
         if (tag := getattr(event, "tag", None)) not in (None, "!"):
             raise yaml.YAMLError(f"the tag {tag!r:.60}: only plain values are read")
-        if isinstance(event, CollectionStartEvent):
-            stack.append(_Open(event.anchor, isinstance(event, MappingStartEvent)))
-            if len(stack) > DEPTH:
-                raise yaml.YAMLError(f"more than {DEPTH} levels deep")
-            continue
+        nodes += 1
+        if nodes > NODES:
+            raise yaml.YAMLError(f"more than {NODES:,} values")
         if isinstance(event, ScalarEvent):
-            size, anchor = 1, event.anchor
             _check_number(event)
             _check_name(event, stack)
-        elif isinstance(event, AliasEvent):
-            if event.anchor not in sizes:
-                raise yaml.YAMLError(f"the alias *{event.anchor} stands for nothing, or for itself")
-            size, anchor = sizes[event.anchor], None
-        elif isinstance(event, CollectionEndEvent):
-            closed = stack.pop()
-            size, anchor = closed.size, closed.anchor
-        else:
-            continue
-        if anchor is not None:
-            sizes[anchor] = size
         if stack:
             stack[-1].children += 1
-            stack[-1].size += size
-            if stack[-1].size > NODES:
-                raise yaml.YAMLError(f"more than {NODES:,} values once aliases are followed")
+        if isinstance(event, CollectionStartEvent):
+            stack.append(_Open(isinstance(event, MappingStartEvent)))
+            if len(stack) > DEPTH:
+                raise yaml.YAMLError(f"more than {DEPTH} levels deep")
 
 
 def _check_number(event: ScalarEvent) -> None:

@@ -17,7 +17,7 @@ from analysis.spectral.interference import (
     principal_angles,
     sign_conflict,
 )
-from merge_core.factors.low_rank import as_matrix, directions
+from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.task_vectors import Groups, Origin
 from ui import charts, shell
 from ui.server import resources
@@ -135,7 +135,7 @@ def section() -> None:
         return
     layer, share, side = controls(view)
     group = resources.group(view)
-    k = directions(share, min(as_matrix(group.average).shape))
+    k = count_directions(share, min(as_matrix(group.average).shape))
     where = "whole model" if layer is None else short_name(layer)
 
     st.subheader("Do two tasks use the same directions?", anchor=False)

@@ -43,32 +43,22 @@ def layers_of(evaluator: PoolEvaluator) -> tuple[str, ...]:
 def centred_gram(activations: Tensor) -> Tensor:
     """H X Xᵀ H scaled to norm 1: what linear CKA needs of a layer; float64, N x N.
 
+    Linear CKA of two layers, ‖Yᵀ X‖_F² / (‖Xᵀ X‖_F ‖Yᵀ Y‖_F) with columns centred, is the sum of
+    products of their entries. It ignores rotations and isotropic scaling of either layer.
+
     Args:
         activations: N images x anything; further axes are flattened.
 
     Returns:
         A matrix of zeros for activations that do not vary over images.
+
+    Source: Kornblith et al., arXiv:1905.00414, equations 3 and 4, linear kernel.
     """
     values = activations.flatten(1).double()
     values = values - values.mean(dim=0)
     gram = values @ values.T
     norm = gram.norm()
     return gram / norm if norm > 0 else gram
-
-
-def linear_cka(first: Tensor, second: Tensor) -> float:
-    """Linear CKA of two representations of the same N images, in [0, 1].
-
-    ‖Yᵀ X‖_F² / (‖Xᵀ X‖_F ‖Yᵀ Y‖_F) with columns centred, computed as the cosine of the N x N
-    centred Gram matrices. It ignores rotations and isotropic scaling of either side.
-
-    Args:
-        first: N x anything.
-        second: N x anything else.
-
-    Source: Kornblith et al., arXiv:1905.00414, equations 3 and 4, linear kernel.
-    """
-    return float((centred_gram(first) * centred_gram(second)).sum())
 
 
 def cka_frame(

@@ -24,10 +24,6 @@ from merge_core.files import digest_of
 from merge_core.progress import Progress
 
 Statistics = Literal["average", "reestimate"]
-STATISTICS: dict[Statistics, str] = {
-    "average": "average the members' statistics",
-    "reestimate": "re-estimate on training images",
-}
 UNDECIDED = -1
 
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import threading
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.outputs.suite_outputs import Images, Outputs
 from merge_core.executors.base import Executor
-from merge_core.factors.decomposition import Route
-from merge_core.factors.store import FactorStore
+from merge_core.factors.factorise import StoredGroups
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
@@ -53,16 +51,8 @@ def evaluate_side_by_side(
         for recipe in recipes
         if not evaluator.known(recipe.digest(evaluator.suite), images, split, measures)
     ]
-    store = session.groups.store
-    unit = _Unit(
-        str(session.suite.path),
-        session.groups.tasks,
-        store.folder,
-        store.route,
-        tuple(measures),
-        split,
-    )
-    results = executor.map(unit, unknown, progress.cancel)
+    evaluate = _Evaluate(StoredGroups.of(session.groups), tuple(measures), split)
+    results = executor.map(evaluate, unknown, progress.cancel)
     for done, recipe in enumerate(unknown, start=1):
         outputs = next(results)
         evaluator.keep(recipe.digest(evaluator.suite), images, split, outputs)
@@ -71,13 +61,10 @@ def evaluate_side_by_side(
 
 
 @dataclass(frozen=True)
-class _Unit:
+class _Evaluate:
     """Evaluates a recipe in a worker that has the files, but not the caller's memory."""
 
-    suite: str
-    tasks: tuple[str, ...]
-    factors: Path
-    route: Route
+    stored: StoredGroups
     measures: tuple[str, ...]
     split: Split
 
@@ -89,8 +76,8 @@ class _Unit:
         """Opened once in each worker: neither is meant for two threads at once."""
         held = getattr(_WORKER, "held", None)
         if held is None or held[0] != self:
-            suite = load_suite(self.suite)
-            session = MergeSession(suite, self.tasks, FactorStore(self.factors, route=self.route))
+            suite = load_suite(self.stored.suite)
+            session = MergeSession(suite, self.stored.tasks, self.stored.store())
             evaluator = Evaluator(suite)
             images = evaluator.images(session.groups.tasks, self.split)
             held = _WORKER.held = (self, (session, evaluator, images))

@@ -17,12 +17,9 @@ QUANTITIES: dict[str, tuple[str, str]] = {
     "stability": ("Predictions as at m = 1 (%)", ".0%"),
     "confidence": ("Mean confidence (%)", ".0%"),
     "entropy": ("Mean entropy (nats)", ""),
-    "entropy_relative": ("Mean entropy / log C (0 to 1)", ""),
     "ece": ("Expected calibration error (0 to 1)", ""),
     "log10_logit_norm": ("Mean logit norm (log₁₀)", ""),
-    "non_finite": ("Images with non-finite logits (%)", ".0%"),
 }
-GRID = ("accuracy", "stability", "confidence", "entropy", "ece", "log10_logit_norm")
 # The colours that the rules have elsewhere (analysis.figures.ensembles); grey is the prediction's.
 COLOURS = {
     "individuals": OKABE_ITO[2],
@@ -37,32 +34,6 @@ SYMBOLS = dict(
 )
 BROKEN = OKABE_ITO[1]
 M_AXIS = "Factor m (log scale)"
-
-
-def magnitude_lines(
-    frame: pd.DataFrame,
-    quantity: str,
-    prediction: pd.DataFrame | None = None,
-    title: str = "",
-    chosen: float | None = None,
-) -> go.Figure:
-    """One measure over m, a line a subject.
-
-    Args:
-        frame: of :func:`analysis.magnitude.sweep.magnitude_sweep`.
-        quantity: a key of :data:`QUANTITIES`.
-        prediction: of :func:`analysis.magnitude.sweep.predicted_sweep`, drawn over it in dashed
-            grey.
-        title: the figure's title.
-        chosen: the m that the page has chosen.
-    """
-    figure = go.Figure()
-    _draw(figure, frame, quantity, prediction)
-    label, _ = QUANTITIES[quantity]
-    layout(figure, title, x=M_AXIS, y=label)
-    _axes(figure, frame, chosen)
-    _y_axis(figure, quantity)
-    return figure
 
 
 def magnitude_grid(
@@ -86,11 +57,11 @@ def magnitude_grid(
         shared_xaxes=True,
         vertical_spacing=0.08,
         horizontal_spacing=0.14,
-        subplot_titles=[QUANTITIES[quantity][0] for quantity in GRID],
+        subplot_titles=[label for label, _ in QUANTITIES.values()],
     )
     # Titles of half a phone's width.
     figure.update_annotations(font_size=11)
-    for place, quantity in enumerate(GRID):
+    for place, quantity in enumerate(QUANTITIES):
         cell = {"row": place // 2 + 1, "col": place % 2 + 1}
         _draw(figure, frame, quantity, prediction, cell)
         _y_axis(figure, quantity, **cell)
@@ -106,11 +77,10 @@ def _draw(
     frame: pd.DataFrame,
     quantity: str,
     prediction: pd.DataFrame | None,
-    cell: dict[str, int] | None = None,
+    cell: dict[str, int],
 ) -> None:
     """Lines of all subjects, the prediction over them, and marks of what is not finite."""
-    first = cell in (None, {"row": 1, "col": 1})
-    place = cell or {}
+    first = cell == {"row": 1, "col": 1}
     label, ticks = QUANTITIES[quantity]
     shown = f"%{{y:{ticks.replace('.0', '.1') or '.4g'}}}"
     for subject, part in frame.groupby("subject", sort=False):
@@ -129,10 +99,10 @@ def _draw(
             marker={"symbol": SYMBOLS[key], "size": 6},
             hovertemplate=f"{SUBJECTS[key]}<br>m = %{{x:.4g}}<br>{label}: {shown}"
             "<br>non-finite: %{customdata[0]:.3g} % of images<extra></extra>",
-            **place,
+            **cell,
         )
     if prediction is not None:
-        _draw_prediction(figure, prediction, quantity, first, place)
+        _draw_prediction(figure, prediction, quantity, first, cell)
     lost = frame[frame["non_finite"] > 0]
     if len(lost):
         values = frame[quantity].to_numpy(dtype=float)
@@ -151,7 +121,7 @@ def _draw(
             marker={"symbol": "x", "size": 9, "color": BROKEN},
             hovertemplate="%{customdata[0]}<br>m = %{x:.4g}<br>%{customdata[1]:.3g} % of images "
             "have non-finite logits<extra></extra>",
-            **place,
+            **cell,
         )
 
 
@@ -160,7 +130,7 @@ def _draw_prediction(
     prediction: pd.DataFrame,
     quantity: str,
     first: bool,
-    place: dict[str, int],
+    cell: dict[str, int],
 ) -> None:
     named = not first
     for (law, subject), part in prediction.groupby(["law", "subject"], sort=False):
@@ -177,7 +147,7 @@ def _draw_prediction(
             line={"color": REFERENCE, "dash": "dash", "width": 1.5},
             hovertemplate=f"{SUBJECTS[str(subject)]}, predicted ({LAWS[kind]})"
             "<br>m = %{x:.4g}: %{y:.4g}<extra></extra>",
-            **place,
+            **cell,
         )
         named = True
 

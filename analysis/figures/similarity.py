@@ -30,19 +30,34 @@ def agreement_map(frame: pd.DataFrame, value: str = "agreement", title: str = ""
         "agreement": "Equal predictions (share)",
         "error_overlap": "Errors in common (share)",
     }[value]
-    return _pair_map(frame, value, label, "Member (number), soup, ensemble", title)
-
-
-def cka_map(frame: pd.DataFrame, layer: str, title: str = "") -> go.Figure:
-    """Similarity of every two members at one layer.
-
-    Args:
-        frame: of :func:`analysis.averaging.similarity.cka_frame`.
-        layer: one of its layers.
-        title: the figure's title.
-    """
-    mine = frame[frame["layer"] == layer]
-    return _pair_map(mine, "cka", f"Linear CKA at {layer} (0 to 1)", "Member", title)
+    table = frame.pivot(index="first", columns="second", values=value)
+    order = list(dict.fromkeys(frame["first"]))
+    # Short, as long names would leave the map no room on a phone.
+    names = [str(name).removeprefix("member ").split()[-1] for name in order]
+    z = table.loc[order, order].to_numpy(dtype=float)
+    shown = np.isfinite(z)
+    low = float(z[shown].min()) if shown.any() else 0.0
+    figure = go.Figure(
+        go.Heatmap(
+            z=z,
+            x=names,
+            y=names,
+            colorscale=SEQUENTIAL,
+            # From a round value on: members of one start agree in nearly everything.
+            zmin=max(0.0, np.floor(10 * min(low, 0.99)) / 10),
+            zmax=1,
+            xgap=1,
+            ygap=1,
+            texttemplate="%{z:.2f}" if z.size <= CELLS_WITH_TEXT else None,
+            hovertemplate=f"%{{y}}, %{{x}}<br>{label}: %{{z:.3f}}<extra></extra>",
+        )
+    )
+    axis = "Member (number), soup, ensemble"
+    layout(figure, title, x=axis, y=axis, height=500, legend=False)
+    colour_bar(figure, label)
+    readable_cells(figure)
+    square_cells(figure)
+    return figure
 
 
 def cka_layers(frame: pd.DataFrame, title: str = "") -> go.Figure:
@@ -79,34 +94,4 @@ def cka_layers(frame: pd.DataFrame, title: str = "") -> go.Figure:
     layout(figure, title, x="Layer, from input to output", y="Linear CKA (0 to 1)")
     figure.update_xaxes(type="category")
     figure.update_yaxes(range=[0, 1.02])
-    return figure
-
-
-def _pair_map(frame: pd.DataFrame, value: str, label: str, axis: str, title: str) -> go.Figure:
-    table = frame.pivot(index="first", columns="second", values=value)
-    order = list(dict.fromkeys(frame["first"]))
-    # Short, as long names would leave the map no room on a phone.
-    names = [str(name).removeprefix("member ").split()[-1] for name in order]
-    z = table.loc[order, order].to_numpy(dtype=float)
-    shown = np.isfinite(z)
-    low = float(z[shown].min()) if shown.any() else 0.0
-    figure = go.Figure(
-        go.Heatmap(
-            z=z,
-            x=names,
-            y=names,
-            colorscale=SEQUENTIAL,
-            # From a round value on: members of one start agree in nearly everything.
-            zmin=max(0.0, np.floor(10 * min(low, 0.99)) / 10),
-            zmax=1,
-            xgap=1,
-            ygap=1,
-            texttemplate="%{z:.2f}" if z.size <= CELLS_WITH_TEXT else None,
-            hovertemplate=f"%{{y}}, %{{x}}<br>{label}: %{{z:.3f}}<extra></extra>",
-        )
-    )
-    layout(figure, title, x=axis, y=axis, height=500, legend=False)
-    colour_bar(figure, label)
-    readable_cells(figure)
-    square_cells(figure)
     return figure

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import pandas as pd
 import torch
 from torch import Tensor
 
@@ -142,65 +141,3 @@ def expected_calibration_error(
     gap = np.asarray(correct, dtype=float) - confidence
     sums = np.bincount(_bin_of(confidence, bins), weights=gap, minlength=bins)
     return float(np.abs(sums).sum() / len(gap))
-
-
-def reliability_frame(logits: Tensor, labels: np.ndarray, bins: int = BINS) -> pd.DataFrame:
-    """Accuracy against confidence, bin by bin.
-
-    Args:
-        logits: N x C; images with logits that are not finite are left out.
-        labels: int64, N.
-        bins: of equal width, closed on the right.
-
-    Returns:
-        One row per bin: lower, upper, count, confidence and accuracy (means within the bin;
-        NaN where it is empty).
-
-    Source: Guo et al., arXiv:1706.04599, section 2.
-    """
-    predicted = predicted_classes(logits)
-    finite = predicted != UNDECIDED
-    confidence = logits[torch.from_numpy(finite)].double().softmax(dim=1).amax(dim=1).numpy()
-    place = _bin_of(confidence, bins)
-    count = np.bincount(place, minlength=bins)
-    correct = (predicted == labels)[finite].astype(float)
-    filled = np.where(count > 0, count, np.nan)
-    edges = np.linspace(0, 1, bins + 1)
-    return pd.DataFrame(
-        {
-            "lower": edges[:-1],
-            "upper": edges[1:],
-            "count": count,
-            "confidence": np.bincount(place, weights=confidence, minlength=bins) / filled,
-            "accuracy": np.bincount(place, weights=correct, minlength=bins) / filled,
-        }
-    )
-
-
-def negative_log_likelihood(logits: Tensor, labels: np.ndarray) -> float:
-    """Mean of −log p of the true class, nats; NaN if a logit is not finite.
-
-    Args:
-        logits: N x C.
-        labels: int64, N.
-    """
-    if not bool(logits.isfinite().all()):
-        return math.nan
-    targets = torch.from_numpy(labels)
-    return float(torch.nn.functional.cross_entropy(logits.double(), targets))
-
-
-def brier_score(logits: Tensor, labels: np.ndarray) -> float:
-    """Mean of Σ_k (p_k − 1[k = label])², in [0, 2]; NaN if a logit is not finite.
-
-    Args:
-        logits: N x C.
-        labels: int64, N.
-
-    Source: Brier, Monthly Weather Review 78 (1950), equation 2.
-    """
-    if not bool(logits.isfinite().all()):
-        return math.nan
-    p = logits.double().softmax(dim=1)
-    p[torch.arange(len(p)), torch.from_numpy(labels)] -= 1
-    return float(p.square().sum(dim=1).mean())

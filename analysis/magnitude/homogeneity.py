@@ -156,20 +156,6 @@ def exact_degree(evaluator: PoolEvaluator, names: Collection[str]) -> int | None
     return degree
 
 
-def homogeneous_degree(evaluator: PoolEvaluator) -> int | None:
-    """L if f(x; mθ) = m^L f(x; θ) holds exactly for all parameters scaled, else None.
-
-    A rectified chain without biases, or one affine layer. None for chains with biases, for
-    networks with BatchNorm and for transformers.
-
-    Raises:
-        PoolError: the architecture cannot be built.
-    """
-    names = [name for name, _ in evaluator.network.module.named_parameters()]
-    module = evaluator.network.module
-    return exact_degree(evaluator, names) if isinstance(module, PlainNetwork) else None
-
-
 def laws(evaluator: PoolEvaluator, names: Collection[str]) -> tuple[Law, ...]:
     """The laws that :func:`power_law` knows for a network and the tensors that are scaled.
 

@@ -22,10 +22,9 @@ from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
 from analysis.spectral.spectra import cumulative_energy, with_factors
 from merge_core.errors import RecipeError
-from merge_core.factors.low_rank import directions
+from merge_core.factors.low_rank import count_directions
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
-from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin
 
@@ -60,7 +59,7 @@ def stored_numbers(groups: Groups, ranks: Mapping[str, int]) -> int:
         ranks: directions kept of each decomposed parameter.
     """
     members = [group for group in groups.members if group.decomposed]
-    return sum(len(groups.tasks) * ranks[g.name] * (sum(matrix_shape(g)) + 1) for g in members)
+    return sum(len(groups.tasks) * ranks[g.name] * (sum(g.info.matrix_shape) + 1) for g in members)
 
 
 def uniform_ranks(groups: Groups, share: float) -> dict[str, int]:
@@ -71,7 +70,7 @@ def uniform_ranks(groups: Groups, share: float) -> dict[str, int]:
         share: in (0, 1].
     """
     members = [group for group in groups.members if group.decomposed]
-    return {group.name: directions(share, min(matrix_shape(group))) for group in members}
+    return {group.name: count_directions(share, min(group.info.matrix_shape)) for group in members}
 
 
 def allocate(
@@ -109,10 +108,10 @@ def allocate(
     names: list[str] = []
     costs: list[int] = []
     for group in with_factors(groups, origin, progress):
-        spectra = [f.S.double().numpy() for f in group.factors(origin)]
+        spectra = [S.double().numpy() for S in group.singular_values(origin)]
         names.append(group.name)
         worth.append(np.sum([gain(S) for S in spectra], axis=0))
-        costs.append(sum(matrix_shape(group)) + 1)
+        costs.append(sum(group.info.matrix_shape) + 1)
     uniform = uniform_ranks(groups, share)
     budget = sum(uniform[name] * cost for name, cost in zip(names, costs, strict=True))
     kept = _fill(worth, costs, budget)

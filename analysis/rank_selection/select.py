@@ -24,11 +24,10 @@ from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_proxies import recommend_from_weights
 from merge_core.errors import RecipeError
 from merge_core.executors.base import Executor
-from merge_core.factors.low_rank import directions
+from merge_core.factors.low_rank import count_directions
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method, methods
-from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
@@ -330,8 +329,8 @@ def _low_rank_bytes(recipe: Recipe, session: MergeSession) -> int:
     total = 0
     for group in session.groups:
         if group.decomposed:
-            m, n = matrix_shape(group)
-            k = directions(recipe.parameters["rank"], min(m, n))
+            m, n = group.info.matrix_shape
+            k = count_directions(recipe.parameters["rank"], min(m, n))
             total += len(group.tasks) * k * (m + n + 1) * group.info.dtype.itemsize
     return total
 

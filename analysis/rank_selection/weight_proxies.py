@@ -20,9 +20,8 @@ from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_rank
 from analysis.spectral.interference import Side, pair_interference
 from analysis.spectral.noise_bounds import as_array
 from analysis.spectral.spectra import with_factors
-from merge_core.factors.low_rank import ALL, directions
+from merge_core.factors.low_rank import count_directions
 from merge_core.methods import get_method
-from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups
 
@@ -237,9 +236,9 @@ def layer_ranks(
     if not space.ranks:
         return pd.DataFrame(columns=columns)
     found = _recommended(groups, space, progress, by_matrix=True).rename(columns={"rank": "share"})
-    size = {g.name: min(matrix_shape(g)) for g in groups if g.decomposed}
+    size = {g.name: min(g.info.matrix_shape) for g in groups if g.decomposed}
     counts = [
-        directions(share, size[name])
+        count_directions(share, size[name])
         for share, name in zip(found["share"], found["parameter"], strict=True)
     ]
     return found.assign(rank=counts)[columns]
@@ -307,23 +306,25 @@ def _spectra(groups: Groups, space: SearchSpace, progress: Progress | None) -> p
     origin = space.base.run(groups.tasks).origin
     shares = shares_of(space)
     frames = []
-    for group in with_factors(groups, origin, progress, ALL):
-        factors = group.factors(origin)
+    for group in with_factors(groups, origin, progress, "directions"):
+        r = min(group.info.matrix_shape)
+        spectra = group.singular_values(origin)
+        factors = group.directions(origin)
         pairs = max(1, len(factors) * (len(factors) - 1))
-        at = [directions(share, factors[0].rank) - 1 for share in shares]
+        at = [count_directions(share, r) - 1 for share in shares]
         # Summed from the small end, so that what little is lost near full rank stays exact.
-        squares = np.sum([f.S.double().numpy() ** 2 for f in factors], axis=0)
+        squares = np.sum([S.double().numpy() ** 2 for S in spectra], axis=0)
         tail = np.append(squares[::-1].cumsum()[::-1], 0.0)
         values = {
             "parameter": group.name,
             "rank": shares,
             "lost": tail[1:][at],
             "whole": tail[0],
-            "nuclear": np.mean([nuclear_share(as_array(f.S)) for f in factors], axis=0)[at],
+            "nuclear": np.mean([nuclear_share(as_array(S)) for S in spectra], axis=0)[at],
         }
         sides: tuple[Side, Side] = ("row", "column")
         for side in sides:
-            between = pair_interference(factors, side)
+            between = pair_interference(factors, side, r)
             summed = between.sum(axis=(0, 1)) - np.trace(between)
             values[f"interference_{side}"] = summed[at] / pairs
         frames.append(pd.DataFrame(values))

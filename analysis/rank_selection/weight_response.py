@@ -26,7 +26,7 @@ from torch import Tensor
 
 from analysis.rank_selection.space import RANKS, SearchSpace
 from analysis.spectral.spectra import with_factors
-from merge_core.factors.low_rank import ALL, as_matrix
+from merge_core.factors.low_rank import as_matrix
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
@@ -140,7 +140,7 @@ def responses(groups: Groups, space: SearchSpace, progress: Progress | None = No
     recipes = [space.recipe(rank, 1.0) for rank in ranks]
     rows = []
     origin = recipes[0].run(groups.tasks).origin
-    for group in with_factors(groups, origin, progress, ALL):
+    for group in with_factors(groups, origin, progress, "directions"):
         covariance, response, task_energy = targets(group, origin)
         for rank, recipe in zip(ranks, recipes, strict=True):
             D = update(group, recipe)

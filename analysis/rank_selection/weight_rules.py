@@ -7,15 +7,16 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
 
 from analysis.spectral.noise_bounds import as_array, gavish_donoho_cut, noise_edge
 from analysis.spectral.spectra import (
     effective_rank,
-    energy_rank,
     participation_ratio,
     stable_rank,
     with_factors,
 )
+from merge_core.methods.spectral import energy_rank
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin
 
@@ -64,7 +65,7 @@ def _energy(share: float) -> Rule:
         f"Energy {share:.0%}",
         f"the fewest directions that hold {share:.0%} of the task vectors' energy",
         "energy threshold, as in the authors' code of CART, arXiv:2412.12153",
-        lambda s: energy_rank(s.S, share),
+        lambda s: energy_rank(torch.as_tensor(s.S), share),
     )
 
 
@@ -144,13 +145,12 @@ def rule_ranks(groups: Groups, origin: Origin, progress: Progress | None = None)
     """
     rows = []
     for group in with_factors(groups, origin, progress):
-        factors = group.factors(origin)
-        shape = factors[0].shape
-        spectra = [Spectrum(as_array(f.S), *shape, len(factors)) for f in factors]
+        shape, values = group.info.matrix_shape, group.singular_values(origin)
+        spectra = [Spectrum(as_array(S), *shape, len(values)) for S in values]
         live = [s for s in spectra if s.S[0] > 0]
         for name, rule in RULES.items():
             # A matrix that no task changed adds nothing at any rank.
             mean = float(np.mean([rule.count(s) for s in live])) if live else 1.0
-            share = float(np.clip(mean / factors[0].rank, 1 / factors[0].rank, 1))
+            share = float(np.clip(mean / min(shape), 1 / min(shape), 1))
             rows.append({"proxy": name, "parameter": group.name, "share": share})
     return pd.DataFrame(rows)

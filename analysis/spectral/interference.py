@@ -17,7 +17,7 @@ from torch import Tensor
 
 from analysis.spectral.spectra import with_factors
 from merge_core.errors import SuiteError
-from merge_core.factors.low_rank import ALL, Factors, SideFactors, directions
+from merge_core.factors.low_rank import Directions, count_directions
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
@@ -91,7 +91,9 @@ def _ordered_pairs(
     return pd.DataFrame({"first": first, "second": second, "origin": origin, **columns})
 
 
-def pair_interference(factors: Sequence[Factors | SideFactors], side: Side = "row") -> np.ndarray:
+def pair_interference(
+    factors: Sequence[Directions], side: Side = "row", r: int | None = None
+) -> np.ndarray:
     """Interference of every pair of task vectors of one matrix, for every rank at once.
 
     I_ij(k) = ‖S_i V_iᵀ V_j S_j‖_F with the top k directions and S_i = diag(σ_i)/√(Σ_{a≤k} σ_ia²).
@@ -101,6 +103,7 @@ def pair_interference(factors: Sequence[Factors | SideFactors], side: Side = "ro
     Args:
         factors: of T matrices of one shape.
         side: "row" compares row spaces (V), "column" column spaces (U).
+        r: ranks that are looked at, beyond those held too; as many as are held when None.
 
     Returns:
         T x T x r, symmetric, in [0, 1]; entry k−1 of the last axis belongs to rank k. The
@@ -108,10 +111,12 @@ def pair_interference(factors: Sequence[Factors | SideFactors], side: Side = "ro
 
     Source: CART, arXiv:2412.12153, the row-space interference; its column twin uses U.
     """
-    bases = [(f.right() if side == "row" else f.left()).double() for f in factors]
+    r = max(f.rank for f in factors) if r is None else r
+    factors = [f.pad(r) for f in factors]
+    bases = [(f.V if side == "row" else f.U).double() for f in factors]
     squares = [f.S.double() ** 2 for f in factors]
     energy = [s.cumsum(0) for s in squares]
-    T, r = len(factors), factors[0].rank
+    T = len(factors)
     pairs = np.zeros((T, T, r))
     for i in range(T):
         own = (squares[i] ** 2).cumsum(0).sqrt() / energy[i]
@@ -151,9 +156,9 @@ def interference_pairs(
     Raises:
         SuiteError: origin "base" without a base.
     """
-    top = [f.head(k) for f in group.factors(origin, k)]
-    pairs = pair_interference(top, _stored_side(group, side))[:, :, -1]
-    return _ordered_pairs(group.tasks, origin, {"k": top[0].rank, "interference": pairs})
+    k = min(k, *group.info.matrix_shape)
+    pairs = pair_interference(group.directions(origin, k), _stored_side(group, side), k)[:, :, -1]
+    return _ordered_pairs(group.tasks, origin, {"k": k, "interference": pairs})
 
 
 def interference_over_rank(
@@ -185,16 +190,16 @@ def interference_over_rank(
     Source: CART, arXiv:2412.12153.
     """
     rows = []
-    for group in with_factors(groups, origin, progress, ALL):
-        factors = group.factors(origin)
-        T, r = len(factors), factors[0].rank
-        pairs = pair_interference(factors, _stored_side(group, side))
+    for group in with_factors(groups, origin, progress, "directions"):
+        r = min(group.info.matrix_shape)
+        T = len(group.tasks)
+        pairs = pair_interference(group.directions(origin), _stored_side(group, side), r)
         interference = pairs.sum(axis=(0, 1)) - np.trace(pairs)
         # Summed from the small end, so that what little is lost near full rank stays exact.
-        squares = np.sum([f.S.double().numpy() ** 2 for f in factors], axis=0)
+        squares = np.sum([S.double().numpy() ** 2 for S in group.singular_values(origin)], axis=0)
         lost = np.append(squares[::-1].cumsum()[::-1], 0.0)
         for share in shares:
-            k = directions(float(share), r)
+            k = count_directions(float(share), r)
             rows.append(
                 {
                     "parameter": group.name,
@@ -243,7 +248,7 @@ def principal_angles(
     Args:
         group: a decomposed parameter.
         origin: what the task vectors are taken about.
-        k: directions kept, at least 1; those of zero weight span nothing and are left out.
+        k: directions kept, at least 1; those that carry nothing are left out.
         side: "row" or "column".
 
     Returns:
@@ -256,11 +261,10 @@ def principal_angles(
     Source: Björck and Golub, 1973; small angles by their sine, which the cosine cannot resolve.
     """
     subspaces = []
-    for f in group.factors(origin, k):
-        vectors = f.right(k) if _stored_side(group, side) == "row" else f.left(k)
-        span = vectors[:, f.S[:k] > 0].double()
+    for f in group.directions(origin, k):
+        span = f.V if _stored_side(group, side) == "row" else f.U
         # Stored in float32, orthonormal to 1e-7 only.
-        subspaces.append(torch.linalg.qr(span).Q)
+        subspaces.append(torch.linalg.qr(span.double()).Q)
     frames = []
     for i, j in combinations(range(len(subspaces)), 2):
         angle = np.degrees(_angles(subspaces[i], subspaces[j]))
@@ -346,31 +350,3 @@ def sign_conflict(groups: Groups, origin: Origin, parameter: str | None = None) 
         )
         _release(groups, group)
     return pd.DataFrame(rows)
-
-
-def tsv_interference(group: ParameterGroup, k: int, origin: Origin = "base") -> float:
-    """Singular Task Interference: ‖(UᵀU − I) Σ (VᵀV − I)‖_1 of all tasks' top-k directions.
-
-    U (m x Tk) and V (n x Tk) hold the tasks' singular vectors side by side, Σ their singular
-    values; the norm sums magnitudes of entries. 0 where the directions are all orthogonal.
-
-    Args:
-        group: a decomposed parameter.
-        k: directions kept of each task, at least 1.
-        origin: the paper takes task vectors about the base.
-
-    Returns:
-        The interference, in the unit of the weights; it grows with T and k.
-
-    Raises:
-        SuiteError: origin "base" without a base.
-
-    Source: arXiv:2412.00081, the definition of Singular Task Interference.
-    """
-    top = [f.head(k).to(torch.float64) for f in group.factors(origin, k)]
-    U = torch.cat([f.U for f in top], dim=1)
-    V = torch.cat([f.V for f in top], dim=1)
-    sigma = torch.cat([f.S for f in top])
-    identity = torch.eye(sigma.shape[0], dtype=torch.float64)
-    overlap_left, overlap_right = U.T @ U - identity, V.T @ V - identity
-    return float(((overlap_left * sigma) @ overlap_right).abs().sum())

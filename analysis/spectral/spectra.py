@@ -11,14 +11,16 @@ from typing import Literal, get_args
 
 import numpy as np
 import pandas as pd
+import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
 from analysis.spectral.noise_bounds import as_array, gavish_donoho_cut, noise_edge
 from merge_core.checkpoints.parameter_roles import describe
 from merge_core.factors.decomposition import singular_values
-from merge_core.factors.factorise import factorised
-from merge_core.factors.low_rank import as_matrix, directions
+from merge_core.factors.factorise import Wanted, decompose_ahead
+from merge_core.factors.low_rank import as_matrix, count_directions
+from merge_core.methods.spectral import energy_rank
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
@@ -68,22 +70,6 @@ def cumulative_energy(S: Tensor | ArrayLike) -> np.ndarray:
     return energy / energy[-1]
 
 
-def energy_rank(S: Tensor | ArrayLike, share: float) -> int:
-    """The smallest k with Σ_{i≤k} σ_i² ≥ share·Σσ².
-
-    Args:
-        S: singular values, descending.
-        share: part of the energy, in (0, 1].
-
-    Raises:
-        ValueError: share outside (0, 1].
-    """
-    if not 0 < share <= 1:
-        raise ValueError(f"share is {share}; a part of the energy lies in (0, 1]")
-    energy = cumulative_energy(S)
-    return int(np.searchsorted(energy, share)) + 1 if energy[-1] > 0 else 0
-
-
 def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
     """The parts a matrix can be looked at in: q, k and v too where it fuses them."""
     fused = group.decomposed and describe(group.name, group.info).parts
@@ -94,22 +80,22 @@ def with_factors(
     groups: Groups | ParameterGroup,
     origin: Origin,
     progress: Progress | None,
-    k: int | None = None,
+    wanted: Wanted = "singular values",
 ) -> Iterator[ParameterGroup]:
-    """The groups that have a spectrum, their factors made several at once.
+    """The groups that have a spectrum, decomposed several at once.
 
     Args:
         groups: the suite's parameters, or one of them that is decomposed.
         origin: what the task vectors are taken about.
         progress: told after each matrix.
-        k: how many singular vectors will be looked at; None for values only.
+        wanted: what will be looked at.
 
     Raises:
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
     if isinstance(groups, Groups):
-        yield from factorised(groups, origin, k, progress=progress)
+        yield from decompose_ahead(groups, origin, wanted, progress=progress)
         return
     yield groups
     if progress is not None:
@@ -121,8 +107,7 @@ def _spectra(
 ) -> tuple[tuple[int, int], list[np.ndarray]]:
     """Rows and columns of a part of a matrix, and its singular values for each task."""
     if part == "whole":
-        factors = group.factors(origin)
-        return factors[0].shape, [as_array(f.S) for f in factors]
+        return group.info.matrix_shape, [as_array(S) for S in group.singular_values(origin)]
     parts = parts_of(group)
     if part not in parts:
         raise ValueError(f"{group.name!r} has no part {part!r}; it has {', '.join(parts)}")
@@ -245,7 +230,7 @@ def _in_numbers(S: np.ndarray, m: int, n: int) -> dict[str, float]:
         "stable_rank": stable_rank(S),
         "effective_rank": effective_rank(S),
         "participation_ratio": participation_ratio(S),
-        "top_share": float(cumulative_energy(S)[directions(TOP_SHARE, S.size) - 1]),
-        "energy_rank_90": energy_rank(S, 0.9),
+        "top_share": float(cumulative_energy(S)[count_directions(TOP_SHARE, S.size) - 1]),
+        "energy_rank_90": energy_rank(torch.as_tensor(S), 0.9),
         "noise_rank": int(np.sum(noise_edge(S, m, n) < S)),
     }

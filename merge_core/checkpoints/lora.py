@@ -18,7 +18,12 @@ from typing import TYPE_CHECKING
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.dtypes import DTYPES, Dtype
-from merge_core.checkpoints.lora_config import CONFIG_FILE, AdapterConfig, read_adapter_config
+from merge_core.checkpoints.lora_config import (
+    CONFIG_FILE,
+    WEIGHT_FILES,
+    AdapterConfig,
+    read_adapter_config,
+)
 from merge_core.checkpoints.shards import TensorInfo
 from merge_core.checkpoints.tied import ties
 from merge_core.errors import CheckpointError
@@ -28,7 +33,6 @@ from merge_core.lazy import lazy
 if TYPE_CHECKING:
     from torch import Tensor
 
-WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 PREFIX = "base_model.model."
 # PEFT 0.21 applies this layer's update twice, whether it is merged or not: it has no one meaning.
 ATTENTION_OF_TORCH = ".base_layer.out_proj.lora_"

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from merge_core.errors import CheckpointError, explain_validation
 
 CONFIG_FILE = "adapter_config.json"
+WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 MOST_BYTES = 4 << 20
 LONGEST_PATTERN = 500
 MOST_PATTERNS = 2000

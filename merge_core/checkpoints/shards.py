@@ -42,6 +42,11 @@ class TensorInfo:
         return math.prod(self.shape)
 
     @property
+    def matrix_shape(self) -> tuple[int, int]:
+        """m and n of a weight as the matrix that is decomposed (:func:`.linalg.as_matrix`)."""
+        return self.shape[0], math.prod(self.shape[1:])
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes as stored."""
         return self.numel * self.dtype.itemsize

@@ -19,6 +19,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from merge_core.errors import Cancelled, ExecutorError
+from merge_core.work_sizes import AHEAD
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -26,7 +27,6 @@ Handle = TypeVar("Handle")
 
 RETRIES = 3
 POLL_SECONDS = 0.1
-AHEAD = 2
 
 
 class Executor(ABC):

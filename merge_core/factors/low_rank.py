@@ -1,34 +1,36 @@
-"""Exact low-rank algebra: singular value decompositions, truncations and their sums.
+"""Low-rank algebra: truncations of matrices, their directions, and sums of them.
 
 Notation: A is m x n with r = min(m, n) and A = U diag(S) Vᵀ, U m x r, V n x r, S descending.
+Two things can be asked of a matrix. :class:`Truncations` give SVD_k(A), right as a whole: the
+single columns of their factors are not singular vectors to rely on. :class:`Directions` give
+triplets u_i, σ_i, v_i that are each right by themselves.
 """
 
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Directions below which a matrix costs little, whatever is made of all of it.
-SMALL = 512
-# Rows of a matrix that are made at a time.
+from merge_core.work_sizes import SMALL
+
+# Rows of a matrix that are made at a time, so that they stay in the processor's cache.
 ROWS = 512
-# As many directions as there are.
-ALL = sys.maxsize
+# What directions are known to: they are stored in float32.
+DIRECTION_NOISE = 1e-6
 
 
 @dataclass(frozen=True)
-class Factors:
-    """Singular value decomposition of one matrix.
+class Directions:
+    """Singular triplets of one matrix, each right by itself; those that carry nothing are dropped.
 
     Attributes:
-        U: left singular vectors, m x r, orthonormal columns.
-        S: singular values, r, descending, non-negative.
-        V: right singular vectors (not transposed), n x r, orthonormal columns.
+        U: left singular vectors, m x q, orthonormal columns.
+        S: singular values, q, descending, positive.
+        V: right singular vectors (not transposed), n x q, orthonormal columns.
     """
 
     U: Tensor
@@ -37,70 +39,46 @@ class Factors:
 
     @property
     def rank(self) -> int:
-        """Number of directions held, r."""
+        """Number of directions held, q ≤ r."""
         return self.S.shape[0]
 
-    def left(self, k: int | None = None) -> Tensor:
-        """m x k: the first left singular vectors (all r when None)."""
-        return self.U[:, :k]
+    def head(self, k: int) -> Directions:
+        """The first k directions (all where there are fewer)."""
+        return Directions(self.U[:, :k], self.S[:k], self.V[:, :k])
 
-    def right(self, k: int | None = None) -> Tensor:
-        """n x k: the first right singular vectors (all r when None)."""
-        return self.V[:, :k]
-
-    def head(self, k: int | None = None) -> Factors:
-        """Both sides of the first k directions (all r when None)."""
-        return Factors(self.left(k), self.S[:k], self.right(k))
-
-    def pair(self, kept: slice) -> tuple[Tensor, Tensor]:
-        """Two matrices, m x k and n x k, whose product L Rᵀ is Σ_{i kept} σ_i u_i v_iᵀ."""
-        return self.U[:, kept] * self.S[kept], self.V[:, kept]
-
-    def truncated(self, k: int) -> Tensor:
-        """SVD_k(A) = Σ_{i≤k} σ_i u_i v_iᵀ, m x n (k beyond r gives all of A)."""
-        left, right = self.pair(slice(0, k))
-        return left @ right.T
-
-    def to(self, dtype: torch.dtype) -> Factors:
-        """The same factors in another dtype."""
-        return Factors(self.U.to(dtype), self.S.to(dtype), self.V.to(dtype))
+    def pad(self, k: int) -> Directions:
+        """k columns: the first directions, and zeros where there are fewer."""
+        head, more = self.head(k), (0, max(0, k - self.rank))
+        return Directions(
+            *(torch.nn.functional.pad(part, more) for part in (head.U, head.S, head.V))
+        )
 
 
-class SideFactors:
-    """Singular value decomposition of which one side is held and the other made when asked for.
-
-    The long side is the matrix times the short one: U = A V / S. A direction of zero weight has
-    a zero vector there.
+class Truncations:
+    """SVD_k(A) of one matrix for every k up to some number, as products of thin matrices.
 
     Args:
-        vectors: q x min(m, n), orthonormal rows: the short side's vectors, one a direction.
-        S: singular values, r, descending; those after the first q are zero unless `more` is given.
-        shape: m, n; the short side is U where m ≤ n, else V.
-        tall: gives rows of A, or of Aᵀ where the short side is U, when the long side is asked for.
-        sure_at: the number of leading directions that are known to span their space exactly
-            enough; None if any number is.
-        more: gives at least so many rows of the vectors, when more than q are asked for.
-        rough: whether small values are rough (see :class:`merge_core.factors.decomposition.Side`).
+        vectors: q x r, orthonormal rows: leading singular vectors on the short side, which is U
+            where m ≤ n, else V. Directions beyond them must be zero where `whole`.
+        errors: q relative errors of the truncations after k = 1 … q.
+        shape: m, n.
+        tall: gives rows of A, or of Aᵀ where the short side is U.
+        whole: whether the vectors are all that A has.
     """
 
     def __init__(
         self,
         vectors: Tensor,
-        S: Tensor,
+        errors: Tensor,
         shape: tuple[int, int],
         tall: Callable[[slice], Tensor],
-        sure_at: int | None = None,
-        more: Callable[[int], Tensor] | None = None,
-        rough: bool = False,
+        whole: bool,
     ) -> None:
-        self.S = S
-        self.sure_at = sure_at
-        self.rough = rough
         self.shape = shape
+        self.whole = whole
         self._vectors = vectors
+        self._errors = errors
         self._tall = tall
-        self._more = more
-        self._wide = shape[0] <= shape[1]
         self._long: Tensor | None = None
 
     @property
@@ -108,94 +86,67 @@ class SideFactors:
         """r = min(m, n)."""
         return min(self.shape)
 
-    def left(self, k: int | None = None) -> Tensor:
-        """m x k: the first left singular vectors (all r when None)."""
-        return self._short(slice(0, k)) if self._wide else self._unit(k)
+    def error(self, k: int) -> float:
+        """Bound of ‖result − SVD_k(A)‖_F / ‖SVD_k(A)‖_F; infinite where k is out of reach."""
+        if k <= len(self._errors):
+            return float(self._errors[k - 1]) if k else 0.0
+        return 0.0 if self.whole else math.inf
 
-    def right(self, k: int | None = None) -> Tensor:
-        """n x k: the first right singular vectors (all r when None)."""
-        return self._unit(k) if self._wide else self._short(slice(0, k))
+    def head(self, k: int) -> tuple[Tensor, Tensor]:
+        """Two matrices, m x k and n x k, whose product L Rᵀ is SVD_k(A)."""
+        return self._pair(slice(0, k))
 
-    def head(self, k: int | None = None) -> Factors:
-        """Both sides of the first k directions (all r when None)."""
-        return Factors(self.left(k), self.S[:k], self.right(k))
+    def tail(self, k: int) -> tuple[Tensor, Tensor]:
+        """Two thin matrices whose product L Rᵀ is A − SVD_k(A), where all vectors are held."""
+        return self._pair(slice(k, None))
 
-    def pair(self, kept: slice) -> tuple[Tensor, Tensor]:
-        """Two matrices, m x k and n x k, whose product L Rᵀ is Σ_{i kept} σ_i u_i v_iᵀ."""
-        long = self._weighted(kept)  # first: it may bring other vectors
-        short = self._short(kept)
-        return (short, long) if self._wide else (long, short)
-
-    def truncated(self, k: int) -> Tensor:
-        """SVD_k(A) = Σ_{i≤k} σ_i u_i v_iᵀ, m x n (k beyond r gives all of A)."""
-        left, right = self.pair(slice(0, k))
+    def truncate(self, k: int) -> Tensor:
+        """SVD_k(A), m x n (k ≥ r gives all of A)."""
+        left, right = self.head(k)
         return left @ right.T
 
-    def weigh(self, long: Tensor) -> None:
-        """Take over the long side of the first directions, times their values, made elsewhere."""
-        self._long = long
-
-    def _short(self, kept: slice) -> Tensor:
-        stop = kept.indices(self.rank)[1]
-        if self._more is not None and stop > self._vectors.shape[0]:
-            # Not those before, where they were turned for a cut: nor is their long side.
-            self._vectors, self._long = self._more(stop), None
-        vectors = self._vectors[kept].T
-        missing = len(range(*kept.indices(self.rank))) - vectors.shape[1]
-        return torch.nn.functional.pad(vectors, (0, missing)) if missing else vectors
-
-    def _weighted(self, kept: slice) -> Tensor:
-        """The long side's vectors times their values, A times the short side; kept for a while."""
-        start, stop, _ = kept.indices(self.rank)
+    def _pair(self, kept: slice) -> tuple[Tensor, Tensor]:
+        start, stop, _ = kept.indices(len(self._vectors))
         if self._long is None or self._long.shape[1] < stop:
             # A small matrix is worth all of its long side, from which every rank is a slice.
-            made = slice(0, None) if self.rank < SMALL else kept
-            product = product_with(self._tall, max(self.shape), self._short(made))
-            if made.start:
-                return product
-            self._long = product
-        return self._long[:, start:stop]
-
-    def _unit(self, k: int | None) -> Tensor:
-        """The long side's first vectors, orthonormal but for those of zero weight."""
-        weighted, live = self._weighted(slice(0, k)), self.S[:k] > 0
-        # Rounding leaves those of small weight slightly askew: QR sets them right in their order.
-        Q, R = torch.linalg.qr(weighted[:, live] / self.S[:k][live])
-        unit = torch.zeros_like(weighted)
-        unit[:, live] = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
-        return unit
+            made = None if self.rank < SMALL else stop
+            self._long = product(self._tall, max(self.shape), self._vectors[:made].T)
+        long, short = self._long[:, start:stop], self._vectors[start:stop].T
+        return (short, long) if self.shape[0] <= self.shape[1] else (long, short)
 
 
-def product_with(
-    tall: Callable[[slice], Tensor],
-    rows: int,
-    X: Tensor,
-    look: Callable[[Tensor, Tensor], None] | None = None,
-) -> Tensor:
-    """B X for a matrix that is made a few rows at a time, so that it stays in the cache.
+def product(tall: Callable[[slice], Tensor], rows: int, X: Tensor) -> Tensor:
+    """B X for a matrix that is made a few rows at a time.
 
     Args:
         tall: gives rows of B, rows x n.
         rows: how many it has.
         X: n x k.
-        look: told each block of B and its product.
 
     Returns:
         rows x k, in the dtype of X.
     """
-    product = torch.empty(rows, X.shape[1], dtype=X.dtype)
+    result = torch.empty(rows, X.shape[1], dtype=X.dtype)
     for start in range(0, rows, ROWS):
         part = slice(start, start + ROWS)
-        block = tall(part).to(X.dtype)
-        torch.mm(block, X, out=product[part])
-        if look is not None:
-            look(block, product[part])
-    return product
+        torch.mm(tall(part).to(X.dtype), X, out=result[part])
+    return result
 
 
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """m and n of a weight of this shape as the matrix that is decomposed (see `as_matrix`)."""
-    return shape[0], math.prod(shape[1:])
+def complete(rows: Tensor, S: Tensor, weighted: Tensor, wide: bool) -> Directions:
+    """Directions from those on the short side.
+
+    Args:
+        rows: q x r, orthonormal: the short side's vectors.
+        S: q singular values, positive.
+        weighted: the long side's vectors times their values, the matrix times the short side.
+        wide: whether the short side is U.
+    """
+    # What rounding of a strong direction leaves in a weak one is along the strong one: QR takes
+    # it out, in their order.
+    Q, R = torch.linalg.qr(weighted / S)
+    long, short = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype), rows.T
+    return Directions(short, S, long) if wide else Directions(long, S, short)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -206,21 +157,48 @@ def as_matrix(tensor: Tensor) -> Tensor:
 
     Raises:
         ValueError: fewer than two dimensions.
+
+    Example:
+        >>> as_matrix(torch.zeros(8, 3, 5, 5)).shape
+        torch.Size([8, 75])
     """
     if tensor.ndim < 2:
         raise ValueError(f"a tensor of shape {tuple(tensor.shape)} is not a matrix")
     return tensor.reshape(tensor.shape[0], -1)
 
 
+def resolution(weights: Tensor, dtype: torch.dtype | None = None) -> float:
+    """The largest singular value that rounding alone gives to a difference of such weights.
+
+    Rounded entries are off by up to ε|θ|/2 each, independently; the spectral norm of such a
+    matrix is about its largest row's norm plus its largest column's. Directions of a task vector
+    below it carry nothing.
+
+    Args:
+        weights: m x n.
+        dtype: in which they are stored; their own when None.
+
+    Source: Bandeira and van Handel, Ann. Probab. 44 (2016), theorem 1.1; entries are off by
+    0.21 ε on average, so that twice their bound's leading terms leave a margin.
+
+    Example:
+        >>> round(resolution(torch.ones(100, 100)) / torch.finfo(torch.float32).eps)
+        20
+    """
+    size = torch.linalg.vector_norm
+    largest = float(size(weights, dim=1).max()) + float(size(weights, dim=0).max())
+    return torch.finfo(dtype or weights.dtype).eps * largest
+
+
 def sum_of_truncations(
-    factors: Sequence[Factors | SideFactors],
+    terms: Sequence[Truncations],
     k: int | Sequence[int],
     total: Callable[[], Tensor],
 ) -> Tensor:
     """Σ_t SVD_k(A_t) in one product of stacked factors.
 
     Args:
-        factors: of T matrices A_t of one shape m x n.
+        terms: of T matrices A_t of one shape m x n.
         k: number of directions kept of each, or T such numbers; k ≥ r gives all of A_t.
         total: gives Σ_t A_t (m x n, or what broadcasts to it), from which the tails are
             subtracted when that is the smaller product (k > r/2).
@@ -228,69 +206,73 @@ def sum_of_truncations(
     Returns:
         m x n, in the factors' dtype.
     """
-    r = factors[0].rank
-    ranks = [k] * len(factors) if isinstance(k, int) else list(k)
-    from_the_end = 2 * sum(ranks) > r * len(factors)
-    kept = [slice(rank, r) if from_the_end else slice(0, rank) for rank in ranks]
-    pairs = [f.pair(part) for f, part in zip(factors, kept, strict=True)]
+    ranks = [k] * len(terms) if isinstance(k, int) else list(k)
+    from_the_end = 2 * sum(ranks) > terms[0].rank * len(terms) and all(t.whole for t in terms)
+    pairs = [
+        term.tail(rank) if from_the_end else term.head(rank)
+        for term, rank in zip(terms, ranks, strict=True)
+    ]
     left = torch.cat([left for left, _ in pairs], dim=1)
-    product = left @ torch.cat([right for _, right in pairs], dim=1).T
-    return total() - product if from_the_end else product
+    update = left @ torch.cat([right for _, right in pairs], dim=1).T
+    return total() - update if from_the_end else update
 
 
-def factors_of_product(left: Tensor, right: Tensor) -> SideFactors:
-    """Factors of L R from its thin factors, without making a decomposition of m x n.
+def decompose_product(left: Tensor, right: Tensor) -> Directions:
+    """Directions of L R from its thin factors, without making a decomposition of m x n.
 
     Args:
         left: L, m x q.
         right: R, q x n.
 
     Returns:
-        Factors in float32; no more than q values are not zero.
+        Directions in float64, at most q.
 
     Source: [derived] L = Q_1 R_1, Rᵀ = Q_2 R_2, and the SVD of the small R_1 R_2ᵀ.
+
+    Example:
+        >>> decompose_product(torch.ones(4, 1), torch.ones(1, 9)).S
+        tensor([6.], dtype=torch.float64)
     """
     Q1, R1 = torch.linalg.qr(left.double())
     Q2, R2 = torch.linalg.qr(right.double().T)
-    P, D, Qh = torch.linalg.svd(R1 @ R2.T, full_matrices=False)
-    shape = left.shape[0], right.shape[1]
-    side = (Q1 @ P).T if shape[0] <= shape[1] else Qh @ Q2.T
-    live = D > 1e-12 * D[:1]
-    S = torch.zeros(min(shape))
-    S[: D.numel()] = (D * live).float()
-
-    def tall(part: slice) -> Tensor:
-        if shape[0] <= shape[1]:
-            return (right[:, part].T @ left.T).float()
-        return (left[part] @ right).float()
-
-    return SideFactors(side.float().contiguous(), S, shape, tall)
+    P, S, Qh = torch.linalg.svd(R1 @ R2.T, full_matrices=False)
+    live = S > 1e-12 * S[:1]
+    return Directions((Q1 @ P)[:, live], S[live], (Q2 @ Qh.T)[:, live])
 
 
-def orthogonalised(X: Tensor) -> Tensor:
+def orthogonalize(X: Tensor, noise: float = 1e-12) -> Tensor:
     """The nearest matrix with orthonormal columns or rows: P Qᵀ of the thin SVD X = P D Qᵀ.
-
-    Directions that X does not have (singular values below 1e-12 of the first) are left out.
 
     Args:
         X: m x n.
+        noise: what its entries are known to, relative to the first singular value; directions
+            that X does not have but for that are left out.
 
     Returns:
         m x n; ``XᵀX = I`` where X has full column rank, ``XXᵀ = I`` where it has full row rank.
 
     Source: orthogonal Procrustes; used by TSV-M, arXiv:2412.00081, equation 9.
+
+    Example:
+        >>> orthogonalize(torch.tensor([[2.0, 0.0], [0.0, 0.5]]))
+        tensor([[1., 0.],
+                [0., 1.]])
     """
     P, D, Qh = torch.linalg.svd(X, full_matrices=False)
-    live = D > 1e-12 * D[0] if D.numel() else D > 0
+    live = D > noise * D[0] if D.numel() else D > 0
     return (P * live) @ Qh
 
 
-def directions(rank: float | int, r: int) -> int:
+def count_directions(rank: float | int, r: int) -> int:
     """Number of directions k that a declared rank means for a matrix with r = min(m, n).
 
     A float ρ in (0, 1] is a share, k = max(1, floor(ρ·r)); an integer is k itself, at most r.
 
     Source: CART, arXiv:2412.12153; the authors' code takes the floor.
+
+    Example:
+        >>> count_directions(0.08, 768), count_directions(16, 768)
+        (61, 16)
     """
     if isinstance(rank, int):
         return min(rank, r)

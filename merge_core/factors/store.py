@@ -1,10 +1,8 @@
-"""Factors of task vectors, computed once and kept: in memory, and on disk by content.
+"""Decompositions of task vectors, made once and kept: in memory, and on disk by content.
 
-Changing the rank or the scale of a merge does not decompose again (see :meth:`FactorStore.get` for
-two exceptions): a factor is known by the digests of the checkpoint and of the origin it is taken
-about, and the parameter's name. Only the
-short side is stored; the long one is a product with the task vector itself. Of large matrices the
-first vectors are made, and the reduction is kept, from which further ones follow when asked for.
+A decomposition is known by the digests of the checkpoint and of the origin it is taken about, and
+the parameter's name, so that another rank, scale or page does not decompose again. Only the short
+side is stored; the long one is a product with the task vector itself.
 """
 
 from __future__ import annotations
@@ -14,6 +12,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -23,32 +22,49 @@ from safetensors.torch import save
 from torch import Tensor
 
 from merge_core.errors import OutputError
-from merge_core.factors.decomposition import BLOCKS, Route, Side, cut, extended, short_side
-from merge_core.factors.low_rank import SMALL, SideFactors
-from merge_core.factors.tridiagonal import Reduction
+from merge_core.factors.decomposition import (
+    Route,
+    Side,
+    is_clear,
+    leading_side,
+    singular_values,
+    whole_side,
+)
+from merge_core.factors.low_rank import Directions, Truncations, complete, product
 from merge_core.files import cache_dir, digest_of, evict, factors_limit, write_atomically
+from merge_core.work_sizes import LEADING_SHARES, SMALL
 
-FORMAT = "factors-3"
-# What SVD_k of a task vector may be off by, relative to its norm; the estimate is rarely too low.
-TOLERANCE = 5e-5
+FORMAT = "factors-4"
+# What SVD_k of a task vector may be off by, relative to its norm.
+TOLERANCE = 1e-4
 LOOK_EVERY = 256 << 20
 
-Tall = Callable[[torch.dtype, slice], Tensor]
 
+@dataclass(frozen=True)
+class TaskMatrix:
+    """One task vector's matrix, made a few rows at a time when it is asked for.
 
-def _sound(side: Side, r: int) -> bool:
-    """Whether what was stored can be a decomposition: unit vectors, finite descending values."""
-    vectors, S, parts = side.vectors, side.S, side.reduction
-    if S.shape != (r,) or vectors.ndim != 2 or vectors.shape[1] != r or len(vectors) > r:
-        return False
-    if len(vectors) < r and parts is None:
-        return False
-    ordered = bool((S[:-1] >= S[1:]).all() and S.isfinite().all())
-    return ordered and bool(((vectors.norm(dim=1) - 1).abs() < 1e-3).all())
+    Attributes:
+        key: its content: digests of expert and origin, and the parameter's name.
+        shape: m, n.
+        dtype: that it can be made in at least, float32 or float64.
+        tall: makes rows of it, of its transpose where m ≤ n.
+        floor: gives the singular value up to which the stored numbers resolve nothing.
+    """
+
+    key: tuple[str, str, str]
+    shape: tuple[int, int]
+    dtype: torch.dtype
+    tall: Callable[[torch.dtype, slice], Tensor]
+    floor: Callable[[], float]
+
+    def whole(self) -> Tensor:
+        """All rows of the taller of the matrix and its transpose."""
+        return self.tall(self.dtype, slice(None))
 
 
 class FactorStore:
-    """Factors by content key, on disk as float32 safetensors and in memory up to a limit.
+    """Decompositions by content key, on disk as float32 safetensors and in memory up to a limit.
 
     Several threads and processes may share one folder: files appear whole or not at all, and the
     least recently used go first when there are too many.
@@ -56,9 +72,12 @@ class FactorStore:
     Args:
         folder: where files lie; None for ``factors/`` in the cache folder.
         memory_bytes: limit of what is kept in memory; the least recently used goes first.
-        route: how matrices are decomposed (see
-            :func:`merge_core.factors.decomposition.short_side`).
+        route: how whole matrices are decomposed (see
+            :func:`merge_core.factors.decomposition.whole_side`); with ``"svd"`` every one is.
         disk_bytes: limit of the folder; ``$MERGESCOPE_FACTORS_GB``, else 20 GiB when None.
+
+    Attributes:
+        decompositions: how many were made.
     """
 
     def __init__(
@@ -78,110 +97,101 @@ class FactorStore:
         self._memory: OrderedDict[str, Side] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(
-        self,
-        member: str,
-        origin: str,
-        parameter: str,
-        tall: Tall,
-        shape: tuple[int, int],
-        k: int | None = None,
-    ) -> SideFactors:
-        """The factors of one task vector's matrix, decomposed only if never seen before.
+    def singular_values(self, matrix: TaskMatrix) -> Tensor:
+        """All r singular values, float32, each right to float32's precision (3e-8 of the first)."""
+        side = self._find(matrix, self.route)
+        if side is None and (self.route == "svd" or min(matrix.shape) < SMALL):
+            side = self._get(matrix, self.route)
+        return (side or self._get(matrix, "values")).S
+
+    def truncations(self, matrix: TaskMatrix, k: int) -> Truncations:
+        """SVD_k of a matrix, to within :data:`TOLERANCE` of its norm, and perhaps at other ranks.
+
+        Of a large matrix a share of its directions is found in float32. Where that cannot tell
+        kept from dropped ones (close singular values, or far below the first), all of them are
+        in float64.
 
         Args:
-            member: content digest of the expert.
-            origin: content digest of what it is taken about (the base, or all experts averaged).
-            parameter: the parameter's name.
-            tall: makes rows of the m x n matrix, of its transpose where m ≤ n, in float32 or
-                float64.
-            shape: m, n.
-            k: how many leading directions must span their space to within a relative error of
-                SVD_k of about 1e-4; where float32 does not reach that (close singular values),
-                the matrix is decomposed once more in float64. None asks for values and single
-                directions only, whose vectors are made when they are looked at. Where most values
-                are small, a merge leaves those rough: they are made when they are asked for.
-
-        Returns:
-            Factors in float32.
+            matrix: of a task vector.
+            k: how many directions must be within reach.
         """
-        key = digest_of(FORMAT, self.route, member, origin, parameter)
-        rows = partial(tall, torch.float32)
-        wanted = 0 if k is None else min(k, min(shape))
-        made: Callable[[slice], Tensor] = rows
-        side = self._known(key, shape, k)
+        r = min(matrix.shape)
+        tall = partial(matrix.tall, torch.float32)
+        side = self._find(matrix, self.route)
+        if side is None and self._is_large(matrix):
+            count = next((r // share for share in LEADING_SHARES if k < r // share), None)
+            if count is not None:
+                with suppress(ArithmeticError):
+                    part = self._get(matrix, f"leading-{count}")
+                    terms = Truncations(part.vectors, part.errors, matrix.shape, tall, False)
+                    if terms.error(k) <= TOLERANCE:
+                        return terms
+        side = side or self._get(matrix, self.route)
+        return Truncations(side.vectors, side.errors, matrix.shape, tall, True)
+
+    def directions(self, matrix: TaskMatrix, k: int | None = None) -> Directions:
+        """Leading directions, each right by itself, float32; those that carry nothing are dropped.
+
+        Args:
+            matrix: of a task vector.
+            k: how many at most; all when None.
+        """
+        side, floor = self._get(matrix, self.route), matrix.floor()
+        if self.route == "gram" and not is_clear(side.S[:k], floor):
+            side = self._get(matrix, "svd")
+        S = side.S[:k].double()
+        live = S > max(floor, torch.finfo(torch.float64).eps * max(matrix.shape) * float(S[0]))
+        rows, S = side.vectors[:k][live].double(), S[live]
+        # In float64: what rounds here is measured by the first singular value, not by the own.
+        weighted = product(partial(matrix.tall, torch.float64), max(matrix.shape), rows.T)
+        found = complete(rows, S, weighted, wide=matrix.shape[0] <= matrix.shape[1])
+        return Directions(found.U.float(), found.S.float(), found.V.float())
+
+    def _is_large(self, matrix: TaskMatrix) -> bool:
+        """Whether float32 on the CPU is worth its care."""
+        exact = self.route == "svd" or matrix.dtype == torch.float64
+        return min(matrix.shape) >= SMALL and not exact and not torch.cuda.is_available()
+
+    def _get(self, matrix: TaskMatrix, kind: str) -> Side:
+        """One kind of decomposition, made if it was never made before.
+
+        Raises:
+            ArithmeticError: LAPACK fails.
+        """
+        side = self._find(matrix, kind)
         if side is None:
-            B = tall(torch.float32, slice(None))
-            made = B.__getitem__  # for the cut: not made a second time
-            side = self._made(key, B, shape, wanted)
-        self._remember(key, side)
-        if side.noise == 0:
-            return SideFactors(side.vectors, side.S, shape, rows)
-        more = partial(self._more, key, tall, shape)
-        if k is None:  # no number of leading directions was asked for
-            return SideFactors(side.vectors, side.S, shape, rows, sure_at=0, more=more)
-        side = self._extended(key, side, tall, shape, wanted)
-        ready = cut(side, made, max(shape), k, TOLERANCE)
-        if ready.error > TOLERANCE and side.reduction is not None:
-            # With the directions after the cut at hand it can be turned back.
-            side = self._extended(key, side, tall, shape, k + min(shape) // BLOCKS)
-            ready = cut(side, made, max(shape), k, TOLERANCE)
-        if ready.error > TOLERANCE:
-            side = self._made(key, tall(torch.float64, slice(None)), shape)
-            self._remember(key, side)
-            return SideFactors(side.vectors, side.S, shape, rows)
-        factors = SideFactors(ready.side.vectors, side.S, shape, rows, k, more, side.rough)
-        if ready.long is not None:
-            factors.weigh(ready.long)
-        return factors
+            side = self._keep(self._key(matrix, kind), _decompose(matrix, kind))
+            with self._lock:
+                self.decompositions += 1
+        return side
 
-    def _made(self, key: str, B: Tensor, shape: tuple[int, int], wanted: int | None = None) -> Side:
-        """Decompose a matrix, given as the taller of itself and its transpose; keep on disk."""
-        A = (B.T if shape[0] <= shape[1] else B).to(_device(B))
-        side = short_side(A, self.route, wanted)
+    def _find(self, matrix: TaskMatrix, kind: str) -> Side | None:
+        """What is stored of a matrix, in memory or on disk."""
+        key = self._key(matrix, kind)
         with self._lock:
-            self.decompositions += 1
-        return self._kept(key, side, shape)
-
-    def _more(self, key: str, tall: Tall, shape: tuple[int, int], wanted: int) -> Tensor:
-        """At least so many vectors of a matrix that was seen before."""
-        side = self._known(key, shape, wanted)
-        if side is None:  # evicted meanwhile, or too rough
-            side = self._made(key, tall(torch.float32, slice(None)), shape, wanted)
-        return self._extended(key, side, tall, shape, wanted).vectors
-
-    def _extended(
-        self, key: str, side: Side, tall: Tall, shape: tuple[int, int], wanted: int
-    ) -> Side:
-        """The side with at least so many vectors, kept where they had to be made."""
-        if side.reduction is None or len(side.vectors) >= min(wanted, min(shape)):
-            return side
-        try:
-            side = self._kept(key, extended(side, wanted), shape)
-        except ArithmeticError:
-            side = self._made(key, tall(torch.float32, slice(None)), shape)
+            if key in self._memory:
+                self._memory.move_to_end(key)
+                return self._memory[key]
+        side = self._read(key)
+        if side is None or not _is_sound(side, min(matrix.shape)):
+            # Absent, written by a killed process or damaged since: made afresh and replaced.
+            return None
         self._remember(key, side)
         return side
 
-    def _kept(self, key: str, side: Side, shape: tuple[int, int]) -> Side:
+    @staticmethod
+    def _key(matrix: TaskMatrix, kind: str) -> str:
+        return digest_of(FORMAT, kind, *matrix.key)
+
+    def _keep(self, key: str, side: Side) -> Side:
         """Write to disk; what was written, whose pages can be dropped by the system."""
-        tensors = {"vectors": side.vectors, "S": side.S}
-        if side.reduction is not None:
-            tensors |= vars(side.reduction)
-        if side.rough:
-            tensors["rough"] = torch.ones(1, dtype=torch.bool)
-        data = save(tensors, {"noise": repr(side.noise)})
+        data = save(vars(side))
         # A full or read-only cache costs time, never the result.
         with suppress(OutputError):
             write_atomically(self._path(key), data)
             self._make_room(len(data))
-        return self._read(key, shape) or side
-
-    def _known(self, key: str, shape: tuple[int, int], k: int | None) -> Side | None:
-        """What is stored, if its values and vectors are good enough for so many directions."""
-        side = self._remembered(key) or self._read(key, shape)
-        if side is not None and side.rough and (k is None or 3 * k > min(shape)):
-            return None
+        side = self._read(key) or side
+        self._remember(key, side)
         return side
 
     def _path(self, key: str) -> Path:
@@ -198,26 +208,15 @@ class FactorStore:
             with suppress(OSError):
                 evict(self.folder, self._disk_limit)
 
-    def _read(self, key: str, shape: tuple[int, int]) -> Side | None:
+    def _read(self, key: str) -> Side | None:
         path = self._path(key)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                noise = float((file.metadata() or {})["noise"])
-                held = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                side = Side(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
             os.utime(path)
-            vectors, S, rough = held.pop("vectors"), held.pop("S"), "rough" in held
-            held.pop("rough", None)
-            side = Side(vectors, S, noise, Reduction(**held) if held else None, rough)
-        except (SafetensorError, OSError, KeyError, ValueError, TypeError):
-            # Absent, written by a killed process or damaged since: computed afresh and replaced.
+        except (SafetensorError, OSError, TypeError):
             return None
-        return side if _sound(side, min(shape)) else None
-
-    def _remembered(self, key: str) -> Side | None:
-        with self._lock:
-            if key in self._memory:
-                self._memory.move_to_end(key)
-            return self._memory.get(key)
+        return side
 
     def _remember(self, key: str, side: Side) -> None:
         with self._lock:
@@ -231,14 +230,31 @@ class FactorStore:
                 self._held -= _size(old)
 
 
+def _decompose(matrix: TaskMatrix, kind: str) -> Side:
+    """A decomposition of one kind: of all directions by a route, of leading ones, or values."""
+    B = matrix.whole()
+    if kind.startswith("leading-"):
+        return leading_side(B, int(kind.removeprefix("leading-")))
+    if min(matrix.shape) >= SMALL and torch.cuda.is_available():
+        B = B.cuda()
+    if kind == "values":
+        S = singular_values(B).float().cpu()
+        return Side(torch.empty(0, len(S)), S, torch.empty(0))
+    return whole_side(B, "svd" if kind == "svd" else "gram")
+
+
+def _is_sound(side: Side, r: int) -> bool:
+    """Whether what was stored can be a decomposition: unit vectors, finite descending values."""
+    vectors, S, errors = side.vectors, side.S, side.errors
+    if {tensor.dtype for tensor in vars(side).values()} != {torch.float32}:
+        return False
+    if vectors.ndim != 2 or vectors.shape[1] != r or S.shape not in {(r,), (len(vectors),)}:
+        return False
+    if errors.shape != (len(vectors),) or not bool((errors >= 0).all()):
+        return False
+    ordered = bool((S[:-1] >= S[1:]).all() and S.isfinite().all())
+    return ordered and bool(((vectors.norm(dim=1) - 1).abs() < 1e-3).all())
+
+
 def _size(side: Side | None) -> int:
-    if side is None:
-        return 0
-    parts = [] if side.reduction is None else list(vars(side.reduction).values())
-    return sum(tensor.nbytes for tensor in (side.vectors, side.S, *parts))
-
-
-def _device(A: Tensor) -> torch.device:
-    """Where a matrix is decomposed: on a GPU, if there is one and the matrix is large."""
-    large = min(A.shape) >= SMALL and torch.cuda.is_available()
-    return torch.device("cuda") if large else A.device
+    return 0 if side is None else sum(tensor.nbytes for tensor in vars(side).values())

@@ -12,14 +12,13 @@ from pathlib import PurePosixPath
 
 from merge_core.checkpoints.checkpoint import FOLDER_CANDIDATES
 from merge_core.checkpoints.companions import COMPANIONS
+from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES
 from merge_core.checkpoints.shards import PICKLE_SUFFIXES, TORCH_SUFFIXES
 from merge_core.errors import HubError
 
 SCHEME = "hf://"
 MAIN = "main"
-ADAPTER_CONFIG = "adapter_config.json"
-ADAPTERS = ("adapter_model.safetensors", "adapter_model.bin")
-BESIDE = (*COMPANIONS, ADAPTER_CONFIG, "README.md")
+BESIDE = (*COMPANIONS, CONFIG_FILE, "README.md")
 # A trainer leaves these beside the weights, under endings that weights have too.
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")
 
@@ -131,8 +130,8 @@ def entry_file(names: Collection[str], wanted: str | None, repo: str) -> str:
         name for name in here if name.endswith(TORCH_SUFFIXES) and not name.startswith(NOT_WEIGHTS)
     ]
     usual = [name for name in FOLDER_CANDIDATES if name in here]
-    if ADAPTER_CONFIG in here:
-        usual += [name for name in ADAPTERS if name in here]
+    if CONFIG_FILE in here:
+        usual += [name for name in WEIGHT_FILES if name in here]
     first = [name for name in usual if "safetensors" in name]
     if not first and len(safe) == 1:
         first = safe
@@ -152,11 +151,6 @@ def entry_file(names: Collection[str], wanted: str | None, repo: str) -> str:
 def is_weights(name: str) -> bool:
     """Whether a file's ending is one that weights, or their index, have."""
     return name.endswith((".safetensors", ".index.json", *PICKLE_SUFFIXES))
-
-
-def is_adapter(entry: str) -> bool:
-    """Whether weights are those of a PEFT adapter, which opens by its folder."""
-    return PurePosixPath(entry).name in ADAPTERS
 
 
 def companions(names: Collection[str], entry: str) -> list[str]:

@@ -14,7 +14,7 @@ from merge_core.checkpoints.shards import TensorInfo
 from merge_core.errors import HubError
 from merge_core.hub.client import MEGABYTE, api, cache_folder, fetch_file
 from merge_core.hub.errors import explained
-from merge_core.hub.files import HubId, is_adapter
+from merge_core.hub.files import HubId
 from merge_core.hub.models import HubModel, beside, not_here
 from merge_core.progress import Progress
 
@@ -87,7 +87,7 @@ def headers(model: HubModel, progress: Progress | None = None) -> HubHeaders:
             access, no network.
         Cancelled: `progress` was cancelled.
     """
-    if is_adapter(model.entry):
+    if model.is_adapter:
         whole = "an adapter, whose base decides what it changes"
     elif not all(name.endswith(".safetensors") for name in model.weights):
         whole = "pickled weights, whose shapes stand at no known place"

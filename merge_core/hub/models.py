@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from merge_core.checkpoints.header_checks import read_index
+from merge_core.checkpoints.lora import is_adapter
+from merge_core.checkpoints.lora_config import WEIGHT_FILES
 from merge_core.errors import Cancelled, CheckpointError, HubError
 from merge_core.hub.client import (
     MEGABYTE,
@@ -28,11 +30,9 @@ from merge_core.hub.client import (
 )
 from merge_core.hub.errors import explained
 from merge_core.hub.files import (
-    ADAPTER_CONFIG,
     HubId,
     companions,
     entry_file,
-    is_adapter,
     is_plain_path,
 )
 from merge_core.progress import Progress
@@ -66,6 +66,11 @@ class HubModel:
     entry: str
     weights: tuple[str, ...]
     files: dict[str, RemoteFile]
+
+    @property
+    def is_adapter(self) -> bool:
+        """Whether its weights are those of a PEFT adapter, which opens by its folder."""
+        return PurePosixPath(self.entry).name in WEIGHT_FILES
 
     @property
     def nbytes(self) -> int:
@@ -140,9 +145,9 @@ def cached(text: str) -> Path | None:
     except CheckpointError:  # parts of it only
         return None
     path = folder / entry
-    if not is_adapter(entry):
+    if path.name not in WEIGHT_FILES:
         return path
-    return path.parent if (path.parent / ADAPTER_CONFIG).is_file() else None
+    return path.parent if is_adapter(path) else None
 
 
 def local(text: str, progress: Progress | None = None) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,8 +12,7 @@ from torch import Tensor
 from merge_core.errors import RecipeError, SuiteError
 from merge_core.executors.base import Executor
 from merge_core.executors.local import Serial, Threads
-from merge_core.factors.decomposition import Route
-from merge_core.factors.factorise import opened
+from merge_core.factors.factorise import StoredGroups
 from merge_core.factors.store import FactorStore
 from merge_core.merging.recipe import Recipe, checked_parameters
 from merge_core.methods import get_postprocessor, methods
@@ -139,8 +137,8 @@ def merged_tensors(
 
         results = where.map(here, wanted, progress.cancel)
     else:
-        unit = _Unit.of(groups, recipe, run, task)
-        results = where.map(unit, [group.name for group in wanted], progress.cancel)
+        there = _Merge(StoredGroups.of(groups), recipe, run, task)
+        results = where.map(there, [group.name for group in wanted], progress.cancel)
     for done, group in enumerate(wanted, len(groups) - len(wanted)):
         progress.step(done, len(groups), group.name)
         merged = next(results)
@@ -167,26 +165,16 @@ def _merged(
 
 
 @dataclass(frozen=True)
-class _Unit:
-    """Merges a parameter by its name in a worker that shares files, not memory, with the caller."""
+class _Merge:
+    """Merges a parameter by its name, in a worker that shares files, not memory."""
 
-    suite: str
-    tasks: tuple[str, ...]
-    factors: Path
-    route: Route
+    stored: StoredGroups
     recipe: Recipe
     run: Run
     task: str | None
 
-    @classmethod
-    def of(cls, groups: Groups, recipe: Recipe, run: Run, task: str | None) -> _Unit:
-        store = groups.store
-        path = str(groups.suite.path)
-        return cls(path, groups.tasks, store.folder, store.route, recipe, run, task)
-
     def __call__(self, name: str) -> Tensor:
-        groups = opened(self.suite, self.tasks, self.factors, self.route)
-        return _merged(groups[name], self.recipe, self.run, self.task, keep=False)
+        return _merged(self.stored.parameter(name), self.recipe, self.run, self.task, keep=False)
 
 
 def _rule(

@@ -10,14 +10,7 @@ from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl, quote, urlencode
 
 import yaml
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    Field,
-    StringConstraints,
-    ValidationError,
-    model_validator,
-)
+from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from merge_core.errors import RecipeError, explain_validation
 from merge_core.files import digest_of, path_below
@@ -29,9 +22,10 @@ from merge_core.methods.declaration import (
     Run,
     settled,
 )
+from merge_core.strict_model import StrictModel
 from merge_core.suites.suite import BUNDLED, Suite, load_suite
 from merge_core.task_vectors import Origin
-from merge_core.yaml_text import load_yaml, read_text_file
+from merge_core.yaml_text import dump_yaml, load_yaml, read_text_file
 
 LATER_FIELDS = ("origin", "weights", "overrides", "then")
 # As in YAML: without control characters.
@@ -39,11 +33,7 @@ Text = Annotated[str, StringConstraints(pattern=r"^[^\x00-\x08\x0b-\x1f\x7f-\x9f
 Dtype = Literal["input", "float32", "float16", "bfloat16", "float64"]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class Override(_Strict):
+class Override(StrictModel):
     """Other parameter values for some of the model's parameters.
 
     Attributes:
@@ -55,7 +45,7 @@ class Override(_Strict):
     parameters: dict[str, Any] = Field(min_length=1)
 
 
-class Step(_Strict):
+class Step(StrictModel):
     """A post-processor of the merged update, with its parameters."""
 
     method: str
@@ -71,7 +61,7 @@ class Step(_Strict):
         return {**data, "parameters": checked.model_dump()}
 
 
-class Recipe(_Strict):
+class Recipe(StrictModel):
     """Everything that determines a merge.
 
     Attributes:
@@ -172,9 +162,7 @@ class Recipe(_Strict):
         for field in ("weights", "overrides", "then"):  # what is not used is not written
             if not document[field]:
                 del document[field]
-        return yaml.safe_dump(
-            document, sort_keys=False, allow_unicode=True, default_flow_style=None, width=100
-        )
+        return dump_yaml(document, flow=None, width=100)
 
     def to_query(self) -> str:
         """The recipe as a link's query; :func:`recipe_from_query` gives an equal one back."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.factors.low_rank import as_matrix, directions
+from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
@@ -34,7 +34,7 @@ def merge(group: ParameterGroup, parameters: CartParameters, run: Run) -> Tensor
     """θ_avg + λ Σ_t SVD_k(C_t) of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
-    k = directions(parameters.rank, min(as_matrix(group.average).shape))
+    k = count_directions(parameters.rank, min(as_matrix(group.average).shape))
     update = group.sum_of_truncations("average", k)
     return torch.add(group.average, update, alpha=parameters.scale)
 

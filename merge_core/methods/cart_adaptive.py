@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.factors.low_rank import directions
+from merge_core.factors.low_rank import count_directions
 from merge_core.methods.adamerging import rate_parameter, steps_parameter
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
-from merge_core.methods.spectral import AVERAGED, matrix_shape
+from merge_core.methods.spectral import AVERAGED
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -35,12 +35,12 @@ class CartAdaptiveParameters(MethodParameters):
 
 def truncations(group: ParameterGroup, parameters: CartAdaptiveParameters) -> Tensor:
     """T x shape: SVD_k(C_t) of one matrix, for each task."""
-    r = min(matrix_shape(group))
-    k = directions(parameters.rank, r)
+    r = min(group.info.matrix_shape)
+    k = count_directions(parameters.rank, r)
     centred = group.task_vectors("average")
     if k == r:  # all directions are the vector itself, without the factors' rounding
         return centred
-    kept = torch.stack([factors.truncated(k) for factors in group.factors("average", k)])
+    kept = torch.stack([term.truncate(k) for term in group.truncations("average", k)])
     return kept.reshape(centred.shape).to(centred.dtype)
 
 

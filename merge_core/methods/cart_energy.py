@@ -8,7 +8,7 @@ from torch import Tensor
 from merge_core.factors.low_rank import sum_of_truncations
 from merge_core.methods.cart import warnings
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.spectral import AVERAGED
+from merge_core.methods.spectral import AVERAGED, energy_rank
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -33,26 +33,15 @@ class CartEnergyParameters(MethodParameters):
     )
 
 
-def energy_rank(S: Tensor, energy: float) -> int:
-    """The smallest k ≥ 1 with Σ_{i≤k} σ_i² ≥ energy · Σ σ_i².
-
-    Args:
-        S: r singular values, descending.
-        energy: share in [0, 1].
-    """
-    reached = S.double().square().cumsum(dim=0)
-    return int((reached >= energy * reached[-1]).int().argmax()) + 1
-
-
 def merge(group: ParameterGroup, parameters: CartEnergyParameters, run: Run) -> Tensor:
     """θ_avg + λ Σ_t SVD_{k_t}(C_t) of one matrix; the average of anything else."""
     # All of the centred vectors sum to zero exactly; their rounded factors do not.
     if not group.decomposed or parameters.energy == 1:
         return group.average
-    factors = group.factors("average")
-    ranks = [energy_rank(f.S, parameters.energy) for f in factors]
+    ranks = [energy_rank(S, parameters.energy) for S in group.singular_values("average")]
+    terms = group.truncations("average", ranks)
     # Σ_t C_t = 0: what the tails are subtracted from, where they are the smaller product.
-    update = sum_of_truncations(factors, ranks, lambda: torch.zeros(1))
+    update = sum_of_truncations(terms, ranks, lambda: torch.zeros(1))
     update = update.reshape(group.average.shape)
     return group.average + parameters.scale * update.to(group.average.dtype)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from merge_core.factors.low_rank import directions
+from merge_core.factors.low_rank import count_directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
-from merge_core.methods.spectral import factored_bytes, matrix_shape
+from merge_core.methods.spectral import factored_bytes
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -35,17 +35,17 @@ def merge_for(
     """θ_avg + λ SVD_k(C_t) of one matrix; θ_avg + λ C_t of anything else."""
     residual = group.experts[place] - group.average
     if group.decomposed:
-        r = min(matrix_shape(group))
-        k = directions(parameters.rank, r)
+        r = min(group.info.matrix_shape)
+        k = count_directions(parameters.rank, r)
         if k < r:  # all directions are the residual itself, without the factors' rounding
-            kept = group.factors("average", k)[place].truncated(k)
+            kept = group.truncations("average", k)[place].truncate(k)
             residual = kept.reshape(residual.shape).to(residual.dtype)
     return group.average + parameters.scale * residual
 
 
 def storage(group: ParameterGroup, parameters: CartIndexingParameters, run: Run) -> int:
     """θ_avg and k(m + n + 1) numbers a task of one matrix; each expert's own of the rest."""
-    k = directions(parameters.rank, min(matrix_shape(group))) if group.decomposed else 0
+    k = count_directions(parameters.rank, min(group.info.matrix_shape)) if group.decomposed else 0
     return factored_bytes(group, k)
 
 

@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 from torch import Tensor
 
 from merge_core.progress import Progress
+from merge_core.strict_model import StrictModel
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
 
@@ -37,10 +38,10 @@ Rank = Annotated[float | int, BeforeValidator(_check_rank)]
 """A share of min(m, n) when a float in (0, 1], a number of directions when an integer ≥ 1."""
 
 
-class MethodParameters(BaseModel):
+class MethodParameters(StrictModel):
     """Base of every method's parameters: unknown fields are refused, values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+    model_config = ConfigDict(allow_inf_nan=False)
 
 
 def parameter(

@@ -28,10 +28,8 @@ def merge(group: ParameterGroup, parameters: IsoCParameters, run: Run) -> Tensor
     if not group.decomposed:
         return group.average
     total = as_matrix(group.experts.double().sum(dim=0) - len(group.tasks) * group.base.double())
-    # LAPACK's own route: every direction counts alike here, the smallest as much as the first.
-    factors = decompose(total, route="svd")
-    live = factors.S > 1e-12 * factors.S[0]
-    update = factors.S.mean() * (factors.U * live) @ factors.V.T
+    found = decompose(total)
+    update = found.S.sum() / min(total.shape) * found.U @ found.V.T
     return group.base + parameters.scale * update.to(group.base.dtype).reshape(group.base.shape)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.factors.low_rank import orthogonalised
+from merge_core.factors.low_rank import orthogonalize
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.spectral import AVERAGED, DEAD, moved, task_matrices
 from merge_core.task_vectors import ParameterGroup
@@ -64,8 +64,8 @@ def merge(group: ParameterGroup, parameters: IsoCtsParameters, run: Run) -> Tens
     kept = torch.cat(values)
     # Directions without weight are arbitrary: they count in the mean but add nothing.
     live = kept > DEAD * torch.linalg.matrix_norm(tau).max()
-    left = orthogonalised(torch.cat(lefts, dim=1) * live)
-    right = orthogonalised(torch.cat(rights, dim=1) * live)
+    left = orthogonalize(torch.cat(lefts, dim=1) * live)
+    right = orthogonalize(torch.cat(rights, dim=1) * live)
     return moved(group, run.origin, parameters.scale * kept.mean() * left @ right.T)
 
 

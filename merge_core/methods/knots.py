@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from merge_core.factors.decomposition import decompose
+from merge_core.factors.low_rank import resolution
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.selection import kept_count
 from merge_core.methods.sparse import combined, elected
-from merge_core.methods.spectral import AVERAGED, DEAD, moved, resolution, task_matrices
+from merge_core.methods.spectral import AVERAGED, DEAD, moved, task_matrices
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -62,11 +63,10 @@ def merge(group: ParameterGroup, parameters: KnotsParameters, run: Run) -> Tenso
         return group.average
     tau = task_matrices(group, run.origin)
     tasks, m, n = tau.shape
-    joint = decompose(tau.transpose(0, 1).reshape(m, tasks * n))
     weights = group.experts.reshape(tasks, m, n).transpose(0, 1).reshape(m, tasks * n)
-    live = joint.S > resolution(weights)  # rounding has directions too, of unit length in V
-    U, S = joint.U[:, live], joint.S[live]
-    V = joint.V[:, live]
+    # Rounding has directions too, of unit length in V.
+    joint = decompose(tau.transpose(0, 1).reshape(m, tasks * n), resolution(weights))
+    U, S, V = joint.U, joint.S, joint.V
     # Zeros of a task vector are zeros of its V_t but for rounding, which must not vote.
     V = torch.where(V.abs() > DEAD, V, 0.0)
     parts = V.T.reshape(-1, tasks, n).transpose(0, 1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from merge_core.factors.low_rank import as_matrix, directions
+from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
@@ -32,7 +32,7 @@ def merge(group: ParameterGroup, parameters: LowRankTaskArithmeticParameters, ru
     """θ_0 + λ Σ_t SVD_k(τ_t) of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
-    k = directions(parameters.rank, min(as_matrix(group.base).shape))
+    k = count_directions(parameters.rank, min(as_matrix(group.base).shape))
     return group.base + parameters.scale * group.sum_of_truncations("base", k)
 
 

@@ -18,12 +18,11 @@ from merge_core.executors.local import Threads
 from merge_core.methods.declaration import Run
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.work_sizes import SAMPLE
 
 Found = TypeVar("Found")
 
 BLOCK = 1 << 14  # T x T x BLOCK numbers of PCB stay near the cache
-# Entries of each task vector that a threshold is first looked for in.
-SAMPLE = 1 << 19
 # Standard deviations of a sample's quantile between which the model's is looked for.
 DEVIATIONS = 6
 

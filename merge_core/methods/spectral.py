@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
-from merge_core.factors import low_rank
 from merge_core.factors.low_rank import as_matrix
 from merge_core.task_vectors import Origin, ParameterGroup
 
@@ -35,25 +33,25 @@ def moved(group: ParameterGroup, origin: Origin, update: Tensor) -> Tensor:
     return (start.double() + oriented(group, update).reshape(start.shape)).to(start.dtype)
 
 
-def resolution(weights: Tensor) -> float:
-    """The largest singular value that rounding alone gives to a difference of such weights.
+def energy_rank(S: Tensor, share: float) -> int:
+    """The smallest k ≥ 1 with Σ_{i≤k} σ_i² ≥ share · Σ σ_i²; 0 where all σ are zero.
 
-    Entries rounded at random to their dtype carry noise of at most s = ε·rms(θ), whose largest
-    singular value is about s(√m + √n), the Marchenko-Pastur edge.
+    A matrix of zeros has rank 0 and is reached by no direction at all: whichever were kept would
+    be one that rounding chose.
 
     Args:
-        weights: m x n, in the working dtype.
+        S: r singular values, descending; r may be 0.
+        share: part of the energy, in [0, 1].
 
-    Source: [derived] ε of the dtype bounds each entry's relative rounding error.
+    Raises:
+        ValueError: share outside [0, 1].
     """
-    m, n = weights.shape
-    rms = float(weights.double().square().mean().sqrt())
-    return torch.finfo(weights.dtype).eps * rms * (m**0.5 + n**0.5)
-
-
-def matrix_shape(group: ParameterGroup) -> tuple[int, int]:
-    """m and n of a decomposed parameter as the matrix (out x in)."""
-    return low_rank.matrix_shape(group.info.shape)
+    if not 0 <= share <= 1:
+        raise ValueError(f"share is {share}; a part of the energy lies in [0, 1]")
+    reached = S.double().square().cumsum(dim=0)
+    if not reached.any():
+        return 0
+    return int((reached >= share * reached[-1]).int().argmax()) + 1
 
 
 def factored_bytes(group: ParameterGroup, k: int) -> int:
@@ -69,5 +67,5 @@ def factored_bytes(group: ParameterGroup, k: int) -> int:
     tasks = len(group.tasks)
     if not group.decomposed:
         return 2 * tasks * group.info.numel
-    m, n = matrix_shape(group)
+    m, n = group.info.matrix_shape
     return 2 * (m * n + tasks * min(k * (m + n + 1), m * n))

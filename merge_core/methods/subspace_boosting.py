@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from merge_core.factors.decomposition import decompose
-from merge_core.factors.low_rank import as_matrix
+from merge_core.factors.low_rank import as_matrix, resolution
 from merge_core.methods.declaration import MethodParameters, Postprocessor, Run, parameter
-from merge_core.methods.spectral import DEAD, resolution
+from merge_core.methods.spectral import DEAD
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -31,7 +31,9 @@ def apply(
 ) -> Tensor:
     """U max(Σ, σ_k) Vᵀ of one update, k the first place where Σ_{i≤k} σ_i reaches β Σ σ_i."""
     matrix = as_matrix(update)
-    factors = decompose(matrix, route="svd")
+    factors = decompose(matrix)
+    if factors.rank == 0:
+        return update
     reached = factors.S.cumsum(dim=0)
     value = factors.S[(reached >= parameters.beta * reached[-1]).int().argmax()]
     # What rounding left is no direction of the update: raised, it would be noise at full strength.

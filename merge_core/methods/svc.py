@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from merge_core.factors.decomposition import decompose
-from merge_core.factors.low_rank import as_matrix
+from merge_core.factors.low_rank import as_matrix, resolution
 from merge_core.methods.declaration import MethodParameters, Postprocessor, Run, parameter
-from merge_core.methods.spectral import oriented, resolution
+from merge_core.methods.spectral import oriented
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -52,7 +52,7 @@ def apply(group: ParameterGroup, update: Tensor, parameters: SvcParameters, run:
     """U (γ Σ) Vᵀ of one update, with γ_r = T / Σ_t max(α, s_t) along each left direction."""
     stored = as_matrix(update)
     matrix = oriented(group, stored)
-    factors = decompose(matrix, route="svd")
+    factors = decompose(matrix)
     vectors = run.task_vectors(group).double()
     tau = oriented(group, vectors.reshape(len(vectors), *stored.shape))
     noise = resolution(as_matrix(group.origin(run.origin) + update))

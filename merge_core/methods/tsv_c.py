@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_core.methods.declaration import Method, MethodParameters, Run
-from merge_core.methods.spectral import factored_bytes, matrix_shape
+from merge_core.methods.spectral import factored_bytes
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -15,15 +15,15 @@ class TsvCParameters(MethodParameters):
 
 def kept(group: ParameterGroup) -> int:
     """k = max(1, floor(r / T)) directions of each task."""
-    return max(1, min(matrix_shape(group)) // len(group.tasks))
+    return max(1, min(group.info.matrix_shape) // len(group.tasks))
 
 
 def merge_for(group: ParameterGroup, parameters: TsvCParameters, run: Run, place: int) -> Tensor:
     """θ_0 + SVD_k(τ_t) of one matrix; the expert's own of anything else."""
-    if not group.decomposed or kept(group) == min(matrix_shape(group)):
+    if not group.decomposed or kept(group) == min(group.info.matrix_shape):
         return group.experts[place]
     k = kept(group)
-    update = group.factors("base", k)[place].truncated(k)
+    update = group.truncations("base", k)[place].truncate(k)
     return group.base + update.reshape(group.base.shape).to(group.base.dtype)
 
 

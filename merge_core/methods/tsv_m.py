@@ -5,9 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.factors.low_rank import orthogonalised
+from merge_core.factors.low_rank import DIRECTION_NOISE, orthogonalize
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.spectral import matrix_shape
 from merge_core.task_vectors import ParameterGroup
 
 
@@ -27,17 +26,16 @@ class TsvMParameters(MethodParameters):
 def merge(group: ParameterGroup, parameters: TsvMParameters, run: Run) -> Tensor:
     """θ_0 + α U⊥ Σ V⊥ᵀ of one matrix; the average of anything else.
 
-    Each task keeps k = max(1, floor(r/T)) triplets, concatenated and orthogonalised; those of
-    zero weight (a task that left this matrix as it was) have arbitrary directions and are dropped.
+    Each task keeps k = max(1, floor(r/T)) triplets, concatenated and orthogonalised; fewer where
+    its stored numbers do not resolve more.
     """
     if not group.decomposed:
         return group.average
-    k = max(1, min(matrix_shape(group)) // len(group.tasks))
-    factors = [f.head(k) for f in group.factors(run.origin, k)]
-    S = torch.cat([f.S for f in factors]).double()
-    live = S > 0
-    U = orthogonalised(torch.cat([f.U for f in factors], dim=1).double() * live)
-    V = orthogonalised(torch.cat([f.V for f in factors], dim=1).double() * live)
+    k = max(1, min(group.info.matrix_shape) // len(group.tasks))
+    kept = group.directions(run.origin, k)
+    S = torch.cat([own.S for own in kept]).double()
+    U = orthogonalize(torch.cat([own.U for own in kept], dim=1).double(), DIRECTION_NOISE)
+    V = orthogonalize(torch.cat([own.V for own in kept], dim=1).double(), DIRECTION_NOISE)
     origin = group.origin(run.origin)
     update = ((U * S) @ V.T).to(origin.dtype).reshape(origin.shape)
     return origin + parameters.scale * update

@@ -12,12 +12,12 @@ import unicodedata
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
-import yaml
 from pydantic import ValidationError
 
 from merge_core.errors import OutputError, SuiteError, explain_validation
 from merge_core.files import write_atomically
 from merge_core.suites.suite_spec import ArchitectureSpec, SuiteSpec
+from merge_core.yaml_text import dump_yaml
 
 Layout = Mapping[str, tuple[int, ...]]
 
@@ -242,7 +242,7 @@ def suite_text(spec: SuiteSpec, path: Path) -> str:
         spec.model_dump(mode="json", exclude_unset=True, exclude_none=True),
         path.parent.resolve(),
     )
-    text = yaml.safe_dump(document, sort_keys=False, allow_unicode=True, width=100)
+    text = dump_yaml(document, width=100)
     return HEADER.format(name=path.name) + text
 
 

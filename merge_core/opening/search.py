@@ -10,8 +10,8 @@ from itertools import islice
 from pathlib import Path
 
 from merge_core.checkpoints.checkpoint import FOLDER_CANDIDATES, Checkpoint
-from merge_core.checkpoints.lora import WEIGHT_FILES, is_adapter
-from merge_core.checkpoints.lora_config import CONFIG_FILE, read_adapter_config
+from merge_core.checkpoints.lora import is_adapter
+from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES, read_adapter_config
 from merge_core.checkpoints.shards import TORCH_SUFFIXES
 from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
 from merge_core.hub.files import NOT_WEIGHTS, HubId, is_hub_id
@@ -190,7 +190,6 @@ def _opened(found: Found, inside: Path | None) -> Found:
 def _on_hub(found: Found) -> Found:
     """A model of the hub: from the cache, else by the headers of its weights there."""
     from merge_core.hub import models as hub
-    from merge_core.hub.files import is_adapter as opens_adapter
     from merge_core.hub.headers import headers
 
     path = hub.cached(found.reference)
@@ -200,7 +199,7 @@ def _on_hub(found: Found) -> Found:
         return _known(found, Checkpoint(path))
     model = hub.describe(found.reference)
     found = replace(found, nbytes=model.nbytes, download=model.to_download)
-    if opens_adapter(model.entry):
+    if model.is_adapter:
         return replace(found, kind="adapter", note="an adapter: read once it is downloaded")
     if not model.entry.endswith((".safetensors", ".index.json")):
         return replace(found, note="pickled weights: read once they are downloaded")

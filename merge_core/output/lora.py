@@ -22,29 +22,22 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from merge_core.checkpoints.lora import (
-    PREFIX,
-    WEIGHT_FILES,
-    AdaptedCheckpoint,
-    Naming,
-    stored_in_by_out,
-)
-from merge_core.checkpoints.lora_config import CONFIG_FILE
+from merge_core.checkpoints.lora import PREFIX, AdaptedCheckpoint, Naming, stored_in_by_out
+from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES
 from merge_core.checkpoints.parameter_roles import treatment
 from merge_core.checkpoints.shards import TensorInfo
 from merge_core.errors import OutputError, RecipeError, SuiteError
 from merge_core.executors.base import Executor
 from merge_core.executors.local import Threads
 from merge_core.factors.decomposition import decompose
-from merge_core.factors.low_rank import as_matrix, directions
+from merge_core.factors.low_rank import as_matrix, count_directions, resolution
 from merge_core.factors.store import FactorStore
 from merge_core.files import check_output, folder_written_whole
 from merge_core.hub.files import HubId, is_hub_id
 from merge_core.merging.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.merging.recipe import Recipe
-from merge_core.methods.cart_energy import energy_rank
 from merge_core.methods.declaration import Rank
-from merge_core.methods.spectral import resolution
+from merge_core.methods.spectral import energy_rank
 from merge_core.output.model_card import model_card
 from merge_core.output.model_folder import portable
 from merge_core.output.provenance import HEADER_KEY, provenance
@@ -89,16 +82,16 @@ class AdapterRank:
                 f"(0.08), or a share of the update's energy ({ENERGY}0.95); got {text!r:.60}."
             ) from error
 
-    def of(self, S: Tensor, live: int) -> int:
+    def of(self, S: Tensor, r: int) -> int:
         """Directions kept of a matrix.
 
         Args:
-            S: its r singular values, descending.
-            live: how many of them are more than rounding.
+            S: its singular values that are more than rounding, descending.
+            r: directions of such a matrix.
         """
         if self.energy is not None:
-            return energy_rank(S[:live], self.energy) if live else 0
-        return min(live, directions(self.rank, S.numel()))
+            return energy_rank(S, self.energy)
+        return min(len(S), count_directions(self.rank, r))
 
 
 @dataclass
@@ -295,10 +288,9 @@ class _Draft:
 
     def _keep_directions(self, name: str, merged: Tensor, base: Tensor, layer: _Layer) -> None:
         update = as_matrix(merged.double() - base.double())
-        factors = decompose(update)
         noise = max(resolution(as_matrix(merged)), resolution(as_matrix(base)))
-        live = int((factors.S > noise).sum())
-        k = self._rank.of(factors.S, live)
+        factors = decompose(update, noise)
+        k = self._rank.of(factors.S, min(update.shape))
         if k == 0:
             return
         root = factors.S[:k].sqrt()
@@ -310,7 +302,7 @@ class _Draft:
         self._pairs[name] = _Pair(layer, A, B)
         self.report.ranks[name] = k
         self.report.kept += float(factors.S[:k].square().sum())
-        self.report.total += float(factors.S[:live].square().sum())
+        self.report.total += float(factors.S.square().sum())
 
     def finished(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors by PEFT's keys, and the configuration.

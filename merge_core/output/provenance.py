@@ -9,19 +9,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import Field, ValidationError
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, RecipeError, explain_validation
 from merge_core.factors.decomposition import Route
 from merge_core.merging.recipe import Recipe, make_recipe
+from merge_core.strict_model import StrictModel
 from merge_core.suites.suite import Suite
 
 HEADER_KEY = "mergescope"
 SHOWN_DIGITS = 12
 
 
-class Provenance(BaseModel):
+class Provenance(StrictModel):
     """Recipe, content of all inputs, and versions.
 
     Attributes:
@@ -36,8 +37,6 @@ class Provenance(BaseModel):
         versions: of MergeScope, torch and Python.
         task: whose model the file is, of a method that gives one per task.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
 
     recipe: Recipe
     digest: str

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from merge_core.strict_model import StrictModel
 
 Kind = Literal["numpy", "folder", "idx", "cifar", "torchvision", "huggingface", "text"]
 Positive = Annotated[float, Field(gt=0)]
@@ -72,17 +74,11 @@ TORCHVISION: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
-class _Strict(BaseModel):
-    """A table of suite.yaml: unknown fields are refused."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
 def _word_or_table(value: Any) -> str:
     return "name" if isinstance(value, str) else "table"
 
 
-class TransformSpec(_Strict):
+class TransformSpec(StrictModel):
     """Resize, crop and normalisation, as in timm's data configuration.
 
     Attributes:
@@ -109,7 +105,7 @@ Transform = Annotated[
 ]
 
 
-class DataSpec(_Strict):
+class DataSpec(StrictModel):
     """Evaluation images of one task; which fields a kind takes is in :data:`FIELDS`.
 
     Attributes:
@@ -207,7 +203,7 @@ class DataSpec(_Strict):
         return self.mean or HALF, self.std or HALF
 
 
-class ZeroShotSpec(_Strict):
+class ZeroShotSpec(StrictModel):
     """A head made of class names by the text tower of a CLIP.
 
     Attributes:
@@ -223,7 +219,7 @@ class ZeroShotSpec(_Strict):
     templates: Names = Field(default=["a photo of a {}."])
 
 
-class HeadSpec(_Strict):
+class HeadSpec(StrictModel):
     """A task's linear classifier: read from a file, or made of class names.
 
     Attributes:

@@ -16,12 +16,11 @@ from dataclasses import dataclass
 from functools import cache
 
 from merge_core.files import factors_limit
+from merge_core.work_sizes import AHEAD, HASHED_AT_ONCE, LEADING_SHARES, SAMPLE, SMALL
 
 FLOAT = 4
 
 # Memory, as the engine is (see its modules).
-AHEAD = 2  # results ready for each worker, as in merge_core.executors.base
-SAMPLE = 1 << 19  # entries of each task that a threshold is looked for in, as in methods.selection
 ENTRYWISE_COPIES = 2  # of a parameter, beside what is read and what is written
 SAMPLE_COPIES = 4
 TALL = 2  # of m x n while a matrix is decomposed or merged
@@ -35,8 +34,6 @@ KEPT_BELOW = 32 << 20
 
 # Time, as shares of the rates that are measured.
 DISK_RATE = 1.5e9  # bytes a second, of a file that is not in memory: an assumption
-HASHED_AT_ONCE = 4  # files, as in merge_core.suites.suite
-FAST_FROM = 512  # sides from which float32 is used, as in merge_core.factors.decomposition
 DOUBLE = 2.0  # float64 against float32
 READ = 1.3  # passes of a fresh copy that reading, checking and combining a member takes
 WRITTEN = 2.0  # the same of writing a file
@@ -48,7 +45,6 @@ EACH = 0.002  # seconds of a parameter, and of a decomposition, whatever their s
 LEADING = 0.85  # of that time where only leading vectors are made
 RANK = 0.08  # CART's usual share of directions
 
-STORED_SHARE = 8  # of the directions of a large matrix, as in merge_core.factors.decomposition
 
 CALIBRATED = 512
 DIGESTED_BYTES = 8 << 20
@@ -141,9 +137,8 @@ class Job:
     def factor_bytes(self) -> int:
         """What a spectral method stores in the cache, at most as much as the store may take.
 
-        For each decomposed matrix and task, float32: r singular values and the short side, r x r;
-        of a large matrix half as much for the reduction (with some vectors, see
-        :class:`merge_core.factors.tridiagonal.Reduction`) and the side's first eighth. Nothing of
+        For each decomposed matrix and task, float32: singular values, error bounds and the short
+        side, r x r; of a large matrix its leading eighth, until more is asked for. Nothing of
         adapters, whose factors are made anew.
         """
         short = [min(part.sides) for part in self.parts if part.sides and part.thin is None]
@@ -175,9 +170,8 @@ class Job:
 
 def _stored(r: int) -> int:
     """Bytes of one matrix's factors."""
-    if r < FAST_FROM:
-        return FLOAT * (r * r + r)
-    return FLOAT * (r * (r + 1) // 2 + r // STORED_SHARE * r + 8 * r)
+    q = r if r < SMALL else r // LEADING_SHARES[0]
+    return FLOAT * q * (r + 2)
 
 
 def _copied(part: Part, members: int) -> int:
@@ -313,7 +307,7 @@ def _decomposing(part: Part, speed: Rates) -> float:
     else:
         k, single = max(1, int(RANK * short)), _found(short, long, speed, LEADING)
         # In float64 where that is cheap; a larger matrix in float32 is never taken for cheaper.
-        cheap = short if part.computed > FLOAT else min(short, FAST_FROM)
+        cheap = short if part.computed > FLOAT else min(short, SMALL)
         found = max(single, DOUBLE * _found(cheap, long, speed))
         found += (TALL_PASSES * long + SIDE_PASSES * short) * short * FLOAT / speed.copy
     # The long side, and its part in the sum of truncations.

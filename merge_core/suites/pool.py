@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
+from pydantic import Field, StringConstraints, ValidationError
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, PoolError, explain_validation
 from merge_core.files import digest_of, file_digest, path_below, read_yaml
+from merge_core.strict_model import StrictModel
 from merge_core.suites.data_spec import Positive
 from merge_core.suites.suite_spec import ArchitectureSpec
 
@@ -32,11 +33,7 @@ Constants = Annotated[tuple[float, ...], Field(min_length=1, max_length=3)]
 Scales = Annotated[tuple[Positive, ...], Field(min_length=1, max_length=3)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class PoolDataSpec(_Strict):
+class PoolDataSpec(StrictModel):
     """Images of the task: a numpy archive and the normalisation constants of that dataset."""
 
     file: str
@@ -44,14 +41,14 @@ class PoolDataSpec(_Strict):
     std: Scales
 
 
-class SnapshotSpec(_Strict):
+class SnapshotSpec(StrictModel):
     """A member as it was after so many epochs."""
 
     epoch: float = Field(ge=0)
     weights: str
 
 
-class MemberSpec(_Strict):
+class MemberSpec(StrictModel):
     """One model: weights, how it was trained, and snapshots along its training."""
 
     weights: str
@@ -62,7 +59,7 @@ class MemberSpec(_Strict):
     trajectory: tuple[SnapshotSpec, ...] = ()
 
 
-class PoolSpec(_Strict):
+class PoolSpec(StrictModel):
     """The content of ``pool.yaml``."""
 
     name: PoolName

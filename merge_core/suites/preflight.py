@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from copy import copy
@@ -320,7 +319,7 @@ def _part(info: TensorInfo, row: ParameterPlan, experts: Sequence[Checkpoint]) -
     computed = max(4, info.dtype.itemsize) if info.is_floating else info.dtype.itemsize
     as_stored = computed == info.dtype.itemsize and not adapters
     pages = as_stored and all(expert.info(row.name).shape == info.shape for expert in experts)
-    sides = (info.shape[0], math.prod(info.shape[1:])) if row.decomposed else None
+    sides = info.matrix_shape if row.decomposed else None
     thin = None
     if sides is not None and len(adapters) == len(experts):
         updates = [adapter.updates.get(row.name) for adapter in adapters]

@@ -24,9 +24,9 @@ from merge_core.hub.files import is_hub_id
 from merge_core.hub.models import place, required, resolved
 from merge_core.suites.data_files import data_identity, head_identity
 from merge_core.suites.suite_spec import SuiteSpec
+from merge_core.work_sizes import HASHED_AT_ONCE
 
 BUNDLED = "demo"
-HASHED_AT_ONCE = 4
 BUNDLED_PATH = Path(__file__).resolve().parents[2] / "data" / "demo" / "suite.yaml"
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints
 
 from merge_core.errors import HubError
 from merge_core.hub.files import HubId, is_hub_id
+from merge_core.strict_model import StrictModel
 from merge_core.suites.data_spec import DataSpec, Head, paths_of
 
 # Task names stand in links and in lists separated by commas.
@@ -28,11 +29,7 @@ def _named_rightly(weights: str) -> str:
 Weights = Annotated[str, AfterValidator(_named_rightly)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class ArchitectureSpec(_Strict):
+class ArchitectureSpec(StrictModel):
     """A network of timm, open_clip or transformers by its name there, and its arguments.
 
     ``open_clip`` gives the visual tower of that configuration; ``transformers`` takes a type of
@@ -40,7 +37,7 @@ class ArchitectureSpec(_Strict):
     """
 
     name: str
-    args: dict[str, Any] = {}
+    args: dict[str, Any] = Field(default_factory=dict)
     library: Literal["timm", "open_clip", "transformers"] = "timm"
 
     @property
@@ -49,7 +46,7 @@ class ArchitectureSpec(_Strict):
         return self.model_dump_json(exclude={"library"} if self.library == "timm" else None)
 
 
-class ExpertSpec(_Strict):
+class ExpertSpec(StrictModel):
     """One expert: weights, and where known its head and evaluation data."""
 
     weights: Weights
@@ -63,7 +60,7 @@ class ExpertSpec(_Strict):
         return (self.weights, *paths_of(self.data, self.head))
 
 
-class SuiteSpec(_Strict):
+class SuiteSpec(StrictModel):
     """The content of ``suite.yaml``.
 
     Attributes:
@@ -85,6 +82,6 @@ class SuiteSpec(_Strict):
     base: Weights | None = None
     base_prefix: str = ""  # of the experts' names, which the base's lack
     experts: dict[TaskName, ExpertSpec] = Field(min_length=1)
-    decompose: list[str] = []
-    average: list[str] = []
+    decompose: list[str] = Field(default_factory=list)
+    average: list[str] = Field(default_factory=list)
     vocabulary: Literal["refuse", "base", "common"] = "refuse"

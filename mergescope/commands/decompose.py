@@ -27,8 +27,7 @@ def decompose(
 ) -> None:
     """Decompose all matrices once; spectra, interference, every rank and scale then reuse it."""
     from merge_core.executors.choose import executor as executor_named
-    from merge_core.factors.factorise import factorised
-    from merge_core.factors.low_rank import ALL
+    from merge_core.factors.factorise import decompose_ahead
     from merge_core.factors.store import FactorStore
     from merge_core.merging.engine import check_fits
     from merge_core.suites.suite import load_suite
@@ -44,7 +43,7 @@ def decompose(
     begun = time.monotonic()
     groups = Groups(loaded, chosen, store)
     bar = progress_bar("decomposing")
-    made = factorised(groups, cast("Origin", origin), ALL, where, bar)
+    made = decompose_ahead(groups, cast("Origin", origin), "directions", where, bar)
     done = sum(1 for _ in made)
     typer.echo(
         f"{done} matrices of {len(chosen)} experts in {time.monotonic() - begun:.1f} s; factors "

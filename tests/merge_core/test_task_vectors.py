@@ -122,7 +122,7 @@ def test_shapes_that_differ_and_missing_bases_are_told(suite_of: Make) -> None:
     with pytest.raises(SuiteError, match="no base"):
         _ = group_of(suite, "w").base
     with pytest.raises(SuiteError, match="no base"):
-        group_of(suite, "w").factors("base")
+        group_of(suite, "w").truncations("base", 1)
     with pytest.raises(CheckpointError, match="'nope'"):
         group_of(suite, "nope")
 

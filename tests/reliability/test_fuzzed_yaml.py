@@ -25,7 +25,7 @@ from merge_core.output.provenance import read_provenance
 from merge_core.suites.pool import load_pool
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite, load_suite
-from merge_core.yaml_text import UNUSABLE
+from merge_core.yaml_text import UNUSABLE, dump_yaml, load_yaml
 from tests.evaluable import write_evaluable
 from tests.pools import write_pool
 from tests.reliability.limits import SECONDS, confined
@@ -358,13 +358,56 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
         assert_clear(message)
 
 
-def test_aliases_that_save_typing_are_fine(evaluable: Path) -> None:
-    path = evaluable / "aliases.yaml"
-    path.write_text(
-        "name: x\nbase: base.safetensors\nexperts:\n"
-        "  digits: &one {weights: experts/digits.safetensors}\n"
-        "  shapes: {<<: *one, title: Shapes}\n"
-    )
-    suite = load_suite(path)
-    assert suite.spec.experts["shapes"].weights == "experts/digits.safetensors"
-    path.unlink()
+@pytest.mark.parametrize(
+    "text",
+    [
+        "experts: {digits: &one {weights: w}, shapes: {<<: *one}}",
+        "experts: {digits: *one}",
+        "experts: [&one w]",
+        "&one {name: x}",
+        "&one name: x",
+        "experts: &one",
+    ],
+)
+def test_anchors_and_aliases_are_refused_whatever_they_stand_at(tmp_path: Path, text: str) -> None:
+    with pytest.raises(yaml.YAMLError, match="such as 'one' are not read; write the value"):
+        load_yaml(text)
+    path = tmp_path / "given.yaml"
+    path.write_text(text)
+    for read in (load_suite, load_pool, load_recipe):
+        message = outcome(read, path)
+        assert message is not None
+        assert "write the value out in each place" in message
+        assert_clear(message)
+
+
+def test_ampersands_and_stars_in_values_are_no_anchors() -> None:
+    text = 'match: blocks.*\nmore: ["*", "*bias", a*b, R&D, "&x"]\n<<: {name: x}'
+    assert load_yaml(text) == {
+        "match": "blocks.*", "more": ["*", "*bias", "a*b", "R&D", "&x"], "name": "x",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("flow", [None, False, True])
+def test_what_is_written_is_read_back_though_objects_repeat(flow: bool | None) -> None:
+    table, numbers = {"size": 16, "name": "é"}, [0.5, -1, None]
+    document = {"z": table, "a": [table, {"more": table}, numbers], "list": numbers, "*": "*x"}
+    text = dump_yaml(document, flow=flow)
+    assert load_yaml(text) == yaml.safe_load(text) == document
+    assert list(load_yaml(text)) == list(document)
+
+
+def test_the_yaml_that_is_shipped_or_shown_has_no_anchors() -> None:
+    root = Path(__file__).parents[2]
+    files = list(root.glob("data/**/*.yaml"))
+    assert len(files) > 15
+    for path in files:
+        assert load_yaml(path.read_text(encoding="utf-8"))
+    shown = [
+        block.split("```")[0]
+        for page in (root / "README.md", root / "SECURITY.md", *root.glob("docs/*.md"))
+        for block in page.read_text(encoding="utf-8").split("```yaml\n")[1:]
+    ]
+    assert len(shown) > 5
+    for text in shown:
+        assert all(getattr(event, "anchor", None) is None for event in yaml.parse(text))

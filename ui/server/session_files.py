@@ -17,9 +17,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import IO
 
 import streamlit as st
+from filelock import FileLock
 from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
 from streamlit.runtime.scriptrunner import get_script_run_ctx
@@ -29,11 +29,6 @@ from merge_core.files import cache_dir, explain_os_error
 from merge_core.hub.files import is_hub_id
 from merge_core.suites.suite import Suite
 from ui.server.catalog import SUITES
-
-try:
-    import fcntl
-except ImportError:  # Windows: what a killed server leaves is left
-    fcntl = None  # type: ignore[assignment]
 
 STATE = "_own_files"
 LOCK = "lock"
@@ -137,12 +132,13 @@ class Janitor:
 
     def __init__(self, place: Path) -> None:
         place.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with _locked(place, wait=True):  # nobody takes a folder for dead before it is locked
-            for left in place.glob("server-*") if fcntl else ():
-                with suppress(OSError), _locked(left):
+        with _lock_of(place):  # nobody takes a folder for dead before it is locked
+            for left in place.glob("server-*"):
+                with suppress(OSError), _lock_of(left).acquire(blocking=False):
                     shutil.rmtree(left, ignore_errors=True)
             self.home = Path(tempfile.mkdtemp(dir=place, prefix="server-"))
-            self._lock = _locked(self.home)
+            self._lock = _lock_of(self.home)
+            self._lock.acquire()
         self._folders: dict[Path, tuple[str, float]] = {}
         self._guard = threading.Lock()
 
@@ -160,7 +156,7 @@ class Janitor:
     def close(self) -> None:
         """Remove all folders and let go of the lock."""
         shutil.rmtree(self.home, ignore_errors=True)
-        self._lock.close()
+        self._lock.release()
 
     def folder_for(self, session: str) -> Path:
         """A new, empty folder for a session.
@@ -192,20 +188,9 @@ class Janitor:
                         runtime.get_instance().uploaded_file_mgr.remove_session_files(session)
 
 
-def _locked(folder: Path, wait: bool = False) -> IO[bytes]:
-    """An open file whose lock says that somebody uses the folder; closing it gives it back.
-
-    Raises:
-        OSError: somebody else holds it, and this is not to wait.
-    """
-    stream = (folder / LOCK).open("wb")
-    try:
-        if fcntl:
-            fcntl.flock(stream, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-    except OSError:
-        stream.close()
-        raise
-    return stream
+def _lock_of(folder: Path) -> FileLock:
+    """What is held for as long as somebody uses the folder, by whichever of its threads."""
+    return FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
 
 
 def _is_active(session: str) -> bool:

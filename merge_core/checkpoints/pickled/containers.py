@@ -1,27 +1,24 @@
-"""The files in which pickles and tensors lie: torch's zip, legacy and tar formats, bare pickles.
+"""The files in which pickles and tensors lie: torch's zip and legacy formats, bare pickles.
 
-Source: ``torch.serialization`` (``_save``, ``_legacy_save``, ``_legacy_load``); for tar, POSIX
-ustar. Storages' places are found, their bytes are not read.
+Source: ``torch.serialization`` (``_save``, ``_legacy_save``, ``_legacy_load``). Storages' places
+are found, their bytes are not read.
 """
 
 from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from merge_core.checkpoints.dtypes import Dtype
 from merge_core.checkpoints.pickled.machine import Blob, Budget, Pairs, PickleFileError, read_pickle
 from merge_core.checkpoints.pickled.tensors import (
-    MOST_DIMENSIONS,
     Region,
     Storage,
     TensorMaker,
     count,
     storage_dtype,
-    view,
 )
 from merge_core.checkpoints.pickled.zips import (
     DEFLATED,
@@ -35,9 +32,10 @@ from merge_core.checkpoints.pickled.zips import (
 MAGIC = 0x1950A86A20F9469CFC6C
 PROTOCOL = 1001
 ZIP_START = b"PK\x03\x04"
-TAR_BLOCK = 512
+# The header of a tar file has this text here (POSIX ustar); GNU's begins so as well.
+TAR_MARK, TAR_MARK_AT = b"ustar", 257
+NUMBER = struct.Struct("<q")
 LARGEST_PACKED_PICKLE = 1 << 26
-MOST_MEMBERS = 64
 BIG_ENDIAN = "it was written on a big-endian machine. Save it as safetensors there."
 
 
@@ -67,12 +65,15 @@ def read_contents(stream: BinaryIO, size: int) -> Contents:
         PickleFileError: no file of torch's, a damaged or a hostile one.
         OSError: the file cannot be read.
     """
-    head = stream.read(TAR_BLOCK)
+    head = stream.read(TAR_MARK_AT + len(TAR_MARK))
     stream.seek(0)
     if head.startswith(ZIP_START):
         return _read_zip(stream, size)
-    if head[257:262] == b"ustar":
-        return _read_tar(stream, size)
+    if head[TAR_MARK_AT:] == TAR_MARK:
+        raise PickleFileError(
+            "it is a tar file; if torch before 0.1.11 wrote it, load it with torch and save it "
+            "again, else unpack it and give the file within."
+        )
     maker = _StreamMaker(stream, Budget())
     return Contents(_read_stream(stream, size, maker), tuple(sorted(maker.foreign)))
 
@@ -227,115 +228,16 @@ def _value(pairs: Pairs, name: str) -> Any:
     return next((value for key, value in entries if isinstance(key, str) and key == name), None)
 
 
-def _place(stream: BinaryIO, end: int, region: Region | None, itemsize: int) -> Region:
+def _place(stream: BinaryIO, end: int, region: Region, itemsize: int) -> None:
     """Note where raw bytes begin, after their number of elements, and go past them."""
-    (numel,) = _unpack(stream, end, "<q")
-    size = count(numel) * itemsize
+    data = stream.read(NUMBER.size)
+    if len(data) != NUMBER.size:
+        raise PickleFileError.damaged("it is truncated")
+    size = count(NUMBER.unpack(data)[0]) * itemsize
     start = stream.tell()
-    if region is None:
-        region = Region(size)
     if region.size != size:
         raise PickleFileError.damaged("a storage in it has two sizes")
     if start + size > end:
         raise PickleFileError.damaged("it is truncated")
     region.start = start
     stream.seek(start + size)
-    return region
-
-
-def _unpack(stream: BinaryIO, end: int, layout: str) -> tuple[int, ...]:
-    size = struct.calcsize(layout)
-    data = stream.read(size)
-    if len(data) != size or stream.tell() > end:
-        raise PickleFileError.damaged("it is truncated")
-    return struct.unpack(layout, data)
-
-
-class _TarMaker(TensorMaker):
-    def __init__(self) -> None:
-        super().__init__()
-        self.objects: dict[int, Any] = {}
-
-    def stored(self, key: Any) -> Any:
-        if isinstance(key, tuple) and key:
-            return key[0]  # a class, with its source text
-        try:
-            return self.objects[int(key)]
-        except (TypeError, ValueError, KeyError) as error:
-            raise PickleFileError.damaged(
-                "its pickle refers to something that is not in it"
-            ) from error
-
-
-def _read_tar(stream: BinaryIO, file_size: int) -> Contents:
-    """The format before torch 0.1.11: members of storages, of tensors, and the pickle."""
-    members = _tar_members(stream, file_size)
-    if not {"storages", "tensors", "pickle"} <= members.keys():
-        raise PickleFileError("it is a tar file that torch did not write. Give the original file.")
-    maker, budget = _TarMaker(), Budget()
-
-    def pickled(end: int) -> Any:
-        return read_pickle(stream, end, maker, budget)
-
-    def numbered(end: int) -> Iterator[Any]:
-        for _ in range(count(pickled(end))):
-            yield pickled(end)
-
-    start, end = members["storages"]
-    stream.seek(start)
-    for item in numbered(end):
-        match item:
-            case (int() as key, _, kind):
-                dtype = storage_dtype(kind)
-                region = _place(stream, end, None, dtype.itemsize)
-                maker.objects[key] = Storage(region, dtype, 0, region.size)
-            case _:
-                raise PickleFileError.damaged("its list of storages is damaged")
-    views = pickled(end)
-    for item in views if isinstance(views, list) else ():
-        match item:
-            case (int() as key, int() as root, offset, numel) if root in maker.objects:
-                maker.objects[key] = _part(maker.objects[root], offset, numel)
-            case _:
-                raise PickleFileError.damaged("its list of views is damaged")
-    start, end = members["tensors"]
-    stream.seek(start)
-    for item in numbered(end):
-        match item:
-            case (int() as key, int() as root, _) if isinstance(maker.objects.get(root), Storage):
-                rank, _ = _unpack(stream, end, "<2i")  # torch 0.1 wrote the rank as 8 bytes
-                if not 0 <= rank <= MOST_DIMENSIONS:
-                    raise PickleFileError.damaged("it holds a tensor without a shape")
-                shape = _unpack(stream, end, f"<{rank}q")
-                strides = _unpack(stream, end, f"<{rank}q")
-                (offset,) = _unpack(stream, end, "<q")
-                maker.objects[key] = view(maker.objects[root], offset, shape, strides)
-            case _:
-                raise PickleFileError.damaged("its list of tensors is damaged")
-    start, end = members["pickle"]
-    stream.seek(start)
-    return Contents(pickled(end), tuple(sorted(maker.foreign)))
-
-
-def _tar_members(stream: BinaryIO, file_size: int) -> dict[str, tuple[int, int]]:
-    """Where the members of a tar file begin and end, by name."""
-    members = {}
-    place = 0
-    for _ in range(MOST_MEMBERS):
-        stream.seek(place)
-        block = stream.read(TAR_BLOCK)
-        if len(block) < TAR_BLOCK or block[257:262] != b"ustar":
-            break
-        try:
-            size = int(block[124:136].strip(b" \0"), 8)
-        except ValueError as error:
-            raise PickleFileError.damaged("its tar directory is damaged") from error
-        start = place + TAR_BLOCK
-        if not 0 <= size <= file_size - start:
-            raise PickleFileError.damaged("it is truncated")
-        members[block[:100].rstrip(b"\0").decode("utf-8", "backslashreplace")] = (
-            start,
-            start + size,
-        )
-        place = start + -(-size // TAR_BLOCK) * TAR_BLOCK
-    return members

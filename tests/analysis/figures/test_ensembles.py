@@ -50,7 +50,6 @@ def every(evaluator: PoolEvaluator, over_n: pd.DataFrame) -> Iterator[go.Figure]
     for value in ("agreement", "error_overlap"):
         yield maps.agreement_map(agreement(evaluator, MEMBERS), value, "Who agrees?")
     frame = cka_frame(evaluator, MEMBERS)
-    yield maps.cka_map(frame, "hidden.1", "Who is alike?")
     yield maps.cka_layers(mean_cka(frame), "Who is alike?")
     gaps = covariance_frame(evaluator, MEMBERS)
     yield figures.covariance_scatter(gaps, "Are they equal?")

@@ -9,19 +9,16 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.special import log_softmax, softmax
+from scipy.special import softmax
 from scipy.stats import entropy
 
 from analysis.averaging.soups import predicted
 from analysis.magnitude.calibration import (
     BINS,
     MEASURES,
-    brier_score,
     excess_over_uniform,
     expected_calibration_error,
     measures,
-    negative_log_likelihood,
-    reliability_frame,
 )
 
 SEEDS = st.integers(0, 10**6)
@@ -62,23 +59,6 @@ def test_bins_are_closed_on_the_right() -> None:
 
 
 @given(SEEDS)
-def test_reliability_adds_up_to_the_calibration_error(seed: int) -> None:
-    z, labels = drawn(seed)
-    frame = reliability_frame(torch.from_numpy(z), labels)
-    assert len(frame) == BINS
-    gaps = (frame["accuracy"] - frame["confidence"]).abs() * frame["count"] / len(z)
-    p = softmax(z, axis=1)
-    expected = looped_ece(p.max(axis=1), p.argmax(axis=1) == labels, BINS)
-    assert gaps.sum() == pytest.approx(expected, abs=1e-12)
-    assert frame["count"].sum() == len(z)
-    filled = frame[frame["count"] > 0]
-    assert (
-        (filled["confidence"] > filled["lower"]) & (filled["confidence"] <= filled["upper"])
-    ).all()
-    assert frame[frame["count"] == 0]["accuracy"].isna().all()
-
-
-@given(SEEDS)
 def test_measures_are_numpys_and_scipys(seed: int) -> None:
     z, labels = drawn(seed)
     reference = np.random.default_rng(seed + 1).integers(0, 5, len(z))
@@ -100,22 +80,6 @@ def test_measures_are_numpys_and_scipys(seed: int) -> None:
         },
         abs=1e-12,
     )
-
-
-def test_scores_of_single_predictions() -> None:
-    z, labels = drawn(3)
-    logits = torch.from_numpy(z)
-    rows = np.arange(len(z))
-    assert negative_log_likelihood(logits, labels) == pytest.approx(
-        -log_softmax(z, axis=1)[rows, labels].mean()
-    )
-    one_hot = np.eye(5)[labels]
-    assert brier_score(logits, labels) == pytest.approx(
-        ((softmax(z, axis=1) - one_hot) ** 2).sum(axis=1).mean()
-    )
-    logits[0, 0] = math.nan
-    assert math.isnan(negative_log_likelihood(logits, labels))
-    assert math.isnan(brier_score(logits, labels))
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-8, 1.0, 30.0])

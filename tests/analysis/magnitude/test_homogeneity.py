@@ -12,7 +12,6 @@ from analysis.magnitude.homogeneity import (
     affine_depth,
     dominance,
     exact_degree,
-    homogeneous_degree,
     laws,
     power_law,
     scaled_names,
@@ -57,7 +56,7 @@ def test_without_biases_predictions_never_move(pools, kind: str, m: float) -> No
     L = 3 if kind == "mlp" else 6
     state = evaluator.weights(0)
     plain, scaled = forward(evaluator, state), forward(evaluator, times(state, m, state))
-    assert homogeneous_degree(evaluator) == L
+    assert exact_degree(evaluator, state) == L
     assert torch.equal(plain.argmax(dim=1), scaled.argmax(dim=1))
     assert torch.allclose(scaled, m**L * plain, rtol=1e-9, atol=0)
     law = power_law(evaluator, state, plain, state.keys(), "homogeneous", "test")
@@ -83,7 +82,10 @@ def test_with_biases_it_is_a_network_of_other_biases(pools, kind, what, m: float
 
 
 def test_who_is_homogeneous(pools) -> None:
-    degrees = {name: homogeneous_degree(evaluator) for name, evaluator in pools.items()}
+    degrees = {
+        name: exact_degree(evaluator, scaled_names(evaluator.network.module, "parameters"))
+        for name, evaluator in pools.items()
+    }
     assert degrees == {
         "linear": 1, "mlp": 3, "free": 6, "vgg": None, "biased": None, "resnet": None, "vit": None
     }  # fmt: skip

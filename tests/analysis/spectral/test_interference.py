@@ -22,11 +22,10 @@ from analysis.spectral.interference import (
     pair_interference,
     principal_angles,
     sign_conflict,
-    tsv_interference,
 )
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.factors.decomposition import decompose
-from merge_core.factors.low_rank import Factors
+from merge_core.factors.low_rank import Directions
 from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
@@ -71,7 +70,7 @@ def naive(A: np.ndarray, B: np.ndarray, k: int, side: str) -> float:
 @given(SEEDS, SIDES, SIDES, st.sampled_from(["row", "column"]))
 def test_all_ranks_at_once_equal_the_definition(seed: int, m: int, n: int, side) -> None:
     A = matrices(seed, m, n)
-    pairs = pair_interference([decompose(a, "svd") for a in A], side)
+    pairs = pair_interference([decompose(a) for a in A], side)
     r = min(m, n)
     assert pairs.shape == (3, 3, r)
     for i in range(3):
@@ -133,7 +132,7 @@ def test_zero_task_vectors_interfere_with_nothing() -> None:
 
 
 def test_pairs_at_one_rank_are_a_slice_of_all_ranks(fc: ParameterGroup) -> None:
-    everything = pair_interference(fc.factors("average"), "column")
+    everything = pair_interference(fc.directions("average"), "column")
     frame = interference_pairs(fc, "average", 3, "column")
     assert list(frame) == ["first", "second", "origin", "k", "interference"]
     assert frame["interference"].to_numpy() == pytest.approx(everything[:, :, 2].ravel())
@@ -261,10 +260,10 @@ class Held:
     tasks = ("a", "b")
     in_by_out = False
 
-    def __init__(self, *factors: Factors) -> None:
+    def __init__(self, *factors: Directions) -> None:
         self.held = list(factors)
 
-    def factors(self, origin: str, k: int | None = None) -> list[Factors]:
+    def directions(self, origin: str, k: int | None = None) -> list[Directions]:
         return self.held
 
 
@@ -274,7 +273,7 @@ def test_small_and_large_angles_are_exact(degrees: float) -> None:
     e = torch.eye(5, dtype=torch.float64)
     turned = torch.stack([e[0], np.cos(turn) * e[1] + np.sin(turn) * e[2]], dim=1)
     two = torch.ones(2, dtype=torch.float64)
-    group = Held(Factors(e[:, :2], two, e[:, :2]), Factors(e[:, :2], two, turned))
+    group = Held(Directions(e[:, :2], two, e[:, :2]), Directions(e[:, :2], two, turned))
     angles = principal_angles(group, "base", 2)["angle"].to_numpy()
     assert angles[0] == pytest.approx(0, abs=1e-12)
     assert angles[1] == pytest.approx(degrees, rel=1e-6)
@@ -282,9 +281,9 @@ def test_small_and_large_angles_are_exact(degrees: float) -> None:
 
 def test_directions_of_no_weight_have_no_angle() -> None:
     e = torch.eye(5, dtype=torch.float64)
-    full = Factors(e[:, :2], torch.tensor([2.0, 1.0]), e[:, :2])
-    thin = Factors(e[:, :2], torch.tensor([2.0, 0.0]), e[:, 1:3])
-    none = Factors(e[:, :2], torch.zeros(2), e[:, :2])
+    full = Directions(e[:, :2], torch.tensor([2.0, 1.0]), e[:, :2])
+    thin = Directions(e[:, :2], torch.tensor([2.0, 0.0]), e[:, 1:3])
+    none = Directions(e[:, :2], torch.zeros(2), e[:, :2])
     assert principal_angles(Held(thin, full), "base", 2)["angle"].tolist() == pytest.approx([0])
     assert principal_angles(Held(full, none), "base", 2).empty
 
@@ -307,29 +306,6 @@ def test_sign_conflict_by_hand(tmp_path: Path) -> None:
 def test_sign_conflict_covers_all_weights_or_one(groups: Groups) -> None:
     assert set(sign_conflict(groups, "base")["parameter"]) == set(SHAPES)
     assert sign_conflict(groups, "base", QKV)["parameter"].tolist() == [QKV]
-
-
-def test_tsv_interference_is_its_definition(suite: Suite, fc: ParameterGroup) -> None:
-    left, sigma, right = [], [], []
-    for tau in task_vectors(suite, FC, "base"):
-        U, s, Vh = np.linalg.svd(tau.numpy(), full_matrices=False)
-        left.append(U[:, :2])
-        sigma.append(s[:2])
-        right.append(Vh[:2].T)
-    U, S, V = np.hstack(left), np.diag(np.concatenate(sigma)), np.hstack(right)
-    identity = np.eye(2 * T)
-    expected = np.abs((U.T @ U - identity) @ S @ (V.T @ V - identity)).sum()
-    assert tsv_interference(fc, 2) == pytest.approx(expected, rel=1e-5)
-
-
-def test_tsv_interference_of_orthogonal_tasks_is_zero() -> None:
-    e = torch.eye(6)
-    ones = torch.ones(2)
-    apart = Held(Factors(e[:, :2], ones, e[:, :2]), Factors(e[:, 2:4], ones, e[:, 2:4]))
-    same = Held(Factors(e[:, :2], ones, e[:, :2]), Factors(e[:, :2], ones, e[:, :2]))
-    assert tsv_interference(apart, 2) == 0.0
-    # Both overlaps swap the two tasks' directions: their product has four ones.
-    assert tsv_interference(same, 2) == pytest.approx(4.0)
 
 
 def test_a_suite_without_a_base_says_so(tmp_path: Path) -> None:

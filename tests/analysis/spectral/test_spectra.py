@@ -17,7 +17,6 @@ from analysis.spectral.spectra import (
     cumulative_energy,
     cuts,
     effective_rank,
-    energy_rank,
     participation_ratio,
     parts_of,
     spectral_summary,
@@ -65,25 +64,14 @@ def test_ranks_lie_between_one_and_r_and_ignore_scale(S: np.ndarray, scale: floa
 
 
 @ALGEBRA
-@given(SPECTRA, st.floats(0.01, 1.0))
-def test_energy_rank_is_the_smallest_that_suffices(S: np.ndarray, share: float) -> None:
-    k = energy_rank(S, share)
-    energy = cumulative_energy(S)
-    assert energy[k - 1] >= share
-    assert k == 1 or energy[k - 2] < share
-    assert energy[-1] == 1.0
-
-
-@pytest.mark.parametrize("share", [0.0, 1.2, -0.5])
-def test_energy_rank_refuses_impossible_shares(share: float) -> None:
-    with pytest.raises(ValueError, match="share"):
-        energy_rank(np.ones(3), share)
+@given(SPECTRA)
+def test_energy_adds_up_to_exactly_one(S: np.ndarray) -> None:
+    assert cumulative_energy(S)[-1] == 1.0
 
 
 def test_zero_spectrum_has_zero_of_everything() -> None:
     S = np.zeros(5)
     assert [measure(S) for measure in RANKS] == [0, 0, 0]
-    assert energy_rank(S, 0.9) == 0
     assert cumulative_energy(S).tolist() == [0] * 5
 
 
@@ -154,7 +142,7 @@ def test_summary_has_every_matrix_and_task(suite: Suite, groups: Groups) -> None
         assert row.top_share == pytest.approx(1 / row.stable_rank, rel=1e-5)
         assert row.effective_rank == pytest.approx(effective_rank(S), rel=1e-4)
         assert row.participation_ratio == pytest.approx(participation_ratio(S), rel=1e-4)
-        assert row.energy_rank_90 == energy_rank(S, 0.9)
+        assert row.energy_rank_90 == np.sum(np.cumsum(S**2) < 0.9 * np.sum(S**2)) + 1
         assert row.noise_rank == np.sum(noise_edge(S, *tau.shape) < S)
     kernel = frame[frame["parameter"] == CONV].iloc[0]
     assert (kernel["rows"], kernel["columns"]) == (6, 12)

@@ -13,7 +13,7 @@ import torch
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.executors.base import Executor
 from merge_core.executors.local import Processes, Serial, Threads
-from merge_core.factors.factorise import factorised
+from merge_core.factors.factorise import decompose_ahead
 from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
@@ -32,8 +32,8 @@ def values(suite: Suite, folder: Path, where: Executor | None) -> dict[str, torc
     """All singular values and right sides, side by side, by parameter."""
     groups = Groups(suite, None, FactorStore(folder))
     return {
-        group.name: torch.cat([torch.cat([f.S[None], f.right()]) for f in group.factors("average")])
-        for group in factorised(groups, "average", executor=where)
+        group.name: torch.cat([torch.cat([f.S[None], f.V]) for f in group.directions("average")])
+        for group in decompose_ahead(groups, "average", "directions", where)
     }
 
 
@@ -49,8 +49,9 @@ def test_factors_do_not_depend_on_where_they_are_made(
     assert all(torch.equal(side_by_side[name], alone[name]) for name in alone)
     # What the workers left is found by whoever comes later.
     later = FactorStore(tmp_path / "many")
-    for group in factorised(Groups(suite, None, later), "average", executor=Serial()):
-        group.factors("average")
+    groups = Groups(suite, None, later)
+    for group in decompose_ahead(groups, "average", "directions", Serial()):
+        group.directions("average")
     assert later.decompositions == 0
 
 
@@ -59,10 +60,17 @@ def test_progress_is_told_and_cancels_between_two(synthetic_suite: Make, tmp_pat
     told: list[tuple[int, int]] = []
     groups = Groups(suite, None, FactorStore(tmp_path))
     n = len(suite.matrices)
-    list(factorised(groups, "base", progress=Progress(lambda d, t, _: told.append((d, t)))))
+    list(
+        decompose_ahead(
+            groups,
+            "base",
+            "singular values",
+            progress=Progress(lambda d, t, _: told.append((d, t))),
+        )
+    )
     assert told == [(i, n) for i in range(1, n + 1)]
     stop = Progress()
-    seen = factorised(groups, "average", executor=Serial(), progress=stop)
+    seen = decompose_ahead(groups, "average", "directions", Serial(), stop)
     next(seen)
     stop.cancel.set()
     with pytest.raises(Cancelled):
@@ -72,7 +80,7 @@ def test_progress_is_told_and_cancels_between_two(synthetic_suite: Make, tmp_pat
 def test_each_is_released_unless_all_are_kept(synthetic_suite: Make, tmp_path: Path) -> None:
     for keep in (False, True):
         groups = Groups(synthetic_suite(2), None, FactorStore(tmp_path / str(keep)), keep=keep)
-        list(factorised(groups, "average"))
+        list(decompose_ahead(groups, "average", "singular values"))
         held = {"members" in vars(group) for group in groups.members if group.decomposed}
         assert held == {keep}
 
@@ -81,4 +89,4 @@ def test_no_base_is_said_before_any_work(synthetic_suite: Make, tmp_path: Path) 
     suite = synthetic_suite(2, with_base=False)
     groups = Groups(suite, None, FactorStore(tmp_path))
     with pytest.raises(SuiteError, match="names no base"):
-        list(factorised(groups, "base"))
+        list(decompose_ahead(groups, "base", "directions"))

@@ -13,31 +13,38 @@ import torch
 from torch import Tensor
 
 from merge_core.errors import SuiteError
-from merge_core.factors.low_rank import SideFactors
-from merge_core.factors.store import FactorStore
+from merge_core.factors.low_rank import Directions, Truncations
+from merge_core.factors.store import FactorStore, TaskMatrix
 from merge_core.suites.suite import Suite
 from merge_core.task_vectors import Groups
 
 A = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-def tall(value: Tensor) -> Callable[[torch.dtype, slice], Tensor]:
-    return lambda dtype, part: value[part].to(dtype)
+def of(value: Tensor, *key: str) -> TaskMatrix:
+    member, origin, name = key
+    return TaskMatrix(
+        (member, origin, name),
+        (6, 4),
+        torch.float32,
+        lambda dtype, part: value[part].to(dtype),
+        lambda: 0.0,
+    )
 
 
-def ask(store: FactorStore, name: str = "w", value: Tensor = A) -> SideFactors:
-    return store.get("expert", "base", name, tall(value), (6, 4))
+def ask(store: FactorStore, name: str = "w", value: Tensor = A) -> Truncations:
+    return store.truncations(of(value, "expert", "base", name), 2)
 
 
-def again(store: FactorStore, name: str = "w", value: Tensor = A) -> SideFactors:
+def again(store: FactorStore, name: str = "w", value: Tensor = A) -> Truncations:
     before = store.decompositions
-    factors = ask(store, name, value)
+    found = ask(store, name, value)
     assert store.decompositions == before, "decomposed again"
-    return factors
+    return found
 
 
-def check(factors: SideFactors, expected: Tensor = A) -> None:
-    np.testing.assert_allclose(factors.truncated(99).numpy(), expected.numpy(), atol=1e-5)
+def check(found: Truncations, expected: Tensor = A) -> None:
+    np.testing.assert_allclose(found.truncate(99).numpy(), expected.numpy(), atol=1e-5)
 
 
 def stored(folder: Path) -> list[Path]:
@@ -52,15 +59,14 @@ def test_a_second_request_never_decomposes_again(tmp_path: Path) -> None:
 
 
 def test_factors_survive_the_process_that_made_them(tmp_path: Path) -> None:
-    first = ask(FactorStore(tmp_path))
-    fresh = FactorStore(tmp_path)
-    second = ask(fresh)
+    def parts(store: FactorStore) -> tuple[Tensor, ...]:
+        found: Directions = store.directions(of(A, "expert", "base", "w"))
+        return found.U, found.S, found.V
+
+    first, fresh = parts(FactorStore(tmp_path)), FactorStore(tmp_path)
+    second = parts(fresh)
     assert fresh.decompositions == 0
-    for a, b in zip(
-        (first.left(), first.S, first.right()),
-        (second.left(), second.S, second.right()),
-        strict=True,
-    ):
+    for a, b in zip(first, second, strict=True):
         assert a.dtype == torch.float32
         assert torch.equal(a, b)
 
@@ -69,10 +75,10 @@ def test_every_part_of_the_key_counts(tmp_path: Path) -> None:
     store = FactorStore(tmp_path)
     keys = [("m", "o", "p"), ("M", "o", "p"), ("m", "O", "p"), ("m", "o", "P"), ("mo", "", "p")]
     for i, key in enumerate(keys):
-        check(store.get(*key, tall((i + 1) * A), (6, 4)), (i + 1) * A)
+        check(store.truncations(of((i + 1) * A, *key), 2), (i + 1) * A)
     assert store.decompositions == len(keys)
     for i, key in enumerate(keys):
-        check(store.get(*key, tall((i + 1) * A), (6, 4)), (i + 1) * A)
+        check(store.truncations(of((i + 1) * A, *key), 2), (i + 1) * A)
     assert store.decompositions == len(keys)
 
 
@@ -85,7 +91,7 @@ def test_the_two_routes_do_not_share_factors(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "damage",
-    ["empty", "cut", "text", "zeroed", "foreign", "nan", "not a number", "of another matrix"],
+    ["empty", "cut", "text", "zeroed", "foreign", "nan", "another dtype", "of another matrix"],
 )
 def test_a_damaged_file_is_computed_afresh_and_repaired(tmp_path: Path, damage: str) -> None:
     ask(FactorStore(tmp_path))
@@ -98,7 +104,7 @@ def test_a_damaged_file_is_computed_afresh_and_repaired(tmp_path: Path, damage: 
         "zeroed": good[:-64] + bytes(64),  # what a power cut leaves of the last pages
         "foreign": good.replace(b'"vectors"', b'"vektors"'),
         "nan": good[:-64] + b"\xff" * 64,
-        "not a number": good.replace(b'"noise":"0.0"', b'"noise":"0,0"'),
+        "another dtype": good.replace(b'"F32"', b'"I32"'),
         "of another matrix": good.replace(b"[4,4]", b"[2,8]"),
     }[damage]
     path.write_bytes(damaged)
@@ -131,7 +137,7 @@ def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None
 
 
 def test_the_memory_limit_evicts_what_was_used_longest_ago(tmp_path: Path) -> None:
-    one = (4 + 4 * 4) * 4  # bytes of S and the short side
+    one = (4 + 4 + 4 * 4) * 4  # bytes of S, errors and the short side
     store = FactorStore(tmp_path, memory_bytes=2 * one)
     for name in ("a", "b"):
         ask(store, name=name)
@@ -181,7 +187,7 @@ def test_a_failing_matrix_leaves_nothing_behind(tmp_path: Path) -> None:
         raise SuiteError("unreadable")
 
     with pytest.raises(SuiteError):
-        store.get("expert", "base", "w", fails, (6, 4))
+        store.truncations(TaskMatrix(("e", "b", "w"), (6, 4), torch.float32, fails, float), 2)
     assert stored(tmp_path) == []
     check(ask(store))
 
@@ -200,12 +206,14 @@ def test_a_suites_factors_are_those_of_its_task_vectors(
         about = (
             suite.base.tensor(group.name).double().numpy() if origin == "base" else sum(states) / 3
         )
-        for factors, state in zip(group.factors(origin), states, strict=True):
+        for place, state in enumerate(states):
             expected = np.linalg.svd((state - about).reshape(len(state), -1), full_matrices=False)
-            np.testing.assert_allclose(factors.S.numpy(), expected[1], atol=1e-5)
+            values = group.singular_values(origin)[place]
+            np.testing.assert_allclose(values.numpy(), expected[1], atol=1e-5)
             k = 2
             best = (expected[0][:, :k] * expected[1][:k]) @ expected[2][:k]
-            np.testing.assert_allclose(factors.truncated(k).numpy(), best, atol=2e-5)
+            got = group.truncations(origin, k)[place].truncate(k)
+            np.testing.assert_allclose(got.numpy(), best, atol=2e-5)
     assert store.decompositions == 3 * len(suite.matrices)
 
 
@@ -216,7 +224,7 @@ def test_factors_are_shared_between_suites_with_the_same_content_only(
         store = FactorStore(tmp_path)
         for group in Groups(suite, tasks, store):
             if group.decomposed:
-                group.factors(origin)
+                group.singular_values(origin)
         return store.decompositions
 
     n = len(synthetic_suite().matrices)

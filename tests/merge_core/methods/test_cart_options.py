@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
 from merge_core.methods import get_method
-from merge_core.methods.cart_energy import energy_rank
+from merge_core.methods.spectral import energy_rank
 from merge_core.suites.suite import Suite
 from tests.merge_core.float64_reference import assert_same, average, cart, merge
 from tests.merge_core.spectral_reference import cart_energy
@@ -45,12 +46,42 @@ def test_the_energy_rule_follows_its_formula(
         ([2.0, 1, 1], 1.0, 3),
         ([3.0, 4.0 / 3, 0, 0], 1.0, 2),  # what carries nothing is not kept
         ([5.0], 0.3, 1),
-        ([0.0, 0.0], 0.5, 1),
+        ([0.0, 0.0], 0.5, 0),  # nothing is left out by keeping nothing
+        ([0.0, 0.0], 0.0, 0),
+        ([], 0.5, 0),
         ([1e-30, 1e-30], 0.9, 2),  # squares below float32's range
     ],
 )
 def test_the_fewest_directions_that_reach_the_energy(S: list[float], energy: float, k: int) -> None:
     assert energy_rank(torch.tensor(S), energy) == k
+
+
+@given(st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30), st.floats(0, 1))
+def test_the_energy_is_reached_and_not_with_one_less(values: list[float], share: float) -> None:
+    """Against exact fractions, but for what double precision rounds."""
+    S = sorted(values, reverse=True)
+    k = energy_rank(torch.tensor(S, dtype=torch.float64), share)
+    energies = [Fraction(value) ** 2 for value in S]
+    wanted, slack = Fraction(share) * sum(energies), Fraction(1, 10**12)
+    assert sum(energies[:k]) >= wanted * (1 - slack)
+    assert k == 1 or sum(energies[: k - 1]) < wanted * (1 + slack)
+
+
+@pytest.mark.parametrize("share", [1.2, -0.5, float("nan")])
+def test_impossible_shares_of_energy_are_refused(share: float) -> None:
+    with pytest.raises(ValueError, match="share"):
+        energy_rank(torch.ones(3), share)
+
+
+@pytest.mark.parametrize("energy", [0.0, 0.5, 0.9])
+def test_what_no_task_or_one_task_leaves_as_it_is(suite_of: Make, energy: float) -> None:
+    """Vectors of zeros have rank 0, beside others that have more."""
+    same = torch.arange(12.0).reshape(3, 4)
+    moved = {f"t{i}": torch.diag(torch.tensor([d, 0.0, 0.0])) for i, d in enumerate((0, 3, -3))}
+    suite = suite_of({t: {"a.weight": same, "b.weight": m + 1} for t, m in moved.items()})
+    result = merge(suite, "cart_energy", energy=energy)
+    assert torch.equal(result["a.weight"], same)
+    assert result["b.weight"].numpy() == pytest.approx(np.ones((3, 3)), abs=1e-6)
 
 
 def test_each_task_and_matrix_has_a_rank_of_its_own(suite_of: Make) -> None:

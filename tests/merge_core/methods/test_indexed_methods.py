@@ -12,6 +12,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from merge_core.checkpoints.shards import TensorInfo
 from merge_core.errors import RecipeError
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
@@ -122,7 +123,7 @@ def test_the_task_must_be_named(synthetic_suite: Make, name: str) -> None:
 
 
 def group(shape: tuple[int, ...], tasks: int, decomposed: bool = True) -> Any:
-    info = SimpleNamespace(shape=shape, numel=int(np.prod(shape)))
+    info = TensorInfo.of(torch.empty(shape))
     return SimpleNamespace(info=info, tasks=("t",) * tasks, decomposed=decomposed)
 
 

@@ -27,6 +27,7 @@ from merge_core.output.provenance import (
 )
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.task_vectors import Groups
+from merge_core.yaml_text import dump_yaml
 
 Make = Callable[..., Suite]
 RICH: dict[str, Any] = {
@@ -50,9 +51,7 @@ def moved(suite: Suite, folder: Path, **fields: Any) -> Suite:
     shutil.copytree(suite.root, folder)
     path = folder / suite.path.name
     document = yaml.safe_load(path.read_text()) | fields
-    path.write_text(
-        yaml.safe_dump({k: v for k, v in document.items() if v is not None}, sort_keys=False)
-    )
+    path.write_text(dump_yaml({k: v for k, v in document.items() if v is not None}))
     return load_suite(path)
 
 

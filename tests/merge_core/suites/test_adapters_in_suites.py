@@ -92,11 +92,12 @@ def test_thin_matrices_are_not_decomposed_whole(
     for name in ("wide.weight", "conv.weight", "square.weight"):
         states = [suite.expert(task).tensor(name).double() for task in suite.tasks]
         about = state_of(model)[name].double() if origin == "base" else sum(states) / 3
-        for factors, state in zip(groups[name].factors(origin, 2), states, strict=True):
+        terms, spectra = groups[name].truncations(origin, 2), groups[name].singular_values(origin)
+        for term, found, state in zip(terms, spectra, states, strict=True):
             update = as_matrix(state - about)
-            torch.testing.assert_close(factors.truncated(9).double(), update, rtol=0, atol=2e-6)
+            torch.testing.assert_close(term.truncate(9).double(), update, rtol=0, atol=2e-6)
             values = torch.linalg.svdvals(update).float()
-            torch.testing.assert_close(factors.S, values, rtol=1e-5, atol=2e-6)
+            torch.testing.assert_close(found, values, rtol=1e-5, atol=2e-6)
     assert store.decompositions == whole
 
 
@@ -111,8 +112,8 @@ def test_an_adapter_beside_a_whole_model(tmp_path: Path) -> None:
     for group in Groups(suite, None, FactorStore()):
         if group.name == "wide.weight":
             values = torch.linalg.svdvals((first - second) / 2).float()
-            for factors in group.factors("average"):
-                torch.testing.assert_close(factors.S, values, rtol=1e-5, atol=1e-6)
+            for found in group.singular_values("average"):
+                torch.testing.assert_close(found, values, rtol=1e-5, atol=1e-6)
 
 
 def test_preflight_says_what_adapters_are(suite: Suite) -> None:

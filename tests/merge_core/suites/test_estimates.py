@@ -13,13 +13,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from merge_core.executors import base, local
-from merge_core.factors import decomposition
+from merge_core.executors import local
 from merge_core.factors.store import FactorStore
 from merge_core.merging.recipe import make_recipe
-from merge_core.methods import selection
 from merge_core.output.model_folder import merge_to_folder
-from merge_core.suites import estimates, suite
+from merge_core.suites import estimates
 from merge_core.suites.estimates import (
     IMPORTS_BYTES,
     Job,
@@ -88,14 +86,12 @@ class TestMemory:
 class TestDisk:
     def test_factors_by_hand(self) -> None:
         small, large = Part(1000, 4, (100, 10)), Part(600 * 800, 4, (600, 800))
-        # 600 rows: a triangle and four vectors of the reduction, three of them in float64; the
-        # values, and an eighth of the vectors.
-        triangle, vectors = 4 * 600 * 601 // 2, (4 + 3 * 8 + 4) * 600
-        each = 4 * (10 * 10 + 10) + triangle + vectors + 4 * 75 * 600
+        # Vectors, values and bounds: of 600 directions an eighth.
+        each = 4 * (10 * 10 + 2 * 10) + 4 * (75 * 600 + 2 * 75)
         assert Job((small, PLAIN, large), tasks=3).factor_bytes == 3 * each
 
     def test_no_more_than_the_store_may_hold(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        job = Job((square(4096),), tasks=20)
+        job = Job((square(8192),), tasks=20)
         assert job.factor_bytes > 1 << 29
         monkeypatch.setenv("MERGESCOPE_FACTORS_GB", "0.25")
         assert job.factor_bytes == 1 << 28
@@ -240,12 +236,7 @@ def test_more_threads_take_more_memory_and_no_more_time(job: Job) -> None:
     assert seconds(more, SPEED).spectral <= seconds(job, SPEED).spectral * (1 + 1e-12)
 
 
-def test_the_engine_is_what_the_estimates_think(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert base.AHEAD == estimates.AHEAD
-    assert selection.SAMPLE == estimates.SAMPLE
-    assert suite.HASHED_AT_ONCE == estimates.HASHED_AT_ONCE
-    assert decomposition.FAST_FROM == estimates.FAST_FROM
-    assert decomposition.BLOCKS == estimates.STORED_SHARE
+def test_as_many_threads_are_supposed_as_the_engine_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert usual_workers() == local.Threads().workers == 1
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setenv("OMP_NUM_THREADS", "3")

@@ -74,16 +74,6 @@ def legacy(pickled: bytes, tail: bytes) -> bytes:
     return b"".join(pickle.dumps(part, 2) for part in parts) + pickled + tail
 
 
-def tarred(**members: bytes) -> bytes:
-    whole = b""
-    for name, data in members.items():
-        size = b"%011o\0" % len(data)
-        header = name.encode().ljust(124, b"\0") + size + b"0" * 12 + b"        0"
-        whole += header.ljust(257, b"\0") + b"ustar\x0000".ljust(255, b"\0") + data
-        whole += b"\0" * (-len(data) % 512)
-    return whole
-
-
 def nested(inner: bytes) -> bytes:
     """A bare pickle of a storage that is a file in bytes."""
     return (

@@ -26,7 +26,6 @@ from tests.merge_core.checkpoints.pickled.pickled_by_hand import (
     nested,
     outcome,
     storage,
-    tarred,
     tensor,
     text,
     zipped,
@@ -152,12 +151,6 @@ def containers(payload: bytes) -> dict[str, bytes]:
     files["legacy"] = legacy(HEAD + payload + b".", HEAD + b"].")
     files["legacy, in the keys"] = legacy(HEAD + b"}.", HEAD + payload + b".")
     files["legacy, for the version"] = pickle.dumps(MAGIC, 2) + HEAD + payload + b"."
-    files["tar"] = tarred(
-        storages=HEAD + payload + b".", tensors=b"I0\n.", pickle=HEAD + payload + b"."
-    )
-    files["tar, pickle"] = tarred(
-        storages=b"I0\n.].", tensors=b"I0\n.", pickle=HEAD + payload + b"."
-    )
     files["nested"] = nested(legacy(HEAD + payload + b".", HEAD + b"]."))
     return files
 

@@ -1,27 +1,24 @@
-"""The files around a pickle: torch's zip, legacy and tar formats, old tensors, mappings."""
+"""The files around a pickle: torch's zip and legacy formats, old tensors, mappings."""
 
 from __future__ import annotations
 
-import io
 import pickle
 import struct
 import tarfile
 import tracemalloc
 import zipfile
 import zlib
-from collections import OrderedDict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.pickled.machine import PickleFileError
 from merge_core.checkpoints.pickled.zips import inflate
 from merge_core.errors import CheckpointError
-from tests.merge_core.checkpoints.pickled.pickled_files import FORMATS, assert_holds, drawn, legacy
+from tests.merge_core.checkpoints.pickled.pickled_files import FORMATS, assert_holds, legacy
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch on its own old formats
 
@@ -85,63 +82,15 @@ def test_ordered_dictionaries_of_python_2(tmp_path: Path) -> None:
     assert_as_torch(tmp_path / "m.pt")
 
 
-class TarPickler(pickle._Pickler):
-    """Pickles as torch before 0.1.11 did: tensors by number, classes with their source."""
-
-    def __init__(self, stream: io.BytesIO, tensors: list[Tensor]) -> None:
-        super().__init__(stream, 2)
-        self.tensors = tensors
-        self.classes: set[type] = set()
-
-    def persistent_id(self, value: Any) -> Any:
-        if isinstance(value, Tensor):
-            self.tensors.append(value.detach())
-            return str(1000 + len(self.tensors) - 1)
-        if isinstance(value, type) and issubclass(value, nn.Module) and value not in self.classes:
-            self.classes.add(value)
-            return value, "", ""
-        return None
-
-
-def save_tar(content: Any, path: Path) -> None:
-    tensors: list[Tensor] = []
-    main = io.BytesIO()
-    TarPickler(main, tensors).dump(content)
-    storages, listed = pickle.dumps(len(tensors), 2), pickle.dumps(len(tensors), 2)
-    for place, value in enumerate(tensors):
-        # Each storage lies in a longer one, of which it is a view.
-        flat = torch.cat([torch.ones(3, dtype=value.dtype), value.contiguous().view(-1)])
-        kind = torch.FloatStorage if value.dtype == torch.float32 else torch.LongStorage
-        raw = struct.pack("<q", len(flat)) + flat.numpy().tobytes()
-        storages += pickle.dumps((place, "cpu", kind), 2) + raw
-        listed += pickle.dumps((1000 + place, 2000 + place, torch.FloatTensor), 2)
-        shape, strides = value.shape, value.contiguous().stride()
-        rank = len(shape)
-        listed += struct.pack(f"<ii{rank}q{rank}qq", rank, 0, *shape, *strides, 1)
-    views = [(2000 + i, i, 2, value.numel() + 1) for i, value in enumerate(tensors)]
-    storages += pickle.dumps(views, 2)
-    with tarfile.open(path, "w:", format=tarfile.PAX_FORMAT) as archive:
-        for name, data in {
-            "sys_info": pickle.dumps({"little_endian": True}, 2),
-            "pickle": main.getvalue(),
-            "tensors": listed,
-            "storages": storages,
-        }.items():
-            member = tarfile.TarInfo(name)
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
-
-
-def test_the_tar_format_of_the_first_torch(tmp_path: Path) -> None:
-    state = {"w": drawn(3, 4), "b": drawn(3), "n": torch.tensor([5, -7]), "e": torch.zeros(0, 2)}
-    save_tar({"state_dict": state, "epoch": 3}, tmp_path / "m.pt")
-    assert_holds(tmp_path / "m.pt", torch.load(tmp_path / "m.pt", weights_only=False)["state_dict"])
-    save_tar(OrderedDict(state), tmp_path / "m.pt")
-    assert_as_torch(tmp_path / "m.pt")
-    save_tar(nn.BatchNorm1d(3).requires_grad_(False), tmp_path / "m.pt")
-    checkpoint = Checkpoint(tmp_path / "m.pt")
-    assert "running_mean" in checkpoint
-    assert checkpoint.foreign == ("torch.nn.modules.batchnorm.BatchNorm1d",)
+@pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_files_are_refused_with_what_to_do(tmp_path: Path, form: int) -> None:
+    """Torch before 0.1.11 wrote them; other tools pack folders so."""
+    (tmp_path / "pickle").write_bytes(pickle.dumps({"w": 1}, 2))
+    path = tmp_path / "m.pt"
+    with tarfile.open(path, "w:", format=form) as archive:
+        archive.add(tmp_path / "pickle", "pickle")
+    with pytest.raises(CheckpointError, match=r"is a tar file; .* load it with torch and save it"):
+        Checkpoint(path)
 
 
 # ---------------------------------------------------------------------------------- containers

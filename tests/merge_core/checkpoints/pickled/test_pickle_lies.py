@@ -33,7 +33,6 @@ from tests.merge_core.checkpoints.pickled.pickled_by_hand import (
     read_all,
     row,
     storage,
-    tarred,
     tensor,
     text,
     zipped,
@@ -227,7 +226,7 @@ LIES: dict[str, Callable[[], bytes]] = {
     "name twice": lambda: zipped(
         HEAD + entries(w=tensor()) + b".", **{"0": DATA, "1": DATA}
     ).replace(b"m/data/1", b"m/data/0"),
-    # the legacy format and the first one
+    # the legacy format
     "raw of 2^62": lambda: legacy(
         HEAD + entries(w=tensor(source=storage(numel=HUGE)[:-2] + b"NtQ")) + b".",
         HEAD + b"]" + text("0") + b"a." + struct.pack("<q", HUGE),
@@ -259,18 +258,6 @@ LIES: dict[str, Callable[[], bytes]] = {
     "nested in nested": lambda: nested(nested(nested(HEAD + b"N."))),
     "nested in itself": lambda: HEAD + b"ctorch.storage\n_load_from_bytes\nC\x05abcde\x85\x94R"
     + b"ctorch.storage\n_load_from_bytes\nh\x00R" * 10_000 + b".",
-    "tar of 2^62": lambda: tarred(storages=HEAD + integer(HUGE) + b".", tensors=b"", pickle=b""),
-    "tar of many": lambda: tarred(
-        storages=HEAD + integer(1 << 40) + b"." + b"N." * 100_000, tensors=b"", pickle=b""
-    ),
-    "tar of many ranks": lambda: tarred(
-        storages=b"I1\n." + HEAD + b"I0\n" + text("cpu") + b"ctorch\nFloatStorage\n\x87."
-        + struct.pack("<q", 6) + DATA + b"].",
-        tensors=b"I1\n.(I1\nI0\nNt." + struct.pack("<ii", 2**31 - 1, 0), pickle=b"N.",
-    ),
-    "tar of text": lambda: tarred(storages=b"x").replace(b"0000001\0", b"zzzzzzz\0"),
-    "tar member beyond": lambda: tarred(storages=b"x").replace(b"00000000001\0", b"77777777777\0"),
-    "foreign tar": lambda: tarred(photo=b"x"),
 }  # fmt: skip
 
 
@@ -290,8 +277,7 @@ REASONS = {
     "nested in nested": "_load_from_bytes", "raw cut": "truncated",
     "raw of another size": "two sizes",
     "storage of two sizes": "two sizes", "raw missing": "not in it",
-    "tar member beyond": "it is truncated", "view beyond": "beyond its storage",
-    "raw of 2^62": "a size that no tensor has", "tar of many ranks": "without a shape",
+    "view beyond": "beyond its storage", "raw of 2^62": "a size that no tensor has",
 }  # fmt: skip
 HARMLESS = {"entries of the same bytes"}  # numbers of no meaning, from the file itself
 
