@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.yaml_text import dump_yaml
 
 TASKS = ("digits", "shapes", "lines")
 WIDTH, CLASSES, SIZE, IMAGES = 16, 4, 16, 20
@@ -135,7 +136,7 @@ def state_of(suite: Suite, task: str | None = None) -> dict[str, Tensor]:
 def write_document(folder: Path, document: Mapping[str, Any]) -> Path:
     """Write a suite.yaml and return its path."""
     path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump(dict(document), sort_keys=False), encoding="utf-8")
+    path.write_text(dump_yaml(dict(document)), encoding="utf-8")
     return path
 
 
