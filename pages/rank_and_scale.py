@@ -11,9 +11,10 @@ import streamlit as st
 from analysis.evaluation import Evaluator, mean_accuracy
 from analysis.figures import rank_evidence
 from analysis.figures import rank_selection as figures
+from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
-    Mode,
     Selection,
+    SelectionOptions,
     known_selection,
     select_rank,
     selectable,
@@ -109,8 +110,8 @@ def stored(
     if sum(group.info.numel for group in session.groups) > LIVE_PARAMETERS:
         return None
     space = search_space(method, _view.name, tasks)
-    options = {"full_grid": full_grid, "every_proxy": every_proxy}
-    return known_selection(space, session, evaluator_of(_view), mode, **options)
+    options = SelectionOptions(mode, full_grid, every_proxy)
+    return known_selection(space, session, evaluator_of(_view), options)
 
 
 @st.cache_data(max_entries=16, show_spinner="Following the rules over the rank …")
@@ -134,17 +135,10 @@ def obtained(
         return known
     session, evaluator = resources.session(view), evaluator_of(view)
     space = search_space(method, view.name, view.tasks)
+    options = SelectionOptions(mode, full_grid, every_proxy)
 
     def work(progress: Progress) -> Selection:
-        return select_rank(
-            space,
-            session,
-            evaluator,
-            mode,
-            full_grid=full_grid,
-            every_proxy=every_proxy,
-            progress=progress,
-        )
+        return select_rank(space, session, evaluator, options, progress=progress)
 
     choices = (method, mode, str(full_grid), str(every_proxy))
     job = run_job(

@@ -17,7 +17,13 @@ from streamlit.testing.v1 import AppTest
 from analysis.evaluation import Evaluator
 from analysis.predictions import PredictionStore
 from analysis.rank_selection import space as spaces
-from analysis.rank_selection.select import Mode, Selection, select_rank, task_curves
+from analysis.rank_selection.rule import Mode
+from analysis.rank_selection.select import (
+    Selection,
+    SelectionOptions,
+    select_rank,
+    task_curves,
+)
 from analysis.rank_selection.space import search_space
 from merge_core.engine import MergeSession
 from merge_core.factors import FactorStore
@@ -53,7 +59,7 @@ def library(path: Path, mode: Mode, method: str = "cart", **options: Any) -> Sel
     evaluator = Evaluator(suite, PredictionStore(path.parent / "own.sqlite"))
     session = MergeSession(suite, None, FactorStore(path.parent / "own"))
     space = search_space(method, "mine", suite.tasks)
-    return select_rank(space, session, evaluator, mode, **options)
+    return select_rank(space, session, evaluator, SelectionOptions(mode, **options))
 
 
 def found(at: AppTest, label: str = BUTTON) -> AppTest:
@@ -243,6 +249,7 @@ def test_allocations_stay_among_the_scales_that_a_method_takes(offer: Offer) -> 
     suite = load_suite(offer())
     session = MergeSession(suite, None, FactorStore())
     space = search_space("cart", "mine", suite.tasks)
-    edge = replace(select_rank(space, session, None, "weights"), scale=max(space.scales))
+    chosen = select_rank(space, session, None, SelectionOptions("weights"))
+    edge = replace(chosen, scale=max(space.scales))
     frame = rank_layers_section.compared(edge, session, Evaluator(suite), Progress())
     assert frame["scale"].max() <= max(space.scales)
