@@ -145,17 +145,10 @@ def test_any_recommended_rank_opens_in_the_lab(offer: Offer) -> None:
 
 
 def test_a_click_on_the_map_moves_the_sliders(monkeypatch: pytest.MonkeyPatch) -> None:
-    for data in ([0.26, 3.2], {"0": 0.26, "1": 3.2}):
-        state: dict[str, Any] = {
-            "rank_scale_map": {"selection": {"points": [{"customdata": data}]}}
-        }
-        monkeypatch.setattr(rank_settings_section.st, "session_state", state)
-        rank_settings_section.pick_clicked()
-        assert (state["at_rank"], state["at_scale"]) == (0.26, 3.2)
-    state = {"rank_scale_map": {"selection": {"points": []}}}
+    state: dict[str, Any] = {}
     monkeypatch.setattr(rank_settings_section.st, "session_state", state)
-    rank_settings_section.pick_clicked()
-    assert "at_rank" not in state
+    rank_settings_section.pick([0.26, 3.2])
+    assert state == {"at_rank": 0.26, "at_scale": 3.2}
 
 
 def test_every_rules_pick_is_a_button_away(offer: Offer) -> None:
