@@ -62,25 +62,11 @@ def evaluated_map(
         chosen: rank and scale, ringed.
         picks: rows with proxy, title, mode, rank, scale.
     """
-    label, factor = unit(value)
-    column = {r: i for i, r in enumerate(ranks)}
-    row = {s: j for j, s in enumerate(scales)}
-    known = points[points["rank"].isin(column) & points["scale"].isin(row)]
-    at = (
-        known["scale"].map(row).to_numpy(dtype=int),
-        known["rank"].map(column).to_numpy(dtype=int),
-    )
-    shape = (len(scales), len(ranks))
-    values = np.full(shape, np.nan)
-    values[at] = factor * known["score"].to_numpy()
-    whole = np.zeros(shape, dtype=bool)
-    whole[at] = (known["images"] == known["images"].max()).to_numpy()
-    tied = np.zeros(shape, dtype=bool)
-    tied[at] = known["tied"].to_numpy(dtype=bool)
+    known = points[points["rank"].isin(ranks) & points["scale"].isin(scales)]
     figure = go.Figure()
+    layout(figure, title, x="Rank, share of directions kept", y=SCALE, height=460)
     if len(known):
-        _add_cells(figure, values, whole)
-    _add_outline(figure, tied)
+        _add_cells(figure, known, ranks, scales, value)
     told = {
         (r, s): f"{_score(v, value)} on {n:.0f} images a task{', tied' if t else ''}"
         for r, s, v, n, t in zip(
@@ -90,10 +76,10 @@ def evaluated_map(
     _add_overlay(figure, ranks, scales, told)
     if picks is not None:
         _add_picks_to_map(figure, picks.dropna(subset=["rank", "scale"]), ranks, scales)
-    for name, cell, symbol, size in (
-        ("recommended", recommended, "star", 17),
-        ("chosen", chosen, "circle-open", 22),
-    ):
+    edge = {"color": MARK, "width": 1.5}
+    star = {"symbol": "star", "size": 17, "color": "#FFFFFF", "line": edge}
+    ring = {"symbol": "circle-open", "size": 22, "color": MARK, "line": edge | {"width": 3}}
+    for name, cell, marker in (("recommended", recommended, star), ("chosen", chosen, ring)):
         if cell is not None and not np.isnan(cell).any():
             figure.add_scatter(
                 x=_places([cell[0]], ranks, logarithmic=True),
@@ -101,30 +87,9 @@ def evaluated_map(
                 mode="markers",
                 name=name,
                 hoverinfo="skip",
-                marker={
-                    "symbol": symbol,
-                    "size": size,
-                    "color": MARK if name == "chosen" else "#FFFFFF",
-                    "line": {"width": 3 if name == "chosen" else 1.5, "color": MARK},
-                },
+                marker=marker,
             )
-    layout(figure, title, x="Rank, share of directions kept", y=SCALE, height=460)
     _equal_cells(figure, ranks, scales)
-    span = [
-        float(np.nanmax(values)) if len(known) else 1.0,
-        float(np.nanmin(values)) if len(known) else 0.0,
-    ]
-    lowest = max(span[1], span[0] - MAP_SPAN) if factor == 100.0 else span[1]
-    figure.update_layout(
-        coloraxis={
-            "colorscale": SEQUENTIAL,
-            "cmin": lowest,
-            "cmax": span[0],
-            "showscale": bool(len(known)),
-        }
-    )
-    if len(known):
-        colour_bar(figure, label)
     return figure
 
 
@@ -132,8 +97,28 @@ def _score(score: float, value: str) -> str:
     return f"{score:.1%}" if value in SHARES else f"{score:.3g}"
 
 
-def _add_cells(figure: go.Figure, values: np.ndarray, whole: np.ndarray) -> None:
-    """Two layers of cells: all images, and part of them (smaller)."""
+def _add_cells(
+    figure: go.Figure,
+    known: pd.DataFrame,
+    ranks: Sequence[float],
+    scales: Sequence[float],
+    value: str,
+) -> None:
+    """Cells of what was evaluated, a line around the tied ones, and the scale of colours.
+
+    Cells are in two layers: all images, and part of them (smaller).
+    """
+    label, factor = unit(value)
+    at = (
+        known["scale"].map({s: j for j, s in enumerate(scales)}).to_numpy(dtype=int),
+        known["rank"].map({r: i for i, r in enumerate(ranks)}).to_numpy(dtype=int),
+    )
+    shape = (len(scales), len(ranks))
+    values = np.full(shape, np.nan)
+    values[at] = factor * known["score"].to_numpy()
+    whole, tied = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    whole[at] = (known["images"] == known["images"].max()).to_numpy()
+    tied[at] = known["tied"].to_numpy(dtype=bool)
     for mask, gap in ((whole, 1), (~whole, SMALL_CELL_GAP)):
         figure.add_heatmap(
             z=np.where(mask, values, np.nan),
@@ -146,6 +131,12 @@ def _add_cells(figure: go.Figure, values: np.ndarray, whole: np.ndarray) -> None
             hoverinfo="skip",
             hoverongaps=False,
         )
+    _add_outline(figure, tied)
+    highest, lowest = float(np.nanmax(values)), float(np.nanmin(values))
+    if factor == 100.0:
+        lowest = max(lowest, highest - MAP_SPAN)
+    figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": lowest, "cmax": highest})
+    colour_bar(figure, label)
 
 
 def _add_outline(figure: go.Figure, tied: np.ndarray) -> None:
