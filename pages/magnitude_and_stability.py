@@ -26,8 +26,8 @@ from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.files import digest_of
 from merge_core.progress import Progress
 from ui import charts, shell
-from ui.norms_section import norms_section
 from ui.progress import run_job
+from ui.sections.norms import norms_section
 from ui.server import pool_resources
 from ui.server.pool_resources import PoolView
 from ui.widgets import choice

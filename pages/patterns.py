@@ -18,8 +18,8 @@ from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import PoolError
 from merge_core.suites.pool import Pool
 from ui import charts, shell
-from ui.blend_section import blend_section
 from ui.sections import filters
+from ui.sections.blend import blend_section
 from ui.sections.filters import NORMALISATIONS
 from ui.server import pool_resources
 from ui.widgets import choice
