@@ -26,7 +26,12 @@ PIECE_BYTES = 1 << 20
 
 
 def cache_dir() -> Path:
-    """The folder for derived results: ``$MERGESCOPE_CACHE``, else the user's cache folder."""
+    """The folder for derived results: ``$MERGESCOPE_CACHE``, else the user's cache folder.
+
+    Example:
+        >>> cache_dir().is_absolute()
+        True
+    """
     chosen = os.environ.get("MERGESCOPE_CACHE")
     if chosen:
         return Path(chosen).expanduser()
@@ -42,7 +47,12 @@ def factors_limit() -> int:
 
 
 def digest_of(*parts: str | bytes) -> str:
-    """SHA-256 (hex) of a sequence of strings or bytes, unambiguous as to where each ends."""
+    """SHA-256 (hex) of a sequence of strings or bytes, unambiguous as to where each ends.
+
+    Example:
+        >>> len(digest_of("a", "b")), digest_of("a", "b") == digest_of("ab")
+        (64, False)
+    """
     whole = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -60,6 +70,12 @@ def file_digest(path: Path) -> str:
         OSError: the file cannot be read.
 
     Source: https://github.com/BLAKE3-team/BLAKE3-specs.
+
+    Example:
+        >>> path = Path("weights.bin")
+        >>> _ = path.write_bytes(b"abc")
+        >>> file_digest(path)[:16]
+        '6437b3ac38465133'
     """
     state = path.stat()
     memo_key = digest_of(
@@ -113,6 +129,11 @@ def read_yaml(
 
     Raises:
         MergeScopeError: of the given kind: unreadable, not YAML, or not a table of fields.
+
+    Example:
+        >>> _ = Path("suite.yaml").write_text("name: mine")
+        >>> read_yaml(Path(), "suite.yaml", MergeScopeError, "nothing else")
+        ({'name': 'mine'}, PosixPath('suite.yaml'))
     """
     try:
         path = path.expanduser()
@@ -176,7 +197,12 @@ def evict(folder: Path, most: int) -> None:
 
 
 def explain_os_error(error: OSError, target: Path) -> OutputError:
-    """An OutputError in words for what the operating system refused while writing `target`."""
+    """An OutputError in words for what the operating system refused while writing `target`.
+
+    Example:
+        >>> print(explain_os_error(PermissionError(13, "Permission denied"), Path("out")))
+        out cannot be written (no permission). Choose another folder.
+    """
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutputError(
             f"The disk is full: {target} was not written. Free some space or choose another folder."
@@ -193,6 +219,11 @@ def write_atomically(path: Path, data: bytes) -> None:
 
     Raises:
         OutputError: the disk is full or the folder cannot be written.
+
+    Example:
+        >>> write_atomically(Path("new/notes.txt"), b"whole or not at all")
+        >>> Path("new/notes.txt").read_text()
+        'whole or not at all'
     """
     temporary: Path | None = None
     try:

@@ -38,6 +38,10 @@ def load_yaml(text: str) -> Any:
     Raises:
         yaml.YAMLError: not YAML; too long or deep; an anchor or alias; a name written twice; a
             tag; or a value of another kind (a date, NaN).
+
+    Example:
+        >>> load_yaml("{rank: 0.08, tasks: [digits, dots]}")
+        {'rank': 0.08, 'tasks': ['digits', 'dots']}
     """
     if len(text) > CHARACTERS:
         raise yaml.YAMLError(f"longer than {CHARACTERS:,} characters")
@@ -64,6 +68,11 @@ def dump_yaml(value: Any, *, flow: bool | None = False, width: int = 80) -> str:
         value: mappings, lists, texts, numbers, true, false and null; none within itself.
         flow: whether collections stand in brackets; None for those without further ones in them.
         width: characters of a line, as far as values can be broken.
+
+    Example:
+        >>> print(dump_yaml({"rank": 0.08, "tasks": ["digits", "dots"]}, flow=None))
+        rank: 0.08
+        tasks: [digits, dots]
     """
     text: str = yaml.dump(
         value,
@@ -82,6 +91,11 @@ def read_text_file(path: Path) -> str:
     Raises:
         OSError: it cannot be read.
         ValueError: not a file, not text, or too long.
+
+    Example:
+        >>> _ = Path("names.txt").write_text("cat, dog")
+        >>> read_text_file(Path("names.txt"))
+        'cat, dog'
     """
     if path.exists() and not path.is_file():
         raise ValueError("not a file")

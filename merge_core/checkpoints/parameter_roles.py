@@ -171,6 +171,10 @@ def describe(name: str, info: TensorInfo) -> Role:
     is taken for a Conv1D's; a c_attn or c_fc that is higher than wide is a linear layer's.
 
     Source: the models of timm, torchvision, OpenAI CLIP, open_clip and transformers.
+
+    Example:
+        >>> describe("blocks.3.attn.qkv.weight", TensorInfo.of(torch.zeros(18, 6)))
+        Role(kind='attention qkv', block=(3,), parts=('q', 'k', 'v'), in_by_out=False)
     """
     path, own = layer_of(name)
     if not info.is_floating:

@@ -17,6 +17,10 @@ def executor(text: str) -> Executor:
 
     Raises:
         ExecutorError: an unknown name or number, or a cluster that does not answer.
+
+    Example:
+        >>> list(executor("threads:2").map(abs, [-1, 2, -3]))
+        [1, 2, 3]
     """
     if text.startswith("ray://"):
         return _ray(text, None)

@@ -44,6 +44,12 @@ def decompose_ahead(
         MergeScopeError: unreadable or unfit inputs; origin "base" without a base; workers that
             die.
         Cancelled: between two matrices.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> ahead = decompose_ahead(groups, "average", "singular values")
+        >>> [tuple(S.shape) for S in next(ahead).singular_values("average")]
+        [(256,), (256,)]
     """
     progress, where = progress or Progress(), executor or Threads()
     members = [group for group in groups.members if group.decomposed]

@@ -125,6 +125,11 @@ def product(tall: Callable[[slice], Tensor], rows: int, X: Tensor) -> Tensor:
 
     Returns:
         rows x k, in the dtype of X.
+
+    Example:
+        >>> B = torch.arange(6.0).reshape(3, 2)
+        >>> torch.equal(product(lambda part: B[part], 3, torch.eye(2)), B)
+        True
     """
     result = torch.empty(rows, X.shape[1], dtype=X.dtype)
     for start in range(0, rows, ROWS):
@@ -141,6 +146,13 @@ def complete(rows: Tensor, S: Tensor, weighted: Tensor, wide: bool) -> Direction
         S: q singular values, positive.
         weighted: the long side's vectors times their values, the matrix times the short side.
         wide: whether the short side is U.
+
+    Example:
+        >>> S = torch.tensor([3.0, 2.0])
+        >>> found = complete(torch.eye(2), S, torch.diag(S), wide=False)
+        >>> found.U * found.S @ found.V.T
+        tensor([[3., 0.],
+                [0., 2.]])
     """
     # What rounding of a strong direction leaves in a weak one is along the strong one: QR takes
     # it out, in their order.
@@ -206,6 +218,13 @@ def sum_of_truncations(
 
     Returns:
         m x n, in the factors' dtype.
+
+    Example:
+        >>> A = torch.diag(torch.tensor([3.0, 2.0]))
+        >>> term = Truncations(torch.eye(2), torch.zeros(2), (2, 2), lambda part: A[part], True)
+        >>> sum_of_truncations([term, term], 1, lambda: A + A)
+        tensor([[6., 0.],
+                [0., 0.]])
     """
     ranks = [k] * len(terms) if isinstance(k, int) else list(k)
     from_the_end = 2 * sum(ranks) > terms[0].rank * len(terms) and all(t.whole for t in terms)

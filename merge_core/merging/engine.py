@@ -30,6 +30,9 @@ def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
 
     Raises:
         SuiteError: keys missing, or shapes that differ.
+
+    Example:
+        >>> check_fits(load_suite("demo"), ("digits", "letters"))
     """
     suite.members(tasks)  # says of a member that cannot be read why
     blocking = preflight(suite, tasks).blocking
@@ -48,6 +51,11 @@ def check_recipe(suite: Suite, recipe: Recipe) -> None:
 
     Raises:
         SuiteError: no base where one is needed, an unknown task, or another number of tasks.
+
+    Example:
+        >>> check_recipe(load_suite("demo"), make_recipe({"method": "slerp"}))
+        Traceback (most recent call last):
+        merge_core.errors.SuiteError: SLERP merges 2 experts, not 8. Choose 2 tasks.
     """
     method, tasks = recipe.declaration, suite.select(recipe.tasks)
     if recipe.needs_base and suite.base is None:
@@ -72,6 +80,11 @@ def written_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
     Args:
         recipe: whose `dtype` asks for one, or keeps the input's.
         stored: the dtype of the experts' parameter; integers stay as they are.
+
+    Example:
+        >>> recipe = make_recipe({"method": "average", "dtype": "float16"})
+        >>> written_dtype(recipe, torch.float32), written_dtype(recipe, torch.int64)
+        (torch.float16, torch.int64)
     """
     if recipe.dtype == "input" or not stored.is_floating_point:
         return stored
@@ -108,6 +121,12 @@ def merged_tensors(
             nothing learnt where data are needed.
         MergeScopeError: unreadable or unfit inputs, or workers that die.
         Cancelled: between two parameters.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> recipe = make_recipe({"method": "average", "tasks": groups.tasks})
+        >>> [name for name, _ in merged_tensors(recipe, groups, names=["cls_token"])]
+        ['cls_token']
     """
     progress = progress or Progress()
     _rule(recipe, groups.tasks, task)  # refuses what does not go together before the work
@@ -219,6 +238,12 @@ class MergeSession:
 
     Raises:
         SuiteError: unknown tasks, or experts that do not fit together.
+
+    Example:
+        >>> session = MergeSession(load_suite("demo"), ("digits", "dots"), FactorStore())
+        >>> merged = session.merge(make_recipe({"method": "average", "tasks": ("digits", "dots")}))
+        >>> merged.keys() == set(session.suite.expert("digits"))
+        True
     """
 
     def __init__(self, suite: Suite, tasks: tuple[str, ...] | None, store: FactorStore) -> None:

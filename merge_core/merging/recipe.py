@@ -225,6 +225,10 @@ def checked_parameters(method: Method | Postprocessor, given: Any) -> MethodPara
 
     Raises:
         RecipeError: not a mapping, an unknown name, or a value out of range.
+
+    Example:
+        >>> checked_parameters(get_method("cart"), {"rank": 16})
+        CartParameters(rank=16, scale=...)
     """
     if not isinstance(given, dict):
         raise RecipeError(
@@ -251,6 +255,11 @@ def make_recipe(document: Any, where: str = "The recipe") -> Recipe:
 
     Raises:
         RecipeError: unknown or missing fields, unknown method, parameters out of range.
+
+    Example:
+        >>> recipe = make_recipe({"method": "task_arithmetic", "parameters": {"scale": 0.4}})
+        >>> recipe.suite, recipe.parameters
+        ('demo', {'scale': 0.4})
     """
     if not isinstance(document, dict):
         raise RecipeError(f"{where} must hold fields such as method and parameters.")
@@ -265,6 +274,11 @@ def recipe_from_yaml(text: str, where: str = "The recipe") -> Recipe:
 
     Raises:
         RecipeError: not YAML, or not a recipe.
+
+    Example:
+        >>> recipe = recipe_from_yaml("{method: cart, parameters: {rank: 0.12}}")
+        >>> recipe_from_yaml(recipe.to_yaml()) == recipe
+        True
     """
     try:
         document = load_yaml(text)
@@ -279,6 +293,11 @@ def recipe_from_query(query: str) -> Recipe:
 
     Raises:
         RecipeError: not a recipe.
+
+    Example:
+        >>> recipe = recipe_from_query("?suite=demo&tasks=digits,dots&method=cart&rank=16")
+        >>> recipe.tasks, recipe.parameters["rank"]
+        (('digits', 'dots'), 16)
     """
     fields = dict(parse_qsl(query.removeprefix("?"), keep_blank_values=True))
     document: dict[str, Any] = {
@@ -302,6 +321,11 @@ def read_recipe(path: str | Path) -> Recipe:
 
     Raises:
         RecipeError: missing or wrong recipe.
+
+    Example:
+        >>> _ = Path("recipe.yaml").write_text("method: average")
+        >>> read_recipe("recipe.yaml").method
+        'average'
     """
     path = Path(path)
     try:
@@ -322,6 +346,12 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Suite]:
     Raises:
         RecipeError: missing or wrong recipe.
         SuiteError: missing or wrong suite, or tasks that it does not have.
+
+    Example:
+        >>> _ = Path("recipe.yaml").write_text("{suite: demo, method: average}")
+        >>> recipe, suite = load_recipe("recipe.yaml")
+        >>> recipe.method, len(suite.tasks)
+        ('average', 8)
     """
     recipe = read_recipe(path)
     path = Path(path).expanduser()

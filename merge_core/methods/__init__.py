@@ -27,13 +27,23 @@ def _declared() -> list[Method | Postprocessor]:
 
 @cache
 def methods() -> dict[str, Method]:
-    """All registered methods by name, plain ones first (in the order of their `place`)."""
+    """All registered methods by name, plain ones first (in the order of their `place`).
+
+    Example:
+        >>> list(methods())[:2], methods()["cart"].title
+        (['average', ...], 'CART')
+    """
     return {entry.name: entry for entry in _declared() if isinstance(entry, Method)}
 
 
 @cache
 def postprocessors() -> dict[str, Postprocessor]:
-    """All registered post-processors of a merged update by name."""
+    """All registered post-processors of a merged update by name.
+
+    Example:
+        >>> sorted(postprocessors())
+        ['subspace_boosting', 'svc']
+    """
     return {entry.name: entry for entry in _declared() if isinstance(entry, Postprocessor)}
 
 
@@ -42,6 +52,10 @@ def get_method(name: str) -> Method:
 
     Raises:
         RecipeError: there is none.
+
+    Example:
+        >>> get_method("ties").source
+        '...arXiv:2306.01708...'
     """
     known = methods()
     if name not in known:
@@ -54,6 +68,10 @@ def get_postprocessor(name: str) -> Postprocessor:
 
     Raises:
         RecipeError: there is none.
+
+    Example:
+        >>> [spec.name for spec in get_postprocessor("svc").specs]
+        ['floor']
     """
     known = postprocessors()
     if name not in known:

@@ -51,6 +51,10 @@ def task_name(text: str, taken: Collection[str] = ()) -> str:
     Args:
         text: anything, such as a file's stem.
         taken: names already given.
+
+    Example:
+        >>> task_name("Straßen (2024)"), task_name("cars", taken=["cars"])
+        ('Straen-2024', 'cars-2')
     """
     plain = unicodedata.normalize("NFKD", text).encode("ascii", "ignore").decode()
     name = re.sub(r"[^A-Za-z0-9_.+-]+", "-", plain)[:LONGEST].strip("-.") or "task"
@@ -66,6 +70,10 @@ def task_names(labels: Sequence[str]) -> list[str]:
 
     ``clip-vit-base-patch32_sun397`` and ``clip-vit-base-patch32_cars`` become ``sun397`` and
     ``cars``. Numbers keep what stands before them.
+
+    Example:
+        >>> task_names(["vit_sun397_v2", "vit_cars_v2"])
+        ['sun397', 'cars']
     """
     names: list[str] = []
     for label in without_common(labels):
@@ -74,7 +82,12 @@ def task_names(labels: Sequence[str]) -> list[str]:
 
 
 def without_common(labels: Sequence[str]) -> list[str]:
-    """Labels without the whole words that all of them begin and end with."""
+    """Labels without the whole words that all of them begin and end with.
+
+    Example:
+        >>> without_common(["vit-b-sun397", "vit-b-cars"])
+        ['sun397', 'cars']
+    """
     words = [SEPARATORS.split(label) for label in labels]
     if len(words) < 2:
         return list(labels)
@@ -102,6 +115,10 @@ def base_candidates(labels: Sequence[str]) -> list[int]:
     By the first of these that some but not all labels fulfil: the whole label is a word such as
     ``base``, ``pretrained`` or ``zeroshot``; it is what all others begin with; one of its words
     that not all labels share is such a word.
+
+    Example:
+        >>> base_candidates(["cars", "pretrained", "dtd"])
+        [1]
     """
 
     def folded(text: str) -> str:
@@ -138,6 +155,10 @@ def guess_architecture(layout: Layout) -> ArchitectureSpec | None:
         The architecture; None for any other layout, width, depth or patch.
 
     Source: ``timm/models/vision_transformer.py``.
+
+    Example:
+        >>> guess_architecture({"conv1.weight": (64, 3, 7, 7)}) is None
+        True
     """
     patch, position = layout.get("patch_embed.proj.weight"), layout.get("pos_embed")
     if patch is None or position is None or len(patch) != 4 or len(position) != 3:
@@ -202,6 +223,11 @@ def draft(
 
     Raises:
         SuiteError: no member, or a name that is not allowed.
+
+    Example:
+        >>> spec = draft({"cars": "/models/cars", "dtd": "/models/dtd"}, base="/models/base")
+        >>> list(spec.experts), spec.base
+        (['cars', 'dtd'], '/models/base')
     """
     if not members:
         raise SuiteError("A suite needs at least one expert. Choose a model for it.")
@@ -230,6 +256,11 @@ def write_suite(spec: SuiteSpec, path: Path, overwrite: bool = False) -> None:
 
     Raises:
         OutputError: it exists and may not be replaced, or cannot be written.
+
+    Example:
+        >>> write_suite(draft({"cars": "hf://org/cars"}), Path("suite.yaml"))
+        >>> load_suite("suite.yaml").tasks
+        ('cars',)
     """
     if not overwrite and os.path.lexists(path):
         raise OutputError(f"{path} exists. Choose another name, or ask for it to be replaced.")
@@ -237,7 +268,15 @@ def write_suite(spec: SuiteSpec, path: Path, overwrite: bool = False) -> None:
 
 
 def suite_text(spec: SuiteSpec, path: Path) -> str:
-    """What :func:`write_suite` writes to a path."""
+    """What :func:`write_suite` writes to a path.
+
+    Example:
+        >>> print(suite_text(draft({"cars": "/models/cars"}), Path("/models/suite.yaml")))
+        # Written by ...
+        experts:
+          cars:
+            weights: cars
+    """
     document = _with_relative_paths(
         spec.model_dump(mode="json", exclude_unset=True, exclude_none=True),
         path.parent.resolve(),

@@ -125,7 +125,12 @@ class Preset:
 
 
 def presets() -> dict[str, Preset]:
-    """All presets by name, vision first."""
+    """All presets by name, vision first.
+
+    Example:
+        >>> [task.title for task in presets()["clip-vit-b-32-8"].tasks][:2]
+        ['SUN397', 'Cars']
+    """
     return dict(_presets())
 
 
@@ -134,6 +139,10 @@ def preset_spec(name: str) -> SuiteSpec:
 
     Raises:
         SuiteError: there is none of that name.
+
+    Example:
+        >>> preset_spec("clip-vit-b-32-8").base
+        'hf://openai/clip-vit-base-patch32'
     """
     known = _presets()
     if name not in known:

@@ -78,6 +78,11 @@ def drafted_suite(spec: SuiteSpec, path: Path, found: Sequence[Found]) -> Suite:
         spec: the suite.
         path: where its file will lie.
         found: its members, and perhaps others.
+
+    Example:
+        >>> found = (Found("/models/cars", "cars", "cars", "cars", task="cars"),)
+        >>> drafted_suite(drafted(found, "mine"), Path("/models/suite.yaml"), found).tasks
+        ('cars',)
     """
     known = {each.reference: each.checkpoint for each in found if each.checkpoint is not None}
     return SuiteByHeaders(spec, path, known)
@@ -140,6 +145,11 @@ def with_base(found: Sequence[Found], base: str | None) -> tuple[Found, ...]:
     Args:
         found: models.
         base: reference of one of them.
+
+    Example:
+        >>> found = [Found(f"/models/{name}", name, name, name) for name in ("cars", "start")]
+        >>> [each.role for each in with_base(found, "/models/start")]
+        ['expert', 'base']
     """
 
     def role(each: Found) -> Role:
@@ -159,6 +169,11 @@ def with_tasks(found: Sequence[Found], named: Mapping[str, str]) -> tuple[Found,
 
     Raises:
         SuiteError: another expert has that name.
+
+    Example:
+        >>> found = [Found("/models/a", "a", "a", "a", task="a", role="left out")]
+        >>> [(each.task, each.role) for each in with_tasks(found, {"cars": "/models/a"})]
+        [('cars', 'expert')]
     """
     names = {reference: task for task, reference in named.items()}
     result = tuple(
@@ -183,6 +198,12 @@ def drafted(found: Sequence[Found], name: str, preset: SuiteSpec | None = None) 
 
     Raises:
         SuiteError: no expert, or a name that is not allowed.
+
+    Example:
+        >>> names = ("cars", "dtd")
+        >>> found = [Found(f"/models/{name}", name, name, name, task=name) for name in names]
+        >>> list(drafted(with_base(found, "/models/dtd"), "mine").experts)
+        ['cars']
     """
     experts = {each.task: each for each in found if each.role == "expert"}
     base = next((each for each in found if each.role == "base"), None)
@@ -203,7 +224,14 @@ def drafted(found: Sequence[Found], name: str, preset: SuiteSpec | None = None) 
 
 
 def of_preset(found: Sequence[Found], preset: SuiteSpec) -> tuple[Found, ...]:
-    """A preset's models with the names and roles that it gives them, whatever was suggested."""
+    """A preset's models with the names and roles that it gives them, whatever was suggested.
+
+    Example:
+        >>> preset = draft({"cars": "hf://org/vit-cars"}, base="hf://org/vit")
+        >>> found = [Found(f"hf://org/{name}", name, name, name) for name in ("vit", "vit-cars")]
+        >>> [(each.task, each.role) for each in of_preset(found, preset)]
+        [('', 'base'), ('cars', 'expert')]
+    """
     tasks = {expert.weights: task for task, expert in preset.experts.items()}
     return tuple(
         replace(each, task=tasks[each.reference], role="expert")
@@ -214,7 +242,12 @@ def of_preset(found: Sequence[Found], preset: SuiteSpec) -> tuple[Found, ...]:
 
 
 def mistakes(found: Sequence[Found]) -> list[str]:
-    """What keeps models with these roles and names from being a suite, in words."""
+    """What keeps models with these roles and names from being a suite, in words.
+
+    Example:
+        >>> mistakes([Found("/models/a", "a", "a", "a", task="a", role="base")])
+        ['Choose at least one model as an expert.']
+    """
     experts = [each for each in found if each.role == "expert"]
     bases = [each for each in found if each.role == "base"]
     valid = TypeAdapter(TaskName)

@@ -48,6 +48,11 @@ def find_models(
     Raises:
         SuiteError: a place that does not exist, nothing found, or too much.
         Cancelled: `progress` says so.
+
+    Example:
+        >>> demo = load_suite("demo")
+        >>> [each.task for each in find_models([str(demo.root / "experts")])][:3]
+        ['digits', 'dots', 'greek']
     """
     listed = [found for place in places for found in _at(place, len(places) == 1)]
     if not listed:
@@ -106,7 +111,12 @@ def _at(place: str, alone: bool) -> Iterator[Found]:
 
 
 def holds_models(folder: Path) -> bool:
-    """Whether a folder is a model or holds weight files, by their names."""
+    """Whether a folder is a model or holds weight files, by their names.
+
+    Example:
+        >>> holds_models(Path())
+        False
+    """
     try:
         return _is_model(folder) or any(True for _ in _files(folder, folder))
     except (OSError, SuiteError):  # not ours to read, or far too much

@@ -171,6 +171,13 @@ def merge_to_adapter(
         RecipeError: a method that gives one model per task.
         OutputError: nothing for an adapter to hold, or the folder cannot be written.
         CheckpointError, ExecutorError, Cancelled: as for a merge.
+
+    Example:
+        >>> recipe = make_recipe({"method": "average", "tasks": ("digits", "dots")})
+        >>> suite, rank = load_suite("demo"), AdapterRank(rank=4)
+        >>> report = merge_to_adapter(recipe, suite, Path("adapter"), rank)
+        >>> set(report.ranks.values()), report.energy < 1
+        ({4}, True)
     """
     check_output(output)
     tasks = suite.select(recipe.tasks)

@@ -52,6 +52,13 @@ def model_card(
     Returns:
         Markdown after a block of YAML, whose ``model-index`` and ``base_model`` the hub shows.
         Source: https://huggingface.co/docs/hub/model-cards.
+
+    Example:
+        >>> from merge_core.output.provenance import provenance
+        >>> suite, recipe = load_suite("demo"), make_recipe({"method": "average"})
+        >>> card = model_card(recipe, suite, provenance(recipe, suite))
+        >>> next(line for line in card.splitlines() if line.startswith("# "))
+        '# Weight average of 8 experts of demo'
     """
     method = recipe.declaration
     tasks = suite.select(recipe.tasks)

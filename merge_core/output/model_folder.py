@@ -186,6 +186,12 @@ def merge_to_folder(
         OutputError: the folder exists and is not empty, cannot be written, or the disk is full.
         ExecutorError: workers died again and again.
         Cancelled: `progress` was cancelled; nothing is left behind.
+
+    Example:
+        >>> recipe = make_recipe({"method": "average", "tasks": ("digits", "dots")})
+        >>> folder = merge_to_folder(recipe, load_suite("demo"), Path("merged"))
+        >>> sorted(path.name for path in folder.iterdir())
+        ['README.md', 'model.safetensors', 'recipe.yaml']
     """
     check_output(output)
     tasks = suite.select(recipe.tasks)
@@ -344,6 +350,13 @@ def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite, learned: Any = No
 
     Raises:
         MergeScopeError: as :func:`merge_to_folder`.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> recipe = make_recipe({"method": "average", "tasks": ("digits", "dots")})
+        >>> data = merged_bytes(recipe, Groups(suite, recipe.tasks, FactorStore()), suite)
+        >>> len(data) > suite.expert("digits").nbytes
+        True
     """
     check_fits(suite, groups.tasks)
     check_recipe(suite, recipe)

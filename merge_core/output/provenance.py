@@ -59,7 +59,12 @@ class Provenance(StrictModel):
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a merge."""
+    """Versions of what computes a merge.
+
+    Example:
+        >>> sorted(versions())
+        ['mergescope', 'python', 'torch']
+    """
     return {
         "mergescope": metadata.version("mergescope"),
         "torch": torch.__version__,
@@ -77,6 +82,11 @@ def provenance(recipe: Recipe, suite: Suite, route: Route = "gram") -> Provenanc
 
     Raises:
         SuiteError, CheckpointError: an input is missing or unreadable.
+
+    Example:
+        >>> about = provenance(make_recipe({"method": "average"}), load_suite("demo"))
+        >>> len(about.inputs), about.recipe.method
+        (8, 'average')
     """
     tasks = suite.select(recipe.tasks)
     learns = recipe.declaration.learns is not None
@@ -104,6 +114,13 @@ def read_provenance(path: Path) -> Provenance:
     Raises:
         CheckpointError: not readable, or not a model that MergeScope merged.
         RecipeError: its recipe names what this version does not know.
+
+    Example:
+        >>> from merge_core.output.model_folder import merge_to_folder
+        >>> recipe = make_recipe({"method": "average", "tasks": ("digits", "dots")})
+        >>> folder = merge_to_folder(recipe, load_suite("demo"), Path("merged"))
+        >>> read_provenance(folder).recipe == recipe
+        True
     """
     where = path
     if path.is_dir():
@@ -136,6 +153,14 @@ def differences(about: Provenance, suite: Suite) -> list[str]:
 
     Raises:
         CheckpointError, SuiteError: an input is missing or unreadable.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> about = provenance(make_recipe({"method": "average"}), suite)
+        >>> differences(about, suite)
+        []
+        >>> differences(about.model_copy(update={"base": "0" * 64}), suite)
+        ['base: digest was 000000000000, is ...']
     """
     gone = [task for task in about.inputs if task not in suite.tasks]
     if gone:
@@ -169,6 +194,11 @@ def recipe_again(about: Provenance, suite: Suite, reference: str) -> Recipe:
     Raises:
         RecipeError: the inputs differ; the message says which.
         CheckpointError, SuiteError: an input is missing or unreadable.
+
+    Example:
+        >>> suite, recipe = load_suite("demo"), make_recipe({"method": "average"})
+        >>> recipe_again(provenance(recipe, suite), suite, "demo") == recipe
+        True
     """
     found = differences(about, suite)
     if found:

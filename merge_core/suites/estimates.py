@@ -258,6 +258,12 @@ def seconds(job: Job, speed: Rates | None = None) -> Seconds:
     Estimated and measured in seconds, two quiet cores: 8 ViT-B/32 averaged 3.3 and 2.7 to 3.2, by
     CART 17 and 16 to 18; 3 bfloat16 decoders of 1.1 G parameters averaged 14 and 18, by CART 150
     and 177; the bundled suite, on a busy machine, averaged 0.1 and 0.1, by CART 0.4 and 0.4.
+
+    Example:
+        >>> job = Job((Part(1000, 4, (10, 100)),), tasks=8, read_bytes=32_000, written_bytes=4_000)
+        >>> taken = seconds(job, Rates(eigen=0.01, product=1e10, digest=1e9, copy=1e9))
+        >>> taken.entrywise < taken.spectral < 1
+        True
     """
     speed = speed or rates()
     at_once = min(HASHED_AT_ONCE, job.workers)
@@ -278,6 +284,10 @@ def about(taken: float) -> str:
 
     Args:
         taken: in seconds.
+
+    Example:
+        >>> about(0.2), about(47.0), about(400.0)
+        ('under 1 s', 'about 50 s', 'about 7 min')
     """
     if taken < 1:
         return "under 1 s"

@@ -190,12 +190,22 @@ class Pool:
 
 
 def bundled_pools() -> dict[str, Path]:
-    """Name to path of the bundled pools, sorted by name."""
+    """Name to path of the bundled pools, sorted by name.
+
+    Example:
+        >>> list(bundled_pools())[0]
+        'digits-linear'
+    """
     return {path.parent.name: path for path in sorted(BUNDLED_POOLS.glob("*/pool.yaml"))}
 
 
 def describes_pool(reference: str | Path) -> bool:
-    """Whether a path or name is a pool's rather than a suite's (False for what is neither)."""
+    """Whether a path or name is a pool's rather than a suite's (False for what is neither).
+
+    Example:
+        >>> describes_pool("digits-linear"), describes_pool("demo")
+        (True, False)
+    """
     if str(reference) in bundled_pools():
         return True
     path = Path(reference).expanduser()
@@ -216,6 +226,10 @@ def load_pool(reference: str | Path) -> Pool:
 
     Raises:
         PoolError: missing file, not YAML, unknown or missing fields.
+
+    Example:
+        >>> load_pool("digits-linear")
+        Pool('digits-linear', 12 members)
     """
     known = bundled_pools()
     path = known.get(str(reference)) or Path(reference)

@@ -149,6 +149,11 @@ def preflight(suite: Suite, tasks: Sequence[str] | None = None) -> Preflight:
 
     Raises:
         SuiteError: unknown tasks.
+
+    Example:
+        >>> found = preflight(load_suite("demo"), ["digits", "dots"])
+        >>> found.blocking, sum(row.decomposed for row in found.plan)
+        ((), 8)
     """
     suite, chosen, differences = _readable(suite, suite.select(tasks))
     if not chosen:

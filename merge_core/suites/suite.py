@@ -270,6 +270,11 @@ def load_suite(reference: str | Path) -> Suite:
 
     Raises:
         SuiteError: missing file, not YAML, unknown or missing fields.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> suite.tasks[:3], len(suite.expert("digits"))
+        (('digits', 'letters', 'greek'), 30)
     """
     document, path = read_yaml(
         BUNDLED_PATH if str(reference) == BUNDLED else Path(reference),
