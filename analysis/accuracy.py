@@ -27,6 +27,11 @@ def wilson_interval(correct: np.ndarray, images: np.ndarray) -> tuple[np.ndarray
         Lower and upper bounds in [0, 1].
 
     Source: Wilson, JASA 22 (1927), 209.
+
+    Example:
+        >>> low, high = wilson_interval(np.array([8]), np.array([10]))
+        >>> low.round(3).tolist(), high.round(3).tolist()
+        ([0.49], [0.943])
     """
     z = norm.ppf(0.5 + CONFIDENCE / 2)
     p = correct / images
@@ -43,6 +48,11 @@ def accuracy_frame(correct: Mapping[str, np.ndarray]) -> pd.DataFrame:
 
     Returns:
         Columns task, correct, images, accuracy, low, high (shares; Wilson 95 %).
+
+    Example:
+        >>> frame = accuracy_frame({"digits": np.array([True, True, False, True])})
+        >>> frame[["task", "correct", "images", "accuracy"]].values.tolist()
+        [['digits', 3, 4, 0.75]]
     """
     frame = pd.DataFrame(
         {
@@ -70,6 +80,11 @@ def mean_accuracy(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 
     Returns:
         Columns `by`, accuracy, low, high, one row per setting.
+
+    Example:
+        >>> hits = {"digits": np.array([True, False]), "dots": np.array([True, True])}
+        >>> mean_accuracy(accuracy_frame(hits))["accuracy"].tolist()
+        [0.75]
     """
     work = frame.assign(
         variance=frame["accuracy"] * (1 - frame["accuracy"]) / frame["images"], tasks=1
@@ -97,6 +112,11 @@ def difference(first: Hits, second: Hits) -> tuple[float, float]:
 
     Returns:
         The difference and its standard error, as shares.
+
+    Example:
+        >>> right = np.array([True, True, True, True])
+        >>> difference({"digits": right}, {"digits": np.array([True, False, True, True])})
+        (0.25, 0.25)
     """
     gaps = [first[task].astype(float) - second[task].astype(float) for task in first]
     variance = sum(gap.var(ddof=1) / len(gap) if len(gap) > 1 else 0.0 for gap in gaps)
@@ -114,6 +134,12 @@ def paired(hits: Mapping[str, Hits]) -> pd.DataFrame:
         pair alone), p, real.
 
     Source: Holm, Scandinavian Journal of Statistics 6 (1979), 65.
+
+    Example:
+        >>> all_right, half = np.full(50, True), np.arange(50) % 2 == 0
+        >>> pairs = paired({"CART": {"digits": all_right}, "average": {"digits": half}})
+        >>> pairs[["first", "second", "difference", "real"]].values.tolist()
+        [['CART', 'average', 0.5, True]]
     """
     z = norm.ppf(0.5 + CONFIDENCE / 2)
     rows = []

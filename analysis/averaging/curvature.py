@@ -52,6 +52,13 @@ def predicted_gap(
     Raises:
         MergeScopeError: unfit members or data.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-linear"))  # which has no curvature
+        >>> frame = predicted_gap(evaluator, [0, 1], limit=20)
+        >>> bool((frame[["measured", "predicted"]].abs() < 1e-3).all(axis=None))
+        True
     """
     soup = rule_logits(evaluator, members, "uniform_soup", split)
     measured = soup - rule_logits(evaluator, members, "logit_ensemble", split)
@@ -80,6 +87,11 @@ def gap_summary(frame: pd.DataFrame) -> pd.DataFrame:
         One row: correlation (Pearson; NaN where either side is constant), slope (of measured on
         predicted, through zero; 1 is ideal), relative_error (‖measured − predicted‖ /
         ‖measured‖), rms_measured, rms_predicted (logits), rows.
+
+    Example:
+        >>> frame = pd.DataFrame({"measured": [2.0, 4.0], "predicted": [1.0, 2.0]})
+        >>> gap_summary(frame)[["slope", "relative_error"]].values.tolist()
+        [[2.0, 0.5]]
     """
     values = frame[["measured", "predicted"]].to_numpy(dtype=float)
     measured, predicted = values[np.isfinite(values).all(axis=1)].T
@@ -109,6 +121,13 @@ def second_derivative(module: nn.Module, centre: State, step: State, images: Ten
 
     Returns:
         N x classes.
+
+    Example:
+        >>> chain = nn.Sequential(nn.Linear(1, 1, bias=False), nn.Linear(1, 1, bias=False))
+        >>> ones = {f"{i}.weight": torch.ones(1, 1) for i in (0, 1)}  # f = w₁·w₀·x
+        >>> second_derivative(chain, ones, ones, torch.tensor([[1.0], [3.0]]))
+        tensor([[2.],
+                [6.]])
     """
     network: Any = copy.deepcopy(module).to(images.dtype)
     for layer in network.modules():

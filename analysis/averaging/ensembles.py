@@ -95,6 +95,12 @@ def head(evaluator: PoolEvaluator, member: int) -> tuple[Tensor, Tensor]:
 
     Raises:
         MergeScopeError: an unreadable file, or one without that layer.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> weight, bias = head(PoolEvaluator(load_pool("digits-mlp-shared")), 0)
+        >>> tuple(weight.shape), float(bias.abs().max())
+        ((10, 64), 0.0)
     """
     checkpoint = evaluator.pool.member(member)
     name = evaluator.network.head_name
@@ -129,6 +135,14 @@ def rule_logits(
 
     Source: Rethinking Weight-Averaged Model-merging, arXiv:2411.09263, section 4; the features
     are taken after the final norm.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> logits = rule_logits(evaluator, [0, 1], "logit_ensemble", "test")
+        >>> each = [evaluator.member(i, "test").logits.double() for i in (0, 1)]
+        >>> torch.allclose(logits, sum(each) / 2)
+        True
     """
     if rule == "individuals":
         raise ValueError("individuals are many models, which have no joint logits")
@@ -178,6 +192,13 @@ def rules_frame(
 
     Raises:
         MergeScopeError: unfit members or data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> frame = rules_frame(evaluator, [0, 1, 2], rules=["uniform_soup", "logit_ensemble"])
+        >>> frame[["label", "passes"]].values.tolist()
+        [['uniform soup', 1], ['logit ensemble', 3]]
     """
     sums = _Sums(evaluator, split)
     for member in members:
@@ -212,6 +233,12 @@ def accuracy_over_members(
     Raises:
         MergeScopeError: unfit members or data.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> accuracy_over_members(evaluator, [0, 1, 2], rules=["uniform_soup"])["n"].tolist()
+        [1, 2, 3]
     """
     sums = _Sums(evaluator, split)
     parts = []
@@ -283,6 +310,12 @@ def agreement(
 
     Raises:
         MergeScopeError: unfit members or data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> frame = agreement(PoolEvaluator(load_pool("digits-mlp-shared")), [0])
+        >>> frame["first"].unique().tolist(), frame["agreement"].unique().tolist()
+        (['member 0', 'uniform soup', 'logit ensemble'], [1.0])
     """
     classes = {f"member {m}": predicted(evaluator.member(m, split).logits) for m in members}
     for rule in ("uniform_soup", "logit_ensemble"):

@@ -28,6 +28,11 @@ def covariance_term(
 
     Raises:
         MergeScopeError: unfit members or data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> covariance_term(PoolEvaluator(load_pool("digits-mlp-shared")), [0, 1]).shape
+        torch.Size([500, 10])
     """
     N = len(members)
     weights = [head(evaluator, m)[0] for m in members]
@@ -56,6 +61,12 @@ def covariance_summary(
 
     Raises:
         MergeScopeError: unfit members or data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> frame = covariance_summary(PoolEvaluator(load_pool("digits-mlp-shared")), [0, 1])
+        >>> bool(frame["deviation"][0] < 1e-4 < frame["rms"][0])  # the identity holds
+        True
     """
     whole = rule_logits(evaluator, members, "logit_ensemble", split)
     averaged = rule_logits(evaluator, members, "feature_ensemble_averaged_head", split)
@@ -87,6 +98,13 @@ def covariance_frame(
 
     Raises:
         MergeScopeError: unfit members or data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> frame = covariance_frame(evaluator, [0, 1], limit=20)
+        >>> len(frame), np.allclose(frame["measured"], frame["predicted"], atol=1e-4)
+        (200, True)
     """
     whole = rule_logits(evaluator, members, "logit_ensemble", split)
     averaged = rule_logits(evaluator, members, "feature_ensemble_averaged_head", split)
@@ -115,6 +133,15 @@ def gap_to_ensemble(
 
     Raises:
         MergeScopeError: unfit members or data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> near, far = (
+        ...     gap_to_ensemble(PoolEvaluator(load_pool(f"digits-mlp-{start}")), [0, 1])["ratio"][0]
+        ...     for start in ("shared", "independent")
+        ... )
+        >>> bool(near < far)
+        True
     """
     soup = rule_logits(evaluator, members, "uniform_soup", split, statistics)
     whole = rule_logits(evaluator, members, "logit_ensemble", split)
@@ -141,6 +168,10 @@ def sampled(count: int, limit: int) -> Tensor:
     """Places of at most `limit` of `count` images, drawn once for all and sorted.
 
     Drawn, because the images may be sorted by class.
+
+    Example:
+        >>> len(sampled(500, 20)), sampled(3, 20)
+        (20, tensor([0, 1, 2]))
     """
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
     return drawn.sort().values
@@ -152,6 +183,10 @@ def by_image(places: Tensor, values: dict[str, Tensor]) -> pd.DataFrame:
     Args:
         places: the images' places in their split.
         values: column to tensor.
+
+    Example:
+        >>> by_image(torch.tensor([4, 7]), {"logit": torch.zeros(2, 3)}).values.tolist()[-1]
+        [7.0, 2.0, 0.0]
     """
     images, classes = next(iter(values.values())).shape
     return pd.DataFrame(

@@ -28,6 +28,11 @@ def layers_of(evaluator: PoolEvaluator) -> tuple[str, ...]:
 
     Raises:
         PoolError: the architecture cannot be built.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> layers_of(PoolEvaluator(load_pool("digits-mlp-shared")))
+        ('hidden.0', 'hidden.1', 'features', 'logits')
     """
     module: Any = evaluator.network.module
     if isinstance(module, PlainNetwork):
@@ -53,6 +58,12 @@ def centred_gram(activations: Tensor) -> Tensor:
         A matrix of zeros for activations that do not vary over images.
 
     Source: Kornblith et al., arXiv:1905.00414, equations 3 and 4, linear kernel.
+
+    Example:
+        >>> X = torch.tensor([[0.0, 1.0], [2.0, 0.0], [1.0, 5.0]])
+        >>> turned = X @ torch.tensor([[0.6, 0.8], [-0.8, 0.6]])
+        >>> round(float((centred_gram(X) * centred_gram(3 * turned)).sum()), 4)  # CKA
+        1.0
     """
     values = activations.flatten(1).double()
     values = values - values.mean(dim=0)
@@ -87,6 +98,13 @@ def cka_frame(
     Raises:
         MergeScopeError: unfit members or data.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> frame = cka_frame(PoolEvaluator(load_pool("digits-mlp-shared")), [0, 1], limit=50)
+        >>> itself = frame[frame["first"] == frame["second"]]
+        >>> itself["cka"].round(3).unique().tolist()
+        [1.0]
     """
     places = sampled(len(evaluator.labels(split)), limit)
     images = evaluator.images(split)[places]
@@ -136,6 +154,11 @@ def mean_cka(frame: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per layer: layer, depth, mean, lowest, highest, pairs; empty for one member.
+
+    Example:
+        >>> frame = pd.DataFrame({"layer": "head", "depth": 0, "first": 0, "second": [1, 2]})
+        >>> mean_cka(frame.assign(cka=[0.5, 1.0]))["mean"].tolist()
+        [0.75]
     """
     pairs = frame[frame["first"] < frame["second"]]
     grouped = pairs.groupby(["layer", "depth"], sort=False)["cka"]

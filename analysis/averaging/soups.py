@@ -28,7 +28,15 @@ UNDECIDED = -1
 
 
 class RunningMean:
-    """The mean of states that are given one at a time; only the mean is held, in float64."""
+    """The mean of states that are given one at a time; only the mean is held, in float64.
+
+    Example:
+        >>> mean = RunningMean()
+        >>> for value in (1.0, 3.0):
+        ...     mean.add({"weight": torch.tensor([value])}, "a member")
+        >>> mean.weights()
+        {'weight': tensor([2.])}
+    """
 
     def __init__(self) -> None:
         self.count = 0
@@ -89,6 +97,14 @@ def uniform_soup(evaluator: PoolEvaluator, members: Sequence[int]) -> dict[str, 
         CheckpointError: an unreadable member.
 
     Source: Wortsman et al., arXiv:2203.05482, section 2.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> soup, first, second = (uniform_soup(evaluator, some) for some in ([0, 1], [0], [1]))
+        >>> mean = (first["head.weight"] + second["head.weight"]) / 2
+        >>> torch.allclose(soup["head.weight"], mean)
+        True
     """
     mean = RunningMean()
     for member in members:
@@ -110,6 +126,11 @@ def has_batchnorm(evaluator: PoolEvaluator) -> bool:
 
     Raises:
         PoolError: the architecture cannot be built.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> has_batchnorm(PoolEvaluator(load_pool("digits-mlp-shared")))
+        False
     """
     return bool(_batchnorms(evaluator.network.module))
 
@@ -133,6 +154,13 @@ def reestimated(evaluator: PoolEvaluator, weights: State) -> dict[str, Tensor]:
         PoolError: unfit weights or data, or fewer than two training images.
 
     Source: Izmailov et al., arXiv:1803.05407, section 3.2 (statistics of averaged weights).
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> weights = evaluator.weights(0)
+        >>> reestimated(evaluator, weights).keys() == weights.keys()
+        True
     """
     evaluator.network.check(weights)
     network = copy.deepcopy(evaluator.network.module)
@@ -167,6 +195,12 @@ def soup_weights(
 
     Raises:
         MergeScopeError: as :func:`uniform_soup` and :func:`reestimated`.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> tuple(soup_weights(evaluator, [0, 1, 2], "reestimate")["head.weight"].shape)
+        (10, 64)
     """
     weights = uniform_soup(evaluator, members)
     return reestimated(evaluator, weights) if statistics == "reestimate" else weights
@@ -189,6 +223,12 @@ def soup_outputs(
 
     Raises:
         MergeScopeError: unfit members or data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> soup_outputs(evaluator, [0, 1, 2], "test").logits.shape
+        torch.Size([500, 10])
     """
     chosen = tuple(sorted(members))
     if len(chosen) == 1:
@@ -208,6 +248,10 @@ def predicted(logits: Tensor) -> np.ndarray:
 
     Args:
         logits: N x classes.
+
+    Example:
+        >>> predicted(torch.tensor([[0.0, 2.0], [1.0, 0.0], [float("nan"), 1.0]])).tolist()
+        [1, 0, -1]
     """
     classes = logits.argmax(dim=1)
     classes[~torch.isfinite(logits).all(dim=1)] = UNDECIDED
@@ -215,7 +259,14 @@ def predicted(logits: Tensor) -> np.ndarray:
 
 
 def accuracy_of(evaluator: PoolEvaluator, logits: Tensor, split: PoolSplit) -> float:
-    """Share of a split's images that are classified correctly; undecided ones are not."""
+    """Share of a split's images that are classified correctly; undecided ones are not.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> accuracy_of(evaluator, evaluator.member(0, "test").logits, "test") > 0.8
+        True
+    """
     return float(np.mean(predicted(logits) == evaluator.labels(split)))
 
 
@@ -224,6 +275,13 @@ def by_validation(evaluator: PoolEvaluator, members: Sequence[int]) -> list[tupl
 
     Raises:
         MergeScopeError: unfit members or data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-linear"))
+        >>> (_, first), (_, second) = by_validation(evaluator, [0, 11])
+        >>> first >= second
+        True
     """
     scored = [
         (member, accuracy_of(evaluator, evaluator.member(member, "val").logits, "val"))
@@ -256,6 +314,12 @@ def greedy_soup(
         Cancelled: by `progress`.
 
     Source: Wortsman et al., arXiv:2203.05482, recipe 1.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> kept, trace = greedy_soup(PoolEvaluator(load_pool("digits-mlp-shared")), [0, 1, 2])
+        >>> list(kept) == trace[trace["kept"]]["member"].tolist()
+        True
     """
     kept: tuple[int, ...] = ()
     best = -1.0
@@ -279,6 +343,11 @@ def mean_norms(evaluator: PoolEvaluator, members: Sequence[int]) -> dict[str, fl
 
     Raises:
         MergeScopeError: an unreadable member, or one that does not fill the architecture.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> list(mean_norms(PoolEvaluator(load_pool("digits-mlp-shared")), [0, 1]))
+        ['hidden.0.weight', 'hidden.1.weight', 'head.weight']
     """
     names = [name for name, _ in evaluator.network.module.named_parameters()]
     norms = dict.fromkeys(names, 0.0)
@@ -298,6 +367,10 @@ def norm_restored(weights: State, norms: Mapping[str, float]) -> dict[str, Tenso
         norms: Frobenius norm by tensor name, as of :func:`mean_norms`: all parameters, biases
             and norm scales among them. What it does not name (running statistics) stays, and so
             does a tensor of zeros.
+
+    Example:
+        >>> norm_restored({"weight": torch.tensor([3.0, 4.0])}, {"weight": 10.0})
+        {'weight': tensor([6., 8.])}
     """
     restored = dict(weights)
     for name, target in norms.items():

@@ -42,6 +42,11 @@ def excess_over_uniform(logits: Tensor) -> Tensor:
 
     Returns:
         float64, N x C; NaN in rows with logits that are not finite.
+
+    Example:
+        >>> excess = excess_over_uniform(torch.tensor([[1e-20, -1e-20]]))
+        >>> bool(excess[0, 0] > 0 > excess[0, 1])
+        True
     """
     z = logits.double()
     z = torch.where(z.isfinite().all(dim=1, keepdim=True), z, math.nan)
@@ -77,6 +82,11 @@ def measures(
 
     Raises:
         ValueError: neither logits nor probabilities.
+
+    Example:
+        >>> found = measures(np.array([0, 1]), logits=torch.tensor([[9.0, 0.0], [9.0, 0.0]]))
+        >>> found["accuracy"], round(found["confidence"], 2), round(found["ece"], 2)
+        (0.5, 1.0, 0.5)
     """
     if excess is None:
         if logits is None:
@@ -135,6 +145,11 @@ def expected_calibration_error(
         In [0, 1]; NaN for no images.
 
     Source: Guo et al., arXiv:1706.04599, equation 3 (15 bins, closed on the right).
+
+    Example:
+        >>> confidence = np.array([0.9, 0.9, 0.9, 0.9])
+        >>> round(expected_calibration_error(confidence, np.array([True, True, True, False])), 2)
+        0.15
     """
     if len(confidence) == 0:
         return math.nan

@@ -61,6 +61,10 @@ def layer_names(module: nn.Module) -> list[str]:
 
     Args:
         module: of a :class:`analysis.networks.pool_network.Network`.
+
+    Example:
+        >>> layer_names(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
+        ['0', '2']
     """
     owners = (name.rpartition(".")[0] or name for name, _ in module.named_parameters())
     return list(dict.fromkeys(owners))
@@ -79,6 +83,11 @@ def scaled_names(module: nn.Module, what: What, layer: str | None = None) -> fro
 
     Raises:
         PoolError: no layer of that name.
+
+    Example:
+        >>> module = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+        >>> sorted(scaled_names(module, "weights")), len(scaled_names(module, "parameters"))
+        (['0.weight'], 4)
     """
     parameters = dict(module.named_parameters())
     if what == "weights":
@@ -105,6 +114,10 @@ def affine_names(module: nn.Module) -> list[str]:
 
     Args:
         module: of a :class:`analysis.networks.pool_network.Network`.
+
+    Example:
+        >>> affine_names(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
+        ['0', '2']
     """
     return [
         name
@@ -122,6 +135,11 @@ def affine_depth(evaluator: PoolEvaluator, names: Collection[str] | None = None)
 
     Raises:
         PoolError: the architecture cannot be built.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> affine_depth(PoolEvaluator(load_pool("digits-mlp-shared")))
+        3
     """
     layers = affine_names(evaluator.network.module)
     return sum(names is None or f"{layer}.weight" in names for layer in layers)
@@ -141,6 +159,12 @@ def exact_degree(evaluator: PoolEvaluator, names: Collection[str]) -> int | None
 
     Raises:
         PoolError: the architecture cannot be built.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))  # without biases
+        >>> exact_degree(evaluator, scaled_names(evaluator.network.module, "parameters"))
+        3
     """
     network = evaluator.network
     owned = [name for name, _ in network.module.named_parameters()]
@@ -164,6 +188,12 @@ def laws(evaluator: PoolEvaluator, names: Collection[str]) -> tuple[Law, ...]:
 
     Raises:
         PoolError: the architecture cannot be built.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> laws(evaluator, scaled_names(evaluator.network.module, "parameters"))
+        ('homogeneous',)
     """
     module = evaluator.network.module
     if not isinstance(module, PlainNetwork) or exact_degree(evaluator, names) is not None:
@@ -198,6 +228,15 @@ def power_law(
     Raises:
         PoolError: a law that does not hold for this network (see :func:`laws`), or weights that
             do not fit.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> names = scaled_names(evaluator.network.module, "parameters")
+        >>> unscaled = evaluator.member(0, "test").logits
+        >>> law = power_law(evaluator, evaluator.weights(0), unscaled, names, "homogeneous", "test")
+        >>> torch.equal(law.logits(2.0), 8 * unscaled.double())
+        True
     """
     depth = affine_depth(evaluator, names)
     if law == "homogeneous":
@@ -233,6 +272,10 @@ def dominance(depths: Iterable[int], members: int, magnitudes: Sequence[float]) 
         "logit_ensemble": of the logits, for every depth), depth (1 for the soup), ratio (the
         scaled member's weight against that of one other: m in the soup, m^L in the ensemble),
         share (its part of all: ratio / (ratio + N − 1)) [derived from f(x; mθ) = m^L f(x; θ)].
+
+    Example:
+        >>> dominance([3], members=2, magnitudes=[2.0])[["mean", "ratio"]].round(6).values.tolist()
+        [['soup', 2.0], ['logit_ensemble', 8.0]]
     """
     m = np.asarray(magnitudes, dtype=float)
     rows = []

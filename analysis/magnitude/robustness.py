@@ -58,6 +58,13 @@ def soup_states(
 
     Raises:
         MergeScopeError: unreadable or unfit members, or statistics that cannot be re-estimated.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> soup, restored = soup_states(evaluator, [0, 1]).values()
+        >>> bool(soup["head.weight"].norm() < restored["head.weight"].norm())
+        True
     """
     soup = uniform_soup(evaluator, members)
     states = {
@@ -70,7 +77,13 @@ def soup_states(
 
 
 def noise_like(weights: State, names: Sequence[str], seed: int) -> dict[str, Tensor]:
-    """Standard normal noise for each named tensor, float32, the same for every model."""
+    """Standard normal noise for each named tensor, float32, the same for every model.
+
+    Example:
+        >>> noise = noise_like({"weight": torch.zeros(2, 3)}, ["weight"], seed=0)
+        >>> noise["weight"].shape
+        torch.Size([2, 3])
+    """
     source = torch.Generator().manual_seed(seed)
     return {name: torch.randn(weights[name].shape, generator=source) for name in names}
 
@@ -108,6 +121,14 @@ def weight_noise_sweep(
         PoolError: strengths below 0, no seeds, unknown members.
         MergeScopeError: unreadable or unfit weights or data.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-linear"))
+        >>> frame = weight_noise_sweep(evaluator, [0, 1], sigmas=[0.0, 5.0], seeds=[0])
+        >>> soup = frame[frame["subject"] == "uniform_soup"]["accuracy"].tolist()
+        >>> soup[0] > soup[1]
+        True
     """
     if not seeds or any(sigma < 0 for sigma in sigmas):
         raise PoolError("Noise needs strengths of at least 0 and at least one seed. Correct them.")
@@ -191,6 +212,10 @@ def corrupted(
 
     Source: in the manner of Hendrycks and Dietterich, arXiv:1903.12261; the strengths are ours,
     for images of some 20 pixels.
+
+    Example:
+        >>> corrupted(np.full((1, 2, 2, 1), 100, np.uint8), "brightness", 1).ravel().tolist()
+        [126, 126, 126, 126]
     """
     if corruption not in LEVELS or not 0 <= severity < len(LEVELS[corruption]):
         raise PoolError(
@@ -284,6 +309,13 @@ def corruption_sweep(
         PoolError: unknown corruption, severity or members.
         MergeScopeError: unreadable or unfit weights or data.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-linear"))
+        >>> frame = corruption_sweep(evaluator, [0, 1], "noise", severities=[0, 5])
+        >>> frame[frame["subject"] == "logit_ensemble"]["level"].tolist()
+        [0.0, 0.3]
     """
     chosen = evaluator.pool.select(members)
     soups = soup_states(evaluator, chosen, statistics)

@@ -81,6 +81,12 @@ def scaled_state(
 
     Raises:
         PoolError: no layer of that name.
+
+    Example:
+        >>> weights = {"weight": torch.ones(1, 2), "bias": torch.ones(1)}
+        >>> scaled = scaled_state(weights, 3.0, "weights", nn.Linear(2, 1))
+        >>> scaled["weight"].tolist(), scaled["bias"].tolist()
+        ([[3.0, 3.0]], [1.0])
     """
     return _times(weights, m, scaled_names(module, what, layer))
 
@@ -94,6 +100,10 @@ def chosen(members: Sequence[int], who: Who) -> tuple[int, ...]:
 
     Raises:
         PoolError: none would be left, or no members were given.
+
+    Example:
+        >>> chosen([4, 5, 6], "all_but_last")
+        (4, 5)
     """
     places = {"all": slice(None), "first": slice(1), "last": slice(-1, None)}
     scaled = tuple(members)[places.get(who, slice(-1))]
@@ -356,6 +366,14 @@ def magnitude_sweep(
         Cancelled: by `progress`.
 
     Source: Rethinking Weight-Averaged Model-merging, arXiv:2411.09263, section 5.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> frame = magnitude_sweep(evaluator, [0, 1], magnitudes=[1.0, 10.0])
+        >>> soup = frame[frame["subject"] == "uniform_soup"].set_index("magnitude")
+        >>> float(soup["stability"][10.0]), bool(soup["confidence"][10.0] > soup["confidence"][1.0])
+        (1.0, True)
     """
     _check(magnitudes)
     names = scaled_names(evaluator.network.module, what, layer)
@@ -392,6 +410,12 @@ def predicted_sweep(
     Raises:
         PoolError: as the sweep, or a law that does not hold for this choice.
         MergeScopeError: unreadable or unfit weights or data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
+        >>> predicted_sweep(evaluator, [0, 1], magnitudes=[2.0])["depth"].unique().tolist()
+        [3]
     """
     _check(magnitudes)
     names = scaled_names(evaluator.network.module, what, layer)

@@ -18,6 +18,10 @@ def blend(A: np.ndarray, B: np.ndarray, lam: float) -> np.ndarray:
     """λ·A + (1−λ)·B of two templates, or of two sets of them.
 
     Source: arXiv:2411.09263, section 3 (there λ = ½).
+
+    Example:
+        >>> blend(np.array([1.0, 0.0]), np.array([0.0, 1.0]), 0.75).tolist()
+        [0.75, 0.25]
     """
     return lam * A + (1 - lam) * B
 
@@ -45,6 +49,13 @@ def blend_response(
 
     Raises:
         PoolError: another architecture, missing data, unfit weights, an unknown class, a = b.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-linear"))
+        >>> frame = blend_response(evaluator, evaluator.weights(0), a=0, b=1, lams=[0.0, 1.0])
+        >>> frame[frame["lam"] == 0]["share_as_a"].tolist()
+        [0.0, 0.0, 0.0]
     """
     image_shape(evaluator)
     logits = evaluator.run(weights, "test", torch.float64).logits.numpy()
@@ -83,6 +94,13 @@ def model_response(
 
     Raises:
         PoolError: another architecture, missing data, unfit weights, a class without images.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-linear"))
+        >>> first, second = evaluator.weights(0), evaluator.weights(1)
+        >>> model_response(evaluator, first, second, label=3, lams=[0.0, 0.5, 1.0])["lam"].tolist()
+        [0.0, 0.5, 1.0]
     """
     image_shape(evaluator)
     labels = evaluator.labels("test")

@@ -37,7 +37,12 @@ _POSITIONS = re.compile(r"(pos_embed|positional_embedding|position_embeddings?(\
 
 
 def available_views(weights: State) -> tuple[str, ...]:
-    """Which of :data:`VIEWS` a model has something for, in their order."""
+    """Which of :data:`VIEWS` a model has something for, in their order.
+
+    Example:
+        >>> available_views({"conv1.weight": torch.zeros(8, 3, 7, 7)})
+        ('kernels',)
+    """
     first = _first_name(weights)
     heads = attention_layers(weights)
     # CLIP's patch embedding is called conv1: a transformer cuts its image into patches.
@@ -57,6 +62,10 @@ def pictured_names(shapes: Mapping[str, Sequence[int]]) -> tuple[str, ...]:
 
     Args:
         shapes: of all tensors of a model, by name.
+
+    Example:
+        >>> pictured_names({"conv1.weight": (8, 3, 7, 7), "fc.weight": (10, 8)})
+        ('conv1.weight',)
     """
     return tuple(
         name
@@ -70,6 +79,10 @@ def difference(a: State, b: State) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: nothing in common, or shapes that differ.
+
+    Example:
+        >>> difference({"w": torch.tensor([3.0])}, {"w": torch.tensor([1.0]), "v": torch.ones(1)})
+        {'w': tensor([2.])}
     """
     return {name: a[name].float() - b[name].float() for name in _common([a, b])}
 
@@ -79,6 +92,10 @@ def average(models: Sequence[State]) -> dict[str, Tensor]:
 
     Raises:
         CheckpointError: nothing in common, or shapes that differ.
+
+    Example:
+        >>> average([{"w": torch.tensor([3.0])}, {"w": torch.tensor([1.0])}])
+        {'w': tensor([2.])}
     """
     return {
         name: (sum(model[name].double() for model in models) / len(models)).float()  # type: ignore[union-attr]
@@ -122,6 +139,11 @@ def first_kernels(weights: State) -> Kernels:
 
     Raises:
         CheckpointError: none.
+
+    Example:
+        >>> name, filters = first_kernels({"conv1.weight": torch.zeros(8, 3, 7, 5)})
+        >>> name, filters.shape
+        ('conv1.weight', (8, 7, 5, 3))
     """
     name = _first_name(weights)
     if name is None:
@@ -148,7 +170,12 @@ def _kernel_names(weights: State) -> list[str]:
 
 
 def natural(name: str) -> list[tuple[int, int | str]]:
-    """A sort key by which ``layer1.10`` comes after ``layer1.2``."""
+    """A sort key by which ``layer1.10`` comes after ``layer1.2``.
+
+    Example:
+        >>> sorted(["layer1.10", "layer1.2"], key=natural)
+        ['layer1.2', 'layer1.10']
+    """
     return [
         (0, int(part)) if part.isdigit() else (1, part) for part in re.split(r"(\d+)", name) if part
     ]
@@ -164,6 +191,11 @@ def kernel_norms(weights: State) -> pd.DataFrame:
 
     Raises:
         CheckpointError: there is none.
+
+    Example:
+        >>> kernel = torch.ones(2, 3, 3, 3)
+        >>> kernel_norms({"conv1.weight": kernel, "conv2.weight": kernel})["norm"].round(3).tolist()
+        [5.196, 5.196]
     """
     first = _first_name(weights)
     frames = []
@@ -211,6 +243,11 @@ def filter_components(filters: np.ndarray, centred: bool = True) -> Components:
         min(K, kh·kw·C) components.
 
     Source: Dosovitskiy et al., arXiv:2010.11929, figure 7 (left).
+
+    Example:
+        >>> along = np.arange(4.0).reshape(4, 1, 1, 1) * np.ones((1, 2, 2, 1))  # one pattern
+        >>> filter_components(along).explained.round(6).tolist()
+        [1.0, 0.0, 0.0, 0.0]
     """
     rows = filters.reshape(len(filters), -1).astype(np.float64)
     if centred:
@@ -228,6 +265,10 @@ def position_embedding(weights: State) -> Tensor:
 
     Raises:
         CheckpointError: none (fixed or relative positions are not stored as a table of tokens).
+
+    Example:
+        >>> position_embedding({"pos_embed": torch.zeros(1, 17, 8)}).shape
+        torch.Size([17, 8])
     """
     name = _positions_name(weights)
     if name is None:
@@ -266,6 +307,11 @@ def position_similarity(pos_embed: Tensor, grid: tuple[int, int] | None = None) 
         CheckpointError: fewer tokens than the grid has patches.
 
     Source: Dosovitskiy et al., arXiv:2010.11929, figure 7 (centre).
+
+    Example:
+        >>> similarity = position_similarity(torch.eye(5))  # a class token and 2 x 2 patches
+        >>> similarity.shape, similarity[0, 0].tolist()
+        ((2, 2, 2, 2), [[1.0, 0.0], [0.0, 0.0]])
     """
     table = pos_embed.reshape(-1, pos_embed.shape[-1]).double()
     rows, columns = grid or (math.isqrt(len(table)),) * 2
@@ -284,6 +330,10 @@ def attention_layers(weights: State) -> tuple[str, ...]:
 
     Fused weights are (3 · width) x width, or the transpose (GPT-2); separate ones width x width.
     Layers in which several queries share a key are left out.
+
+    Example:
+        >>> attention_layers({"blocks.0.attn.qkv.weight": torch.zeros(24, 8)})
+        ('blocks.0.attn.qkv.weight',)
     """
     found = []
     for name, weight in weights.items():
@@ -299,7 +349,12 @@ def attention_layers(weights: State) -> tuple[str, ...]:
 
 
 def head_count(network: nn.Module) -> int | None:
-    """Attention heads of a network's first attention layer, which weights alone do not tell."""
+    """Attention heads of a network's first attention layer, which weights alone do not tell.
+
+    Example:
+        >>> head_count(nn.Sequential(nn.MultiheadAttention(8, num_heads=4)))
+        4
+    """
     modules: list[Any] = list(network.modules())
     return next((int(m.num_heads) for m in modules if hasattr(m, "num_heads")), None)
 
@@ -347,6 +402,11 @@ def query_key(weights: State, layer: str, heads: int) -> np.ndarray:
         CheckpointError: an unknown layer, or heads that do not divide the width.
 
     Source: Vaswani et al., arXiv:1706.03762, equation 1.
+
+    Example:
+        >>> weights = {"attn.qkv.weight": torch.eye(4).repeat(3, 1)}
+        >>> query_key(weights, "attn.qkv.weight", heads=1)[0].diagonal().tolist()  # 1 / √4
+        [0.5, 0.5, 0.5, 0.5]
     """
     query, key = _queries_keys(weights, layer, heads)
     return (query.mT @ key / math.sqrt(query.shape[1])).numpy()
@@ -368,6 +428,11 @@ def head_spectrum(weights: State, layer: str, heads: int) -> pd.DataFrame:
 
     [derived] With Q R decompositions W_Qᵀ = P R and W_Kᵀ = P' R', the singular values of B are
     those of the d x d matrix R R'ᵀ / √d, as P and P' are orthonormal.
+
+    Example:
+        >>> weights = {"attn.qkv.weight": torch.eye(4).repeat(3, 1)}
+        >>> head_spectrum(weights, "attn.qkv.weight", heads=1)["sigma"].round(6).tolist()
+        [0.5, 0.5, 0.5, 0.5]
     """
     query, key = _queries_keys(weights, layer, heads)
     scale = math.sqrt(query.shape[1])

@@ -35,6 +35,13 @@ def normalise(
         float64, same shape; ½ throughout where an image is constant (joint) or zero (symmetric).
 
     Source: "joint" as in arXiv:2411.09263, section 3 (released code); "symmetric" [derived].
+
+    Example:
+        >>> weights = np.array([-1.0, 0.0, 2.0]).reshape(1, 1, 3, 1)
+        >>> normalise(weights).ravel().tolist()
+        [0.25, 0.5, 1.0]
+        >>> normalise(weights, "joint").ravel().round(2).tolist()
+        [0.0, 0.33, 1.0]
     """
     values = np.asarray(values, dtype=np.float64)
     axes = tuple(range(values.ndim)) if shared else tuple(range(1, values.ndim))
@@ -88,6 +95,11 @@ def tile_png(images: np.ndarray | Sequence[np.ndarray | None], columns: int) -> 
 
     Raises:
         ValueError: no image at all, other shapes, or floats outside [0, 1].
+
+    Example:
+        >>> tiles = tile_png(np.zeros((5, 8, 8, 1)), columns=3)
+        >>> (tiles.rows, tiles.columns), tiles.source[:22]
+        ((2, 3), 'data:image/png;base64,')
     """
     given = [image for image in images if image is not None]
     shapes = {image.shape for image in given}
@@ -134,6 +146,10 @@ def pooled(matrix: np.ndarray, most: int) -> np.ndarray:
 
     Returns:
         float64, min(m, most) x min(n, most).
+
+    Example:
+        >>> pooled(np.arange(16.0).reshape(4, 4), most=2).tolist()
+        [[2.5, 4.5], [10.5, 12.5]]
     """
     result = np.asarray(matrix, dtype=np.float64)
     for axis, length in enumerate(result.shape):
@@ -154,6 +170,10 @@ def stitched(maps: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
 
     Returns:
         float64; NaN, which a heat map leaves out, between maps and in empty places.
+
+    Example:
+        >>> stitched(np.ones((2, 1, 2)), columns=2)
+        array([[ 1.,  1., nan,  1.,  1.]])
     """
     count, m, n = maps.shape
     rows = -(-count // columns)

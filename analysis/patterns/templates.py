@@ -43,6 +43,10 @@ def templates(weights: State, channels: int, size: int) -> np.ndarray:
         PoolError: no such weight, or one of another width.
 
     Source: arXiv:2411.09263, section 3.
+
+    Example:
+        >>> templates({"head.weight": torch.zeros(10, 3 * 16)}, channels=3, size=4).shape
+        (10, 4, 4, 3)
     """
     weight = weights.get("head.weight")
     if weight is None or weight.ndim != 2 or weight.shape[1] != channels * size**2:
@@ -62,6 +66,11 @@ def image_shape(evaluator: PoolEvaluator) -> tuple[int, int]:
 
     Raises:
         PoolError: another architecture, or missing data.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> image_shape(PoolEvaluator(load_pool("digits-linear")))
+        (1, 16)
     """
     pool = evaluator.pool
     if pool.spec.architecture.name != "linear":
@@ -78,6 +87,12 @@ def pool_templates(evaluator: PoolEvaluator, weights: State) -> np.ndarray:
 
     Raises:
         PoolError: another architecture, missing data, or weights that do not fit.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-linear"))
+        >>> pool_templates(evaluator, evaluator.weights(0)).shape
+        (10, 16, 16, 1)
     """
     channels, size = image_shape(evaluator)
     return templates(weights, channels, size)
@@ -107,6 +122,12 @@ def class_means(evaluator: PoolEvaluator) -> ClassMeans:
 
     Raises:
         PoolError: another architecture, missing data, or a class without training images.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> found = class_means(PoolEvaluator(load_pool("digits-linear")))
+        >>> found.means.shape, round(float(found.shares.sum()), 6)
+        ((10, 16, 16, 1), 1.0)
     """
     channels, size = image_shape(evaluator)
     hits, pixels = _hits(evaluator), evaluator.images("train").flatten(1).double()
@@ -158,6 +179,12 @@ def stationary_templates(
         PoolError: no weight decay, another architecture, missing data, unfit weights.
 
     Source: [derived] ∂/∂W_c of mean cross-entropy + (d/2)‖W‖² set to zero.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-linear"))
+        >>> stationary_templates(evaluator, evaluator.weights(0), weight_decay=0.1).shape
+        (10, 16, 16, 1)
     """
     if not weight_decay > 0:
         raise PoolError(
@@ -179,6 +206,10 @@ def centred(images: np.ndarray) -> np.ndarray:
 
     Args:
         images: classes x H x W x C.
+
+    Example:
+        >>> centred(np.array([1.0, 3.0]).reshape(2, 1, 1, 1)).ravel().tolist()
+        [-1.0, 1.0]
     """
     return images - images.mean(axis=0)
 
@@ -194,6 +225,11 @@ def cosine_frame(A: np.ndarray, B: np.ndarray, names: Sequence[str]) -> pd.DataF
     Returns:
         One row per ordered pair: first (class of A), second (class of B), cosine in [−1, 1],
         0 where an image is zero.
+
+    Example:
+        >>> images = np.eye(2).reshape(2, 1, 2, 1)
+        >>> cosine_frame(images, -images, ["cat", "dog"])["cosine"].abs().tolist()
+        [1.0, 0.0, 0.0, 1.0]
     """
     cosine = _cosines(A, B)
     return pd.DataFrame(
@@ -228,7 +264,13 @@ class Dominance(NamedTuple):
 
 
 def diagonal_dominance(frame: pd.DataFrame) -> Dominance:
-    """Summary of :func:`cosine_frame`, for names that differ."""
+    """Summary of :func:`cosine_frame`, for names that differ.
+
+    Example:
+        >>> images = np.eye(2).reshape(2, 1, 2, 1)
+        >>> diagonal_dominance(cosine_frame(images, images, ["cat", "dog"]))
+        Dominance(diagonal=1.0, off_diagonal=0.0, largest=1.0)
+    """
     classes = round(len(frame) ** 0.5)
     return _dominance(frame["cosine"].to_numpy().reshape(classes, classes))
 
@@ -255,6 +297,12 @@ def roughness(images: np.ndarray) -> float:
         The mean over channels that are not constant; NaN where all are.
 
     Source: Geary, The Incorporated Statistician 5 (1954), 115.
+
+    Example:
+        >>> board = np.indices((8, 8)).sum(axis=0) % 2
+        >>> slope = np.tile(np.arange(8.0), (8, 1))
+        >>> roughness(board[None, :, :, None]) > 1 > roughness(slope[None, :, :, None])
+        True
     """
     images = np.asarray(images, dtype=np.float64)
     across, down = np.diff(images, axis=2), np.diff(images, axis=1)
@@ -284,6 +332,13 @@ def decay_frame(evaluator: PoolEvaluator, progress: Progress | None = None) -> p
     Raises:
         MergeScopeError: another architecture, unfit or unreadable weights or data.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> frame = decay_frame(PoolEvaluator(load_pool("digits-linear")))
+        >>> norms = frame.groupby("weight_decay")["norm"].mean()
+        >>> bool(norms.iloc[0] > norms.iloc[-1])  # decay makes templates small
+        True
     """
     pool = evaluator.pool
     places = [(i, m.epochs, pool.member(i)) for i, m in enumerate(pool.spec.members)]
@@ -296,6 +351,12 @@ def training_frame(evaluator: PoolEvaluator, progress: Progress | None = None) -
     Raises:
         MergeScopeError: as there, or no member has snapshots.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> frame = training_frame(PoolEvaluator(load_pool("digits-linear")))
+        >>> sorted(frame["epoch"].unique().tolist())
+        [0.0, 1.0, 5.0, 20.0, 80.0, 400.0]
     """
     pool = evaluator.pool
     places = [

@@ -43,6 +43,11 @@ def cosine_similarity(
     Raises:
         SuiteError: unknown parameter, or origin "base" without a base.
         Cancelled: by `progress`.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> cosine_similarity(groups, "average", "cls_token")["cosine"].round(3).tolist()
+        [1.0, -1.0, -1.0, 1.0]
     """
     members = _floating(groups, parameter)
     T = len(groups.tasks)
@@ -110,6 +115,13 @@ def pair_interference(
         diagonal is ‖S_i²‖_F, a matrix against itself. 0 for a task vector that is zero.
 
     Source: CART, arXiv:2412.12153, the row-space interference; its column twin uses U.
+
+    Example:
+        >>> one = Directions(torch.eye(4)[:, :1], torch.ones(1), torch.eye(4)[:, :1])
+        >>> other = Directions(torch.eye(4)[:, 1:2], torch.ones(1), torch.eye(4)[:, :1])
+        >>> rows, columns = (pair_interference([one, other], side) for side in ("row", "column"))
+        >>> float(rows[0, 1, 0]), float(columns[0, 1, 0])
+        (1.0, 0.0)
     """
     r = max(f.rank for f in factors) if r is None else r
     factors = [f.pad(r) for f in factors]
@@ -155,6 +167,14 @@ def interference_pairs(
 
     Raises:
         SuiteError: origin "base" without a base.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> name = "blocks.0.attn.proj.weight"
+        >>> group = ParameterGroup(suite, suite.tasks[:2], name, FactorStore())
+        >>> frame = interference_pairs(group, "base", k=8)
+        >>> frame["first"].tolist(), bool(frame["interference"].between(0, 1).all())
+        (['digits', 'digits', 'letters', 'letters'], True)
     """
     k = min(k, *group.info.matrix_shape)
     pairs = pair_interference(group.directions(origin, k), _stored_side(group, side), k)[:, :, -1]
@@ -188,6 +208,13 @@ def interference_over_rank(
         Cancelled: by `progress`.
 
     Source: CART, arXiv:2412.12153.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> name = "blocks.0.attn.proj.weight"
+        >>> group = ParameterGroup(suite, suite.tasks[:2], name, FactorStore())
+        >>> interference_over_rank(group, "base", [0.08, 1.0])["k"].tolist()
+        [20, 256]
     """
     rows = []
     for group in with_factors(groups, origin, progress, "directions"):
@@ -227,6 +254,15 @@ def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
         One row per origin and share: origin, share, interference and interference_normalised
         (means over matrices), reconstruction and energy (sums), reconstruction_share (of the
         sums), update_norm (root of the sum of squares: the norm of the whole update).
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> names = [f"blocks.{i}.attn.proj.weight" for i in (0, 1)]
+        >>> groups = (ParameterGroup(suite, suite.tasks[:2], name, FactorStore()) for name in names)
+        >>> frame = pd.concat([interference_over_rank(group, "base", [0.08]) for group in groups])
+        >>> both, whole = frame["energy"], mean_over_layers(frame)["energy"]
+        >>> len(both), len(whole), np.isclose(both.sum(), whole.sum()).item()
+        (2, 1, True)
     """
     squared = frame.assign(update_norm=frame["update_norm"] ** 2)
     mean = squared.groupby(["origin", "share"], as_index=False).agg(
@@ -259,6 +295,13 @@ def principal_angles(
         SuiteError: origin "base" without a base.
 
     Source: Björck and Golub, 1973; small angles by their sine, which the cosine cannot resolve.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> name = "blocks.0.attn.proj.weight"
+        >>> group = ParameterGroup(suite, suite.tasks[:2], name, FactorStore())
+        >>> principal_angles(group, "base", k=3)["index"].tolist()
+        [1, 2, 3]
     """
     subspaces = []
     for f in group.directions(origin, k):
@@ -302,6 +345,11 @@ def mean_angles(angles: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row per ordered pair: first, second, angle in degrees (0 with itself).
+
+    Example:
+        >>> angles = pd.DataFrame({"first": "a", "second": "b", "angle": [30.0, 60.0]})
+        >>> mean_angles(angles)["angle"].tolist()
+        [0.0, 45.0, 45.0, 0.0]
     """
     mean = angles.groupby(["first", "second"], sort=False)["angle"].mean().reset_index()
     mirrored = mean.rename(columns={"first": "second", "second": "first"})
@@ -333,6 +381,11 @@ def sign_conflict(groups: Groups, origin: Origin, parameter: str | None = None) 
         SuiteError: unknown parameter, or origin "base" without a base.
 
     Source: the sign conflicts of TIES, arXiv:2306.01708, section 3, weighted by magnitude.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> sign_conflict(groups, "average", "cls_token")["conflict"].round(3).tolist()
+        [1.0]
     """
     rows = []
     for group in _floating(groups, parameter):

@@ -23,7 +23,12 @@ from torch import Tensor
 
 
 def as_array(S: Tensor | ArrayLike) -> np.ndarray:
-    """Singular values as a float64 array, from a tensor or anything array-like."""
+    """Singular values as a float64 array, from a tensor or anything array-like.
+
+    Example:
+        >>> as_array(torch.tensor([2.0, 1.0])).tolist()
+        [2.0, 1.0]
+    """
     if isinstance(S, Tensor):
         return S.detach().to(torch.float64).cpu().numpy()
     return np.asarray(S, dtype=np.float64)
@@ -44,6 +49,10 @@ def marchenko_pastur_median(beta: float) -> float:
         ValueError: beta outside (0, 1].
 
     Source: Gavish and Donoho, arXiv:1305.5870, the median of the Marchenko-Pastur density.
+
+    Example:
+        >>> round(marchenko_pastur_median(1.0), 3)
+        0.653
     """
     if not 0 < beta <= 1:
         raise ValueError(f"beta is {beta}; the ratio of the sides lies in (0, 1]")
@@ -67,6 +76,11 @@ def noise_scale(S: Tensor | ArrayLike, m: int, n: int) -> float:
 
     Returns:
         s, in the entries' unit; 0 where at least half of the singular values are 0.
+
+    Example:
+        >>> noise = torch.randn(300, 200, generator=torch.Generator().manual_seed(0))
+        >>> round(noise_scale(torch.linalg.svdvals(noise), 300, 200), 1)
+        1.0
     """
     long, short = max(m, n), min(m, n)
     return float(np.median(as_array(S))) / math.sqrt(marchenko_pastur_median(short / long) * long)
@@ -84,6 +98,11 @@ def noise_edge(S: Tensor | ArrayLike, m: int, n: int) -> float:
         The edge, in the unit of S. Finite matrices pass it by about N^(-2/3) of its size.
 
     Source: Marchenko and Pastur, 1967; the estimate of s as in :func:`noise_scale`.
+
+    Example:
+        >>> S = [100.0, 50.0, *[1.0] * 98]  # two directions stand out
+        >>> sum(sigma > noise_edge(S, 100, 100) for sigma in S)
+        2
     """
     return noise_scale(S, m, n) * (math.sqrt(m) + math.sqrt(n))
 
@@ -103,6 +122,10 @@ def gavish_donoho_cut(S: Tensor | ArrayLike, m: int, n: int) -> float:
         approximation 0.56β³ − 0.95β² + 1.82β + 1.43.
 
     Source: arXiv:1305.5870, λ(β) for known noise and ω(β) for unknown noise.
+
+    Example:
+        >>> round(gavish_donoho_cut([1.0] * 100, 100, 100), 3)  # 2.858 times the median of a square
+        2.858
     """
     long, short = max(m, n), min(m, n)
     beta = short / long

@@ -34,6 +34,10 @@ def stable_rank(S: Tensor | ArrayLike) -> float:
     """‖A‖_F² / σ_1², in [1, r]: how many directions as strong as the first the energy amounts to.
 
     Source: Rudelson and Vershynin, arXiv:math/0503442.
+
+    Example:
+        >>> stable_rank([2.0, 2.0, 0.0]), stable_rank([2.0, 1.0])
+        (2.0, 1.25)
     """
     sigma = as_array(S)
     return float(np.sum((sigma / sigma[0]) ** 2)) if sigma[0] > 0 else 0.0
@@ -43,6 +47,10 @@ def effective_rank(S: Tensor | ArrayLike) -> float:
     """exp(−Σ p log p) with p = σ/Σσ, in [1, r]: the entropy of the spectrum as a count.
 
     Source: Roy and Vetterli, "The effective rank", EUSIPCO 2007, definition 1.
+
+    Example:
+        >>> round(effective_rank([1.0, 1.0, 1.0]), 6), effective_rank([1.0, 0.0])
+        (3.0, 1.0)
     """
     sigma = as_array(S)
     p = sigma[sigma > 0]
@@ -53,7 +61,12 @@ def effective_rank(S: Tensor | ArrayLike) -> float:
 
 
 def participation_ratio(S: Tensor | ArrayLike) -> float:
-    """(Σσ²)² / Σσ⁴, in [1, r]: the number of directions that share the energy."""
+    """(Σσ²)² / Σσ⁴, in [1, r]: the number of directions that share the energy.
+
+    Example:
+        >>> participation_ratio([1.0, 1.0, 1.0]), participation_ratio([1.0, 0.0])
+        (3.0, 1.0)
+    """
     sigma = as_array(S)
     if not sigma[0] > 0:
         return 0.0
@@ -62,7 +75,12 @@ def participation_ratio(S: Tensor | ArrayLike) -> float:
 
 
 def cumulative_energy(S: Tensor | ArrayLike) -> np.ndarray:
-    """Σ_{i≤k} σ_i² / Σσ² for k = 1..r: r values, ascending to exactly 1 (all 0 without energy)."""
+    """Σ_{i≤k} σ_i² / Σσ² for k = 1..r: r values, ascending to exactly 1 (all 0 without energy).
+
+    Example:
+        >>> cumulative_energy([2.0, 1.0, 1.0, 0.0]).round(3).tolist()
+        [0.667, 0.833, 1.0, 1.0]
+    """
     sigma = as_array(S)
     if not sigma[0] > 0:
         return np.zeros_like(sigma)
@@ -71,7 +89,13 @@ def cumulative_energy(S: Tensor | ArrayLike) -> np.ndarray:
 
 
 def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
-    """The parts a matrix can be looked at in: q, k and v too where it fuses them."""
+    """The parts a matrix can be looked at in: q, k and v too where it fuses them.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> {group.name: parts_of(group) for group in groups.members}["blocks.0.attn.qkv.weight"]
+        ('whole', 'q', 'k', 'v')
+    """
     fused = group.decomposed and describe(group.name, group.info).parts
     return get_args(Part) if fused else ("whole",)
 
@@ -93,6 +117,11 @@ def with_factors(
     Raises:
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> next(with_factors(groups, "base", None)).decomposed
+        True
     """
     if isinstance(groups, Groups):
         yield from decompose_ahead(groups, origin, wanted, progress=progress)
@@ -136,6 +165,13 @@ def spectrum(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.
     Raises:
         SuiteError: origin "base" without a base.
         ValueError: the matrix has no such part.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> group = ParameterGroup(suite, suite.tasks, "blocks.0.attn.proj.weight", FactorStore())
+        >>> frame = spectrum(group, "base")
+        >>> len(frame), list(frame)
+        (2048, ['task', 'origin', 'index', 'share', 'sigma', 'energy'])
     """
     _, spectra = _spectra(group, origin, part)
     r = spectra[0].size
@@ -168,6 +204,12 @@ def cuts(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.Data
     Raises:
         SuiteError: origin "base" without a base.
         ValueError: the matrix has no such part.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> group = ParameterGroup(suite, suite.tasks, "blocks.0.attn.proj.weight", FactorStore())
+        >>> bool((cuts(group, "base")["noise_rank"] < 256).all())
+        True
     """
     (m, n), spectra = _spectra(group, origin, part)
     rows = []
@@ -206,6 +248,11 @@ def spectral_summary(
     Raises:
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
+
+    Example:
+        >>> frame = spectral_summary(Groups(load_suite("demo"), ["digits"], FactorStore()), "base")
+        >>> len(frame), bool((frame["stable_rank"] <= frame["effective_rank"]).all())
+        (8, True)
     """
     rows = []
     for group in with_factors(groups, origin, progress):
