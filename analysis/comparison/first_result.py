@@ -29,6 +29,13 @@ def suggested(
     Returns:
         The recipe, and whether its setting was chosen on the validation split (all that the
         search for it runs is stored) rather than by default.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, ["digits", "dots"], FactorStore())
+        >>> recipe, chosen_on_validation = suggested("cart", "demo", session, Evaluator(suite))
+        >>> recipe.parameters["rank"], chosen_on_validation  # the default: nothing is stored
+        (0.08, False)
     """
     space = search_space(method, suite, session.groups.tasks)
     try:
@@ -45,6 +52,12 @@ def first_recipes(
 
     Returns:
         Title to recipe and whether its setting was chosen on the validation split.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, ["digits", "dots"], FactorStore())
+        >>> list(first_recipes("demo", session, Evaluator(suite)))
+        ['Weight average', 'Task Arithmetic', 'CART']
     """
     average = make_recipe({"suite": suite, "tasks": session.groups.tasks, "method": "average"})
     recipes = {"Weight average": (average, True)}
@@ -69,6 +82,14 @@ def first_result(
     Raises:
         MergeScopeError: unfit inputs.
         Cancelled: between two models.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, suite.tasks, FactorStore())
+        >>> recipes = {"Weight average": (make_recipe({"method": "average"}), True)}
+        >>> frame = first_result(recipes, session, Evaluator(suite))
+        >>> frame["model"].unique().tolist()
+        ['Base', 'Weight average', 'Experts']
     """
     progress = progress or Progress()
     tasks = session.groups.tasks
@@ -92,7 +113,15 @@ def first_result(
 def knows_first_result(
     recipes: dict[str, tuple[Recipe, bool]], session: MergeSession, evaluator: Evaluator
 ) -> bool:
-    """Whether :func:`first_result` on the test split needs no forward pass."""
+    """Whether :func:`first_result` on the test split needs no forward pass.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, suite.tasks, FactorStore())
+        >>> recipes = {"Weight average": (make_recipe({"method": "average"}), True)}
+        >>> knows_first_result(recipes, session, Evaluator(suite))  # the suite ships predictions
+        True
+    """
     tasks = session.groups.tasks
     base = session.suite.base
     return (

@@ -64,7 +64,13 @@ class Entry:
 
 
 def usable(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
-    """Methods that can merge these tasks of a suite at their usual origin, by name."""
+    """Methods that can merge these tasks of a suite at their usual origin, by name.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> "slerp" in usable(suite, suite.tasks), "slerp" in usable(suite, suite.tasks[:2])
+        (False, True)
+    """
     return {
         name: method
         for name, method in methods().items()
@@ -78,6 +84,10 @@ def adapted(recipe: Recipe, reference: str, tasks: Sequence[str]) -> Recipe:
 
     Raises:
         RecipeError: it gives a weight to another task.
+
+    Example:
+        >>> adapted(make_recipe({"method": "cart"}), "demo", ["digits", "dots"]).tasks
+        ('digits', 'dots')
     """
     return make_recipe({**recipe.model_dump(), "suite": reference, "tasks": tuple(tasks)})
 
@@ -115,6 +125,13 @@ def compared(
         RecipeError: an unknown method, or a recipe that gives a weight to another task.
         MergeScopeError: a method that this suite cannot serve; unfit inputs.
         Cancelled: by `progress`.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, suite.tasks, FactorStore())
+        >>> found = compared("demo", ["average"], session, Evaluator(suite))
+        >>> found.summary["label"].tolist(), len(found.tasks)
+        (['Weight average'], 8)
     """
     progress = progress or Progress()
     tasks = session.groups.tasks
@@ -199,6 +216,10 @@ def label_of(recipe: Recipe) -> str:
     """A recipe's method and what it sets besides defaults: ``CART (rank 0.16, scale 3)``.
 
     Recipes that merge the same experts differently have different labels.
+
+    Example:
+        >>> label_of(make_recipe({"method": "cart", "parameters": {"rank": 0.16, "scale": 3}}))
+        'CART (rank 0.16, scale 3)'
     """
     setting = setting_of(recipe, only_changed=True)
     return f"{recipe.declaration.title} ({setting or 'default'})"
@@ -210,6 +231,10 @@ def setting_of(recipe: Recipe, only_changed: bool = False) -> str:
     Args:
         recipe: the recipe.
         only_changed: leave out parameters of the method that have their default value.
+
+    Example:
+        >>> setting_of(make_recipe({"method": "task_arithmetic", "parameters": {"scale": 0.4}}))
+        'scale 0.4'
     """
     method = recipe.declaration
     parts = [
@@ -253,6 +278,11 @@ def over_seeds(summary: pd.DataFrame, repeated: Mapping[str, str | None]) -> pd.
         One row per title: title, seeds (number of them), accuracy (mean over seeds of the mean
         over tasks), spread (standard deviation over seeds with n − 1; NaN of one seed), least,
         most.
+
+    Example:
+        >>> frame = pd.DataFrame({"label": ["a 0", "a 1", "b"], "accuracy": [0.5, 0.75, 0.9]})
+        >>> over_seeds(frame, {"a 0": "a", "a 1": "a", "b": None})["accuracy"].tolist()
+        [0.625]
     """
     return (
         summary.assign(title=summary["label"].map(dict(repeated)))
@@ -272,6 +302,12 @@ def behind(pairs: pd.DataFrame, best: str) -> pd.DataFrame:
 
     Returns:
         Columns label, difference (of the label − best, shares), low, high, p; largest first.
+
+    Example:
+        >>> columns = ["first", "second", "difference", "low", "high", "p", "real"]
+        >>> pairs = pd.DataFrame([["best", "other", 0.5, 0.25, 0.75, 0.001, True]], columns=columns)
+        >>> behind(pairs, "best")[["label", "difference"]].values.tolist()
+        [['other', -0.5]]
     """
     first = pairs[(pairs["first"] == best) & pairs["real"]]
     second = pairs[(pairs["second"] == best) & pairs["real"]]
@@ -316,6 +352,14 @@ def compare(
     Raises:
         MergeScopeError: unfit inputs.
         Cancelled: between two recipes, or inside a long one.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, suite.tasks, FactorStore())
+        >>> recipes = {"mean": make_recipe({"method": "average"})}
+        >>> hits, costs = compare(recipes, session, Evaluator(suite))
+        >>> list(hits["mean"]) == list(suite.tasks), costs["label"].tolist()
+        (True, ['mean'])
     """
     progress = progress or Progress()
     hits: dict[str, dict[str, np.ndarray]] = {}
@@ -334,6 +378,11 @@ def task_frame(hits: Mapping[str, Hits]) -> pd.DataFrame:
 
     Returns:
         Columns label and those of :func:`analysis.accuracy.accuracy_frame`.
+
+    Example:
+        >>> hits = {"mean": {"digits": np.array([True, False]), "dots": np.array([True, True])}}
+        >>> task_frame(hits)[["label", "task", "accuracy"]].values.tolist()
+        [['mean', 'digits', 0.5], ['mean', 'dots', 1.0]]
     """
     parts = [accuracy_frame(each).assign(label=label) for label, each in hits.items()]
     return pd.concat(parts, ignore_index=True)
@@ -351,6 +400,13 @@ def summary(frame: pd.DataFrame, experts: pd.DataFrame, costs: pd.DataFrame) -> 
         Columns label, accuracy, low, high (mean over tasks, 95 %), normalised (mean over tasks of
         accuracy / the expert's; NaN where an expert gets nothing right), worst_task, worst,
         seconds, peak_mb, storage_mb.
+
+    Example:
+        >>> hits = {"digits": np.array([True, False]), "dots": np.array([True, True])}
+        >>> costs = pd.DataFrame({"label": ["mean"], "seconds": 1, "peak_mb": 2, "storage_mb": 3})
+        >>> frame = summary(task_frame({"mean": hits}), accuracy_frame(hits), costs)
+        >>> frame[["accuracy", "normalised", "worst_task"]].values.tolist()
+        [[0.75, 1.0, 'digits']]
     """
     own = experts.set_index("task")["accuracy"].replace(0, np.nan)
     relative = frame.assign(normalised=frame["accuracy"] / frame["task"].map(own))

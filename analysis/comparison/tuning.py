@@ -37,6 +37,11 @@ def candidates(base: Recipe, budget: int, seed: int = 0) -> list[Recipe]:
         At most `budget` different recipes; one where the method has nothing to tune.
 
     Source: Sobol', USSR Computational Mathematics 7 (1967), 86; Owen's scrambling.
+
+    Example:
+        >>> found = candidates(make_recipe({"method": "cart"}), budget=4)
+        >>> len(found), all(0.01 <= recipe.parameters["rank"] <= 1 for recipe in found)
+        (4, True)
     """
     specs = [spec for spec in base.declaration.specs if spec.kind != "choice"]
     if not specs or budget < 2:
@@ -87,6 +92,14 @@ def tuned(
     Raises:
         MergeScopeError: unfit inputs.
         Cancelled: between two settings.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, suite.tasks, FactorStore())
+        >>> recipe = make_recipe({"method": "average"})
+        >>> best, frame = tuned(recipe, session, Evaluator(suite), budget=4)
+        >>> best == recipe, len(frame)  # nothing to tune
+        (True, 1)
     """
     progress = progress or Progress()
     tried = candidates(base, budget, seed)
@@ -110,6 +123,12 @@ def seed_counts(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) -> b
         recipe: the setting.
         evaluator: gives the images that methods learn from.
         tasks: that are merged.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> dare, average = (make_recipe({"method": name}) for name in ("dare_ties", "average"))
+        >>> [seed_counts(recipe, Evaluator(suite), suite.tasks) for recipe in (dare, average)]
+        [True, False]
     """
     if not recipe.declaration.draws:
         return False
@@ -118,6 +137,11 @@ def seed_counts(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) -> b
 
 
 def seeded(recipe: Recipe, seeds: int) -> list[Recipe]:
-    """The recipe under several seeds, from its own one on."""
+    """The recipe under several seeds, from its own one on.
+
+    Example:
+        >>> [recipe.seed for recipe in seeded(make_recipe({"method": "dare_ties", "seed": 5}), 3)]
+        [5, 6, 7]
+    """
     document = recipe.model_dump()
     return [make_recipe({**document, "seed": recipe.seed + i}) for i in range(seeds)]

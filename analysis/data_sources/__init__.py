@@ -20,6 +20,12 @@ def open_source(data: DataSpec, resolve: Resolve, what: str) -> Source:
 
     Raises:
         SuiteError: missing, of another form, or a package that is not installed.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> source = open_source(suite.spec.experts["digits"].data, suite.file, "digits")
+        >>> sorted(source.splits), len(source.splits["test"]())
+        (['test', 'val'], 500)
     """
     # Each brings libraries of its own.
     from analysis.data_sources.archive import open_archive

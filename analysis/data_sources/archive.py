@@ -88,6 +88,13 @@ def read_split(
 
     Raises:
         MergeScopeError: of the given kind: a missing file, or content of another form.
+
+    Example:
+        >>> images = np.zeros((2, 4, 4, 3), np.uint8)
+        >>> np.savez("images.npz", test_images=images, test_labels=np.array([0, 1]))
+        >>> found = read_split(Path("images.npz"), "test", "images", SuiteError, channels=3)
+        >>> found.labels.tolist(), found.class_names
+        ([0, 1], ('0', '1'))
     """
     try:
         with np.load(path, allow_pickle=False) as archive:

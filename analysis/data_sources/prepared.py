@@ -99,6 +99,11 @@ def class_names(data: DataSpec, resolve: Resolve, what: str) -> tuple[str, ...] 
 
     Raises:
         SuiteError: the data are missing or damaged.
+
+    Example:
+        >>> data = DataSpec(kind="folder", path="images", classes=["cat", "dog"])
+        >>> class_names(data, Path, "images")
+        ('cat', 'dog')
     """
     if data.classes is not None:
         return read_names(data.classes, resolve, f"classes of {what}")

@@ -48,6 +48,11 @@ def choose(data: DataSpec, names: Collection[str], what: str) -> Choice:
 
     Raises:
         SuiteError: a split that the source lacks, or none that is clearly for testing.
+
+    Example:
+        >>> data = DataSpec(kind="folder", path="images")
+        >>> choose(data, ["train", "test"], "images")
+        Choice(val='train', test='test')
     """
     for field, name in (("val", data.val), ("test", data.test)):
         if name is not None and name not in names:
@@ -82,6 +87,13 @@ def rows(data: DataSpec, choice: Choice, for_test: bool, count: int, what: str) 
 
     Raises:
         SuiteError: too few images.
+
+    Example:
+        >>> data = DataSpec(kind="folder", path="images", val_share=0.2)
+        >>> choice = choose(data, ["all"], "images")
+        >>> parts = [rows(data, choice, test, 10, "images").tolist() for test in (False, True)]
+        >>> [len(part) for part in parts], sorted(sum(parts, []))
+        ([2, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """
     order = np.random.default_rng(data.seed).permutation(count)
     shared = choice.val == choice.test

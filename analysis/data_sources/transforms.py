@@ -107,6 +107,11 @@ def geometry(transform: TransformSpec | None) -> Callable[[Image.Image], np.ndar
 
     Args:
         transform: written out; None leaves the size as it is.
+
+    Example:
+        >>> squared = geometry(None)
+        >>> squared(Image.new("L", (4, 2))).shape
+        (2, 4, 3)
     """
     if transform is None:
         return lambda image: np.asarray(image.convert("RGB"))

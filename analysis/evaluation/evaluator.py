@@ -30,7 +30,15 @@ from merge_core.suites.suite import Suite
 
 
 class Evaluator(ModelOutputs):
-    """Evaluates members and merges of one suite (see :class:`ModelOutputs`)."""
+    """Evaluates members and merges of one suite (see :class:`ModelOutputs`).
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, suite.tasks, FactorStore())
+        >>> frame = Evaluator(suite).recipe(make_recipe({"method": "average"}), session, "test")
+        >>> frame["task"].tolist() == list(suite.tasks), frame["images"].unique().tolist()
+        (True, [500])
+    """
 
     def __init__(self, suite: Suite, predictions: PredictionStore | None = None) -> None:
         super().__init__(suite, predictions)

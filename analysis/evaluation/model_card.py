@@ -21,6 +21,12 @@ def results_of(frame: pd.DataFrame, split: Split) -> list[Result]:
     Args:
         frame: of :func:`analysis.accuracy.accuracy_frame`, one row a task.
         split: which it was measured on.
+
+    Example:
+        >>> from analysis.accuracy import accuracy_frame
+        >>> (result,) = results_of(accuracy_frame({"digits": np.array([True, False])}), "test")
+        >>> result.task, result.accuracy, result.examples
+        ('digits', 0.5, 2)
     """
     return [
         Result(str(task), split, float(accuracy), float(low), float(high), int(images))
@@ -50,6 +56,15 @@ def write_card(
         SuiteError: the suite cannot be evaluated.
         CheckpointError: the folder holds no merged model.
         OutputError: the card cannot be written.
+
+    Example:
+        >>> from merge_core.output.model_folder import merge_to_folder
+        >>> from merge_core.output.provenance import read_provenance
+        >>> suite = load_suite("demo")
+        >>> recipe = make_recipe({"method": "average", "tasks": ["dots"]})
+        >>> folder = merge_to_folder(recipe, suite, Path("merged"))
+        >>> write_card(folder, read_provenance(folder), suite, "test", limit=10)["images"].tolist()
+        [10]
     """
     recipe_again(about, suite, about.recipe.suite)
     evaluator = Evaluator(suite)

@@ -48,6 +48,10 @@ def load_head(suite: Suite, task: str) -> Head:
     Raises:
         SuiteError: no head, a missing file, or one without weight and bias.
         MergeScopeError: a text tower that cannot be fetched or run.
+
+    Example:
+        >>> load_head(load_suite("demo"), "digits").logits(torch.zeros(2, 256)).shape
+        torch.Size([2, 10])
     """
     given = suite.spec.experts[task].head
     if given is None:

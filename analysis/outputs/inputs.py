@@ -48,6 +48,11 @@ def load_inputs(
         SuiteError: no data, a missing file, or content of another form.
         OutputError: decoded images cannot be kept.
         Cancelled: between two images.
+
+    Example:
+        >>> inputs = load_inputs(load_suite("demo"), "digits", "test", limit=5)
+        >>> inputs.images.shape, inputs.labels.shape
+        ((5, 32, 32, 3), (5,))
     """
     spec, what = _data(suite, task), f"data of task {task!r}"
     if spec.plain:
@@ -73,6 +78,10 @@ def has_labels(suite: Suite, task: str, split: Split) -> bool:
 
     Raises:
         SuiteError: a file that is no archive.
+
+    Example:
+        >>> has_labels(load_suite("demo"), "digits", "val")
+        True
     """
     spec = suite.spec.experts[task].data
     if spec is None:

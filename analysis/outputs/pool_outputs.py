@@ -42,6 +42,12 @@ class PoolEvaluator:
 
     Args:
         pool: the pool.
+
+    Example:
+        >>> from merge_core.suites.pool import load_pool
+        >>> evaluator = PoolEvaluator(load_pool("digits-linear"))
+        >>> evaluator.member(0, "test").logits.shape
+        torch.Size([500, 10])
     """
 
     def __init__(self, pool: Pool) -> None:
@@ -153,7 +159,13 @@ class PoolEvaluator:
 
 
 def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All tensors of a checkpoint, floating ones as float32."""
+    """All tensors of a checkpoint, floating ones as float32.
+
+    Example:
+        >>> tensors = tensors_of(load_suite("demo").expert("digits"))
+        >>> tensors["cls_token"].dtype
+        torch.float32
+    """
     tensors = {name: checkpoint.tensor(name) for name in checkpoint}
     return {
         name: value.float() if value.is_floating_point() else value
