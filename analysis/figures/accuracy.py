@@ -26,6 +26,12 @@ def per_task(frame: pd.DataFrame, title: str) -> go.Figure:
     Args:
         frame: rows with model, task, accuracy, low, high (shares).
         title: the question answered.
+
+    Example:
+        >>> from analysis.accuracy import accuracy_frame
+        >>> frame = accuracy_frame({"digits": np.array([True, False])}).assign(model="CART")
+        >>> per_task(frame, "How good is it?").data[0].name
+        'CART'
     """
     tasks = list(dict.fromkeys(frame["task"]))
     models = list(dict.fromkeys(frame["model"]))

@@ -130,6 +130,12 @@ def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figu
         pairs: of :func:`analysis.accuracy.paired`.
         order: labels, best first.
         title: the question answered.
+
+    Example:
+        >>> columns = ["first", "second", "difference", "real"]
+        >>> pairs = pd.DataFrame([["CART", "average", 0.05, True]], columns=columns)
+        >>> paired_map(pairs, ["CART", "average"], "Which is better?").data[0].z.tolist()
+        [[0.0, 5.0], [-5.0, 0.0]]
     """
     place = {label: i for i, label in enumerate(order)}
     z = np.zeros((len(order), len(order)))

@@ -181,6 +181,11 @@ def gap_scatter(frame: pd.DataFrame, title: str = "") -> go.Figure:
         frame: of :func:`analysis.averaging.curvature.predicted_gap` or
             :func:`analysis.averaging.gaps.covariance_frame`.
         title: the figure's title.
+
+    Example:
+        >>> frame = pd.DataFrame({"measured": [0.1, 0.2], "predicted": [0.1, 0.3]})
+        >>> gap_scatter(frame.assign(**{"image": 0, "class": [0, 1]})).data[-1].name
+        'one image and class (2 of 2)'
     """
     return _diagonal(
         frame,

@@ -56,6 +56,11 @@ def pair_map(
         diverging: signed values, white at zero; the colour range is then symmetric.
         zmin: lower end of the colour range; by default 0, or minus the largest magnitude.
         zmax: upper end of the colour range; by default the largest value or magnitude.
+
+    Example:
+        >>> frame = pd.DataFrame({"first": list("aabb"), "second": list("abab")})
+        >>> pair_map(frame.assign(cosine=[1, 0.5, 0.5, 1]), "cosine").data[0].z.tolist()
+        [[1.0, 0.5], [0.5, 1.0]]
     """
     table = frame.pivot_table(index="first", columns="second", values=value, sort=False)
     tasks = list(table.index)

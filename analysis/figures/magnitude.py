@@ -183,6 +183,11 @@ def dominance_lines(frame: pd.DataFrame, title: str = "", chosen: float | None =
         frame: of :func:`analysis.magnitude.homogeneity.dominance`.
         title: the figure's title.
         chosen: the m that the page has chosen.
+
+    Example:
+        >>> from analysis.magnitude.homogeneity import dominance
+        >>> len(dominance_lines(dominance([3], members=10, magnitudes=[1.0, 2.0])).data)
+        2
     """
     figure = go.Figure()
     colours = iter((OKABE_ITO[0], OKABE_ITO[5], OKABE_ITO[2], OKABE_ITO[1]) * 4)

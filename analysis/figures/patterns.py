@@ -45,6 +45,10 @@ def kernel_grid(
         shared: one scale for all filters.
         columns: filters side by side.
         most: no more than these, the first ones; said in the title.
+
+    Example:
+        >>> kernel_grid(np.random.default_rng(0).normal(size=(8, 7, 7, 3))).data[0].type
+        'image'
     """
     shown = list(normalise(filters, kind, shared)[:most])
     if len(filters) > most:

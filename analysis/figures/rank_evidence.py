@@ -150,6 +150,12 @@ def regret_dots(table: pd.DataFrame, title: str, value: str = "test_regret") -> 
         table: rows with proxy, title, mode, suite, subset and `value` (shares).
         title: the question answered.
         value: the column drawn.
+
+    Example:
+        >>> from analysis.rank_selection.regret import evidence
+        >>> table = evidence().assign(title=lambda frame: frame["proxy"])
+        >>> [trace.name for trace in regret_dots(table, "What does each rule lose?").data][:2]
+        ['labels', 'inputs only']
     """
     frame = table.dropna(subset=[value])
     means = frame.groupby("title")[value].mean().sort_values(ascending=False)

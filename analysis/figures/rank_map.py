@@ -61,6 +61,12 @@ def evaluated_map(
         recommended: rank and scale, starred; may lie off the grid.
         chosen: rank and scale, ringed.
         picks: rows with proxy, title, mode, rank, scale.
+
+    Example:
+        >>> points = pd.DataFrame({"rank": [0.08], "scale": [2.0], "images": [300], "score": [0.7]})
+        >>> points = points.assign(low=0.6, high=0.8, tied=True)
+        >>> evaluated_map(points, [0.04, 0.08], [1.0, 2.0], "Which setting?").data[0].type
+        'heatmap'
     """
     known = points[points["rank"].isin(ranks) & points["scale"].isin(scales)]
     figure = go.Figure()

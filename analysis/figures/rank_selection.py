@@ -41,7 +41,12 @@ SHARES = ("accuracy", "agreement", "overlap")
 
 
 def unit(score: str) -> tuple[str, float]:
-    """Axis label of a score, and the factor that takes its values there."""
+    """Axis label of a score, and the factor that takes its values there.
+
+    Example:
+        >>> unit("accuracy"), unit("entropy")
+        (('Accuracy (%)', 100.0), ('Entropy', 1.0))
+    """
     title = SCORES[score].title
     return (f"{title} (%)", 100.0) if score in SHARES else (title, 1.0)
 
@@ -199,6 +204,11 @@ def tasks_over_rank(
         title: the question answered.
         axis: ``rank`` or ``scale``.
         chosen: marked by a vertical line.
+
+    Example:
+        >>> frame = pd.DataFrame({"task": "digits", "rank": [0.04, 0.08], "accuracy": [0.6, 0.7]})
+        >>> tasks_over_rank(frame.assign(scale=1.0), "accuracy", "Which rank?").data[0].name
+        'digits'
     """
     tasks = list(dict.fromkeys(frame["task"]))
     colours, markers = task_colours(tasks), task_markers(tasks)

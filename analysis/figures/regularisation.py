@@ -26,6 +26,11 @@ def norm_ratios(frame: pd.DataFrame, title: str = "") -> go.Figure:
     Args:
         frame: of :func:`analysis.magnitude.norms.norms_frame`.
         title: the figure's title.
+
+    Example:
+        >>> frame = pd.DataFrame({"parameter": ["head.weight"], "weight": True, "ratio": 0.8})
+        >>> norm_ratios(frame.assign(independent=0.5)).data[0].x.tolist()
+        [0.8]
     """
     labels = np.array(_labels(frame))
     figure = go.Figure()

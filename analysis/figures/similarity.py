@@ -25,6 +25,11 @@ def agreement_map(frame: pd.DataFrame, value: str = "agreement", title: str = ""
         frame: of :func:`analysis.averaging.ensembles.agreement`.
         value: ``agreement`` or ``error_overlap``.
         title: the figure's title.
+
+    Example:
+        >>> frame = pd.DataFrame({"first": list("aabb"), "second": list("abab")})
+        >>> agreement_map(frame.assign(agreement=[1, 0.5, 0.5, 1])).data[0].z.tolist()
+        [[1.0, 0.5], [0.5, 1.0]]
     """
     label = {
         "agreement": "Equal predictions (share)",

@@ -54,6 +54,10 @@ def short_name(parameter: str) -> str:
 
     Numbers of blocks come first. Matrices of attention and MLP are called alike whatever a
     library calls them; of other names the suffix ``weight`` and words for containers go.
+
+    Example:
+        >>> short_name("blocks.0.attn.qkv.weight")
+        '0 attention qkv'
     """
     kind = matrix_kind(parameter)
     if kind is not None:
@@ -91,6 +95,11 @@ def scree(frame: pd.DataFrame, cuts: pd.DataFrame | None = None, title: str = ""
         cuts: of :func:`analysis.spectral.spectra.cuts`, drawn as dotted lines: one task's bounds,
             or the mean over tasks.
         title: the figure's title.
+
+    Example:
+        >>> frame = pd.DataFrame({"index": [1, 2], "share": [0.5, 1.0], "sigma": [2.0, 1.0]})
+        >>> scree(frame.assign(task="digits", origin="average")).data[0].y.tolist()
+        [2.0, 1.0]
     """
     figure = go.Figure()
     origins = list(dict.fromkeys(frame["origin"]))

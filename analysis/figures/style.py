@@ -59,7 +59,12 @@ def task_markers(tasks: Iterable[str]) -> dict[str, str]:
 
 
 def percent(share: float) -> str:
-    """A share as people read it: 0.08 is ``8 %``, 0.125 is ``12.5 %``."""
+    """A share as people read it: 0.08 is ``8 %``, 0.125 is ``12.5 %``.
+
+    Example:
+        >>> percent(0.08), percent(0.125)
+        ('8 %', '12.5 %')
+    """
     return f"{100 * share:.3g} %"
 
 

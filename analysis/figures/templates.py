@@ -175,6 +175,12 @@ def cosine_map(
         title: the figure's title.
         rows: label of the vertical axis.
         columns: label of the horizontal axis.
+
+    Example:
+        >>> from analysis.patterns.templates import cosine_frame
+        >>> images = np.eye(2).reshape(2, 1, 2, 1)
+        >>> cosine_map(cosine_frame(images, images, ["cat", "dog"])).data[0].z.tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
     """
     names = list(dict.fromkeys(frame["first"]))
     z = frame["cosine"].to_numpy().reshape(len(names), len(names))

@@ -57,6 +57,14 @@ def stored_numbers(groups: Groups, ranks: Mapping[str, int]) -> int:
     Args:
         groups: the suite's parameters.
         ranks: directions kept of each decomposed parameter.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> ones = uniform_ranks(groups, 0.001)  # one direction of each matrix
+        >>> stored_numbers(groups, ones) == 2 * sum(
+        ...     sum(group.info.matrix_shape) + 1 for group in groups.members if group.decomposed
+        ... )
+        True
     """
     members = [group for group in groups.members if group.decomposed]
     return sum(len(groups.tasks) * ranks[g.name] * (sum(g.info.matrix_shape) + 1) for g in members)
@@ -68,6 +76,11 @@ def uniform_ranks(groups: Groups, share: float) -> dict[str, int]:
     Args:
         groups: the suite's parameters.
         share: in (0, 1].
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> set(uniform_ranks(groups, 0.08).values())
+        {20}
     """
     members = [group for group in groups.members if group.decomposed]
     return {group.name: count_directions(share, min(group.info.matrix_shape)) for group in members}
@@ -99,6 +112,12 @@ def allocate(
         Cancelled: by `progress`.
 
     Source: [derived] in the module's text; the greedy order is optimal for concave gains.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> ranks = allocate(groups, "base", 0.08)
+        >>> stored_numbers(groups, ranks) <= stored_numbers(groups, uniform_ranks(groups, 0.08))
+        True
     """
     if rule not in ALLOCATIONS:
         known = ", ".join(ALLOCATIONS)
@@ -141,6 +160,11 @@ def with_ranks(recipe: Recipe, ranks: Mapping[str, int]) -> Recipe:
 
     Raises:
         RecipeError: the method has no rank.
+
+    Example:
+        >>> recipe = with_ranks(make_recipe({"method": "cart"}), {"blocks.0.attn.qkv.weight": 12})
+        >>> recipe.parameters_of("blocks.0.attn.qkv.weight").rank
+        12
     """
     overrides = [
         {"match": escape(name), "parameters": {"rank": int(k)}} for name, k in sorted(ranks.items())
@@ -180,6 +204,15 @@ def against_uniform(
         RecipeError: no rank, or no such rule.
         MergeScopeError: unfit inputs.
         Cancelled: between two tasks of a merge.
+
+    Example:
+        >>> from analysis.rank_selection.space import search_space
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, ["dots"], FactorStore())
+        >>> space = search_space("cart", "demo", ["dots"])
+        >>> frame = against_uniform(space, session, Evaluator(suite), [0.08], [1.0], rules=[])
+        >>> frame[["rule", "gain"]].values.tolist()
+        [['uniform', 0.0]]
     """
     progress = progress or Progress()
     inner = Progress(cancel=progress.cancel)

@@ -30,6 +30,14 @@ def ranks_per_layer(
     Raises:
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from analysis.rank_selection.space import search_space
+        >>> groups = Groups(load_suite("demo"), ["digits", "letters", "dots"], FactorStore())
+        >>> groups.members = [g for g in groups.members if g.name == "blocks.0.attn.proj.weight"]
+        >>> frame = ranks_per_layer(groups, search_space("cart", "demo", groups.tasks), share=0.08)
+        >>> frame[frame["kind"] == "budget"]["rank"].tolist()  # one matrix takes the whole budget
+        [20, 20, 20]
     """
     origin = space.base.run(groups.tasks).origin
     own = layer_ranks(groups, space, progress).assign(kind="own")

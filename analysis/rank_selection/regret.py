@@ -107,6 +107,10 @@ def best_setting(values: Mapping[str, np.ndarray]) -> int:
 
     Returns:
         Its row.
+
+    Example:
+        >>> best_setting({"digits": np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 1.0]])})
+        1
     """
     mean = np.mean([each.mean(axis=1) for each in values.values()], axis=0)
     # Means of the same hits summed in another order differ in the last bits.
@@ -247,6 +251,11 @@ def regret_by_images(
     Returns:
         One row per score and number: proxy, images, draws, mean, worst (validation accuracy at
         the best setting minus at the chosen one, shares; over draws).
+
+    Example:
+        >>> scores = {"digits": np.stack([np.ones(30), np.zeros(30)])}
+        >>> regret_by_images({"accuracy": scores}, images=[10])["worst"].tolist()
+        [0.0]
     """
     accuracy = np.mean([hits.mean(axis=1) for hits in values["accuracy"].values()], axis=0)
     sizes = {task: hits.shape[1] for task, hits in values["accuracy"].items()}
@@ -267,12 +276,22 @@ def regret_by_images(
 
 
 def evidence() -> pd.DataFrame:
-    """The shipped regret table (see :func:`regret_table`), made by ``python -m data.evidence``."""
+    """The shipped regret table (see :func:`regret_table`), made by ``python -m data.evidence``.
+
+    Example:
+        >>> sorted(evidence()["mode"].unique())
+        ['default', 'inputs', 'labels', 'weights']
+    """
     return _read(EVIDENCE).copy()
 
 
 def evidence_images() -> pd.DataFrame:
-    """The shipped effect of few inputs (see :func:`regret_by_images`), with the cases' columns."""
+    """The shipped effect of few inputs (see :func:`regret_by_images`), with the cases' columns.
+
+    Example:
+        >>> {"proxy", "images", "mean", "worst"} <= set(evidence_images())
+        True
+    """
     return _read(EVIDENCE_IMAGES).copy()
 
 
@@ -291,6 +310,11 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
         One row per mode, proxy and search: cases, mean, worst (validation), test_mean,
         test_worst (shares), lost (share of cases in which the pick is worse on the test split
         beyond its interval), images (mean); ascending in worst within a mode.
+
+    Example:
+        >>> table = summary(evidence())
+        >>> bool((table["mean"] <= table["worst"]).all())
+        True
     """
     grouped = table.assign(lost=table["test_low"] > 0).groupby(["mode", "proxy", "search"])
     frame = grouped.agg(
@@ -324,6 +348,10 @@ def recommended_proxy(
         RecipeError: no proxy was measured in all these cases.
 
     Source: minimax regret, Savage, JASA 46 (1951), 55.
+
+    Example:
+        >>> recommended_proxy("labels")
+        'accuracy'
     """
     table = evidence() if table is None else table
     if method is not None:
@@ -348,6 +376,11 @@ def tasks_effect(table: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per case: suite, method, tasks, subset, best_rank, best_scale, best (accuracy),
         tied_rank_low, tied_rank_high, tied_scale_low, tied_scale_high.
+
+    Example:
+        >>> frame = tasks_effect(evidence())
+        >>> bool((frame["best_rank"].dropna() <= 1).all())
+        True
     """
     columns = ["suite", "method", "tasks", "subset", "best_rank", "best_scale", "best"]
     columns += TIED

@@ -44,6 +44,10 @@ class SelectionOptions:
         report: evaluate the recommended recipe, in the end: on the test split (and in modes
             that read no label on the validation split too), where there are labels.
         seed: of the images that the adaptive search begins with.
+
+    Example:
+        >>> SelectionOptions("labels", full_grid=True).exhaustive
+        True
     """
 
     mode: Mode
@@ -120,6 +124,11 @@ def selectable(suite: Suite, tasks: Sequence[str]) -> dict[str, str]:
     """Methods of which rank or scale can be chosen here: name to title.
 
     They make one model of these tasks from weights alone.
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> selectable(suite, suite.tasks)["cart"]
+        'CART'
     """
     return {
         name: method.title
@@ -157,6 +166,15 @@ def select_rank(
             no rule; an executor without a full grid.
         MergeScopeError: unfit inputs.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from analysis.rank_selection.space import search_space
+        >>> suite = load_suite("demo")
+        >>> session = MergeSession(suite, ["digits", "dots"], FactorStore())
+        >>> space = search_space("task_arithmetic", "demo", session.groups.tasks)
+        >>> selection = select_rank(space, session, None, SelectionOptions("weights"))
+        >>> selection.recipe.parameters["scale"] == selection.scale, selection.forward_images
+        (True, 0)
     """
     _check(session, evaluator, options, executor)
     start, before = time.monotonic(), evaluator.forward_images if evaluator else 0
@@ -202,7 +220,16 @@ def known_selection(
     evaluator: Evaluator | None,
     options: SelectionOptions,
 ) -> Selection | None:
-    """:func:`select_rank` from stored outputs alone, or None if an image would have to be run."""
+    """:func:`select_rank` from stored outputs alone, or None if an image would have to be run.
+
+    Example:
+        >>> from analysis.rank_selection.space import search_space
+        >>> suite = load_suite("demo")
+        >>> session, evaluator = MergeSession(suite, ["dots"], FactorStore()), Evaluator(suite)
+        >>> space = search_space("ties", "demo", ["dots"], scales=[0.5])
+        >>> known_selection(space, session, evaluator, SelectionOptions("labels")) is None
+        True
+    """
     stored = None if evaluator is None else StoredEvaluator(evaluator)
     try:
         return select_rank(space, session, stored, options)
@@ -219,6 +246,16 @@ def task_curves(selection: Selection, session: MergeSession, evaluator: Evaluato
 
     Raises:
         MergeScopeError: unfit inputs.
+
+    Example:
+        >>> from analysis.rank_selection.space import search_space
+        >>> suite = load_suite("demo")
+        >>> session, evaluator = MergeSession(suite, ["dots"], FactorStore()), Evaluator(suite)
+        >>> space = search_space("ties", "demo", ["dots"], scales=[0.5, 1.0])
+        >>> options = SelectionOptions("labels", full_grid=True, report=False)
+        >>> selection = select_rank(space, session, evaluator, options)
+        >>> task_curves(selection, session, evaluator)[["task", "scale"]].values.tolist()
+        [['dots', 0.5], ['dots', 1.0]]
     """
     experts = evaluator.experts(session.groups.tasks).set_index("task")["accuracy"]
     parts = []
@@ -238,13 +275,23 @@ def recipe_at(space: SearchSpace, rank: float, scale: float) -> Recipe:
         space: the settings.
         rank: one of the space's, or a share in (0, 1]; NaN where the method has none.
         scale: NaN where the method has none.
+
+    Example:
+        >>> from analysis.rank_selection.space import search_space
+        >>> recipe_at(search_space("cart", "demo", ranks=[4, 16]), 16.0, 2.0).parameters
+        {'rank': 16, 'scale': 2.0}
     """
     known = next((each for each in space.ranks if each == rank), rank)
     return space.recipe(None if math.isnan(rank) else known, None if math.isnan(scale) else scale)
 
 
 def setting_words(rank: float, scale: float) -> str:
-    """A setting in words; NaN is left out."""
+    """A setting in words; NaN is left out.
+
+    Example:
+        >>> setting_words(0.08, 2.0), setting_words(16.0, math.nan)
+        ('rank 0.08 (8 %), scale 2', 'rank 16')
+    """
     parts = []
     if not math.isnan(rank):
         parts.append(f"rank {rank:.3g}" + (f" ({100 * rank:.3g} %)" if rank <= 1 else ""))

@@ -79,6 +79,11 @@ def search_space(
     Raises:
         RecipeError: the method has neither, values are given for one that it has not, are named
             twice, none is given, or one is out of range.
+
+    Example:
+        >>> space = search_space("cart", "demo", ranks=[0.04, 0.08], scales=[1.0, 2.0, 3.0])
+        >>> space.size, space.recipes()[0].parameters
+        (6, {'rank': 0.04, 'scale': 1.0})
     """
     specs = {spec.name: spec for spec in get_method(method).specs}
     if not specs.keys() & {"rank", "scale"}:

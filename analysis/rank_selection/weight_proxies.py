@@ -142,6 +142,10 @@ def defined_for(proxy: str, method: str) -> bool:
     Args:
         proxy: a name of :data:`PROXIES`.
         method: a method's name.
+
+    Example:
+        >>> defined_for("metagpt", "task_arithmetic"), defined_for("metagpt", "cart")
+        (True, False)
     """
     if method not in PROPORTIONAL:
         return False
@@ -174,6 +178,15 @@ def proxy_curves(
         Cancelled: by `progress`.
 
     Source: CART, arXiv:2412.12153 (R and I); the others in their own modules.
+
+    Example:
+        >>> from analysis.rank_selection.space import search_space
+        >>> groups = Groups(load_suite("demo"), ["digits", "letters", "dots"], FactorStore())
+        >>> groups.members = [g for g in groups.members if g.name == "blocks.0.attn.proj.weight"]
+        >>> frame = proxy_curves(groups, search_space("cart", "demo", groups.tasks))
+        >>> kept = frame[frame["proxy"] == "energy"]["value"]
+        >>> kept.is_monotonic_increasing, round(float(kept.iloc[-1]), 3)
+        (True, 1.0)
     """
     columns = ["proxy", "title", "rank", "value"]
     if not space.ranks or space.base.method not in PROPORTIONAL:
