@@ -12,7 +12,7 @@ from torch import Tensor
 
 from merge_core.decomposition import Route
 from merge_core.errors import RecipeError, SuiteError
-from merge_core.executors import Executor, Serial, Threads
+from merge_core.executors import Executor, Serial, Threads, one_thread
 from merge_core.factorisation import opened
 from merge_core.factors import FactorStore
 from merge_core.methods import get_postprocessor, methods
@@ -121,7 +121,8 @@ def merged_tensors(
             )
         run = replace(run, state=learned)
     elif method.prepare is not None:
-        state = method.prepare(groups, recipe.checked_parameters, run, progress)
+        with one_thread():
+            state = method.prepare(groups, recipe.checked_parameters, run, progress)
         run = replace(run, state=state)
     where = executor or Serial()
 
@@ -242,6 +243,7 @@ class MergeSession:
         self.groups = Groups(suite, chosen, store, keep=size <= HELD_BYTES)
 
     @torch.no_grad()
+    @one_thread()
     def merge(
         self,
         recipe: Recipe,

@@ -81,7 +81,7 @@ class Serial(Executor):
         """See :meth:`Executor.map`."""
         for item in items:
             _check(cancel)
-            with one_thread():
+            with one_thread(workers=1):
                 result = function(item)
             yield result
 
@@ -164,13 +164,13 @@ class Threads(Ahead[Future[Any]]):
     """On threads of this process, each with one torch thread.
 
     Args:
-        workers: how many; torch's number of threads when None.
+        workers: how many; see :func:`usual_workers` when None.
     """
 
     shares_memory = True
 
     def __init__(self, workers: int | None = None) -> None:
-        super().__init__(torch.get_num_threads() if workers is None else workers)
+        super().__init__(usual_workers() if workers is None else workers)
 
     def map(
         self,
@@ -185,22 +185,26 @@ class Threads(Ahead[Future[Any]]):
 
     @contextmanager
     def _opened(self, function: Callable[[Any], Any]) -> Iterator[Pool[Future[Any]]]:
-        # Torch's number of threads belongs to the thread that sets it.
-        with ThreadPoolExecutor(self.workers, initializer=_alone) as pool:
-            yield _ThreadFutures(pool, function)
+        try:
+            with ThreadPoolExecutor(self.workers, initializer=_alone) as pool:
+                yield _ThreadFutures(pool, function)
+        finally:
+            # Torch's number belongs to the thread that sets it, but new threads (a page's, say)
+            # begin with the number that any thread set last: not with the workers'.
+            torch.set_num_threads(torch.get_num_threads())
 
 
 class Processes(Ahead[Future[Any]]):
     """On processes of this machine; one that is killed is replaced.
 
     Args:
-        workers: how many; torch's number of threads when None.
+        workers: how many; see :func:`usual_workers` when None.
     """
 
     shares_memory = False
 
     def __init__(self, workers: int | None = None) -> None:
-        super().__init__(torch.get_num_threads() if workers is None else workers)
+        super().__init__(usual_workers() if workers is None else workers)
 
     @contextmanager
     def _opened(self, function: Callable[[Any], Any]) -> Iterator[Pool[Future[Any]]]:
@@ -304,15 +308,42 @@ def _ray(address: str | None, workers: int | None) -> Executor:
     return Ray(address, workers)
 
 
+class _SetAside(threading.local):
+    """The calling thread's workers while torch itself has one thread there."""
+
+    workers: int | None = None
+
+
+_SET_ASIDE = _SetAside()
+
+
+def usual_workers() -> int:
+    """How many workers an executor has that is made in the calling thread.
+
+    As many as torch has threads there, or had before :func:`one_thread`.
+    """
+    return _SET_ASIDE.workers or torch.get_num_threads()
+
+
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch's own threads reduced to one in the calling thread."""
-    before = torch.get_num_threads()
+def one_thread(workers: int | None = None) -> Iterator[None]:
+    """Torch's own threads reduced to one in the calling thread; a function's decorator, too.
+
+    An operation that torch splits ends when its slowest part does. Beside another busy process
+    each part may wait for a processor, so that a loop of small operations takes ten times longer
+    on two threads than on one; executors split work at its seams instead.
+
+    Args:
+        workers: of executors that are made inside; as many as outside when None.
+    """
+    threads, before = torch.get_num_threads(), _SET_ASIDE.workers
+    _SET_ASIDE.workers = workers or usual_workers()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        _SET_ASIDE.workers = before
 
 
 def _alone() -> None:

@@ -28,7 +28,7 @@ def decompose(
     """Decompose all matrices once; spectra, interference, every rank and scale then reuse it."""
     from merge_core.engine import check_fits
     from merge_core.executors import executor as executor_named
-    from merge_core.factorisation import factorised
+    from merge_core.factorisation import decompose as decompose_matrices
     from merge_core.factors import FactorStore
     from merge_core.linalg import ALL
     from merge_core.suite import load_suite
@@ -44,8 +44,7 @@ def decompose(
     begun = time.monotonic()
     groups = Groups(loaded, chosen, store)
     bar = progress_bar("decomposing")
-    made = factorised(groups, cast("Origin", origin), ALL, where, bar)
-    done = sum(1 for _ in made)
+    done = decompose_matrices(groups, cast("Origin", origin), ALL, where, bar)
     typer.echo(
         f"{done} matrices of {len(chosen)} experts in {time.monotonic() - begun:.1f} s; factors "
         f"in {store.folder}"

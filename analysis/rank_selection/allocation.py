@@ -20,14 +20,15 @@ from analysis.compare import difference
 from analysis.evaluation import CONFIDENCE, Evaluator, accuracy_frame, mean_accuracy
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
-from analysis.spectra import cumulative_energy, with_factors
+from analysis.spectra import cumulative_energy
 from merge_core.engine import MergeSession
 from merge_core.errors import RecipeError
+from merge_core.factorisation import map_matrices
 from merge_core.linalg import directions
 from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe, make_recipe
-from merge_core.task_vectors import Groups, Origin
+from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
 UNIFORM = "uniform"
 
@@ -105,14 +106,15 @@ def allocate(
         known = ", ".join(ALLOCATIONS)
         raise RecipeError(f"There is no allocation {rule!r}; choose one of {known}.")
     gain = ALLOCATIONS[rule][1]
-    worth: list[np.ndarray] = []
-    names: list[str] = []
-    costs: list[int] = []
-    for group in with_factors(groups, origin, progress):
+
+    def gains(group: ParameterGroup) -> np.ndarray:
         spectra = [f.S.double().numpy() for f in group.factors(origin)]
-        names.append(group.name)
-        worth.append(np.sum([gain(S) for S in spectra], axis=0))
-        costs.append(sum(matrix_shape(group)) + 1)
+        return np.asarray(np.sum([gain(S) for S in spectra], axis=0))
+
+    members = [group for group in groups.members if group.decomposed]
+    worth = list(map_matrices(gains, groups, origin, progress=progress))
+    names = [group.name for group in members]
+    costs = [sum(matrix_shape(group)) + 1 for group in members]
     uniform = uniform_ranks(groups, share)
     budget = sum(uniform[name] * cost for name, cost in zip(names, costs, strict=True))
     kept = _fill(worth, costs, budget)

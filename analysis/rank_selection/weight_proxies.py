@@ -19,12 +19,12 @@ from analysis.rank_selection.weight_response import (
     whole_model,
 )
 from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_ranks
-from analysis.spectra import with_factors
+from merge_core.factorisation import map_matrices
 from merge_core.linalg import ALL, directions
 from merge_core.methods import get_method
 from merge_core.methods.spectral import matrix_shape
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import Groups, ParameterGroup
 
 CART_PAPER = "CART, arXiv:2412.12153"
 DERIVED = "[derived] in analysis/rank_selection/weight_response.py"
@@ -306,8 +306,8 @@ def _spectra(groups: Groups, space: SearchSpace, progress: Progress | None) -> p
     interference_row, interference_column."""
     origin = space.base.run(groups.tasks).origin
     shares = shares_of(space)
-    frames = []
-    for group in with_factors(groups, origin, progress, ALL):
+
+    def curves(group: ParameterGroup) -> pd.DataFrame:
         factors = group.factors(origin)
         pairs = max(1, len(factors) * (len(factors) - 1))
         at = [directions(share, factors[0].rank) - 1 for share in shares]
@@ -326,8 +326,10 @@ def _spectra(groups: Groups, space: SearchSpace, progress: Progress | None) -> p
             between = pair_interference(factors, side)
             summed = between.sum(axis=(0, 1)) - np.trace(between)
             values[f"interference_{side}"] = summed[at] / pairs
-        frames.append(pd.DataFrame(values))
-    return pd.concat(frames, ignore_index=True)
+        return pd.DataFrame(values)
+
+    found = map_matrices(curves, groups, origin, ALL, progress)
+    return pd.concat(found, ignore_index=True)
 
 
 def _scale_at(table: pd.DataFrame, rank: float, column: str) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -14,10 +15,10 @@ from analysis.spectra import (
     energy_rank,
     participation_ratio,
     stable_rank,
-    with_factors,
 )
+from merge_core.factorisation import map_matrices
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, Origin
+from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -142,15 +143,19 @@ def rule_ranks(groups: Groups, origin: Origin, progress: Progress | None = None)
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
-    rows = []
-    for group in with_factors(groups, origin, progress):
+
+    def rows(group: ParameterGroup) -> list[dict[str, object]]:
         factors = group.factors(origin)
         shape = factors[0].shape
         spectra = [Spectrum(as_array(f.S), *shape, len(factors)) for f in factors]
         live = [s for s in spectra if s.S[0] > 0]
+        found: list[dict[str, object]] = []
         for name, rule in RULES.items():
             # A matrix that no task changed adds nothing at any rank.
             mean = float(np.mean([rule.count(s) for s in live])) if live else 1.0
             share = float(np.clip(mean / factors[0].rank, 1 / factors[0].rank, 1))
-            rows.append({"proxy": name, "parameter": group.name, "share": share})
-    return pd.DataFrame(rows)
+            found.append({"proxy": name, "parameter": group.name, "share": share})
+        return found
+
+    found = map_matrices(rows, groups, origin, progress=progress)
+    return pd.DataFrame(list(chain.from_iterable(found)))

@@ -33,7 +33,7 @@ from merge_core.adapters.config import CONFIG_FILE
 from merge_core.decomposition import decompose
 from merge_core.engine import check_fits, check_recipe, merged_tensors, written_dtype
 from merge_core.errors import OutputError, RecipeError, SuiteError
-from merge_core.executors import Executor, Threads
+from merge_core.executors import Executor, Threads, one_thread
 from merge_core.export import portable
 from merge_core.factors import FactorStore
 from merge_core.files import check_output, folder_written_whole
@@ -194,7 +194,7 @@ def merge_to_adapter(
     recipe = portable(recipe, suite)
     store = store or FactorStore()
     groups = Groups(suite, tasks, store)
-    with folder_written_whole(output) as staging, torch.no_grad():
+    with folder_written_whole(output) as staging, torch.no_grad(), one_thread():
         about = provenance(recipe, suite, store.route)
         draft = _Draft(suite, tasks, rank, recipe)
         tensors = merged_tensors(recipe, groups, progress, None, learned, executor or Threads())

@@ -12,11 +12,11 @@ import torch
 
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.executors import Executor, Processes, Serial, Threads
-from merge_core.factorisation import factorised
+from merge_core.factorisation import decompose, map_matrices, map_parameters
 from merge_core.factors import FactorStore
 from merge_core.progress import Progress
 from merge_core.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import Groups, ParameterGroup
 
 Make = Callable[..., Suite]
 
@@ -27,13 +27,17 @@ def plain_main(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
 
 
+def sides(group: ParameterGroup) -> tuple[str, torch.Tensor]:
+    """All singular values and right sides of a parameter, side by side."""
+    factors = group.factors("average")
+    return group.name, torch.cat([torch.cat([f.S[None], f.right()]) for f in factors])
+
+
 def values(suite: Suite, folder: Path, where: Executor | None) -> dict[str, torch.Tensor]:
-    """All singular values and right sides, side by side, by parameter."""
+    """The sides of each parameter, decomposed by an executor."""
     groups = Groups(suite, None, FactorStore(folder))
-    return {
-        group.name: torch.cat([torch.cat([f.S[None], f.right()]) for f in group.factors("average")])
-        for group in factorised(groups, "average", executor=where)
-    }
+    decompose(groups, "average", executor=where)
+    return dict(map_matrices(sides, groups, "average"))
 
 
 @pytest.mark.parametrize("where", [Threads(2), Processes(2)], ids=["threads", "processes"])
@@ -48,8 +52,7 @@ def test_factors_do_not_depend_on_where_they_are_made(
     assert all(torch.equal(side_by_side[name], alone[name]) for name in alone)
     # What the workers left is found by whoever comes later.
     later = FactorStore(tmp_path / "many")
-    for group in factorised(Groups(suite, None, later), "average", executor=Serial()):
-        group.factors("average")
+    assert decompose(Groups(suite, None, later), "average", executor=Serial()) == len(alone)
     assert later.decompositions == 0
 
 
@@ -58,26 +61,56 @@ def test_progress_is_told_and_cancels_between_two(synthetic_suite: Make, tmp_pat
     told: list[tuple[int, int]] = []
     groups = Groups(suite, None, FactorStore(tmp_path))
     n = len(suite.matrices)
-    list(factorised(groups, "base", progress=Progress(lambda d, t, _: told.append((d, t)))))
+    decompose(groups, "base", progress=Progress(lambda d, t, _: told.append((d, t))))
     assert told == [(i, n) for i in range(1, n + 1)]
-    stop = Progress()
-    seen = factorised(groups, "average", executor=Serial(), progress=stop)
+    stop = Progress(lambda d, t, _: stop.cancel.set())
+    with pytest.raises(Cancelled):
+        decompose(groups, "average", progress=stop)
+    told.clear()
+    stop = Progress(lambda d, t, _: told.append((d, t)))
+    seen = map_matrices(sides, groups, "average", progress=stop)
     next(seen)
     stop.cancel.set()
     with pytest.raises(Cancelled):
         next(seen)
+    assert told == [(1, n)]
 
 
 def test_each_is_released_unless_all_are_kept(synthetic_suite: Make, tmp_path: Path) -> None:
     for keep in (False, True):
         groups = Groups(synthetic_suite(2), None, FactorStore(tmp_path / str(keep)), keep=keep)
-        list(factorised(groups, "average"))
+        decompose(groups, "average")
         held = {"members" in vars(group) for group in groups.members if group.decomposed}
         assert held == {keep}
+        list(map_parameters(lambda group: group.members, groups))
+        assert {"members" in vars(group) for group in groups.members} == {keep}
 
 
 def test_no_base_is_said_before_any_work(synthetic_suite: Make, tmp_path: Path) -> None:
     suite = synthetic_suite(2, with_base=False)
     groups = Groups(suite, None, FactorStore(tmp_path))
     with pytest.raises(SuiteError, match="names no base"):
-        list(factorised(groups, "base"))
+        decompose(groups, "base")
+    with pytest.raises(SuiteError, match="names no base"):
+        list(map_matrices(sides, groups, "base"))
+
+
+@pytest.mark.parametrize("torch_threads", [1, 2])
+def test_each_parameter_is_looked_at_by_one_torch_thread_in_order(
+    synthetic_suite: Make, tmp_path: Path, torch_threads: int
+) -> None:
+    groups = Groups(synthetic_suite(2), None, FactorStore(tmp_path))
+
+    def look(group: ParameterGroup) -> tuple[str, int]:
+        return group.name, torch.get_num_threads()
+
+    torch.set_num_threads(torch_threads)
+    try:
+        found = list(map_parameters(look, groups, lambda group: group.info.is_floating))
+        single = list(map_parameters(look, groups.members[0]))
+        assert torch.get_num_threads() == torch_threads
+    finally:
+        torch.set_num_threads(1)
+    wanted = [group.name for group in groups.members if group.info.is_floating]
+    assert found == [(name, 1) for name in wanted]
+    assert single == [(groups.members[0].name, 1)]
