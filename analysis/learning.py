@@ -11,6 +11,7 @@ from analysis.learners.lesson import Lesson
 from analysis.learners.regmean import learn_regmean, learn_regmean_plus_plus
 from merge_core.engine import MergeSession, check_recipe
 from merge_core.errors import SuiteError
+from merge_core.executors import one_thread
 from merge_core.progress import Progress
 from merge_core.recipe import Recipe
 
@@ -59,4 +60,5 @@ def learn(
     if session.suite.select(recipe.tasks) != session.groups.tasks:
         raise SuiteError("The recipe's tasks are not the ones that this session holds.")
     check_recipe(session.suite, recipe)
-    return LEARNERS[name](Lesson(evaluator, recipe, session, progress or Progress()))
+    with one_thread():
+        return LEARNERS[name](Lesson(evaluator, recipe, session, progress or Progress()))

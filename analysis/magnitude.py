@@ -43,7 +43,7 @@ from analysis.soups import (
 )
 from analysis.soups import predicted as predicted_classes
 from merge_core.errors import PoolError
-from merge_core.executors import Threads
+from merge_core.executors import Threads, one_thread
 from merge_core.progress import Progress
 
 Who = Literal["all", "first", "last", "all_but_last"]
@@ -318,6 +318,7 @@ def _check(magnitudes: Sequence[float]) -> None:
         raise PoolError("Magnitudes must be positive numbers. Correct them.")
 
 
+@one_thread()
 def magnitude_sweep(
     evaluator: PoolEvaluator,
     members: Sequence[int],

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from analysis.plain_networks import PLAIN
 from merge_core.errors import MergeScopeError, PoolError
+from merge_core.executors import Threads, one_thread
 from merge_core.pool import Pool
 from merge_core.suite import ArchitectureSpec
 
@@ -124,11 +125,12 @@ class Outputs:
     logits: Tensor
 
 
-class PerThread:
-    """Copies of a module, one for each thread.
+class ModuleCopies:
+    """A module that runs on several threads at once, with any weights.
 
     Running a module with other weights puts them into it for that while, so that two threads
-    with one module would run each other's weights.
+    with one module would run each other's weights: each takes a copy that no other has. Copies
+    share the module's own tensors.
 
     Args:
         module: copied, never run.
@@ -136,15 +138,34 @@ class PerThread:
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
-        self._local = threading.local()
+        self._idle: list[nn.Module] = []
 
-    @property
-    def module(self) -> nn.Module:
-        """This thread's copy."""
-        if not hasattr(self._local, "module"):
-            self._local.module = copy.deepcopy(self._module)
-        own: nn.Module = self._local.module
-        return own
+    @contextmanager
+    def lent(self) -> Iterator[nn.Module]:
+        """A copy for one thread at a time."""
+        try:
+            module = self._idle.pop()
+        except IndexError:
+            own = (*self._module.parameters(), *self._module.buffers())
+            module = copy.deepcopy(self._module, {id(tensor): tensor for tensor in own})
+        try:
+            yield module
+        finally:
+            self._idle.append(module)
+
+    def call(self, weights: State, value: Tensor) -> Any:
+        """The module's output under weights, differentiable in them.
+
+        Args:
+            weights: one tensor per parameter and buffer.
+            value: images, or tokens.
+        """
+        with self.lent() as module:
+            return torch.func.functional_call(module, dict(weights), (value,))
+
+    def run(self, weights: State, values: Iterable[Tensor]) -> list[Any]:
+        """Outputs for several inputs, side by side, each by one torch thread."""
+        return list(Threads().map(torch.no_grad()(partial(self.call, weights)), values))
 
 
 class _Split(nn.Module):
@@ -188,8 +209,8 @@ class Network:
         return module
 
     @cached_property
-    def _copies(self) -> PerThread:
-        return PerThread(_Split(self.module))
+    def _copies(self) -> ModuleCopies:
+        return ModuleCopies(_Split(self.module))
 
     @cached_property
     def head_name(self) -> str:
@@ -217,7 +238,7 @@ class Network:
         expected = self.module.state_dict()
         check_state(expected, weights, self.architecture.name, self._path, PoolError)
 
-    @torch.no_grad()
+    @one_thread()
     def outputs(
         self,
         weights: State,
@@ -231,7 +252,7 @@ class Network:
             weights: one tensor per parameter and buffer (more are ignored).
             images: N x channels x H x W, normalised.
             dtype: in which everything is computed; float64 where float32 would overflow.
-            batch: images per forward pass.
+            batch: images per forward pass; several run side by side.
 
         Raises:
             PoolError: weights or images that do not fit the architecture.
@@ -243,12 +264,10 @@ class Network:
             for name, value in weights.items()
             if name in known
         }
-        split = self._copies.module
         try:
-            parts = [
-                torch.func.functional_call(split, state, (_laid_out(part.to(dtype)),))
-                for part in images.split(batch)
-            ]
+            parts = self._copies.run(
+                state, (_laid_out(part.to(dtype)) for part in images.split(batch))
+            )
         except (RuntimeError, AssertionError) as fault:
             raise PoolError(
                 f"{self._path}: images of shape {tuple(images.shape[1:])} do not fit the "

@@ -23,6 +23,7 @@ from analysis.predictions import (
     output_key,
 )
 from merge_core.errors import SuiteError
+from merge_core.executors import one_thread
 from merge_core.progress import Progress
 from merge_core.suite import Suite
 
@@ -126,6 +127,7 @@ class ModelOutputs:
             self._heads[task] = load_head(self.suite, task)
         return self._heads[task]
 
+    @one_thread()
     def predict(
         self, weights: Mapping[str, Tensor], task: str, split: Split, limit: int | None = None
     ) -> np.ndarray:
@@ -137,6 +139,7 @@ class ModelOutputs:
         whole = self._run(weights, self.images([task], split, limit), split)[task]
         return whole.logits.argmax(dim=1).numpy()
 
+    @one_thread()
     def outputs(
         self,
         digest: str,

@@ -24,6 +24,7 @@ from analysis.inputs import TaskInputs, read_split, scaled
 from analysis.networks import Network, Outputs, State
 from merge_core.checkpoint import Checkpoint
 from merge_core.errors import OutputError, PoolError
+from merge_core.executors import one_thread
 from merge_core.files import cache_dir, digest_of, evict, write_atomically
 from merge_core.pool import Pool
 
@@ -150,6 +151,7 @@ class PoolEvaluator:
             return self._merges[key]
 
 
+@one_thread()
 def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All tensors of a checkpoint, floating ones as float32."""
     tensors = {name: checkpoint.tensor(name) for name in checkpoint}

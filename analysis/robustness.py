@@ -27,7 +27,7 @@ from analysis.soups import (
     uniform_soup,
 )
 from merge_core.errors import PoolError
-from merge_core.executors import Threads
+from merge_core.executors import Threads, one_thread
 from merge_core.progress import Progress
 
 Corruption = Literal["noise", "blur", "contrast", "brightness", "occlusion", "rotation"]
@@ -75,6 +75,7 @@ def noise_like(weights: State, names: Sequence[str], seed: int) -> dict[str, Ten
     return {name: torch.randn(weights[name].shape, generator=source) for name in names}
 
 
+@one_thread()
 def weight_noise_sweep(
     evaluator: PoolEvaluator,
     members: Sequence[int],
@@ -251,6 +252,7 @@ _CHANGES: dict[Corruption, Callable[[np.ndarray, float, np.random.Generator], np
 }
 
 
+@one_thread()
 def corruption_sweep(
     evaluator: PoolEvaluator,
     members: Sequence[int],

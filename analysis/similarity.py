@@ -14,6 +14,7 @@ from torch import Tensor
 from analysis.gaps import sampled
 from analysis.plain_networks import PlainNetwork
 from analysis.pool_evaluation import PoolEvaluator, PoolSplit
+from merge_core.executors import Threads, one_thread
 from merge_core.progress import Progress
 
 MOST_INNER = 6
@@ -71,6 +72,7 @@ def linear_cka(first: Tensor, second: Tensor) -> float:
     return float((centred_gram(first) * centred_gram(second)).sum())
 
 
+@one_thread()
 def cka_frame(
     evaluator: PoolEvaluator,
     members: Sequence[int],
@@ -101,12 +103,17 @@ def cka_frame(
     places = sampled(len(evaluator.labels(split)), limit)
     images = evaluator.images(split)[places]
     layers = layers_of(evaluator)
-    grams: list[list[Tensor]] = []
-    for done, member in enumerate(members, start=1):
+
+    def grams_of(member: int) -> list[Tensor]:
         outputs = evaluator.member(member, split)
         held = {FEATURES: outputs.features[places], LOGITS: outputs.logits[places]}
         held |= _activations(evaluator, member, [n for n in layers if n not in held], images)
-        grams.append([centred_gram(held[layer]) for layer in layers])
+        return [centred_gram(held[layer]) for layer in layers]
+
+    grams: list[list[Tensor]] = []
+    found = Threads().map(grams_of, members)
+    for done, (member, own) in enumerate(zip(members, found, strict=True), start=1):
+        grams.append(own)
         if progress is not None:
             progress.step(done, len(members), f"layers of member {member}")
     rows = []

@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from analysis.networks import BATCH, Outputs, State
 from analysis.pool_evaluation import PoolEvaluator, PoolSplit
 from merge_core.errors import PoolError
+from merge_core.executors import one_thread
 from merge_core.files import digest_of
 from merge_core.progress import Progress
 
@@ -77,6 +78,7 @@ class RunningMean:
         }
 
 
+@one_thread()
 def uniform_soup(evaluator: PoolEvaluator, members: Sequence[int]) -> dict[str, Tensor]:
     """f(x; mean θ_i): the mean of the members' floating tensors, buffers included.
 
@@ -277,6 +279,7 @@ def greedy_soup(
     return kept, pd.DataFrame(rows, columns=columns)
 
 
+@one_thread()
 def mean_norms(evaluator: PoolEvaluator, members: Sequence[int]) -> dict[str, float]:
     """Mean Frobenius norm over members of every parameter (no buffers), in float64.
 
@@ -293,6 +296,7 @@ def mean_norms(evaluator: PoolEvaluator, members: Sequence[int]) -> dict[str, fl
     return norms
 
 
+@one_thread()
 def norm_restored(weights: State, norms: Mapping[str, float]) -> dict[str, Tensor]:
     """Weights with each tensor rescaled to a given norm: a soup of the members' magnitude.
 

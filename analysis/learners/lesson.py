@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from analysis.inputs import Split
 from analysis.model import Backbone
+from analysis.networks import ModuleCopies
 from merge_core.engine import MergeSession
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
@@ -55,6 +56,11 @@ class Lesson:
         return self._backbone.model
 
     @cached_property
+    def copies(self) -> ModuleCopies:
+        """The network, for threads that run it side by side."""
+        return ModuleCopies(self.network)
+
+    @cached_property
     def names(self) -> frozenset[str]:
         """Parameters and buffers of the network."""
         return frozenset(self.network.state_dict())
@@ -94,7 +100,7 @@ class Lesson:
 
     def features(self, weights: State, images: Tensor) -> Tensor:
         """Features (N x width) under the weights, differentiable in them."""
-        features: Tensor = torch.func.functional_call(self.network, dict(weights), (images,))
+        features: Tensor = self.copies.call(weights, images)
         return features
 
     def log_probabilities(self, weights: State, images: Tensor, task: str) -> Tensor:
