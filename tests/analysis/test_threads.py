@@ -29,7 +29,7 @@ from analysis.magnitude.robustness import weight_noise_sweep
 from analysis.magnitude.sweep import magnitude_sweep
 from analysis.outputs.pool_outputs import PoolEvaluator
 from analysis.rank_selection.allocation import allocate
-from analysis.rank_selection.select import select_rank
+from analysis.rank_selection.select import SelectionOptions, select_rank
 from analysis.rank_selection.space import search_space
 from analysis.spectral.interference import (
     cosine_similarity,
@@ -170,7 +170,8 @@ def test_merges(
 
 
 def test_rank_and_scale_from_weights(session: MergeSession, seen: set[tuple[str, int]]) -> None:
-    select_rank(search_space("cart", str(session.suite.path)), session, None, "weights")
+    space = search_space("cart", str(session.suite.path))
+    select_rank(space, session, None, SelectionOptions("weights"))
     check(seen)
 
 
@@ -225,7 +226,7 @@ def test_what_is_learnt_is_the_same_on_any_number_of_threads(
 def test_a_search(evaluation: tuple[MergeSession, Evaluator], seen: set[tuple[str, int]]) -> None:
     session, evaluator = evaluation
     space = search_space("cart", str(session.suite.path), None, [0.1, 0.5], [0.5, 1.0])
-    select_rank(space, session, evaluator, "inputs", every_proxy=True)
+    select_rank(space, session, evaluator, SelectionOptions("inputs", every_proxy=True))
     check(seen)
 
 
