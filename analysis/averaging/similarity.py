@@ -14,6 +14,8 @@ from torch import Tensor
 from analysis.averaging.gaps import sampled
 from analysis.networks.plain import PlainNetwork
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
+from merge_core.executors.base import one_thread
+from merge_core.executors.local import Threads
 from merge_core.progress import Progress
 
 MOST_INNER = 6
@@ -72,6 +74,7 @@ def centred_gram(activations: Tensor) -> Tensor:
     return gram / norm if norm > 0 else gram
 
 
+@one_thread()
 def cka_frame(
     evaluator: PoolEvaluator,
     members: Sequence[int],
@@ -109,12 +112,17 @@ def cka_frame(
     places = sampled(len(evaluator.labels(split)), limit)
     images = evaluator.images(split)[places]
     layers = layers_of(evaluator)
-    grams: list[list[Tensor]] = []
-    for done, member in enumerate(members, start=1):
+
+    def grams_of(member: int) -> list[Tensor]:
         outputs = evaluator.member(member, split)
         held = {FEATURES: outputs.features[places], LOGITS: outputs.logits[places]}
         held |= _activations(evaluator, member, [n for n in layers if n not in held], images)
-        grams.append([centred_gram(held[layer]) for layer in layers])
+        return [centred_gram(held[layer]) for layer in layers]
+
+    grams: list[list[Tensor]] = []
+    found = Threads().map(grams_of, members)
+    for done, (member, own) in enumerate(zip(members, found, strict=True), start=1):
+        grams.append(own)
         if progress is not None:
             progress.step(done, len(members), f"layers of member {member}")
     rows = []

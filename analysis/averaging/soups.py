@@ -20,6 +20,7 @@ from analysis.networks.build import State
 from analysis.networks.pool_network import BATCH, Outputs
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.errors import PoolError
+from merge_core.executors.base import one_thread
 from merge_core.files import digest_of
 from merge_core.progress import Progress
 
@@ -82,6 +83,7 @@ class RunningMean:
         }
 
 
+@one_thread()
 def uniform_soup(evaluator: PoolEvaluator, members: Sequence[int]) -> dict[str, Tensor]:
     """f(x; mean θ_i): the mean of the members' floating tensors, buffers included.
 
@@ -338,6 +340,7 @@ def greedy_soup(
     return kept, pd.DataFrame(rows, columns=columns)
 
 
+@one_thread()
 def mean_norms(evaluator: PoolEvaluator, members: Sequence[int]) -> dict[str, float]:
     """Mean Frobenius norm over members of every parameter (no buffers), in float64.
 
@@ -359,6 +362,7 @@ def mean_norms(evaluator: PoolEvaluator, members: Sequence[int]) -> dict[str, fl
     return norms
 
 
+@one_thread()
 def norm_restored(weights: State, norms: Mapping[str, float]) -> dict[str, Tensor]:
     """Weights with each tensor rescaled to a given norm: a soup of the members' magnitude.
 

@@ -14,11 +14,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import torch
-
 from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.context import SPLIT
 from merge_core.errors import OutputError
+from merge_core.executors.base import one_thread
 from merge_core.factors.store import FactorStore
 from merge_core.files import cache_dir, digest_of, write_atomically
 from merge_core.merging.engine import MergeSession, written_dtype
@@ -28,6 +27,8 @@ from merge_core.progress import Progress
 # Of the rule by which costs are measured: those measured by another one are not comparable.
 RULE = "cost-2"
 SAMPLING_SECONDS = 0.002
+# All that is measured is done by the thread whose time counts.
+THREADS = 1
 # What takes less than this is measured three times.
 SHORT_SECONDS = 0.5
 REPEATS = 3
@@ -58,10 +59,10 @@ def cost(
     From cold: the experts (and data that a method learns from) are in memory, nothing was
     decomposed before, whatever the session's own store of factors holds; that one is neither read
     nor written. Suites too large for memory (see :class:`merge_core.merging.engine.MergeSession`)
-    are read meanwhile. Time is the processor's in the merging thread: what a merge takes on an idle
-    machine, even if this one is busy. What takes less than half a second is measured three times
-    and counts with its shortest time and its highest memory. A cost is remembered by the recipe,
-    the content of what it works on, the number of threads, and :data:`RULE`.
+    are read meanwhile. Time is the processor's, all on one thread: what a merge takes there on an
+    idle machine, even if this one is busy. What takes less than half a second is measured three
+    times and counts with its shortest time and its highest memory. A cost is remembered by the
+    recipe, the content of what it works on, and :data:`RULE`.
 
     Args:
         recipe: what is measured.
@@ -92,7 +93,7 @@ def _key(recipe: Recipe, session: MergeSession) -> str:
     suite, tasks = session.suite, session.groups.tasks
     learns = recipe.declaration.learns is not None
     data = [suite.data_digest(task) for task in tasks] if learns else []
-    return digest_of(RULE, recipe.digest(suite), str(torch.get_num_threads()), *data)
+    return digest_of(RULE, recipe.digest(suite), str(THREADS), *data)
 
 
 def _measured(
@@ -116,15 +117,17 @@ def _measured(
     try:
         with _peak() as peak:
             start = time.thread_time()
-            learned = evaluator.learned(recipe, cold, progress)
-            for one in asked:
-                cold.merge(recipe, progress, one, learned)
+            with one_thread(workers=THREADS):
+                learned = evaluator.learned(recipe, cold, progress)
+                for one in asked:
+                    cold.merge(recipe, progress, one, learned)
             seconds = time.thread_time() - start
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     return seconds, max(peak)
 
 
+@one_thread()
 def storage_bytes(recipe: Recipe, session: MergeSession) -> int:
     """Bytes that inference on all tasks has to hold, without heads.
 

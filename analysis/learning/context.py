@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from analysis.networks.backbone import Backbone
+from analysis.networks.pool_network import ModuleCopies
 from analysis.outputs.inputs import Split
 from analysis.outputs.suite_outputs import ModelOutputs
 from merge_core.errors import SuiteError
@@ -52,6 +53,11 @@ class Lesson:
         return self._backbone.model
 
     @cached_property
+    def copies(self) -> ModuleCopies:
+        """The network, for threads that run it side by side."""
+        return ModuleCopies(self.network)
+
+    @cached_property
     def names(self) -> frozenset[str]:
         """Parameters and buffers of the network."""
         return frozenset(self.network.state_dict())
@@ -91,7 +97,7 @@ class Lesson:
 
     def features(self, weights: State, images: Tensor) -> Tensor:
         """Features (N x width) under the weights, differentiable in them."""
-        features: Tensor = torch.func.functional_call(self.network, dict(weights), (images,))
+        features: Tensor = self.copies.call(weights, images)
         return features
 
     def log_probabilities(self, weights: State, images: Tensor, task: str) -> Tensor:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from analysis.learning.context import Lesson, State
+from merge_core.executors.local import Threads
 from merge_core.methods.adamerging import Coefficients, limits, vectors
 from merge_core.methods.cart_adaptive import truncations
 
@@ -123,15 +124,21 @@ def slopes(
     """
     leaf = values.detach().requires_grad_()
     merged = family.weights(leaf)
-    # Differentiated in two stages, so that only one task's activations are held at a time.
+    # Differentiated in two stages, so that activations of few tasks are held at a time.
     cut = {name: value.detach().requires_grad_() for name, value in merged.items()}
-    total = 0.0
-    for task, images in zip(lesson.tasks, batches, strict=True):
+
+    def of_task(item: tuple[str, Tensor]) -> tuple[float, Sequence[Tensor | None]]:
+        task, images = item
         loss = entropy(lesson, {**family.origin, **cut}, images, task)
-        loss.backward()
-        total += loss.item()
-    passed = [name for name, value in cut.items() if value.grad is not None]
-    torch.autograd.backward([merged[n] for n in passed], [cut[n].grad for n in passed])
+        return loss.item(), torch.autograd.grad(loss, list(cut.values()), allow_unused=True)
+
+    total, passed = 0.0, dict[str, Tensor]()
+    for loss, own in Threads().map(of_task, zip(lesson.tasks, batches, strict=True)):
+        total += loss
+        for name, slope in zip(cut, own, strict=True):
+            if slope is not None:
+                passed[name] = passed[name] + slope if name in passed else slope
+    torch.autograd.backward([merged[name] for name in passed], list(passed.values()))
     slope = leaf.grad if leaf.grad is not None else torch.zeros_like(leaf)
     return total, slope
 

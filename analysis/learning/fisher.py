@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from analysis.learning.context import Lesson, State
+from merge_core.executors.local import Threads
 
 # Gradients of several classes are taken at once, within so many numbers.
 HELD_NUMBERS = 1 << 25
@@ -36,11 +38,13 @@ def learn_fisher(lesson: Lesson) -> dict[str, Tensor]:
         images = lesson.images(task, parameters.examples)
         weights = lesson.expert(task)
         total: dict[str, Tensor] = {}
-        for done, image in enumerate(images.split(1)):
+        of_image = partial(squared_gradients, lesson, weights, task=task)
+        squares = Threads().map(of_image, images.split(1), lesson.progress.cancel)
+        for done in range(len(images)):
             lesson.progress.step(
                 place * len(images) + done, len(lesson.tasks) * len(images), f"Fisher on {task}"
             )
-            for name, value in squared_gradients(lesson, weights, image, task).items():
+            for name, value in next(squares).items():
                 total[name] = total[name] + value if name in total else value
         for name, value in total.items():
             found.setdefault(name, []).append(value / len(images))

@@ -11,6 +11,7 @@ from analysis.learning.fisher import learn_fisher
 from analysis.learning.regmean import learn_regmean, learn_regmean_plus_plus
 from analysis.outputs.suite_outputs import ModelOutputs
 from merge_core.errors import SuiteError
+from merge_core.executors.base import one_thread
 from merge_core.merging.engine import MergeSession, check_recipe
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
@@ -58,4 +59,5 @@ def learn(
     if session.suite.select(recipe.tasks) != session.groups.tasks:
         raise SuiteError("The recipe's tasks are not the ones that this session holds.")
     check_recipe(session.suite, recipe)
-    return LEARNERS[name](Lesson(outputs, recipe, session, progress or Progress()))
+    with one_thread():
+        return LEARNERS[name](Lesson(outputs, recipe, session, progress or Progress()))

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from analysis.learning.context import BATCH, Lesson
+from merge_core.executors.local import Threads
 from merge_core.methods.regmean import NormalEquations, no_equations
 
 Layers = Mapping[str, nn.Module]
@@ -31,13 +33,19 @@ def learn_regmean(lesson: Lesson) -> dict[str, Tensor]:
     parameters: Any = lesson.recipe.checked_parameters
     layers = linear_layers(lesson)
     fit = Fit(lesson, layers)
+
+    @torch.no_grad()
+    def grams_of(task: str) -> dict[str, Tensor]:
+        weights = lesson.expert(task)
+        with lesson.copies.lent() as network, gram_matrices(network, layers) as grams:
+            for batch in lesson.images(task, parameters.examples).split(BATCH):
+                torch.func.functional_call(network, weights, (batch,))
+        return grams
+
+    found = Threads().map(grams_of, lesson.tasks, lesson.progress.cancel)
     for place, task in enumerate(lesson.tasks):
         lesson.progress.step(place, len(lesson.tasks), f"activations of {task}")
-        weights = lesson.expert(task)
-        with gram_matrices(layers) as grams:
-            for batch in lesson.images(task, parameters.examples).split(BATCH):
-                lesson.features(weights, batch)
-        for layer, gram in grams.items():
+        for layer, gram in next(found).items():
             fit.add(layer, task, gram)
     return fit.updates()
 
@@ -66,27 +74,52 @@ def learn_regmean_plus_plus(lesson: Lesson) -> dict[str, Tensor]:
     fit = Fit(lesson, layers)
     blocks = blocks_in_order(lesson, layers, merged, images[lesson.tasks[0]][:1])
     for done, (block, inside) in enumerate(blocks.items()):
-        module = lesson.network.get_submodule(block)
+        of_task = partial(block_grams, lesson, merged, block, inside)
+        items = ((experts[task], images[task]) for task in lesson.tasks)
+        found = Threads().map(of_task, items, lesson.progress.cancel)
         for place, task in enumerate(lesson.tasks):
             unit = done * len(lesson.tasks) + place
             lesson.progress.step(unit, len(blocks) * len(lesson.tasks), f"{block} on {task}")
-            prefix = f"{block}."
-            own = {
-                name.removeprefix(prefix): value
-                for name, value in experts[task].items()
-                if name.startswith(prefix)
-            }
-            with calls(module) as inputs:
-                for batch in images[task].split(BATCH):
-                    lesson.features(merged, batch)
-            with gram_matrices(inside) as grams:
-                for args, keywords in inputs:
-                    torch.func.functional_call(module, own, args, keywords)
-            for layer, gram in grams.items():
+            for layer, gram in next(found).items():
                 fit.add(layer, task, gram)
         for layer in inside:
             merged[f"{layer}.weight"] = (fit.averages[layer] + fit.update(layer)).float()
     return fit.updates()
+
+
+@torch.no_grad()
+def block_grams(
+    lesson: Lesson,
+    merged: Mapping[str, Tensor],
+    block: str,
+    layers: Layers,
+    item: tuple[Mapping[str, Tensor], Tensor],
+) -> dict[str, Tensor]:
+    """XᵀX of a block's layers, n x n, on the inputs that merged blocks before it give.
+
+    Args:
+        lesson: gives the network.
+        merged: its weights up to the block.
+        block: its name.
+        layers: of the block.
+        item: an expert's weights, which act within the block, and images of its task.
+    """
+    expert, images = item
+    prefix = f"{block}."
+    own = {
+        name.removeprefix(prefix): value
+        for name, value in expert.items()
+        if name.startswith(prefix)
+    }
+    with lesson.copies.lent() as network:
+        module = network.get_submodule(block)
+        with calls(module) as inputs:
+            for batch in images.split(BATCH):
+                torch.func.functional_call(network, dict(merged), (batch,))
+        with gram_matrices(network, layers) as grams:
+            for args, keywords in inputs:
+                torch.func.functional_call(module, own, args, keywords)
+    return grams
 
 
 class Fit:
@@ -146,17 +179,18 @@ def blocks_in_order(
     order: list[str] = []
     numbered = {name: re.match(r"(.*\.)?\d+(?=\.|$)", name) for name in layers}
     candidates = {*layers, *(found.group() for found in numbered.values() if found)}
-    handles = [
-        lesson.network.get_submodule(name).register_forward_pre_hook(
-            lambda _module, _args, name=name: order.append(name)
-        )
-        for name in candidates
-    ]
-    try:
-        lesson.features(weights, image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with lesson.copies.lent() as network:
+        handles = [
+            network.get_submodule(name).register_forward_pre_hook(
+                lambda _module, _args, name=name: order.append(name)
+            )
+            for name in candidates
+        ]
+        try:
+            torch.func.functional_call(network, dict(weights), (image,))
+        finally:
+            for handle in handles:
+                handle.remove()
     blocks: dict[str, dict[str, nn.Module]] = {}
     for name in order:
         if name in layers:
@@ -180,7 +214,7 @@ def calls(module: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
 
 
 @contextmanager
-def gram_matrices(layers: Layers) -> Iterator[dict[str, Tensor]]:
+def gram_matrices(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Collects XᵀX of each layer's inputs, n x n, float64; every token of an image is a row."""
     grams: dict[str, Tensor] = {}
 
@@ -192,7 +226,9 @@ def gram_matrices(layers: Layers) -> Iterator[dict[str, Tensor]]:
 
         return hook
 
-    handles = [module.register_forward_pre_hook(watch(name)) for name, module in layers.items()]
+    handles = [
+        network.get_submodule(name).register_forward_pre_hook(watch(name)) for name in layers
+    ]
     try:
         yield grams
     finally:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import PoolError
+from merge_core.executors.base import one_thread
 
 TOTAL = "all parameters"
 BINS = 60
@@ -42,6 +43,7 @@ def _tensors(evaluator: PoolEvaluator, members: Sequence[int]) -> Iterator[tuple
         yield name, _stack(evaluator, chosen, name)
 
 
+@one_thread()
 def identity_frame(evaluator: PoolEvaluator, members: Sequence[int]) -> pd.DataFrame:
     """Both sides of mean‖θ_i‖² − ‖θ̄‖² = mean‖θ_i − θ̄‖², computed apart.
 
@@ -85,6 +87,7 @@ def identity_frame(evaluator: PoolEvaluator, members: Sequence[int]) -> pd.DataF
     return frame.assign(deviation=deviation.fillna(0.0))
 
 
+@one_thread()
 def norms_frame(evaluator: PoolEvaluator, members: Sequence[int]) -> pd.DataFrame:
     """Norm and variance of every parameter, in the members and in their average.
 

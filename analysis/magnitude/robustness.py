@@ -27,6 +27,7 @@ from analysis.networks.build import State
 from analysis.outputs.inputs import scaled
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.errors import PoolError
+from merge_core.executors.base import one_thread
 from merge_core.executors.local import Threads
 from merge_core.progress import Progress
 
@@ -88,6 +89,7 @@ def noise_like(weights: State, names: Sequence[str], seed: int) -> dict[str, Ten
     return {name: torch.randn(weights[name].shape, generator=source) for name in names}
 
 
+@one_thread()
 def weight_noise_sweep(
     evaluator: PoolEvaluator,
     members: Sequence[int],
@@ -276,6 +278,7 @@ _CHANGES: dict[Corruption, Callable[[np.ndarray, float, np.random.Generator], np
 }
 
 
+@one_thread()
 def corruption_sweep(
     evaluator: PoolEvaluator,
     members: Sequence[int],

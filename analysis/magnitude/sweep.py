@@ -43,6 +43,7 @@ from analysis.magnitude.homogeneity import (
 from analysis.networks.build import State
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.errors import PoolError
+from merge_core.executors.base import one_thread
 from merge_core.executors.local import Threads
 from merge_core.progress import Progress
 
@@ -328,6 +329,7 @@ def _check(magnitudes: Sequence[float]) -> None:
         raise PoolError("Magnitudes must be positive numbers. Correct them.")
 
 
+@one_thread()
 def magnitude_sweep(
     evaluator: PoolEvaluator,
     members: Sequence[int],

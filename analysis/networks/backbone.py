@@ -8,10 +8,15 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
-from analysis.networks.build import PerThread, check_state
+from analysis.networks.build import check_state
+from analysis.networks.pool_network import ModuleCopies
 from analysis.networks.towers import suite_network
 from merge_core.errors import SuiteError
+from merge_core.executors.base import one_thread
 from merge_core.suites.suite import Suite
+
+# Few enough for every thread to have some of them, and enough for large products.
+BATCH = 32
 
 
 class Backbone:
@@ -47,8 +52,8 @@ class Backbone:
         return self._built[0]
 
     @cached_property
-    def _copies(self) -> PerThread:
-        return PerThread(self.model)
+    def _copies(self) -> ModuleCopies:
+        return ModuleCopies(self.model)
 
     def check(self, weights: Mapping[str, Tensor]) -> None:
         """Refuse weights that do not fill the architecture.
@@ -61,14 +66,14 @@ class Backbone:
         expected = {k: v for k, v in model.state_dict().items() if k not in given}
         check_state(expected, weights, self._architecture.name, self._suite.path, SuiteError)
 
-    @torch.no_grad()
-    def features(self, weights: Mapping[str, Tensor], images: Tensor, batch: int = 250) -> Tensor:
+    @one_thread()
+    def features(self, weights: Mapping[str, Tensor], images: Tensor, batch: int = BATCH) -> Tensor:
         """Pooled features after the final norm, the input of the heads.
 
         Args:
             weights: one tensor per parameter and buffer of the architecture (more are ignored).
             images: float32, N x 3 x H x W, normalised; or tokens of texts, int64, N x L.
-            batch: images per forward pass.
+            batch: images per forward pass; several run side by side.
 
         Returns:
             float32, N x width.
@@ -84,10 +89,7 @@ class Backbone:
             if name in known
         }
         try:
-            model = self._copies.module
-            parts = [
-                torch.func.functional_call(model, state, (part,)) for part in images.split(batch)
-            ]
+            parts = self._copies.run(state, images.split(batch))
         except (RuntimeError, AssertionError, ValueError, IndexError) as error:
             kind = "texts" if images.ndim == 2 else "images"
             raise SuiteError(

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import threading
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -103,26 +101,3 @@ def check_state(
                 f"{key!r} has shape {tuple(weights[key].shape)}, but the architecture {name!r} "
                 f"needs {tuple(value.shape)}. Correct the architecture's args in {path}."
             )
-
-
-class PerThread:
-    """Copies of a module, one for each thread.
-
-    Running a module with other weights puts them into it for that while, so that two threads
-    with one module would run each other's weights.
-
-    Args:
-        module: copied, never run.
-    """
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._local = threading.local()
-
-    @property
-    def module(self) -> nn.Module:
-        """This thread's copy."""
-        if not hasattr(self._local, "module"):
-            self._local.module = copy.deepcopy(self._module)
-        own: nn.Module = self._local.module
-        return own

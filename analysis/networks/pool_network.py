@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from analysis.networks.build import PerThread, State, build_network, check_state
+from analysis.networks.build import State, build_network, check_state
 from merge_core.errors import PoolError
+from merge_core.executors.base import one_thread
+from merge_core.executors.local import Threads
 from merge_core.suites.pool import Pool
 
 BATCH = 250
@@ -27,6 +32,49 @@ class Outputs:
 
     features: Tensor
     logits: Tensor
+
+
+class ModuleCopies:
+    """A module that runs on several threads at once, with any weights.
+
+    Running a module with other weights puts them into it for that while, so that two threads
+    with one module would run each other's weights: each takes a copy that no other has. Copies
+    share the module's own tensors.
+
+    Args:
+        module: copied, never run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._idle: list[nn.Module] = []
+
+    @contextmanager
+    def lent(self) -> Iterator[nn.Module]:
+        """A copy for one thread at a time."""
+        try:
+            module = self._idle.pop()
+        except IndexError:
+            own = (*self._module.parameters(), *self._module.buffers())
+            module = copy.deepcopy(self._module, {id(tensor): tensor for tensor in own})
+        try:
+            yield module
+        finally:
+            self._idle.append(module)
+
+    def call(self, weights: State, value: Tensor) -> Any:
+        """The module's output under weights, differentiable in them.
+
+        Args:
+            weights: one tensor per parameter and buffer.
+            value: images, or tokens.
+        """
+        with self.lent() as module:
+            return torch.func.functional_call(module, dict(weights), (value,))
+
+    def run(self, weights: State, values: Iterable[Tensor]) -> list[Any]:
+        """Outputs for several inputs, side by side, each by one torch thread."""
+        return list(Threads().map(torch.no_grad()(partial(self.call, weights)), values))
 
 
 class _Split(nn.Module):
@@ -70,8 +118,8 @@ class Network:
         return module
 
     @cached_property
-    def _copies(self) -> PerThread:
-        return PerThread(_Split(self.module))
+    def _copies(self) -> ModuleCopies:
+        return ModuleCopies(_Split(self.module))
 
     @cached_property
     def head_name(self) -> str:
@@ -99,7 +147,7 @@ class Network:
         expected = self.module.state_dict()
         check_state(expected, weights, self.architecture.name, self._path, PoolError)
 
-    @torch.no_grad()
+    @one_thread()
     def outputs(
         self,
         weights: State,
@@ -113,7 +161,7 @@ class Network:
             weights: one tensor per parameter and buffer (more are ignored).
             images: N x channels x H x W, normalised.
             dtype: in which everything is computed; float64 where float32 would overflow.
-            batch: images per forward pass.
+            batch: images per forward pass; several run side by side.
 
         Raises:
             PoolError: weights or images that do not fit the architecture.
@@ -125,12 +173,10 @@ class Network:
             for name, value in weights.items()
             if name in known
         }
-        split = self._copies.module
         try:
-            parts = [
-                torch.func.functional_call(split, state, (_laid_out(part.to(dtype)),))
-                for part in images.split(batch)
-            ]
+            parts = self._copies.run(
+                state, (_laid_out(part.to(dtype)) for part in images.split(batch))
+            )
         except (RuntimeError, AssertionError) as fault:
             raise PoolError(
                 f"{self._path}: images of shape {tuple(images.shape[1:])} do not fit the "

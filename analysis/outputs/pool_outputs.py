@@ -26,6 +26,7 @@ from analysis.networks.pool_network import Network, Outputs
 from analysis.outputs.inputs import scaled
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import OutputError, PoolError
+from merge_core.executors.base import one_thread
 from merge_core.files import cache_dir, digest_of, evict, write_atomically
 from merge_core.suites.pool import Pool
 
@@ -158,6 +159,7 @@ class PoolEvaluator:
             return self._merges[key]
 
 
+@one_thread()
 def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All tensors of a checkpoint, floating ones as float32.
 

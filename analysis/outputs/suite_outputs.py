@@ -25,6 +25,7 @@ from analysis.outputs.prediction_store import (
     output_key,
 )
 from merge_core.errors import SuiteError
+from merge_core.executors.base import one_thread
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
@@ -128,6 +129,7 @@ class ModelOutputs:
             self._heads[task] = load_head(self.suite, task)
         return self._heads[task]
 
+    @one_thread()
     def predict(
         self, weights: Mapping[str, Tensor], task: str, split: Split, limit: int | None = None
     ) -> np.ndarray:
@@ -139,6 +141,7 @@ class ModelOutputs:
         whole = self._run(weights, self.images([task], split, limit), split)[task]
         return whole.logits.argmax(dim=1).numpy()
 
+    @one_thread()
     def outputs(
         self,
         digest: str,

@@ -20,13 +20,14 @@ from analysis.accuracy import CONFIDENCE, accuracy_frame, difference, mean_accur
 from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
-from analysis.spectral.spectra import cumulative_energy, with_factors
+from analysis.spectral.spectra import cumulative_energy
 from merge_core.errors import RecipeError
+from merge_core.factors.factorise import map_matrices
 from merge_core.factors.low_rank import count_directions
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, Origin
+from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
 UNIFORM = "uniform"
 
@@ -123,14 +124,15 @@ def allocate(
         known = ", ".join(ALLOCATIONS)
         raise RecipeError(f"There is no allocation {rule!r}; choose one of {known}.")
     gain = ALLOCATIONS[rule][1]
-    worth: list[np.ndarray] = []
-    names: list[str] = []
-    costs: list[int] = []
-    for group in with_factors(groups, origin, progress):
+
+    def gains(group: ParameterGroup) -> np.ndarray:
         spectra = [S.double().numpy() for S in group.singular_values(origin)]
-        names.append(group.name)
-        worth.append(np.sum([gain(S) for S in spectra], axis=0))
-        costs.append(sum(group.info.matrix_shape) + 1)
+        return np.asarray(np.sum([gain(S) for S in spectra], axis=0))
+
+    members = [group for group in groups.members if group.decomposed]
+    worth = list(map_matrices(gains, groups, progress))
+    names = [group.name for group in members]
+    costs = [sum(group.info.matrix_shape) + 1 for group in members]
     uniform = uniform_ranks(groups, share)
     budget = sum(uniform[name] * cost for name, cost in zip(names, costs, strict=True))
     kept = _fill(worth, costs, budget)

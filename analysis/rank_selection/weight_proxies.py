@@ -19,11 +19,11 @@ from analysis.rank_selection.weight_response import (
 from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_ranks
 from analysis.spectral.interference import Side, pair_interference
 from analysis.spectral.noise_bounds import as_array
-from analysis.spectral.spectra import with_factors
+from merge_core.factors.factorise import map_matrices
 from merge_core.factors.low_rank import count_directions
 from merge_core.methods import get_method
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import Groups, ParameterGroup
 
 CART_PAPER = "CART, arXiv:2412.12153"
 DERIVED = "[derived] in analysis/rank_selection/weight_response.py"
@@ -318,11 +318,10 @@ def _spectra(groups: Groups, space: SearchSpace, progress: Progress | None) -> p
     interference_row, interference_column."""
     origin = space.base.run(groups.tasks).origin
     shares = shares_of(space)
-    frames = []
-    for group in with_factors(groups, origin, progress, "directions"):
+
+    def curves(group: ParameterGroup) -> pd.DataFrame:
         r = min(group.info.matrix_shape)
-        spectra = group.singular_values(origin)
-        factors = group.directions(origin)
+        spectra, factors = group.singular_values(origin), group.directions(origin)
         pairs = max(1, len(factors) * (len(factors) - 1))
         at = [count_directions(share, r) - 1 for share in shares]
         # Summed from the small end, so that what little is lost near full rank stays exact.
@@ -340,8 +339,10 @@ def _spectra(groups: Groups, space: SearchSpace, progress: Progress | None) -> p
             between = pair_interference(factors, side, r)
             summed = between.sum(axis=(0, 1)) - np.trace(between)
             values[f"interference_{side}"] = summed[at] / pairs
-        frames.append(pd.DataFrame(values))
-    return pd.concat(frames, ignore_index=True)
+        return pd.DataFrame(values)
+
+    found = map_matrices(curves, groups, progress)
+    return pd.concat(found, ignore_index=True)
 
 
 def _scale_at(table: pd.DataFrame, rank: float, column: str) -> float:

@@ -18,6 +18,7 @@ tasks' inputs as their own do. The least error, 1 − c², is smallest where c i
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -25,7 +26,7 @@ import torch
 from torch import Tensor
 
 from analysis.rank_selection.space import RANKS, SearchSpace
-from analysis.spectral.spectra import with_factors
+from merge_core.factors.factorise import map_matrices
 from merge_core.factors.low_rank import as_matrix
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
@@ -117,7 +118,6 @@ def targets(group: ParameterGroup, origin: Origin) -> tuple[Tensor, Tensor, floa
     return covariance / max(1, live), response / max(1, live), energy
 
 
-@torch.no_grad()
 def responses(groups: Groups, space: SearchSpace, progress: Progress | None = None) -> pd.DataFrame:
     """Strength and overlap of the merged update in every matrix, over the rank.
 
@@ -138,13 +138,15 @@ def responses(groups: Groups, space: SearchSpace, progress: Progress | None = No
     """
     ranks: Sequence[float | None] = shares_of(space) or (None,)
     recipes = [space.recipe(rank, 1.0) for rank in ranks]
-    rows = []
     origin = recipes[0].run(groups.tasks).origin
-    for group in with_factors(groups, origin, progress, "directions"):
+
+    @torch.no_grad()
+    def rows(group: ParameterGroup) -> list[dict[str, object]]:
         covariance, response, task_energy = targets(group, origin)
+        found: list[dict[str, object]] = []
         for rank, recipe in zip(ranks, recipes, strict=True):
             D = update(group, recipe)
-            rows.append(
+            found.append(
                 {
                     "parameter": group.name,
                     "rank": np.nan if rank is None else rank,
@@ -155,7 +157,10 @@ def responses(groups: Groups, space: SearchSpace, progress: Progress | None = No
                     "task_energy": task_energy,
                 }
             )
-    return pd.DataFrame(rows)
+        return found
+
+    found = map_matrices(rows, groups, progress)
+    return pd.DataFrame(list(chain.from_iterable(found)))
 
 
 def whole_model(frame: pd.DataFrame) -> pd.DataFrame:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -14,11 +15,11 @@ from analysis.spectral.spectra import (
     effective_rank,
     participation_ratio,
     stable_rank,
-    with_factors,
 )
+from merge_core.factors.factorise import map_matrices
 from merge_core.methods.spectral import energy_rank
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, Origin
+from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,18 @@ def rule_ranks(groups: Groups, origin: Origin, progress: Progress | None = None)
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
-    rows = []
-    for group in with_factors(groups, origin, progress):
+
+    def rows(group: ParameterGroup) -> list[dict[str, object]]:
         shape, values = group.info.matrix_shape, group.singular_values(origin)
         spectra = [Spectrum(as_array(S), *shape, len(values)) for S in values]
         live = [s for s in spectra if s.S[0] > 0]
+        found: list[dict[str, object]] = []
         for name, rule in RULES.items():
             # A matrix that no task changed adds nothing at any rank.
             mean = float(np.mean([rule.count(s) for s in live])) if live else 1.0
             share = float(np.clip(mean / min(shape), 1 / min(shape), 1))
-            rows.append({"proxy": name, "parameter": group.name, "share": share})
-    return pd.DataFrame(rows)
+            found.append({"proxy": name, "parameter": group.name, "share": share})
+        return found
+
+    found = map_matrices(rows, groups, progress)
+    return pd.DataFrame(list(chain.from_iterable(found)))

@@ -6,8 +6,9 @@ float64; factors come in the float32 they are stored in.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import combinations, product
+from collections.abc import Callable, Sequence
+from functools import partial
+from itertools import chain, combinations, product
 from typing import Literal
 
 import numpy as np
@@ -15,8 +16,9 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.spectral.spectra import with_factors
 from merge_core.errors import SuiteError
+from merge_core.executors.base import one_thread
+from merge_core.factors.factorise import map_matrices, map_parameters
 from merge_core.factors.low_rank import Directions, count_directions
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
@@ -49,30 +51,33 @@ def cosine_similarity(
         >>> cosine_similarity(groups, "average", "cls_token")["cosine"].round(3).tolist()
         [1.0, -1.0, -1.0, 1.0]
     """
-    members = _floating(groups, parameter)
+
+    def products(group: ParameterGroup) -> Tensor:
+        tau = _task_vectors(group, origin)
+        return tau @ tau.T
+
     T = len(groups.tasks)
     gram = torch.zeros(T, T, dtype=torch.float64)
-    for done, group in enumerate(members, start=1):
-        tau = _task_vectors(group, origin)
-        gram += tau @ tau.T
-        _release(groups, group)
-        if progress is not None:
-            progress.step(done, len(members), group.name)
+    for own in map_parameters(products, groups, _weights(groups, parameter), progress):
+        gram += own
     norm = gram.diagonal().sqrt()
     cosine = (gram / torch.outer(norm, norm)).nan_to_num(0.0).clamp(-1, 1)
     return _ordered_pairs(groups.tasks, origin, {"cosine": cosine.numpy()})
 
 
-def _floating(groups: Groups, parameter: str | None) -> list[ParameterGroup]:
-    """The parameters that are weights, or the one asked for."""
-    members = [g for g in groups if g.info.is_floating and parameter in (None, g.name)]
-    if not members:
+def _weights(groups: Groups, parameter: str | None) -> Callable[[ParameterGroup], bool]:
+    """Which parameters are weights, or the one asked for."""
+
+    def chosen(group: ParameterGroup) -> bool:
+        return group.info.is_floating and parameter in (None, group.name)
+
+    if not any(map(chosen, groups.members)):
         raise SuiteError(
             f"The suite {groups.suite.name!r} has no weights named {parameter!r} in all experts."
             if parameter
             else f"The experts of the suite {groups.suite.name!r} have no weights in common."
         )
-    return members
+    return chosen
 
 
 def _task_vectors(group: ParameterGroup, origin: Origin) -> Tensor:
@@ -80,11 +85,6 @@ def _task_vectors(group: ParameterGroup, origin: Origin) -> Tensor:
     experts = group.experts.double()
     about = group.base.double() if origin == "base" else experts.mean(dim=0)
     return (experts - about).flatten(1)
-
-
-def _release(groups: Groups, group: ParameterGroup) -> None:
-    if not groups.keep:
-        group.release()
 
 
 def _ordered_pairs(
@@ -150,6 +150,7 @@ def _stored_side(group: ParameterGroup, side: Side) -> Side:
     return "column" if side == "row" else "row"
 
 
+@one_thread()
 def interference_pairs(
     group: ParameterGroup, origin: Origin, k: int, side: Side = "row"
 ) -> pd.DataFrame:
@@ -216,32 +217,39 @@ def interference_over_rank(
         >>> interference_over_rank(group, "base", [0.08, 1.0])["k"].tolist()
         [20, 256]
     """
-    rows = []
-    for group in with_factors(groups, origin, progress, "directions"):
-        r = min(group.info.matrix_shape)
-        T = len(group.tasks)
-        pairs = pair_interference(group.directions(origin), _stored_side(group, side), r)
-        interference = pairs.sum(axis=(0, 1)) - np.trace(pairs)
-        # Summed from the small end, so that what little is lost near full rank stays exact.
-        squares = np.sum([S.double().numpy() ** 2 for S in group.singular_values(origin)], axis=0)
-        lost = np.append(squares[::-1].cumsum()[::-1], 0.0)
-        for share in shares:
-            k = count_directions(float(share), r)
-            rows.append(
-                {
-                    "parameter": group.name,
-                    "origin": origin,
-                    "share": float(share),
-                    "k": k,
-                    "interference": interference[k - 1],
-                    "interference_normalised": interference[k - 1] / max(1, T * (T - 1)),
-                    "reconstruction": lost[k],
-                    "energy": lost[0],
-                    "reconstruction_share": lost[k] / lost[0] if lost[0] > 0 else 0.0,
-                    "update_norm": float(group.sum_of_truncations(origin, k).double().norm()),
-                }
-            )
-    return pd.DataFrame(rows)
+    look = partial(_over_rank, origin=origin, shares=shares, side=side)
+    found = map_matrices(look, groups, progress)
+    return pd.DataFrame(list(chain.from_iterable(found)))
+
+
+def _over_rank(
+    group: ParameterGroup, origin: Origin, shares: Sequence[float], side: Side
+) -> list[dict[str, object]]:
+    """One matrix's rows of :func:`interference_over_rank`."""
+    T, r = len(group.tasks), min(group.info.matrix_shape)
+    pairs = pair_interference(group.directions(origin), _stored_side(group, side), r)
+    interference = pairs.sum(axis=(0, 1)) - np.trace(pairs)
+    # Summed from the small end, so that what little is lost near full rank stays exact.
+    squares = np.sum([S.double().numpy() ** 2 for S in group.singular_values(origin)], axis=0)
+    lost = np.append(squares[::-1].cumsum()[::-1], 0.0)
+    rows: list[dict[str, object]] = []
+    for share in shares:
+        k = count_directions(float(share), r)
+        rows.append(
+            {
+                "parameter": group.name,
+                "origin": origin,
+                "share": float(share),
+                "k": k,
+                "interference": interference[k - 1],
+                "interference_normalised": interference[k - 1] / max(1, T * (T - 1)),
+                "reconstruction": lost[k],
+                "energy": lost[0],
+                "reconstruction_share": lost[k] / lost[0] if lost[0] > 0 else 0.0,
+                "update_norm": float(group.sum_of_truncations(origin, k).double().norm()),
+            }
+        )
+    return rows
 
 
 def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
@@ -276,6 +284,7 @@ def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
     return mean.assign(reconstruction_share=share, update_norm=np.sqrt(mean["update_norm"]))
 
 
+@one_thread()
 def principal_angles(
     group: ParameterGroup, origin: Origin, k: int, side: Side = "row"
 ) -> pd.DataFrame:
@@ -387,19 +396,17 @@ def sign_conflict(groups: Groups, origin: Origin, parameter: str | None = None) 
         >>> sign_conflict(groups, "average", "cls_token")["conflict"].round(3).tolist()
         [1.0]
     """
-    rows = []
-    for group in _floating(groups, parameter):
+
+    def row(group: ParameterGroup) -> dict[str, object]:
         tau = _task_vectors(group, origin)
         magnitude = float(tau.abs().sum())
         kept = float(tau.sum(dim=0).abs().sum())
         opposed = (tau > 0).any(dim=0) & (tau < 0).any(dim=0)
-        rows.append(
-            {
-                "parameter": group.name,
-                "conflict": 1 - kept / magnitude if magnitude > 0 else 0.0,
-                "opposed": float(opposed.double().mean()),
-                "entries": tau.shape[1],
-            }
-        )
-        _release(groups, group)
-    return pd.DataFrame(rows)
+        return {
+            "parameter": group.name,
+            "conflict": 1 - kept / magnitude if magnitude > 0 else 0.0,
+            "opposed": float(opposed.double().mean()),
+            "entries": tau.shape[1],
+        }
+
+    return pd.DataFrame(list(map_parameters(row, groups, _weights(groups, parameter))))

@@ -6,7 +6,7 @@ Every scalar of an all-zero spectrum (a task that left the matrix as it was) is 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from itertools import chain
 from typing import Literal, get_args
 
 import numpy as np
@@ -17,8 +17,9 @@ from torch import Tensor
 
 from analysis.spectral.noise_bounds import as_array, gavish_donoho_cut, noise_edge
 from merge_core.checkpoints.parameter_roles import describe
+from merge_core.executors.base import one_thread
 from merge_core.factors.decomposition import singular_values
-from merge_core.factors.factorise import Wanted, decompose_ahead
+from merge_core.factors.factorise import map_matrices
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.methods.spectral import energy_rank
 from merge_core.progress import Progress
@@ -100,37 +101,6 @@ def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
     return get_args(Part) if fused else ("whole",)
 
 
-def with_factors(
-    groups: Groups | ParameterGroup,
-    origin: Origin,
-    progress: Progress | None,
-    wanted: Wanted = "singular values",
-) -> Iterator[ParameterGroup]:
-    """The groups that have a spectrum, decomposed several at once.
-
-    Args:
-        groups: the suite's parameters, or one of them that is decomposed.
-        origin: what the task vectors are taken about.
-        progress: told after each matrix.
-        wanted: what will be looked at.
-
-    Raises:
-        SuiteError: origin "base" without a base.
-        Cancelled: by `progress`.
-
-    Example:
-        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
-        >>> next(with_factors(groups, "base", None)).decomposed
-        True
-    """
-    if isinstance(groups, Groups):
-        yield from decompose_ahead(groups, origin, wanted, progress=progress)
-        return
-    yield groups
-    if progress is not None:
-        progress.step(1, 1, groups.name)
-
-
 def _spectra(
     group: ParameterGroup, origin: Origin, part: Part
 ) -> tuple[tuple[int, int], list[np.ndarray]]:
@@ -150,6 +120,7 @@ def _spectra(
     return (m, n), [as_array(singular_values(A)) for A in matrices]
 
 
+@one_thread()
 def spectrum(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
     """Singular values of each task vector of one matrix.
 
@@ -188,6 +159,7 @@ def spectrum(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.
     )
 
 
+@one_thread()
 def cuts(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
     """Noise bounds of each task vector of one matrix, and how many directions pass them.
 
@@ -254,17 +226,26 @@ def spectral_summary(
         >>> len(frame), bool((frame["stable_rank"] <= frame["effective_rank"]).all())
         (8, True)
     """
-    rows = []
-    for group in with_factors(groups, origin, progress):
+
+    def rows(group: ParameterGroup) -> list[dict[str, object]]:
+        found: list[dict[str, object]] = []
         parts = parts_of(group)
         for part in parts[1:] if apart and len(parts) > 1 else parts[:1]:
             shape, spectra = _spectra(group, origin, part)
-            rows += [
-                {"parameter": group.name, "part": part, "task": task, "origin": origin}
-                | _in_numbers(S, *shape)
+            found += [
+                {
+                    "parameter": group.name,
+                    "part": part,
+                    "task": task,
+                    "origin": origin,
+                    **_in_numbers(S, *shape),
+                }
                 for task, S in zip(group.tasks, spectra, strict=True)
             ]
-    return pd.DataFrame(rows)
+        return found
+
+    found = map_matrices(rows, groups, progress)
+    return pd.DataFrame(list(chain.from_iterable(found)))
 
 
 def _in_numbers(S: np.ndarray, m: int, n: int) -> dict[str, float]:

@@ -138,15 +138,42 @@ class Pool(ABC, Generic[Handle]):
             return result
 
 
+class _SetAside(threading.local):
+    """The calling thread's workers while torch itself has one thread there."""
+
+    workers: int | None = None
+
+
+_SET_ASIDE = _SetAside()
+
+
+def usual_workers() -> int:
+    """How many workers an executor has that is made in the calling thread.
+
+    As many as torch has threads there, or had before :func:`one_thread`.
+    """
+    return _SET_ASIDE.workers or torch.get_num_threads()
+
+
 @contextmanager
-def one_thread() -> Iterator[None]:
-    """Torch's own threads reduced to one in the calling thread."""
-    before = torch.get_num_threads()
+def one_thread(workers: int | None = None) -> Iterator[None]:
+    """Torch's own threads reduced to one in the calling thread; a function's decorator, too.
+
+    An operation that torch splits ends when its slowest part does. Beside another busy process
+    each part may wait for a processor, so that a loop of small operations takes ten times longer
+    on two threads than on one; executors split work at its seams instead.
+
+    Args:
+        workers: of executors that are made inside; as many as outside when None.
+    """
+    threads, before = torch.get_num_threads(), _SET_ASIDE.workers
+    _SET_ASIDE.workers = workers or usual_workers()
     torch.set_num_threads(1)
     try:
         yield
     finally:
-        torch.set_num_threads(before)
+        torch.set_num_threads(threads)
+        _SET_ASIDE.workers = before
 
 
 def stop_if_cancelled(cancel: threading.Event | None) -> None:

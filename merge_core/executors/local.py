@@ -24,6 +24,7 @@ from merge_core.executors.base import (
     Result,
     one_thread,
     stop_if_cancelled,
+    usual_workers,
 )
 
 
@@ -41,7 +42,7 @@ class Serial(Executor):
         """See :meth:`Executor.map`."""
         for item in items:
             stop_if_cancelled(cancel)
-            with one_thread():
+            with one_thread(workers=1):
                 result = function(item)
             yield result
 
@@ -50,13 +51,13 @@ class Threads(Ahead[Future[Any]]):
     """On threads of this process, each with one torch thread.
 
     Args:
-        workers: how many; torch's number of threads when None.
+        workers: how many; see :func:`usual_workers` when None.
     """
 
     shares_memory = True
 
     def __init__(self, workers: int | None = None) -> None:
-        super().__init__(torch.get_num_threads() if workers is None else workers)
+        super().__init__(usual_workers() if workers is None else workers)
 
     def map(
         self,
@@ -71,22 +72,26 @@ class Threads(Ahead[Future[Any]]):
 
     @contextmanager
     def _opened(self, function: Callable[[Any], Any]) -> Iterator[Pool[Future[Any]]]:
-        # Torch's number of threads belongs to the thread that sets it.
-        with ThreadPoolExecutor(self.workers, initializer=_alone) as pool:
-            yield _ThreadFutures(pool, function)
+        try:
+            with ThreadPoolExecutor(self.workers, initializer=_alone) as pool:
+                yield _ThreadFutures(pool, function)
+        finally:
+            # Torch's number belongs to the thread that sets it, but new threads (a page's, say)
+            # begin with the number that any thread set last: not with the workers'.
+            torch.set_num_threads(torch.get_num_threads())
 
 
 class Processes(Ahead[Future[Any]]):
     """On processes of this machine; one that is killed is replaced.
 
     Args:
-        workers: how many; torch's number of threads when None.
+        workers: how many; see :func:`usual_workers` when None.
     """
 
     shares_memory = False
 
     def __init__(self, workers: int | None = None) -> None:
-        super().__init__(torch.get_num_threads() if workers is None else workers)
+        super().__init__(usual_workers() if workers is None else workers)
 
     @contextmanager
     def _opened(self, function: Callable[[Any], Any]) -> Iterator[Pool[Future[Any]]]:

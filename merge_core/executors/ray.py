@@ -101,5 +101,5 @@ class _RayPool(Pool[Any]):
 
 
 def _remotely(function: Callable[[Any], Any], item: Any) -> Any:
-    with one_thread():
+    with one_thread(workers=1):
         return function(item)

@@ -1,44 +1,120 @@
-"""Factors of all matrices of a suite, several matrices at once, ahead of whoever looks at them."""
+"""Work on one parameter after another, several at once, each under one torch thread."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from operator import attrgetter
 from pathlib import Path
-from typing import Literal
+from typing import TypeVar
 
 from merge_core.executors.base import Executor
-from merge_core.executors.local import Threads
+from merge_core.executors.local import Serial, Threads
 from merge_core.factors.decomposition import Route
 from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
 from merge_core.suites.suite import load_suite
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 
-Wanted = Literal["singular values", "directions"]
+Result = TypeVar("Result")
 
 
-def decompose_ahead(
-    groups: Groups,
-    origin: Origin,
-    wanted: Wanted,
-    executor: Executor | None = None,
+def map_parameters(
+    function: Callable[[ParameterGroup], Result],
+    groups: Groups | ParameterGroup,
+    chosen: Callable[[ParameterGroup], bool] = lambda _: True,
     progress: Progress | None = None,
-) -> Iterator[ParameterGroup]:
-    """The decomposed parameters one after another, each with what is wanted at hand.
+) -> Iterator[Result]:
+    """What a function gives for each parameter, in their order.
+
+    Parameters are looked at on as many threads as torch has in this one, each of which works
+    alone: an operation that torch splits ends when its slowest part does, and beside another busy
+    process a loop of small ones would wait at each of them.
 
     Args:
-        groups: the suite's parameters.
-        origin: what the task vectors are taken about.
-        wanted: what will be looked at: spectra only, or all directions too.
-        executor: where matrices are decomposed, a few ahead; on as many threads as torch has
-            when None. Workers that share no memory leave the factors in the store's folder, which
-            they must share.
+        function: of one parameter; it runs on several threads at once.
+        groups: the suite's parameters, or a single one, which is looked at in this thread.
+        chosen: which of the suite's parameters are looked at.
+        progress: told after each parameter, in this thread; cancels between two.
+
+    Yields:
+        The results. Unless `groups` keeps what it read, each parameter is released before.
+
+    Raises:
+        Cancelled: between two parameters.
+        Exception: whatever `function` raises, in its parameter's place.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> names = list(map_parameters(lambda group: group.name, groups))
+        >>> names == list(groups.suite.parameters)
+        True
+    """
+    progress = progress or Progress()
+    where: Executor
+    if isinstance(groups, ParameterGroup):
+        members, keep, where = [groups], True, Serial()
+    else:
+        members, keep, where = list(filter(chosen, groups.members)), groups.keep, Threads()
+
+    def here(group: ParameterGroup) -> Result:
+        try:
+            return function(group)
+        finally:
+            if not keep:
+                group.release()
+
+    results = where.map(here, members, progress.cancel)
+    for done, (group, result) in enumerate(zip(members, results, strict=True), start=1):
+        progress.step(done, len(members), group.name)
+        yield result
+
+
+def map_matrices(
+    function: Callable[[ParameterGroup], Result],
+    groups: Groups | ParameterGroup,
+    progress: Progress | None = None,
+) -> Iterator[Result]:
+    """What a function gives for each decomposed parameter (see :func:`map_parameters`).
+
+    Args:
+        function: of one parameter; it runs on several threads at once.
+        groups: the suite's parameters, or a single one.
         progress: told after each matrix; cancels between two.
 
     Yields:
-        Each parameter; unless `groups` keeps what it read, it is released afterwards.
+        The results.
+
+    Raises:
+        Cancelled: between two matrices.
+        Exception: whatever `function` raises, in its matrix's place.
+
+    Example:
+        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> list(map_matrices(lambda group: group.info.shape, groups))[:2]
+        [(256, 256), (768, 256)]
+    """
+    return map_parameters(function, groups, attrgetter("decomposed"), progress)
+
+
+def decompose_all(
+    groups: Groups,
+    origin: Origin,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> int:
+    """Leave the directions of all matrices in the store.
+
+    Args:
+        groups: the suite's parameters; unless they keep what was read, each is released.
+        origin: what the task vectors are taken about.
+        executor: where matrices are decomposed; on as many threads as torch has when None.
+            Workers that share no memory must share the store's folder.
+        progress: told after each matrix; cancels between two.
+
+    Returns:
+        How many matrices there are.
 
     Raises:
         MergeScopeError: unreadable or unfit inputs; origin "base" without a base; workers that
@@ -47,33 +123,22 @@ def decompose_ahead(
 
     Example:
         >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
-        >>> ahead = decompose_ahead(groups, "average", "singular values")
-        >>> [tuple(S.shape) for S in next(ahead).singular_values("average")]
-        [(256,), (256,)]
+        >>> decompose_all(groups, "average")
+        8
     """
     progress, where = progress or Progress(), executor or Threads()
-    members = [group for group in groups.members if group.decomposed]
-    if where.shares_memory:
+    members = {group.name: group for group in groups.members if group.decomposed}
 
-        def here(group: ParameterGroup) -> None:
-            _decompose(group, origin, wanted)
-
-        finished = where.map(here, members, progress.cancel)
-    else:
-        there = _Decompose(StoredGroups.of(groups), origin, wanted)
-        finished = where.map(there, [group.name for group in members], progress.cancel)
-    for done, group in enumerate(members, start=1):
-        next(finished)
-        yield group
+    def here(name: str) -> None:
+        members[name].directions(origin)
         if not groups.keep:
-            group.release()
-        progress.step(done, len(members), group.name)
+            members[name].release()
 
-
-def _decompose(group: ParameterGroup, origin: Origin, wanted: Wanted) -> None:
-    if wanted == "directions":
-        group.directions(origin)
-    group.singular_values(origin)
+    there = _Decompose(StoredGroups.of(groups), origin)
+    finished = where.map(here if where.shares_memory else there, members, progress.cancel)
+    for done, (name, _) in enumerate(zip(members, finished, strict=True), start=1):
+        progress.step(done, len(members), name)
+    return len(members)
 
 
 @dataclass(frozen=True)
@@ -123,9 +188,8 @@ class _Decompose:
 
     stored: StoredGroups
     origin: Origin
-    wanted: Wanted
 
     def __call__(self, name: str) -> None:
         group = self.stored.parameter(name)
-        _decompose(group, self.origin, self.wanted)
+        group.directions(self.origin)
         group.release()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from merge_core.errors import RecipeError, SuiteError
-from merge_core.executors.base import Executor
+from merge_core.executors.base import Executor, one_thread
 from merge_core.executors.local import Serial, Threads
 from merge_core.factors.factorise import StoredGroups
 from merge_core.factors.store import FactorStore
@@ -139,7 +139,8 @@ def merged_tensors(
             )
         run = replace(run, state=learned)
     elif method.prepare is not None:
-        state = method.prepare(groups, recipe.checked_parameters, run, progress)
+        with one_thread():
+            state = method.prepare(groups, recipe.checked_parameters, run, progress)
         run = replace(run, state=state)
     where = executor or Serial()
 
@@ -256,6 +257,7 @@ class MergeSession:
         self.groups = Groups(suite, chosen, store, keep=size <= HELD_BYTES)
 
     @torch.no_grad()
+    @one_thread()
     def merge(
         self,
         recipe: Recipe,

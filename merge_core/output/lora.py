@@ -27,7 +27,7 @@ from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES
 from merge_core.checkpoints.parameter_roles import treatment
 from merge_core.checkpoints.shards import TensorInfo
 from merge_core.errors import OutputError, RecipeError, SuiteError
-from merge_core.executors.base import Executor
+from merge_core.executors.base import Executor, one_thread
 from merge_core.executors.local import Threads
 from merge_core.factors.decomposition import decompose
 from merge_core.factors.low_rank import as_matrix, count_directions, resolution
@@ -195,7 +195,7 @@ def merge_to_adapter(
     recipe = portable(recipe, suite)
     store = store or FactorStore()
     groups = Groups(suite, tasks, store)
-    with folder_written_whole(output) as staging, torch.no_grad():
+    with folder_written_whole(output) as staging, torch.no_grad(), one_thread():
         about = provenance(recipe, suite, store.route)
         draft = _Draft(suite, tasks, rank, recipe)
         tensors = merged_tensors(recipe, groups, progress, None, learned, executor or Threads())

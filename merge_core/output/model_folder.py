@@ -207,7 +207,7 @@ def merge_to_folder(
     key = None
     if learned is None:
         key = digest_of("staging-1", about.to_header(), str(shard_bytes))[:KEY_DIGITS]
-    with folder_written_whole(output, key) as staging, torch.no_grad():
+    with folder_written_whole(output, key) as staging, torch.no_grad(), one_thread():
         for task in tasks if recipe.declaration.indexed else (None,):
             folder = staging if task is None else staging / task
             folder.mkdir(exist_ok=True)
@@ -290,8 +290,7 @@ class _Shard:
                 stream.truncate(self._start)
                 stream.seek(self._start)
             for planned, tensor in tensors:
-                with one_thread():  # others are merging meanwhile
-                    write_tensor(stream, tensor, planned)
+                write_tensor(stream, tensor, planned)
 
     def _size(self) -> int:
         """Size of what an earlier run wrote; 0 if it meant to write something else."""
@@ -366,7 +365,7 @@ def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite, learned: Any = No
     stream = io.BytesIO()
     stream.write(safetensors_header(plan, {"format": "pt", HEADER_KEY: about.to_header()}))
     tensors = merged_tensors(recipe, groups, learned=learned)
-    with torch.no_grad():
+    with torch.no_grad(), one_thread():
         for planned, tensor in _in_order(plan, tensors, where.reference):
             write_tensor(stream, tensor, planned)
     return stream.getvalue()

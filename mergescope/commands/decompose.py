@@ -27,7 +27,7 @@ def decompose(
 ) -> None:
     """Decompose all matrices once; spectra, interference, every rank and scale then reuse it."""
     from merge_core.executors.choose import executor as executor_named
-    from merge_core.factors.factorise import decompose_ahead
+    from merge_core.factors.factorise import decompose_all
     from merge_core.factors.store import FactorStore
     from merge_core.merging.engine import check_fits
     from merge_core.suites.suite import load_suite
@@ -43,8 +43,7 @@ def decompose(
     begun = time.monotonic()
     groups = Groups(loaded, chosen, store)
     bar = progress_bar("decomposing")
-    made = decompose_ahead(groups, cast("Origin", origin), "directions", where, bar)
-    done = sum(1 for _ in made)
+    done = decompose_all(groups, cast("Origin", origin), where, bar)
     typer.echo(
         f"{done} matrices of {len(chosen)} experts in {time.monotonic() - begun:.1f} s; factors "
         f"in {store.folder}"

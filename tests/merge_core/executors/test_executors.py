@@ -69,6 +69,15 @@ class TestThreads:
         assert len({name for _, _, name in results}) == 2
         assert torch.get_num_threads() == 2  # the caller's own number stays
 
+    def test_threads_that_begin_later_have_torchs_own_number(self, two_threads: None) -> None:
+        for _ in Threads().map(lambda item: item, range(4)):
+            pass
+        seen: list[int] = []
+        later = threading.Thread(target=lambda: seen.append(torch.get_num_threads()))
+        later.start()
+        later.join()
+        assert seen == [2]
+
     def test_one_worker_works_in_place(self) -> None:
         names = list(Threads(1).map(lambda _: threading.current_thread().name, range(3)))
         assert set(names) == {threading.current_thread().name}
