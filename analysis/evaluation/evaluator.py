@@ -19,7 +19,7 @@ from analysis.data_sources.source import UNLABELLED
 from analysis.learning.learn import learn
 from analysis.outputs.inputs import SPLIT_NAMES, Split
 from analysis.outputs.prediction_store import CLASSES, PredictionStore
-from analysis.outputs.suite_outputs import Images, ModelOutputs, Outputs
+from analysis.outputs.suite_outputs import Images, Measurements, ModelOutputs
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
@@ -65,7 +65,7 @@ class Evaluator(ModelOutputs):
             MergeScopeError: unreadable or unfit weights, heads or data.
         """
         images = self.images(tasks, split, limit)
-        outputs = self.member_outputs(checkpoint, images, split)
+        outputs = self.measure_member(checkpoint, images, split)
         return accuracy_frame(self._hits(outputs, images, split, limit))
 
     def experts(
@@ -75,14 +75,14 @@ class Evaluator(ModelOutputs):
         parts = [self.checkpoint(self.suite.expert(t), [t], split, limit) for t in tasks]
         return pd.concat(parts, ignore_index=True)
 
-    def member_outputs(
+    def measure_member(
         self,
         checkpoint: Checkpoint,
         images: Images,
         split: Split = "val",
         measures: Collection[str] = (CLASSES,),
-    ) -> Outputs:
-        """What a member gives for images of some tasks (see :meth:`outputs`).
+    ) -> Measurements:
+        """What a member gives for images of some tasks (see :meth:`measure`).
 
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
@@ -91,18 +91,18 @@ class Evaluator(ModelOutputs):
         def weights() -> dict[str, Tensor]:
             return {name: checkpoint.tensor(name) for name in checkpoint}
 
-        return self.outputs(checkpoint.digest, weights, images, split, measures)
+        return self.measure(checkpoint.digest, weights, images, split, measures)
 
-    def expert_outputs(
+    def measure_experts(
         self, images: Images, split: Split = "val", measures: Collection[str] = (CLASSES,)
-    ) -> Outputs:
+    ) -> Measurements:
         """What each task's own expert gives for its images: pseudo-labels, for one.
 
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
         """
         parts = [
-            self.member_outputs(self.suite.expert(task), {task: mine}, split, measures)
+            self.measure_member(self.suite.expert(task), {task: mine}, split, measures)
             for task, mine in images.items()
         ]
         return {task: values for part in parts for task, values in part.items()}
@@ -127,7 +127,7 @@ class Evaluator(ModelOutputs):
             self._learned = (wanted, state)
         return state
 
-    def recipe_outputs(
+    def measure_recipe(
         self,
         recipe: Recipe,
         session: MergeSession,
@@ -135,7 +135,7 @@ class Evaluator(ModelOutputs):
         split: Split = "val",
         measures: Collection[str] = (CLASSES,),
         progress: Progress | None = None,
-    ) -> Outputs:
+    ) -> Measurements:
         """What a merge, as it would be written, gives for images of its tasks.
 
         What its method learns from data is learnt only if something has to be run.
@@ -143,7 +143,7 @@ class Evaluator(ModelOutputs):
         Args:
             recipe: what is merged.
             session: its members.
-            images: tasks of the session to numbers of images (see :meth:`outputs`).
+            images: tasks of the session to numbers of images (see :meth:`measure`).
             split: ``val`` or ``test``.
             measures: names of :data:`analysis.outputs.measures.MEASURES`.
             progress: reports images run, and steps of learning.
@@ -156,14 +156,14 @@ class Evaluator(ModelOutputs):
         learned = partial(self.learned, recipe, session, progress)
         if not recipe.declaration.indexed:
             model = partial(_as_written, recipe, session, None, learned)
-            return self.outputs(digest, model, images, split, measures, progress)
+            return self.measure(digest, model, images, split, measures, progress)
         progress = progress or Progress()
-        outputs: Outputs = {}
+        outputs: Measurements = {}
         for done, (task, mine) in enumerate(images.items()):
             progress.step(done, len(images), task)
             model = partial(_as_written, recipe, session, task, learned)
             inner = Progress(cancel=progress.cancel)
-            outputs |= self.outputs(digest, model, {task: mine}, split, measures, inner)
+            outputs |= self.measure(digest, model, {task: mine}, split, measures, inner)
         progress.step(len(images), len(images), "done")
         return outputs
 
@@ -182,7 +182,7 @@ class Evaluator(ModelOutputs):
             Cancelled: between two batches, or between two steps of learning.
         """
         images = self.images(session.groups.tasks, split, limit, progress)
-        outputs = self.recipe_outputs(recipe, session, images, split, progress=progress)
+        outputs = self.measure_recipe(recipe, session, images, split, progress=progress)
         return self._hits(outputs, images, split, limit)
 
     def recipe(
@@ -202,7 +202,7 @@ class Evaluator(ModelOutputs):
         return accuracy_frame(self.recipe_hits(recipe, session, split, limit, progress))
 
     def _hits(
-        self, outputs: Outputs, images: Images, split: Split, limit: int | None
+        self, outputs: Measurements, images: Images, split: Split, limit: int | None
     ) -> dict[str, np.ndarray]:
         hits = {}
         for task, numbers in images.items():

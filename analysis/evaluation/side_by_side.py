@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
-from analysis.outputs.suite_outputs import Images, Outputs
+from analysis.outputs.suite_outputs import Images, Measurements
 from merge_core.executors.base import Executor
 from merge_core.factors.factorise import StoredGroups
 from merge_core.merging.engine import MergeSession
@@ -68,9 +68,9 @@ class _Evaluate:
     measures: tuple[str, ...]
     split: Split
 
-    def __call__(self, recipe: Recipe) -> Outputs:
+    def __call__(self, recipe: Recipe) -> Measurements:
         session, evaluator, images = self._opened()
-        return evaluator.recipe_outputs(recipe, session, images, self.split, self.measures)
+        return evaluator.measure_recipe(recipe, session, images, self.split, self.measures)
 
     def _opened(self) -> tuple[MergeSession, Evaluator, Images]:
         """Opened once in each worker: neither is meant for two threads at once."""

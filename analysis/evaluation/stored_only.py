@@ -9,7 +9,7 @@ from torch import Tensor
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.outputs.prediction_store import CLASSES
-from analysis.outputs.suite_outputs import Images, Outputs
+from analysis.outputs.suite_outputs import Images, Measurements
 from merge_core.errors import MergeScopeError
 from merge_core.progress import Progress
 
@@ -28,7 +28,7 @@ class StoredEvaluator(Evaluator):
     def __init__(self, evaluator: Evaluator) -> None:
         super().__init__(evaluator.suite, evaluator.predictions)
 
-    def outputs(
+    def measure(
         self,
         digest: str,
         weights: Callable[[], Mapping[str, Tensor]],
@@ -36,8 +36,8 @@ class StoredEvaluator(Evaluator):
         split: Split = "val",
         measures: Collection[str] = (CLASSES,),
         progress: Progress | None = None,
-    ) -> Outputs:
-        """What is stored (see :meth:`analysis.outputs.suite_outputs.ModelOutputs.outputs`).
+    ) -> Measurements:
+        """What is stored (see :meth:`analysis.outputs.suite_outputs.ModelOutputs.measure`).
 
         Raises:
             NotStored: something of it is not.
@@ -47,4 +47,4 @@ class StoredEvaluator(Evaluator):
         def refuse() -> Mapping[str, Tensor]:
             raise NotStored("This has not been evaluated yet.")
 
-        return super().outputs(digest, refuse, images, split, measures, progress)
+        return super().measure(digest, refuse, images, split, measures, progress)

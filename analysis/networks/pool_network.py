@@ -21,12 +21,15 @@ class Outputs:
     """What a model gives for N images.
 
     Attributes:
-        features: the input of the last linear layer, after any final norm, N x width.
+        features: the input of the head (the last linear layer), after any final norm, N x width.
         logits: N x classes.
     """
 
     features: Tensor
     logits: Tensor
+
+    def __getitem__(self, images: slice | Tensor) -> Outputs:
+        return Outputs(self.features[images], self.logits[images])
 
 
 class _Split(nn.Module):

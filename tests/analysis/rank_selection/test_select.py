@@ -202,7 +202,7 @@ def test_only_the_recommended_recipe_sees_the_test_split(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str]] = []
-    original = Evaluator.recipe_outputs
+    original = Evaluator.measure_recipe
 
     def spy(
         self: Evaluator,
@@ -216,7 +216,7 @@ def test_only_the_recommended_recipe_sees_the_test_split(
         asked.append((split, recipe.to_query()))
         return original(self, recipe, session, images, split, *a, **k)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Evaluator, "recipe_outputs", spy)
+    monkeypatch.setattr(Evaluator, "measure_recipe", spy)
     found = bench.select("labels", every_proxy=True)
     on_test = [place for place, (split, _) in enumerate(asked) if split == "test"]
     assert {asked[place][1] for place in on_test} == {found.recipe.to_query()}
