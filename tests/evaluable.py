@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -135,7 +136,8 @@ def state_of(suite: Suite, task: str | None = None) -> dict[str, Tensor]:
 def write_document(folder: Path, document: Mapping[str, Any]) -> Path:
     """Write a suite.yaml and return its path."""
     path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump(dict(document), sort_keys=False), encoding="utf-8")
+    written_out = json.loads(json.dumps(document))  # without aliases, which are not read
+    path.write_text(yaml.safe_dump(written_out, sort_keys=False), encoding="utf-8")
     return path
 
 

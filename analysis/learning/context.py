@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.networks.backbone import Backbone
+from analysis.networks.stateless import State, StatelessNetwork
+from analysis.networks.towers import suite_network
 from analysis.outputs.inputs import Split
 from analysis.outputs.suite_outputs import ModelOutputs
 from merge_core.errors import SuiteError
@@ -20,8 +21,6 @@ from merge_core.progress import Progress
 
 SPLIT: Split = "val"
 BATCH = 50
-
-State = Mapping[str, Tensor]
 
 
 class Lesson:
@@ -43,13 +42,17 @@ class Lesson:
         self.tasks = session.groups.tasks
         self.suite = session.suite
         self.progress = progress
+
+    @cached_property
+    def _stateless(self) -> StatelessNetwork:
         # Of its own: hooks and gradients stay out of the networks that others use.
-        self._backbone = Backbone(self.suite)
+        return suite_network(self.suite)
 
     @property
     def network(self) -> nn.Module:
         """The suite's network without classifier, in evaluation mode."""
-        return self._backbone.model
+        module: nn.Module = self._stateless.module
+        return module
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -81,7 +84,7 @@ class Lesson:
         for task in tasks:
             head = self._outputs.head(task)
             image = self._outputs.pixels(task, SPLIT, np.arange(1))
-            width = self._backbone.features(state, image).shape[1]
+            width = self._stateless.features(state, image).shape[1]
             if width != head.weight.shape[1]:
                 raise SuiteError(
                     f"The head of task {task!r} takes features of width {head.weight.shape[1]}, "

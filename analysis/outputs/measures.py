@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from analysis.networks.pool_network import Outputs
+from analysis.networks.stateless import Outputs
 from analysis.outputs.prediction_store import CLASSES
 
 

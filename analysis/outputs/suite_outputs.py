@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from analysis.data_sources.archive import TaskInputs
-from analysis.networks.backbone import Backbone
-from analysis.networks.pool_network import BATCH, Outputs
+from analysis.networks.stateless import BATCH, Outputs, StatelessNetwork
+from analysis.networks.towers import suite_network
 from analysis.outputs.heads import Head, load_head
 from analysis.outputs.inputs import Split, load_inputs, normalised
 from analysis.outputs.measures import MEASURES
@@ -66,9 +66,13 @@ class ModelOutputs:
         self.forward_images = 0
 
     @cached_property
-    def backbone(self) -> Backbone:
-        """The suite's architecture."""
-        return Backbone(self.suite)
+    def network(self) -> StatelessNetwork:
+        """The suite's architecture, without classifier.
+
+        Raises:
+            MergeScopeError: it cannot be built.
+        """
+        return suite_network(self.suite)
 
     def inputs(self, task: str, split: Split, limit: int | None) -> tuple[Tensor, np.ndarray]:
         """Normalised images (N x 3 x H x W) and labels (N) of a task: all at once, in memory.
@@ -261,7 +265,7 @@ class ModelOutputs:
         pixels = [self.pixels(task, split, part) for task, part in images.items()]
         alike = len({part.shape[1:] for part in pixels}) == 1
         together = [torch.cat(pixels)] if alike and len(pixels) > 1 else pixels
-        features = torch.cat([self.backbone.features(weights, part) for part in together])
+        features = torch.cat([self.network.features(weights, part) for part in together])
         outputs = {}
         sizes = [len(part) for part in images.values()]
         for task, mine in zip(images, features.split(sizes), strict=True):

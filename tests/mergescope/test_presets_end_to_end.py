@@ -148,7 +148,7 @@ def assert_logits(path: Path, state: dict[str, Tensor], task: str, expected: Ten
     """What MergeScope computes for the test images, whose order it draws, is what is expected."""
     evaluator = Evaluator(load_suite(path))
     images, _ = evaluator.inputs(task, "test", None)
-    got = evaluator.head(task).logits(evaluator.backbone.features(state, images))
+    got = evaluator.head(task).logits(evaluator.network.features(state, images))
     torch.testing.assert_close(got.sort(dim=0)[0], expected.sort(dim=0)[0], rtol=1e-4, atol=1e-4)
 
 

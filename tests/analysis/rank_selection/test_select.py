@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from analysis.evaluation.evaluator import Evaluator
-from analysis.networks.backbone import Backbone
+from analysis.networks.stateless import StatelessNetwork
 from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection import select as door
 from analysis.rank_selection.input_proxies import INPUT_PROXIES
@@ -238,7 +238,7 @@ def test_what_is_stored_is_known_at_once_and_nothing_else(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, full_grid: bool
 ) -> None:
     options: Any = {"full_grid": full_grid, "every_proxy": True}
-    monkeypatch.setattr(Backbone, "features", None)
+    monkeypatch.setattr(StatelessNetwork, "features", None)
     assert (
         known_selection(bench.space(), bench.session, bench.evaluator, "labels", **options) is None
     )
@@ -246,7 +246,7 @@ def test_what_is_stored_is_known_at_once_and_nothing_else(
     monkeypatch.setattr(door, "evidence", evidence)
     found = bench.select("labels", **options)
     assert found.forward_images > 0
-    monkeypatch.setattr(Backbone, "features", None)
+    monkeypatch.setattr(StatelessNetwork, "features", None)
     known = known_selection(bench.space(), bench.session, bench.evaluator, "labels", **options)
     assert known is not None
     same(known, found)
