@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from hypothesis import HealthCheck, settings
 from safetensors.torch import save_file
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.yaml_text import dump_yaml
 
 State = Mapping[str, Tensor]
 
@@ -101,7 +101,7 @@ def write_suite(
         write(base, "base.safetensors")
         document["base"] = "base.safetensors"
     path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    path.write_text(dump_yaml(document), encoding="utf-8")
     return path
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.yaml_text import dump_yaml
 
 TASKS = ("digits", "shapes", "lines")
 WIDTH, CLASSES, SIZE, IMAGES = 16, 4, 16, 20
@@ -136,8 +136,7 @@ def state_of(suite: Suite, task: str | None = None) -> dict[str, Tensor]:
 def write_document(folder: Path, document: Mapping[str, Any]) -> Path:
     """Write a suite.yaml and return its path."""
     path = folder / "suite.yaml"
-    written_out = json.loads(json.dumps(document))  # without aliases, which are not read
-    path.write_text(yaml.safe_dump(written_out, sort_keys=False), encoding="utf-8")
+    path.write_text(dump_yaml(dict(document)), encoding="utf-8")
     return path
 
 

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
 from analysis.networks.pool_network import pool_network
 from merge_core.suites.pool import Pool, load_pool
+from merge_core.yaml_text import dump_yaml
 
 SIZE, CLASSES = 12, 4
 IMAGES = {"train": 40, "val": 30, "test": 50}
@@ -78,7 +78,7 @@ def write_pool(
             for i in range(members)
         ],
     }
-    (folder / "pool.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    (folder / "pool.yaml").write_text(dump_yaml(document), encoding="utf-8")
     pool = load_pool(folder)
     start = fresh_state(pool, seed)
     for i in range(members):

@@ -219,10 +219,13 @@ def gram(B: Tensor, block: int = 192) -> Tensor:
 
 
 def _scale(B: Tensor) -> tuple[Tensor, float]:
-    """B with entries below 2, so that their squares stay in range; the factor, a power of two."""
+    """B with entries whose squares stay in range, and the power of two that was taken out."""
     low, high = B.aminmax()
-    size = math.ldexp(1.0, math.frexp(max(-float(low), float(high)))[1] - 1)
-    return (B / size, size) if size > 0 else (B, 1.0)
+    exponent = math.frexp(max(-float(low), float(high)))[1]
+    if abs(exponent) < 32:
+        return B, 1.0
+    size = math.ldexp(1.0, exponent)
+    return B / size, size
 
 
 def _values(theta: Tensor) -> Tensor:

@@ -185,9 +185,10 @@ def resolution(weights: Tensor, dtype: torch.dtype | None = None) -> float:
         >>> round(resolution(torch.ones(100, 100)) / torch.finfo(torch.float32).eps)
         20
     """
-    size = torch.linalg.vector_norm
-    largest = float(size(weights, dim=1).max()) + float(size(weights, dim=0).max())
-    return torch.finfo(dtype or weights.dtype).eps * largest
+    rows, columns = (
+        torch.linalg.vector_norm(weights, dim=side, dtype=torch.float64) for side in (1, 0)
+    )
+    return torch.finfo(dtype or weights.dtype).eps * float(rows.max() + columns.max())
 
 
 def sum_of_truncations(

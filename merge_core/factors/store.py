@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
+from cachetools import LRUCache
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
@@ -92,9 +92,7 @@ class FactorStore:
         self.decompositions = 0
         self._disk_limit = factors_limit() if disk_bytes is None else disk_bytes
         self._written = 0
-        self._limit = memory_bytes
-        self._held = 0
-        self._memory: OrderedDict[str, Side] = OrderedDict()
+        self._memory: LRUCache[str, Side] = LRUCache(memory_bytes, _count_bytes)
         self._lock = threading.Lock()
 
     def singular_values(self, matrix: TaskMatrix) -> Tensor:
@@ -169,9 +167,9 @@ class FactorStore:
         """What is stored of a matrix, in memory or on disk."""
         key = self._key(matrix, kind)
         with self._lock:
-            if key in self._memory:
-                self._memory.move_to_end(key)
-                return self._memory[key]
+            side = self._memory.get(key)
+        if side is not None:
+            return side
         side = self._read(key)
         if side is None or not _is_sound(side, min(matrix.shape)):
             # Absent, written by a killed process or damaged since: made afresh and replaced.
@@ -219,15 +217,8 @@ class FactorStore:
         return side
 
     def _remember(self, key: str, side: Side) -> None:
-        with self._lock:
-            self._held -= _size(self._memory.pop(key, None))
-            if _size(side) > self._limit:
-                return
+        with self._lock, suppress(ValueError):  # larger than all that may be held
             self._memory[key] = side
-            self._held += _size(side)
-            while self._held > self._limit:
-                _, old = self._memory.popitem(last=False)
-                self._held -= _size(old)
 
 
 def _decompose(matrix: TaskMatrix, kind: str) -> Side:
@@ -256,5 +247,5 @@ def _is_sound(side: Side, r: int) -> bool:
     return ordered and bool(((vectors.norm(dim=1) - 1).abs() < 1e-3).all())
 
 
-def _size(side: Side | None) -> int:
-    return 0 if side is None else sum(tensor.nbytes for tensor in vars(side).values())
+def _count_bytes(side: Side) -> int:
+    return sum(tensor.nbytes for tensor in vars(side).values())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-import yaml
 from safetensors.torch import save_file
 
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.task_vectors import Origin
+from merge_core.yaml_text import dump_yaml
 
 TASKS = ("digits", "shapes", "lines", "dots")
 QKV = "blocks.0.attn.qkv.weight"
@@ -30,7 +30,7 @@ def write_suite(
         document["base"] = "base.safetensors"
     for task, state in experts.items():
         save_file(state, folder / f"{task}.safetensors")
-    (folder / "suite.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    (folder / "suite.yaml").write_text(dump_yaml(document))
     return load_suite(folder)
 
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-import yaml
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import AdaptedCheckpoint
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.yaml_text import dump_yaml
 
 State = dict[str, Tensor]
 
@@ -101,7 +101,7 @@ def write_adapted_suite(folder: Path, base: State, experts: dict[str, str], **fi
         **fields,
     }
     path = folder / "suite.yaml"
-    path.write_text(yaml.safe_dump(document, sort_keys=False), encoding="utf-8")
+    path.write_text(dump_yaml(document), encoding="utf-8")
     return path
 
 

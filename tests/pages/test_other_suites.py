@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from merge_core.yaml_text import dump_yaml
 from tests.evaluable import write_evaluable
 from tests.pages.test_pages import PAGES, figures, finished, metrics, open_page
 
@@ -41,7 +42,7 @@ def drop(*lines: str) -> Callable[[Path], None]:
             document.pop(name, None)
             for expert in document["experts"].values():
                 expert.pop(name, None)
-        path.write_text(yaml.safe_dump(document, sort_keys=False))
+        path.write_text(dump_yaml(document))
 
     return damage
 

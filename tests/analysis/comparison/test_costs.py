@@ -38,7 +38,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 0.0
-        get, merge = FactorStore.get, MergeSession.merge
+        get, merge = FactorStore._get, MergeSession.merge
 
         def timed_get(store: FactorStore, *arguments: Any) -> Any:
             before = store.decompositions
@@ -50,7 +50,7 @@ class Clock:
             self.now += 1
             return merge(session, *arguments, **keywords)
 
-        monkeypatch.setattr(FactorStore, "get", timed_get)
+        monkeypatch.setattr(FactorStore, "_get", timed_get)
         monkeypatch.setattr(MergeSession, "merge", timed_merge)
         monkeypatch.setattr(costs.time, "thread_time", lambda: self.now)
 

@@ -23,6 +23,7 @@ from merge_core.progress import Progress
 from merge_core.suites.data_files import content_digest
 from merge_core.suites.data_spec import DataSpec
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.yaml_text import dump_yaml
 from tests.analysis.data_sources.files import (
     cycle,
     noise,
@@ -238,7 +239,7 @@ def as_folders(suite: Suite, **fields: Any) -> Suite:
             "std": data["std"],
             **fields,
         }
-    suite.path.write_text(yaml.safe_dump(document))
+    suite.path.write_text(dump_yaml(document))
     return load_suite(suite.path)
 
 

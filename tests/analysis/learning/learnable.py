@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -19,6 +18,7 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.yaml_text import dump_yaml
 from tests.evaluable import CLASSES, TASKS
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
@@ -72,7 +72,7 @@ def mlp_suite(folder: Path, widths: tuple[int, ...] = (6, 5), images: int = 40) 
         "base": "base.safetensors",
         "experts": experts,
     }
-    (folder / "suite.yaml").write_text(yaml.safe_dump(document, sort_keys=False))
+    (folder / "suite.yaml").write_text(dump_yaml(document))
     return load_suite(folder)
 
 

@@ -17,6 +17,7 @@ from analysis.outputs.heads import load_head
 from analysis.outputs.inputs import has_labels, load_inputs, normalised
 from merge_core.errors import SuiteError
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.yaml_text import dump_yaml
 from tests.evaluable import IMAGES, MEANS, SIZE, STDS, edit_arrays, evaluable
 
 TASK = "shapes"
@@ -38,7 +39,7 @@ def head_file(suite: Suite) -> Path:
 def without(suite: Suite, field: str) -> Suite:
     document = yaml.safe_load(suite.path.read_text())
     del document["experts"][TASK][field]
-    suite.path.write_text(yaml.safe_dump(document))
+    suite.path.write_text(dump_yaml(document))
     return load_suite(suite.path)
 
 

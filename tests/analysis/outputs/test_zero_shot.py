@@ -19,6 +19,7 @@ from analysis.outputs.heads import Head, load_head
 from analysis.outputs.zero_shot import class_weights
 from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.yaml_text import dump_yaml
 from tests.evaluable import evaluable
 
 TASK = "shapes"
@@ -42,7 +43,7 @@ def suite(tmp_path: Path) -> Suite:
 def with_head(suite: Suite, head: Any) -> Suite:
     document = yaml.safe_load(suite.path.read_text())
     document["experts"][TASK]["head"] = head
-    suite.path.write_text(yaml.safe_dump(document, sort_keys=False))
+    suite.path.write_text(dump_yaml(document))
     return load_suite(suite.path)
 
 

@@ -33,6 +33,7 @@ from analysis.patterns.templates import (
 from merge_core.errors import Cancelled, PoolError
 from merge_core.progress import Progress
 from merge_core.suites.pool import load_pool
+from merge_core.yaml_text import dump_yaml
 from tests.pools import CLASSES, SIZE, write_pool
 
 SEEDS = st.integers(0, 10**6)
@@ -62,7 +63,7 @@ def evaluator(tmp_path_factory: pytest.TempPathFactory) -> PoolEvaluator:
         {"epoch": 0, "weights": "2.safetensors"},
         {"epoch": 3, "weights": "1.safetensors"},
     ]
-    (folder / "pool.yaml").write_text(yaml.safe_dump(document), encoding="utf-8")
+    (folder / "pool.yaml").write_text(dump_yaml(document), encoding="utf-8")
     return PoolEvaluator(load_pool(pool.path))
 
 

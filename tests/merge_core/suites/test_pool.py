@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from merge_core.errors import CheckpointError, PoolError
 from merge_core.suites.pool import describes_pool, load_pool
 from merge_core.suites.suite import BUNDLED_PATH
+from merge_core.yaml_text import dump_yaml
 from tests.pools import write_pool
 
 
@@ -25,7 +26,7 @@ def rewrite(folder: Path, **changes: object) -> Path:
     path = folder / "pool.yaml"
     document = yaml.safe_load(path.read_text(encoding="utf-8"))
     document.update(changes)
-    path.write_text(yaml.safe_dump(document), encoding="utf-8")
+    path.write_text(dump_yaml(document), encoding="utf-8")
     return path
 
 

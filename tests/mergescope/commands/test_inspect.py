@@ -73,8 +73,8 @@ def test_the_cost_is_told_and_time_only_where_weights_are_read(
     timed = capsys.readouterr().out
     monkeypatch.setattr(estimates, "rates", None)  # not even asked for
     _, text = printed(suite)
-    # 12 attention matrices of 24 x 8 and one more, five of the MLP: 8 x 8 and 8 values each.
-    assert f"up to {2 * 18 * 4 * (8 * 8 + 8) / 1000:.3g} KB of factors" in text
+    # 12 attention matrices of 24 x 8, one more, five of the MLP: 8 x 8, 8 values, 8 bounds each.
+    assert f"up to {2 * 18 * 4 * (8 * 8 + 2 * 8) / 1000:.3g} KB of factors" in text
     assert "MB of memory on one thread and" in text
     assert f"{sum(4 * value.numel() for value in STATE.values()) / 1000:.3g} KB on disk" in text
     assert timed.startswith(text.partition("parameters:")[1])

@@ -17,6 +17,7 @@ from torchvision.datasets import CIFAR10, CIFAR100
 from typer.testing import CliRunner
 
 from merge_core.errors import SuiteError
+from merge_core.yaml_text import dump_yaml
 from mergescope.cli import app
 from tests.analysis.data_sources.files import write_cifar10, write_mnist
 from tests.evaluable import TASKS, evaluable
@@ -39,7 +40,7 @@ def described(tmp_path: Path, **fields: Any) -> Path:
         for name, value in (document["experts"][FIRST] | fields).items()
         if value is not None
     }
-    suite.path.write_text(yaml.safe_dump(document, sort_keys=False))
+    suite.path.write_text(dump_yaml(document))
     return suite.path
 
 
