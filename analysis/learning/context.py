@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from analysis.networks.stateless import State, StatelessNetwork
 from analysis.networks.towers import suite_network
 from analysis.outputs.inputs import Split
-from analysis.outputs.suite_outputs import ModelOutputs
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
 from merge_core.merging.engine import MergeSession
@@ -34,7 +34,7 @@ class Lesson:
     """
 
     def __init__(
-        self, outputs: ModelOutputs, recipe: Recipe, session: MergeSession, progress: Progress
+        self, outputs: SuiteOutputs, recipe: Recipe, session: MergeSession, progress: Progress
     ) -> None:
         self._outputs = outputs
         self.recipe = recipe

@@ -9,7 +9,7 @@ from analysis.learning.context import Lesson
 from analysis.learning.entropy import learn_adamerging, learn_cart_adaptive
 from analysis.learning.fisher import learn_fisher
 from analysis.learning.regmean import learn_regmean, learn_regmean_plus_plus
-from analysis.outputs.suite_outputs import ModelOutputs
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.errors import SuiteError
 from merge_core.merging.engine import MergeSession, check_recipe
 from merge_core.merging.recipe import Recipe
@@ -28,7 +28,7 @@ LEARNERS: dict[str, Learner] = {
 
 
 def learn(
-    outputs: ModelOutputs,
+    outputs: SuiteOutputs,
     recipe: Recipe,
     session: MergeSession,
     progress: Progress | None = None,

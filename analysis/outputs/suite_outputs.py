@@ -24,7 +24,7 @@ from analysis.outputs.prediction_store import (
     nothing,
     output_key,
 )
-from merge_core.errors import SuiteError
+from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
@@ -36,12 +36,17 @@ Measurements = dict[str, dict[str, np.ndarray]]
 KEPT_BYTES = 1 << 28
 
 
-class ModelOutputs:
+class NotStored(MergeScopeError):  # noqa: N818 - a state rather than a fault
+    """Something has never been evaluated, and nothing may be evaluated now."""
+
+
+class SuiteOutputs:
     """Runs weights of one suite; the model, inputs, heads and what was computed are kept.
 
     Args:
         suite: a suite with architecture, heads and data.
         predictions: where outputs are kept (with the suite's own store by default).
+        stored_only: measure what is stored, and refuse to run the model for the rest.
 
     Attributes:
         forward_images: images run so far.
@@ -50,7 +55,9 @@ class ModelOutputs:
         SuiteError: the suite cannot be evaluated.
     """
 
-    def __init__(self, suite: Suite, predictions: PredictionStore | None = None) -> None:
+    def __init__(
+        self, suite: Suite, predictions: PredictionStore | None = None, stored_only: bool = False
+    ) -> None:
         if suite.why_not_evaluated is not None:
             raise SuiteError(
                 f"The suite {suite.name!r} can be analysed and merged but not evaluated: "
@@ -63,6 +70,7 @@ class ModelOutputs:
         self._heads: dict[str, Head] = {}
         self._digests: dict[str, str] = {}
         self._expert_outputs: dict[tuple[str, Split], Outputs] = {}
+        self._stored_only = stored_only
         self.forward_images = 0
 
     @cached_property
@@ -170,6 +178,7 @@ class ModelOutputs:
 
         Raises:
             MergeScopeError: weights, heads or data that do not fit; non-finite logits.
+            NotStored: something would have to be run, where only what is stored may be given.
             Cancelled: between two batches.
         """
         progress = progress or Progress()
@@ -177,6 +186,8 @@ class ModelOutputs:
         keys, vectors = self._known(digest, images, split, measures)
         unknown = _unknown(vectors, images)
         total, done = sum(len(wanted) for wanted in unknown.values()), 0
+        if total and self._stored_only:
+            raise NotStored("This has not been evaluated yet.")
         touched: set[str] = set()
         try:
             for batch in _batches(unknown, BATCH):

@@ -181,7 +181,9 @@ def _reference(
     name: Reference | None, evaluator: Evaluator, images: Images, split: Split
 ) -> dict[str, np.ndarray]:
     if name == "labels":
-        return {t: evaluator.raw_inputs(t, split).labels[mine] for t, mine in images.items()}
+        return {
+            t: evaluator.outputs.raw_inputs(t, split).labels[mine] for t, mine in images.items()
+        }
     if name == "expert":
         outputs = evaluator.measure_experts(images, split)
         return {task: values[CLASSES] for task, values in outputs.items()}

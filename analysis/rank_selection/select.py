@@ -14,8 +14,8 @@ import pandas as pd
 from analysis.accuracy import mean_accuracy
 from analysis.evaluation.evaluator import Evaluator
 from analysis.evaluation.side_by_side import evaluate_side_by_side
-from analysis.evaluation.stored_only import NotStored, StoredEvaluator
 from analysis.outputs.inputs import Split, has_labels
+from analysis.outputs.suite_outputs import NotStored
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
 from analysis.rank_selection.regret import evidence, recommended_proxy, summary
@@ -160,7 +160,7 @@ def select_rank(
         )
     progress = progress or Progress()
     inner = Progress(cancel=progress.cancel)
-    start, before = time.monotonic(), evaluator.forward_images if evaluator else 0
+    start, before = time.monotonic(), evaluator.outputs.forward_images if evaluator else 0
     progress.step(0, 1, "starting")
     weights, search, parts = None, None, []
     full_grid = full_grid and mode != "weights"
@@ -214,7 +214,7 @@ def select_rank(
         picks=_with_accuracy(picks, points if rule == "accuracy" else _no_points()),
         asked_images=search.asked_images if search else 0,
         grid_images=search.grid_images if search else 0,
-        forward_images=evaluator.forward_images - before if evaluator else 0,
+        forward_images=evaluator.outputs.forward_images - before if evaluator else 0,
         seconds=time.monotonic() - start,
         low_rank_bytes=_low_rank_bytes(recipe, session) if space.ranks else None,
         model_bytes=session.suite.expert(session.groups.tasks[0]).nbytes,
@@ -232,7 +232,7 @@ def known_selection(
     every_proxy: bool = False,
 ) -> Selection | None:
     """:func:`select_rank` from stored outputs alone, or None if an image would have to be run."""
-    stored = None if evaluator is None else StoredEvaluator(evaluator)
+    stored = None if evaluator is None else evaluator.stored_only()
     try:
         return select_rank(
             space, session, stored, mode, seed=seed, full_grid=full_grid, every_proxy=every_proxy

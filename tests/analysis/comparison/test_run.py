@@ -120,13 +120,13 @@ def test_own_recipes_that_do_not_fit_are_refused_at_once(
     parts: tuple[MergeSession, Evaluator],
 ) -> None:
     session, evaluator = parts
-    before = evaluator.forward_images
+    before = evaluator.outputs.forward_images
     weighted = {"method": "task_arithmetic", "weights": {"cats": 2}}
     with pytest.raises(RecipeError, match="does not merge 'cats'"):
         compared("s", ["wudi"], session, evaluator, own=[make_recipe(weighted)])
     with pytest.raises(SuiteError, match="merges 2 experts"):
         compared("s", ["wudi"], session, evaluator, own=[make_recipe({"method": "slerp"})])
-    assert evaluator.forward_images == before
+    assert evaluator.outputs.forward_images == before
 
 
 def test_how_settings_came_about(parts: tuple[MergeSession, Evaluator]) -> None:
@@ -233,12 +233,12 @@ def test_usable(tmp_path: Path) -> None:
 
 def test_what_cannot_run_is_refused_at_once(parts: tuple[MergeSession, Evaluator]) -> None:
     session, evaluator = parts
-    before = evaluator.forward_images
+    before = evaluator.outputs.forward_images
     with pytest.raises(SuiteError, match="merges 2 experts"):
         compared("s", ["wudi", "slerp"], session, evaluator)
     with pytest.raises(RecipeError, match="no method"):
         compared("s", ["wudi", "bogus"], session, evaluator)
-    assert evaluator.forward_images == before
+    assert evaluator.outputs.forward_images == before
 
 
 def test_it_can_be_cancelled_while_tuning(parts: tuple[MergeSession, Evaluator]) -> None:

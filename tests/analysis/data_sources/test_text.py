@@ -209,10 +209,10 @@ def test_tasks_of_several_lengths_are_run_together(folder: Path) -> None:
     evaluator = Evaluator(suite)
     expert = suite.expert("one")
     state = {name: expert.tensor(name) for name in expert}
-    images = evaluator.images(["one", "two"], "test")
-    found = evaluator.measure(expert.digest, lambda: state, images, "test")
+    images = evaluator.outputs.images(["one", "two"], "test")
+    found = evaluator.outputs.measure(expert.digest, lambda: state, images, "test")
     for task in ("one", "two"):
-        expected = evaluator.predict(state, task, "test")
+        expected = evaluator.outputs.predict(state, task, "test")
         np.testing.assert_array_equal(found[task]["classes"], expected)
     assert has_labels(suite, "one", "test")
 

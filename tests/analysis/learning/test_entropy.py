@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.entropy import Family, slopes, surest
 from analysis.learning.learn import learn
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
@@ -49,7 +49,7 @@ def adaptive(**parameters: Any) -> Recipe:
 
 
 def learnt(suite: Suite, recipe: Recipe) -> Any:
-    return learn(Evaluator(suite), recipe, MergeSession(suite, None, FactorStore()))
+    return learn(SuiteOutputs(suite), recipe, MergeSession(suite, None, FactorStore()))
 
 
 def merged(suite: Suite, recipe: Recipe, state: Any = None) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ import analysis.evaluation.evaluator
 from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.learn import LEARNERS, learn
 from analysis.outputs.prediction_store import PredictionStore
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.factors.store import FactorStore
 from merge_core.merging import engine
@@ -196,14 +197,14 @@ def test_the_evaluator_learns_once_and_remembers_by_the_data(
     assert not evaluator.knows(recipe, session, "test")
     frame = evaluator.recipe(recipe, session, "test")
     assert asked == [method]
-    weights = session.merge(recipe, learned=learn(evaluator, recipe, session))
+    weights = session.merge(recipe, learned=learn(evaluator.outputs, recipe, session))
     for row in frame.itertuples():
-        _, labels = evaluator.inputs(row.task, "test", None)
-        assert row.correct == (evaluator.predict(weights, row.task, "test") == labels).sum()
+        _, labels = evaluator.outputs.inputs(row.task, "test", None)
+        assert row.correct == (evaluator.outputs.predict(weights, row.task, "test") == labels).sum()
     assert evaluator.knows(recipe, session, "test")
     assert evaluator.recipe(recipe, session, "test").equals(frame)
     evaluator.recipe(recipe, session, "val")
-    assert same(evaluator.learned(recipe, session), learn(evaluator, recipe, session))
+    assert same(evaluator.learned(recipe, session), learn(evaluator.outputs, recipe, session))
     assert asked == [method]
     evaluator.learned(recipe_of(method, seed=5), session)
     assert asked == [method] * 2
@@ -215,7 +216,7 @@ def test_the_evaluator_learns_once_and_remembers_by_the_data(
     again = Evaluator(fresh, store)
     assert not again.knows(recipe, fresh_session, "test")
     again.recipe(recipe, fresh_session, "test")
-    assert again.forward_images == len(TASKS) * IMAGES
+    assert again.outputs.forward_images == len(TASKS) * IMAGES
 
 
 def test_what_does_not_fit_is_said_before_anything_is_learnt(tmp_path: Path, suite: Suite) -> None:
@@ -224,7 +225,7 @@ def test_what_does_not_fit_is_said_before_anything_is_learnt(tmp_path: Path, sui
         learnt(baseless, recipe_of("adamerging"))
     other = MergeSession(suite, ("digits", "lines"), FactorStore())
     with pytest.raises(SuiteError, match="not the ones that this session holds"):
-        learn(Evaluator(suite), recipe_of("fisher"), other)
+        learn(SuiteOutputs(suite), recipe_of("fisher"), other)
     head = suite.root / "heads/lines.safetensors"
     save_file({"weight": torch.ones(4, 7), "bias": torch.zeros(4)}, head)
     for method in QUICK:

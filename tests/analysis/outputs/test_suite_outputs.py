@@ -119,7 +119,7 @@ def test_only_what_is_new_is_run(suite: Suite, session: MergeSession) -> None:
     ):
         got = evaluator.measure_recipe(average(), session, images, measures=("classes", "entropy"))
         ran += new
-        assert evaluator.forward_images == ran
+        assert evaluator.outputs.forward_images == ran
         for task, numbers in images.items():
             for name, values in got[task].items():
                 np.testing.assert_allclose(values, whole[task][name][numbers], atol=1e-6)
@@ -148,9 +148,9 @@ def test_a_new_measure_runs_images_again_and_an_old_one_does_not(
         (("l2",), 3 + IMAGES),  # and the expert's pass, which is kept
         (("cosine", "l2"), 3),
     ):
-        before = evaluator.forward_images
+        before = evaluator.outputs.forward_images
         evaluator.measure_recipe(average(), session, three, measures=measures)
-        assert evaluator.forward_images - before == new
+        assert evaluator.outputs.forward_images - before == new
 
 
 def test_distances_are_forgotten_with_the_expert(suite: Suite) -> None:
@@ -162,9 +162,9 @@ def test_distances_are_forgotten_with_the_expert(suite: Suite) -> None:
     suite._experts["digits"] = suite.expert("shapes")
     other = Evaluator(suite)
     other.measure_member(base, images)
-    assert other.forward_images == 0
+    assert other.outputs.forward_images == 0
     other.measure_member(base, images, measures=("l2",))
-    assert other.forward_images == 4 + IMAGES
+    assert other.outputs.forward_images == 4 + IMAGES
 
 
 def test_batches_span_tasks(
@@ -198,17 +198,19 @@ def test_a_cancelled_run_keeps_what_was_run(
     first = Evaluator(suite)
     with pytest.raises(Cancelled):
         first.measure_recipe(average(), session, SOME, progress=progress)
-    assert first.forward_images == 16
+    assert first.outputs.forward_images == 16
     second = Evaluator(suite)
     second.measure_recipe(average(), session, SOME)
-    assert second.forward_images == 7
+    assert second.outputs.forward_images == 7
 
 
 def test_labels_are_not_looked_at(suite: Suite, session: MergeSession) -> None:
     evaluator = Evaluator(suite)
     for task in TASKS:
-        raw = evaluator.raw_inputs(task, "val")
-        evaluator._raw[task, "val", None] = replace(raw, labels=np.full_like(raw.labels, 99))
+        raw = evaluator.outputs.raw_inputs(task, "val")
+        evaluator.outputs._raw[task, "val", None] = replace(
+            raw, labels=np.full_like(raw.labels, 99)
+        )
     got = evaluator.measure_recipe(average(), session, SOME, measures=tuple(MEASURES))
     expected = by_numpy(suite, averaged(suite), "shapes")
     assert got["shapes"]["classes"].tolist() == expected["classes"].tolist()
