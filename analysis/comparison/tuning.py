@@ -60,7 +60,7 @@ def _value(spec: ParameterSpec, share: float) -> float | int:
     return round(value) if spec.kind == "integer" else round(value, 3)
 
 
-def tuned(
+def tune(
     base: Recipe,
     session: MergeSession,
     evaluator: Evaluator,
