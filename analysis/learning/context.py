@@ -23,7 +23,7 @@ SPLIT: Split = "val"
 BATCH = 50
 
 
-class Lesson:
+class LearningContext:
     """One recipe's learning on the validation images of its tasks, whose labels it never sees.
 
     Args:

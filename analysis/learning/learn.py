@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from analysis.learning.context import Lesson
+from analysis.learning.context import LearningContext
 from analysis.learning.entropy import learn_adamerging, learn_cart_adaptive
 from analysis.learning.fisher import learn_fisher
 from analysis.learning.regmean import learn_regmean, learn_regmean_plus_plus
@@ -15,7 +15,7 @@ from merge_core.merging.engine import MergeSession, check_recipe
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
 
-Learner = Callable[[Lesson], Any]
+Learner = Callable[[LearningContext], Any]
 
 LEARNERS: dict[str, Learner] = {
     "fisher": learn_fisher,
@@ -58,4 +58,4 @@ def learn(
     if session.suite.select(recipe.tasks) != session.groups.tasks:
         raise SuiteError("The recipe's tasks are not the ones that this session holds.")
     check_recipe(session.suite, recipe)
-    return LEARNERS[name](Lesson(outputs, recipe, session, progress or Progress()))
+    return LEARNERS[name](LearningContext(outputs, recipe, session, progress or Progress()))

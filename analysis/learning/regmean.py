@@ -10,44 +10,44 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.learning.context import BATCH, Lesson
+from analysis.learning.context import BATCH, LearningContext
 from merge_core.methods.regmean import NormalEquations, no_equations
 
 Layers = Mapping[str, nn.Module]
 
 
 @torch.no_grad()
-def learn_regmean(lesson: Lesson) -> dict[str, Tensor]:
+def learn_regmean(context: LearningContext) -> dict[str, Tensor]:
     """The update of every linear layer's weight about the average.
 
     Args:
-        lesson: the recipe's parameters are those of RegMean.
+        context: the recipe's parameters are those of RegMean.
 
     Returns:
         Name of a weight to m x n, float64.
 
     Source: Jin et al., arXiv:2212.09849, equation 2.
     """
-    parameters: Any = lesson.recipe.checked_parameters
-    layers = linear_layers(lesson)
-    fit = Fit(lesson, layers)
-    for place, task in enumerate(lesson.tasks):
-        lesson.progress.step(place, len(lesson.tasks), f"activations of {task}")
-        weights = lesson.expert(task)
+    parameters: Any = context.recipe.checked_parameters
+    layers = linear_layers(context)
+    fit = Fit(context, layers)
+    for place, task in enumerate(context.tasks):
+        context.progress.step(place, len(context.tasks), f"activations of {task}")
+        weights = context.expert(task)
         with gram_matrices(layers) as grams:
-            for batch in lesson.images(task, parameters.examples).split(BATCH):
-                lesson.features(weights, batch)
+            for batch in context.images(task, parameters.examples).split(BATCH):
+                context.features(weights, batch)
         for layer, gram in grams.items():
             fit.add(layer, task, gram)
     return fit.updates()
 
 
 @torch.no_grad()
-def learn_regmean_plus_plus(lesson: Lesson) -> dict[str, Tensor]:
+def learn_regmean_plus_plus(context: LearningContext) -> dict[str, Tensor]:
     """The same, block by block, on the inputs that the merged blocks before give.
 
     Args:
-        lesson: the recipe's parameters are those of RegMean++.
+        context: the recipe's parameters are those of RegMean++.
 
     Returns:
         Name of a weight to m x n, float64.
@@ -55,21 +55,21 @@ def learn_regmean_plus_plus(lesson: Lesson) -> dict[str, Tensor]:
     Source: Nguyen et al., arXiv:2508.03121, section 3; within a block each expert's own layers
     pass the inputs on.
     """
-    parameters: Any = lesson.recipe.checked_parameters
-    layers = linear_layers(lesson)
-    images = {task: lesson.images(task, parameters.examples) for task in lesson.tasks}
-    experts = {task: lesson.expert(task) for task in lesson.tasks}
-    merged = dict(experts[lesson.tasks[0]])
-    for group in lesson.groups:
+    parameters: Any = context.recipe.checked_parameters
+    layers = linear_layers(context)
+    images = {task: context.images(task, parameters.examples) for task in context.tasks}
+    experts = {task: context.expert(task) for task in context.tasks}
+    merged = dict(experts[context.tasks[0]])
+    for group in context.groups:
         if group.info.is_floating and group.name in merged:
             merged[group.name] = group.average.float()
-    fit = Fit(lesson, layers)
-    blocks = blocks_in_order(lesson, layers, merged, images[lesson.tasks[0]][:1])
+    fit = Fit(context, layers)
+    blocks = blocks_in_order(context, layers, merged, images[context.tasks[0]][:1])
     for done, (block, inside) in enumerate(blocks.items()):
-        module = lesson.network.get_submodule(block)
-        for place, task in enumerate(lesson.tasks):
-            unit = done * len(lesson.tasks) + place
-            lesson.progress.step(unit, len(blocks) * len(lesson.tasks), f"{block} on {task}")
+        module = context.network.get_submodule(block)
+        for place, task in enumerate(context.tasks):
+            unit = done * len(context.tasks) + place
+            context.progress.step(unit, len(blocks) * len(context.tasks), f"{block} on {task}")
             prefix = f"{block}."
             own = {
                 name.removeprefix(prefix): value
@@ -78,7 +78,7 @@ def learn_regmean_plus_plus(lesson: Lesson) -> dict[str, Tensor]:
             }
             with calls(module) as inputs:
                 for batch in images[task].split(BATCH):
-                    lesson.features(merged, batch)
+                    context.features(merged, batch)
             with gram_matrices(inside) as grams:
                 for args, keywords in inputs:
                     torch.func.functional_call(module, own, args, keywords)
@@ -93,15 +93,15 @@ class Fit:
     """The least-squares problems of all linear layers, counted in expert by expert.
 
     Args:
-        lesson: gives the experts and the recipe's factor of off-diagonal entries.
+        context: gives the experts and the recipe's factor of off-diagonal entries.
         layers: of the network.
     """
 
-    def __init__(self, lesson: Lesson, layers: Layers) -> None:
-        self._lesson = lesson
+    def __init__(self, context: LearningContext, layers: Layers) -> None:
+        self._context = context
         self.averages = {
             group.name.removesuffix(".weight"): group.experts.double().mean(dim=0)
-            for group in lesson.groups
+            for group in context.groups
             if group.name.removesuffix(".weight") in layers
         }
         self._equations: dict[str, NormalEquations] = {}
@@ -109,11 +109,11 @@ class Fit:
     def add(self, layer: str, task: str, gram: Tensor) -> None:
         """Count in an expert's layer with the Gram matrix of its inputs, n x n."""
         name = f"{layer}.weight"
-        parameters: Any = self._lesson.recipe.parameters_of(name)
+        parameters: Any = self._context.recipe.parameters_of(name)
         average = self.averages[layer]
         if layer not in self._equations:
             self._equations[layer] = no_equations(*average.shape)
-        offset = self._lesson.suite.expert(task).tensor(name).double() - average
+        offset = self._context.suite.expert(task).tensor(name).double() - average
         self._equations[layer].add(offset, gram, parameters.off_diagonal)
 
     def update(self, layer: str) -> Tensor:
@@ -125,18 +125,18 @@ class Fit:
         return {f"{layer}.weight": self.update(layer) for layer in self._equations}
 
 
-def linear_layers(lesson: Lesson) -> dict[str, nn.Module]:
+def linear_layers(context: LearningContext) -> dict[str, nn.Module]:
     """The network's linear layers by name, as far as their weights are merged."""
-    merged = {group.name for group in lesson.groups if group.info.is_floating}
+    merged = {group.name for group in context.groups if group.info.is_floating}
     return {
         name: module
-        for name, module in lesson.network.named_modules()
+        for name, module in context.network.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" in merged
     }
 
 
 def blocks_in_order(
-    lesson: Lesson, layers: Layers, weights: Mapping[str, Tensor], image: Tensor
+    context: LearningContext, layers: Layers, weights: Mapping[str, Tensor], image: Tensor
 ) -> dict[str, dict[str, nn.Module]]:
     """The blocks that hold linear layers, as an image passes them, each with its layers.
 
@@ -147,13 +147,13 @@ def blocks_in_order(
     numbered = {name: re.match(r"(.*\.)?\d+(?=\.|$)", name) for name in layers}
     candidates = {*layers, *(found.group() for found in numbered.values() if found)}
     handles = [
-        lesson.network.get_submodule(name).register_forward_pre_hook(
+        context.network.get_submodule(name).register_forward_pre_hook(
             lambda _module, _args, name=name: order.append(name)
         )
         for name in candidates
     ]
     try:
-        lesson.features(weights, image)
+        context.features(weights, image)
     finally:
         for handle in handles:
             handle.remove()

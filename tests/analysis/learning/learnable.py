@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis.learning.context import Lesson
+from analysis.learning.context import LearningContext
 from analysis.learning.learn import learn
 from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.factors.store import FactorStore
@@ -86,10 +86,10 @@ def inputs_of(suite: Suite, task: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float()
 
 
-def lesson_on(suite: Suite, recipe: Recipe, progress: Progress | None = None) -> Lesson:
+def context_on(suite: Suite, recipe: Recipe, progress: Progress | None = None) -> LearningContext:
     """What a recipe's learner is given."""
     session = MergeSession(suite, recipe.tasks, FactorStore())
-    return Lesson(SuiteOutputs(suite), recipe, session, progress or Progress())
+    return LearningContext(SuiteOutputs(suite), recipe, session, progress or Progress())
 
 
 def recipe_of(method: str, seed: int = 0, tasks: Any = None, **parameters: Any) -> Recipe:

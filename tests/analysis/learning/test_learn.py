@@ -27,9 +27,9 @@ from merge_core.progress import Progress
 from merge_core.suites.suite import Suite, load_suite
 from tests.analysis.learning.learnable import (
     QUICK,
+    context_on,
     inputs_of,
     learnt,
-    lesson_on,
     merged,
     mlp_suite,
     recipe_of,
@@ -98,13 +98,13 @@ def test_the_seed_alone_decides(suite: Suite, method: str) -> None:
 
 
 def test_as_many_images_are_drawn_as_asked_for_and_none_twice(suite: Suite) -> None:
-    lesson = lesson_on(suite, recipe_of("fisher"))
+    context = context_on(suite, recipe_of("fisher"))
     whole = inputs_of(suite, "shapes").flatten(1)
     for most in (1, 7, IMAGES - 1):
-        drawn = lesson.images("shapes", most).flatten(1)
+        drawn = context.images("shapes", most).flatten(1)
         places = torch.cdist(drawn.double(), whole.double()).argmin(dim=1)
         assert len(set(places.tolist())) == len(drawn) == most
-    torch.testing.assert_close(lesson.images("shapes", IMAGES).flatten(1), whole)
+    torch.testing.assert_close(context.images("shapes", IMAGES).flatten(1), whole)
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean", "regmean_plus_plus"])
