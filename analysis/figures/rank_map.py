@@ -63,24 +63,22 @@ def evaluated_map(
         picks: rows with proxy, title, mode, rank, scale.
     """
     label, factor = unit(value)
-    column = {r: i for i, r in enumerate(ranks)}
-    row = {s: j for j, s in enumerate(scales)}
-    known = points[points["rank"].isin(column) & points["scale"].isin(row)]
-    at = (
-        known["scale"].map(row).to_numpy(dtype=int),
-        known["rank"].map(column).to_numpy(dtype=int),
+    known = points[points["rank"].isin(ranks) & points["scale"].isin(scales)]
+    rows, columns = (
+        known[name].map({each: i for i, each in enumerate(axis)}).to_numpy(dtype=int)
+        for name, axis in (("scale", scales), ("rank", ranks))
     )
-    shape = (len(scales), len(ranks))
-    values = np.full(shape, np.nan)
-    values[at] = factor * known["score"].to_numpy()
-    whole = np.zeros(shape, dtype=bool)
-    whole[at] = (known["images"] == known["images"].max()).to_numpy()
-    tied = np.zeros(shape, dtype=bool)
-    tied[at] = known["tied"].to_numpy(dtype=bool)
+
+    def grid(found: pd.Series, blank: float | bool) -> np.ndarray:
+        cells = np.full((len(scales), len(ranks)), blank)
+        cells[rows, columns] = found.to_numpy(dtype=cells.dtype)
+        return cells
+
+    values = grid(factor * known["score"], np.nan)
     figure = go.Figure()
     if len(known):
-        _add_cells(figure, values, whole)
-    _add_outline(figure, tied)
+        _add_cells(figure, values, grid(known["images"] == known["images"].max(), False))
+    _add_outline(figure, grid(known["tied"], False))
     told = {
         (r, s): f"{_score(v, value)} on {n:.0f} images a task{', tied' if t else ''}"
         for r, s, v, n, t in zip(
@@ -90,9 +88,24 @@ def evaluated_map(
     _add_overlay(figure, ranks, scales, told)
     if picks is not None:
         _add_picks_to_map(figure, picks.dropna(subset=["rank", "scale"]), ranks, scales)
-    for name, cell, symbol, size in (
-        ("recommended", recommended, "star", 17),
-        ("chosen", chosen, "circle-open", 22),
+    _add_settings(figure, recommended, chosen, ranks, scales)
+    layout(figure, title, x="Rank, share of directions kept", y=SCALE, height=460)
+    _equal_cells(figure, ranks, scales)
+    _add_colours(figure, values[~np.isnan(values)], label, MAP_SPAN if factor == 100 else math.inf)
+    return figure
+
+
+def _add_settings(
+    figure: go.Figure,
+    recommended: tuple[float, float] | None,
+    chosen: tuple[float, float] | None,
+    ranks: Sequence[float],
+    scales: Sequence[float],
+) -> None:
+    """A star and a ring, where there are such settings."""
+    for name, cell, symbol, size, colour, width in (
+        ("recommended", recommended, "star", 17, "#FFFFFF", 1.5),
+        ("chosen", chosen, "circle-open", 22, MARK, 3),
     ):
         if cell is not None and not np.isnan(cell).any():
             figure.add_scatter(
@@ -104,28 +117,25 @@ def evaluated_map(
                 marker={
                     "symbol": symbol,
                     "size": size,
-                    "color": MARK if name == "chosen" else "#FFFFFF",
-                    "line": {"width": 3 if name == "chosen" else 1.5, "color": MARK},
+                    "color": colour,
+                    "line": {"width": width, "color": MARK},
                 },
             )
-    layout(figure, title, x="Rank, share of directions kept", y=SCALE, height=460)
-    _equal_cells(figure, ranks, scales)
-    span = [
-        float(np.nanmax(values)) if len(known) else 1.0,
-        float(np.nanmin(values)) if len(known) else 0.0,
-    ]
-    lowest = max(span[1], span[0] - MAP_SPAN) if factor == 100.0 else span[1]
+
+
+def _add_colours(figure: go.Figure, values: np.ndarray, label: str, span: float) -> None:
+    """The scale of the values, ending `span` below the highest at most."""
+    highest, lowest = (float(values.max()), float(values.min())) if len(values) else (1.0, 0.0)
     figure.update_layout(
         coloraxis={
             "colorscale": SEQUENTIAL,
-            "cmin": lowest,
-            "cmax": span[0],
-            "showscale": bool(len(known)),
+            "cmin": max(lowest, highest - span),
+            "cmax": highest,
+            "showscale": bool(len(values)),
         }
     )
-    if len(known):
+    if len(values):
         colour_bar(figure, label)
-    return figure
 
 
 def _score(score: float, value: str) -> str:
