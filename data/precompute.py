@@ -14,7 +14,8 @@ from pathlib import Path
 from analysis.comparison.first_result import first_recipes, first_result
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.prediction_store import SHIPPED_NAME, PredictionStore
-from analysis.rank_selection.select import NEEDS, select_rank
+from analysis.rank_selection.rule import NEEDS
+from analysis.rank_selection.select import SelectionOptions, select_rank
 from analysis.rank_selection.space import search_space
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
@@ -57,11 +58,13 @@ def precompute(reference: str = BUNDLED) -> Path:
             for mode in NEEDS if name in SELECTED else ():
                 space = search_space(name, reference, tasks)
                 shown = _progress(f"{name}, {mode}")
-                select_rank(space, session, evaluator, mode, every_proxy=True, progress=shown)
+                options = SelectionOptions(mode, every_proxy=True)
+                select_rank(space, session, evaluator, options, progress=shown)
             if name == "cart":  # the full map, which takes minutes
                 space = search_space(name, reference, tasks)
                 shown = _progress(f"{name}, full grid")
-                select_rank(space, session, evaluator, "labels", full_grid=True, progress=shown)
+                options = SelectionOptions("labels", full_grid=True)
+                select_rank(space, session, evaluator, options, progress=shown)
         evaluator.experts(tasks)
         if suite.base is not None:
             evaluator.checkpoint(suite.base, tasks)

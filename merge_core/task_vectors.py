@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 from typing import Literal
 
 import torch
@@ -132,29 +132,44 @@ class ParameterGroup:
         """shape: the base or the average."""
         return self.base if origin == "base" else self.average
 
+    def widest_dtype(self, origin: Origin | None) -> torch.dtype:
+        """The widest dtype of the experts and, where there is one, of their origin."""
+        found = {member.dtype for member in self.members}
+        if origin is not None:
+            found.add(self.origin(origin).dtype)
+        return reduce(torch.promote_types, found)
+
     def task_vectors(self, origin: Origin) -> Tensor:
         """T x shape: θ_t − origin."""
         return self.experts - self.origin(origin)
 
     def blocks(
-        self, origin: Origin, size: int, stride: int = 1, first: int = 0
+        self,
+        origin: Origin | None,
+        size: int,
+        stride: int = 1,
+        first: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The task vectors in blocks, so that no copy of all of them is made.
+        """The task vectors, or the experts, in blocks, so that no copy of all of them is made.
 
         Args:
-            origin: what they are taken about.
+            origin: what the task vectors are taken about; None for the experts themselves.
             size: entries of a block, at most.
             stride: of the entries that are taken.
             first: the first of them.
+            dtype: in which differences are taken and given; the widest of all when None.
 
         Yields:
             The place of a block among the parameter's entries, and the block, T x n.
         """
-        about = self.origin(origin).reshape(-1)
+        about = None if origin is None else self.origin(origin).reshape(-1)
+        dtype = dtype or self.widest_dtype(origin)
         flat = [member.reshape(-1) for member in self.members]
-        for start in range(first, about.numel(), size * stride):
-            part = slice(start, min(start + size * stride, about.numel()), stride)
-            yield part, torch.stack([member[part] for member in flat]).sub_(about[part])
+        for start in range(first, self.info.numel, size * stride):
+            part = slice(start, min(start + size * stride, self.info.numel), stride)
+            block = torch.stack([member[part] for member in flat]).to(dtype)
+            yield part, block if about is None else block.sub_(about[part])
 
     def singular_values(self, origin: Origin) -> list[Tensor]:
         """All r singular values of each task vector as a matrix, float32, in the tasks' order.

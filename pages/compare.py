@@ -60,33 +60,33 @@ def ranking(result: Comparison) -> None:
     if result.base is not None:
         references["base"] = result.base
     order = result.summary["label"].tolist()
-    left, right = st.columns(2)
-    with left:
-        charts.show(
+    pairs = accuracy.paired(result.hits)
+    charts.panel(
+        charts.Chart(
             figures.method_dots(
                 result.summary, title="Which method keeps most of the tasks?", references=references
             ),
             key="dots",
             alt="Mean test accuracy of each method with its interval",
-        )
-    with right:
-        pairs = accuracy.paired(result.hits)
-        charts.show(
+        ),
+        charts.Chart(
             figures.paired_map(pairs, order, title="Which differences are real?"),
             key="pairs",
             alt="Pairwise differences of mean accuracy",
-        )
-    charts.how_to_read(
-        "ranking",
-        "Dots: mean accuracy over the tasks on the **test** split with its 95 % interval, and the "
-        "worst task; the number is the place. Map: row minus column on the **same images**, in "
-        "points, by these places; a dot marks "
-        "differences that stay significant at 5 % after Holm's correction for the number of "
-        "pairs. They speak of these experts and tasks, not of others.",
-        r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
-        r"\mathrm{var}\,\bar d = \tfrac1{T^2}\sum_t \tfrac{\mathrm{var}\,d_t}{n_t}",
+        ),
+        key="ranking",
+        columns=2,
+        how_to_read=charts.HowToRead(
+            "Dots: mean accuracy over the tasks on the **test** split with its 95 % interval, and "
+            "the worst task; the number is the place. Map: row minus column on the **same "
+            "images**, in points, by these places; a dot marks differences that stay significant "
+            "at 5 % after Holm's correction for the number of pairs. They speak of these experts "
+            "and tasks, not of others.",
+            r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
+            r"\mathrm{var}\,\bar d = \tfrac1{T^2}\sum_t \tfrac{\mathrm{var}\,d_t}{n_t}",
+        ),
+        numbers=charts.Numbers(pairs, "paired_differences"),
     )
-    charts.numbers(pairs, "paired_differences", key="pairs")
 
 
 def table(result: Comparison) -> None:
@@ -111,12 +111,14 @@ def tasks(result: Comparison) -> None:
         key="drawn",
     )
     left, right = st.columns(2)
-    with left:
-        charts.show(
+    charts.panel(
+        charts.Chart(
             figures.task_radar(result.tasks, chosen, title="Which tasks does a method keep?"),
             key="radar",
             alt="Accuracy of the chosen methods over tasks",
-        )
+        ),
+        columns=[left],
+    )
     with right:
         wide = result.tasks.pivot(index="label", columns="task", values="accuracy")
         wide = wide.loc[order, result.experts["task"]]
@@ -131,16 +133,16 @@ def tasks(result: Comparison) -> None:
 def costs(result: Comparison) -> None:
     """Accuracy against time, memory or storage."""
     quantity = choice("Cost", COSTS, "cost")
-    charts.show(
-        figures.cost_scatter(result.summary, quantity, title="What does accuracy cost?"),
-        key="costs",
-        alt=f"Accuracy against {COSTS[quantity].lower()}",
-    )
-    st.caption(
-        "Time (of the processor) and memory: to learn, decompose and merge for all tasks, from "
-        "experts in memory with nothing decomposed before, measured once on this machine. "
-        "Storage: backbones for all tasks; a merge is one model, methods that know the task hold "
-        "what their compact form needs."
+    charts.panel(
+        charts.Chart(
+            figures.cost_scatter(result.summary, quantity, title="What does accuracy cost?"),
+            key="costs",
+            alt=f"Accuracy against {COSTS[quantity].lower()}",
+            caption="Time (of the processor) and memory: to learn, decompose and merge for all "
+            "tasks, from experts in memory with nothing decomposed before, measured once on this "
+            "machine. Storage: backbones for all tasks; a merge is one model, methods that know "
+            "the task hold what their compact form needs.",
+        )
     )
 
 

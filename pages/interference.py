@@ -63,6 +63,21 @@ def over_rank_frame(
     return mean_over_layers(interference_over_rank(groups, origin, SHARES, side))
 
 
+@st.cache_data(max_entries=64, show_spinner=False)
+def angles_frame(
+    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, k: int, side: Side, _view: View
+) -> pd.DataFrame:
+    """Mean principal angle of each pair at one rank."""
+    return mean_angles(principal_angles(resources.group(_view), origin, k, side))
+
+
+@st.cache_data(max_entries=16, show_spinner="Comparing signs …")
+def sign_frame(key: str, tasks: tuple[str, ...], _view: View) -> pd.DataFrame:
+    """Sign conflict of every weight matrix about the base."""
+    frame = sign_conflict(Groups(_view.suite, tasks, resources.factor_store(_view.suite)), "base")
+    return frame[frame["parameter"].isin(_view.suite.matrices)]
+
+
 def compared(pairs: list[pd.DataFrame]) -> str:
     """What centring does to the mean interference here, as measured."""
     if len(pairs) < 2:
@@ -134,155 +149,145 @@ def section() -> None:
         st.info("Interference needs at least two tasks; choose more in the sidebar.")
         return
     layer, share, side = controls(view)
-    group = resources.group(view)
-    k = count_directions(share, min(as_matrix(group.average).shape))
-    where = "whole model" if layer is None else short_name(layer)
+    k = count_directions(share, min(as_matrix(resources.group(view).average).shape))
+    draw_pairs(view, k, side)
+    draw_curves(view, layer, share, side)
+    draw_cosines(view, layer)
+    draw_angles_and_signs(view, share, k, side)
 
+
+def place_of(layer: str | None) -> str:
+    """What was looked at, in words."""
+    return "whole model" if layer is None else short_name(layer)
+
+
+def draw_pairs(view: View, k: int, side: Side) -> None:
+    """Interference of each pair of tasks at one rank, about each origin."""
     st.subheader("Do two tasks use the same directions?", anchor=False)
-    columns = st.columns(len(origins(view)))
     pairs = [
         pairs_frame(view.key, view.tasks, view.layer, origin, k, side, view)
         for origin in origins(view)
     ]
     # One colour range for both maps, so that they can be compared.
     top = max(float(frame["interference"].max()) for frame in pairs)
-    for column, origin, frame in zip(columns, origins(view), pairs, strict=True):
-        different = frame[frame["first"] != frame["second"]]["interference"]
-        with column:
-            charts.show(
-                figures.pair_map(
-                    frame,
-                    "interference",
-                    title=f"{SHORT[origin]}: mean {different.mean():.3f} at k = {k}",
-                    zmin=0,
-                    zmax=top,
-                ),
-                key=f"pairs_{origin}",
-                alt=f"{side}-space interference of each pair of tasks in {view.layer}, k = {k}",
-                height=480,
-            )
-    charts.how_to_read(
-        "pairs",
-        f"Each cell compares the leading {k} {side} directions of two tasks in "
-        f"`{view.layer}`, weighted by their singular values: 0 means that they share none, 1 that "
-        "they share all of their strength. A merge adds all tasks up, so what is shared is what "
-        f"gets mixed. {compared(pairs)}",
-        r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\qquad S_i = "
-        r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)",
-    )
-    charts.numbers(pd.concat(pairs, ignore_index=True), f"interference_pairs_k{k}", key="pairs")
 
+    def chart(origin: Origin, frame: pd.DataFrame) -> charts.Chart:
+        different = frame[frame["first"] != frame["second"]]["interference"]
+        return charts.Chart(
+            figures.pair_map(
+                frame,
+                "interference",
+                title=f"{SHORT[origin]}: mean {different.mean():.3f} at k = {k}",
+                zmin=0,
+                zmax=top,
+            ),
+            key=f"pairs_{origin}",
+            alt=f"{side}-space interference of each pair of tasks in {view.layer}, k = {k}",
+            height=480,
+        )
+
+    charts.panel(
+        *(chart(origin, frame) for origin, frame in zip(origins(view), pairs, strict=True)),
+        key="pairs",
+        columns=len(pairs),
+        how_to_read=charts.HowToRead(
+            f"Each cell compares the leading {k} {side} directions of two tasks in "
+            f"`{view.layer}`, weighted by their singular values: 0 means that they share none, 1 "
+            "that they share all of their strength. A merge adds all tasks up, so what is shared "
+            f"is what gets mixed. {compared(pairs)}",
+            r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\qquad S_i = "
+            r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)",
+        ),
+        numbers=charts.Numbers(pd.concat(pairs, ignore_index=True), f"interference_pairs_k{k}"),
+    )
+
+
+def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None:
+    """Interference, what is left out and the size of the update over rank, and the trade-off."""
     st.subheader("What does a higher rank cost?", anchor=False)
     curves = pd.concat(
         [over_rank_frame(view.key, view.tasks, layer, o, side, view) for o in origins(view)],
         ignore_index=True,
     )
-    left, right = st.columns(2)
-    with left:
-        charts.show(
-            figures.over_rank(
-                curves,
-                "interference_normalised",
-                title=f"Interference, {where}",
-                chosen_share=share,
-            ),
-            key="over_rank",
-            alt=f"Mean pairwise interference over rank in {where}",
-            height=400,
-        )
-    with right:
-        charts.show(
-            figures.over_rank(
-                curves,
-                "reconstruction_share",
-                title=f"What the cut leaves out, {where}",
-                chosen_share=share,
-            ),
-            key="reconstruction",
-            alt=f"Reconstruction error over rank in {where}",
-            height=400,
-        )
-    left, right = st.columns(2)
-    with left:
-        charts.show(
+    where = place_of(layer)
+
+    def chart(key: str, value: str, title: str, alt: str) -> charts.Chart:
+        figure = figures.over_rank(curves, value, title=title, chosen_share=share)
+        return charts.Chart(figure, key=key, alt=alt, height=400)
+
+    charts.panel(
+        chart(
+            "over_rank",
+            "interference_normalised",
+            f"Interference, {where}",
+            f"Mean pairwise interference over rank in {where}",
+        ),
+        chart(
+            "reconstruction",
+            "reconstruction_share",
+            f"What the cut leaves out, {where}",
+            f"Reconstruction error over rank in {where}",
+        ),
+        charts.Chart(
             figures.trade_off(curves, title="The trade-off along the rank", chosen_share=share),
             key="trade_off",
             alt="Interference against reconstruction error, one curve per origin",
             height=400,
-        )
-    with right:
-        charts.show(
-            figures.over_rank(
-                curves,
-                "update_norm",
-                title=f"Size of the merged update, {where}",
-                chosen_share=share,
-            ),
-            key="update_norm",
-            alt="Norm of the summed truncated task vectors over rank",
-            height=400,
-        )
-    charts.how_to_read(
-        "curves",
-        f"A higher rank always leaves less of each task out. {rank_effect(curves)} Down and to the "
-        "left on the trade-off curve is better: little left out, little shared. "
-        "The size of the centred update is zero at full rank, because the centred task vectors "
-        "cancel: that is why CART at full rank is the plain average.",
-        r"I(k) = \sum_{i\ne j} I_{ij}(k) \in [0, T(T-1)],\qquad "
-        r"R(k) = \sum_t \sum_{i>k} \sigma_{t,i}^2",
+        ),
+        chart(
+            "update_norm",
+            "update_norm",
+            f"Size of the merged update, {where}",
+            "Norm of the summed truncated task vectors over rank",
+        ),
+        key="curves",
+        columns=2,
+        how_to_read=charts.HowToRead(
+            f"A higher rank always leaves less of each task out. {rank_effect(curves)} Down and to "
+            "the left on the trade-off curve is better: little left out, little shared. The size "
+            "of the centred update is zero at full rank, because the centred task vectors cancel: "
+            "that is why CART at full rank is the plain average.",
+            r"I(k) = \sum_{i\ne j} I_{ij}(k) \in [0, T(T-1)],\qquad "
+            r"R(k) = \sum_t \sum_{i>k} \sigma_{t,i}^2",
+        ),
+        numbers=charts.Numbers(curves, "interference_over_rank"),
     )
-    charts.numbers(curves, "interference_over_rank", key="curves")
 
+
+def draw_cosines(view: View, layer: str | None) -> None:
+    """Cosines of whole task vectors, about each origin."""
     st.subheader("Do whole task vectors point the same way?", anchor=False)
-    columns = st.columns(len(origins(view)))
-    cosines = []
-    for column, origin in zip(columns, origins(view), strict=True):
-        frame = cosine_frame(view.key, view.tasks, layer, origin, view)
-        cosines.append(frame)
-        with column:
-            charts.show(
-                figures.pair_map(
-                    frame,
-                    "cosine",
-                    title=LABELS[origin],
-                    diverging=True,
-                    zmin=-1,
-                    zmax=1,
-                ),
-                key=f"cosine_{origin}",
-                alt=f"Cosine similarity of task vectors in {where}, {LABELS[origin]}",
-                height=480,
-            )
+    cosines = [cosine_frame(view.key, view.tasks, layer, origin, view) for origin in origins(view)]
     expected = -1 / (len(view.tasks) - 1)
     centred = cosines[0]
     mean = centred[centred["first"] != centred["second"]]["cosine"].mean()
-    charts.how_to_read(
-        "cosines",
-        "Original task vectors share a common direction, so their cosines are positive. Centred "
-        f"ones sum to zero, so their mean cosine lies near −1/(T−1) = {expected:.3f} by "
-        f"construction (here {mean:.3f}); only the pattern around that value carries meaning.",
-        r"\cos(\tau_i, \tau_j) = \frac{\langle \tau_i, \tau_j\rangle}{\|\tau_i\|\,\|\tau_j\|}",
+    charts.panel(
+        *(
+            charts.Chart(
+                figures.pair_map(
+                    frame, "cosine", title=LABELS[origin], diverging=True, zmin=-1, zmax=1
+                ),
+                key=f"cosine_{origin}",
+                alt=f"Cosine similarity of task vectors in {place_of(layer)}, {LABELS[origin]}",
+                height=480,
+            )
+            for origin, frame in zip(origins(view), cosines, strict=True)
+        ),
+        key="cosines",
+        columns=len(cosines),
+        how_to_read=charts.HowToRead(
+            "Original task vectors share a common direction, so their cosines are positive. "
+            "Centred ones sum to zero, so their mean cosine lies near −1/(T−1) = "
+            f"{expected:.3f} by construction (here {mean:.3f}); only the pattern around that "
+            "value carries meaning.",
+            r"\cos(\tau_i, \tau_j) = \frac{\langle \tau_i, \tau_j\rangle}"
+            r"{\|\tau_i\|\,\|\tau_j\|}",
+        ),
+        numbers=charts.Numbers(pd.concat(cosines, ignore_index=True), "cosine_similarity"),
     )
-    charts.numbers(pd.concat(cosines, ignore_index=True), "cosine_similarity", key="cosines")
-    angles_and_signs(view, share, k, side)
 
 
-@st.cache_data(max_entries=64, show_spinner=False)
-def angles_frame(
-    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, k: int, side: Side, _view: View
-) -> pd.DataFrame:
-    """Mean principal angle of each pair at one rank."""
-    return mean_angles(principal_angles(resources.group(_view), origin, k, side))
-
-
-@st.cache_data(max_entries=16, show_spinner="Comparing signs …")
-def sign_frame(key: str, tasks: tuple[str, ...], _view: View) -> pd.DataFrame:
-    """Sign conflict of every weight matrix about the base."""
-    frame = sign_conflict(Groups(_view.suite, tasks, resources.factor_store(_view.suite)), "base")
-    return frame[frame["parameter"].isin(_view.suite.matrices)]
-
-
-def angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
+def draw_angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
     """Two further looks at the same question, computed only when asked for."""
     st.subheader("Angles between subspaces, clashes of signs", anchor=False)
     more = st.toggle(
@@ -293,36 +298,37 @@ def angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
     )
     if not more:
         return
-    left, right = st.columns(2)
     origin = origins(view)[0]
     angles = angles_frame(view.key, view.tasks, view.layer, origin, k, side, view)
-    with left:
-        charts.show(
+    clashes = None
+    if "base" in origins(view):
+        signs = sign_frame(view.key, view.tasks, view)
+        clashes = charts.Chart(
+            figures.conflict_bars(signs, title="Where do signs clash? (original)"),
+            key="signs",
+            alt="Share of magnitude that cancels and of entries with both signs per matrix",
+            height=480,
+            numbers=charts.Numbers(signs, "sign_conflict"),
+        )
+    charts.panel(
+        charts.Chart(
             figures.pair_map(angles, "angle", title=f"{SHORT[origin]}: angles at k = {k}", zmax=90),
             key="angles",
             alt=f"Mean principal angle of each pair of tasks in {view.layer}, k = {k}",
             height=480,
-        )
-        charts.numbers(angles, f"principal_angles_k{k}", key="angles")
-    if "base" in origins(view):
-        signs = sign_frame(view.key, view.tasks, view)
-        with right:
-            charts.show(
-                figures.conflict_bars(signs, title="Where do signs clash? (original)"),
-                key="signs",
-                alt="Share of magnitude that cancels and of entries with both signs per matrix",
-                height=480,
-            )
-            charts.numbers(signs, "sign_conflict", key="signs")
-    charts.how_to_read(
-        "angles",
-        f"Left: the mean angle between the leading {k} directions ({share_label(share)}) of two "
-        "tasks, however strong each is; 90° means that they share none, which random "
-        "subspaces approach only where the matrix is much wider than k. Right: adding the task "
-        "vectors up cancels this share of their magnitude, and in this share of the entries at "
-        "least two tasks pull in opposite directions.",
-        r"\cos\theta_a = \sigma_a(V_i^\top V_j),\qquad "
-        r"1 - \frac{\sum_e |\sum_t \tau_{t,e}|}{\sum_e \sum_t |\tau_{t,e}|}",
+            numbers=charts.Numbers(angles, f"principal_angles_k{k}"),
+        ),
+        clashes,
+        columns=2,
+        how_to_read=charts.HowToRead(
+            f"Left: the mean angle between the leading {k} directions ({share_label(share)}) of "
+            "two tasks, however strong each is; 90° means that they share none, which random "
+            "subspaces approach only where the matrix is much wider than k. Right: adding the "
+            "task vectors up cancels this share of their magnitude, and in this share of the "
+            "entries at least two tasks pull in opposite directions.",
+            r"\cos\theta_a = \sigma_a(V_i^\top V_j),\qquad "
+            r"1 - \frac{\sum_e |\sum_t \tau_{t,e}|}{\sum_e \sum_t |\tau_{t,e}|}",
+        ),
     )
 
 

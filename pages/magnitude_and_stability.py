@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from functools import partial
-from typing import Literal
+from collections.abc import Iterable
 
 import numpy as np
 import pandas as pd
 import streamlit as st
 
 from analysis.figures import magnitude as figures
-from analysis.figures import regularisation as norm_figures
+from analysis.figures import regularisation as noise_figures
 from analysis.magnitude import robustness, sweep
 from analysis.magnitude.homogeneity import (
     LAWS,
@@ -21,7 +20,6 @@ from analysis.magnitude.homogeneity import (
     exact_degree,
     laws,
 )
-from analysis.magnitude.norms import TOTAL, histogram_frame, identity_frame, norms_frame
 from analysis.magnitude.robustness import CORRUPTIONS, Corruption
 from analysis.magnitude.sweep import WHO, Who
 from analysis.outputs.pool_outputs import PoolEvaluator
@@ -29,6 +27,7 @@ from merge_core.files import digest_of
 from merge_core.progress import Progress
 from ui import charts, shell
 from ui.progress import run_job
+from ui.sections.norms import norms_section
 from ui.server import pool_resources
 from ui.server.pool_resources import PoolView
 from ui.widgets import choice
@@ -65,21 +64,6 @@ def predicted(
     """The sweep that a power law predicts."""
     evaluator = pool_resources.evaluator(_view)
     return sweep.predicted_sweep(evaluator, members, MAGNITUDES, who, what, layer, law=law)
-
-
-@st.cache_data(max_entries=64, show_spinner=False)
-def norm_frames(
-    key: str, members: tuple[int, ...], _view: PoolView
-) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The identity of norms, and norms per parameter."""
-    evaluator = pool_resources.evaluator(_view)
-    return identity_frame(evaluator, members), norms_frame(evaluator, members)
-
-
-@st.cache_data(max_entries=64, show_spinner=False)
-def histogram(key: str, members: tuple[int, ...], parameter: str, _view: PoolView) -> pd.DataFrame:
-    """The distribution of one parameter's entries."""
-    return histogram_frame(pool_resources.evaluator(_view), members, parameter)
 
 
 def factor_label(m: float) -> str:
@@ -157,7 +141,16 @@ def scaling_section() -> None:
     st.markdown(law_in_words(evaluator, what, layer))
     if job is None:
         return
-    frame: pd.DataFrame = job.result
+    scaled = sweep.scaled_names(evaluator.network.module, what, layer)
+    m, law = choose_factor(laws(evaluator, scaled))
+    overlay = predicted(view.key, view.members, who, what, layer, law, view)
+    draw_scaling(job.result, overlay, view, who, m)
+    if who != "all":
+        draw_dominance(view, affine_depth(evaluator, scaled), m)
+
+
+def choose_factor(known: Iterable[Law]) -> tuple[float, Law]:
+    """The marked m, and one of the laws that predict the sweep here."""
     left, right = st.columns([3, 2], vertical_alignment="bottom")
     m = left.select_slider(
         "m",
@@ -168,8 +161,6 @@ def scaling_section() -> None:
         bind="query-params",
         help="The marked factor; 1 leaves the members as they are.",
     )
-    scaled = sweep.scaled_names(evaluator.network.module, what, layer)
-    known = laws(evaluator, scaled)
     with right:
         law: Law = choice(
             "Prediction drawn over it",
@@ -177,7 +168,13 @@ def scaling_section() -> None:
             "law",
             "; ".join(f"{key}: {LAWS[key]}" for key in known),
         )
-    overlay = predicted(view.key, view.members, who, what, layer, law, view)
+    return m, law
+
+
+def draw_scaling(
+    frame: pd.DataFrame, overlay: pd.DataFrame, view: PoolView, who: Who, m: float
+) -> None:
+    """Every measure over m, and what it is at the marked one."""
     st.markdown(f"At **m = {factor_label(m)}**, accuracy and the share of unchanged predictions:")
     cards = charts.cards(4)
     here = frame[np.isclose(frame["magnitude"], m)].set_index("subject")
@@ -207,220 +204,137 @@ def scaling_section() -> None:
             f"{worst['non_finite']:.0%} of the images (m = {factor_label(worst['magnitude'])}). "
             "Such images count as wrong and as changed."
         )
-    charts.show(
-        figures.magnitude_grid(
-            frame, overlay, title=f"Parameters times m: {view.pool.title}, {WHO[who]}", chosen=m
+    charts.panel(
+        charts.Chart(
+            figures.magnitude_grid(
+                frame, overlay, title=f"Parameters times m: {view.pool.title}, {WHO[who]}", chosen=m
+            ),
+            key="magnitude",
+            alt="Accuracy, stability, confidence, entropy, calibration error and logit norm over m",
+            height=1000,
         ),
-        key="magnitude",
-        alt="Accuracy, stability, confidence, entropy, calibration error and logit norm over m",
-        height=1000,
+        how_to_read=charts.HowToRead(
+            "Every line is measured on the test split at 25 factors m; the dashed grey line is "
+            "the prediction chosen above. **Stability** is the share of images whose predicted "
+            "class is the one at m = 1. **Calibration error** compares confidence with accuracy "
+            "in 15 bins. Logits are computed in float64 where float32 would lose them. A factor "
+            "that multiplies all logits alike changes confidence and entropy, never a prediction.",
+            r"f(x; m\theta) = m^L f(x;\theta)\ \text{(no biases)},\qquad "
+            r"f(x; m\theta) = m^L f\bigl(x;\,W_l,\ m^{1-l} b_l\bigr)\ \text{(with biases)}",
+        ),
+        numbers=charts.Numbers(frame, f"magnitude_{view.name}"),
     )
-    charts.how_to_read(
-        "magnitude",
-        "Every line is measured on the test split at 25 factors m; the dashed grey line is the "
-        "prediction chosen above. **Stability** is the share of images whose predicted class is "
-        "the one at m = 1. **Calibration error** compares confidence with accuracy in 15 bins. "
-        "Logits are computed in float64 where float32 would lose them. A factor that multiplies "
-        "all logits alike changes confidence and entropy, never a prediction.",
-        r"f(x; m\theta) = m^L f(x;\theta)\ \text{(no biases)},\qquad "
-        r"f(x; m\theta) = m^L f\bigl(x;\,W_l,\ m^{1-l} b_l\bigr)\ \text{(with biases)}",
-    )
-    charts.numbers(frame, f"magnitude_{view.name}", key="magnitude")
-    if who != "all":
-        dominance_section(view, evaluator, scaled, m)
 
 
-def dominance_section(
-    view: PoolView, evaluator: PoolEvaluator, scaled: frozenset[str], m: float
-) -> None:
-    """How one scaled member outweighs the others."""
-    depth = affine_depth(evaluator, scaled)
+def draw_dominance(view: PoolView, depth: int, m: float) -> None:
+    """How one scaled member outweighs the others in a network of so many affine layers."""
     frame = dominance([depth], len(view.members), MAGNITUDES)
-    charts.show(
-        figures.dominance_lines(
-            frame, title="Who decides: one member scaled by m, the others not", chosen=m
+    charts.panel(
+        charts.Chart(
+            figures.dominance_lines(
+                frame, title="Who decides: one member scaled by m, the others not", chosen=m
+            ),
+            key="dominance",
+            alt="Share of the scaled member in the soup's weights and in the ensemble's logits",
+            height=400,
         ),
-        key="dominance",
-        alt="Share of the scaled member in the soup's weights and in the ensemble's logits",
-        height=400,
+        how_to_read=charts.HowToRead(
+            "In a logit ensemble one scaled member counts as m^L : 1 against each other (L = "
+            f"{depth} affine layers, if the network were homogeneous); in a soup only as m : 1. "
+            "The curves are this arithmetic for members of equal norms, not a measurement.",
+            r"\frac{m^L}{m^L + N - 1}\quad\text{against}\quad \frac{m}{m + N - 1}",
+        ),
+        numbers=charts.Numbers(frame, f"dominance_{view.name}"),
     )
-    charts.how_to_read(
-        "dominance",
-        f"In a logit ensemble one scaled member counts as m^L : 1 against each other (L = {depth} "
-        "affine layers, if the network were homogeneous); in a soup only as m : 1. The curves are "
-        "this arithmetic for members of equal norms, not a measurement.",
-        r"\frac{m^L}{m^L + N - 1}\quad\text{against}\quad \frac{m}{m + N - 1}",
-    )
-    charts.numbers(frame, f"dominance_{view.name}", key="dominance")
-
-
-@shell.fragment
-def norms_section() -> None:
-    """Averaging as regularisation."""
-    view = shell.pool_view()
-    st.subheader("What does averaging do to the size of the weights?", anchor=False)
-    identity, norms = norm_frames(view.key, view.members, view)
-    total = identity[identity["parameter"] == TOTAL].iloc[0]
-    ratio = float(np.sqrt(total["soup_square"] / total["mean_square"]))
-    n = len(view.members)
-    cards = charts.cards(4)
-    cards.metric("Mean ‖θᵢ‖²", f"{total['mean_square']:.4g}")
-    cards.metric("‖average‖²", f"{total['soup_square']:.4g}")
-    cards.metric(
-        "Mean ‖θᵢ − average‖²",
-        f"{total['spread']:.4g}",
-        help="Computed apart from the other two: the identity says that it is their difference.",
-    )
-    cards.metric(
-        "Identity holds to",
-        f"{identity['deviation'].max():.0e}",
-        help="Largest relative deviation over all parameters, float64.",
-    )
-    st.markdown(
-        f"The average of {n} members keeps **{ratio:.0%}** of their norm (root mean square over "
-        f"members; {1 / np.sqrt(n):.0%} would be left of independent ones of mean zero)."
-    )
-    quantity: Literal["norm", "variance"] = choice(
-        "Members and their average compared by",
-        {"norm": "Norms", "variance": "Variances"},
-        "size",
-    )
-    left, right = st.columns(2)
-    height = max(430, 26 * len(norms) + 160)
-    with left:
-        charts.show(
-            norm_figures.norm_ratios(norms, title="How much of its norm does each tensor keep?"),
-            key="ratios",
-            alt="Norm of the average as a share of the members', per parameter",
-            height=height,
-        )
-    with right:
-        charts.show(
-            norm_figures.norm_ranges(norms, quantity, title="Members and their average"),
-            key="ranges",
-            alt=f"{quantity} of members and average per parameter",
-            height=height,
-        )
-    charts.how_to_read(
-        "norms",
-        "What the members do not share is averaged away: the squared norm falls by exactly the "
-        "members' mean squared distance to their average. Where a dot lies on the line 1/√N, the "
-        "members have nothing in common in that tensor.",
-        r"\tfrac1N\sum_i\|\theta_i\|^2 - \|\bar\theta\|^2 "
-        r"= \tfrac1N\sum_i\|\theta_i-\bar\theta\|^2",
-    )
-    charts.numbers(norms, f"norms_{view.name}", key="norms")
-    weights = norms[norms["weight"]]["parameter"].tolist()
-    parameter = st.selectbox(
-        "Parameter", weights + [p for p in norms["parameter"] if p not in weights],
-        key="parameter", bind="query-params",
-    )  # fmt: skip
-    left, right = st.columns(2)
-    with left:
-        charts.show(
-            norm_figures.weight_histogram(
-                histogram(view.key, view.members, parameter, view),
-                title=f"Entries of {parameter}",
-            ),
-            key="histogram",
-            alt=f"Distribution of the entries of {parameter}",
-            height=420,
-        )
-    with right:
-        charts.show(
-            norm_figures.identity_bar(
-                identity, parameter, title=f"Both sides of the identity for {parameter}"
-            ),
-            key="identity",
-            alt="Mean squared norm beside squared norm of the average plus spread",
-            height=420,
-        )
-    charts.numbers(identity, f"identity_{view.name}", key="identity")
 
 
 @shell.fragment
 def robustness_section() -> None:
     """Weight noise and corrupted images."""
     view = shell.pool_view()
-    evaluator = pool_resources.evaluator(view)
     st.subheader("Is an average harder to disturb?", anchor=False)
-    left, right = st.columns(2)
-    with left:
-        relative = (
-            choice(
-                "Noise on the weights, in units of",
-                {"own": "The model's own size", "members": "The members' size"},
-                "unit",
-                "The average is smaller than its members. In units of its own size all models are "
-                "disturbed alike; in the members' size the same noise hits a smaller model.",
-            )
-            == "own"
-        )
-        job = run_job(
-            digest_of("weight noise", view.key, names(view), str(relative)),
-            "Noise on the weights",
-            "Disturb the weights",
-            f"{len(SIGMAS)} strengths, 3 seeds, {len(view.members)} members and two soups on the "
-            "test split.",
-            partial(_noise, evaluator, view.members, relative),
-        )
-        if job is not None:
-            frame: pd.DataFrame = job.result
-            charts.show(
-                norm_figures.noise_lines(frame, relative, title="Accuracy under weight noise"),
-                key="noise",
-                alt="Accuracy over the strength of weight noise",
-                height=430,
-            )
-            charts.numbers(frame, f"weight_noise_{view.name}", key="noise")
-    with right:
-        corruption: Corruption = st.selectbox(
-            "Corruption of the images",
-            list(CORRUPTIONS),
-            format_func=lambda name: CORRUPTIONS[name].split(" (")[0].capitalize(),
-            key="corruption",
-            bind="query-params",
-        )
-        job = run_job(
-            digest_of("corruption", view.key, names(view), corruption),
-            "Corrupted images",
-            "Corrupt the images",
-            f"6 severities for {len(view.members)} members, their soups and their ensemble.",
-            partial(_corruption, evaluator, view.members, corruption),
-        )
-        if job is not None:
-            corrupted: pd.DataFrame = job.result
-            charts.show(
-                norm_figures.corruption_lines(
-                    corrupted, corruption, title="Accuracy on corrupted images"
-                ),
-                key="corrupted",
-                alt="Accuracy over the severity of a corruption",
-                height=430,
-            )
-            charts.numbers(corrupted, f"{corruption}_{view.name}", key="corrupted")
-    charts.how_to_read(
-        "robustness",
-        "The **norm-restored soup** is the soup with every parameter tensor scaled back to its "
-        "members' mean norm: what it shares with the soup comes from the direction of the "
-        "weights, what it does not from their size. The same noise is drawn for all models.",
-        r"\theta \leftarrow \theta + \sigma\, r\,\varepsilon,\quad \varepsilon\sim N(0, I),\; "
-        r"r \text{ the root mean square of each tensor}",
+    places = st.columns(2)
+    with places[0]:
+        noise = chart_noise(view)
+    with places[1]:
+        corrupted = chart_corruption(view)
+    charts.panel(
+        noise,
+        corrupted,
+        key="robustness",
+        columns=places,
+        how_to_read=charts.HowToRead(
+            "The **norm-restored soup** is the soup with every parameter tensor scaled back to "
+            "its members' mean norm: what it shares with the soup comes from the direction of the "
+            "weights, what it does not from their size. The same noise is drawn for all models.",
+            r"\theta \leftarrow \theta + \sigma\, r\,\varepsilon,\quad \varepsilon\sim N(0, I),\; "
+            r"r \text{ the root mean square of each tensor}",
+        ),
     )
 
 
-def _noise(
-    evaluator: PoolEvaluator, members: tuple[int, ...], relative: bool, progress: Progress
-) -> pd.DataFrame:
-    return robustness.weight_noise_sweep(
-        evaluator, members, SIGMAS, relative=relative, progress=progress
+def chart_noise(view: PoolView) -> charts.Chart | None:
+    """Accuracy under noise on the weights, once it has been measured."""
+    evaluator = pool_resources.evaluator(view)
+    unit = choice(
+        "Noise on the weights, in units of",
+        {"own": "The model's own size", "members": "The members' size"},
+        "unit",
+        "The average is smaller than its members. In units of its own size all models are "
+        "disturbed alike; in the members' size the same noise hits a smaller model.",
+    )
+    relative = unit == "own"
+    job = run_job(
+        digest_of("weight noise", view.key, names(view), str(relative)),
+        "Noise on the weights",
+        "Disturb the weights",
+        f"{len(SIGMAS)} strengths, 3 seeds, {len(view.members)} members and two soups on the test "
+        "split.",
+        lambda progress: robustness.weight_noise_sweep(
+            evaluator, view.members, SIGMAS, relative=relative, progress=progress
+        ),
+    )
+    if job is None:
+        return None
+    return charts.Chart(
+        noise_figures.noise_lines(job.result, relative, title="Accuracy under weight noise"),
+        key="noise",
+        alt="Accuracy over the strength of weight noise",
+        height=430,
+        numbers=charts.Numbers(job.result, f"weight_noise_{view.name}"),
     )
 
 
-def _corruption(
-    evaluator: PoolEvaluator, members: tuple[int, ...], corruption: Corruption, progress: Progress
-) -> pd.DataFrame:
-    return robustness.corruption_sweep(evaluator, members, corruption, progress=progress)
+def chart_corruption(view: PoolView) -> charts.Chart | None:
+    """Accuracy on corrupted images, once it has been measured."""
+    evaluator = pool_resources.evaluator(view)
+    corruption: Corruption = st.selectbox(
+        "Corruption of the images",
+        list(CORRUPTIONS),
+        format_func=lambda name: CORRUPTIONS[name].split(" (")[0].capitalize(),
+        key="corruption",
+        bind="query-params",
+    )
+    job = run_job(
+        digest_of("corruption", view.key, names(view), corruption),
+        "Corrupted images",
+        "Corrupt the images",
+        f"6 severities for {len(view.members)} members, their soups and their ensemble.",
+        lambda progress: robustness.corruption_sweep(
+            evaluator, view.members, corruption, progress=progress
+        ),
+    )
+    if job is None:
+        return None
+    return charts.Chart(
+        noise_figures.corruption_lines(
+            job.result, corruption, title="Accuracy on corrupted images"
+        ),
+        key="corrupted",
+        alt="Accuracy over the severity of a corruption",
+        height=430,
+        numbers=charts.Numbers(job.result, f"{corruption}_{view.name}"),
+    )
 
 
 charts.heading(

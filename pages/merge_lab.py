@@ -193,20 +193,21 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> li
     worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
     cards.metric(f"Worst task: {worst['task']}", f"{worst['accuracy']:.1%}")
     drawn = pd.concat(frames, ignore_index=True)
-    charts.show(
-        figures.per_task(drawn, title="How well does the merged model do each task?"),
-        key="per_task",
-        alt="Accuracy of each task: experts, current recipe, pinned recipe",
-        height=430,
+    charts.panel(
+        charts.Chart(
+            figures.per_task(drawn, title="How well does the merged model do each task?"),
+            key="per_task",
+            alt="Accuracy of each task: experts, current recipe, pinned recipe",
+            height=430,
+        ),
+        how_to_read=charts.HowToRead(
+            "One row is one task; a dot is a model's accuracy and its bar the 95 % sampling "
+            "interval. The gap between the expert and the merge is what merging costs that task. "
+            "Where the bars of two recipes overlap widely, these images do not tell them apart.",
+            recipe.declaration.formula,
+        ),
+        numbers=charts.Numbers(drawn, f"accuracy_{recipe.method}"),
     )
-    charts.how_to_read(
-        "per_task",
-        "One row is one task; a dot is a model's accuracy and its bar the 95 % sampling interval. "
-        "The gap between the expert and the merge is what merging costs that task. Where the bars "
-        "of two recipes overlap widely, these images do not tell them apart.",
-        recipe.declaration.formula,
-    )
-    charts.numbers(drawn, f"accuracy_{recipe.method}", key="per_task")
     return results_of(mine, split)
 
 

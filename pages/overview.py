@@ -119,22 +119,23 @@ def first_section(view: View) -> None:
             help=f"Mean accuracy over {len(view.tasks)} tasks on the test split; 95 % interval "
             f"{row['low']:.1%} to {row['high']:.1%}; differences in percentage points.",
         )
-    charts.show(
-        figures.per_task(frame, title="Accuracy of each task on the test split"),
-        key="first_result",
-        alt="Accuracy per task of base, average, Task Arithmetic, CART and experts",
-        height=470,
-    )
     st.markdown(settings_in_words(recipes))
-    charts.how_to_read(
-        "first",
-        f"The **experts** are {len(view.tasks)} models, one a task. The **base** is what all of "
-        "them were fine-tuned from. The other rows are *one* model for all tasks, made from "
-        "weights alone, without training. CART adds the leading directions of each "
-        "expert's difference to the average back to the average.",
-        get_method("cart").formula,
+    charts.panel(
+        charts.Chart(
+            figures.per_task(frame, title="Accuracy of each task on the test split"),
+            key="first_result",
+            alt="Accuracy per task of base, average, Task Arithmetic, CART and experts",
+            height=470,
+        ),
+        how_to_read=charts.HowToRead(
+            f"The **experts** are {len(view.tasks)} models, one a task. The **base** is what all "
+            "of them were fine-tuned from. The other rows are *one* model for all tasks, made "
+            "from weights alone, without training. CART adds the leading directions of each "
+            "expert's difference to the average back to the average.",
+            get_method("cart").formula,
+        ),
+        numbers=charts.Numbers(frame, "first_result"),
     )
-    charts.numbers(frame, "first_result", key="first")
 
 
 def card_section(view: View) -> None:

@@ -12,9 +12,10 @@ from analysis.accuracy import mean_accuracy
 from analysis.evaluation.evaluator import Evaluator
 from analysis.figures import rank_evidence
 from analysis.figures import rank_selection as figures
+from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
-    Mode,
     Selection,
+    SelectionOptions,
     known_selection,
     select_rank,
     selectable,
@@ -111,8 +112,8 @@ def stored(
     if sum(group.info.numel for group in session.groups) > LIVE_PARAMETERS:
         return None
     space = search_space(method, _view.name, tasks)
-    options = {"full_grid": full_grid, "every_proxy": every_proxy}
-    return known_selection(space, session, evaluator_of(_view), mode, **options)
+    options = SelectionOptions(mode, full_grid, every_proxy)
+    return known_selection(space, session, evaluator_of(_view), options)
 
 
 @st.cache_data(max_entries=16, show_spinner="Following the rules over the rank …")
@@ -136,17 +137,10 @@ def obtained(
         return known
     session, evaluator = resources.session(view), evaluator_of(view)
     space = search_space(method, view.name, view.tasks)
+    options = SelectionOptions(mode, full_grid, every_proxy)
 
     def work(progress: Progress) -> Selection:
-        return select_rank(
-            space,
-            session,
-            evaluator,
-            mode,
-            full_grid=full_grid,
-            every_proxy=every_proxy,
-            progress=progress,
-        )
+        return select_rank(space, session, evaluator, options, progress=progress)
 
     choices = (method, mode, str(full_grid), str(every_proxy))
     job = run_job(
@@ -298,30 +292,29 @@ def proxies(selection: Selection, view: View) -> None:
     if view.suite.can_evaluate:
         selection = with_every_pick(selection, view)
     curves = curves_over_rank(view.key, view.tasks, selection.recipe.method, view)
-    left, right = st.columns(2)
     measured = selection.curve if selection.space.ranks else selection.curve.iloc[:0]
+    over_rank, picked = None, None
     if len(curves):
-        with left:
-            charts.show(
-                rank_evidence.proxies_over_rank(
-                    curves,
-                    measured,
-                    title="Do proxies from weights know the best rank?",
-                    shown=SHOWN,
-                ),
-                key="proxies",
-                alt="Proxies over rank, each stretched to the unit interval",
-                height=620,
-            )
+        over_rank = charts.Chart(
+            rank_evidence.proxies_over_rank(
+                curves,
+                measured,
+                title="Do proxies from weights know the best rank?",
+                shown=SHOWN,
+            ),
+            key="proxies",
+            alt="Proxies over rank, each stretched to the unit interval",
+            height=620,
+        )
     if selection.picks["rank"].notna().any():
-        with right:
-            charts.show(
-                rank_evidence.picks_over_rank(
-                    selection.picks, title="Which rank does each pick?", chosen=selection.rank
-                ),
-                key="picks",
-                alt="The rank that each proxy picks",
-            )
+        picked = charts.Chart(
+            rank_evidence.picks_over_rank(
+                selection.picks, title="Which rank does each pick?", chosen=selection.rank
+            ),
+            key="picks",
+            alt="The rank that each proxy picks",
+        )
+    charts.panel(over_rank, picked, columns=2)
     charts.table(
         selection.picks[["title", "mode", "rank", "scale", "accuracy", "why", "source"]],
         "picks",
@@ -341,22 +334,23 @@ def tasks(selection: Selection, view: View) -> None:
             bind="query-params",
             help="Divides by the expert's own accuracy, so that hard and easy tasks compare.",
         )
-        charts.show(
-            figures.tasks_over_rank(
-                frame,
-                "normalised" if relative else "accuracy",
-                title=f"Which task wants which {axis}?",
-                axis=axis,
-                chosen=selection.rank if axis == "rank" else selection.scale,
+        charts.panel(
+            charts.Chart(
+                figures.tasks_over_rank(
+                    frame,
+                    "normalised" if relative else "accuracy",
+                    title=f"Which task wants which {axis}?",
+                    axis=axis,
+                    chosen=selection.rank if axis == "rank" else selection.scale,
+                ),
+                key="task_curves",
+                alt=f"Accuracy of each task over {axis}",
+                caption="At each place the setting that is best on average; only settings that "
+                "were evaluated on every image are drawn (the full grid has them all). A task's "
+                "best is enlarged.",
             ),
-            key="task_curves",
-            alt=f"Accuracy of each task over {axis}",
+            numbers=charts.Numbers(frame, "tasks"),
         )
-        st.caption(
-            "At each place the setting that is best on average; only settings that were evaluated "
-            "on every image are drawn (the full grid has them all). A task's best is enlarged."
-        )
-        charts.numbers(frame, "tasks", key="tasks")
     more_tasks_section(selection.recipe.method)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 import streamlit as st
 
@@ -58,17 +60,17 @@ def has_fused(view: View) -> bool:
     return any(describe(name, expert.info(name)).parts for name in view.suite.matrices)
 
 
-def open_cell() -> None:
+def open_cell(cell: Sequence[str]) -> None:
     """A click on the map opens that layer (the sidebar's selectbox is its keyboard twin).
 
     The selectbox stands outside the fragment, so the whole page has to run again: see
     :data:`CLICKED`.
+
+    Args:
+        cell: layer and task.
     """
-    points = st.session_state["summary_map"]["selection"]["points"]
-    if points:
-        data = points[0]["customdata"]
-        st.session_state["layer"] = data[0] if isinstance(data, list) else data["0"]
-        st.session_state[CLICKED] = True
+    st.session_state["layer"] = cell[0]
+    st.session_state[CLICKED] = True
 
 
 @shell.fragment
@@ -88,13 +90,15 @@ def energy_section(drawn: pd.DataFrame) -> None:
             f"{kept[origin].mean():.1%}" if known else "0 %",
             help=f"Share of Σσ² in the leading {share_label(share)} of directions, task mean.",
         )
-    charts.show(
-        figures.cumulative_energy(
-            drawn, title="How many directions hold the energy?", chosen_share=share
-        ),
-        key="energy",
-        alt=f"Cumulative energy of {shell.view().layer} over rank",
-        height=460,
+    charts.panel(
+        charts.Chart(
+            figures.cumulative_energy(
+                drawn, title="How many directions hold the energy?", chosen_share=share
+            ),
+            key="energy",
+            alt=f"Cumulative energy of {shell.view().layer} over rank",
+            height=460,
+        )
     )
 
 
@@ -140,25 +144,29 @@ def layer_section() -> None:
             help="Directions above the Marchenko-Pastur edge, the noise estimated from the median "
             + about,
         )
-        charts.show(
+    charts.panel(
+        charts.Chart(
             figures.scree(drawn, lines, title="How fast do the singular values fall?"),
             key="scree",
             alt=f"Singular values of {view.layer} per task on a log axis",
             height=460,
-        )
+        ),
+        key="spectrum",
+        columns=[scree],
+        how_to_read=charts.HowToRead(
+            "Each line is one task's difference to the **average** of the experts (centred, "
+            "solid) or to the **base** (original, dashed), in the chosen layer. A line that falls "
+            "steeply, or an energy curve that rises steeply, means that a few directions hold "
+            "most of the difference, so that cutting the rest changes it little. The dotted lines "
+            "are where white noise of the same median would end; trained weights are not white "
+            "noise, so read them as orientation, not as a rule.",
+            r"A = U\Sigma V^\top,\qquad "
+            r"E(k) = \frac{\sum_{i\le k}\sigma_i^2}{\sum_i \sigma_i^2}",
+        ),
+        numbers=charts.Numbers(drawn, f"spectrum_{view.layer}"),
+    )
     with energy:
         energy_section(drawn)
-    charts.how_to_read(
-        "layer",
-        "Each line is one task's difference to the **average** of the experts (centred, solid) or "
-        "to the **base** (original, dashed), in the chosen layer. A line that falls steeply, or an "
-        "energy curve that rises steeply, means that a few directions hold most of the "
-        "difference, so that cutting the rest changes it little. The dotted lines are where "
-        "white noise of the same median would end; trained weights are not white noise, so read "
-        "them as orientation, not as a rule.",
-        r"A = U\Sigma V^\top,\qquad E(k) = \frac{\sum_{i\le k}\sigma_i^2}{\sum_i \sigma_i^2}",
-    )
-    charts.numbers(drawn, f"spectrum_{view.layer}", key="spectrum")
 
 
 @shell.fragment
@@ -190,24 +198,26 @@ def map_section() -> None:
             "of the spectrum's entropy, participation ratio (Σσ²)²/Σσ⁴.",
         )
     frame = summary_frame(view.key, view.tasks, origin, apart, view)
-    charts.show(
-        figures.summary_map(frame, quantity, title=f"{QUANTITIES[quantity]} per layer and task"),
-        key="summary_map",
-        alt=f"{QUANTITIES[quantity]} for each layer and task",
-        on_select=open_cell,
-        selection_mode="points",
+    charts.panel(
+        charts.Chart(
+            figures.summary_map(
+                frame, quantity, title=f"{QUANTITIES[quantity]} per layer and task"
+            ),
+            key="summary_map",
+            alt=f"{QUANTITIES[quantity]} for each layer and task",
+            caption="Click a cell to open its layer above, or choose it in the sidebar.",
+            on_click=open_cell,
+        ),
+        how_to_read=charts.HowToRead(
+            "One cell is one task's difference in one weight matrix. Of the ranks, small numbers "
+            "mean that the change lies in few directions; of the energy in the leading 8 %, large "
+            "ones do. The norm says how large the change is, not how it is spread.",
+            r"\text{stable rank} = \frac{\|A\|_F^2}{\sigma_1^2},\qquad "
+            r"\text{effective rank} = \exp\Bigl(-\sum_i p_i \log p_i\Bigr),\; p_i = "
+            r"\frac{\sigma_i}{\sum_j \sigma_j}",
+        ),
+        numbers=charts.Numbers(frame, f"spectral_summary_{origin}"),
     )
-    st.caption("Click a cell to open its layer above, or choose it in the sidebar.")
-    charts.how_to_read(
-        "map",
-        "One cell is one task's difference in one weight matrix. Of the ranks, small numbers "
-        "mean that the change lies in few directions; of the energy in the leading 8 %, large ones "
-        "do. The norm says how large the change is, not how it is spread.",
-        r"\text{stable rank} = \frac{\|A\|_F^2}{\sigma_1^2},\qquad "
-        r"\text{effective rank} = \exp\Bigl(-\sum_i p_i \log p_i\Bigr),\; p_i = "
-        r"\frac{\sigma_i}{\sum_j \sigma_j}",
-    )
-    charts.numbers(frame, f"spectral_summary_{origin}", key="summary")
 
 
 charts.heading(

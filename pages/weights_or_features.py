@@ -5,7 +5,8 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from analysis.averaging import curvature, similarity, soups
+from analysis.averaging import curvature as taylor
+from analysis.averaging import similarity, soups
 from analysis.averaging.ensembles import accuracy_over_members, agreement
 from analysis.averaging.gaps import covariance_frame, covariance_summary, gap_to_ensemble
 from analysis.averaging.soups import Statistics
@@ -96,9 +97,24 @@ def in_words(frame: pd.DataFrame, chance: float) -> str:
 
 @shell.fragment
 def rules_section() -> None:
-    """Accuracy of each rule, over the number of members, and against its cost."""
+    """Accuracy of each rule, over the number of members, against its cost, and why."""
     view = shell.pool_view()
-    evaluator = pool_resources.evaluator(view)
+    split, statistics = choose(view)
+    frame = over_members(view.key, view.members, split, statistics, view)
+    chance = 1 / len(pool_resources.evaluator(view).class_names)
+    draw_cards(frame, split)
+    st.markdown(in_words(frame, chance))
+    draw_rules(frame, chance, split, view)
+    draw_costs(
+        frame, chance, agreement_frame(view.key, view.members, split, statistics, view), view
+    )
+    draw_greedy(view, statistics)
+    draw_gap(view, split, statistics)
+    draw_similarity(view)
+
+
+def choose(view: PoolView) -> tuple[Split, Statistics]:
+    """Which images, and what becomes of BatchNorm's statistics in soups."""
     left, right = st.columns(2)
     splits: dict[Split, str] = {"test": "Test", "val": "Validation"}
     handling: dict[Statistics, str] = {"average": "Averaged", "reestimate": "Re-estimated"}
@@ -110,7 +126,7 @@ def rules_section() -> None:
             "Greedy soup and best individual are picked on validation, whatever is shown here.",
         )
     statistics: Statistics = "average"
-    if soups.has_batchnorm(evaluator):
+    if soups.has_batchnorm(pool_resources.evaluator(view)):
         with right:
             statistics = choice(
                 "BatchNorm statistics of soups",
@@ -119,9 +135,12 @@ def rules_section() -> None:
                 "A soup's activations differ from its members'. Re-estimated: means and variances "
                 "are computed anew on training images.",
             )
-    frame = over_members(view.key, view.members, split, statistics, view)
-    chance = 1 / len(evaluator.class_names)
-    full = frame[frame["n"] == frame["n"].max()]
+    return split, statistics
+
+
+def draw_cards(frame: pd.DataFrame, split: Split) -> None:
+    """What four of the rules reach with all members."""
+    single = at(frame, "individuals")
     cards = charts.cards(4)
     for rule, title in zip(
         ("individuals", "uniform_soup", "logit_ensemble", "feature_ensemble_averaged_head"),
@@ -134,75 +153,76 @@ def rules_section() -> None:
             f"{row['accuracy']:.1%}",
             delta=None
             if rule == "individuals"
-            else f"{100 * (row['accuracy'] - at(frame, 'individuals')['accuracy']):+.1f} points",
+            else f"{100 * (row['accuracy'] - single['accuracy']):+.1f} points",
             border=True,
             height="stretch",
             help=f"{row['label']}: {SPLIT_NAMES[split]} split, 95 % interval {row['low']:.1%} to "
             f"{row['high']:.1%}; {row['passes']} forward passes per image.",
         )
-    st.markdown(in_words(frame, chance))
+
+
+def draw_rules(frame: pd.DataFrame, chance: float, split: Split, view: PoolView) -> None:
+    """Every rule with all members, and over the number of members."""
+    full = frame[frame["n"] == frame["n"].max()]
     where = f"{view.pool.title} ({SPLIT_NAMES[split]})"
-    left, right = st.columns(2)
-    with left:
-        charts.show(
+    charts.panel(
+        charts.Chart(
             figures.rules_dots(full, title=f"Which rule wins? {where}", chance=chance),
             key="rules",
             alt=f"Accuracy of each rule for {view.pool.title}",
             height=460,
-        )
-    with right:
-        charts.show(
+        ),
+        charts.Chart(
             figures.accuracy_over_n(frame, title="What does one more member bring?", chance=chance),
             key="over_n",
             alt="Accuracy of each rule over the number of members",
             height=460,
-        )
-    charts.how_to_read(
-        "rules",
-        "**Individuals** are the members one by one; the band runs from the worst to the best. "
-        "A **soup** is one model with averaged weights and costs one forward pass. A **logit** "
-        "(or probability) **ensemble** averages outputs, a **feature ensemble** averages φ, the "
-        "input of the last linear layer, and applies the first member's head or the averaged "
-        "one. Bars are 95 % Wilson intervals of these images, not of other trainings. Dotted: "
-        "guessing.",
-        r"\text{soup } f\bigl(x;\tfrac1N\textstyle\sum_i\theta_i\bigr),\quad "
-        r"\text{ensemble } \tfrac1N\sum_i f(x;\theta_i),\quad "
-        r"\text{features } \bar W\bar\varphi(x)+\bar b",
+        ),
+        columns=2,
+        how_to_read=charts.HowToRead(
+            "**Individuals** are the members one by one; the band runs from the worst to the "
+            "best. A **soup** is one model with averaged weights and costs one forward pass. A "
+            "**logit** (or probability) **ensemble** averages outputs, a **feature ensemble** "
+            "averages φ, the input of the last linear layer, and applies the first member's head "
+            "or the averaged one. Bars are 95 % Wilson intervals of these images, not of other "
+            "trainings. Dotted: guessing.",
+            r"\text{soup } f\bigl(x;\tfrac1N\textstyle\sum_i\theta_i\bigr),\quad "
+            r"\text{ensemble } \tfrac1N\sum_i f(x;\theta_i),\quad "
+            r"\text{features } \bar W\bar\varphi(x)+\bar b",
+        ),
+        numbers=charts.Numbers(frame, f"rules_{view.name}"),
     )
-    charts.numbers(frame, f"rules_{view.name}", key="rules")
 
-    left, right = st.columns(2)
-    with left:
-        charts.show(
+
+def draw_costs(frame: pd.DataFrame, chance: float, pairs: pd.DataFrame, view: PoolView) -> None:
+    """Accuracy against forward passes, and how often two models predict alike."""
+    charts.panel(
+        charts.Chart(
             figures.accuracy_against_cost(
                 frame, title="What does accuracy cost in forward passes?", chance=chance
             ),
             key="cost",
             alt="Accuracy against forward passes per image",
             height=500,
-        )
-    with right:
-        pairs = agreement_frame(view.key, view.members, split, statistics, view)
-        charts.show(
+        ),
+        charts.Chart(
             agreement_map(pairs, title="How often do two models predict alike?"),
             key="agreement",
             alt="Share of equal predictions for each pair of models",
             height=500,
-        )
-    charts.how_to_read(
-        "cost",
-        "Left: a soup stays at one pass however many members it has; an ensemble runs each of "
-        "them. Right: share of images on which two models predict the same class. Members that "
-        "err on different images are what an ensemble gains from.",
-        r"a_{ij} = \frac1M\sum_x \bigl[\arg\max f(x;\theta_i) = \arg\max f(x;\theta_j)\bigr]",
+        ),
+        columns=2,
+        how_to_read=charts.HowToRead(
+            "Left: a soup stays at one pass however many members it has; an ensemble runs each of "
+            "them. Right: share of images on which two models predict the same class. Members "
+            "that err on different images are what an ensemble gains from.",
+            r"a_{ij} = \frac1M\sum_x \bigl[\arg\max f(x;\theta_i) = \arg\max f(x;\theta_j)\bigr]",
+        ),
+        numbers=charts.Numbers(pairs, f"agreement_{view.name}"),
     )
-    charts.numbers(pairs, f"agreement_{view.name}", key="agreement")
-    greedy_section(view, statistics)
-    why_section(view, split, statistics)
-    similarity_section(view)
 
 
-def greedy_section(view: PoolView, statistics: Statistics) -> None:
+def draw_greedy(view: PoolView, statistics: Statistics) -> None:
     """The greedy soup's trace."""
     st.subheader("Which members may go into the pot?", anchor=False)
     trace = trace_frame(view.key, view.members, statistics, view)
@@ -211,24 +231,27 @@ def greedy_section(view: PoolView, statistics: Statistics) -> None:
         f"Greedy soup, picked on the **validation** split: {len(kept)} of {len(trace)} members "
         f"kept ({', '.join(str(m) for m in kept['member'])})."
     )
-    charts.show(
-        figures.greedy_trace(trace, title="Validation accuracy as members are tried, best first"),
-        key="greedy",
-        alt="Validation accuracy of the candidate soup at each step",
-        height=400,
+    charts.panel(
+        charts.Chart(
+            figures.greedy_trace(
+                trace, title="Validation accuracy as members are tried, best first"
+            ),
+            key="greedy",
+            alt="Validation accuracy of the candidate soup at each step",
+            height=400,
+        ),
+        how_to_read=charts.HowToRead(
+            "Members are sorted by validation accuracy. Each is tried in the soup and stays "
+            "unless the soup's validation accuracy falls. The running mean weighs all kept "
+            "members alike. With independent starts the first member usually stays alone.",
+            r"S \leftarrow S\cup\{i\}\ \text{ if }\ \mathrm{acc}_{val}\bigl(\bar\theta_{S\cup\{i\}}"
+            r"\bigr)\ge \mathrm{acc}_{val}\bigl(\bar\theta_S\bigr)",
+        ),
+        numbers=charts.Numbers(trace, f"greedy_{view.name}"),
     )
-    charts.how_to_read(
-        "greedy",
-        "Members are sorted by validation accuracy. Each is tried in the soup and stays unless "
-        "the soup's validation accuracy falls. The running mean weighs all kept members alike. "
-        "With independent starts the first member usually stays alone.",
-        r"S \leftarrow S\cup\{i\}\ \text{ if }\ \mathrm{acc}_{val}\bigl(\bar\theta_{S\cup\{i\}}"
-        r"\bigr)\ge \mathrm{acc}_{val}\bigl(\bar\theta_S\bigr)",
-    )
-    charts.numbers(trace, f"greedy_{view.name}", key="greedy")
 
 
-def why_section(view: PoolView, split: Split, statistics: Statistics) -> None:
+def draw_gap(view: PoolView, split: Split, statistics: Statistics) -> None:
     """What separates the rules: the covariance term and the curvature."""
     st.subheader("Where do the rules part?", anchor=False)
     term, covariance, gap = gap_frames(view.key, view.members, split, statistics, view)
@@ -256,45 +279,47 @@ def why_section(view: PoolView, split: Split, statistics: Statistics) -> None:
         help="Share of images on which soup and logit ensemble predict different classes.",
     )
     left, right = st.columns(2)
-    with left:
-        charts.show(
+    with right:
+        curvature = chart_curvature(view)
+    charts.panel(
+        charts.Chart(
             figures.covariance_scatter(
                 term, title="What do heads and features lose when averaged apart?"
             ),
             key="covariance",
             alt="Logits of the averaged-head feature ensemble against the logit ensemble's",
             height=430,
-        )
-        st.caption(
-            "What lies off the line is the covariance term, an identity that holds here to "
-            f"{about['deviation']:.0e} logits (their size is {about['rms_logits']:.3g})."
-        )
-    with right:
-        curvature_section(view, statistics)
-    charts.how_to_read(
-        "gap",
-        "Left: heads and features vary together over the members; averaging each by itself loses "
-        "exactly their covariance, the distance to the line. Right: for a network that is linear "
-        "in its parameters the soup is the ensemble. The second-order term, from the curvature H "
-        "at the averaged weights, predicts their difference as long as the members are close "
-        "together; the line is exact agreement. With independent starts the members are too far "
-        "apart for any expansion.",
-        r"\bar f - (\bar W\bar\varphi+\bar b)=\tfrac1N\sum_i (W_i-\bar W)(\varphi_i-\bar\varphi),"
-        r"\qquad f(\bar\theta)-\bar f\approx-\tfrac12\,\mathrm{tr}\bigl(H\,\mathrm{Cov}\,\theta"
-        r"\bigr)",
+            caption="What lies off the line is the covariance term, an identity that holds here "
+            f"to {about['deviation']:.0e} logits (their size is {about['rms_logits']:.3g}).",
+        ),
+        curvature,
+        key="gap",
+        columns=[left, right],
+        how_to_read=charts.HowToRead(
+            "Left: heads and features vary together over the members; averaging each by itself "
+            "loses exactly their covariance, the distance to the line. Right: for a network that "
+            "is linear in its parameters the soup is the ensemble. The second-order term, from "
+            "the curvature H at the averaged weights, predicts their difference as long as the "
+            "members are close together; the line is exact agreement. With independent starts the "
+            "members are too far apart for any expansion.",
+            r"\bar f - (\bar W\bar\varphi+\bar b)=\tfrac1N\sum_i (W_i-\bar W)"
+            r"(\varphi_i-\bar\varphi),"
+            r"\qquad f(\bar\theta)-\bar f\approx-\tfrac12\,\mathrm{tr}\bigl(H\,"
+            r"\mathrm{Cov}\,\theta\bigr)",
+        ),
+        numbers=charts.Numbers(term, f"covariance_{view.name}"),
     )
-    charts.numbers(term, f"covariance_{view.name}", key="covariance")
 
 
-def curvature_section(view: PoolView, statistics: Statistics) -> None:
+def chart_curvature(view: PoolView) -> charts.Chart | None:
     """Soup − ensemble against its second-order prediction, on demand."""
     evaluator = pool_resources.evaluator(view)
     if len(view.members) < 2:
         st.info("One member has no spread to predict from. Choose two or more.")
-        return
+        return None
 
     def work(progress: Progress) -> pd.DataFrame:
-        return curvature.predicted_gap(evaluator, view.members, progress=progress)
+        return taylor.predicted_gap(evaluator, view.members, progress=progress)
 
     members = ",".join(map(str, view.members))
     job = run_job(
@@ -306,23 +331,20 @@ def curvature_section(view: PoolView, statistics: Statistics) -> None:
         work,
     )
     if job is None:
-        return
-    frame: pd.DataFrame = job.result
-    charts.show(
-        figures.gap_scatter(frame, title="Soup − logit ensemble against its prediction"),
+        return None
+    said = taylor.gap_summary(job.result).iloc[0]
+    return charts.Chart(
+        figures.gap_scatter(job.result, title="Soup − logit ensemble against its prediction"),
         key="taylor",
         alt="Measured soup minus ensemble against the second-order prediction",
         height=430,
+        caption=f"Correlation {said['correlation']:.2f}, slope {said['slope']:.2f} (1 would be "
+        "exact); test images, BatchNorm statistics averaged.",
+        numbers=charts.Numbers(job.result, f"taylor_{view.name}"),
     )
-    said = curvature.gap_summary(frame).iloc[0]
-    st.caption(
-        f"Correlation {said['correlation']:.2f}, slope {said['slope']:.2f} (1 would be exact); "
-        "test images, BatchNorm statistics averaged."
-    )
-    charts.numbers(frame, f"taylor_{view.name}", key="taylor")
 
 
-def similarity_section(view: PoolView) -> None:
+def draw_similarity(view: PoolView) -> None:
     """Layer-wise CKA between members, on demand where it takes long."""
     st.subheader("Do the members see alike, layer by layer?", anchor=False)
     evaluator = pool_resources.evaluator(view)
@@ -343,24 +365,25 @@ def similarity_section(view: PoolView) -> None:
     )
     if job is None:
         return
-    frame: pd.DataFrame = job.result
-    charts.show(
-        cka_layers(
-            similarity.mean_cka(frame), title="Linear CKA between members, from input to output"
+    charts.panel(
+        charts.Chart(
+            cka_layers(
+                similarity.mean_cka(job.result),
+                title="Linear CKA between members, from input to output",
+            ),
+            key="cka",
+            alt="Linear CKA of each pair of members over the layers",
+            height=430,
         ),
-        key="cka",
-        alt="Linear CKA of each pair of members over the layers",
-        height=430,
+        how_to_read=charts.HowToRead(
+            "1 means that two members represent the images alike up to a rotation and a scale of "
+            "their units; averaging weights needs more than that, namely the same units in the "
+            "same places. Independent members can be alike in this sense and still not average.",
+            r"\mathrm{CKA}(X,Y)=\frac{\|Y^\top X\|_F^2}{\|X^\top X\|_F\,\|Y^\top Y\|_F}"
+            r"\quad(\text{columns centred})",
+        ),
+        numbers=charts.Numbers(job.result, f"cka_{view.name}"),
     )
-    charts.how_to_read(
-        "cka",
-        "1 means that two members represent the images alike up to a rotation and a scale of "
-        "their units; averaging weights needs more than that, namely the same units in the same "
-        "places. Independent members can be alike in this sense and still not average.",
-        r"\mathrm{CKA}(X,Y)=\frac{\|Y^\top X\|_F^2}{\|X^\top X\|_F\,\|Y^\top Y\|_F}"
-        r"\quad(\text{columns centred})",
-    )
-    charts.numbers(frame, f"cka_{view.name}", key="cka")
 
 
 charts.heading(

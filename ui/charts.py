@@ -1,9 +1,13 @@
-"""A figure with what belongs to it: how to read it, its numbers, CSV and a link to the view."""
+"""Panels: figures with how to read them, their numbers, CSV and a link to the view."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from itertools import cycle, repeat
+from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
 import pandas as pd
@@ -32,61 +36,129 @@ def cards(count: int) -> DeltaGenerator:
     return st.grid(count, min_column_width=CARD)
 
 
-def show(figure: go.Figure, key: str, alt: str, height: int | None = None, **options: Any) -> Any:
-    """Draw a figure at full width, with a PNG button named after it.
+class HowToRead(NamedTuple):
+    """What a panel shows, in Markdown, and its formula, in LaTeX."""
 
-    Args:
-        figure: the figure.
-        key: unique on the page.
+    text: str
+    formula: str
+
+
+class Numbers(NamedTuple):
+    """The frame that is drawn, and the name of its CSV file without the ending."""
+
+    frame: pd.DataFrame
+    name: str
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure as it stands in a panel.
+
+    Attributes:
+        figure: drawn as wide as its place.
+        key: unique on the page; the PNG file is named after it.
         alt: what a screen reader says.
         height: in pixels; the figure's own when None.
-        options: of ``st.plotly_chart`` (``on_select``, ``selection_mode``).
-
-    Returns:
-        What ``st.plotly_chart`` returns (the selection, if asked for).
+        caption: Markdown in small letters below it.
+        numbers: the figure's own, where charts that stand side by side show different ones.
+        on_click: called with the ``customdata`` of a mark that is clicked, before the next run.
     """
-    if height is not None:
-        figure.update_layout(height=height)
-    image = {"format": "png", "filename": f"mergescope_{key}", "scale": 2}
-    return st.plotly_chart(
-        figure,
-        key=key,
-        alt=alt,
+
+    figure: go.Figure
+    key: str
+    alt: str
+    height: int | None = None
+    caption: str = ""
+    numbers: Numbers | None = None
+    on_click: Callable[[Sequence[Any]], None] | None = None
+
+
+def panel(
+    *charts: Chart | None,
+    key: str = "",
+    columns: int | Sequence[DeltaGenerator] = 1,
+    how_to_read: HowToRead | None = None,
+    numbers: Numbers | None = None,
+) -> None:
+    """Draw charts, and below them how they are read and the numbers that they show.
+
+    Explanation and numbers are in expanders that are filled when they are opened: formulas and
+    tables that nobody looks at would double the time until a page's first figure.
+
+    Args:
+        charts: drawn in this order; None leaves a place empty, where nothing is computed yet.
+        key: unique on the page, of the expanders; the first chart's when empty.
+        columns: how many charts stand side by side (below each other on a phone), or the columns
+            themselves, which may hold controls already; they are filled in turn.
+        how_to_read: of all charts together.
+        numbers: of all charts together.
+    """
+    for chart, place in zip(charts, _places(columns, len(charts)), strict=False):
+        if chart is not None:
+            with place:
+                _draw(chart)
+    key = key or next((chart.key for chart in charts if chart is not None), "")
+    if how_to_read is not None:
+        _explain(how_to_read, key)
+    if numbers is not None:
+        _tabulate(numbers, key)
+
+
+def _places(
+    columns: int | Sequence[DeltaGenerator], count: int
+) -> Iterable[AbstractContextManager[Any]]:
+    """Where each of so many charts is drawn; rows of columns are made one below the other."""
+    if not isinstance(columns, int):
+        return cycle(columns)
+    if columns == 1:
+        return repeat(nullcontext())
+    return [place for _ in range(0, count, columns) for place in st.columns(columns)]
+
+
+def _draw(chart: Chart) -> None:
+    """The figure with a PNG button, its caption and its own numbers."""
+    if chart.height is not None:
+        chart.figure.update_layout(height=chart.height)
+    image = {"format": "png", "filename": f"mergescope_{chart.key}", "scale": 2}
+    options: dict[str, Any] = {}
+    if chart.on_click is not None:
+        clicked = partial(_pass_on, chart.key, chart.on_click)
+        options = {"on_select": clicked, "selection_mode": "points"}
+    st.plotly_chart(
+        chart.figure,
+        key=chart.key,
+        alt=chart.alt,
         config={"toImageButtonOptions": image, "displaylogo": False},
         **options,
     )
+    if chart.caption:
+        st.caption(chart.caption)
+    if chart.numbers is not None:
+        _tabulate(chart.numbers, chart.key)
 
 
-def how_to_read(key: str, text: str, formula: str) -> None:
-    """The expander under a figure: what it shows, and its formula.
+def _pass_on(key: str, on_click: Callable[[Sequence[Any]], None]) -> None:
+    """Hand the data of a clicked mark on; a click beside all marks selects none."""
+    points = st.session_state[key]["selection"]["points"]
+    if points:
+        data = points[0]["customdata"]
+        # Streamlit gives what was drawn from an array as a dictionary by place.
+        on_click(data if isinstance(data, list) else [data[str(i)] for i in range(len(data))])
 
-    Like :func:`numbers` it is filled when it is opened: formulas and tables that nobody looks at
-    would double the time until a page's first figure.
 
-    Args:
-        key: unique on the page.
-        text: Markdown.
-        formula: LaTeX.
-    """
+def _explain(how_to_read: HowToRead, key: str) -> None:
     label, icon = "How to read this", ":material/menu_book:"
     with st.expander(label, icon=icon, key=f"how_{key}", on_change="rerun") as opened:
         if opened.open:
-            st.markdown(text)
-            st.latex(formula)
+            st.markdown(how_to_read.text)
+            st.latex(how_to_read.formula)
 
 
-def numbers(frame: pd.DataFrame, name: str, key: str) -> None:
-    """The drawn numbers as a table, as CSV, and a link to the view.
-
-    Args:
-        frame: the frame that is drawn.
-        name: file name of the CSV, without ending.
-        key: unique on the page.
-    """
+def _tabulate(numbers: Numbers, key: str) -> None:
     label, icon = "The numbers", ":material/table:"
     with st.expander(label, icon=icon, key=f"numbers_{key}", on_change="rerun") as opened:
         if opened.open:
-            table(frame, name, key)
+            table(numbers.frame, numbers.name, key)
 
 
 def table(frame: pd.DataFrame, name: str, key: str, words: Mapping[str, str] | None = None) -> None:

@@ -62,23 +62,11 @@ def evaluated_map(
         chosen: rank and scale, ringed.
         picks: rows with proxy, title, mode, rank, scale.
     """
-    label, factor = unit(value)
     known = points[points["rank"].isin(ranks) & points["scale"].isin(scales)]
-    rows, columns = (
-        known[name].map({each: i for i, each in enumerate(axis)}).to_numpy(dtype=int)
-        for name, axis in (("scale", scales), ("rank", ranks))
-    )
-
-    def grid(found: pd.Series, blank: float | bool) -> np.ndarray:
-        cells = np.full((len(scales), len(ranks)), blank)
-        cells[rows, columns] = found.to_numpy(dtype=cells.dtype)
-        return cells
-
-    values = grid(factor * known["score"], np.nan)
     figure = go.Figure()
+    layout(figure, title, x="Rank, share of directions kept", y=SCALE, height=460)
     if len(known):
-        _add_cells(figure, values, grid(known["images"] == known["images"].max(), False))
-    _add_outline(figure, grid(known["tied"], False))
+        _add_cells(figure, known, ranks, scales, value)
     told = {
         (r, s): f"{_score(v, value)} on {n:.0f} images a task{', tied' if t else ''}"
         for r, s, v, n, t in zip(
@@ -88,25 +76,10 @@ def evaluated_map(
     _add_overlay(figure, ranks, scales, told)
     if picks is not None:
         _add_picks_to_map(figure, picks.dropna(subset=["rank", "scale"]), ranks, scales)
-    _add_settings(figure, recommended, chosen, ranks, scales)
-    layout(figure, title, x="Rank, share of directions kept", y=SCALE, height=460)
-    _equal_cells(figure, ranks, scales)
-    _add_colours(figure, values[~np.isnan(values)], label, MAP_SPAN if factor == 100 else math.inf)
-    return figure
-
-
-def _add_settings(
-    figure: go.Figure,
-    recommended: tuple[float, float] | None,
-    chosen: tuple[float, float] | None,
-    ranks: Sequence[float],
-    scales: Sequence[float],
-) -> None:
-    """A star and a ring, where there are such settings."""
-    for name, cell, symbol, size, colour, width in (
-        ("recommended", recommended, "star", 17, "#FFFFFF", 1.5),
-        ("chosen", chosen, "circle-open", 22, MARK, 3),
-    ):
+    edge = {"color": MARK, "width": 1.5}
+    star = {"symbol": "star", "size": 17, "color": "#FFFFFF", "line": edge}
+    ring = {"symbol": "circle-open", "size": 22, "color": MARK, "line": edge | {"width": 3}}
+    for name, cell, marker in (("recommended", recommended, star), ("chosen", chosen, ring)):
         if cell is not None and not np.isnan(cell).any():
             figure.add_scatter(
                 x=_places([cell[0]], ranks, logarithmic=True),
@@ -114,36 +87,38 @@ def _add_settings(
                 mode="markers",
                 name=name,
                 hoverinfo="skip",
-                marker={
-                    "symbol": symbol,
-                    "size": size,
-                    "color": colour,
-                    "line": {"width": width, "color": MARK},
-                },
+                marker=marker,
             )
-
-
-def _add_colours(figure: go.Figure, values: np.ndarray, label: str, span: float) -> None:
-    """The scale of the values, ending `span` below the highest at most."""
-    highest, lowest = (float(values.max()), float(values.min())) if len(values) else (1.0, 0.0)
-    figure.update_layout(
-        coloraxis={
-            "colorscale": SEQUENTIAL,
-            "cmin": max(lowest, highest - span),
-            "cmax": highest,
-            "showscale": bool(len(values)),
-        }
-    )
-    if len(values):
-        colour_bar(figure, label)
+    _equal_cells(figure, ranks, scales)
+    return figure
 
 
 def _score(score: float, value: str) -> str:
     return f"{score:.1%}" if value in SHARES else f"{score:.3g}"
 
 
-def _add_cells(figure: go.Figure, values: np.ndarray, whole: np.ndarray) -> None:
-    """Two layers of cells: all images, and part of them (smaller)."""
+def _add_cells(
+    figure: go.Figure,
+    known: pd.DataFrame,
+    ranks: Sequence[float],
+    scales: Sequence[float],
+    value: str,
+) -> None:
+    """Cells of what was evaluated, a line around the tied ones, and the scale of colours.
+
+    Cells are in two layers: all images, and part of them (smaller).
+    """
+    label, factor = unit(value)
+    at = (
+        known["scale"].map({s: j for j, s in enumerate(scales)}).to_numpy(dtype=int),
+        known["rank"].map({r: i for i, r in enumerate(ranks)}).to_numpy(dtype=int),
+    )
+    shape = (len(scales), len(ranks))
+    values = np.full(shape, np.nan)
+    values[at] = factor * known["score"].to_numpy()
+    whole, tied = np.zeros(shape, dtype=bool), np.zeros(shape, dtype=bool)
+    whole[at] = (known["images"] == known["images"].max()).to_numpy()
+    tied[at] = known["tied"].to_numpy(dtype=bool)
     for mask, gap in ((whole, 1), (~whole, SMALL_CELL_GAP)):
         figure.add_heatmap(
             z=np.where(mask, values, np.nan),
@@ -156,6 +131,12 @@ def _add_cells(figure: go.Figure, values: np.ndarray, whole: np.ndarray) -> None
             hoverinfo="skip",
             hoverongaps=False,
         )
+    _add_outline(figure, tied)
+    highest, lowest = float(np.nanmax(values)), float(np.nanmin(values))
+    if factor == 100.0:
+        lowest = max(lowest, highest - MAP_SPAN)
+    figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": lowest, "cmax": highest})
+    colour_bar(figure, label)
 
 
 def _add_outline(figure: go.Figure, tied: np.ndarray) -> None:

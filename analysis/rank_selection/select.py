@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -18,7 +18,7 @@ from analysis.outputs.inputs import Split, has_labels
 from analysis.outputs.suite_outputs import NotStored
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
-from analysis.rank_selection.regret import evidence, recommended_proxy, summary
+from analysis.rank_selection.rule import NEEDS, Mode, choose_rule, explain
 from analysis.rank_selection.scores import SCORES
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_proxies import recommend_from_weights
@@ -27,16 +27,35 @@ from merge_core.executors.base import Executor
 from merge_core.factors.low_rank import count_directions
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe
-from merge_core.methods import get_method, methods
+from merge_core.methods import methods
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
-Mode = Literal["labels", "inputs", "weights"]
-NEEDS: dict[Mode, str] = {
-    "labels": "labelled validation images",
-    "inputs": "validation images without labels",
-    "weights": "the checkpoints alone",
-}
+
+@dataclass(frozen=True)
+class SelectionOptions:
+    """What may be looked at to choose a setting, and how thoroughly.
+
+    Attributes:
+        mode: ``labels``, ``inputs`` or ``weights``.
+        full_grid: evaluate every setting on every image instead of searching adaptively; nothing
+            is searched in mode ``weights``.
+        every_proxy: find the picks of all proxies from inputs too, each by a search of its own.
+        report: evaluate the recommended recipe, in the end: on the test split (and in modes
+            that read no label on the validation split too), where there are labels.
+        seed: of the images that the adaptive search begins with.
+    """
+
+    mode: Mode
+    full_grid: bool = False
+    every_proxy: bool = False
+    report: bool = True
+    seed: int = 0
+
+    @property
+    def exhaustive(self) -> bool:
+        """Whether every setting is evaluated on every image."""
+        return self.full_grid and self.mode != "weights"
 
 
 @dataclass(frozen=True)
@@ -117,12 +136,8 @@ def select_rank(
     space: SearchSpace,
     session: MergeSession,
     evaluator: Evaluator | None,
-    mode: Mode,
+    options: SelectionOptions,
     *,
-    seed: int = 0,
-    full_grid: bool = False,
-    every_proxy: bool = False,
-    report: bool = True,
     progress: Progress | None = None,
     executor: Executor | None = None,
 ) -> Selection:
@@ -132,12 +147,7 @@ def select_rank(
         space: the settings; its recipe is of the session's tasks.
         session: the merges.
         evaluator: the evaluation; None for suites that cannot be evaluated (mode ``weights``).
-        mode: what may be looked at: ``labels``, ``inputs`` or ``weights``.
-        seed: of the images that the adaptive search begins with.
-        full_grid: evaluate every setting on every image instead of searching adaptively.
-        every_proxy: find the picks of all proxies from inputs too, each by a search of its own.
-        report: evaluate the recommended recipe, in the end: on the test split (and in modes
-            that read no label on the validation split too), where there are labels.
+        options: what may be looked at, and how thoroughly.
         progress: reports, and cancels between two units; what was evaluated is kept.
         executor: where the settings of a full grid are evaluated, several at once; here, one
             after another, when None. An adaptive search decides after each, so it uses none.
@@ -148,66 +158,31 @@ def select_rank(
         MergeScopeError: unfit inputs.
         Cancelled: by `progress`.
     """
-    if evaluator is None and mode != "weights":
-        raise RecipeError(
-            f"Mode {mode!r} needs {NEEDS[mode]}, and the suite {session.suite.name!r} cannot be "
-            f"evaluated: {session.suite.why_not_evaluated}. Take the mode 'weights'."
-        )
-    if executor is not None and not (full_grid and mode != "weights"):
-        raise RecipeError(
-            "Only the settings of a full grid are independent pieces that an executor can take. "
-            "Ask for the full grid, or leave the executor out."
-        )
-    progress = progress or Progress()
-    inner = Progress(cancel=progress.cancel)
+    _check(session, evaluator, options, executor)
     start, before = time.monotonic(), evaluator.outputs.forward_images if evaluator else 0
-    progress.step(0, 1, "starting")
-    weights, search, parts = None, None, []
-    full_grid = full_grid and mode != "weights"
-    if mode == "weights":
-        weights = recommend_from_weights(session.groups, space, inner)
-    rule = _rule(mode, space.base.method, [] if weights is None else weights["proxy"].tolist())
-    if evaluator is not None and mode != "weights":
-        if executor is not None:
-            evaluate_side_by_side(
-                space.recipes(),
-                session,
-                evaluator,
-                executor,
-                SCORES[rule].measures,
-                progress=progress,
-            )
-        find = exhaustive_search if full_grid else adaptive_search
-        search = find(space, session, evaluator, rule, seed=seed, progress=progress)
-        parts.append(_searched(rule, search).assign(mode=mode))
-    if evaluator is not None and every_proxy:
-        others = [name for name in INPUT_PROXIES if name != rule]
-        found = recommend_from_inputs(space, session, evaluator, seed, "val", others, progress)
-        parts.append(found.drop(columns="images").assign(mode="inputs"))
-    if weights is None:
-        weights = recommend_from_weights(session.groups, space, inner)
-    parts.append(weights.assign(mode="weights"))
-    picks = pd.concat(parts, ignore_index=True).astype({"rank": float, "scale": float})
+    choice = _Choice(space, session, evaluator, options, progress or Progress())
+    choice.progress.step(0, 1, "starting")
+    rule = choice.rule()
+    search = choice.search(rule, executor)
+    picks = choice.picks(rule, search)
     chosen = picks[picks["proxy"] == rule].iloc[0]
     rank, scale = _digits(chosen["rank"]), _digits(chosen["scale"])
     recipe = recipe_at(space, rank, scale)
-    accuracy, tested = None, None
-    if evaluator is not None and (mode == "labels" or (report and _labelled(session, "val"))):
-        accuracy = mean_accuracy(evaluator.recipe(recipe, session, progress=inner)).iloc[0]
-    if evaluator is not None and report and _labelled(session, "test"):
-        tested = evaluator.recipe(recipe, session, "test", progress=inner)
+    accuracy, report = choice.accuracies(recipe)
     points = search.points if search else _no_points()
     return Selection(
-        mode=mode,
-        full_grid=full_grid,
+        mode=options.mode,
+        full_grid=options.exhaustive,
         space=space,
         recipe=recipe,
         rank=rank,
         scale=scale,
         rule=rule,
-        why=_why(mode, space.base.method, chosen, search, full_grid),
+        why=explain(
+            options.mode, options.exhaustive, space.base.method, chosen, int(points["tied"].sum())
+        ),
         accuracy=accuracy,
-        report=tested,
+        report=report,
         points=points,
         curve=search.curve if search else _no_points(),
         score=rule if search else "accuracy",
@@ -225,18 +200,12 @@ def known_selection(
     space: SearchSpace,
     session: MergeSession,
     evaluator: Evaluator | None,
-    mode: Mode,
-    *,
-    seed: int = 0,
-    full_grid: bool = False,
-    every_proxy: bool = False,
+    options: SelectionOptions,
 ) -> Selection | None:
     """:func:`select_rank` from stored outputs alone, or None if an image would have to be run."""
     stored = None if evaluator is None else evaluator.stored_only()
     try:
-        return select_rank(
-            space, session, stored, mode, seed=seed, full_grid=full_grid, every_proxy=every_proxy
-        )
+        return select_rank(space, session, stored, options)
     except NotStored:
         return None
 
@@ -282,6 +251,115 @@ def setting_words(rank: float, scale: float) -> str:
     if not math.isnan(scale):
         parts.append(f"scale {scale:.3g}")
     return ", ".join(parts)
+
+
+def _check(
+    session: MergeSession,
+    evaluator: Evaluator | None,
+    options: SelectionOptions,
+    executor: Executor | None,
+) -> None:
+    """Refuse a mode that the suite cannot serve, and an executor that has nothing to do.
+
+    Raises:
+        RecipeError: either.
+    """
+    if evaluator is None and options.mode != "weights":
+        raise RecipeError(
+            f"Mode {options.mode!r} needs {NEEDS[options.mode]}, and the suite "
+            f"{session.suite.name!r} cannot be evaluated: {session.suite.why_not_evaluated}. Take "
+            "the mode 'weights'."
+        )
+    if executor is not None and not options.exhaustive:
+        raise RecipeError(
+            "Only the settings of a full grid are independent pieces that an executor can take. "
+            "Ask for the full grid, or leave the executor out."
+        )
+
+
+@dataclass(frozen=True)
+class _Choice:
+    """The steps of one choice, which share what they choose among and what they may look at."""
+
+    space: SearchSpace
+    session: MergeSession
+    evaluator: Evaluator | None
+    options: SelectionOptions
+    progress: Progress
+
+    @cached_property
+    def quiet(self) -> Progress:
+        """Cancels, but reports nothing."""
+        return Progress(cancel=self.progress.cancel)
+
+    @cached_property
+    def from_weights(self) -> pd.DataFrame:
+        """The picks of all proxies that need weights alone."""
+        return recommend_from_weights(self.session.groups, self.space, self.quiet)
+
+    def rule(self) -> str:
+        """The proxy that the evidence supports for the mode."""
+        mode = self.options.mode
+        proxies = self.from_weights["proxy"].tolist() if mode == "weights" else []
+        return choose_rule(mode, self.space.base.method, proxies)
+
+    def search(self, rule: str, executor: Executor | None) -> Search | None:
+        """The best setting by a score of images; None where none may be looked at."""
+        if self.evaluator is None or self.options.mode == "weights":
+            return None
+        if executor is not None:
+            evaluate_side_by_side(
+                self.space.recipes(),
+                self.session,
+                self.evaluator,
+                executor,
+                SCORES[rule].measures,
+                progress=self.progress,
+            )
+        find = exhaustive_search if self.options.full_grid else adaptive_search
+        return find(
+            self.space,
+            self.session,
+            self.evaluator,
+            rule,
+            seed=self.options.seed,
+            progress=self.progress,
+        )
+
+    def picks(self, rule: str, search: Search | None) -> pd.DataFrame:
+        """A row per proxy: the rule's own, those that read inputs if asked for, and the rest."""
+        parts = []
+        if search is not None:
+            parts.append(_searched(rule, search).assign(mode=self.options.mode))
+        if self.evaluator is not None and self.options.every_proxy:
+            found = recommend_from_inputs(
+                self.space,
+                self.session,
+                self.evaluator,
+                self.options.seed,
+                "val",
+                [name for name in INPUT_PROXIES if name != rule],
+                self.progress,
+            )
+            parts.append(found.drop(columns="images").assign(mode="inputs"))
+        parts.append(self.from_weights.assign(mode="weights"))
+        return pd.concat(parts, ignore_index=True).astype({"rank": float, "scale": float})
+
+    def accuracies(self, recipe: Recipe) -> tuple[pd.Series | None, pd.DataFrame | None]:
+        """Mean accuracy on the validation split and every task's on the test split.
+
+        None where there is nothing to evaluate, or where it was not asked for.
+        """
+        if self.evaluator is None:
+            return None, None
+        mean, tested = None, None
+        asked = self.options.report
+        if self.options.mode == "labels" or (asked and _labelled(self.session, "val")):
+            frame = self.evaluator.recipe(recipe, self.session, progress=self.quiet)
+            mean = mean_accuracy(frame).iloc[0]
+        if asked and _labelled(self.session, "test"):
+            tested = self.evaluator.recipe(recipe, self.session, "test", progress=self.quiet)
+        return mean, tested
 
 
 def _labelled(session: MergeSession, split: Split) -> bool:
@@ -333,57 +411,3 @@ def _low_rank_bytes(recipe: Recipe, session: MergeSession) -> int:
             k = count_directions(recipe.parameters["rank"], min(m, n))
             total += len(group.tasks) * k * (m + n + 1) * group.info.dtype.itemsize
     return total
-
-
-def _cases(method: str) -> pd.DataFrame:
-    """The evidence of a method; of all methods where it was never measured."""
-    table = evidence()
-    own = table[table["method"] == method]
-    return table if own.empty else own
-
-
-def _rule(mode: Mode, method: str, from_weights: Sequence[str]) -> str:
-    """The proxy that the evidence supports; for a method never measured, over all methods.
-
-    Raises:
-        RecipeError: no rule of that mode gives this merge a setting.
-    """
-    cases = _cases(method)
-    possible = cases[(cases["mode"] != "weights") | cases["proxy"].isin(from_weights)]
-    try:
-        return recommended_proxy(mode, None, possible)
-    except RecipeError as error:
-        raise RecipeError(
-            f"No rule gives {get_method(method).title} of these tasks a setting from "
-            f"{NEEDS[mode]}; choose another mode."
-        ) from error
-
-
-def _points(regret: float) -> str:
-    """A loss in words; a setting off the grid can be better than the grid's best."""
-    return "nothing" if regret < 0.0005 else f"{100 * regret:.1f} points"
-
-
-def _why(mode: Mode, method: str, chosen: pd.Series, search: Search | None, full: bool) -> str:
-    """One sentence or two: the rule, and its regret in the evidence."""
-    cases = _cases(method)
-    table = summary(cases)
-    mine = table[(table["mode"] == mode) & (table["proxy"] == chosen["proxy"])]
-    row = mine[(mine["search"] == "grid") == full].iloc[0]
-    where = "" if method in set(cases["method"]) else " of other methods"
-    regret = (
-        f"lost {_points(row['mean'])} of accuracy against the best setting on average and "
-        f"{_points(row['worst'])} at worst, over {row['cases']} sets of tasks{where}"
-    )
-    if mode == "labels":
-        tied = int(search.points["tied"].sum()) - 1 if search else 0
-        return (
-            "This setting has the highest accuracy on the labelled validation images among those "
-            f"evaluated on all of them; these images do not tell {tied} others from it. In the "
-            f"evidence such a choice {regret}."
-        )
-    needs = "images without labels" if mode == "inputs" else "nothing but weights"
-    return (
-        f"{chosen['title']} chose it, the rule that lost least in the evidence of those that need "
-        f"{needs}: it {regret}."
-    )

@@ -5,11 +5,18 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-import torch
 from torch import Tensor
 
+from merge_core.methods.blockwise import entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.sparse import Limits, TiesParameters, elected, largest, thresholds
+from merge_core.methods.sparse import (
+    Limits,
+    Sparsified,
+    TiesParameters,
+    elected,
+    largest,
+    thresholds,
+)
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, ParameterGroup
 
@@ -82,6 +89,16 @@ def limits(groups: Groups, run: Run, progress: Progress) -> Limits:
     return Limits(TRIM.density, thresholds(groups, TRIM, run, progress))
 
 
+def trim(
+    group: ParameterGroup, parameters: AdamergingParameters, run: Run, found: Limits | None
+) -> Sparsified:
+    """What of a block of task vectors the coefficients multiply (see :func:`vectors`)."""
+    if parameters.trimmed == "none":
+        return lambda tau, _: tau
+    stays = largest(group, TRIM, replace(run, state=found))
+    return lambda tau, part: elected(stays(tau, part))
+
+
 def vectors(
     group: ParameterGroup, parameters: AdamergingParameters, run: Run, found: Limits | None
 ) -> Tensor:
@@ -94,17 +111,15 @@ def vectors(
         found: of :func:`limits`, where they are trimmed.
     """
     tau = run.task_vectors(group)
-    if parameters.trimmed == "none":
-        return tau
-    stays = largest(group, TRIM, replace(run, state=found))
-    return elected(stays(tau.reshape(len(tau), -1), slice(None))).reshape(tau.shape)
+    kept = trim(group, parameters, run, found)
+    return kept(tau.reshape(len(tau), -1), slice(None)).reshape(tau.shape)
 
 
 def merge(group: ParameterGroup, parameters: AdamergingParameters, run: Run) -> Tensor:
     """θ_0 + Σ_t λ_t τ_t of one parameter, λ as learnt."""
-    tau = vectors(group, parameters, run, run.state.limits)
-    values = run.state.values[group.name].to(tau.dtype)
-    return group.base + torch.tensordot(values, tau, dims=1)
+    kept = trim(group, parameters, run, run.state.limits)
+    values = run.state.values[group.name]
+    return entrywise(group, run, lambda tau, part: values.to(tau.dtype) @ kept(tau, part))
 
 
 METHOD = Method(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from merge_core.errors import RecipeError
+from merge_core.methods.blockwise import weighted_sum
 from merge_core.methods.declaration import Method, MethodParameters, Run
 from merge_core.task_vectors import ParameterGroup
 
@@ -19,7 +21,7 @@ def merge(group: ParameterGroup, parameters: AverageParameters, run: Run) -> Ten
         return group.average
     if sum(run.weights) == 0:
         raise RecipeError("The weights of an average must not sum to zero. Change one of them.")
-    return run.weighted(group.experts).sum(dim=0) / sum(run.weights)
+    return weighted_sum(group, torch.tensor(run.weights, dtype=torch.float64) / sum(run.weights))
 
 
 METHOD = Method(

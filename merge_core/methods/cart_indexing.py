@@ -33,14 +33,14 @@ def merge_for(
     group: ParameterGroup, parameters: CartIndexingParameters, run: Run, place: int
 ) -> Tensor:
     """θ_avg + λ SVD_k(C_t) of one matrix; θ_avg + λ C_t of anything else."""
-    residual = group.experts[place] - group.average
+    residual = group.members[place] - group.average
     if group.decomposed:
         r = min(group.info.matrix_shape)
         k = count_directions(parameters.rank, r)
         if k < r:  # all directions are the residual itself, without the factors' rounding
             kept = group.truncations("average", k)[place].truncate(k)
             residual = kept.reshape(residual.shape).to(residual.dtype)
-    return group.average + parameters.scale * residual
+    return residual.mul_(parameters.scale).add_(group.average)
 
 
 def storage(group: ParameterGroup, parameters: CartIndexingParameters, run: Run) -> int:

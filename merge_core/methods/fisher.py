@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from merge_core.errors import RecipeError
+from merge_core.methods.blockwise import entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
@@ -42,14 +45,16 @@ def merge(group: ParameterGroup, parameters: FisherParameters, run: Run) -> Tens
         raise RecipeError(
             "Fisher merging takes per-task weights of at least 0, one of them above 0. Change them."
         )
-    experts = group.experts.double()
-    information = run.state.get(group.name)
-    if information is None:
-        information = torch.ones_like(experts)
-    shares = run.weighted(information.double().clamp_min(FLOOR))
-    average = experts.mean(dim=0)  # differences from it keep equal experts exact
-    offset = (shares * (experts - average)).sum(dim=0) / shares.sum(dim=0)
-    return (average + offset).to(group.experts.dtype)
+    learnt = run.state.get(group.name)
+    information = None if learnt is None else learnt.reshape(len(learnt), -1)
+
+    def offset(tau: Tensor, part: slice) -> Tensor:
+        own = torch.ones_like(tau) if information is None else information[:, part]
+        shares = run.weighted(own.double().clamp_min(FLOOR))
+        return ((shares * tau).sum(dim=0) / shares.sum(dim=0)).to(tau.dtype)
+
+    # About the average, which keeps equal experts exact. Weights come in with the information.
+    return entrywise(group, replace(run, origin="average", weights=()), offset)
 
 
 METHOD = Method(

@@ -5,11 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merge_core.methods.blockwise import gram, weighted_sum
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
 # Units that cancel to less than this have no mean direction.
 NO_DIRECTION = 1e-12
+# Eigenvalues of a Gram matrix below this share of the largest are rounding noise of float64.
+ROUNDING = 1e-14
 
 
 class KarcherParameters(MethodParameters):
@@ -71,16 +74,23 @@ def mean_direction(units: Tensor, iterations: int, tolerance: float) -> Tensor |
 
 def merge(group: ParameterGroup, parameters: KarcherParameters, run: Run) -> Tensor:
     """Mean length times mean direction of one tensor over the experts."""
-    flat = group.experts.double().reshape(len(group.tasks), -1)
-    lengths = flat.norm(dim=1)
+    inner = gram(group)
+    lengths = inner.diagonal().sqrt()
     some = lengths > 0
     if not bool(some.any()):
         return group.average
-    units = flat[some] / lengths[some, None]
-    mean = mean_direction(units, parameters.iterations, parameters.tolerance)
+    cosines = inner[some][:, some] / lengths[some] / lengths[some, None]
+    # The mean direction lies in the span of the units, where these have coordinates √Λ Qᵀ in the
+    # orthonormal basis that their Gram matrix Q Λ Qᵀ gives.
+    values, vectors = torch.linalg.eigh(cosines)
+    live = values > ROUNDING * values[-1]
+    axes, roots = vectors[:, live], values[live].sqrt()
+    mean = mean_direction(axes * roots, parameters.iterations, parameters.tolerance)
     if mean is None:
         return group.average
-    return (lengths.mean() * mean).reshape(group.average.shape).to(group.average.dtype)
+    weights = torch.zeros_like(lengths)
+    weights[some] = lengths.mean() * (axes @ (mean / roots)) / lengths[some]
+    return weighted_sum(group, weights)
 
 
 METHOD = Method(

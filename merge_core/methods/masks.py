@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_core.methods.blockwise import entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import Passes, entrywise, summed
+from merge_core.methods.selection import Passes, summed
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, ParameterGroup
 
@@ -72,9 +73,11 @@ def tall_model(
     group: ParameterGroup, parameters: TallMasksParameters, run: Run, place: int
 ) -> Tensor:
     """θ_0 + m_t ∘ τ_MTL of one parameter."""
-    tau = run.task_vectors(group)
-    mask = active(tau, parameters.threshold)[place]
-    return group.base + torch.where(mask, tau.sum(dim=0), 0)
+
+    def update(tau: Tensor, _: slice) -> Tensor:
+        return torch.where(active(tau, parameters.threshold)[place], tau.sum(dim=0), 0)
+
+    return entrywise(group, run, update)
 
 
 def tall_storage(group: ParameterGroup, parameters: TallMasksParameters, run: Run) -> int:
@@ -145,8 +148,13 @@ def rescaling(groups: Groups, parameters: EmrParameters, run: Run, progress: Pro
 
 def emr_model(group: ParameterGroup, parameters: EmrParameters, run: Run, place: int) -> Tensor:
     """θ_0 + λ_t m_t ∘ τ_uni of one parameter."""
-    vector, masks = unified(run.task_vectors(group))
-    return group.base + float(run.state.factors[place]) * torch.where(masks[place], vector, 0)
+    factor = float(run.state.factors[place])
+
+    def update(tau: Tensor, _: slice) -> Tensor:
+        vector, masks = unified(tau)
+        return factor * torch.where(masks[place], vector, 0)
+
+    return entrywise(group, run, update)
 
 
 def emr_storage(group: ParameterGroup, parameters: EmrParameters, run: Run) -> int:

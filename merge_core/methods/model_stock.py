@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merge_core.methods.blockwise import gram
 from merge_core.methods.declaration import Method, MethodParameters, Run
 from merge_core.task_vectors import ParameterGroup
 
@@ -13,31 +14,30 @@ class ModelStockParameters(MethodParameters):
     """Model Stock has none: the angle decides."""
 
 
-def ratio(tau: Tensor) -> float:
+def ratio(inner: Tensor) -> float:
     """t = N cos θ / ((N − 1) cos θ + 1), with the mean pairwise cosine of the task vectors.
 
     Args:
-        tau: N x entries, float64.
+        inner: N x N, float64: the inner products of the task vectors.
 
     Returns:
         In [0, 1]; 1 for one task vector, and 0 where the mean cosine is negative.
     """
-    N = len(tau)
+    N = len(inner)
     if N == 1:
         return 1.0
-    lengths = tau.norm(dim=1, keepdim=True)
-    units = torch.where(lengths > 0, tau / lengths, 0.0)
-    gram = units @ units.T
-    cosine = float((gram.sum() - gram.diagonal().sum()) / (N * (N - 1)))
+    lengths = inner.diagonal().sqrt()
+    shares = torch.where(lengths > 0, 1 / lengths, 0.0)  # no angle with a zero vector
+    cosines = inner * shares * shares[:, None]
+    cosine = float((cosines.sum() - cosines.diagonal().sum()) / (N * (N - 1)))
     cosine = min(1.0, max(0.0, cosine))
     return N * cosine / ((N - 1) * cosine + 1)
 
 
 def merge(group: ParameterGroup, parameters: ModelStockParameters, run: Run) -> Tensor:
     """t θ_avg + (1 − t) θ_0 of one tensor."""
-    tau = group.experts.double() - group.base.double()
-    t = ratio(tau.reshape(len(tau), -1))
-    return group.base + t * (group.average - group.base)
+    t = ratio(gram(group, "base"))
+    return (group.average - group.base).mul_(t).add_(group.base)  # in one tensor
 
 
 METHOD = Method(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Literal
@@ -11,14 +11,9 @@ import torch
 from torch import Tensor
 
 from merge_core.errors import RecipeError
+from merge_core.methods.blockwise import entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import (
-    Passes,
-    entrywise,
-    kept_count,
-    kth_largest,
-    summed,
-)
+from merge_core.methods.selection import Passes, kept_count, kth_largest, summed
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, ParameterGroup
 
@@ -77,20 +72,20 @@ class Balance:
 
 
 def _unit(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
-    """(x − low) / (high − low) along the last axis of x, 0 where nothing lies between."""
+    """(x − low) / (high − low) of each row of x, 0 where nothing lies between."""
     between = high - low
     step = torch.where(between > 0, between, torch.inf)
-    return (values - low[..., None]) / step[..., None]
+    return (values - low[:, None]) / step[:, None]
 
 
-def _exponentials(tau: Tensor, low: Tensor, high: Tensor) -> tuple[Tensor, Tensor]:
-    """exp(T (Norm(τ_i²) − 1)) as T x n, exp(Norm(τ_i τ_j)) as T x T x n.
+def _exponentials(tau: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each task i, exp(T (Norm(τ_i²) − 1)) as n, and exp(Norm(τ_i τ_j)) as T x n.
 
     A softmax does not see the constant e^(−T), which keeps many tasks from overflowing.
     """
-    unit = _unit(tau[:, None] * tau, low, high)
-    own = unit.diagonal(dim1=0, dim2=1).T
-    return (len(tau) * (own - 1)).exp(), unit.exp()
+    for i, vector in enumerate(tau):
+        unit = _unit(vector * tau, low[i], high[i])
+        yield (len(tau) * (unit[i] - 1)).exp(), unit.exp()
 
 
 def _paper_score(tau: Tensor, low: Tensor, high: Tensor, intra: Tensor, inter: Tensor) -> Tensor:
@@ -102,9 +97,11 @@ def _paper_score(tau: Tensor, low: Tensor, high: Tensor, intra: Tensor, inter: T
         intra, inter: T and T x T means of the exponentials over the whole model: a softmax
             divides by the sum, D times as much, and that factor cancels in the weighted mean.
     """
-    own, pairs = _exponentials(tau, low, high)
-    balance = (own / intra[:, None]) * (pairs / inter[..., None]).sum(dim=1)
-    return balance.float()
+    balance = [
+        (own / intra[i]) * (pairs / inter[i, :, None]).sum(dim=0)
+        for i, (own, pairs) in enumerate(_exponentials(tau, low, high))
+    ]
+    return torch.stack(balance).float()
 
 
 def _code_score(tau: Tensor, clip: Tensor) -> Tensor:
@@ -124,7 +121,8 @@ def _paper_balance(passes: Passes, density: float) -> Balance:
     high = -low
 
     def extremes(tau: Tensor) -> Tensor:
-        return torch.stack((tau[:, None] * tau).aminmax(dim=2))
+        found = [torch.stack((vector * tau).aminmax(dim=1)) for vector in tau]
+        return torch.stack(found, dim=1)
 
     def outermost(parts: list[Tensor]) -> Tensor:
         least, most = torch.stack(parts, dim=1)
@@ -136,8 +134,9 @@ def _paper_balance(passes: Passes, density: float) -> Balance:
     inter = torch.zeros_like(low)
 
     def sums(tau: Tensor) -> tuple[Tensor, Tensor]:
-        own, pairs = _exponentials(tau, low, high)
-        return own.sum(dim=1), pairs.sum(dim=2)
+        found = [(own.sum(), pairs.sum(dim=1)) for own, pairs in _exponentials(tau, low, high)]
+        own, pairs = zip(*found, strict=True)
+        return torch.stack(own), torch.stack(pairs)
 
     for own, pairs in passes.over("sums of exponentials", sums, summed):
         intra += own / passes.entries

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from merge_core.methods.blockwise import entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
@@ -90,8 +91,12 @@ def merge(group: ParameterGroup, parameters: RegmeanParameters, run: Run) -> Ten
     update = run.state.get(group.name)
     if update is None:
         return group.average
-    experts = group.experts
-    return (experts.double().mean(dim=0) + update).to(experts.dtype)
+    learnt = update.reshape(-1)
+
+    def moved(tau: Tensor, part: slice) -> Tensor:
+        return (tau.double().mean(dim=0) + learnt[part]).to(tau.dtype)
+
+    return entrywise(group, replace(run, origin="average"), moved)
 
 
 FORMULA = (

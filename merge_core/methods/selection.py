@@ -15,14 +15,13 @@ import torch
 from torch import Tensor
 
 from merge_core.executors.local import Threads
-from merge_core.methods.declaration import Run
+from merge_core.methods import blockwise
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, Origin, ParameterGroup
 from merge_core.work_sizes import SAMPLE
 
 Found = TypeVar("Found")
 
-BLOCK = 1 << 14  # T x T x BLOCK numbers of PCB stay near the cache
 # Standard deviations of a sample's quantile between which the model's is looked for.
 DEVIATIONS = 6
 
@@ -32,26 +31,6 @@ def kept_count(density: float, total: int) -> int:
     if density == 0:
         return 0
     return min(total, max(1, int(density * total + 1e-9)))
-
-
-def entrywise(group: ParameterGroup, run: Run, update: Callable[[Tensor, slice], Tensor]) -> Tensor:
-    """Origin + update of one parameter, where each entry of it depends on that entry alone.
-
-    Args:
-        group: the parameter.
-        run: the task vectors' origin and weights.
-        update: of a block of task vectors (T x n) and its place among the parameter's entries,
-            the block's update (n).
-
-    Returns:
-        The shape of one expert.
-    """
-    origin = group.origin(run.origin)
-    merged, flat = torch.empty_like(origin, memory_format=torch.contiguous_format), origin.ravel()
-    whole = merged.view(-1)
-    for part, tau in group.blocks(run.origin, BLOCK):
-        whole[part] = flat[part] + update(run.weighted(tau), part)
-    return merged
 
 
 class Passes:
@@ -105,7 +84,7 @@ class Passes:
             try:
                 if not group.info.is_floating:
                     return None
-                blocks = group.blocks(self._origin, BLOCK, stride, first)
+                blocks = group.blocks(self._origin, blockwise.BLOCK, stride, first)
                 parts = [look(self._view(tau)) for _, tau in blocks]
                 return fold(parts) if parts else None
             finally:
@@ -164,7 +143,7 @@ def kth_largest(
     while True:
         sample = torch.cat(list(passes.over(label, ranked, partial(torch.cat, dim=1), stride)), 1)
         if stride == 1:
-            return torch.stack([_kth(sample, rank) for rank in ranks], dim=1)
+            return torch.stack([_kth_of_rows(sample, rank) for rank in ranks], dim=1)
         bounds = [_bounds(sample, rank / passes.entries) for rank in ranks]
         look = partial(_counts, values=ranked, bounds=bounds)
         counted = _summed(list(passes.over(f"thresholds: {label}", look, _summed)))
@@ -177,9 +156,21 @@ def kth_largest(
         stride = (stride // 16) | 1
 
 
-def _kth(values: Tensor, rank: int) -> Tensor:
-    """The rank-th largest of each row."""
-    return values.kthvalue(values.shape[1] - rank + 1, dim=1).values
+def kth_in_place(values: Tensor, rank: int) -> Tensor:
+    """The rank-th largest of the entries (a scalar), which are reordered: nothing is copied.
+
+    Args:
+        values: n.
+        rank: 1 for the largest.
+    """
+    place = len(values) - rank
+    values.numpy().partition(place)
+    return values[place].clone()
+
+
+def _kth_of_rows(values: Tensor, rank: int) -> Tensor:
+    """The rank-th largest of each row; rows are reordered."""
+    return torch.stack([kth_in_place(row, rank) for row in values])
 
 
 Bounds = tuple[Tensor, Tensor]
@@ -192,8 +183,8 @@ def _bounds(sample: Tensor, share: float) -> Bounds:
     above, below = int(share * size - around), int(share * size + around) + 1
     none = torch.full((len(sample),), torch.inf)
     return (
-        _kth(sample, below) if below <= size else -none,
-        _kth(sample, above) if above >= 1 else none,
+        _kth_of_rows(sample, below) if below <= size else -none,
+        _kth_of_rows(sample, above) if above >= 1 else none,
     )
 
 

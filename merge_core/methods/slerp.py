@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merge_core.methods.blockwise import gram, weighted_sum
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
@@ -26,17 +27,13 @@ class SlerpParameters(MethodParameters):
 
 def merge(group: ParameterGroup, parameters: SlerpParameters, run: Run) -> Tensor:
     """sin((1−t)ω)/sin ω · θ_1 + sin(tω)/sin ω · θ_2 of one tensor, ω the angle between them."""
-    first, second = group.experts.double()
-    t = parameters.t
-    lengths = first.norm() * second.norm()
-    cosine = (first * second).sum() / lengths if lengths > 0 else torch.ones(())
-    if cosine.abs() > COLLINEAR:
-        merged = (1 - t) * first + t * second
-    else:
+    inner, shares = gram(group), torch.tensor([1 - parameters.t, parameters.t], dtype=torch.float64)
+    lengths = inner.diagonal().sqrt().prod()
+    cosine = inner[0, 1] / lengths if lengths > 0 else torch.ones(())
+    if cosine.abs() <= COLLINEAR:
         angle = torch.arccos(cosine)
-        merged = ((1 - t) * angle).sin() * first + (t * angle).sin() * second
-        merged = merged / angle.sin()
-    return merged.to(group.experts.dtype)
+        shares = (shares * angle).sin() / angle.sin()
+    return weighted_sum(group, shares)
 
 
 METHOD = Method(

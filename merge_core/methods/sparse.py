@@ -16,8 +16,9 @@ from torch import Tensor
 
 from merge_core.errors import RecipeError
 from merge_core.files import digest_of
+from merge_core.methods.blockwise import entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import Passes, entrywise, kept_count, kth_largest
+from merge_core.methods.selection import Passes, kept_count, kth_in_place, kth_largest
 from merge_core.progress import Progress
 from merge_core.task_vectors import Groups, ParameterGroup
 
@@ -150,7 +151,8 @@ def _limits(groups: Groups, parameters: TiesParameters, run: Run, progress: Prog
     return Limits(parameters.density, thresholds(groups, parameters, run, progress))
 
 
-# Sparsify: for one parameter, what of a block of its task vectors (T x n) stays, others zero.
+# Sparsify: for one parameter, what of a block of its task vectors (T x n) stays, others zero. It is
+# asked for each block once, in order.
 
 Sparsified = Callable[[Tensor, slice], Tensor]
 
@@ -164,12 +166,15 @@ def _kth_in_tensor(group: ParameterGroup, run: Run, ks: Sequence[int]) -> list[T
     """For each k, T values: the k-th largest magnitude of each task's tensor, infinite for 0."""
     found = [torch.full((len(group.tasks),), torch.inf) for _ in ks]
     origin = group.origin(run.origin)
+    tau = torch.empty(origin.shape, dtype=group.widest_dtype(run.origin))  # of one task at a time
     for t, member in enumerate(group.members):
-        weight = run.weights[t] if run.weights else 1.0
-        magnitude = _magnitude((member - origin) * weight).reshape(-1)
+        torch.sub(member.to(tau.dtype), origin, out=tau)
+        if run.weights:
+            tau *= run.weights[t]
+        magnitude = tau.float().abs_().reshape(-1)  # as _magnitude has it, in place
         for limits, k in zip(found, ks, strict=True):
             if k:
-                limits[t] = magnitude.kthvalue(magnitude.numel() - k + 1).values
+                limits[t] = kth_in_place(magnitude, k)
     return found
 
 
@@ -198,15 +203,19 @@ def random_share(
     """Entries that a coin of probability 1 − p keeps, divided by 1 − p.
 
     The coins of a parameter and task follow from the seed and the two names alone: neither the
-    other experts, nor their order, nor streaming changes them.
+    other experts, nor their order, nor streaming, nor blocks change them.
     """
-    coins = []
+    sources = []
     for task in group.tasks:
         seed = int(digest_of("dare", str(run.seed), group.name, task)[:15], 16)
-        source = torch.Generator().manual_seed(seed)
-        coins.append(torch.rand(group.info.shape, generator=source).ravel() >= parameters.drop)
-    kept = torch.stack(coins)
-    return lambda tau, part: torch.where(kept[:, part], tau, 0) / (1 - parameters.drop)
+        sources.append(torch.Generator().manual_seed(seed))
+
+    def kept(tau: Tensor, _: slice) -> Tensor:
+        # Each block draws on where the one before ended.
+        coins = torch.stack([torch.rand(tau.shape[1], generator=source) for source in sources])
+        return torch.where(coins >= parameters.drop, tau, 0) / (1 - parameters.drop)
+
+    return kept
 
 
 def middle(group: ParameterGroup, parameters: BreadcrumbsParameters, run: Run) -> Sparsified:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merge_core.methods.blockwise import entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.task_vectors import ParameterGroup
 
@@ -27,8 +28,10 @@ def merge(group: ParameterGroup, parameters: TaskArithmeticParameters, run: Run)
     """θ_0 + λ Σ_t w_t (θ_t − θ_0) of one parameter."""
     if not run.weights:
         # θ_0 + λT (θ_avg − θ_0), in one pass.
-        return torch.lerp(group.base, group.average, parameters.scale * len(group.tasks))
-    return group.base + parameters.scale * run.task_vectors(group).sum(dim=0)
+        dtype = group.widest_dtype("base")
+        ends = group.base.to(dtype), group.average.to(dtype)
+        return torch.lerp(*ends, parameters.scale * len(group.tasks))
+    return entrywise(group, run, lambda tau, _: parameters.scale * tau.sum(dim=0))
 
 
 METHOD = Method(

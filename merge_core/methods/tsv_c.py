@@ -21,7 +21,7 @@ def kept(group: ParameterGroup) -> int:
 def merge_for(group: ParameterGroup, parameters: TsvCParameters, run: Run, place: int) -> Tensor:
     """θ_0 + SVD_k(τ_t) of one matrix; the expert's own of anything else."""
     if not group.decomposed or kept(group) == min(group.info.matrix_shape):
-        return group.experts[place]
+        return group.members[place]
     k = kept(group)
     update = group.truncations("base", k)[place].truncate(k)
     return group.base + update.reshape(group.base.shape).to(group.base.dtype)

@@ -110,7 +110,7 @@ class Preflight:
 
     @property
     def entrywise_bytes(self) -> int:
-        """The same for methods that only average or compare entries."""
+        """The same for methods that are entrywise or need only inner products."""
         return self.job.entrywise_bytes
 
     @property

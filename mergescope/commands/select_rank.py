@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     import pandas as pd
     from rich.console import Console
 
-    from analysis.rank_selection.select import Mode, Selection
+    from analysis.rank_selection.rule import Mode
+    from analysis.rank_selection.select import Selection
 
 MODES = ("labels", "inputs", "weights")
 
@@ -73,7 +74,7 @@ def select(
 ) -> None:
     """Which rank and scale: from labels, from inputs alone, or from weights alone."""
     from analysis.evaluation.evaluator import Evaluator
-    from analysis.rank_selection.select import select_rank
+    from analysis.rank_selection.select import SelectionOptions, select_rank
     from analysis.rank_selection.space import search_space
     from merge_core.executors.choose import executor as executor_named
     from merge_core.factors.store import FactorStore
@@ -87,24 +88,15 @@ def select(
     where = None if executor is None else executor_named(executor)
     loaded = load_suite(suite)
     chosen = _checked_mode(mode, loaded.can_evaluate)
-    space = search_space(
-        method,
-        suite,
-        split_names(tasks),
-        numbers(ranks, "--ranks"),
-        numbers(scales, "--scales"),
-    )
+    axes = numbers(ranks, "--ranks"), numbers(scales, "--scales")
+    space = search_space(method, suite, split_names(tasks), *axes)
     evaluator = Evaluator(loaded) if loaded.can_evaluate else None
     session = MergeSession(loaded, space.base.tasks, FactorStore())
     result = select_rank(
         space,
         session,
         evaluator,
-        chosen,
-        seed=seed,
-        full_grid=full_grid,
-        every_proxy=every_proxy,
-        report=report,
+        SelectionOptions(chosen, full_grid, every_proxy, report, seed),
         progress=progress_bar("searching"),
         executor=where,
     )

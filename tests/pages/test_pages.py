@@ -300,8 +300,8 @@ def test_angles_and_signs_are_drawn_when_asked_for() -> None:
 @pytest.mark.parametrize(
     ("name", "key"),
     [
-        ("overview", "first"),
-        ("spectra", "summary"),
+        ("overview", "first_result"),
+        ("spectra", "summary_map"),
         ("interference", "curves"),
         ("merge_lab", "per_task"),
     ],
@@ -309,7 +309,7 @@ def test_angles_and_signs_are_drawn_when_asked_for() -> None:
 def test_explanation_and_numbers_are_there_when_opened(name: str, key: str) -> None:
     at = app_at(name)
     closed = len(healthy(at.run()).dataframe)
-    for which in (f"numbers_{key}", f"how_{'map' if key == 'summary' else key}"):
+    for which in (f"numbers_{key}", f"how_{key}"):
         at.session_state[which] = True
     healthy(at.run())
     assert len(at.dataframe) == closed + 1

@@ -17,7 +17,13 @@ from streamlit.testing.v1 import AppTest
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection import space as spaces
-from analysis.rank_selection.select import Mode, Selection, select_rank, task_curves
+from analysis.rank_selection.rule import Mode
+from analysis.rank_selection.select import (
+    Selection,
+    SelectionOptions,
+    select_rank,
+    task_curves,
+)
 from analysis.rank_selection.space import search_space
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
@@ -53,7 +59,7 @@ def library(path: Path, mode: Mode, method: str = "cart", **options: Any) -> Sel
     evaluator = Evaluator(suite, PredictionStore(path.parent / "own.sqlite"))
     session = MergeSession(suite, None, FactorStore(path.parent / "own"))
     space = search_space(method, "mine", suite.tasks)
-    return select_rank(space, session, evaluator, mode, **options)
+    return select_rank(space, session, evaluator, SelectionOptions(mode, **options))
 
 
 def found(at: AppTest, label: str = BUTTON) -> AppTest:
@@ -139,17 +145,10 @@ def test_any_recommended_rank_opens_in_the_lab(offer: Offer) -> None:
 
 
 def test_a_click_on_the_map_moves_the_sliders(monkeypatch: pytest.MonkeyPatch) -> None:
-    for data in ([0.26, 3.2], {"0": 0.26, "1": 3.2}):
-        state: dict[str, Any] = {
-            "rank_scale_map": {"selection": {"points": [{"customdata": data}]}}
-        }
-        monkeypatch.setattr(rank_settings.st, "session_state", state)
-        rank_settings.pick_clicked()
-        assert (state["at_rank"], state["at_scale"]) == (0.26, 3.2)
-    state = {"rank_scale_map": {"selection": {"points": []}}}
+    state: dict[str, Any] = {}
     monkeypatch.setattr(rank_settings.st, "session_state", state)
-    rank_settings.pick_clicked()
-    assert "at_rank" not in state
+    rank_settings.pick([0.26, 3.2])
+    assert state == {"at_rank": 0.26, "at_scale": 3.2}
 
 
 def test_every_rules_pick_is_a_button_away(offer: Offer) -> None:
@@ -243,6 +242,7 @@ def test_allocations_stay_among_the_scales_that_a_method_takes(offer: Offer) -> 
     suite = load_suite(offer())
     session = MergeSession(suite, None, FactorStore())
     space = search_space("cart", "mine", suite.tasks)
-    edge = replace(select_rank(space, session, None, "weights"), scale=max(space.scales))
+    chosen = select_rank(space, session, None, SelectionOptions("weights"))
+    edge = replace(chosen, scale=max(space.scales))
     frame = rank_layers.compared(edge, session, Evaluator(suite), Progress())
     assert frame["scale"].max() <= max(space.scales)

@@ -24,27 +24,34 @@ PER_ROW, SHOWN, TILE = 6, 24, 54
 FILTERS = ("kernels", "patch_embedding")  # views of pictures
 
 EXPLAINED = {
-    "kernels": (
+    "kernels": charts.HowToRead(
         "Each tile is one filter of the first convolution, its channels drawn as colours. Filters "
         "of one start stay alike under fine-tuning: the difference shows what changed. "
         "Principal components say which patterns the filters are mixtures of.",
         r"W_{o} = \sum_j a_{oj}\, v_j + \bar W",
     ),
-    "patch_embedding": (
+    "patch_embedding": charts.HowToRead(
         "Each tile is one filter by which a vision transformer reads a patch; the components "
         "below are ordered by the share of the filters' variance that they explain.",
         r"z_{p} = E\, x_p + b,\qquad E = \sum_j \sigma_j u_j v_j^\top",
     ),
-    "norms": (
+    "norms": charts.HowToRead(
         "Each row is a layer, its filters sorted by their root mean square weight.",
         r"\|W_o\| / \sqrt{\text{number of weights}}",
     ),
-    "positions": (
+    "positions": charts.HowToRead(
         "Each small map belongs to one position of the image and shows the cosine of its learned "
         "embedding with those of all positions.",
         r"\cos(p_i, p_j)",
     ),
 }
+HEADS_EXPLAINED = charts.HowToRead(
+    "Head h lets token x attend to token y by x B_h yᵀ (before biases and softmax). A symmetric "
+    "B_h matches tokens that are alike; the part that is antisymmetric matches in one direction "
+    "only. For a difference of two models, the form shown is that of the differing query and key "
+    "weights, not the difference of the forms.",
+    r"B_h = W_{Q,h}^\top W_{K,h} / \sqrt d",
+)
 
 
 @shell.fragment
@@ -72,47 +79,66 @@ def deeper_section() -> None:
     titles = {view: patterns.VIEWS[view].capitalize() for view in views}
     view = choice("Look at", titles, "view")
     if view == "heads":
-        heads_view(source, shown)
+        draw_heads(source, shown)
         return
-    levels: Normalisation = "symmetric"
     if view in FILTERS:
         levels = choice("Grey levels of filters", NORMALISATIONS, "filter_levels")
-    for column, (name, weights) in zip(st.columns(len(shown)), shown.items(), strict=True):
-        with column:
-            draw(view, name, weights, levels)
-    charts.how_to_read("deeper", *EXPLAINED[view])
-
-
-def draw(view: str, name: str, weights: dict[str, Tensor], levels: Normalisation) -> None:
-    """One view of one model."""
-    key = f"{view}_{name}"
-    if view in FILTERS:
-        filters = patterns.first_kernels(weights).filters
-        grid = figures.kernel_grid(filters, title=name, kind=levels, columns=PER_ROW, most=SHOWN)
-        rows = math.ceil(min(len(filters), SHOWN) / PER_ROW)
-        charts.show(grid, key=key, alt=f"First filters of {name}", height=fitted(grid, rows))
-        components = figures.components_grid(
-            patterns.filter_components(filters),
-            title=f"{name}: components",
-            kind=levels,
-            columns=PER_ROW,
-            most=2 * PER_ROW,
-        )
-        charts.show(
-            components,
-            key=f"components_{name}",
-            alt=f"Principal components of the first filters of {name}",
-            height=fitted(components, 2.6),
-        )
-    elif view == "norms":
-        frame = patterns.kernel_norms(weights)
-        charts.show(figures.kernel_norm_map(frame, title=name), key=key, alt=f"Norms of {name}")
-        charts.numbers(frame, f"kernel_norms_{name}", key=key)
+        drawn = [chart_filters(view, name, each, levels) for name, each in shown.items()]
+        drawn += [chart_components(name, each, levels) for name, each in shown.items()]
     else:
-        similar = patterns.position_similarity(patterns.position_embedding(weights))
-        charts.show(
-            figures.position_grid(similar, title=name), key=key, alt=f"Similar positions of {name}"
-        )
+        chart = chart_norms if view == "norms" else chart_positions
+        drawn = [chart(name, weights) for name, weights in shown.items()]
+    charts.panel(*drawn, key="deeper", columns=st.columns(len(shown)), how_to_read=EXPLAINED[view])
+
+
+def chart_filters(
+    view: str, name: str, weights: dict[str, Tensor], levels: Normalisation
+) -> charts.Chart:
+    """The first filters of a model."""
+    filters = patterns.first_kernels(weights).filters
+    grid = figures.kernel_grid(filters, title=name, kind=levels, columns=PER_ROW, most=SHOWN)
+    rows = math.ceil(min(len(filters), SHOWN) / PER_ROW)
+    return charts.Chart(
+        grid, key=f"{view}_{name}", alt=f"First filters of {name}", height=fitted(grid, rows)
+    )
+
+
+def chart_components(name: str, weights: dict[str, Tensor], levels: Normalisation) -> charts.Chart:
+    """What the first filters of a model are mixtures of."""
+    grid = figures.components_grid(
+        patterns.filter_components(patterns.first_kernels(weights).filters),
+        title=f"{name}: components",
+        kind=levels,
+        columns=PER_ROW,
+        most=2 * PER_ROW,
+    )
+    return charts.Chart(
+        grid,
+        key=f"components_{name}",
+        alt=f"Principal components of the first filters of {name}",
+        height=fitted(grid, 2.6),
+    )
+
+
+def chart_norms(name: str, weights: dict[str, Tensor]) -> charts.Chart:
+    """The norms of a model's filters, layer by layer."""
+    frame = patterns.kernel_norms(weights)
+    return charts.Chart(
+        figures.kernel_norm_map(frame, title=name),
+        key=f"norms_{name}",
+        alt=f"Norms of {name}",
+        numbers=charts.Numbers(frame, f"kernel_norms_{name}"),
+    )
+
+
+def chart_positions(name: str, weights: dict[str, Tensor]) -> charts.Chart:
+    """How alike a model's position embeddings are."""
+    similar = patterns.position_similarity(patterns.position_embedding(weights))
+    return charts.Chart(
+        figures.position_grid(similar, title=name),
+        key=f"positions_{name}",
+        alt=f"Similar positions of {name}",
+    )
 
 
 def fitted(figure: go.Figure, rows: float) -> int:
@@ -120,7 +146,7 @@ def fitted(figure: go.Figure, rows: float) -> int:
     return round(figure.layout.margin.t + 24 + TILE * rows)
 
 
-def heads_view(source: Source, shown: dict[str, dict[str, Tensor]]) -> None:
+def draw_heads(source: Source, shown: dict[str, dict[str, Tensor]]) -> None:
     """The bilinear form of each head of a layer."""
     heads = source.heads()
     if heads is None:
@@ -138,24 +164,28 @@ def heads_view(source: Source, shown: dict[str, dict[str, Tensor]]) -> None:
         st.info("These two models share no attention layer. Compare other models.")
         return
     layer = st.selectbox("Attention layer", layers, key="attention", bind="query-params")
-    for column, (name, weights) in zip(st.columns(len(shown)), shown.items(), strict=True):
-        with column:
-            form = patterns.query_key(weights, layer, heads)
-            charts.show(
-                figures.head_maps(form, title=name), key=f"heads_{name}", alt=f"Heads of {name}"
+    charts.panel(
+        *(
+            charts.Chart(
+                figures.head_maps(patterns.query_key(weights, layer, heads), title=name),
+                key=f"heads_{name}",
+                alt=f"Heads of {name}",
             )
-            frame = patterns.head_spectrum(weights, layer, heads)
-            charts.show(
-                figures.head_spectrum(frame, title=f"{name}: singular values"),
-                key=f"spectrum_{name}",
-                alt=f"Singular values of the heads of {name}",
-            )
-            charts.numbers(frame, f"heads_{name}", key=f"heads_{name}")
-    charts.how_to_read(
-        "heads",
-        "Head h lets token x attend to token y by x B_h yᵀ (before biases and softmax). A "
-        "symmetric B_h matches tokens that are alike; the part that is antisymmetric matches in "
-        "one direction only. For a difference of two models, the form shown is that of the "
-        "differing query and key weights, not the difference of the forms.",
-        r"B_h = W_{Q,h}^\top W_{K,h} / \sqrt d",
+            for name, weights in shown.items()
+        ),
+        *(chart_spectrum(name, weights, layer, heads) for name, weights in shown.items()),
+        key="heads",
+        columns=st.columns(len(shown)),
+        how_to_read=HEADS_EXPLAINED,
+    )
+
+
+def chart_spectrum(name: str, weights: dict[str, Tensor], layer: str, heads: int) -> charts.Chart:
+    """The singular values of the heads of a layer."""
+    frame = patterns.head_spectrum(weights, layer, heads)
+    return charts.Chart(
+        figures.head_spectrum(frame, title=f"{name}: singular values"),
+        key=f"spectrum_{name}",
+        alt=f"Singular values of the heads of {name}",
+        numbers=charts.Numbers(frame, f"heads_{name}"),
     )

@@ -102,7 +102,7 @@ def fit_section(suite: Suite) -> None:
         border=True,
         help="Estimated peak of 'mergescope merge' with a spectral method, which streams parameter "
         f"by parameter, on as many threads as torch takes here ({report.job.workers}); methods "
-        f"that only average or compare entries take {report.entrywise_bytes / 1e6:,.0f} MB.",
+        f"that decompose nothing take {report.entrywise_bytes / 1e6:,.0f} MB.",
     )
     if not report.blocking:
         taken = seconds(report.job)

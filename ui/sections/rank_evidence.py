@@ -12,19 +12,17 @@ from merge_core.methods import get_method
 from ui import charts, shell
 from ui.widgets import choice
 
-EXPLAINED = (
+EXPLAINED = charts.HowToRead(
     "**Regret** is what one loses by trusting a rule: accuracy at the best setting of the full "
     "grid minus accuracy at the setting that the rule picks. A mark is one set of tasks, the grey "
     "line their mean; a rule is good where all its marks lie near zero. The best setting is the "
     "one with the highest **validation** accuracy, so on that split regret is never below zero "
     "for settings of the grid and counts luck in the best one's favour; on the **test** split the "
     "same two settings are compared on images that chose neither. What a mode recommends is the "
-    "rule with the smallest mean validation regret."
-)
-FORMULA = (
+    "rule with the smallest mean validation regret.",
     r"\mathrm{regret}(p) = \frac1T \sum_t \mathrm{acc}_t(k^*, \lambda^*) - "
     r"\mathrm{acc}_t(k_p, \lambda_p),\qquad "
-    r"(k^*, \lambda^*) = \arg\max \frac1T \sum_t \mathrm{acc}_t^{\mathrm{val}}"
+    r"(k^*, \lambda^*) = \arg\max \frac1T \sum_t \mathrm{acc}_t^{\mathrm{val}}",
 )
 SPLITS = {"test_regret": "Test split", "regret": "Validation split"}
 
@@ -52,16 +50,19 @@ def evidence_section(method: str) -> None:
     # What was found by evaluating everything stands in the table; drawn is what one would run.
     mine = table[(table["method"] == shown) & (table["search"] != "grid")]
     drawn = mine.assign(title=[title_of(name) for name in mine["proxy"]])
-    charts.show(
-        figures.regret_dots(drawn, "How much does each rule lose?", value=split),
-        key="regret",
-        alt="Regret of each proxy on each set of tasks",
+    charts.panel(
+        charts.Chart(
+            figures.regret_dots(drawn, "How much does each rule lose?", value=split),
+            key="regret",
+            alt="Regret of each proxy on each set of tasks",
+        ),
+        key="evidence",
+        how_to_read=EXPLAINED,
+        numbers=charts.Numbers(table, "evidence"),
     )
-    charts.how_to_read("regret", EXPLAINED, FORMULA)
     charts.table(
         summary(table[table["method"] == shown]).assign(method=shown), "regret", key="regret"
     )
-    charts.numbers(table, "evidence", key="evidence")
 
 
 def title_of(proxy: str) -> str:
@@ -77,15 +78,15 @@ def more_tasks_section(method: str) -> None:
     frame = frame[frame["method"] == method]
     if frame.empty:
         return
-    charts.show(
-        figures.best_over_tasks(frame, "What do more tasks do to the best setting?"),
-        key="more_tasks",
-        alt="Best rank and best scale over the number of tasks",
-    )
     suites = ", ".join(dict.fromkeys(frame["suite"]))
-    st.caption(
-        f"From the evidence, not from the tasks chosen now: {get_method(method).title} on sets of "
-        f"tasks of {suites}; the best of the full grid on the validation split. Bars span the "
-        "settings that its images do not tell from the best."
+    charts.panel(
+        charts.Chart(
+            figures.best_over_tasks(frame, "What do more tasks do to the best setting?"),
+            key="more_tasks",
+            alt="Best rank and best scale over the number of tasks",
+            caption=f"From the evidence, not from the tasks chosen now: {get_method(method).title} "
+            f"on sets of tasks of {suites}; the best of the full grid on the validation split. "
+            "Bars span the settings that its images do not tell from the best.",
+        ),
+        numbers=charts.Numbers(frame, "tasks_effect"),
     )
-    charts.numbers(frame, "tasks_effect", key="more_tasks")

@@ -22,16 +22,14 @@ from ui.server.resources import View
 SHOWN = 2
 BUDGETS = (0.5, 1.0, 2.0)  # of the recommended rank
 SCALES = (0.7, 1.0, 1.4)  # of the recommended scale
-EXPLAINED = (
+EXPLAINED = charts.HowToRead(
     "A row is a weight matrix, a mark the share of its directions that a rule keeps. Allocations "
     "spend the storage of the uniform rank (dotted) where the next direction is worth most per "
     "number stored; the other rules look at each matrix alone and take what they take. On the "
     "right each allocation and the uniform rank get the same storage, and the best of the same "
-    "three λ, on the validation split; bars are 95 % intervals."
-)
-FORMULA = (
+    "three λ, on the validation split; bars are 95 % intervals.",
     r"\max_{k} \sum_l \sum_{i \le k_l} g_{li}\quad\text{with}\quad "
-    r"\sum_l k_l (m_l + n_l + 1) \le \text{budget}"
+    r"\sum_l k_l (m_l + n_l + 1) \le \text{budget}",
 )
 
 
@@ -56,8 +54,8 @@ def layers_section(selection: Selection, view: View) -> None:
         "Rules", rules, default=rules[:SHOWN], key="layer_rules", bind="query-params"
     )
     left, right = st.columns(2)
-    with left:
-        charts.show(
+    charts.panel(
+        charts.Chart(
             figures.layer_ranks(
                 frame[frame["rule"].isin(chosen)],
                 "How many directions does each layer keep?",
@@ -65,12 +63,14 @@ def layers_section(selection: Selection, view: View) -> None:
             ),
             key="layers",
             alt="Share of directions kept of each matrix by the chosen rules",
-        )
-    with right:
-        if view.suite.can_evaluate:
+        ),
+        columns=[left],
+        how_to_read=EXPLAINED,
+        numbers=charts.Numbers(frame, "ranks_per_layer"),
+    )
+    if view.suite.can_evaluate:
+        with right:
             storage(selection, view)
-    charts.how_to_read("layers", EXPLAINED, FORMULA)
-    charts.numbers(frame, "ranks_per_layer", key="layers")
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
@@ -112,9 +112,11 @@ def storage(selection: Selection, view: View) -> None:
         if job is None:
             return
         frame = job.result
-    charts.show(
-        figures.accuracy_over_storage(frame, "Do ranks per layer help at equal storage?"),
-        key="storage",
-        alt="Accuracy over storage for allocated ranks and the uniform rank",
+    charts.panel(
+        charts.Chart(
+            figures.accuracy_over_storage(frame, "Do ranks per layer help at equal storage?"),
+            key="storage",
+            alt="Accuracy over storage for allocated ranks and the uniform rank",
+        ),
+        numbers=charts.Numbers(frame, "ranks_per_layer_accuracy"),
     )
-    charts.numbers(frame, "ranks_per_layer_accuracy", key="storage")

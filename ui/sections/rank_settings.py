@@ -36,18 +36,13 @@ def references(view: View) -> dict[str, float]:
     return {"Experts": float(experts["accuracy"].mean())}
 
 
-def pick(rank: float, scale: float) -> None:
-    """Take a setting over into the two sliders."""
-    st.session_state["at_rank"], st.session_state["at_scale"] = rank, scale
+def pick(setting: Sequence[float]) -> None:
+    """Take a setting over into the two sliders, which are the map's keyboard twins.
 
-
-def pick_clicked() -> None:
-    """A click on the map chooses that setting (the two sliders are its keyboard twins)."""
-    points = st.session_state["rank_scale_map"]["selection"]["points"]
-    if points:
-        data = points[0]["customdata"]
-        rank, scale = data if isinstance(data, list) else (data["0"], data["1"])
-        pick(float(rank), float(scale))
+    Args:
+        setting: rank and scale.
+    """
+    st.session_state["at_rank"], st.session_state["at_scale"] = map(float, setting)
 
 
 def nearest(value: float, options: Sequence[float]) -> float:
@@ -87,68 +82,73 @@ def setting_sliders(selection: Selection) -> dict[str, float]:
 def settings_section(selection: Selection, other: Selection | None, view: View) -> None:
     """The curve with every pick, the map, and one setting of it in detail."""
     space, points = selection.space, selection.points
-    axis = "rank" if space.ranks else "scale"
     if points.empty:
-        picks_alone(selection)
+        draw_picks(selection)
         return
-    drawn = st.container()
+    places = st.columns(2)
     chosen = setting_sliders(selection)
     here = points
     for name, value in chosen.items():
         here = here[np.isclose(here[name], value)]
     detail(selection, chosen, here, view)
-    with drawn:
-        left, right = st.columns(2)
-        with left:
-            charts.show(
-                figures.score_curve(
-                    pd.concat(
-                        [
-                            each.curve.assign(method=each.recipe.method)
-                            for each in (selection, other)
-                            if each is not None
-                        ]
-                    ),
-                    title="How does it move with the rank?"
-                    if axis == "rank"
-                    else "How does it move with the scale?",
-                    axis=axis,
-                    value=selection.score,
-                    picks=selection.picks,
-                    references=references(view) if selection.score == "accuracy" else None,
-                    chosen=chosen[axis],
-                ),
-                key="curve",
-                alt=f"{selection.score} over {axis} with every proxy's pick",
-                height=500,
-            )
-        if space.ranks and space.scales:
-            with right:
-                charts.show(
-                    rank_map.evaluated_map(
-                        points,
-                        [float(rank) for rank in space.ranks],
-                        space.scales,
-                        title="Which settings merge best?",
-                        value=selection.score,
-                        recommended=(selection.rank, selection.scale),
-                        chosen=(chosen["rank"], chosen["scale"]),
-                    ),
-                    key="rank_scale_map",
-                    alt="Score over rank and scale: what was evaluated, and what is tied",
-                    height=500,
-                    on_select=pick_clicked,
-                    selection_mode="points",
-                )
-    charts.how_to_read("map", EXPLAINED, selection.recipe.declaration.formula)
-    charts.numbers(points, "rank_and_scale", key="points")
-
-
-def picks_alone(selection: Selection) -> None:
-    """Where nothing was evaluated: the settings that rules pick from weights."""
-    space = selection.space
+    cells = None
     if space.ranks and space.scales:
-        charts.show(
+        cells = charts.Chart(
+            rank_map.evaluated_map(
+                points,
+                [float(rank) for rank in space.ranks],
+                space.scales,
+                title="Which settings merge best?",
+                value=selection.score,
+                recommended=(selection.rank, selection.scale),
+                chosen=(chosen["rank"], chosen["scale"]),
+            ),
+            key="rank_scale_map",
+            alt="Score over rank and scale: what was evaluated, and what is tied",
+            height=500,
+            on_click=pick,
+        )
+    charts.panel(
+        chart_curve(selection, other, chosen, view),
+        cells,
+        key="points",
+        columns=places,
+        how_to_read=charts.HowToRead(EXPLAINED, selection.recipe.declaration.formula),
+        numbers=charts.Numbers(points, "rank_and_scale"),
+    )
+
+
+def chart_curve(
+    selection: Selection, other: Selection | None, chosen: Mapping[str, float], view: View
+) -> charts.Chart:
+    """The best of each rank (or scale), the other selection's too, and what every rule picks."""
+    axis = "rank" if selection.space.ranks else "scale"
+    curves = [
+        each.curve.assign(method=each.recipe.method)
+        for each in (selection, other)
+        if each is not None
+    ]
+    return charts.Chart(
+        figures.score_curve(
+            pd.concat(curves),
+            title=f"How does it move with the {axis}?",
+            axis=axis,
+            value=selection.score,
+            picks=selection.picks,
+            references=references(view) if selection.score == "accuracy" else None,
+            chosen=chosen[axis],
+        ),
+        key="curve",
+        alt=f"{selection.score} over {axis} with every proxy's pick",
+        height=500,
+    )
+
+
+def draw_picks(selection: Selection) -> None:
+    """Where nothing was evaluated: the settings that rules pick from weights."""
+    space, cells = selection.space, None
+    if space.ranks and space.scales:
+        cells = charts.Chart(
             rank_map.evaluated_map(
                 selection.points,
                 [float(rank) for rank in space.ranks],
@@ -161,8 +161,12 @@ def picks_alone(selection: Selection) -> None:
             alt="Rank and scale that each rule picks",
             height=500,
         )
-    charts.how_to_read("map", EXPLAINED, selection.recipe.declaration.formula)
-    charts.numbers(selection.picks, "picks", key="points")
+    charts.panel(
+        cells,
+        key="points",
+        how_to_read=charts.HowToRead(EXPLAINED, selection.recipe.declaration.formula),
+        numbers=charts.Numbers(selection.picks, "picks"),
+    )
 
 
 def detail(

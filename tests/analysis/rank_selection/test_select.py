@@ -14,10 +14,12 @@ import pytest
 from analysis.evaluation.evaluator import Evaluator
 from analysis.networks.stateless import StatelessNetwork
 from analysis.outputs.prediction_store import PredictionStore
-from analysis.rank_selection import select as door
+from analysis.rank_selection import rule as rules
 from analysis.rank_selection.input_proxies import INPUT_PROXIES
+from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
     Selection,
+    SelectionOptions,
     known_selection,
     select_rank,
     selectable,
@@ -60,7 +62,7 @@ def evidence() -> pd.DataFrame:
 @pytest.fixture(autouse=True)
 def known_evidence(monkeypatch: pytest.MonkeyPatch) -> None:
     """What the rules rest on here, whatever the shipped table says."""
-    monkeypatch.setattr(door, "evidence", evidence)
+    monkeypatch.setattr(rules, "evidence", evidence)
 
 
 class Bench:
@@ -80,9 +82,11 @@ class Bench:
             axes = {"scales": SCALES} | ({"ranks": RANKS} if method == "cart" else {})
         return search_space(method, ".", **axes)
 
-    def select(self, mode: door.Mode, **options: Any) -> Selection:
+    def select(self, mode: Mode, **options: Any) -> Selection:
         space = options.pop("space", None) or self.space()
-        return select_rank(space, self.session, self.evaluator, mode, **options)
+        run = {key: options.pop(key) for key in ("progress", "executor") if key in options}
+        asked = SelectionOptions(mode, **options)
+        return select_rank(space, self.session, self.evaluator, asked, **run)
 
     def accuracy(self, recipe: Any, split: str = "val") -> float:
         """Mean over tasks through timm and F.linear."""
@@ -144,9 +148,7 @@ def test_an_executor_without_a_full_grid_is_refused(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("mode", ["inputs", "weights"])
-def test_what_is_chosen_without_labels_does_not_depend_on_them(
-    tmp_path: Path, mode: door.Mode
-) -> None:
+def test_what_is_chosen_without_labels_does_not_depend_on_them(tmp_path: Path, mode: Mode) -> None:
     plain = Bench(tmp_path / "a", evaluable(tmp_path / "a" / "suite"))
     suite = evaluable(tmp_path / "b" / "suite")
     for task in TASKS:
@@ -177,7 +179,7 @@ def test_each_mode_follows_the_rule_that_lost_least(bench: Bench) -> None:
 
 
 def test_weights_alone_need_no_evaluation(bench: Bench) -> None:
-    found = select_rank(bench.space(), bench.session, None, "weights")
+    found = select_rank(bench.space(), bench.session, None, SelectionOptions("weights"))
     assert found.mode == "weights"
     assert (found.forward_images, found.asked_images) == (0, 0)
     assert found.accuracy is None
@@ -193,9 +195,9 @@ def test_weights_alone_need_no_evaluation(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("mode", ["labels", "inputs"])
-def test_without_an_evaluator_modes_that_need_one_say_so(bench: Bench, mode: door.Mode) -> None:
+def test_without_an_evaluator_modes_that_need_one_say_so(bench: Bench, mode: Mode) -> None:
     with pytest.raises(RecipeError, match="Take the mode 'weights'"):
-        select_rank(bench.space(), bench.session, None, mode)
+        select_rank(bench.space(), bench.session, None, SelectionOptions(mode))
 
 
 def test_only_the_recommended_recipe_sees_the_test_split(
@@ -239,15 +241,14 @@ def test_what_is_stored_is_known_at_once_and_nothing_else(
 ) -> None:
     options: Any = {"full_grid": full_grid, "every_proxy": True}
     monkeypatch.setattr(StatelessNetwork, "features", None)
-    assert (
-        known_selection(bench.space(), bench.session, bench.evaluator, "labels", **options) is None
-    )
+    asked = SelectionOptions("labels", **options)
+    assert known_selection(bench.space(), bench.session, bench.evaluator, asked) is None
     monkeypatch.undo()
-    monkeypatch.setattr(door, "evidence", evidence)
+    monkeypatch.setattr(rules, "evidence", evidence)
     found = bench.select("labels", **options)
     assert found.forward_images > 0
     monkeypatch.setattr(StatelessNetwork, "features", None)
-    known = known_selection(bench.space(), bench.session, bench.evaluator, "labels", **options)
+    known = known_selection(bench.space(), bench.session, bench.evaluator, asked)
     assert known is not None
     same(known, found)
     assert known.forward_images == 0
@@ -335,16 +336,16 @@ def test_methods_that_can_be_chosen(bench: Bench) -> None:
 
 def test_inputs_without_any_labels_give_the_same_choice(tmp_path: Path) -> None:
     with_labels = Bench(tmp_path / "labelled", evaluable(tmp_path / "labelled"))
-    wanted = select_rank(with_labels.space(), with_labels.session, with_labels.evaluator, "inputs")
+    wanted = with_labels.select("inputs")
     suite = evaluable(tmp_path / "bare")
     for task in TASKS:
         edit_arrays(suite.root / f"inputs/{task}.npz", val_labels=None, test_labels=None)
     bare = Bench(tmp_path / "bare", suite)
-    found = select_rank(bare.space(), bare.session, bare.evaluator, "inputs")
+    found = bare.select("inputs")
     assert (found.rank, found.scale) == (wanted.rank, wanted.scale)
     assert wanted.accuracy is not None
     assert wanted.report is not None
     assert found.accuracy is None
     assert found.report is None
     with pytest.raises(SuiteError, match=r"validation images of task 'digits' have no labels"):
-        select_rank(bare.space(), bare.session, bare.evaluator, "labels")
+        bare.select("labels")

@@ -134,6 +134,25 @@ class TestKarcher:
         assert cost(mean.numpy()) <= found.fun + 1e-9
         assert mean.numpy() == pytest.approx(found.x / np.linalg.norm(found.x), abs=1e-4)
 
+    @pytest.mark.parametrize("spread", [0, 1e-12, 1e-8, 1e-4, 0.3, 5])
+    @pytest.mark.parametrize("n", [1, 2, 3, 40])
+    def test_the_span_of_the_experts_is_as_good_as_their_space(
+        self, suite_of: Make, n: int, spread: float
+    ) -> None:
+        # Equal, near and far experts, more of them than directions, one of them twice.
+        source = np.random.default_rng(7)
+        thetas = source.normal(size=n) + spread * source.normal(size=(6, n))
+        thetas = np.vstack([thetas, thetas[:1]])
+        lengths = np.linalg.norm(thetas, axis=1)
+        units = torch.tensor(thetas / lengths[:, None])
+        mean = mean_direction(units, 50, 1e-10)  # the recipe's own settings
+        assert mean is not None
+        suite = suite_of({f"t{i}": {"w": torch.tensor(theta)} for i, theta in enumerate(thetas)})
+        expected = lengths.mean() * mean.numpy()
+        np.testing.assert_allclose(
+            merged(suite, "karcher"), expected, rtol=0, atol=1e-14 * lengths.max()
+        )
+
     def test_a_zero_tensor_has_a_length_but_no_direction(self, suite_of: Make) -> None:
         assert merged(of(suite_of, [2.0, 0.0], [0.0, 0.0]), "karcher") == pytest.approx([1, 0])
         assert merged(of(suite_of, [0.0, 0.0], [0.0, 0.0]), "karcher") == [0, 0]

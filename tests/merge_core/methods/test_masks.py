@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_core.factors.store import FactorStore
-from merge_core.methods import get_method, selection
+from merge_core.methods import blockwise, get_method
 from merge_core.methods.declaration import Run
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
@@ -243,7 +243,7 @@ def test_every_shape_has_a_defined_result(
 def test_neither_blocks_nor_streaming_change_emr(synthetic_suite: Make, monkeypatch) -> None:
     suite = synthetic_suite(3, seed=2)
     whole, streamed = run(suite, "emr", "task1"), run(suite, "emr", "task1", keep=False)
-    monkeypatch.setattr(selection, "BLOCK", 7)
+    monkeypatch.setattr(blockwise, "BLOCK", 7)
     blocked = run(suite, "emr", "task1")
     for key, value in whole.items():
         assert torch.equal(value, streamed[key])

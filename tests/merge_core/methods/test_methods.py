@@ -160,17 +160,27 @@ def test_plain_methods_keep_the_precision_of_float64_weights(synthetic_suite: Ma
     assert_same(merge(suite, "iso_c"), iso_c(suite, 1.0), 1e-12)
 
 
+@pytest.mark.parametrize(
+    "dtypes",
+    [
+        ("float16", "bfloat16", "float32", "float32"),
+        ("float64", "float64", "float64", "float32"),
+        ("float32", "float32", "float32", "float64"),
+        ("float64", "float32", "float32", "float32"),
+        ("bfloat16", "float32", "float64", "float32"),
+    ],
+    ids=",".join,
+)
 @pytest.mark.parametrize("name", REFERENCES)
 def test_members_of_different_dtypes_are_merged_at_the_widest(
-    suite_of: Make, synthetic_states: States, name: str
+    suite_of: Make, synthetic_states: States, name: str, dtypes: tuple[str, ...]
 ) -> None:
     members, base = synthetic_states(["a", "b", "c"], seed=2)
-    casts = {"a": torch.float16, "b": torch.bfloat16, "c": torch.float32}
-    mixed = {
-        task: {k: v.to(casts[task]) if v.is_floating_point() else v for k, v in state.items()}
-        for task, state in members.items()
-    }
-    suite = suite_of(mixed, base)
+    mixed = [
+        {k: v.to(getattr(torch, dtype)) if v.is_floating_point() else v for k, v in state.items()}
+        for dtype, state in zip(dtypes, [*members.values(), base], strict=True)
+    ]
+    suite = suite_of(dict(zip(members, mixed, strict=False)), mixed[-1])
     parameters, reference = REFERENCES[name]
     assert_same(merge(suite, name, **parameters), reference(suite), 1e-4)
 

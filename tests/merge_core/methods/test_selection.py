@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from merge_core.errors import Cancelled
 from merge_core.factors.store import FactorStore
-from merge_core.methods import get_method, selection
+from merge_core.methods import blockwise, get_method, selection
 from merge_core.methods.declaration import Run
 from merge_core.methods.selection import Passes, kth_largest
 from merge_core.progress import Progress
@@ -75,7 +75,8 @@ def test_order_statistics_of_a_sampled_model_are_the_full_sorts(
     )
     ranks = sorted({1, n, *source.integers(1, n + 1, 2).tolist()})
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in (("SAMPLE", sample), ("DEVIATIONS", deviations), ("BLOCK", 7)):
+        patch.setattr(blockwise, "BLOCK", 7)
+        for name, value in (("SAMPLE", sample), ("DEVIATIONS", deviations)):
             patch.setattr(selection, name, value)
         groups = Groups(suite, None, FactorStore())
         passes = Passes(groups, "base", lambda tau: tau, Progress(), 0, 1)
@@ -91,7 +92,7 @@ def test_neither_blocks_nor_streaming_change_a_merge(
     suite = synthetic_suite(3, seed=2)
     whole = run(suite, method, parameters=parameters)
     streamed = run(suite, method, parameters=parameters, keep=False)
-    monkeypatch.setattr(selection, "BLOCK", 7)
+    monkeypatch.setattr(blockwise, "BLOCK", 7)
     blocked = run(suite, method, parameters=parameters)
     for key, value in whole.items():
         assert torch.equal(value, streamed[key])

@@ -11,7 +11,7 @@ import pytest
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.prediction_store import PredictionStore
-from analysis.rank_selection.select import Selection, select_rank
+from analysis.rank_selection.select import Selection, SelectionOptions, select_rank
 from analysis.rank_selection.space import search_space
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
@@ -44,7 +44,7 @@ def library(folder: Path, kept: Path, mode: Any = "labels", **options: Any) -> S
     space = search_space("cart", str(folder), None, (0.07, 0.26, 0.6), (0.5, 1.5, 4.0))
     evaluator = Evaluator(suite, PredictionStore(kept / "library.sqlite"))
     session = MergeSession(suite, None, FactorStore(kept / "library"))
-    return select_rank(space, session, evaluator, mode, **options)
+    return select_rank(space, session, evaluator, SelectionOptions(mode, **options))
 
 
 @pytest.mark.parametrize("mode", ["labels", "inputs", "weights"])

@@ -1,0 +1,85 @@
+"""The rule that the evidence supports for what may be looked at, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import pandas as pd
+
+from analysis.rank_selection.regret import evidence, recommended_proxy, summary
+from merge_core.errors import RecipeError
+from merge_core.methods import get_method
+
+Mode = Literal["labels", "inputs", "weights"]
+NEEDS: dict[Mode, str] = {
+    "labels": "labelled validation images",
+    "inputs": "validation images without labels",
+    "weights": "the checkpoints alone",
+}
+
+
+def _cases(method: str) -> pd.DataFrame:
+    """The evidence of a method; of all methods where it was never measured."""
+    table = evidence()
+    own = table[table["method"] == method]
+    return table if own.empty else own
+
+
+def choose_rule(mode: Mode, method: str, from_weights: Sequence[str]) -> str:
+    """The proxy that the evidence supports; for a method never measured, over all methods.
+
+    Args:
+        mode: what may be looked at.
+        method: that a setting is chosen for.
+        from_weights: proxies that read weights alone and have a pick here.
+
+    Raises:
+        RecipeError: no rule of that mode gives this merge a setting.
+    """
+    cases = _cases(method)
+    possible = cases[(cases["mode"] != "weights") | cases["proxy"].isin(from_weights)]
+    try:
+        return recommended_proxy(mode, None, possible)
+    except RecipeError as error:
+        raise RecipeError(
+            f"No rule gives {get_method(method).title} of these tasks a setting from "
+            f"{NEEDS[mode]}; choose another mode."
+        ) from error
+
+
+def _points(regret: float) -> str:
+    """A loss in words; a setting off the grid can be better than the grid's best."""
+    return "nothing" if regret < 0.0005 else f"{100 * regret:.1f} points"
+
+
+def explain(mode: Mode, exhaustive: bool, method: str, chosen: pd.Series, tied: int) -> str:
+    """One sentence or two: the rule, and its regret in the evidence.
+
+    Args:
+        mode: what was looked at.
+        exhaustive: whether every setting was evaluated on every image.
+        method: that a setting was chosen for.
+        chosen: proxy and title of the rule.
+        tied: how many settings are tied for the best, itself among them.
+    """
+    cases = _cases(method)
+    table = summary(cases)
+    mine = table[(table["mode"] == mode) & (table["proxy"] == chosen["proxy"])]
+    row = mine[(mine["search"] == "grid") == exhaustive].iloc[0]
+    where = "" if method in set(cases["method"]) else " of other methods"
+    regret = (
+        f"lost {_points(row['mean'])} of accuracy against the best setting on average and "
+        f"{_points(row['worst'])} at worst, over {row['cases']} sets of tasks{where}"
+    )
+    if mode == "labels":
+        return (
+            "This setting has the highest accuracy on the labelled validation images among those "
+            f"evaluated on all of them; these images do not tell {tied - 1} others from it. In the "
+            f"evidence such a choice {regret}."
+        )
+    needs = "images without labels" if mode == "inputs" else "nothing but weights"
+    return (
+        f"{chosen['title']} chose it, the rule that lost least in the evidence of those that need "
+        f"{needs}: it {regret}."
+    )

@@ -1,0 +1,63 @@
+"""Merge rules of one parameter, a block of its entries at a time: no copy of all experts is made.
+
+What lies in the span of the T experts follows from their T x T inner products, and is summed once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from merge_core.methods.declaration import Run
+from merge_core.task_vectors import Origin, ParameterGroup
+
+BLOCK = 1 << 14  # entries of each expert: T of them stay near the cache, in float64 too
+
+
+def entrywise(group: ParameterGroup, run: Run, update: Callable[[Tensor, slice], Tensor]) -> Tensor:
+    """Origin + update of one parameter, where each entry of it depends on that entry alone.
+
+    Args:
+        group: the parameter.
+        run: the task vectors' origin and weights.
+        update: of a block of task vectors (T x n) and its place among the parameter's entries,
+            the block's update (n).
+
+    Returns:
+        The shape of one expert.
+    """
+    origin = group.origin(run.origin)
+    merged = torch.empty(origin.shape, dtype=group.widest_dtype(run.origin))
+    whole, flat = merged.view(-1), origin.ravel()
+    for part, tau in group.blocks(run.origin, BLOCK):
+        whole[part] = flat[part] + update(run.weighted(tau), part)
+    return merged
+
+
+def gram(group: ParameterGroup, origin: Origin | None = None) -> Tensor:
+    """T x T, float64: the inner products of all task vectors, or of the experts themselves.
+
+    Args:
+        group: the parameter.
+        origin: what the task vectors are taken about; None for the experts.
+    """
+    total = torch.zeros(len(group.tasks), len(group.tasks), dtype=torch.float64)
+    for _, block in group.blocks(origin, BLOCK, dtype=torch.float64):
+        total += block @ block.T
+    return total
+
+
+def weighted_sum(group: ParameterGroup, weights: Tensor) -> Tensor:
+    """shape of one expert: Σ_t w_t θ_t of one parameter, summed in float64 and rounded once.
+
+    Args:
+        group: the parameter.
+        weights: T, float64.
+    """
+    result = torch.empty(group.info.shape, dtype=group.widest_dtype(None))
+    whole = result.view(-1)
+    for part, block in group.blocks(None, BLOCK, dtype=torch.float64):
+        whole[part] = weights @ block
+    return result
