@@ -58,6 +58,16 @@ def accuracy_frame(correct: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return frame
 
 
+def task_frame(hits: Mapping[str, Hits]) -> pd.DataFrame:
+    """Accuracy of each label on each task.
+
+    Returns:
+        Columns label and those of :func:`accuracy_frame`.
+    """
+    parts = [accuracy_frame(each).assign(label=label) for label, each in hits.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
 def mean_accuracy(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """The mean over tasks, every task counting alike, with a 95 % normal interval.
 
@@ -128,3 +138,51 @@ def paired(hits: Mapping[str, Hits]) -> pd.DataFrame:
     adjusted = np.empty(len(frame))
     adjusted[order] = np.maximum.accumulate(steps)
     return frame.assign(real=adjusted < 1 - CONFIDENCE)
+
+
+def differences_to(pairs: pd.DataFrame, best: str) -> pd.DataFrame:
+    """Differences to one label that are real, from all paired differences.
+
+    Args:
+        pairs: of :func:`paired`.
+        best: the label.
+
+    Returns:
+        Columns label, difference (of the label − best, shares), low, high, p; largest first.
+    """
+    first = pairs[(pairs["first"] == best) & pairs["real"]]
+    second = pairs[(pairs["second"] == best) & pairs["real"]]
+    frame = pd.concat(
+        [
+            second.rename(columns={"first": "label"}),
+            first.assign(
+                label=first["second"],
+                difference=-first["difference"],
+                low=-first["high"],
+                high=-first["low"],
+            ),
+        ]
+    )
+    columns = ["label", "difference", "low", "high", "p"]
+    return frame[columns].sort_values("difference", ascending=False).reset_index(drop=True)
+
+
+def spread_over_seeds(summary: pd.DataFrame, repeated: Mapping[str, str | None]) -> pd.DataFrame:
+    """How far a method's accuracy depends on its seed.
+
+    Args:
+        summary: one row per label, with columns label and accuracy.
+        repeated: label to the title under which its seeds are one, or None.
+
+    Returns:
+        One row per title: title, seeds (number of them), accuracy (mean over seeds of the mean
+        over tasks), spread (standard deviation over seeds with n − 1; NaN of one seed), least,
+        most.
+    """
+    return (
+        summary.assign(title=summary["label"].map(dict(repeated)))
+        .dropna(subset=["title"])
+        .groupby("title", sort=False)["accuracy"]
+        .agg(seeds="size", accuracy="mean", spread="std", least="min", most="max")
+        .reset_index()
+    )

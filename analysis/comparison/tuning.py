@@ -60,7 +60,7 @@ def _value(spec: ParameterSpec, share: float) -> float | int:
     return round(value) if spec.kind == "integer" else round(value, 3)
 
 
-def tuned(
+def tune(
     base: Recipe,
     session: MergeSession,
     evaluator: Evaluator,
@@ -114,7 +114,7 @@ def seed_counts(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) -> b
     if not recipe.declaration.draws:
         return False
     examples = recipe.parameters.get("examples", 0)
-    return any(len(evaluator.raw_inputs(task, SPLIT).labels) > examples for task in tasks)
+    return any(len(evaluator.outputs.raw_inputs(task, SPLIT).labels) > examples for task in tasks)
 
 
 def seeded(recipe: Recipe, seeds: int) -> list[Recipe]:

@@ -210,10 +210,12 @@ def test_what_is_learnt_is_the_same_on_any_number_of_threads(
     recipe = make_recipe(fields)
 
     def merged() -> dict[str, Tensor]:
-        return session.merge(recipe, learned=learn(evaluator, recipe, session))
+        return session.merge(recipe, learned=learn(evaluator.outputs, recipe, session))
 
     def features(weights: dict[str, Tensor]) -> Tensor:
-        return evaluator.backbone.features(weights, evaluator.inputs(TASKS[0], "val", None)[0], 6)
+        return evaluator.outputs.network.features(
+            weights, evaluator.outputs.inputs(TASKS[0], "val", None)[0], 6
+        )
 
     alone = merged()
     wanted = features(alone)
