@@ -113,6 +113,7 @@ class StatelessNetwork:
         self.module: Any = module
         self.head_name = head_name
         self._architecture, self._path, self._error = architecture, path, error
+        self._shapes = {name: value.shape for name, value in module.state_dict().items()}
         self._fixed = fixed
         self._channels_last = channels_last
         self._copies = ModuleCopies(_Features(module, bool(head_name)))
@@ -124,19 +125,18 @@ class StatelessNetwork:
             MergeScopeError: of the network's kind: a parameter missing or of another shape.
         """
         name = self._architecture.name
-        state = self.module.state_dict()
-        expected = {key: value for key, value in state.items() if key not in self._fixed}
+        expected = {key: shape for key, shape in self._shapes.items() if key not in self._fixed}
         missing = [key for key in expected if key not in weights]
         if missing:
             raise self._error(
                 f"The weights lack {missing[0]!r}, which the architecture {name!r} needs "
                 f"({len(missing)} missing in all). Correct the architecture in {self._path}."
             )
-        for key, value in expected.items():
-            if weights[key].shape != value.shape:
+        for key, shape in expected.items():
+            if weights[key].shape != shape:
                 raise self._error(
                     f"{key!r} has shape {tuple(weights[key].shape)}, but the architecture {name!r} "
-                    f"needs {tuple(value.shape)}. Correct the architecture's args in {self._path}."
+                    f"needs {tuple(shape)}. Correct the architecture's args in {self._path}."
                 )
 
     @one_thread()
@@ -159,11 +159,10 @@ class StatelessNetwork:
             MergeScopeError: of the network's kind: weights or images that do not fit it.
         """
         self.check(weights)
-        known = self.module.state_dict().keys()
         state = {
             f"network.{name}": self._cast(value, dtype)
             for name, value in weights.items()
-            if name in known
+            if name in self._shapes
         }
         try:
             parts = self._copies.run(
