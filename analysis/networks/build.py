@@ -8,12 +8,14 @@ from torch import nn
 
 from analysis.networks.plain import PLAIN
 from merge_core.errors import MergeScopeError
+from merge_core.executors.base import one_thread
 from merge_core.suites.suite_spec import ArchitectureSpec
 
 # Arguments of timm that would fetch weights or open other files.
 REFUSED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "scriptable")
 
 
+@one_thread()
 def build_network(
     architecture: ArchitectureSpec,
     path: Path,

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from analysis.networks.build import build_network
 from analysis.networks.stateless import StatelessNetwork
 from merge_core.errors import SuiteError
+from merge_core.executors.base import one_thread
 from merge_core.suites.suite import Suite
 from merge_core.suites.suite_spec import ArchitectureSpec
 
@@ -104,6 +105,7 @@ class _OfTexts(nn.Module):
         return hidden[torch.arange(len(hidden)), (there.sum(dim=1) - 1).clamp(min=0)]
 
 
+@one_thread()
 def suite_network(suite: Suite) -> StatelessNetwork:
     """The network that a suite names, without classifier.
 
