@@ -47,7 +47,11 @@ def rank_from_weights(suite: str) -> None:
 
 def interference(suite: str) -> None:
     """Interference over rank, cosines and sign conflicts of the whole model: a job."""
-    from analysis.interference import cosine_similarity, interference_over_rank, sign_conflict
+    from analysis.spectral.interference import (
+        cosine_similarity,
+        interference_over_rank,
+        sign_conflict,
+    )
     from benchmarks.jobs import groups_of
 
     groups = groups_of(suite)
