@@ -68,6 +68,21 @@ def accuracy_frame(correct: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return frame
 
 
+def task_frame(hits: Mapping[str, Hits]) -> pd.DataFrame:
+    """Accuracy of each label on each task.
+
+    Returns:
+        Columns label and those of :func:`accuracy_frame`.
+
+    Example:
+        >>> hits = {"mean": {"digits": np.array([True, False]), "dots": np.array([True, True])}}
+        >>> task_frame(hits)[["label", "task", "accuracy"]].values.tolist()
+        [['mean', 'digits', 0.5], ['mean', 'dots', 1.0]]
+    """
+    parts = [accuracy_frame(each).assign(label=label) for label, each in hits.items()]
+    return pd.concat(parts, ignore_index=True)
+
+
 def mean_accuracy(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     """The mean over tasks, every task counting alike, with a 95 % normal interval.
 
@@ -154,3 +169,62 @@ def paired(hits: Mapping[str, Hits]) -> pd.DataFrame:
     adjusted = np.empty(len(frame))
     adjusted[order] = np.maximum.accumulate(steps)
     return frame.assign(real=adjusted < 1 - CONFIDENCE)
+
+
+def differences_to(pairs: pd.DataFrame, best: str) -> pd.DataFrame:
+    """Differences to one label that are real, from all paired differences.
+
+    Args:
+        pairs: of :func:`paired`.
+        best: the label.
+
+    Returns:
+        Columns label, difference (of the label − best, shares), low, high, p; largest first.
+
+    Example:
+        >>> columns = ["first", "second", "difference", "low", "high", "p", "real"]
+        >>> pairs = pd.DataFrame([["best", "other", 0.5, 0.25, 0.75, 0.001, True]], columns=columns)
+        >>> differences_to(pairs, "best")[["label", "difference"]].values.tolist()
+        [['other', -0.5]]
+    """
+    first = pairs[(pairs["first"] == best) & pairs["real"]]
+    second = pairs[(pairs["second"] == best) & pairs["real"]]
+    frame = pd.concat(
+        [
+            second.rename(columns={"first": "label"}),
+            first.assign(
+                label=first["second"],
+                difference=-first["difference"],
+                low=-first["high"],
+                high=-first["low"],
+            ),
+        ]
+    )
+    columns = ["label", "difference", "low", "high", "p"]
+    return frame[columns].sort_values("difference", ascending=False).reset_index(drop=True)
+
+
+def spread_over_seeds(summary: pd.DataFrame, repeated: Mapping[str, str | None]) -> pd.DataFrame:
+    """How far a method's accuracy depends on its seed.
+
+    Args:
+        summary: one row per label, with columns label and accuracy.
+        repeated: label to the title under which its seeds are one, or None.
+
+    Returns:
+        One row per title: title, seeds (number of them), accuracy (mean over seeds of the mean
+        over tasks), spread (standard deviation over seeds with n − 1; NaN of one seed), least,
+        most.
+
+    Example:
+        >>> frame = pd.DataFrame({"label": ["a 0", "a 1", "b"], "accuracy": [0.5, 0.75, 0.9]})
+        >>> spread_over_seeds(frame, {"a 0": "a", "a 1": "a", "b": None})["accuracy"].tolist()
+        [0.625]
+    """
+    return (
+        summary.assign(title=summary["label"].map(dict(repeated)))
+        .dropna(subset=["title"])
+        .groupby("title", sort=False)["accuracy"]
+        .agg(seeds="size", accuracy="mean", spread="std", least="min", most="max")
+        .reset_index()
+    )

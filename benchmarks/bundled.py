@@ -82,8 +82,8 @@ def many_settings(points: int) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as folder:
         evaluator = Evaluator(suite, PredictionStore(Path(folder) / "predictions.sqlite"))
         session = MergeSession(suite, None, FactorStore(Path(folder)))
-        model = evaluator.backbone.model
-        images = torch.cat([evaluator.inputs(t, "val", None)[0] for t in suite.tasks])
+        model = evaluator.outputs.network.module
+        images = torch.cat([evaluator.outputs.inputs(t, "val", None)[0] for t in suite.tasks])
 
         @torch.inference_mode()
         def forward() -> None:

@@ -136,8 +136,13 @@ def _tensors(folder: Path) -> dict[str, Any]:
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
 
+def groups_of(suite: str) -> Groups:
+    """All parameters of a suite, with the store of factors in the cache folder."""
+    return Groups(load_suite(suite), None, FactorStore())
+
+
 def _some(suite: str, prefixes: list[str]) -> Groups:
-    groups = Groups(load_suite(suite), None, FactorStore())
+    groups = groups_of(suite)
     if prefixes:
         groups.members = [g for g in groups.members if g.name.startswith(tuple(prefixes))]
     return groups

@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks import larger, scaling, vision
 from benchmarks.bundled import bundled
 from benchmarks.measure import FailedError, Laboratory
+from benchmarks.neighbour import beside_a_neighbour
 from benchmarks.record import Part, Results, Sheet, load, machine
 
 HERE = Path(__file__).resolve().parent
@@ -57,6 +58,7 @@ PLANS = {
     "growth": Plan(scaling.growth, "plain"),
     "large": Plan(larger.vit_large, "vit-1024"),
     "decoder": Plan(larger.decoder, "decoder"),
+    "neighbour": Plan(beside_a_neighbour, "vit-384"),
     "bundled": Plan(bundled),
     "dashboard": Plan(dashboard),
 }

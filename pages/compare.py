@@ -6,7 +6,7 @@ import streamlit as st
 
 from analysis import accuracy
 from analysis.comparison.published import published
-from analysis.comparison.run import SEEDS, Compared, compared, usable
+from analysis.comparison.run import SEEDS, Comparison, run_comparison, usable
 from analysis.figures import compare as figures
 from merge_core.files import digest_of
 from merge_core.merging.recipe import Recipe
@@ -54,7 +54,7 @@ def size_of(names: list[str], own: list[Recipe]) -> str:
     return " and ".join(parts)
 
 
-def ranking(result: Compared) -> None:
+def ranking(result: Comparison) -> None:
     """Who is best, and where the differences are real."""
     references = {"experts": float(result.experts["accuracy"].mean())}
     if result.base is not None:
@@ -89,7 +89,7 @@ def ranking(result: Compared) -> None:
     )
 
 
-def table(result: Compared) -> None:
+def table(result: Comparison) -> None:
     """Everything in one table."""
     charts.table(result.summary, "comparison", key="comparison", words={"label": "Method"})
     if len(result.seeds):
@@ -100,7 +100,7 @@ def table(result: Compared) -> None:
         charts.table(result.seeds, "seeds", key="seeds")
 
 
-def tasks(result: Compared) -> None:
+def tasks(result: Comparison) -> None:
     """Per task, as a radar and as a table."""
     order = result.summary["label"].tolist()
     chosen = st.multiselect(
@@ -130,7 +130,7 @@ def tasks(result: Compared) -> None:
         )
 
 
-def costs(result: Compared) -> None:
+def costs(result: Comparison) -> None:
     """Accuracy against time, memory or storage."""
     quantity = choice("Cost", COSTS, "cost")
     charts.panel(
@@ -188,7 +188,7 @@ def page() -> None:
         "Compare these methods",
         f"{size_of(names, own)} on {len(view.tasks)} tasks, {SEEDS} seeds each for methods whose "
         "seed changes the merge. What was evaluated before is not evaluated again.",
-        lambda progress: compared(
+        lambda progress: run_comparison(
             view.name, names, session, evaluator, budget, progress=progress, own=own
         ),
     )

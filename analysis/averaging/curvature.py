@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from analysis.averaging.ensembles import rule_logits
 from analysis.averaging.gaps import by_image, sampled
 from analysis.averaging.soups import uniform_soup
-from analysis.networks.build import State
+from analysis.networks.stateless import State
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.progress import Progress
 

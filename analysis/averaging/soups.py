@@ -16,8 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from analysis.networks.build import State
-from analysis.networks.pool_network import BATCH, Outputs
+from analysis.networks.stateless import BATCH, Outputs, State
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.errors import PoolError
 from merge_core.executors.base import one_thread

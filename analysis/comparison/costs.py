@@ -110,9 +110,9 @@ def _measured(
             if session.suite.base is not None:
                 own.base = held.base
     if method.learns is not None:
-        _ = evaluator.backbone.model
+        _ = evaluator.outputs.network
         for task in tasks:
-            evaluator.inputs(task, SPLIT, None)
+            evaluator.outputs.inputs(task, SPLIT, None)
     asked: list[str | None] = [*tasks] if method.indexed else [None]
     try:
         with _peak() as peak:

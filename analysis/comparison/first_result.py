@@ -5,8 +5,8 @@ from __future__ import annotations
 import pandas as pd
 
 from analysis.evaluation.evaluator import Evaluator
-from analysis.evaluation.stored_only import NotStored, StoredEvaluator
 from analysis.outputs.inputs import Split
+from analysis.outputs.suite_outputs import NotStored
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.select import recipe_at
 from analysis.rank_selection.space import search_space
@@ -39,7 +39,7 @@ def suggested(
     """
     space = search_space(method, suite, session.groups.tasks)
     try:
-        search = adaptive_search(space, session, StoredEvaluator(evaluator))
+        search = adaptive_search(space, session, evaluator.stored_only())
     except NotStored:
         return space.base, False
     return recipe_at(space, search.rank, search.scale), True

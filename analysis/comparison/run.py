@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.accuracy import Hits, accuracy_frame, mean_accuracy
+from analysis.accuracy import mean_accuracy, spread_over_seeds, task_frame
 from analysis.comparison import tuning
 from analysis.comparison.costs import cost
 from analysis.evaluation.evaluator import Evaluator
@@ -25,15 +25,15 @@ SEEDS = 3
 
 
 @dataclass(frozen=True)
-class Compared:
+class Comparison:
     """What a comparison found; a method whose seed counts has one label per seed.
 
     Attributes:
         hits: label to task to booleans.
-        summary: of :func:`summary`, with columns chosen (how the setting came about), setting and
+        summary: of :func:`summarise`, with columns chosen (how the setting came about), setting and
             needs (words), the best first.
-        seeds: of :func:`over_seeds`.
-        tasks: of :func:`task_frame`.
+        seeds: of :func:`analysis.accuracy.spread_over_seeds`.
+        tasks: of :func:`analysis.accuracy.task_frame`.
         recipes: label to recipe.
         experts: each expert on its task.
         base: accuracy of the base, mean over tasks, or None.
@@ -92,7 +92,7 @@ def adapted(recipe: Recipe, reference: str, tasks: Sequence[str]) -> Recipe:
     return make_recipe({**recipe.model_dump(), "suite": reference, "tasks": tuple(tasks)})
 
 
-def compared(
+def run_comparison(
     reference: str,
     names: Sequence[str],
     session: MergeSession,
@@ -103,7 +103,7 @@ def compared(
     limit: int | None = None,
     progress: Progress | None = None,
     own: Sequence[Recipe] = (),
-) -> Compared:
+) -> Comparison:
     """Tune each method where asked, then evaluate everything on the same images.
 
     Args:
@@ -129,7 +129,7 @@ def compared(
     Example:
         >>> suite = load_suite("demo")
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
-        >>> found = compared("demo", ["average"], session, Evaluator(suite))
+        >>> found = run_comparison("demo", ["average"], session, Evaluator(suite))
         >>> found.summary["label"].tolist(), len(found.tasks)
         (['Weight average'], 8)
     """
@@ -141,17 +141,7 @@ def compared(
     mine = {label_of(each): each for each in (adapted(r, reference, tasks) for r in own)}
     for recipe in (*starts.values(), *mine.values()):
         check_recipe(session.suite, recipe)
-    entries: dict[str, Entry] = {}
-    for done, (name, recipe) in enumerate(starts.items()):
-        title = get_method(name).title
-        progress.step(done, 2 * len(starts), f"settings of {title}")
-        inner = Progress(cancel=progress.cancel)
-        recipe, chosen = _setting(recipe, session, evaluator, budget, limit, inner)
-        if tuning.seed_counts(recipe, evaluator, tasks):
-            for each in tuning.seeded(recipe, seeds):
-                entries[f"{title}, seed {each.seed}"] = Entry(each, chosen, title)
-        else:
-            entries[title] = Entry(recipe, chosen)
+    entries = _tuned_entries(starts, session, evaluator, budget, seeds, limit, progress)
     entries |= {label: Entry(recipe, "your recipe") for label, recipe in mine.items()}
     listener = progress.listener
 
@@ -161,15 +151,15 @@ def compared(
 
     outer = Progress(listener=report, cancel=progress.cancel)
     recipes = {label: entry.recipe for label, entry in entries.items()}
-    hits, costs = compare(recipes, session, evaluator, split, limit, outer)
+    hits, costs = evaluate_recipes(recipes, session, evaluator, split, limit, outer)
     experts = evaluator.experts(tasks, split, limit)
     frame = task_frame(hits)
-    table = summary(frame, experts, costs)
+    table = summarise(frame, experts, costs)
     base = session.suite.base
-    return Compared(
+    return Comparison(
         hits,
         _described(table, entries).sort_values("accuracy", ascending=False, kind="stable"),
-        over_seeds(table, {label: entry.repeated for label, entry in entries.items()}),
+        spread_over_seeds(table, {label: entry.repeated for label, entry in entries.items()}),
         frame,
         recipes,
         experts,
@@ -177,6 +167,30 @@ def compared(
         if base is None
         else float(evaluator.checkpoint(base, tasks, split, limit)["accuracy"].mean()),
     )
+
+
+def _tuned_entries(
+    starts: Mapping[str, Recipe],
+    session: MergeSession,
+    evaluator: Evaluator,
+    budget: int,
+    seeds: int,
+    limit: int | None,
+    progress: Progress,
+) -> dict[str, Entry]:
+    """Each method at its setting, under every seed where the seed counts, by label."""
+    entries: dict[str, Entry] = {}
+    for done, (name, start) in enumerate(starts.items()):
+        title = get_method(name).title
+        progress.step(done, 2 * len(starts), f"settings of {title}")
+        inner = Progress(cancel=progress.cancel)
+        recipe, chosen = _setting(start, session, evaluator, budget, limit, inner)
+        if tuning.seed_counts(recipe, evaluator, session.groups.tasks):
+            for each in tuning.seeded(recipe, seeds):
+                entries[f"{title}, seed {each.seed}"] = Entry(each, chosen, title)
+        else:
+            entries[title] = Entry(recipe, chosen)
+    return entries
 
 
 def _setting(
@@ -192,7 +206,7 @@ def _setting(
         return recipe, "default"
     if recipe.declaration.learns is not None:  # each setting would take minutes
         return recipe, "default (not tuned)"
-    best, tried = tuning.tuned(recipe, session, evaluator, budget, limit=limit, progress=progress)
+    best, tried = tuning.tune(recipe, session, evaluator, budget, limit=limit, progress=progress)
     if len(tried) == 1:
         return recipe, "default (nothing to tune)"
     return best, f"best of {len(tried)} on validation"
@@ -267,66 +281,7 @@ def _value(name: str, value: Any) -> str:
     return f"{name} {value:g}" if short else f"{name} {value}"
 
 
-def over_seeds(summary: pd.DataFrame, repeated: Mapping[str, str | None]) -> pd.DataFrame:
-    """How far a method's accuracy depends on its seed.
-
-    Args:
-        summary: of :func:`summary`.
-        repeated: label to the title under which its seeds are one, or None.
-
-    Returns:
-        One row per title: title, seeds (number of them), accuracy (mean over seeds of the mean
-        over tasks), spread (standard deviation over seeds with n − 1; NaN of one seed), least,
-        most.
-
-    Example:
-        >>> frame = pd.DataFrame({"label": ["a 0", "a 1", "b"], "accuracy": [0.5, 0.75, 0.9]})
-        >>> over_seeds(frame, {"a 0": "a", "a 1": "a", "b": None})["accuracy"].tolist()
-        [0.625]
-    """
-    return (
-        summary.assign(title=summary["label"].map(dict(repeated)))
-        .dropna(subset=["title"])
-        .groupby("title", sort=False)["accuracy"]
-        .agg(seeds="size", accuracy="mean", spread="std", least="min", most="max")
-        .reset_index()
-    )
-
-
-def behind(pairs: pd.DataFrame, best: str) -> pd.DataFrame:
-    """Differences to one label that are real, from all paired differences.
-
-    Args:
-        pairs: of :func:`analysis.accuracy.paired`.
-        best: the label.
-
-    Returns:
-        Columns label, difference (of the label − best, shares), low, high, p; largest first.
-
-    Example:
-        >>> columns = ["first", "second", "difference", "low", "high", "p", "real"]
-        >>> pairs = pd.DataFrame([["best", "other", 0.5, 0.25, 0.75, 0.001, True]], columns=columns)
-        >>> behind(pairs, "best")[["label", "difference"]].values.tolist()
-        [['other', -0.5]]
-    """
-    first = pairs[(pairs["first"] == best) & pairs["real"]]
-    second = pairs[(pairs["second"] == best) & pairs["real"]]
-    frame = pd.concat(
-        [
-            second.rename(columns={"first": "label"}),
-            first.assign(
-                label=first["second"],
-                difference=-first["difference"],
-                low=-first["high"],
-                high=-first["low"],
-            ),
-        ]
-    )
-    columns = ["label", "difference", "low", "high", "p"]
-    return frame[columns].sort_values("difference", ascending=False).reset_index(drop=True)
-
-
-def compare(
+def evaluate_recipes(
     recipes: Mapping[str, Recipe],
     session: MergeSession,
     evaluator: Evaluator,
@@ -357,7 +312,7 @@ def compare(
         >>> suite = load_suite("demo")
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
         >>> recipes = {"mean": make_recipe({"method": "average"})}
-        >>> hits, costs = compare(recipes, session, Evaluator(suite))
+        >>> hits, costs = evaluate_recipes(recipes, session, Evaluator(suite))
         >>> list(hits["mean"]) == list(suite.tasks), costs["label"].tolist()
         (True, ['mean'])
     """
@@ -373,28 +328,13 @@ def compare(
     return hits, pd.DataFrame(rows, columns=["label", "seconds", "peak_mb", "storage_mb"])
 
 
-def task_frame(hits: Mapping[str, Hits]) -> pd.DataFrame:
-    """Accuracy of each label on each task.
-
-    Returns:
-        Columns label and those of :func:`analysis.accuracy.accuracy_frame`.
-
-    Example:
-        >>> hits = {"mean": {"digits": np.array([True, False]), "dots": np.array([True, True])}}
-        >>> task_frame(hits)[["label", "task", "accuracy"]].values.tolist()
-        [['mean', 'digits', 0.5], ['mean', 'dots', 1.0]]
-    """
-    parts = [accuracy_frame(each).assign(label=label) for label, each in hits.items()]
-    return pd.concat(parts, ignore_index=True)
-
-
-def summary(frame: pd.DataFrame, experts: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
+def summarise(frame: pd.DataFrame, experts: pd.DataFrame, costs: pd.DataFrame) -> pd.DataFrame:
     """One row per label: average, normalised average, worst task and cost.
 
     Args:
-        frame: of :func:`task_frame`.
+        frame: of :func:`analysis.accuracy.task_frame`.
         experts: of :meth:`Evaluator.experts` on the same images.
-        costs: of :func:`compare`.
+        costs: of :func:`evaluate_recipes`.
 
     Returns:
         Columns label, accuracy, low, high (mean over tasks, 95 %), normalised (mean over tasks of
@@ -402,9 +342,11 @@ def summary(frame: pd.DataFrame, experts: pd.DataFrame, costs: pd.DataFrame) -> 
         seconds, peak_mb, storage_mb.
 
     Example:
+        >>> from analysis.accuracy import accuracy_frame
         >>> hits = {"digits": np.array([True, False]), "dots": np.array([True, True])}
         >>> costs = pd.DataFrame({"label": ["mean"], "seconds": 1, "peak_mb": 2, "storage_mb": 3})
-        >>> frame = summary(task_frame({"mean": hits}), accuracy_frame(hits), costs)
+        >>> experts = accuracy_frame(hits)
+        >>> frame = summarise(experts.assign(label="mean"), experts, costs)
         >>> frame[["accuracy", "normalised", "worst_task"]].values.tolist()
         [[0.75, 1.0, 'digits']]
     """

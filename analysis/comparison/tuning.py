@@ -65,7 +65,7 @@ def _value(spec: ParameterSpec, share: float) -> float | int:
     return round(value) if spec.kind == "integer" else round(value, 3)
 
 
-def tuned(
+def tune(
     base: Recipe,
     session: MergeSession,
     evaluator: Evaluator,
@@ -97,7 +97,7 @@ def tuned(
         >>> suite = load_suite("demo")
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
         >>> recipe = make_recipe({"method": "average"})
-        >>> best, frame = tuned(recipe, session, Evaluator(suite), budget=4)
+        >>> best, frame = tune(recipe, session, Evaluator(suite), budget=4)
         >>> best == recipe, len(frame)  # nothing to tune
         (True, 1)
     """
@@ -133,7 +133,7 @@ def seed_counts(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) -> b
     if not recipe.declaration.draws:
         return False
     examples = recipe.parameters.get("examples", 0)
-    return any(len(evaluator.raw_inputs(task, SPLIT).labels) > examples for task in tasks)
+    return any(len(evaluator.outputs.raw_inputs(task, SPLIT).labels) > examples for task in tasks)
 
 
 def seeded(recipe: Recipe, seeds: int) -> list[Recipe]:

@@ -19,7 +19,7 @@ from analysis.data_sources.source import UNLABELLED
 from analysis.learning.learn import learn
 from analysis.outputs.inputs import SPLIT_NAMES, Split
 from analysis.outputs.prediction_store import CLASSES, PredictionStore
-from analysis.outputs.suite_outputs import Images, ModelOutputs, Outputs
+from analysis.outputs.suite_outputs import Images, Measurements, SuiteOutputs
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
@@ -29,8 +29,19 @@ from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
 
-class Evaluator(ModelOutputs):
-    """Evaluates members and merges of one suite (see :class:`ModelOutputs`).
+class Evaluator:
+    """Evaluates members and merges of one suite.
+
+    Args:
+        suite: a suite with architecture, heads and data.
+        predictions: where outputs are kept (with the suite's own store by default).
+        stored_only: refuse to run the model (see :class:`SuiteOutputs`).
+
+    Attributes:
+        outputs: runs the models, and keeps what they gave.
+
+    Raises:
+        SuiteError: the suite cannot be evaluated.
 
     Example:
         >>> suite = load_suite("demo")
@@ -40,9 +51,19 @@ class Evaluator(ModelOutputs):
         (True, [500])
     """
 
-    def __init__(self, suite: Suite, predictions: PredictionStore | None = None) -> None:
-        super().__init__(suite, predictions)
+    def __init__(
+        self, suite: Suite, predictions: PredictionStore | None = None, stored_only: bool = False
+    ) -> None:
+        self.suite = suite
+        self.outputs = SuiteOutputs(suite, predictions, stored_only)
         self._learned: tuple[str, Any] = ("", None)
+
+    def stored_only(self) -> Evaluator:
+        """An evaluator of the same suite and store that gives what is stored or raises NotStored.
+
+        For views that must not start to compute.
+        """
+        return Evaluator(self.suite, self.outputs.predictions, stored_only=True)
 
     def knows(
         self, recipe: Recipe, session: MergeSession, split: Split = "val", limit: int | None = None
@@ -72,8 +93,8 @@ class Evaluator(ModelOutputs):
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
         """
-        images = self.images(tasks, split, limit)
-        outputs = self.member_outputs(checkpoint, images, split)
+        images = self.outputs.images(tasks, split, limit)
+        outputs = self.measure_member(checkpoint, images, split)
         return accuracy_frame(self._hits(outputs, images, split, limit))
 
     def experts(
@@ -83,14 +104,14 @@ class Evaluator(ModelOutputs):
         parts = [self.checkpoint(self.suite.expert(t), [t], split, limit) for t in tasks]
         return pd.concat(parts, ignore_index=True)
 
-    def member_outputs(
+    def measure_member(
         self,
         checkpoint: Checkpoint,
         images: Images,
         split: Split = "val",
         measures: Collection[str] = (CLASSES,),
-    ) -> Outputs:
-        """What a member gives for images of some tasks (see :meth:`outputs`).
+    ) -> Measurements:
+        """What a member gives for images of some tasks (see :meth:`SuiteOutputs.measure`).
 
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
@@ -99,18 +120,18 @@ class Evaluator(ModelOutputs):
         def weights() -> dict[str, Tensor]:
             return {name: checkpoint.tensor(name) for name in checkpoint}
 
-        return self.outputs(checkpoint.digest, weights, images, split, measures)
+        return self.outputs.measure(checkpoint.digest, weights, images, split, measures)
 
-    def expert_outputs(
+    def measure_experts(
         self, images: Images, split: Split = "val", measures: Collection[str] = (CLASSES,)
-    ) -> Outputs:
+    ) -> Measurements:
         """What each task's own expert gives for its images: pseudo-labels, for one.
 
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
         """
         parts = [
-            self.member_outputs(self.suite.expert(task), {task: mine}, split, measures)
+            self.measure_member(self.suite.expert(task), {task: mine}, split, measures)
             for task, mine in images.items()
         ]
         return {task: values for part in parts for task, values in part.items()}
@@ -131,11 +152,11 @@ class Evaluator(ModelOutputs):
         digest, state = self._learned
         wanted = self._digest(recipe, session)
         if digest != wanted:
-            state = learn(self, recipe, session, progress)
+            state = learn(self.outputs, recipe, session, progress)
             self._learned = (wanted, state)
         return state
 
-    def recipe_outputs(
+    def measure_recipe(
         self,
         recipe: Recipe,
         session: MergeSession,
@@ -143,7 +164,7 @@ class Evaluator(ModelOutputs):
         split: Split = "val",
         measures: Collection[str] = (CLASSES,),
         progress: Progress | None = None,
-    ) -> Outputs:
+    ) -> Measurements:
         """What a merge, as it would be written, gives for images of its tasks.
 
         What its method learns from data is learnt only if something has to be run.
@@ -151,7 +172,7 @@ class Evaluator(ModelOutputs):
         Args:
             recipe: what is merged.
             session: its members.
-            images: tasks of the session to numbers of images (see :meth:`outputs`).
+            images: tasks of the session to numbers of images (see :meth:`SuiteOutputs.measure`).
             split: ``val`` or ``test``.
             measures: names of :data:`analysis.outputs.measures.MEASURES`.
             progress: reports images run, and steps of learning.
@@ -164,14 +185,14 @@ class Evaluator(ModelOutputs):
         learned = partial(self.learned, recipe, session, progress)
         if not recipe.declaration.indexed:
             model = partial(_as_written, recipe, session, None, learned)
-            return self.outputs(digest, model, images, split, measures, progress)
+            return self.outputs.measure(digest, model, images, split, measures, progress)
         progress = progress or Progress()
-        outputs: Outputs = {}
+        outputs: Measurements = {}
         for done, (task, mine) in enumerate(images.items()):
             progress.step(done, len(images), task)
             model = partial(_as_written, recipe, session, task, learned)
             inner = Progress(cancel=progress.cancel)
-            outputs |= self.outputs(digest, model, {task: mine}, split, measures, inner)
+            outputs |= self.outputs.measure(digest, model, {task: mine}, split, measures, inner)
         progress.step(len(images), len(images), "done")
         return outputs
 
@@ -189,8 +210,8 @@ class Evaluator(ModelOutputs):
             MergeScopeError: unfit inputs.
             Cancelled: between two batches, or between two steps of learning.
         """
-        images = self.images(session.groups.tasks, split, limit, progress)
-        outputs = self.recipe_outputs(recipe, session, images, split, progress=progress)
+        images = self.outputs.images(session.groups.tasks, split, limit, progress)
+        outputs = self.measure_recipe(recipe, session, images, split, progress=progress)
         return self._hits(outputs, images, split, limit)
 
     def recipe(
@@ -210,31 +231,31 @@ class Evaluator(ModelOutputs):
         return accuracy_frame(self.recipe_hits(recipe, session, split, limit, progress))
 
     def _hits(
-        self, outputs: Outputs, images: Images, split: Split, limit: int | None
+        self, outputs: Measurements, images: Images, split: Split, limit: int | None
     ) -> dict[str, np.ndarray]:
         hits = {}
         for task, numbers in images.items():
-            labels = self.raw_inputs(task, split, limit).labels[numbers]
+            labels = self.outputs.raw_inputs(task, split, limit).labels[numbers]
             if int(labels.min()) == UNLABELLED:
                 raise SuiteError(
                     f"The {SPLIT_NAMES[split]} images of task {task!r} have no labels, so no "
                     f"accuracy can be measured. Add {split}_labels to its data; rank and scale can "
                     "be chosen without labels."
                 )
-            if int(labels.max()) >= len(self.head(task).weight):
-                raise SuiteError(self.misfit(task, f"labels up to {int(labels.max())}"))
+            if int(labels.max()) >= len(self.outputs.head(task).weight):
+                raise SuiteError(self.outputs.misfit(task, f"labels up to {int(labels.max())}"))
             hits[task] = outputs[task][CLASSES] == labels
         return hits
 
     def _stored(self, digest: str, tasks: Sequence[str], split: Split, limit: int | None) -> bool:
-        return self.known(digest, self.images(tasks, split, limit), split)
+        return self.outputs.known(digest, self.outputs.images(tasks, split, limit), split)
 
     def _digest(self, recipe: Recipe, session: MergeSession) -> str:
         """Of what determines the merged weights: data, too, where the method learns from them."""
         digest = recipe.digest(self.suite)
         if recipe.declaration.learns is None:
             return digest
-        return digest_of(digest, *(self.data_digest(task) for task in session.groups.tasks))
+        return digest_of(digest, *(self.outputs.data_digest(task) for task in session.groups.tasks))
 
 
 def _as_written(

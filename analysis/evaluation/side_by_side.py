@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
-from analysis.outputs.suite_outputs import Images, Outputs
+from analysis.outputs.suite_outputs import Images, Measurements
 from merge_core.executors.base import Executor
 from merge_core.factors.factorise import StoredGroups
 from merge_core.merging.engine import MergeSession
@@ -45,17 +45,17 @@ def evaluate_side_by_side(
         Cancelled: by `progress`; what was stored stays.
     """
     progress = progress or Progress()
-    images = evaluator.images(session.groups.tasks, split)
+    images = evaluator.outputs.images(session.groups.tasks, split)
     unknown = [
         recipe
         for recipe in recipes
-        if not evaluator.known(recipe.digest(evaluator.suite), images, split, measures)
+        if not evaluator.outputs.known(recipe.digest(evaluator.suite), images, split, measures)
     ]
     evaluate = _Evaluate(StoredGroups.of(session.groups), tuple(measures), split)
     results = executor.map(evaluate, unknown, progress.cancel)
     for done, recipe in enumerate(unknown, start=1):
         outputs = next(results)
-        evaluator.keep(recipe.digest(evaluator.suite), images, split, outputs)
+        evaluator.outputs.keep(recipe.digest(evaluator.suite), images, split, outputs)
         progress.step(done, len(unknown), "settings")
     return len(unknown)
 
@@ -68,9 +68,9 @@ class _Evaluate:
     measures: tuple[str, ...]
     split: Split
 
-    def __call__(self, recipe: Recipe) -> Outputs:
+    def __call__(self, recipe: Recipe) -> Measurements:
         session, evaluator, images = self._opened()
-        return evaluator.recipe_outputs(recipe, session, images, self.split, self.measures)
+        return evaluator.measure_recipe(recipe, session, images, self.split, self.measures)
 
     def _opened(self) -> tuple[MergeSession, Evaluator, Images]:
         """Opened once in each worker: neither is meant for two threads at once."""
@@ -79,7 +79,7 @@ class _Evaluate:
             suite = load_suite(self.stored.suite)
             session = MergeSession(suite, self.stored.tasks, self.stored.store())
             evaluator = Evaluator(suite)
-            images = evaluator.images(session.groups.tasks, self.split)
+            images = evaluator.outputs.images(session.groups.tasks, self.split)
             held = _WORKER.held = (self, (session, evaluator, images))
         opened: tuple[MergeSession, Evaluator, Images] = held[1]
         return opened

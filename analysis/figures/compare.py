@@ -35,7 +35,7 @@ def method_dots(
     """Mean accuracy of each method with its interval, best at the top; numbers are places.
 
     Args:
-        summary: of :func:`analysis.comparison.run.summary`.
+        summary: of :func:`analysis.comparison.run.summarise`.
         title: the question answered.
         references: vertical lines by name, such as the experts' mean (shares).
     """
@@ -92,7 +92,7 @@ def task_radar(frame: pd.DataFrame, labels: Sequence[str], title: str) -> go.Fig
     """Accuracy over tasks as closed lines, at most six of them.
 
     Args:
-        frame: of :func:`analysis.comparison.run.task_frame`.
+        frame: of :func:`analysis.accuracy.task_frame`.
         labels: the methods drawn.
         title: the question answered.
     """
@@ -183,7 +183,7 @@ def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
     """Accuracy against what it costs; those that nothing cheaper is better than are named.
 
     Args:
-        summary: of :func:`analysis.comparison.run.summary`.
+        summary: of :func:`analysis.comparison.run.summarise`.
         quantity: ``seconds``, ``peak_mb`` or ``storage_mb``.
         title: the question answered.
     """

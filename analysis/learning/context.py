@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from analysis.networks.backbone import Backbone
-from analysis.networks.pool_network import ModuleCopies
+from analysis.networks.stateless import ModuleCopies, State, StatelessNetwork
+from analysis.networks.towers import suite_network
 from analysis.outputs.inputs import Split
-from analysis.outputs.suite_outputs import ModelOutputs
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
 from merge_core.merging.engine import MergeSession
@@ -22,10 +22,8 @@ from merge_core.progress import Progress
 SPLIT: Split = "val"
 BATCH = 50
 
-State = Mapping[str, Tensor]
 
-
-class Lesson:
+class LearningContext:
     """One recipe's learning on the validation images of its tasks, whose labels it never sees.
 
     Args:
@@ -36,7 +34,7 @@ class Lesson:
     """
 
     def __init__(
-        self, outputs: ModelOutputs, recipe: Recipe, session: MergeSession, progress: Progress
+        self, outputs: SuiteOutputs, recipe: Recipe, session: MergeSession, progress: Progress
     ) -> None:
         self._outputs = outputs
         self.recipe = recipe
@@ -44,13 +42,17 @@ class Lesson:
         self.tasks = session.groups.tasks
         self.suite = session.suite
         self.progress = progress
+
+    @cached_property
+    def _stateless(self) -> StatelessNetwork:
         # Of its own: hooks and gradients stay out of the networks that others use.
-        self._backbone = Backbone(self.suite)
+        return suite_network(self.suite)
 
     @property
     def network(self) -> nn.Module:
         """The suite's network without classifier, in evaluation mode."""
-        return self._backbone.model
+        module: nn.Module = self._stateless.module
+        return module
 
     @cached_property
     def copies(self) -> ModuleCopies:
@@ -87,7 +89,7 @@ class Lesson:
         for task in tasks:
             head = self._outputs.head(task)
             image = self._outputs.pixels(task, SPLIT, np.arange(1))
-            width = self._backbone.features(state, image).shape[1]
+            width = self._stateless.features(state, image).shape[1]
             if width != head.weight.shape[1]:
                 raise SuiteError(
                     f"The head of task {task!r} takes features of width {head.weight.shape[1]}, "

@@ -1,4 +1,4 @@
-"""Coefficients of task vectors at which the merged model is surest of its predictions."""
+"""Coefficients of task vectors of least entropy: at which the merged model is most certain."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.learning.context import Lesson, State
+from analysis.learning.context import LearningContext, State
 from merge_core.executors.local import Threads
 from merge_core.methods.adamerging import Coefficients, limits, vectors
 from merge_core.methods.cart_adaptive import truncations
@@ -39,79 +39,79 @@ class Family:
         }
 
 
-def learn_adamerging(lesson: Lesson) -> Coefficients:
+def learn_adamerging(context: LearningContext) -> Coefficients:
     """λ of AdaMerging for each task and parameter (the same for all with level: task).
 
     Args:
-        lesson: the recipe's parameters are those of AdaMerging.
+        context: the recipe's parameters are those of AdaMerging.
 
     Source: Yang et al., arXiv:2310.02575, equations 4 to 6.
     """
-    recipe, run = lesson.recipe, lesson.recipe.run(lesson.tasks)
+    recipe, run = context.recipe, context.recipe.run(context.tasks)
     settings: dict[str, Any] = {
         group.name: recipe.parameters_of(group.name)
-        for group in lesson.groups
+        for group in context.groups
         if group.info.is_floating
     }
     trimmed = any(own.trimmed != "none" for own in settings.values())
-    found = limits(lesson.groups, run, lesson.progress) if trimmed else None
+    found = limits(context.groups, run, context.progress) if trimmed else None
     origin, moved = {}, {}
-    for group in lesson.groups:
+    for group in context.groups:
         origin[group.name] = group.base
-        if group.name in settings and group.name in lesson.names:
+        if group.name in settings and group.name in context.names:
             own = vectors(group, settings[group.name], run, found)
             moved[group.name] = own.float()
     # One row for all parameters of level task, which has no name of its own.
     shared = {name: name if own.level == "layer" else "" for name, own in settings.items()}
     keys = list(dict.fromkeys(shared.values()))
     rows = {name: keys.index(key) for name, key in shared.items()}
-    start = torch.empty(len(keys), len(lesson.tasks))
+    start = torch.empty(len(keys), len(context.tasks))
     for name, row in rows.items():
         start[row] = settings[name].start
-    family = Family(lesson.fitting(origin, lesson.tasks), moved, rows)
-    values = surest(lesson, family, start, bounds=(0.0, 1.0))
+    family = Family(context.fitting(origin, context.tasks), moved, rows)
+    values = minimise_entropy(context, family, start, bounds=(0.0, 1.0))
     return Coefficients({name: values[row] for name, row in rows.items()}, found)
 
 
-def learn_cart_adaptive(lesson: Lesson) -> dict[str, Tensor]:
+def learn_cart_adaptive(context: LearningContext) -> dict[str, Tensor]:
     """λ of CART for each task and decomposed matrix: T numbers by name.
 
     Args:
-        lesson: the recipe's parameters are those of CART with test-time adaptation.
+        context: the recipe's parameters are those of CART with test-time adaptation.
 
     Source: Choi et al., arXiv:2412.12153, test-time adaptation.
     """
     origin, moved, start = {}, {}, []
     names = []
-    for group in lesson.groups:
+    for group in context.groups:
         origin[group.name] = group.average if group.info.is_floating else group.buffer
         if group.decomposed:
-            own: Any = lesson.recipe.parameters_of(group.name)
+            own: Any = context.recipe.parameters_of(group.name)
             names.append(group.name)
-            start.append([own.scale] * len(lesson.tasks))
-            if group.name in lesson.names:
+            start.append([own.scale] * len(context.tasks))
+            if group.name in context.names:
                 moved[group.name] = truncations(group, own).float()
     if not names:
         return {}
     rows = {name: row for row, name in enumerate(names)}
-    family = Family(lesson.fitting(origin, lesson.tasks), moved, rows)
-    values = surest(lesson, family, torch.tensor(start))
+    family = Family(context.fitting(origin, context.tasks), moved, rows)
+    values = minimise_entropy(context, family, torch.tensor(start))
     return {name: values[row] for name, row in rows.items()}
 
 
-def entropy(lesson: Lesson, weights: State, images: Tensor, task: str) -> Tensor:
+def entropy(context: LearningContext, weights: State, images: Tensor, task: str) -> Tensor:
     """Mean entropy (nats) of the predictions on some images, differentiable in the weights."""
-    log_p = lesson.log_probabilities(weights, images, task)
+    log_p = context.log_probabilities(weights, images, task)
     return -(log_p.exp() * log_p).sum(dim=1).mean()
 
 
 def slopes(
-    lesson: Lesson, family: Family, values: Tensor, batches: Sequence[Tensor]
+    context: LearningContext, family: Family, values: Tensor, batches: Sequence[Tensor]
 ) -> tuple[float, Tensor]:
     """The summed entropies of all tasks at λ, and their derivative with respect to λ.
 
     Args:
-        lesson: gives network and heads.
+        context: gives network and heads.
         family: what λ stands for.
         values: λ, rows x T.
         batches: images of each task, in the tasks' order.
@@ -129,11 +129,11 @@ def slopes(
 
     def of_task(item: tuple[str, Tensor]) -> tuple[float, Sequence[Tensor | None]]:
         task, images = item
-        loss = entropy(lesson, {**family.origin, **cut}, images, task)
+        loss = entropy(context, {**family.origin, **cut}, images, task)
         return loss.item(), torch.autograd.grad(loss, list(cut.values()), allow_unused=True)
 
     total, passed = 0.0, dict[str, Tensor]()
-    for loss, own in Threads().map(of_task, zip(lesson.tasks, batches, strict=True)):
+    for loss, own in Threads().map(of_task, zip(context.tasks, batches, strict=True)):
         total += loss
         for name, slope in zip(cut, own, strict=True):
             if slope is not None:
@@ -143,13 +143,16 @@ def slopes(
     return total, slope
 
 
-def surest(
-    lesson: Lesson, family: Family, start: Tensor, bounds: tuple[float, float] | None = None
+def minimise_entropy(
+    context: LearningContext,
+    family: Family,
+    start: Tensor,
+    bounds: tuple[float, float] | None = None,
 ) -> Tensor:
     """λ after the recipe's steps of Adam on the entropy of the predictions.
 
     Args:
-        lesson: the recipe's parameters `steps` and `learning_rate` count.
+        context: the recipe's parameters `steps` and `learning_rate` count.
         family: what λ stands for.
         start: λ, rows x T.
         bounds: λ is clamped to these where it is used, as in AdaMerging's code, so that a
@@ -158,8 +161,8 @@ def surest(
     Returns:
         λ as used, rows x T.
     """
-    parameters: Any = lesson.recipe.checked_parameters
-    streams = [lesson.batches(task, BATCH) for task in lesson.tasks]
+    parameters: Any = context.recipe.checked_parameters
+    streams = [context.batches(task, BATCH) for task in context.tasks]
     values = start.clone().requires_grad_()
     adam = torch.optim.Adam([values], lr=parameters.learning_rate)
 
@@ -168,9 +171,9 @@ def surest(
 
     with torch.enable_grad():
         for step in range(parameters.steps):
-            lesson.progress.step(step, parameters.steps, "adapting to unlabelled images")
+            context.progress.step(step, parameters.steps, "adapting to unlabelled images")
             batches = [next(stream) for stream in streams]
-            _, slope = slopes(lesson, family, used(), batches)
+            _, slope = slopes(context, family, used(), batches)
             values.grad = torch.autograd.grad(used(), values, slope)[0]
             adam.step()
     return used().detach()

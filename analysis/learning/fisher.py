@@ -8,41 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from analysis.learning.context import Lesson, State
+from analysis.learning.context import LearningContext, State
 from merge_core.executors.local import Threads
 
 # Gradients of several classes are taken at once, within so many numbers.
 HELD_NUMBERS = 1 << 25
 
 
-def learn_fisher(lesson: Lesson) -> dict[str, Tensor]:
+def learn_fisher(context: LearningContext) -> dict[str, Tensor]:
     """(1/N) Σ_x Σ_y p(y|x) (∇ log p(y|x))² of each expert on its task's images.
 
     The sum over classes y is exact, and p is the model's own: no labels are needed.
 
     Args:
-        lesson: the recipe's parameter `examples` says how many images.
+        context: the recipe's parameter `examples` says how many images.
 
     Returns:
         T x shape, float32, for each floating parameter that the network differentiates.
 
     Source: Matena and Raffel, arXiv:2111.09832, equation 2.
     """
-    parameters: Any = lesson.recipe.checked_parameters
+    parameters: Any = context.recipe.checked_parameters
     layer: Any
-    for layer in lesson.network.modules():
+    for layer in context.network.modules():
         if hasattr(layer, "fused_attn"):  # timm's switch: fused attention takes one class at a time
             layer.fused_attn = False
     found: dict[str, list[Tensor]] = {}
-    for place, task in enumerate(lesson.tasks):
-        images = lesson.images(task, parameters.examples)
-        weights = lesson.expert(task)
+    for place, task in enumerate(context.tasks):
+        images = context.images(task, parameters.examples)
+        weights = context.expert(task)
         total: dict[str, Tensor] = {}
-        of_image = partial(squared_gradients, lesson, weights, task=task)
-        squares = Threads().map(of_image, images.split(1), lesson.progress.cancel)
+        of_image = partial(squared_gradients, context, weights, task=task)
+        squares = Threads().map(of_image, images.split(1), context.progress.cancel)
         for done in range(len(images)):
-            lesson.progress.step(
-                place * len(images) + done, len(lesson.tasks) * len(images), f"Fisher on {task}"
+            context.progress.step(
+                place * len(images) + done, len(context.tasks) * len(images), f"Fisher on {task}"
             )
             for name, value in next(squares).items():
                 total[name] = total[name] + value if name in total else value
@@ -51,11 +51,11 @@ def learn_fisher(lesson: Lesson) -> dict[str, Tensor]:
     return {name: torch.stack(values) for name, values in found.items()}
 
 
-def squared_gradients(lesson: Lesson, weights: State, image: Tensor, task: str) -> State:
+def squared_gradients(context: LearningContext, weights: State, image: Tensor, task: str) -> State:
     """Σ_y p(y|x) (∂ log p(y|x) / ∂θ)² for one image.
 
     Args:
-        lesson: gives network and head.
+        context: gives network and head.
         weights: of the whole network.
         image: 1 x 3 x H x W.
         task: whose head.
@@ -63,11 +63,11 @@ def squared_gradients(lesson: Lesson, weights: State, image: Tensor, task: str) 
     Returns:
         One tensor of the parameter's shape per floating parameter of the network.
     """
-    trained = {name for name, _ in lesson.network.named_parameters()}
+    trained = {name for name, _ in context.network.named_parameters()}
     own = {name: value for name, value in weights.items() if name in trained}
 
     def log_probabilities(changed: State) -> Tensor:
-        return lesson.log_probabilities({**weights, **changed}, image, task)[0]
+        return context.log_probabilities({**weights, **changed}, image, task)[0]
 
     log_p, pull_back, *_ = torch.func.vjp(log_probabilities, own)
     # A cotangent √p_y e_y gives √p_y ∂ log p_y, whose square is the class's term.

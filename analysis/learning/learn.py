@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from analysis.learning.context import Lesson
+from analysis.learning.context import LearningContext
 from analysis.learning.entropy import learn_adamerging, learn_cart_adaptive
 from analysis.learning.fisher import learn_fisher
 from analysis.learning.regmean import learn_regmean, learn_regmean_plus_plus
-from analysis.outputs.suite_outputs import ModelOutputs
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.errors import SuiteError
 from merge_core.executors.base import one_thread
 from merge_core.merging.engine import MergeSession, check_recipe
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
 
-Learner = Callable[[Lesson], Any]
+Learner = Callable[[LearningContext], Any]
 
 LEARNERS: dict[str, Learner] = {
     "fisher": learn_fisher,
@@ -29,7 +29,7 @@ LEARNERS: dict[str, Learner] = {
 
 
 def learn(
-    outputs: ModelOutputs,
+    outputs: SuiteOutputs,
     recipe: Recipe,
     session: MergeSession,
     progress: Progress | None = None,
@@ -60,4 +60,4 @@ def learn(
         raise SuiteError("The recipe's tasks are not the ones that this session holds.")
     check_recipe(session.suite, recipe)
     with one_thread():
-        return LEARNERS[name](Lesson(outputs, recipe, session, progress or Progress()))
+        return LEARNERS[name](LearningContext(outputs, recipe, session, progress or Progress()))

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from analysis.learning.context import BATCH, Lesson
+from analysis.learning.context import BATCH, LearningContext
 from merge_core.executors.local import Threads
 from merge_core.methods.regmean import NormalEquations, no_equations
 
@@ -19,43 +19,43 @@ Layers = Mapping[str, nn.Module]
 
 
 @torch.no_grad()
-def learn_regmean(lesson: Lesson) -> dict[str, Tensor]:
+def learn_regmean(context: LearningContext) -> dict[str, Tensor]:
     """The update of every linear layer's weight about the average.
 
     Args:
-        lesson: the recipe's parameters are those of RegMean.
+        context: the recipe's parameters are those of RegMean.
 
     Returns:
         Name of a weight to m x n, float64.
 
     Source: Jin et al., arXiv:2212.09849, equation 2.
     """
-    parameters: Any = lesson.recipe.checked_parameters
-    layers = linear_layers(lesson)
-    fit = Fit(lesson, layers)
+    parameters: Any = context.recipe.checked_parameters
+    layers = linear_layers(context)
+    fit = Fit(context, layers)
 
     @torch.no_grad()
     def grams_of(task: str) -> dict[str, Tensor]:
-        weights = lesson.expert(task)
-        with lesson.copies.lent() as network, gram_matrices(network, layers) as grams:
-            for batch in lesson.images(task, parameters.examples).split(BATCH):
+        weights = context.expert(task)
+        with context.copies.lend() as network, gram_matrices(network, layers) as grams:
+            for batch in context.images(task, parameters.examples).split(BATCH):
                 torch.func.functional_call(network, weights, (batch,))
         return grams
 
-    found = Threads().map(grams_of, lesson.tasks, lesson.progress.cancel)
-    for place, task in enumerate(lesson.tasks):
-        lesson.progress.step(place, len(lesson.tasks), f"activations of {task}")
+    found = Threads().map(grams_of, context.tasks, context.progress.cancel)
+    for place, task in enumerate(context.tasks):
+        context.progress.step(place, len(context.tasks), f"activations of {task}")
         for layer, gram in next(found).items():
             fit.add(layer, task, gram)
     return fit.updates()
 
 
 @torch.no_grad()
-def learn_regmean_plus_plus(lesson: Lesson) -> dict[str, Tensor]:
+def learn_regmean_plus_plus(context: LearningContext) -> dict[str, Tensor]:
     """The same, block by block, on the inputs that the merged blocks before give.
 
     Args:
-        lesson: the recipe's parameters are those of RegMean++.
+        context: the recipe's parameters are those of RegMean++.
 
     Returns:
         Name of a weight to m x n, float64.
@@ -63,23 +63,23 @@ def learn_regmean_plus_plus(lesson: Lesson) -> dict[str, Tensor]:
     Source: Nguyen et al., arXiv:2508.03121, section 3; within a block each expert's own layers
     pass the inputs on.
     """
-    parameters: Any = lesson.recipe.checked_parameters
-    layers = linear_layers(lesson)
-    images = {task: lesson.images(task, parameters.examples) for task in lesson.tasks}
-    experts = {task: lesson.expert(task) for task in lesson.tasks}
-    merged = dict(experts[lesson.tasks[0]])
-    for group in lesson.groups:
+    parameters: Any = context.recipe.checked_parameters
+    layers = linear_layers(context)
+    images = {task: context.images(task, parameters.examples) for task in context.tasks}
+    experts = {task: context.expert(task) for task in context.tasks}
+    merged = dict(experts[context.tasks[0]])
+    for group in context.groups:
         if group.info.is_floating and group.name in merged:
             merged[group.name] = group.average.float()
-    fit = Fit(lesson, layers)
-    blocks = blocks_in_order(lesson, layers, merged, images[lesson.tasks[0]][:1])
+    fit = Fit(context, layers)
+    blocks = blocks_in_order(context, layers, merged, images[context.tasks[0]][:1])
     for done, (block, inside) in enumerate(blocks.items()):
-        of_task = partial(block_grams, lesson, merged, block, inside)
-        items = ((experts[task], images[task]) for task in lesson.tasks)
-        found = Threads().map(of_task, items, lesson.progress.cancel)
-        for place, task in enumerate(lesson.tasks):
-            unit = done * len(lesson.tasks) + place
-            lesson.progress.step(unit, len(blocks) * len(lesson.tasks), f"{block} on {task}")
+        of_task = partial(block_grams, context, merged, block, inside)
+        items = ((experts[task], images[task]) for task in context.tasks)
+        found = Threads().map(of_task, items, context.progress.cancel)
+        for place, task in enumerate(context.tasks):
+            unit = done * len(context.tasks) + place
+            context.progress.step(unit, len(blocks) * len(context.tasks), f"{block} on {task}")
             for layer, gram in next(found).items():
                 fit.add(layer, task, gram)
         for layer in inside:
@@ -89,7 +89,7 @@ def learn_regmean_plus_plus(lesson: Lesson) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def block_grams(
-    lesson: Lesson,
+    context: LearningContext,
     merged: Mapping[str, Tensor],
     block: str,
     layers: Layers,
@@ -98,7 +98,7 @@ def block_grams(
     """XᵀX of a block's layers, n x n, on the inputs that merged blocks before it give.
 
     Args:
-        lesson: gives the network.
+        context: gives the network.
         merged: its weights up to the block.
         block: its name.
         layers: of the block.
@@ -111,7 +111,7 @@ def block_grams(
         for name, value in expert.items()
         if name.startswith(prefix)
     }
-    with lesson.copies.lent() as network:
+    with context.copies.lend() as network:
         module = network.get_submodule(block)
         with calls(module) as inputs:
             for batch in images.split(BATCH):
@@ -126,15 +126,15 @@ class Fit:
     """The least-squares problems of all linear layers, counted in expert by expert.
 
     Args:
-        lesson: gives the experts and the recipe's factor of off-diagonal entries.
+        context: gives the experts and the recipe's factor of off-diagonal entries.
         layers: of the network.
     """
 
-    def __init__(self, lesson: Lesson, layers: Layers) -> None:
-        self._lesson = lesson
+    def __init__(self, context: LearningContext, layers: Layers) -> None:
+        self._context = context
         self.averages = {
             group.name.removesuffix(".weight"): group.experts.double().mean(dim=0)
-            for group in lesson.groups
+            for group in context.groups
             if group.name.removesuffix(".weight") in layers
         }
         self._equations: dict[str, NormalEquations] = {}
@@ -142,11 +142,11 @@ class Fit:
     def add(self, layer: str, task: str, gram: Tensor) -> None:
         """Count in an expert's layer with the Gram matrix of its inputs, n x n."""
         name = f"{layer}.weight"
-        parameters: Any = self._lesson.recipe.parameters_of(name)
+        parameters: Any = self._context.recipe.parameters_of(name)
         average = self.averages[layer]
         if layer not in self._equations:
             self._equations[layer] = no_equations(*average.shape)
-        offset = self._lesson.suite.expert(task).tensor(name).double() - average
+        offset = self._context.suite.expert(task).tensor(name).double() - average
         self._equations[layer].add(offset, gram, parameters.off_diagonal)
 
     def update(self, layer: str) -> Tensor:
@@ -158,18 +158,18 @@ class Fit:
         return {f"{layer}.weight": self.update(layer) for layer in self._equations}
 
 
-def linear_layers(lesson: Lesson) -> dict[str, nn.Module]:
+def linear_layers(context: LearningContext) -> dict[str, nn.Module]:
     """The network's linear layers by name, as far as their weights are merged."""
-    merged = {group.name for group in lesson.groups if group.info.is_floating}
+    merged = {group.name for group in context.groups if group.info.is_floating}
     return {
         name: module
-        for name, module in lesson.network.named_modules()
+        for name, module in context.network.named_modules()
         if isinstance(module, nn.Linear) and f"{name}.weight" in merged
     }
 
 
 def blocks_in_order(
-    lesson: Lesson, layers: Layers, weights: Mapping[str, Tensor], image: Tensor
+    context: LearningContext, layers: Layers, weights: Mapping[str, Tensor], image: Tensor
 ) -> dict[str, dict[str, nn.Module]]:
     """The blocks that hold linear layers, as an image passes them, each with its layers.
 
@@ -179,7 +179,7 @@ def blocks_in_order(
     order: list[str] = []
     numbered = {name: re.match(r"(.*\.)?\d+(?=\.|$)", name) for name in layers}
     candidates = {*layers, *(found.group() for found in numbered.values() if found)}
-    with lesson.copies.lent() as network:
+    with context.copies.lend() as network:
         handles = [
             network.get_submodule(name).register_forward_pre_hook(
                 lambda _module, _args, name=name: order.append(name)

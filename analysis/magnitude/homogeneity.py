@@ -19,8 +19,8 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from analysis.networks.build import State
 from analysis.networks.plain import PlainNetwork
+from analysis.networks.stateless import State
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.errors import PoolError
 
@@ -60,7 +60,7 @@ def layer_names(module: nn.Module) -> list[str]:
     """Layers that own parameters, and parameters of the network itself, in its order.
 
     Args:
-        module: of a :class:`analysis.networks.pool_network.Network`.
+        module: of a pool's network (:func:`analysis.networks.pool_network.pool_network`).
 
     Example:
         >>> layer_names(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))
@@ -74,7 +74,7 @@ def scaled_names(module: nn.Module, what: What, layer: str | None = None) -> fro
     """Names of the tensors that are multiplied by m.
 
     Args:
-        module: of a :class:`analysis.networks.pool_network.Network`.
+        module: of a pool's network (:func:`analysis.networks.pool_network.pool_network`).
         what: "weights": parameters of two dimensions or more (matrices, kernels, embeddings).
             "parameters": all of them, no buffers. "state": floating buffers too, that is the
             running statistics of BatchNorm. Its counters are integers, which evaluation mode
@@ -113,7 +113,7 @@ def affine_names(module: nn.Module) -> list[str]:
     (``downsample``) lie beside others and are left out.
 
     Args:
-        module: of a :class:`analysis.networks.pool_network.Network`.
+        module: of a pool's network (:func:`analysis.networks.pool_network.pool_network`).
 
     Example:
         >>> affine_names(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 2)))

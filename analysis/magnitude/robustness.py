@@ -23,7 +23,7 @@ from analysis.averaging.soups import (
     reestimated,
     uniform_soup,
 )
-from analysis.networks.build import State
+from analysis.networks.stateless import State
 from analysis.outputs.inputs import scaled
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.errors import PoolError

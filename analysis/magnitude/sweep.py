@@ -40,7 +40,7 @@ from analysis.magnitude.homogeneity import (
     power_law,
     scaled_names,
 )
-from analysis.networks.build import State
+from analysis.networks.stateless import State
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.errors import PoolError
 from merge_core.executors.base import one_thread

@@ -1,22 +1,21 @@
-"""Networks built by name, and weights checked against them."""
+"""Networks built by name."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from analysis.networks.plain import PLAIN
 from merge_core.errors import MergeScopeError
+from merge_core.executors.base import one_thread
 from merge_core.suites.suite_spec import ArchitectureSpec
 
 # Arguments of timm that would fetch weights or open other files.
 REFUSED_ARGS = ("pretrained", "checkpoint_path", "cache_dir", "scriptable")
 
-State = Mapping[str, Tensor]
 
-
+@one_thread()
 def build_network(
     architecture: ArchitectureSpec,
     path: Path,
@@ -72,32 +71,3 @@ def build_network(
     raise error(
         f"{path}: timm knows no architecture {name!r}." + (f" Similar: {near}." if near else "")
     )
-
-
-def check_state(
-    expected: State, weights: State, name: str, path: Path, error: type[MergeScopeError]
-) -> None:
-    """Refuse weights that do not fill an architecture.
-
-    Args:
-        expected: the architecture's own state.
-        weights: what is to be run; more than `expected` is ignored.
-        name: of the architecture.
-        path: the file that names it, for messages.
-        error: what is raised.
-
-    Raises:
-        MergeScopeError: of the given kind: a parameter missing or of another shape.
-    """
-    missing = [key for key in expected if key not in weights]
-    if missing:
-        raise error(
-            f"The weights lack {missing[0]!r}, which the architecture {name!r} needs "
-            f"({len(missing)} missing in all). Correct the architecture in {path}."
-        )
-    for key, value in expected.items():
-        if weights[key].shape != value.shape:
-            raise error(
-                f"{key!r} has shape {tuple(weights[key].shape)}, but the architecture {name!r} "
-                f"needs {tuple(value.shape)}. Correct the architecture's args in {path}."
-            )

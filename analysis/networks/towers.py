@@ -16,7 +16,9 @@ import torch
 from torch import Tensor, nn
 
 from analysis.networks.build import build_network
+from analysis.networks.stateless import StatelessNetwork
 from merge_core.errors import SuiteError
+from merge_core.executors.base import one_thread
 from merge_core.suites.suite import Suite
 from merge_core.suites.suite_spec import ArchitectureSpec
 
@@ -103,26 +105,30 @@ class _OfTexts(nn.Module):
         return hidden[torch.arange(len(hidden)), (there.sum(dim=1) - 1).clamp(min=0)]
 
 
-def suite_network(suite: Suite) -> tuple[nn.Module, frozenset[str]]:
-    """The network that a suite names, its parameters called as in the suite's checkpoints.
+@one_thread()
+def suite_network(suite: Suite) -> StatelessNetwork:
+    """The network that a suite names, without classifier.
 
-    Args:
-        suite: a suite with an architecture.
-
-    Returns:
-        The network in evaluation mode, without gradients, from images (N x 3 x H x W) or tokens
-        (N x L, negative after the end of a text) to features (N x width); and the names of
-        parameters that the experts lack and that therefore hold the base's own values: a CLIP of
-        transformers that was fine-tuned as ``CLIPVisionModel`` leaves the projection out, which
-        all experts share.
+    Its parameters are called as in the suite's checkpoints. A CLIP of transformers that was
+    fine-tuned as ``CLIPVisionModel`` leaves the projection out, which all experts share: the
+    base's own counts then.
 
     Raises:
-        SuiteError: a network that its library does not know or cannot build, or a library that
-            is not installed.
+        SuiteError: no architecture, one that its library does not know or cannot build, or a
+            library that is not installed.
         CheckpointError: an expert or base that cannot be opened.
+
+    Example:
+        >>> module = suite_network(load_suite("demo")).module
+        >>> type(module).__name__, module.training
+        ('VisionTransformer', False)
     """
     architecture = suite.spec.architecture
-    assert architecture is not None
+    if architecture is None:
+        raise SuiteError(
+            f"The suite {suite.name!r} names no architecture, so its models cannot be run. "
+            "Add 'architecture: {name: ..., args: {...}}' to suite.yaml."
+        )
     names = frozenset(suite.expert(suite.tasks[0]))
     if architecture.library == "timm":
         network = build_network(architecture, suite.path, SuiteError, num_classes=0)
@@ -134,7 +140,8 @@ def suite_network(suite: Suite) -> tuple[nn.Module, frozenset[str]]:
     if prefix:
         network = _Within(prefix[:-1].split("."), network)
     network = network.eval().requires_grad_(False)
-    return network, _given_by_base(network, suite, names)
+    fixed = _given_by_base(network, suite, names)
+    return StatelessNetwork(network, architecture, suite.path, SuiteError, fixed=fixed)
 
 
 def common_prefix(expected: Collection[str], names: Collection[str]) -> str:

@@ -9,23 +9,8 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from analysis.networks.stateless import Outputs
 from analysis.outputs.prediction_store import CLASSES
-
-
-@dataclass(frozen=True)
-class Pass:
-    """A model's outputs on some images of a task.
-
-    Attributes:
-        features: N x width, the input of the task's head.
-        logits: N x classes.
-    """
-
-    features: Tensor
-    logits: Tensor
-
-    def __getitem__(self, images: slice | Tensor) -> Pass:
-        return Pass(self.features[images], self.logits[images])
 
 
 @dataclass(frozen=True)
@@ -33,34 +18,34 @@ class Measure:
     """One number per image.
 
     Attributes:
-        of: gives it (N) from the model's pass and that of the task's expert on the same images.
-        by_expert: whether the expert's pass is used.
+        of: gives it (N) from the model's outputs and those of the task's expert on the same images.
+        by_expert: whether the expert's are used.
         dtype: in which it is kept.
     """
 
-    of: Callable[[Pass, Pass], Tensor]
+    of: Callable[[Outputs, Outputs], Tensor]
     by_expert: bool
     dtype: Literal["int16", "float32"] = "float32"
 
 
-def _entropy(model: Pass, _: Pass) -> Tensor:
+def _entropy(model: Outputs, _: Outputs) -> Tensor:
     logs = model.logits.log_softmax(dim=1)
     return -(logs.exp() * logs).sum(dim=1)
 
 
-def _l2(model: Pass, expert: Pass) -> Tensor:
+def _l2(model: Outputs, expert: Outputs) -> Tensor:
     return (model.features - expert.features).norm(dim=1)
 
 
-def _cosine(model: Pass, expert: Pass) -> Tensor:
+def _cosine(model: Outputs, expert: Outputs) -> Tensor:
     return 1 - torch.cosine_similarity(model.features, expert.features, dim=1)
 
 
-def _overlap(model: Pass, expert: Pass) -> Tensor:
+def _overlap(model: Outputs, expert: Outputs) -> Tensor:
     return torch.minimum(model.logits.softmax(dim=1), expert.logits.softmax(dim=1)).sum(dim=1)
 
 
-def _divergence(model: Pass, expert: Pass) -> Tensor:
+def _divergence(model: Outputs, expert: Outputs) -> Tensor:
     own, reference = model.logits.log_softmax(dim=1), expert.logits.log_softmax(dim=1)
     return (reference.exp() * (reference - own)).sum(dim=1)
 

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from analysis.data_sources.archive import TaskInputs, read_split
-from analysis.networks.build import State
-from analysis.networks.pool_network import Network, Outputs
+from analysis.networks.pool_network import pool_network
+from analysis.networks.stateless import Outputs, State, StatelessNetwork
 from analysis.outputs.inputs import scaled
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import OutputError, PoolError
@@ -53,13 +53,21 @@ class PoolEvaluator:
 
     def __init__(self, pool: Pool) -> None:
         self.pool = pool
-        self.network = Network(pool)
         self._inputs: dict[PoolSplit, TaskInputs] = {}
         self._images: dict[PoolSplit, Tensor] = {}
         self._members: dict[tuple[str, PoolSplit], Outputs] = {}
         self._merges: OrderedDict[str, Outputs] = OrderedDict()
         self._lock = threading.RLock()
         self.forward_images = 0
+
+    @cached_property
+    def network(self) -> StatelessNetwork:
+        """The pool's architecture.
+
+        Raises:
+            PoolError: it cannot be built.
+        """
+        return pool_network(self.pool)
 
     def inputs(self, split: PoolSplit) -> TaskInputs:
         """Images as stored (uint8), labels and class names of a split.

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from analysis.data_sources.archive import TaskInputs
-from analysis.networks.backbone import Backbone
-from analysis.networks.pool_network import BATCH
+from analysis.networks.stateless import Outputs, StatelessNetwork
+from analysis.networks.towers import suite_network
 from analysis.outputs.heads import Head, load_head
 from analysis.outputs.inputs import Split, load_inputs, normalised
-from analysis.outputs.measures import MEASURES, Pass
+from analysis.outputs.measures import MEASURES
 from analysis.outputs.prediction_store import (
     CLASSES,
     SHIPPED_NAME,
@@ -24,24 +24,34 @@ from analysis.outputs.prediction_store import (
     nothing,
     output_key,
 )
-from merge_core.errors import SuiteError
+from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.executors.base import one_thread
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
 Images = Mapping[str, np.ndarray]
-Outputs = dict[str, dict[str, np.ndarray]]
+# Task to measure to values, one per image.
+Measurements = dict[str, dict[str, np.ndarray]]
 
 # Normalised images of a split up to this size stay in memory; of larger ones, a batch at a time.
 KEPT_BYTES = 1 << 28
 
 
-class ModelOutputs:
+class NotStored(MergeScopeError):  # noqa: N818 - a state rather than a fault
+    """Something has never been evaluated, and nothing may be evaluated now."""
+
+
+# Images that are decoded at a time.
+READ = 250
+
+
+class SuiteOutputs:
     """Runs weights of one suite; the model, inputs, heads and what was computed are kept.
 
     Args:
         suite: a suite with architecture, heads and data.
         predictions: where outputs are kept (with the suite's own store by default).
+        stored_only: measure what is stored, and refuse to run the model for the rest.
 
     Attributes:
         forward_images: images run so far.
@@ -50,7 +60,9 @@ class ModelOutputs:
         SuiteError: the suite cannot be evaluated.
     """
 
-    def __init__(self, suite: Suite, predictions: PredictionStore | None = None) -> None:
+    def __init__(
+        self, suite: Suite, predictions: PredictionStore | None = None, stored_only: bool = False
+    ) -> None:
         if suite.why_not_evaluated is not None:
             raise SuiteError(
                 f"The suite {suite.name!r} can be analysed and merged but not evaluated: "
@@ -62,13 +74,18 @@ class ModelOutputs:
         self._raw: dict[tuple[str, Split, int | None], TaskInputs] = {}
         self._heads: dict[str, Head] = {}
         self._digests: dict[str, str] = {}
-        self._expert_passes: dict[tuple[str, Split], Pass] = {}
+        self._expert_outputs: dict[tuple[str, Split], Outputs] = {}
+        self._stored_only = stored_only
         self.forward_images = 0
 
     @cached_property
-    def backbone(self) -> Backbone:
-        """The suite's architecture."""
-        return Backbone(self.suite)
+    def network(self) -> StatelessNetwork:
+        """The suite's architecture, without classifier.
+
+        Raises:
+            MergeScopeError: it cannot be built.
+        """
+        return suite_network(self.suite)
 
     def inputs(self, task: str, split: Split, limit: int | None) -> tuple[Tensor, np.ndarray]:
         """Normalised images (N x 3 x H x W) and labels (N) of a task: all at once, in memory.
@@ -142,7 +159,7 @@ class ModelOutputs:
         return whole.logits.argmax(dim=1).numpy()
 
     @one_thread()
-    def outputs(
+    def measure(
         self,
         digest: str,
         weights: Callable[[], Mapping[str, Tensor]],
@@ -150,7 +167,7 @@ class ModelOutputs:
         split: Split = "val",
         measures: Collection[str] = (CLASSES,),
         progress: Progress | None = None,
-    ) -> Outputs:
+    ) -> Measurements:
         """What weights give for images of some tasks; what is known is not run again.
 
         Labels are not used.
@@ -168,6 +185,7 @@ class ModelOutputs:
 
         Raises:
             MergeScopeError: weights, heads or data that do not fit; non-finite logits.
+            NotStored: something would have to be run, where only what is stored may be given.
             Cancelled: between two batches.
         """
         progress = progress or Progress()
@@ -175,14 +193,16 @@ class ModelOutputs:
         keys, vectors = self._known(digest, images, split, measures)
         unknown = _unknown(vectors, images)
         total, done = sum(len(wanted) for wanted in unknown.values()), 0
+        if total and self._stored_only:
+            raise NotStored("This has not been evaluated yet.")
         touched: set[str] = set()
         try:
-            for batch in _batches(unknown, BATCH):
+            for batch in _batches(unknown, READ):
                 progress.step(done, total, ", ".join(batch))
-                passes = self._run(weights(), batch, split)
+                outputs = self._run(weights(), batch, split)
                 for task, part in batch.items():
                     for name, values in vectors[task].items():
-                        values[part] = self._measured(name, passes[task], task, split, part)
+                        values[part] = self._measured(name, outputs[task], task, split, part)
                 touched.update(batch)
                 done += sum(len(part) for part in batch.values())
         finally:
@@ -194,16 +214,16 @@ class ModelOutputs:
             for task in images
         }
 
-    def keep(self, digest: str, images: Images, split: Split, outputs: Outputs) -> None:
-        """Store what weights gave elsewhere, as :meth:`outputs` does with what it ran.
+    def keep(self, digest: str, images: Images, split: Split, measured: Measurements) -> None:
+        """Store what weights gave elsewhere, as :meth:`measure` does with what it ran.
 
         Args:
             digest: content digest of the weights.
             images: task to numbers of images.
             split: ``val`` or ``test``.
-            outputs: task to measure to values, aligned with `images`.
+            measured: task to measure to values, aligned with `images`.
         """
-        for task, values in outputs.items():
+        for task, values in measured.items():
             mine = {task: images[task]}
             keys, vectors = self._known(digest, mine, split, list(values))
             for name, given in values.items():
@@ -218,13 +238,13 @@ class ModelOutputs:
         split: Split = "val",
         measures: Collection[str] = (CLASSES,),
     ) -> bool:
-        """Whether :meth:`outputs` would run nothing."""
+        """Whether :meth:`measure` would run nothing."""
         _, vectors = self._known(digest, images, split, measures)
         return not any(map(len, _unknown(vectors, images).values()))
 
     def _known(
         self, digest: str, images: Images, split: Split, measures: Collection[str]
-    ) -> tuple[dict[tuple[str, str], str], Outputs]:
+    ) -> tuple[dict[tuple[str, str], str], Measurements]:
         """Keys by task and measure, and what is stored: as far as the last image at least."""
         keys = {
             (task, name): self._output_key(digest, task, split, name)
@@ -232,49 +252,51 @@ class ModelOutputs:
             for name in measures
         }
         stored = self.predictions.get({k: MEASURES[name].dtype for (_, name), k in keys.items()})
-        vectors: Outputs = {task: {} for task in images}
+        vectors: Measurements = {task: {} for task in images}
         for (task, name), key in keys.items():
             empty = nothing(int(images[task].max(initial=-1)) + 1, MEASURES[name].dtype)
             vectors[task][name] = filled(stored[key], empty) if key in stored else empty
         return keys, vectors
 
     def _measured(
-        self, name: str, outputs: Pass, task: str, split: Split, part: np.ndarray
+        self, name: str, outputs: Outputs, task: str, split: Split, part: np.ndarray
     ) -> np.ndarray:
         measure = MEASURES[name]
         reference = outputs
         if measure.by_expert:
-            reference = self._expert_pass(task, split)[torch.from_numpy(part)]
+            reference = self._outputs_of_expert(task, split)[torch.from_numpy(part)]
         return measure.of(outputs, reference).numpy().astype(measure.dtype)
 
-    def _expert_pass(self, task: str, split: Split) -> Pass:
-        """The pass of a task's expert over all its images, which is kept."""
+    def _outputs_of_expert(self, task: str, split: Split) -> Outputs:
+        """What a task's expert gives for all its images, which is kept."""
         key = (task, split)
-        if key not in self._expert_passes:
+        if key not in self._expert_outputs:
             expert = self.suite.expert(task)
             weights = {name: expert.tensor(name) for name in expert}
-            self._expert_passes[key] = self._run(weights, self.images([task], split), split)[task]
-        return self._expert_passes[key]
+            self._expert_outputs[key] = self._run(weights, self.images([task], split), split)[task]
+        return self._expert_outputs[key]
 
-    def _run(self, weights: Mapping[str, Tensor], images: Images, split: Split) -> dict[str, Pass]:
+    def _run(
+        self, weights: Mapping[str, Tensor], images: Images, split: Split
+    ) -> dict[str, Outputs]:
         """One pass over ascending images of some tasks together: few of many fill a batch too."""
         pixels = [self.pixels(task, split, part) for task, part in images.items()]
         alike = len({part.shape[1:] for part in pixels}) == 1
         together = [torch.cat(pixels)] if alike and len(pixels) > 1 else pixels
-        features = torch.cat([self.backbone.features(weights, part) for part in together])
-        passes = {}
+        features = torch.cat([self.network.features(weights, part) for part in together])
+        outputs = {}
         sizes = [len(part) for part in images.values()]
         for task, mine in zip(images, features.split(sizes), strict=True):
             head = self.head(task)
             if mine.shape[-1] != head.weight.shape[1]:
                 raise SuiteError(self.misfit(task, f"features of width {mine.shape[-1]}"))
-            passes[task] = Pass(mine, head.logits(mine))
-            if not bool(torch.isfinite(passes[task].logits).all()):
+            outputs[task] = Outputs(mine, head.logits(mine))
+            if not bool(torch.isfinite(outputs[task].logits).all()):
                 raise SuiteError(
                     f"The model gives non-finite outputs on task {task!r}; choose a smaller scale."
                 )
         self.forward_images += len(features)
-        return passes
+        return outputs
 
     def misfit(self, task: str, what: str) -> str:
         """The message that a task's head does not fit."""
@@ -314,7 +336,7 @@ class ModelOutputs:
         return self._digests[task]
 
 
-def _unknown(vectors: Outputs, images: Images) -> dict[str, np.ndarray]:
+def _unknown(vectors: Measurements, images: Images) -> dict[str, np.ndarray]:
     """Images, ascending, of which a vector of their task does not know the value."""
     return {
         task: np.unique(

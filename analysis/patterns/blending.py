@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import torch
 
-from analysis.networks.build import State
+from analysis.networks.stateless import State
 from analysis.outputs.pool_outputs import PoolEvaluator
 from analysis.patterns.templates import image_shape
 from merge_core.errors import PoolError

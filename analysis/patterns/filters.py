@@ -16,7 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor, nn
 
-from analysis.networks.build import State
+from analysis.networks.stateless import State
 from merge_core.checkpoints.parameter_roles import describe, matrix_kind, query_key_value
 from merge_core.checkpoints.shards import TensorInfo
 from merge_core.errors import CheckpointError

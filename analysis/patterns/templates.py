@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.networks.build import State
+from analysis.networks.stateless import State
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit, tensors_of
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import PoolError

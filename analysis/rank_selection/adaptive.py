@@ -182,10 +182,10 @@ class _Run:
         )
         self._order = {
             task: _shuffled(len(numbers), task, seed)
-            for task, numbers in evaluator.images(session.groups.tasks, split).items()
+            for task, numbers in evaluator.outputs.images(session.groups.tasks, split).items()
         }
         self._ends = _ends([len(order) for order in self._order.values()], shares)
-        self._before = evaluator.forward_images
+        self._before = evaluator.outputs.forward_images
         self._known: list[Scores] = [{} for _ in self._recipes]
         self._means = np.full((len(self._recipes), len(self._ends) - 1), math.nan)
         self.levels = len(self._ends) - 1
@@ -290,7 +290,7 @@ class _Run:
             points=points,
             curve=curve,
             asked_images=self.spent,
-            forward_images=self._evaluator.forward_images - self._before,
+            forward_images=self._evaluator.outputs.forward_images - self._before,
             grid_images=self.grid_images,
         )
 

@@ -82,7 +82,7 @@ def grid_scores(
         Cancelled: between two batches; what was run is kept.
     """
     progress = progress or Progress()
-    images = evaluator.images(session.groups.tasks, split)
+    images = evaluator.outputs.images(session.groups.tasks, split)
     recipes = space.recipes()
     found = []
     for done, recipe in enumerate(recipes):

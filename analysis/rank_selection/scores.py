@@ -163,7 +163,7 @@ def scores_at(
     if unknown:
         raise RecipeError(f"There is no score {unknown[0]!r}; choose from {', '.join(SCORES)}.")
     measures = dict.fromkeys(name for score in scores for name in SCORES[score].measures)
-    outputs = evaluator.recipe_outputs(recipe, session, images, split, tuple(measures), progress)
+    outputs = evaluator.measure_recipe(recipe, session, images, split, tuple(measures), progress)
     references = {
         name: _reference(name, evaluator, images, split)
         for name in dict.fromkeys(SCORES[score].reference for score in scores)
@@ -181,8 +181,10 @@ def _reference(
     name: Reference | None, evaluator: Evaluator, images: Images, split: Split
 ) -> dict[str, np.ndarray]:
     if name == "labels":
-        return {t: evaluator.raw_inputs(t, split).labels[mine] for t, mine in images.items()}
+        return {
+            t: evaluator.outputs.raw_inputs(t, split).labels[mine] for t, mine in images.items()
+        }
     if name == "expert":
-        outputs = evaluator.expert_outputs(images, split)
+        outputs = evaluator.measure_experts(images, split)
         return {task: values[CLASSES] for task, values in outputs.items()}
     return {task: np.empty(0) for task in images}

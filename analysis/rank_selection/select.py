@@ -14,8 +14,8 @@ import pandas as pd
 from analysis.accuracy import mean_accuracy
 from analysis.evaluation.evaluator import Evaluator
 from analysis.evaluation.side_by_side import evaluate_side_by_side
-from analysis.evaluation.stored_only import NotStored, StoredEvaluator
 from analysis.outputs.inputs import Split, has_labels
+from analysis.outputs.suite_outputs import NotStored
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
 from analysis.rank_selection.rule import NEEDS, Mode, choose_rule, explain
@@ -177,7 +177,7 @@ def select_rank(
         (True, 0)
     """
     _check(session, evaluator, options, executor)
-    start, before = time.monotonic(), evaluator.forward_images if evaluator else 0
+    start, before = time.monotonic(), evaluator.outputs.forward_images if evaluator else 0
     choice = _Choice(space, session, evaluator, options, progress or Progress())
     choice.progress.step(0, 1, "starting")
     rule = choice.rule()
@@ -207,7 +207,7 @@ def select_rank(
         picks=_with_accuracy(picks, points if rule == "accuracy" else _no_points()),
         asked_images=search.asked_images if search else 0,
         grid_images=search.grid_images if search else 0,
-        forward_images=evaluator.forward_images - before if evaluator else 0,
+        forward_images=evaluator.outputs.forward_images - before if evaluator else 0,
         seconds=time.monotonic() - start,
         low_rank_bytes=_low_rank_bytes(recipe, session) if space.ranks else None,
         model_bytes=session.suite.expert(session.groups.tasks[0]).nbytes,
@@ -230,7 +230,7 @@ def known_selection(
         >>> known_selection(space, session, evaluator, SelectionOptions("labels")) is None
         True
     """
-    stored = None if evaluator is None else StoredEvaluator(evaluator)
+    stored = None if evaluator is None else evaluator.stored_only()
     try:
         return select_rank(space, session, stored, options)
     except NotStored:

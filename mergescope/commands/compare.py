@@ -26,7 +26,7 @@ from mergescope.terminal import (
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from analysis.comparison.run import Compared
+    from analysis.comparison.run import Comparison
     from merge_core.merging.recipe import Recipe
     from merge_core.suites.suite import Suite
 
@@ -63,7 +63,7 @@ def compare(
     csv: CsvOption = None,
 ) -> None:
     """Methods on the same images: accuracy, cost, and which differences are real."""
-    from analysis.comparison.run import compared
+    from analysis.comparison.run import run_comparison
     from analysis.evaluation.evaluator import Evaluator
     from merge_core.factors.store import FactorStore
     from merge_core.merging.engine import MergeSession
@@ -77,7 +77,7 @@ def compare(
     own = [_own(text, chosen) for text in recipe or []]
     evaluator = Evaluator(loaded)
     session = MergeSession(loaded, chosen, FactorStore())
-    result = compared(
+    result = run_comparison(
         suite,
         names,
         session,
@@ -133,7 +133,7 @@ def _own(text: str, tasks: tuple[str, ...]) -> Recipe:
     return recipe
 
 
-def _print_summary(out: Console, result: Compared, split: str) -> None:
+def _print_summary(out: Console, result: Comparison, split: str) -> None:
     rows = result.summary.to_dict("records")
     # Two tables, so that each fits a narrow terminal.
     print_table(
@@ -171,7 +171,7 @@ def _print_summary(out: Console, result: Compared, split: str) -> None:
     )
 
 
-def _print_settings(out: Console, result: Compared) -> None:
+def _print_settings(out: Console, result: Comparison) -> None:
     """How each setting came about, where they are not all defaults."""
     rows = result.summary[["label", "chosen", "setting"]].to_numpy().tolist()
     if any(chosen != "default" for _, chosen, _ in rows):
@@ -183,7 +183,7 @@ def _known(value: float, form: str) -> str:
     return "" if math.isnan(value) else format(value, form)
 
 
-def _print_seeds(out: Console, result: Compared) -> None:
+def _print_seeds(out: Console, result: Comparison) -> None:
     for row in result.seeds.to_dict("records"):
         if row["seeds"] > 1:
             out.print(
@@ -193,14 +193,13 @@ def _print_seeds(out: Console, result: Compared) -> None:
             )
 
 
-def _print_differences(out: Console, result: Compared) -> None:
-    from analysis.accuracy import paired
-    from analysis.comparison.run import behind
+def _print_differences(out: Console, result: Comparison) -> None:
+    from analysis.accuracy import differences_to, paired
 
     best, *others = result.summary["label"].tolist()
     if not others:
         return
-    real = behind(paired(result.hits), best)
+    real = differences_to(paired(result.hits), best)
     print_table(
         out,
         f"Real differences to {best}, in points (same images; 5 % after Holm's correction for "

@@ -65,4 +65,4 @@ def test_a_suite_without_these_tasks_is_refused(tmp_path: Path) -> None:
     suite = evaluable(tmp_path / "suite")
     with pytest.raises(SuiteError, match="letters"):
         list(evidence.measure(str(suite.path), [Case("4a", "cart")]))
-    assert Evaluator(suite).forward_images == 0
+    assert Evaluator(suite).outputs.forward_images == 0

@@ -147,8 +147,8 @@ def share_right(logits: Tensor, labels: np.ndarray) -> float:
 def assert_logits(path: Path, state: dict[str, Tensor], task: str, expected: Tensor) -> None:
     """What MergeScope computes for the test images, whose order it draws, is what is expected."""
     evaluator = Evaluator(load_suite(path))
-    images, _ = evaluator.inputs(task, "test", None)
-    got = evaluator.head(task).logits(evaluator.backbone.features(state, images))
+    images, _ = evaluator.outputs.inputs(task, "test", None)
+    got = evaluator.outputs.head(task).logits(evaluator.outputs.network.features(state, images))
     torch.testing.assert_close(got.sort(dim=0)[0], expected.sort(dim=0)[0], rtol=1e-4, atol=1e-4)
 
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
-from analysis.networks.pool_network import Network
+from analysis.networks.pool_network import pool_network
 from merge_core.suites.pool import Pool
 from tests.pages.test_pages import figures, finished, healthy, metrics, open_page
 from tests.pools import ARCHITECTURES
@@ -32,7 +32,7 @@ def by_hand(pool: Pool, split: str, states: list[dict[str, Tensor]]) -> tuple[np
     with np.load(pool.root / "inputs.npz") as archive:
         raw, labels = archive[f"{split}_images"] / 255.0, archive[f"{split}_labels"]
     images = torch.tensor(((raw - 0.5) / 0.25).transpose(0, 3, 1, 2))
-    module = Network(pool).module.double()
+    module = pool_network(pool).module.double()
     logits = []
     for state in states:
         module.load_state_dict(state)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import streamlit as st
 from torch import Tensor
 
-from analysis.networks.backbone import Backbone
-from analysis.networks.pool_network import Network
+from analysis.networks.pool_network import pool_network
+from analysis.networks.towers import suite_network
 from analysis.patterns.filters import head_count, pictured_names
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.suites.pool import Pool
@@ -75,7 +75,7 @@ def _of_suite(key: str, suite: Suite) -> Source:
         single = {"base": lambda: base} | single
 
     def heads() -> int | None:
-        return head_count(Backbone(suite).model) if suite.spec.architecture else None
+        return head_count(suite_network(suite).module) if suite.spec.architecture else None
 
     return Source(key, single, suite.tasks, heads)
 
@@ -89,7 +89,7 @@ def _of_pool(key: str, pool: Pool) -> Source:
     start = pool.start
     if start is not None:
         single["shared start"] = lambda: start
-    return Source(key, single, averaged, lambda: head_count(Network(pool).module))
+    return Source(key, single, averaged, lambda: head_count(pool_network(pool).module))
 
 
 @st.cache_resource(max_entries=12, show_spinner="Reading weights …")

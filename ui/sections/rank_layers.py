@@ -6,8 +6,8 @@ import pandas as pd
 import streamlit as st
 
 from analysis.evaluation.evaluator import Evaluator
-from analysis.evaluation.stored_only import NotStored, StoredEvaluator
 from analysis.figures import rank_evidence as figures
+from analysis.outputs.suite_outputs import NotStored
 from analysis.rank_selection.allocation import against_uniform
 from analysis.rank_selection.per_layer import ranks_per_layer
 from analysis.rank_selection.select import Selection
@@ -78,7 +78,7 @@ def stored(
     key: str, tasks: tuple[str, ...], query: str, _selection: Selection, _view: View
 ) -> pd.DataFrame | None:
     """The comparison at equal storage if it takes no forward pass."""
-    evaluator = StoredEvaluator(resources.evaluator(_view))
+    evaluator = resources.evaluator(_view).stored_only()
     try:
         return compared(_selection, resources.session(_view), evaluator, Progress())
     except NotStored:

@@ -16,7 +16,7 @@ from torch.nn import functional
 from analysis.averaging.curvature import WRITTEN_OUT, gap_summary, predicted_gap, second_derivative
 from analysis.averaging.ensembles import rule_logits
 from analysis.averaging.gaps import sampled
-from analysis.networks.pool_network import Network
+from analysis.networks.pool_network import pool_network
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import Cancelled
 from merge_core.progress import Progress
@@ -98,7 +98,7 @@ def test_second_derivatives_are_central_differences(tmp_path: Path, family: str)
     )
     step = {name: other[name] - value for name, value in centre.items()}
     images = evaluator.images("test")[:5].double()
-    module = Network(pool).module.double()
+    module = pool_network(pool).module.double()
 
     def along(t: float) -> Tensor:
         state = {name: value + t * step[name] for name, value in centre.items()}

@@ -23,7 +23,7 @@ from analysis.averaging.ensembles import (
     rules_frame,
 )
 from analysis.averaging.soups import greedy_soup, predicted
-from analysis.networks.pool_network import Network
+from analysis.networks.pool_network import pool_network
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import Cancelled
 from merge_core.progress import Progress
@@ -72,7 +72,7 @@ def broken(tmp_path_factory: pytest.TempPathFactory) -> PoolEvaluator:
 
 def reference(evaluator: PoolEvaluator, split: str = "test") -> dict[str, np.ndarray]:
     """Logits of the rules from float64 modules in evaluation mode, one rule after the other."""
-    module = Network(evaluator.pool).module.double()
+    module = pool_network(evaluator.pool).module.double()
     assert not module.training
     images = evaluator.images(split).double()
     states = [{k: v.double() for k, v in evaluator.weights(m).items()} for m in MEMBERS]
@@ -117,7 +117,7 @@ def test_training_mode_would_give_something_else(
     evaluators: dict[str, PoolEvaluator], family: str
 ) -> None:
     evaluator = evaluators[family]
-    module = Network(evaluator.pool).module.train()
+    module = pool_network(evaluator.pool).module.train()
     module.load_state_dict(evaluator.weights(0))
     trained = module(evaluator.images("test"))
     assert float((trained - evaluator.member(0, "test").logits).abs().max()) > 0.05

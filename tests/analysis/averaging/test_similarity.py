@@ -16,7 +16,7 @@ from torch.nn import functional
 
 from analysis.averaging.gaps import sampled
 from analysis.averaging.similarity import centred_gram, cka_frame, layers_of, mean_cka
-from analysis.networks.pool_network import Network
+from analysis.networks.pool_network import pool_network
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import Cancelled
 from merge_core.progress import Progress
@@ -124,7 +124,7 @@ def test_the_head_of_the_features_is_the_output(
 ) -> None:
     evaluator = evaluators[family]
     weights, images = evaluator.weights(0), evaluator.images("test").double()
-    module = Network(evaluator.pool).module.double()
+    module = pool_network(evaluator.pool).module.double()
     module.load_state_dict(weights)
     whole = module(images)
     outputs = evaluator.network.outputs(weights, images, torch.float64)

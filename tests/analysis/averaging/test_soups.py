@@ -27,7 +27,7 @@ from analysis.averaging.soups import (
     soup_weights,
     uniform_soup,
 )
-from analysis.networks.pool_network import Network
+from analysis.networks.pool_network import pool_network
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import Cancelled, PoolError
 from merge_core.progress import Progress
@@ -119,7 +119,7 @@ def test_which_architectures_have_batchnorm(tmp_path: Path, family: str, expecte
 def test_statistics_are_those_of_torchs_own_update(resnet: PoolEvaluator) -> None:
     soup = uniform_soup(resnet, MEMBERS)
     mine = reestimated(resnet, soup)
-    reference = Network(resnet.pool).module
+    reference = pool_network(resnet.pool).module
     reference.load_state_dict(soup)
     update_bn([resnet.images("train")], reference)
     theirs = reference.state_dict()
@@ -146,7 +146,7 @@ def test_first_statistics_are_unbiased_moments_of_the_first_convolution(
 def test_batches_weigh_alike(resnet: PoolEvaluator, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("analysis.averaging.soups.BATCH", 20)
     soup = uniform_soup(resnet, MEMBERS)
-    reference = Network(resnet.pool).module
+    reference = pool_network(resnet.pool).module
     reference.load_state_dict(soup)
     update_bn(list(resnet.images("train").split(20)), reference)
     mine, theirs = reestimated(resnet, soup), reference.state_dict()
@@ -234,7 +234,7 @@ def test_images_without_finite_logits_are_not_predicted(mlp: PoolEvaluator) -> N
 
 def reference_greedy(evaluator: PoolEvaluator) -> tuple[list[int], list[float]]:
     """Recipe 1 of model soups, written out over full averages on fresh networks."""
-    network = Network(evaluator.pool).module
+    network = pool_network(evaluator.pool).module
     labels = evaluator.labels("val")
 
     def accuracy(members: list[int]) -> float:

@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis.accuracy import difference, paired
+from analysis.accuracy import difference, paired, task_frame
 from analysis.comparison.published import published
-from analysis.comparison.run import compare, summary, task_frame
-from analysis.comparison.tuning import candidates, seed_counts, seeded, tuned
+from analysis.comparison.run import evaluate_recipes, summarise
+from analysis.comparison.tuning import candidates, seed_counts, seeded, tune
 from analysis.evaluation.evaluator import Evaluator
 from merge_core.errors import Cancelled
 from merge_core.factors.store import FactorStore
@@ -96,13 +96,13 @@ def test_summary_by_hand() -> None:
     }
     experts = pd.DataFrame({"task": ["a", "b"], "accuracy": [1.0, 0.75]})
     costs = pd.DataFrame({"label": ["x", "y"], "seconds": [1.0, 2.0]})
-    frame = summary(task_frame(hits), experts, costs).set_index("label")
+    frame = summarise(task_frame(hits), experts, costs).set_index("label")
     assert frame.loc["x", "accuracy"] == 0.625
     assert frame.loc["x", "normalised"] == pytest.approx((0.5 + 1) / 2)
     assert frame.loc["y", "normalised"] == pytest.approx((1 + 1 / 3) / 2)
     assert tuple(frame.loc["y", ["worst_task", "worst", "seconds"]]) == ("b", 0.25, 2.0)
     nothing = pd.DataFrame({"task": ["a", "b"], "accuracy": [0.0, 0.75]})
-    assert summary(task_frame(hits), nothing, costs)["normalised"].isna().all()
+    assert summarise(task_frame(hits), nothing, costs)["normalised"].isna().all()
 
 
 def test_candidates_fill_the_declared_ranges() -> None:
@@ -128,7 +128,7 @@ def test_tuning_takes_the_best_validation_accuracy(
 ) -> None:
     session, evaluator = parts
     base = recipe("task_arithmetic", session)
-    best, frame = tuned(base, session, evaluator, 5)
+    best, frame = tune(base, session, evaluator, 5)
     by_hand = [evaluator.recipe(r, session, "val")["accuracy"].mean() for r in candidates(base, 5)]
     np.testing.assert_allclose(frame["accuracy"], by_hand)
     assert best == candidates(base, 5)[int(np.argmax(by_hand))]
@@ -137,7 +137,7 @@ def test_tuning_takes_the_best_validation_accuracy(
 def test_comparing_gives_the_evaluators_hits(parts: tuple[MergeSession, Evaluator]) -> None:
     session, evaluator = parts
     recipes = {name: recipe(name, session) for name in ("average", "cart", "tsv_c")}
-    hits, costs = compare(recipes, session, evaluator)
+    hits, costs = evaluate_recipes(recipes, session, evaluator)
     for name, each in hits.items():
         wanted = evaluator.recipe_hits(recipes[name], session, "test")
         assert list(each) == list(TASKS)
@@ -181,7 +181,7 @@ def test_a_comparison_can_be_cancelled(parts: tuple[MergeSession, Evaluator]) ->
     progress.listener = stop
     recipes = {name: recipe(name, session) for name in ("average", "cart", "ties")}
     with pytest.raises(Cancelled):
-        compare(recipes, session, evaluator, progress=progress)
+        evaluate_recipes(recipes, session, evaluator, progress=progress)
 
 
 def test_published_figures_stand_by_protocol() -> None:

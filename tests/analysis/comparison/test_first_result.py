@@ -57,14 +57,14 @@ def test_defaults_when_no_search_is_known(suite: Suite) -> None:
     assert recipes["Task Arithmetic"][0].parameters == {"scale": 0.3}
     evaluator.recipe(search_space("cart", ".", suite.tasks).recipes()[0], session)  # one point
     assert suggested("cart", ".", session, evaluator)[1] is False
-    assert evaluator.forward_images == 3 * IMAGES
+    assert evaluator.outputs.forward_images == 3 * IMAGES
 
 
 def test_the_best_of_a_known_search(suite: Suite) -> None:
     session, evaluator = searched(suite)
     recipes = first_recipes(".", session, evaluator)
     assert all(chosen for _, chosen in recipes.values())
-    spent = evaluator.forward_images
+    spent = evaluator.outputs.forward_images
     assert spent > 0
     for title, method in (("CART", "cart"), ("Task Arithmetic", "task_arithmetic")):
         space = search_space(method, ".", suite.tasks)
@@ -87,7 +87,7 @@ def test_test_labels_have_no_say_and_validation_labels_have(suite: Suite) -> Non
     # Adversarial: every label becomes one that the chosen merge does not predict.
     for task in TASKS:
         path = suite.root / f"inputs/{task}.npz"
-        predicted = evaluator.predict(session.merge(chosen["CART"][0]), task, "test")
+        predicted = evaluator.outputs.predict(session.merge(chosen["CART"][0]), task, "test")
         edit_arrays(path, test_labels=(predicted + 1) % CLASSES)
     after = searched(load_suite(suite.path))
     assert first_recipes(".", *after) == chosen
@@ -97,7 +97,7 @@ def test_test_labels_have_no_say_and_validation_labels_have(suite: Suite) -> Non
     # The same done to the validation labels does change the choice.
     for task in TASKS:
         path = suite.root / f"inputs/{task}.npz"
-        predicted = evaluator.predict(session.merge(chosen["CART"][0]), task, "val")
+        predicted = evaluator.outputs.predict(session.merge(chosen["CART"][0]), task, "val")
         edit_arrays(path, val_labels=(predicted + 1) % CLASSES)
     assert first_recipes(".", *searched(load_suite(suite.path)))["CART"] != chosen["CART"]
 
@@ -122,7 +122,7 @@ def test_rows_are_the_test_accuracies_of_each_model(suite: Suite) -> None:
     assert suite.base is not None
     base = fresh.checkpoint(suite.base, TASKS, "test")["correct"].tolist()
     assert frame[frame["model"] == "Base"]["correct"].tolist() == base
-    assert fresh.forward_images == 0
+    assert fresh.outputs.forward_images == 0
     assert knows_first_result(recipes, session, fresh)
 
 
@@ -157,7 +157,7 @@ def test_cancel(suite: Suite) -> None:
     progress.listener = lambda done, total, label: progress.cancel.set() if done == 1 else None
     with pytest.raises(Cancelled):
         first_result(first_recipes(".", session, evaluator), session, evaluator, progress=progress)
-    assert evaluator.forward_images == 3 * IMAGES  # the base, and nothing after it
+    assert evaluator.outputs.forward_images == 3 * IMAGES  # the base, and nothing after it
 
 
 @pytest.mark.parametrize("with_base", [True, False])
@@ -182,7 +182,7 @@ def test_a_shipped_store_makes_the_first_views_free(suite: Suite, with_base: boo
         if plain and (with_base or not method.needs_base()):
             evaluator.recipe(make_recipe({"suite": ".", "method": name}), session)
     evaluator.experts(TASKS)
-    assert evaluator.forward_images == 0
+    assert evaluator.outputs.forward_images == 0
     # Of the test split only what was chosen on validation is there.
     other = make_recipe({"suite": ".", "method": "cart", "parameters": {"rank": 5}})
     assert not evaluator.knows(other, session)

@@ -9,8 +9,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from analysis.accuracy import differences_to, spread_over_seeds
 from analysis.comparison import tuning
-from analysis.comparison.run import behind, compared, label_of, over_seeds, usable
+from analysis.comparison.run import label_of, run_comparison, usable
 from analysis.evaluation.evaluator import Evaluator
 from merge_core.errors import Cancelled, RecipeError, SuiteError
 from merge_core.factors.store import FactorStore
@@ -32,12 +33,12 @@ def test_it_is_made_of_its_parts(parts: tuple[MergeSession, Evaluator]) -> None:
     seen: list[tuple[int, int]] = []
     progress = Progress(lambda done, total, label: seen.append((done, total)))
     names = ["dare_ties", "cart", "average"]
-    result = compared("here.yaml", names, session, evaluator, 3, 2, "test", 12, progress)
+    result = run_comparison("here.yaml", names, session, evaluator, 3, 2, "test", 12, progress)
     assert set(result.recipes) == {
         *("DARE with TIES, seed 0", "DARE with TIES, seed 1", "CART", "Weight average")
     }
     start = make_recipe({"suite": "here.yaml", "tasks": TASKS, "method": "cart"})
-    tuned, _ = tuning.tuned(start, session, evaluator, 3, limit=12)
+    tuned, _ = tuning.tune(start, session, evaluator, 3, limit=12)
     assert result.recipes["CART"] == tuned
     random = [result.recipes[f"DARE with TIES, seed {seed}"] for seed in (0, 1)]
     assert [recipe.seed for recipe in random] == [0, 1]
@@ -63,7 +64,7 @@ def test_it_is_made_of_its_parts(parts: tuple[MergeSession, Evaluator]) -> None:
 
 def test_defaults_stay_without_a_budget(parts: tuple[MergeSession, Evaluator]) -> None:
     session, evaluator = parts
-    result = compared("s", ["cart"], session, evaluator, limit=2)
+    result = run_comparison("s", ["cart"], session, evaluator, limit=2)
     assert result.recipes["CART"].parameters == make_recipe({"method": "cart"}).parameters
     assert result.seeds.empty
 
@@ -74,12 +75,12 @@ def test_each_may_try_the_same_on_the_same_images_but_for_those_that_learn(
     session, evaluator = parts
     tried: list[tuple[str, int, int | None]] = []
 
-    def tuned(recipe: Recipe, *arguments: object, limit: int | None, progress: Progress) -> object:
+    def tune(recipe: Recipe, *arguments: object, limit: int | None, progress: Progress) -> object:
         tried.append((recipe.method, arguments[-1], limit))  # type: ignore[arg-type]
         return recipe.with_parameters(scale=0.125), [None, None]
 
-    monkeypatch.setattr(tuning, "tuned", tuned)
-    result = compared("s", ["cart", "regmean", "ties"], session, evaluator, 7, 1, limit=5)
+    monkeypatch.setattr(tuning, "tune", tune)
+    result = run_comparison("s", ["cart", "regmean", "ties"], session, evaluator, 7, 1, limit=5)
     assert tried == [("cart", 7, 5), ("ties", 7, 5)]
     scales = {label: recipe.parameters.get("scale") for label, recipe in result.recipes.items()}
     assert scales == {"CART": 0.125, "RegMean": None, "TIES": 0.125}
@@ -94,7 +95,7 @@ def test_own_recipes_stand_beside_the_methods_as_they_are(
         make_recipe({"method": "cart", "tasks": ["digits"], "parameters": {"rank": 0.5}}),
         make_recipe({"suite": "other.yaml", "method": "cart", "parameters": {"rank": 0.5}}),
     ]
-    result = compared("s", ["cart", "dare_ties"], session, evaluator, 3, 2, limit=5, own=own)
+    result = run_comparison("s", ["cart", "dare_ties"], session, evaluator, 3, 2, limit=5, own=own)
     summary = result.summary.set_index("label")
     chosen = {
         "CART": "best of 3 on validation",
@@ -112,7 +113,7 @@ def test_own_recipes_stand_beside_the_methods_as_they_are(
     assert result.recipes["CART (rank 0.5)"] == wanted
     hits = evaluator.recipe_hits(wanted, session, "test", 5)
     assert all(np.array_equal(result.hits["CART (rank 0.5)"][task], hits[task]) for task in TASKS)
-    alone = compared("s", [], session, evaluator, limit=5, own=own[1:])
+    alone = run_comparison("s", [], session, evaluator, limit=5, own=own[1:])
     assert alone.summary["label"].tolist() == ["CART (rank 0.5)"]
 
 
@@ -120,25 +121,25 @@ def test_own_recipes_that_do_not_fit_are_refused_at_once(
     parts: tuple[MergeSession, Evaluator],
 ) -> None:
     session, evaluator = parts
-    before = evaluator.forward_images
+    before = evaluator.outputs.forward_images
     weighted = {"method": "task_arithmetic", "weights": {"cats": 2}}
     with pytest.raises(RecipeError, match="does not merge 'cats'"):
-        compared("s", ["wudi"], session, evaluator, own=[make_recipe(weighted)])
+        run_comparison("s", ["wudi"], session, evaluator, own=[make_recipe(weighted)])
     with pytest.raises(SuiteError, match="merges 2 experts"):
-        compared("s", ["wudi"], session, evaluator, own=[make_recipe({"method": "slerp"})])
-    assert evaluator.forward_images == before
+        run_comparison("s", ["wudi"], session, evaluator, own=[make_recipe({"method": "slerp"})])
+    assert evaluator.outputs.forward_images == before
 
 
 def test_how_settings_came_about(parts: tuple[MergeSession, Evaluator]) -> None:
     session, evaluator = parts
     names = ["average", "regmean", "task_arithmetic"]
-    result = compared("s", names, session, evaluator, 2, limit=2)
+    result = run_comparison("s", names, session, evaluator, 2, limit=2)
     assert result.summary.set_index("label")["chosen"].to_dict() == {
         "Weight average": "default (nothing to tune)",
         "RegMean": "default (not tuned)",
         "Task Arithmetic": "best of 2 on validation",
     }
-    plain = compared("s", names, session, evaluator, limit=2)
+    plain = run_comparison("s", names, session, evaluator, limit=2)
     assert set(plain.summary["chosen"]) == {"default"}
 
 
@@ -191,13 +192,13 @@ def test_spread_over_seeds_by_hand() -> None:
     labels = [f"DARE with TIES, seed {seed}" for seed in range(3)] + ["CART"]
     summary = pd.DataFrame({"label": labels, "accuracy": [0.5, 0.7, 0.3, 0.9]})
     repeated = {label: None if label == "CART" else "DARE with TIES" for label in labels}
-    (row,) = over_seeds(summary, repeated).to_dict("records")
+    (row,) = spread_over_seeds(summary, repeated).to_dict("records")
     assert row["title"] == "DARE with TIES"
     assert row["seeds"] == 3
     assert row["accuracy"] == pytest.approx(0.5)
     assert row["spread"] == pytest.approx(0.2)
     assert (row["least"], row["most"]) == (0.3, 0.7)
-    assert over_seeds(summary.tail(1), repeated).empty
+    assert spread_over_seeds(summary.tail(1), repeated).empty
 
 
 def test_differences_to_one_label() -> None:
@@ -211,13 +212,13 @@ def test_differences_to_one_label() -> None:
         ],
         columns=columns,
     )
-    frame = behind(pairs, "best")
+    frame = differences_to(pairs, "best")
     assert frame["label"].tolist() == ["b", "a"]
     assert frame[["difference", "low", "high"]].to_numpy().tolist() == [
         [-0.1, -0.15, -0.05],
         [-0.3, -0.4, -0.2],
     ]
-    assert behind(pairs, "c").empty
+    assert differences_to(pairs, "c").empty
 
 
 def test_usable(tmp_path: Path) -> None:
@@ -233,12 +234,12 @@ def test_usable(tmp_path: Path) -> None:
 
 def test_what_cannot_run_is_refused_at_once(parts: tuple[MergeSession, Evaluator]) -> None:
     session, evaluator = parts
-    before = evaluator.forward_images
+    before = evaluator.outputs.forward_images
     with pytest.raises(SuiteError, match="merges 2 experts"):
-        compared("s", ["wudi", "slerp"], session, evaluator)
+        run_comparison("s", ["wudi", "slerp"], session, evaluator)
     with pytest.raises(RecipeError, match="no method"):
-        compared("s", ["wudi", "bogus"], session, evaluator)
-    assert evaluator.forward_images == before
+        run_comparison("s", ["wudi", "bogus"], session, evaluator)
+    assert evaluator.outputs.forward_images == before
 
 
 def test_it_can_be_cancelled_while_tuning(parts: tuple[MergeSession, Evaluator]) -> None:
@@ -251,4 +252,4 @@ def test_it_can_be_cancelled_while_tuning(parts: tuple[MergeSession, Evaluator])
 
     progress.listener = stop
     with pytest.raises(Cancelled):
-        compared("s", ["average", "ties", "cart"], session, evaluator, 2, progress=progress)
+        run_comparison("s", ["average", "ties", "cart"], session, evaluator, 2, progress=progress)

@@ -279,9 +279,12 @@ def test_large_splits_are_normalised_a_batch_at_a_time(
     assert streamed.experts([task])["correct"].tolist() == expected
     assert max(sizes) == 6
     some = np.array([7, 2, 11])
-    raw = streamed.raw_inputs(task, "val").images[some]
+    raw = streamed.outputs.raw_inputs(task, "val").images[some]
     torch.testing.assert_close(
-        streamed.pixels(task, "val", some), scaled(raw, MEANS[task], STDS[task]), rtol=0, atol=0
+        streamed.outputs.pixels(task, "val", some),
+        scaled(raw, MEANS[task], STDS[task]),
+        rtol=0,
+        atol=0,
     )
 
 

@@ -14,7 +14,7 @@ from transformers import GPT2Tokenizer, RobertaTokenizer
 
 from analysis.data_sources.text import PADDING, read_texts
 from analysis.evaluation.evaluator import Evaluator
-from analysis.networks.backbone import Backbone
+from analysis.networks.towers import suite_network
 from analysis.outputs.heads import load_head
 from analysis.outputs.inputs import has_labels, load_inputs
 from merge_core.errors import SuiteError
@@ -199,7 +199,7 @@ def test_padding_changes_nothing_and_the_head_is_the_models_own(folder: Path, na
     model.load_state_dict(state)
     tokens = torch.from_numpy(load_inputs(suite, "one", "test").images.astype(np.int64))
     tokens = tokens[(tokens >= 0).any(dim=1)]  # GPT-2 has no token for an empty text
-    got = load_head(suite, "one").logits(Backbone(suite).features(state, tokens))
+    got = load_head(suite, "one").logits(suite_network(suite).features(state, tokens))
     alone = [model(input_ids=row[row >= 0][None]).logits[0] for row in tokens]
     torch.testing.assert_close(got, torch.stack(alone), rtol=1e-4, atol=1e-6)
 
@@ -209,10 +209,10 @@ def test_tasks_of_several_lengths_are_run_together(folder: Path) -> None:
     evaluator = Evaluator(suite)
     expert = suite.expert("one")
     state = {name: expert.tensor(name) for name in expert}
-    images = evaluator.images(["one", "two"], "test")
-    found = evaluator.outputs(expert.digest, lambda: state, images, "test")
+    images = evaluator.outputs.images(["one", "two"], "test")
+    found = evaluator.outputs.measure(expert.digest, lambda: state, images, "test")
     for task in ("one", "two"):
-        expected = evaluator.predict(state, task, "test")
+        expected = evaluator.outputs.predict(state, task, "test")
         np.testing.assert_array_equal(found[task]["classes"], expected)
     assert has_labels(suite, "one", "test")
 
@@ -222,9 +222,9 @@ def test_images_and_texts_are_not_taken_for_each_other(folder: Path) -> None:
     expert = suite.expert("one")
     state = {name: expert.tensor(name) for name in expert}
     with pytest.raises(SuiteError, match="takes texts, and these are images"):
-        Backbone(suite).features(state, torch.zeros(2, 3, 8, 8))
+        suite_network(suite).features(state, torch.zeros(2, 3, 8, 8))
     with pytest.raises(SuiteError, match="do not fit the architecture"):
-        Backbone(suite).features(state, torch.full((1, 50), 3))  # longer than its positions
+        suite_network(suite).features(state, torch.full((1, 50), 3))  # longer than its positions
 
 
 def test_a_head_that_is_not_there_is_asked_for(folder: Path) -> None:

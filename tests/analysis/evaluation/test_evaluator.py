@@ -149,30 +149,30 @@ class TestForwardPasses:
         first = Evaluator(suite)
         assert not first.knows(recipe(), session)
         frame = first.recipe(recipe(), session)
-        assert first.forward_images == 3 * IMAGES
+        assert first.outputs.forward_images == 3 * IMAGES
         for again in (first, Evaluator(suite), Evaluator(load_suite(suite.path))):
-            before = again.forward_images
+            before = again.outputs.forward_images
             assert again.knows(recipe(), session)
             pd.testing.assert_frame_equal(again.recipe(recipe(), session), frame)
-            assert again.forward_images == before
+            assert again.outputs.forward_images == before
 
     def test_other_settings_are_run(self, suite: Suite) -> None:
         session = MergeSession(suite, None, FactorStore())
         Evaluator(suite).recipe(recipe(), session)
         evaluator = Evaluator(suite)
         evaluator.recipe(recipe(), session, "test")
-        assert evaluator.forward_images == 3 * IMAGES
+        assert evaluator.outputs.forward_images == 3 * IMAGES
         assert not evaluator.knows(recipe("cart"), session)
 
     def test_the_first_images_are_part_of_all(self, suite: Suite) -> None:
         session = MergeSession(suite, None, FactorStore())
         evaluator = Evaluator(suite)
         evaluator.recipe(recipe(), session, "val", 5)
-        assert evaluator.forward_images == 15
+        assert evaluator.outputs.forward_images == 15
         assert evaluator.knows(recipe(), session, "val", 5)
         assert not evaluator.knows(recipe(), session, "val", 6)
         evaluator.recipe(recipe(), session)
-        assert evaluator.forward_images == 3 * IMAGES
+        assert evaluator.outputs.forward_images == 3 * IMAGES
         assert evaluator.knows(recipe(), session, "val", 6)
 
     @pytest.mark.parametrize("what", ["weights", "data", "head", "mean", "base"])
@@ -196,7 +196,7 @@ class TestForwardPasses:
         evaluator.recipe(recipe(), MergeSession(changed, None, FactorStore()))
         # A change of weights concerns all tasks; one of a task's data or head only that task.
         expected = 3 * IMAGES if what in ("weights", "base") else IMAGES
-        assert evaluator.forward_images == expected
+        assert evaluator.outputs.forward_images == expected
 
     def test_members(self, suite: Suite) -> None:
         evaluator = Evaluator(suite)
@@ -216,14 +216,14 @@ class TestForwardPasses:
             evaluator = Evaluator(suite, PredictionStore(path))
             for _ in range(2):
                 pd.testing.assert_frame_equal(evaluator.experts(suite.tasks), expected)
-            assert evaluator.forward_images == runs * 3 * IMAGES
+            assert evaluator.outputs.forward_images == runs * 3 * IMAGES
 
     def test_the_shipped_store_of_the_suite_is_used(self, suite: Suite, tmp_path: Path) -> None:
         store = PredictionStore(suite.root / "predictions.sqlite")
         expected = Evaluator(suite, store).experts(suite.tasks)
         evaluator = Evaluator(suite)  # whose own store is empty
         pd.testing.assert_frame_equal(evaluator.experts(suite.tasks), expected)
-        assert evaluator.forward_images == 0
+        assert evaluator.outputs.forward_images == 0
         assert not (tmp_path / "cache" / "predictions.sqlite").exists()
 
     def test_a_stored_row_that_is_short_is_completed(self, suite: Suite) -> None:
@@ -234,7 +234,7 @@ class TestForwardPasses:
         Evaluator(suite).experts(["digits"])
         evaluator = Evaluator(suite, Short())
         assert evaluator.experts(["digits"])["correct"].tolist() == [15]
-        assert evaluator.forward_images == IMAGES - 1
+        assert evaluator.outputs.forward_images == IMAGES - 1
 
 
 class TestRefusals:

@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis.evaluation.evaluator import Evaluator
-from analysis.learning.context import Lesson
+from analysis.learning.context import LearningContext
 from analysis.learning.learn import learn
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
@@ -86,10 +86,10 @@ def inputs_of(suite: Suite, task: str) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))).float()
 
 
-def lesson_on(suite: Suite, recipe: Recipe, progress: Progress | None = None) -> Lesson:
+def context_on(suite: Suite, recipe: Recipe, progress: Progress | None = None) -> LearningContext:
     """What a recipe's learner is given."""
     session = MergeSession(suite, recipe.tasks, FactorStore())
-    return Lesson(Evaluator(suite), recipe, session, progress or Progress())
+    return LearningContext(SuiteOutputs(suite), recipe, session, progress or Progress())
 
 
 def recipe_of(method: str, seed: int = 0, tasks: Any = None, **parameters: Any) -> Recipe:
@@ -102,10 +102,10 @@ def recipe_of(method: str, seed: int = 0, tasks: Any = None, **parameters: Any) 
 def learnt(suite: Suite, recipe: Recipe, progress: Progress | None = None) -> Any:
     """What the recipe's learner gives."""
     session = MergeSession(suite, recipe.tasks, FactorStore())
-    return learn(Evaluator(suite), recipe, session, progress)
+    return learn(SuiteOutputs(suite), recipe, session, progress)
 
 
 def merged(suite: Suite, recipe: Recipe) -> dict[str, Tensor]:
     """The merged weights, learnt and all."""
     session = MergeSession(suite, recipe.tasks, FactorStore())
-    return session.merge(recipe, learned=learn(Evaluator(suite), recipe, session))
+    return session.merge(recipe, learned=learn(SuiteOutputs(suite), recipe, session))

@@ -12,14 +12,14 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from analysis.evaluation.evaluator import Evaluator
-from analysis.learning.entropy import Family, slopes, surest
+from analysis.learning.entropy import Family, minimise_entropy, slopes
 from analysis.learning.learn import learn
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.suites.suite import Suite
-from tests.analysis.learning.learnable import inputs_of, lesson_on, mlp_suite
+from tests.analysis.learning.learnable import context_on, inputs_of, mlp_suite
 from tests.evaluable import IMAGES, TASKS, edit_document, evaluable, state_of, timm_model
 from tests.merge_core.float64_reference import (
     assert_same,
@@ -49,7 +49,7 @@ def adaptive(**parameters: Any) -> Recipe:
 
 
 def learnt(suite: Suite, recipe: Recipe) -> Any:
-    return learn(Evaluator(suite), recipe, MergeSession(suite, None, FactorStore()))
+    return learn(SuiteOutputs(suite), recipe, MergeSession(suite, None, FactorStore()))
 
 
 def merged(suite: Suite, recipe: Recipe, state: Any = None) -> dict[str, Tensor]:
@@ -87,12 +87,12 @@ def arithmetic_family(suite: Suite, level: str) -> Family:
 
 @pytest.mark.parametrize("level", ["task", "layer"])
 def test_the_slope_of_the_entropy_against_central_differences(suite: Suite, level: str) -> None:
-    family, lesson = arithmetic_family(suite, level), lesson_on(suite, adamerging())
+    family, context = arithmetic_family(suite, level), context_on(suite, adamerging())
     experts, base = states(suite)
     images = all_inputs(suite)
     rows = max(family.rows.values()) + 1
     values = 0.3 + 0.1 * torch.rand(rows, 3, generator=torch.Generator().manual_seed(1))
-    entropy, slope = slopes(lesson, family, values, list(images.values()))
+    entropy, slope = slopes(context, family, values, list(images.values()))
 
     def at(lam: np.ndarray) -> float:
         weights = {
@@ -116,10 +116,10 @@ def test_the_slope_of_the_entropy_against_central_differences(suite: Suite, leve
 def test_the_first_step_of_adam_follows_the_sign_of_the_slope(suite: Suite, level: str) -> None:
     # Adam's first step is the learning rate times g / (|g| + 1e-8).
     recipe = adamerging(level=level, steps=1, learning_rate=0.01)
-    family, lesson = arithmetic_family(suite, level), lesson_on(suite, recipe)
-    batches = [next(lesson.batches(task, 16)) for task in TASKS]
+    family, context = arithmetic_family(suite, level), context_on(suite, recipe)
+    batches = [next(context.batches(task, 16)) for task in TASKS]
     rows = max(family.rows.values()) + 1
-    _, slope = slopes(lesson, family, torch.full((rows, 3), 0.3), batches)
+    _, slope = slopes(context, family, torch.full((rows, 3), 0.3), batches)
     state = learnt(suite, recipe)
     for name, row in family.rows.items():
         live = slope[row].abs() > 1e-5
@@ -129,12 +129,12 @@ def test_the_first_step_of_adam_follows_the_sign_of_the_slope(suite: Suite, leve
 
 def test_adam_by_hand(suite: Suite) -> None:
     recipe = adamerging(level="task", steps=4, learning_rate=0.02)
-    family, lesson = arithmetic_family(suite, "task"), lesson_on(suite, recipe)
-    streams = [lesson.batches(task, 16) for task in TASKS]
+    family, context = arithmetic_family(suite, "task"), context_on(suite, recipe)
+    streams = [context.batches(task, 16) for task in TASKS]
     values = torch.full((1, 3), 0.3)
     first, second = torch.zeros(1, 3), torch.zeros(1, 3)
     for step in range(1, 5):
-        _, g = slopes(lesson, family, values, [next(s) for s in streams])
+        _, g = slopes(context, family, values, [next(s) for s in streams])
         first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
         root = (second / (1 - 0.999**step)).sqrt() + 1e-8
         values = values - 0.02 * first / (1 - 0.9**step) / root
@@ -177,11 +177,11 @@ def test_plus_plus_descends_on_trimmed_and_elected_vectors(suite: Suite) -> None
         kept = np.where(np.abs(tau) >= limit, tau, 0)
         kept = np.where(np.sign(kept) == np.sign(kept.sum(axis=0)), kept, 0)
         trimmed[name] = torch.from_numpy(kept).reshape(plain.vectors[name].shape).float()
-    lesson = lesson_on(suite, recipe)
-    batches = [next(lesson.batches(task, 16)) for task in TASKS]
+    context = context_on(suite, recipe)
+    batches = [next(context.batches(task, 16)) for task in TASKS]
     family, start = Family(plain.origin, trimmed, plain.rows), torch.full((len(taus), 3), 0.3)
-    _, slope = slopes(lesson, family, start, batches)
-    _, other = slopes(lesson, plain, start, batches)
+    _, slope = slopes(context, family, start, batches)
+    _, other = slopes(context, plain, start, batches)
     assert (slope.sign() != other.sign()).any()
     values = learnt(suite, recipe).values
     for name, row in plain.rows.items():
@@ -209,9 +209,9 @@ def test_coefficients_stay_in_their_bounds(suite: Suite) -> None:
 
 def test_a_coefficient_beyond_its_bound_has_no_slope(suite: Suite) -> None:
     recipe = adamerging(steps=3, learning_rate=0.1, level="task")
-    lesson, family = lesson_on(suite, recipe), arithmetic_family(suite, "task")
+    context, family = context_on(suite, recipe), arithmetic_family(suite, "task")
     start = torch.tensor([[-0.5, 0.3, 1.5]])
-    values = surest(lesson, family, start, bounds=(0.0, 1.0))
+    values = minimise_entropy(context, family, start, bounds=(0.0, 1.0))
     assert values[0, 0] == 0
     assert values[0, 2] == 1
     assert values[0, 1] != 0.3
@@ -247,8 +247,8 @@ def test_the_adaptation_of_cart_descends(suite: Suite) -> None:
     recipe = adaptive(steps=1, learning_rate=0.01)
     state = learnt(suite, recipe)
     assert set(state) == set(suite.matrices)
-    lesson = lesson_on(suite, recipe)
-    images = {task: next(lesson.batches(task, 16)) for task in TASKS}
+    context = context_on(suite, recipe)
+    images = {task: next(context.batches(task, 16)) for task in TASKS}
     experts, _ = states(suite)
     plain = cart(suite, lambda r: 2, 1.0)
     for name in suite.matrices:
@@ -265,16 +265,16 @@ def test_the_adaptation_of_cart_descends(suite: Suite) -> None:
 
 
 def test_batches_pass_over_all_images_in_a_new_order(suite: Suite) -> None:
-    lesson = lesson_on(suite, adamerging())
+    context = context_on(suite, adamerging())
     images = inputs_of(suite, "digits")
-    found = list(islice(lesson.batches("digits", 5), 8))
+    found = list(islice(context.batches("digits", 5), 8))
     for part in (found[:4], found[4:]):
         seen = torch.cat(part).flatten(1)
         gaps = torch.cdist(seen.double(), images.flatten(1).double())
         assert sorted(gaps.argmin(dim=1).tolist()) == list(range(IMAGES))
     assert not torch.equal(torch.cat(found[:4]), torch.cat(found[4:]))
-    assert [len(b) for b in islice(lesson.batches("digits", 16), 3)] == [16] * 3
-    assert [len(b) for b in islice(lesson.batches("digits", 50), 2)] == [IMAGES] * 2
+    assert [len(b) for b in islice(context.batches("digits", 16), 3)] == [16] * 3
+    assert [len(b) for b in islice(context.batches("digits", 50), 2)] == [IMAGES] * 2
 
 
 def test_networks_without_decomposed_weights_have_nothing_to_adapt(tmp_path: Path) -> None:

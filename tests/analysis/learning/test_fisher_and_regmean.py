@@ -16,9 +16,9 @@ from analysis.learning.regmean import blocks_in_order, linear_layers
 from merge_core.merging.recipe import make_recipe
 from merge_core.suites.suite import Suite
 from tests.analysis.learning.learnable import (
+    context_on,
     inputs_of,
     learnt,
-    lesson_on,
     merged,
     mlp_suite,
     recipe_of,
@@ -78,7 +78,7 @@ def test_fisher_of_a_transformer_is_that_of_a_loop_over_classes(
     monkeypatch.setattr("analysis.learning.fisher.HELD_NUMBERS", held)
     state = learnt(suite, recipe_of("fisher", tasks=("shapes",), examples=3))
     own, recipe = state_of(suite, "shapes"), recipe_of("fisher", tasks=("shapes",))
-    images = lesson_on(suite, recipe).images("shapes", 3)
+    images = context_on(suite, recipe).images("shapes", 3)
     model = timm_model()
     model.load_state_dict(own)
     head = load_file(suite.root / "heads/shapes.safetensors")
@@ -178,9 +178,9 @@ def test_an_override_changes_the_factor_of_its_layers(mlp: Suite) -> None:
 
 def test_blocks_come_in_the_order_of_the_images(suite: Suite, mlp: Suite) -> None:
     for given, blocks in ((suite, ["blocks.0"]), (mlp, ["hidden.0", "hidden.1"])):
-        lesson = lesson_on(given, recipe_of("regmean"))
-        layers = linear_layers(lesson)
-        image = lesson.images("digits", 1)
-        found = blocks_in_order(lesson, layers, lesson.expert("digits"), image)
+        context = context_on(given, recipe_of("regmean"))
+        layers = linear_layers(context)
+        image = context.images("digits", 1)
+        found = blocks_in_order(context, layers, context.expert("digits"), image)
         assert list(found) == blocks
         assert [name for inside in found.values() for name in inside] == list(layers)

@@ -16,6 +16,7 @@ import analysis.evaluation.evaluator
 from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.learn import LEARNERS, learn
 from analysis.outputs.prediction_store import PredictionStore
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.factors.store import FactorStore
 from merge_core.merging import engine
@@ -26,9 +27,9 @@ from merge_core.progress import Progress
 from merge_core.suites.suite import Suite, load_suite
 from tests.analysis.learning.learnable import (
     QUICK,
+    context_on,
     inputs_of,
     learnt,
-    lesson_on,
     merged,
     mlp_suite,
     recipe_of,
@@ -97,13 +98,13 @@ def test_the_seed_alone_decides(suite: Suite, method: str) -> None:
 
 
 def test_as_many_images_are_drawn_as_asked_for_and_none_twice(suite: Suite) -> None:
-    lesson = lesson_on(suite, recipe_of("fisher"))
+    context = context_on(suite, recipe_of("fisher"))
     whole = inputs_of(suite, "shapes").flatten(1)
     for most in (1, 7, IMAGES - 1):
-        drawn = lesson.images("shapes", most).flatten(1)
+        drawn = context.images("shapes", most).flatten(1)
         places = torch.cdist(drawn.double(), whole.double()).argmin(dim=1)
         assert len(set(places.tolist())) == len(drawn) == most
-    torch.testing.assert_close(lesson.images("shapes", IMAGES).flatten(1), whole)
+    torch.testing.assert_close(context.images("shapes", IMAGES).flatten(1), whole)
 
 
 @pytest.mark.parametrize("method", ["fisher", "regmean", "regmean_plus_plus"])
@@ -196,14 +197,14 @@ def test_the_evaluator_learns_once_and_remembers_by_the_data(
     assert not evaluator.knows(recipe, session, "test")
     frame = evaluator.recipe(recipe, session, "test")
     assert asked == [method]
-    weights = session.merge(recipe, learned=learn(evaluator, recipe, session))
+    weights = session.merge(recipe, learned=learn(evaluator.outputs, recipe, session))
     for row in frame.itertuples():
-        _, labels = evaluator.inputs(row.task, "test", None)
-        assert row.correct == (evaluator.predict(weights, row.task, "test") == labels).sum()
+        _, labels = evaluator.outputs.inputs(row.task, "test", None)
+        assert row.correct == (evaluator.outputs.predict(weights, row.task, "test") == labels).sum()
     assert evaluator.knows(recipe, session, "test")
     assert evaluator.recipe(recipe, session, "test").equals(frame)
     evaluator.recipe(recipe, session, "val")
-    assert same(evaluator.learned(recipe, session), learn(evaluator, recipe, session))
+    assert same(evaluator.learned(recipe, session), learn(evaluator.outputs, recipe, session))
     assert asked == [method]
     evaluator.learned(recipe_of(method, seed=5), session)
     assert asked == [method] * 2
@@ -215,7 +216,7 @@ def test_the_evaluator_learns_once_and_remembers_by_the_data(
     again = Evaluator(fresh, store)
     assert not again.knows(recipe, fresh_session, "test")
     again.recipe(recipe, fresh_session, "test")
-    assert again.forward_images == len(TASKS) * IMAGES
+    assert again.outputs.forward_images == len(TASKS) * IMAGES
 
 
 def test_what_does_not_fit_is_said_before_anything_is_learnt(tmp_path: Path, suite: Suite) -> None:
@@ -224,7 +225,7 @@ def test_what_does_not_fit_is_said_before_anything_is_learnt(tmp_path: Path, sui
         learnt(baseless, recipe_of("adamerging"))
     other = MergeSession(suite, ("digits", "lines"), FactorStore())
     with pytest.raises(SuiteError, match="not the ones that this session holds"):
-        learn(Evaluator(suite), recipe_of("fisher"), other)
+        learn(SuiteOutputs(suite), recipe_of("fisher"), other)
     head = suite.root / "heads/lines.safetensors"
     save_file({"weight": torch.ones(4, 7), "bias": torch.zeros(4)}, head)
     for method in QUICK:

@@ -14,9 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-from analysis.networks.backbone import Backbone
 from analysis.networks.build import build_network
-from analysis.networks.towers import common_prefix
+from analysis.networks.towers import common_prefix, suite_network
 from merge_core.errors import PoolError, SuiteError
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.suites.suite_spec import ArchitectureSpec
@@ -90,12 +89,12 @@ def test_features_are_the_image_embeddings_of_transformers(
         given = {n.removeprefix("vision_model."): v for n, v in without_projection(trained).items()}
     else:
         given = trained if layout == "whole" else without_projection(trained)
-    backbone = Backbone(suite_of(tmp_path / "suite", CLIP, given, base))
+    network = suite_network(suite_of(tmp_path / "suite", CLIP, given, base))
     torch.testing.assert_close(
-        backbone.features(given, images), embedded(clip, trained, images), rtol=1e-5, atol=1e-6
+        network.features(given, images), embedded(clip, trained, images), rtol=1e-5, atol=1e-6
     )
     # The parameters are called as in the checkpoint, so that what is learnt is called so too.
-    assert set(given) <= set(backbone.model.state_dict())
+    assert set(given) <= set(network.module.state_dict())
 
 
 def test_an_experts_own_projection_comes_before_the_bases(
@@ -103,26 +102,24 @@ def test_an_experts_own_projection_comes_before_the_bases(
 ) -> None:
     torch.manual_seed(3)
     trained = moved(clip.state_dict())
-    backbone = Backbone(suite_of(tmp_path / "suite", CLIP, trained, clip.state_dict()))
+    network = suite_network(suite_of(tmp_path / "suite", CLIP, trained, clip.state_dict()))
     torch.testing.assert_close(
-        backbone.features(trained, images), embedded(clip, trained, images), rtol=1e-5, atol=1e-6
+        network.features(trained, images), embedded(clip, trained, images), rtol=1e-5, atol=1e-6
     )
     with pytest.raises(SuiteError, match=f"lack '{PROJECTION}'"):
-        backbone.features(without_projection(trained), images)
+        network.features(without_projection(trained), images)
 
 
-def test_without_any_projection_the_base_is_asked_for(
-    clip: nn.Module, images: Tensor, tmp_path: Path
-) -> None:
+def test_without_any_projection_the_base_is_asked_for(clip: nn.Module, tmp_path: Path) -> None:
     given = without_projection(clip.state_dict())
     for place, base in (("none", None), ("same", given)):
-        backbone = Backbone(suite_of(tmp_path / place, CLIP, given, base))
+        suite = suite_of(tmp_path / place, CLIP, given, base)
         with pytest.raises(SuiteError, match=r"without 'visual_projection.weight'.*as the suite's"):
-            backbone.features(given, images)
+            suite_network(suite)
     wide = {**clip.state_dict(), PROJECTION: torch.zeros(PROJECTED + 1, VISION["hidden_size"])}
-    backbone = Backbone(suite_of(tmp_path / "wide", CLIP, given, wide))
+    suite = suite_of(tmp_path / "wide", CLIP, given, wide)
     with pytest.raises(SuiteError, match="Correct its args"):
-        backbone.features(given, images)
+        suite_network(suite)
 
 
 @pytest.mark.parametrize("prefix", ["", "visual.", "model.visual."])
@@ -138,11 +135,11 @@ def test_features_are_the_encoded_images_of_open_clip(
             for name, value in whole.items()
             if name.startswith("visual.")
         }
-    backbone = Backbone(suite_of(tmp_path / "suite", TOWER, given))
+    network = suite_network(suite_of(tmp_path / "suite", TOWER, given))
     with torch.no_grad():
         expected = tower.encode_image(images)
-    torch.testing.assert_close(backbone.features(given, images), expected, rtol=1e-5, atol=1e-6)
-    assert set(backbone.model.state_dict()) <= set(given)
+    torch.testing.assert_close(network.features(given, images), expected, rtol=1e-5, atol=1e-6)
+    assert set(network.module.state_dict()) <= set(given)
 
 
 def test_activations_of_openai_are_not_those_of_gelu(
@@ -152,7 +149,7 @@ def test_activations_of_openai_are_not_those_of_gelu(
     features = []
     for name in ("ViT-B-32", "ViT-B-32-quickgelu"):
         suite = suite_of(tmp_path / name, {**TOWER, "name": name}, given)
-        features.append(Backbone(suite).features(given, images))
+        features.append(suite_network(suite).features(given, images))
     assert not torch.allclose(*features, atol=1e-3)
 
 
@@ -175,7 +172,7 @@ def test_what_cannot_be_built_is_one_clear_sentence(
 ) -> None:
     suite = suite_of(tmp_path / "suite", architecture, clip.state_dict())
     with pytest.raises(SuiteError, match=message):
-        _ = Backbone(suite).model
+        suite_network(suite)
 
 
 @pytest.mark.parametrize(
@@ -191,18 +188,18 @@ def test_a_library_that_is_not_installed_is_named(
     suite = suite_of(tmp_path / "suite", architecture, clip.state_dict())
     monkeypatch.setitem(sys.modules, str(architecture["library"]), None)
     with pytest.raises(SuiteError, match=command.replace("[", r"\[")):
-        _ = Backbone(suite).model
+        suite_network(suite)
 
 
 def test_weights_of_another_size_are_refused(
     clip: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     given = dict(clip.state_dict())
-    backbone = Backbone(suite_of(tmp_path / "suite", CLIP, given))
+    network = suite_network(suite_of(tmp_path / "suite", CLIP, given))
     name = "vision_model.encoder.layers.0.mlp.fc1.weight"
     given[name] = given[name][:, :-1]
     with pytest.raises(SuiteError, match=r"mlp\.fc1\.weight' has shape"):
-        backbone.features(given, images)
+        network.features(given, images)
 
 
 def test_a_pool_takes_networks_of_timm_only() -> None:
@@ -232,8 +229,8 @@ def test_wrapped_checkpoints_of_timm_are_run_too(tmp_path: Path) -> None:
     suite = evaluable(tmp_path / "suite")
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     plain = state_of(suite, "digits")
-    expected = Backbone(suite).features(plain, images)
+    expected = suite_network(suite).features(plain, images)
     wrapped = {f"encoder.{name}": value for name, value in plain.items()}
     save_file(wrapped, suite.root / "experts/digits.safetensors")
     again = edit_document(suite.root, base=None)
-    torch.testing.assert_close(Backbone(again).features(wrapped, images), expected)
+    torch.testing.assert_close(suite_network(again).features(wrapped, images), expected)

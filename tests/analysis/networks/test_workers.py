@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from analysis.magnitude.sweep import magnitude_sweep
-from analysis.networks.backbone import Backbone
+from analysis.networks.towers import suite_network
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.suites.suite import load_suite
 from tests.evaluable import SIZE, TASKS, write_evaluable
@@ -48,15 +48,15 @@ def test_two_threads_do_not_run_each_others_weights(tmp_path: Path) -> None:
     alternate(states, lambda name: evaluator.network.outputs(states[name], images).logits)
 
 
-def test_nor_does_a_suites_backbone(tmp_path: Path) -> None:
+def test_nor_do_those_of_a_suite(tmp_path: Path) -> None:
     suite = load_suite(write_evaluable(tmp_path / "s"))
-    backbone = Backbone(suite)
+    network = suite_network(suite)
     states = {
         task: {name: suite.expert(task).tensor(name) for name in suite.expert(task)}
         for task in TASKS[:2]
     }
     images = torch.randn(20, 3, SIZE, SIZE)
-    alternate(states, lambda task: backbone.features(states[task], images))
+    alternate(states, lambda task: network.features(states[task], images))
 
 
 def test_a_sweep_is_the_same_on_two_threads(tmp_path: Path, two_threads: None) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from analysis.networks.pool_network import Network
+from analysis.networks.pool_network import pool_network
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import PoolError
 from merge_core.suites.pool import load_pool
@@ -28,7 +28,7 @@ def test_outputs_are_the_loaded_networks(tmp_path: Path, name: str) -> None:
     pool = write_pool(tmp_path / name, name, channels=3)
     evaluator = PoolEvaluator(pool)
     outputs = evaluator.member(1, "test")
-    module = Network(pool).module
+    module = pool_network(pool).module
     module.load_state_dict(load_file(pool.root / "1.safetensors"))
     with np.load(pool.root / "inputs.npz") as archive:
         raw = archive["test_images"].astype(np.float64) / 255
@@ -159,4 +159,4 @@ def test_architectures_that_cannot_be_run(
     )
     pool.spec = spec
     with pytest.raises(PoolError, match=message):
-        _ = Network(pool).module
+        _ = pool_network(pool).module

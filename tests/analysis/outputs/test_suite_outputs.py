@@ -85,7 +85,7 @@ def averaged(suite: Suite) -> dict[str, torch.Tensor]:
 
 
 def test_every_measure_of_any_images_by_numpy(suite: Suite, session: MergeSession) -> None:
-    got = Evaluator(suite).recipe_outputs(average(), session, SOME, measures=tuple(MEASURES))
+    got = Evaluator(suite).measure_recipe(average(), session, SOME, measures=tuple(MEASURES))
     for task, images in SOME.items():
         expected = by_numpy(suite, averaged(suite), task)
         assert expected.keys() == MEASURES.keys()
@@ -95,7 +95,7 @@ def test_every_measure_of_any_images_by_numpy(suite: Suite, session: MergeSessio
 
 
 def test_an_experts_own_outputs(suite: Suite) -> None:
-    got = Evaluator(suite).expert_outputs(SOME, measures=("classes", "l2", "overlap"))
+    got = Evaluator(suite).measure_experts(SOME, measures=("classes", "l2", "overlap"))
     for task, images in SOME.items():
         expected = by_numpy(suite, state_of(suite, task), task)
         assert got[task]["classes"].tolist() == expected["classes"][images].tolist()
@@ -105,7 +105,7 @@ def test_an_experts_own_outputs(suite: Suite) -> None:
 
 def test_only_what_is_new_is_run(suite: Suite, session: MergeSession) -> None:
     evaluator = Evaluator(suite)
-    whole = Evaluator(suite, PredictionStore(suite.root / "p")).recipe_outputs(
+    whole = Evaluator(suite, PredictionStore(suite.root / "p")).measure_recipe(
         average(), session, {t: np.arange(IMAGES) for t in TASKS}, measures=("classes", "entropy")
     )
     ran = 0
@@ -117,9 +117,9 @@ def test_only_what_is_new_is_run(suite: Suite, session: MergeSession) -> None:
         ({t: np.arange(IMAGES) for t in TASKS}, 3 * IMAGES - 25),
         (SOME, 0),
     ):
-        got = evaluator.recipe_outputs(average(), session, images, measures=("classes", "entropy"))
+        got = evaluator.measure_recipe(average(), session, images, measures=("classes", "entropy"))
         ran += new
-        assert evaluator.forward_images == ran
+        assert evaluator.outputs.forward_images == ran
         for task, numbers in images.items():
             for name, values in got[task].items():
                 np.testing.assert_allclose(values, whole[task][name][numbers], atol=1e-6)
@@ -130,10 +130,10 @@ def test_images_beyond_those_read_first(suite: Suite, session: MergeSession) -> 
     evaluator = Evaluator(suite)
     evaluator.recipe(average(), session, limit=5)  # reads no more than five
     images = {"digits": np.array([2, 4, 5, 19])}
-    got = evaluator.recipe_outputs(average(), session, images)["digits"]["classes"]
+    got = evaluator.measure_recipe(average(), session, images)["digits"]["classes"]
     expected = by_numpy(suite, averaged(suite), "digits")["classes"]
     assert got.tolist() == expected[images["digits"]].tolist()
-    last = evaluator.recipe_outputs(average(), session, {"lines": np.array([5])})
+    last = evaluator.measure_recipe(average(), session, {"lines": np.array([5])})
     assert last["lines"]["classes"][0] == by_numpy(suite, averaged(suite), "lines")["classes"][5]
 
 
@@ -148,9 +148,9 @@ def test_a_new_measure_runs_images_again_and_an_old_one_does_not(
         (("l2",), 3 + IMAGES),  # and the expert's pass, which is kept
         (("cosine", "l2"), 3),
     ):
-        before = evaluator.forward_images
-        evaluator.recipe_outputs(average(), session, three, measures=measures)
-        assert evaluator.forward_images - before == new
+        before = evaluator.outputs.forward_images
+        evaluator.measure_recipe(average(), session, three, measures=measures)
+        assert evaluator.outputs.forward_images - before == new
 
 
 def test_distances_are_forgotten_with_the_expert(suite: Suite) -> None:
@@ -158,22 +158,22 @@ def test_distances_are_forgotten_with_the_expert(suite: Suite) -> None:
     images, base = {"digits": np.arange(4)}, suite.base
     assert base is not None
     first = Evaluator(suite)
-    first.member_outputs(base, images, measures=("classes", "l2"))
+    first.measure_member(base, images, measures=("classes", "l2"))
     suite._experts["digits"] = suite.expert("shapes")
     other = Evaluator(suite)
-    other.member_outputs(base, images)
-    assert other.forward_images == 0
-    other.member_outputs(base, images, measures=("l2",))
-    assert other.forward_images == 4 + IMAGES
+    other.measure_member(base, images)
+    assert other.outputs.forward_images == 0
+    other.measure_member(base, images, measures=("l2",))
+    assert other.outputs.forward_images == 4 + IMAGES
 
 
 def test_batches_span_tasks(
     suite: Suite, session: MergeSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("analysis.outputs.suite_outputs.BATCH", 8)
+    monkeypatch.setattr("analysis.outputs.suite_outputs.READ", 8)
     events: list[tuple[int, int, str]] = []
     evaluator = Evaluator(suite)
-    got = evaluator.recipe_outputs(
+    got = evaluator.measure_recipe(
         average(), session, SOME, progress=Progress(lambda *event: events.append(event))
     )
     assert events == [
@@ -192,24 +192,26 @@ def test_a_cancelled_run_keeps_what_was_run(
     suite: Suite, session: MergeSession, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "other"))
-    monkeypatch.setattr("analysis.outputs.suite_outputs.BATCH", 8)
+    monkeypatch.setattr("analysis.outputs.suite_outputs.READ", 8)
     progress = Progress()
     progress.listener = lambda done, *_: progress.cancel.set() if done == 8 else None
     first = Evaluator(suite)
     with pytest.raises(Cancelled):
-        first.recipe_outputs(average(), session, SOME, progress=progress)
-    assert first.forward_images == 16
+        first.measure_recipe(average(), session, SOME, progress=progress)
+    assert first.outputs.forward_images == 16
     second = Evaluator(suite)
-    second.recipe_outputs(average(), session, SOME)
-    assert second.forward_images == 7
+    second.measure_recipe(average(), session, SOME)
+    assert second.outputs.forward_images == 7
 
 
 def test_labels_are_not_looked_at(suite: Suite, session: MergeSession) -> None:
     evaluator = Evaluator(suite)
     for task in TASKS:
-        raw = evaluator.raw_inputs(task, "val")
-        evaluator._raw[task, "val", None] = replace(raw, labels=np.full_like(raw.labels, 99))
-    got = evaluator.recipe_outputs(average(), session, SOME, measures=tuple(MEASURES))
+        raw = evaluator.outputs.raw_inputs(task, "val")
+        evaluator.outputs._raw[task, "val", None] = replace(
+            raw, labels=np.full_like(raw.labels, 99)
+        )
+    got = evaluator.measure_recipe(average(), session, SOME, measures=tuple(MEASURES))
     expected = by_numpy(suite, averaged(suite), "shapes")
     assert got["shapes"]["classes"].tolist() == expected["classes"].tolist()
     with pytest.raises(Exception, match=r"head of task 'digits' \(4 classes.*labels up to 99"):
@@ -220,7 +222,7 @@ def test_a_model_per_task_gives_its_own_outputs(suite: Suite, session: MergeSess
     """CART-Indexing at full rank is each expert itself."""
     parameters = {"rank": 1.0, "scale": 1.0}
     recipe = make_recipe({"suite": ".", "method": "cart_indexing", "parameters": parameters})
-    got = Evaluator(suite).recipe_outputs(recipe, session, SOME)
+    got = Evaluator(suite).measure_recipe(recipe, session, SOME)
     for task, images in SOME.items():
         expected = by_numpy(suite, state_of(suite, task), task)["classes"]
         assert got[task]["classes"].tolist() == expected[images].tolist()

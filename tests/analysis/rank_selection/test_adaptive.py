@@ -46,11 +46,11 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
 
         monkeypatch.setattr(module, "image_scores", scores)
         session = types.SimpleNamespace(groups=types.SimpleNamespace(tasks=tuple(values)))
-        evaluator = types.SimpleNamespace(
+        outputs = types.SimpleNamespace(
             forward_images=0,
             images=lambda tasks, split: {t: np.arange(values[t].shape[1]) for t in tasks},
         )
-        return space, session, evaluator
+        return space, session, types.SimpleNamespace(outputs=outputs)
 
     return make
 
@@ -249,7 +249,7 @@ class TestWithASuite:
     ) -> None:
         session, evaluator = MergeSession(suite, None, FactorStore()), Evaluator(suite)
         search = adaptive_search(space, session, evaluator, score)
-        images = evaluator.images(suite.tasks, "val")
+        images = evaluator.outputs.images(suite.tasks, "val")
         for row in search.points[search.points["images"] == IMAGES].to_dict("records"):
             values = image_scores(
                 score, space.recipe(int(row["rank"]), row["scale"]), session, evaluator, images
@@ -275,14 +275,14 @@ class TestWithASuite:
         first = Evaluator(suite)
         with pytest.raises(Cancelled):
             adaptive_search(space, session, first, progress=progress)
-        assert 0 < first.forward_images < alone.asked_images
+        assert 0 < first.outputs.forward_images < alone.asked_images
         assert events[0][2] == "rank 1, scale 1.5"
         second = adaptive_search(space, session, Evaluator(suite))
         pd.testing.assert_frame_equal(second.points, alone.points)
         assert (second.rank, second.scale) == (alone.rank, alone.scale)
         assert second.asked_images == alone.asked_images
         # The point in work was finished, too.
-        assert second.forward_images == alone.forward_images - first.forward_images
+        assert second.forward_images == alone.forward_images - first.outputs.forward_images
         third = adaptive_search(space, session, Evaluator(suite))
         assert third.forward_images == 0
         pd.testing.assert_frame_equal(third.points, alone.points)

@@ -43,7 +43,7 @@ def test_picks_are_near_the_best_of_all_settings(suite: Suite, session: MergeSes
     frame = recommend_from_inputs(space, session, evaluator).set_index("proxy")
     assert tuple(frame.index) == INPUT_PROXIES
     assert list(frame) == ["title", "rank", "scale", "why", "source", "images"]
-    images = evaluator.images(TASKS, "val")
+    images = evaluator.outputs.images(TASKS, "val")
     for name, row in frame.iterrows():
         means = {}
         for recipe in space.recipes():

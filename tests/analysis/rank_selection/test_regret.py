@@ -132,7 +132,7 @@ class TestTable:
         tables: tuple[pd.DataFrame, pd.DataFrame],
     ) -> None:
         evaluator = Evaluator(suite)
-        images = evaluator.images(TASKS, "val")
+        images = evaluator.outputs.images(TASKS, "val")
         rows = tables[0].query("search == 'grid'").set_index("proxy")
         for name, row in rows.iterrows():
             means = {}
@@ -151,7 +151,7 @@ class TestTable:
     ) -> None:
         evaluator = Evaluator(suite)
         again = regret_table("all", space, session, evaluator)
-        assert evaluator.forward_images == 0
+        assert evaluator.outputs.forward_images == 0
         pd.testing.assert_frame_equal(again[0], tables[0])
         pd.testing.assert_frame_equal(again[1], tables[1])
 
@@ -171,8 +171,8 @@ class TestTable:
         with pytest.raises(Cancelled):
             grid_scores(space, session, first, ("entropy", "accuracy"), progress=progress)
         grid_scores(space, session, second, ("entropy", "accuracy"))
-        assert first.forward_images == 2 * len(TASKS) * IMAGES
-        assert second.forward_images == len(TASKS) * IMAGES
+        assert first.outputs.forward_images == 2 * len(TASKS) * IMAGES
+        assert second.outputs.forward_images == len(TASKS) * IMAGES
 
 
 class TestChoosing:

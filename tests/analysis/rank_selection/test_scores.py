@@ -74,7 +74,7 @@ def merged_state(suite: Suite, scale: float) -> dict:
 
 def test_every_score_against_the_bare_model(suite: Suite, session: MergeSession) -> None:
     evaluator = Evaluator(suite)
-    images = evaluator.images(TASKS, "val")
+    images = evaluator.outputs.images(TASKS, "val")
     found = scores_at(list(SCORES), recipe_of(suite), session, evaluator, images)
     for task in TASKS:
         features, p, labels = passes(suite, merged_state(suite, 0.4), task)
@@ -97,7 +97,7 @@ def test_every_score_against_the_bare_model(suite: Suite, session: MergeSession)
 def test_a_merge_that_is_the_expert_has_the_best_of_each_score(suite: Suite) -> None:
     session, evaluator = MergeSession(suite, ("shapes",), FactorStore()), Evaluator(suite)
     recipe = recipe_of(suite, 1.0, ("shapes",))
-    images = evaluator.images(("shapes",), "val")
+    images = evaluator.outputs.images(("shapes",), "val")
     found = scores_at(list(SCORES), recipe, session, evaluator, images)
     perfect = {"agreement": 1, "overlap": 1, "divergence": 0, "l2": 0, "cosine": 0}
     for name, value in perfect.items():
@@ -105,7 +105,7 @@ def test_a_merge_that_is_the_expert_has_the_best_of_each_score(suite: Suite) -> 
 
 
 def test_labels_count_for_the_accuracy_alone(suite: Suite, session: MergeSession) -> None:
-    images = Evaluator(suite).images(TASKS, "val")
+    images = Evaluator(suite).outputs.images(TASKS, "val")
     before = scores_at(list(SCORES), recipe_of(suite), session, Evaluator(suite), images)
     for task in TASKS:
         path = suite.root / f"inputs/{task}.npz"
@@ -121,15 +121,15 @@ def test_labels_count_for_the_accuracy_alone(suite: Suite, session: MergeSession
 def test_all_scores_take_one_pass_of_the_merge(suite: Suite, session: MergeSession) -> None:
     evaluator = Evaluator(suite)
     images = {task: np.array([3, 1, 7]) for task in TASKS}
-    whole = evaluator.images(TASKS, "val")
+    whole = evaluator.outputs.images(TASKS, "val")
     scores_at(list(SCORES), recipe_of(suite, 0.3), session, evaluator, whole)  # experts, once
-    before = evaluator.forward_images
+    before = evaluator.outputs.forward_images
     found = scores_at(list(SCORES), recipe_of(suite), session, evaluator, images)
-    assert evaluator.forward_images - before == 3 * len(TASKS)
+    assert evaluator.outputs.forward_images - before == 3 * len(TASKS)
     for name in SCORES:
         alone = image_scores(name, recipe_of(suite), session, evaluator, images)
         assert all(np.array_equal(alone[t], found[name][t]) for t in TASKS)
-    assert evaluator.forward_images - before == 3 * len(TASKS)
+    assert evaluator.outputs.forward_images - before == 3 * len(TASKS)
 
 
 def test_some_images_are_those_of_all(suite: Suite, session: MergeSession) -> None:
@@ -138,7 +138,7 @@ def test_some_images_are_those_of_all(suite: Suite, session: MergeSession) -> No
     for name in SCORES:
         few = image_scores(name, recipe_of(suite), session, evaluator, some)
         all_ = image_scores(
-            name, recipe_of(suite), session, evaluator, evaluator.images(TASKS, "val")
+            name, recipe_of(suite), session, evaluator, evaluator.outputs.images(TASKS, "val")
         )
         assert all(few[t] == pytest.approx(all_[t][some[t]], abs=1e-4) for t in TASKS)
 

@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 
 from analysis.evaluation.evaluator import Evaluator
-from analysis.networks.backbone import Backbone
+from analysis.networks.stateless import StatelessNetwork
 from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection import rule as rules
 from analysis.rank_selection.input_proxies import INPUT_PROXIES
@@ -204,7 +204,7 @@ def test_only_the_recommended_recipe_sees_the_test_split(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[str, str]] = []
-    original = Evaluator.recipe_outputs
+    original = Evaluator.measure_recipe
 
     def spy(
         self: Evaluator,
@@ -218,7 +218,7 @@ def test_only_the_recommended_recipe_sees_the_test_split(
         asked.append((split, recipe.to_query()))
         return original(self, recipe, session, images, split, *a, **k)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(Evaluator, "recipe_outputs", spy)
+    monkeypatch.setattr(Evaluator, "measure_recipe", spy)
     found = bench.select("labels", every_proxy=True)
     on_test = [place for place, (split, _) in enumerate(asked) if split == "test"]
     assert {asked[place][1] for place in on_test} == {found.recipe.to_query()}
@@ -240,14 +240,14 @@ def test_what_is_stored_is_known_at_once_and_nothing_else(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, full_grid: bool
 ) -> None:
     options: Any = {"full_grid": full_grid, "every_proxy": True}
-    monkeypatch.setattr(Backbone, "features", None)
+    monkeypatch.setattr(StatelessNetwork, "features", None)
     asked = SelectionOptions("labels", **options)
     assert known_selection(bench.space(), bench.session, bench.evaluator, asked) is None
     monkeypatch.undo()
     monkeypatch.setattr(rules, "evidence", evidence)
     found = bench.select("labels", **options)
     assert found.forward_images > 0
-    monkeypatch.setattr(Backbone, "features", None)
+    monkeypatch.setattr(StatelessNetwork, "features", None)
     known = known_selection(bench.space(), bench.session, bench.evaluator, asked)
     assert known is not None
     same(known, found)

@@ -103,7 +103,7 @@ def test_differences_to_the_best(folder: Path, run: Any) -> None:
     session, evaluator = MergeSession(suite, None, FactorStore()), Evaluator(suite)
     code, out, _ = run(folder, "--methods", "tall_masks,average,task_arithmetic,tsv_m")
     assert code == 0
-    result = comparison.compared(
+    result = comparison.run_comparison(
         str(folder), ["tall_masks", "average", "task_arithmetic", "tsv_m"], session, evaluator
     )
     best = result.summary["label"].iloc[0]
@@ -133,7 +133,7 @@ def test_which_methods(folder: Path, run: Any, monkeypatch: pytest.MonkeyPatch) 
         asked.append(names)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(comparison, "compared", stop)
+    monkeypatch.setattr(comparison, "run_comparison", stop)
     learn = {name for name, method in methods().items() if method.learns}
     assert run(folder)[0] == 130
     assert run(folder, "--methods", "all")[0] == 130

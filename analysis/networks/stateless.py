@@ -1,0 +1,237 @@
+"""A network whose weights are given with each call, for suites and pools alike."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from merge_core.errors import MergeScopeError
+from merge_core.executors.base import one_thread
+from merge_core.executors.local import Threads
+from merge_core.suites.suite_spec import ArchitectureSpec
+
+# Few enough for every thread to have some of them, and enough for large products.
+BATCH = 50
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """What a model gives for N images.
+
+    Attributes:
+        features: the input of the head (the last linear layer), after any final norm, N x width.
+        logits: N x classes.
+    """
+
+    features: Tensor
+    logits: Tensor
+
+    def __getitem__(self, images: slice | Tensor) -> Outputs:
+        return Outputs(self.features[images], self.logits[images])
+
+
+class ModuleCopies:
+    """A module that runs on several threads at once, with any weights.
+
+    Running a module with other weights puts them into it for that while, so that two threads
+    with one module would run each other's weights: each takes a copy that no other has. Copies
+    share the module's own tensors.
+
+    Args:
+        module: copied, never run.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+        self._idle: list[nn.Module] = []
+
+    @contextmanager
+    def lend(self) -> Iterator[nn.Module]:
+        """A copy for one thread at a time."""
+        try:
+            module = self._idle.pop()
+        except IndexError:
+            own = (*self._module.parameters(), *self._module.buffers())
+            module = copy.deepcopy(self._module, {id(tensor): tensor for tensor in own})
+        try:
+            yield module
+        finally:
+            self._idle.append(module)
+
+    def call(self, weights: State, value: Tensor) -> Any:
+        """The module's output under weights, differentiable in them.
+
+        Args:
+            weights: one tensor per parameter and buffer.
+            value: images, or tokens.
+        """
+        with self.lend() as module:
+            return torch.func.functional_call(module, dict(weights), (value,))
+
+    def run(self, weights: State, values: Iterable[Tensor]) -> list[Any]:
+        """Outputs for several inputs, side by side, each by one torch thread."""
+        return list(Threads().map(torch.no_grad()(partial(self.call, weights)), values))
+
+
+class StatelessNetwork:
+    """A network in evaluation mode (no dropout, stored statistics), run with any weights.
+
+    Args:
+        module: the network, from images to features; with a head, it has timm's interface.
+        architecture: what it was built of, for messages.
+        path: the file that names it, for messages.
+        error: what is raised.
+        fixed: parameters that weights may leave out: the module's own values count then. Of all
+            others it is only the shape that counts.
+        head_name: of the last linear layer, where the network has one.
+        channels_last: the layout of images and kernels, in which convolutions run up to twice as
+            fast.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        architecture: ArchitectureSpec,
+        path: Path,
+        error: type[MergeScopeError],
+        *,
+        fixed: Collection[str] = (),
+        head_name: str = "",
+        channels_last: bool = False,
+    ) -> None:
+        self.module: Any = module
+        self.head_name = head_name
+        self._architecture, self._path, self._error = architecture, path, error
+        self._shapes = {name: value.shape for name, value in module.state_dict().items()}
+        self._fixed = fixed
+        self._channels_last = channels_last
+        self._copies = ModuleCopies(_Features(module, bool(head_name)))
+
+    def check(self, weights: State) -> None:
+        """Refuse weights that do not fill the architecture; more of them are ignored.
+
+        Raises:
+            MergeScopeError: of the network's kind: a parameter missing or of another shape.
+        """
+        name = self._architecture.name
+        expected = {key: shape for key, shape in self._shapes.items() if key not in self._fixed}
+        missing = [key for key in expected if key not in weights]
+        if missing:
+            raise self._error(
+                f"The weights lack {missing[0]!r}, which the architecture {name!r} needs "
+                f"({len(missing)} missing in all). Correct the architecture in {self._path}."
+            )
+        for key, shape in expected.items():
+            if weights[key].shape != shape:
+                raise self._error(
+                    f"{key!r} has shape {tuple(weights[key].shape)}, but the architecture {name!r} "
+                    f"needs {tuple(shape)}. Correct the architecture's args in {self._path}."
+                )
+
+    @one_thread()
+    def features(
+        self,
+        weights: State,
+        images: Tensor,
+        dtype: torch.dtype = torch.float32,
+        batch: int = BATCH,
+    ) -> Tensor:
+        """Pooled features after any final norm, the input of the head: N x width.
+
+        Args:
+            weights: one tensor per parameter and buffer (more are ignored).
+            images: N x channels x H x W, normalised; or tokens of texts, int64, N x L.
+            dtype: in which everything is computed; float64 where float32 would overflow.
+            batch: images per forward pass; several run side by side.
+
+        Raises:
+            MergeScopeError: of the network's kind: weights or images that do not fit it.
+        """
+        self.check(weights)
+        state = {
+            f"network.{name}": self._cast(value, dtype)
+            for name, value in weights.items()
+            if name in self._shapes
+        }
+        try:
+            parts = self._copies.run(
+                state, (self._cast(part, dtype) for part in images.split(batch))
+            )
+        except (RuntimeError, AssertionError, ValueError, IndexError) as fault:
+            kind = "texts" if images.ndim == 2 else "images"
+            raise self._error(
+                f"{self._path}: {kind} of shape {tuple(images.shape[1:])} do not fit the "
+                f"architecture: {str(fault).splitlines()[0]:.200}"
+            ) from fault
+        features = torch.cat(parts)
+        if features.ndim != 2:
+            raise self._error(
+                f"{self._path}: the architecture gives features of shape "
+                f"{tuple(features.shape[1:])} per image, but heads take one vector. Set its "
+                "global_pool (such as 'avg' or 'token')."
+            )
+        return features
+
+    def head(self, weights: State, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+        """Weight (classes x width) and bias (classes; zeros where it has none) of the last layer.
+
+        Raises:
+            MergeScopeError: of the network's kind: weights that do not fit.
+        """
+        self.check(weights)
+        weight = weights[f"{self.head_name}.weight"].to(dtype)
+        bias = weights.get(f"{self.head_name}.bias")
+        return weight, torch.zeros(len(weight), dtype=dtype) if bias is None else bias.to(dtype)
+
+    @one_thread()
+    @torch.no_grad()
+    def outputs(
+        self,
+        weights: State,
+        images: Tensor,
+        dtype: torch.dtype = torch.float32,
+        batch: int = BATCH,
+    ) -> Outputs:
+        """Features and the logits of the network's own head (see :meth:`features`).
+
+        Raises:
+            MergeScopeError: of the network's kind: weights or images that do not fit it.
+        """
+        features = self.features(weights, images, dtype, batch)
+        head = self.head(weights, dtype)
+        logits = [functional.linear(part, *head) for part in features.split(batch)]
+        return Outputs(features, torch.cat(logits))
+
+    def _cast(self, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """Numbers in the network's dtype and layout; tokens and counters as they are."""
+        if not tensor.is_floating_point():
+            return tensor
+        tensor = tensor.to(dtype)
+        laid_out = self._channels_last and tensor.ndim == 4
+        return tensor.contiguous(memory_format=torch.channels_last) if laid_out else tensor
+
+
+class _Features(nn.Module):
+    """A network without its head."""
+
+    def __init__(self, network: nn.Module, has_head: bool) -> None:
+        super().__init__()
+        self.network = network
+        self._has_head = has_head
+
+    def forward(self, images: Tensor) -> Any:
+        network: Any = self.network
+        if not self._has_head:
+            return network(images)
+        return network.forward_head(network.forward_features(images), pre_logits=True)
