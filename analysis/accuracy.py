@@ -138,7 +138,7 @@ def difference(first: Hits, second: Hits) -> tuple[float, float]:
     return float(np.mean([gap.mean() for gap in gaps])), math.sqrt(variance) / len(gaps)
 
 
-def paired(hits: Mapping[str, Hits]) -> pd.DataFrame:
+def paired_differences(hits: Mapping[str, Hits]) -> pd.DataFrame:
     """All pairwise differences, and which of them are real.
 
     A difference counts as real if its z-test stays below 5 % after Holm's correction for the
@@ -175,7 +175,7 @@ def differences_to(pairs: pd.DataFrame, best: str) -> pd.DataFrame:
     """Differences to one label that are real, from all paired differences.
 
     Args:
-        pairs: of :func:`paired`.
+        pairs: of :func:`paired_differences`.
         best: the label.
 
     Returns:

@@ -22,7 +22,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.suites.suite import load_suite
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 RANKS = (0.02, 0.04, 0.08, 0.12, 0.16, 0.24, 0.32, 0.5, 0.7)
 BATCH = 250
@@ -33,7 +33,7 @@ def cart(rank: float, scale: float) -> Recipe:
     return make_recipe({"method": "cart", "parameters": {"rank": rank, "scale": scale}})
 
 
-def timed(work: Callable[[], object], repeats: int) -> float:
+def time_calls(work: Callable[[], object], repeats: int) -> float:
     """Median seconds of `repeats` calls, after one that is not counted."""
     work()
     seconds = []
@@ -44,7 +44,7 @@ def timed(work: Callable[[], object], repeats: int) -> float:
     return statistics.median(seconds)
 
 
-def authors_route(group: ParameterGroup, rank: float, scale: float) -> torch.Tensor:
+def authors_route(group: TensorGroup, rank: float, scale: float) -> torch.Tensor:
     """CART of one parameter with an SVD of every matrix as stored, again for every setting."""
     if not group.decomposed:
         return group.average
@@ -64,12 +64,16 @@ def one_more_setting(repeats: int) -> dict[str, float]:
         ranks, scales = iter(RANKS * 100), iter(range(1, 1000))
         groups = list(session.groups)
         return {
-            "new rank": timed(lambda: session.merge(cart(next(ranks), 2.0)), 9 * repeats),
-            "new scale": timed(lambda: session.merge(cart(0.16, 0.01 * next(scales))), 9 * repeats),
-            "average": timed(
+            "new rank": time_calls(lambda: session.merge(cart(next(ranks), 2.0)), 9 * repeats),
+            "new scale": time_calls(
+                lambda: session.merge(cart(0.16, 0.01 * next(scales))), 9 * repeats
+            ),
+            "average": time_calls(
                 lambda: session.merge(make_recipe({"method": "average"})), 9 * repeats
             ),
-            "again": timed(lambda: [authors_route(group, 0.16, 2.0) for group in groups], repeats),
+            "again": time_calls(
+                lambda: [authors_route(group, 0.16, 2.0) for group in groups], repeats
+            ),
         }
 
 

@@ -28,12 +28,12 @@ def verdict(before: Row, after: Row) -> str:
     return "better" if higher == (after.better == "higher") else "worse"
 
 
-def lost(before: Row, after: Row) -> bool:
+def is_lost(before: Row, after: Row) -> bool:
     """Whether something asked was met before and is not any more."""
     return before.met is True and after.met is False
 
 
-def compared(before: Results, after: Results) -> tuple[list[str], int]:
+def compare_results(before: Results, after: Results) -> tuple[list[str], int]:
     """The table's lines, and how many bars were lost."""
     lines, broken = [], 0
     for name, part in after.parts.items():
@@ -45,7 +45,7 @@ def compared(before: Results, after: Results) -> tuple[list[str], int]:
         for row in shared:
             first = old[row.what]
             said = verdict(first, row)
-            if lost(first, row):
+            if is_lost(first, row):
                 broken += 1
                 said += f" (asked: {row.asked})"
             ratio = f"{row.value / first.value:8.2f}" if first.value > 0 else " " * 8
@@ -68,7 +68,7 @@ def main() -> None:
     for what, value in after.machine.items():
         if (old := before.machine.get(what)) != value:
             print(f"{what}: {old} before, {value} after")
-    lines, broken = compared(before, after)
+    lines, broken = compare_results(before, after)
     print("\n".join(lines))
     sys.exit(1 if broken else 0)
 

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from analysis.spectral.spectra import spectral_summary, spectrum
 from benchmarks.synthetic import is_matrix
-from merge_core.executors.choose import executor as executor_named
+from merge_core.executors.choose import choose_executor as executor_named
 from merge_core.factors.low_rank import count_directions
 from merge_core.factors.store import FactorStore
 from merge_core.merging.recipe import make_recipe
 from merge_core.methods.declaration import Run
-from merge_core.methods.selection import kept_count
+from merge_core.methods.selection import count_kept
 from merge_core.methods.sparse import TiesParameters, thresholds
 from merge_core.output.model_folder import merge_to_folder
 from merge_core.progress import Progress
 from merge_core.suites.suite import load_suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 
 def idle() -> None:
@@ -53,7 +53,7 @@ def _members(suite: str) -> list[Any]:
     ]
 
 
-def _centred(members: list[Any], name: str) -> tuple[Tensor, Tensor]:
+def _centre(members: list[Any], name: str) -> tuple[Tensor, Tensor]:
     """The average and the centred task vectors of a parameter, as in the authors' code."""
     experts = torch.stack([member.get_tensor(name) for member in members])
     average = experts.mean(dim=0)
@@ -80,7 +80,7 @@ def authors(
     merged: dict[str, Tensor] = {}
     seconds, done, entries = 0.0, 0, 0
     for name in members[0].keys():  # noqa: SIM118 - no dictionary
-        average, centred = _centred(members, name)
+        average, centred = _centre(members, name)
         if is_matrix(name, tuple(average.shape)):
             entries += average.numel()
             if not blocks or name.startswith(tuple(blocks)):
@@ -136,12 +136,12 @@ def _tensors(folder: Path) -> dict[str, Any]:
     return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
 
-def groups_of(suite: str) -> Groups:
+def groups_of(suite: str) -> TensorGroups:
     """All parameters of a suite, with the store of factors in the cache folder."""
-    return Groups(load_suite(suite), None, FactorStore())
+    return TensorGroups(load_suite(suite), None, FactorStore())
 
 
-def _some(suite: str, prefixes: list[str]) -> Groups:
+def _named_groups(suite: str, prefixes: list[str]) -> TensorGroups:
     groups = groups_of(suite)
     if prefixes:
         groups.members = [g for g in groups.members if g.name.startswith(tuple(prefixes))]
@@ -154,7 +154,7 @@ def spectra(suite: str, prefixes: list[str], shown: str) -> dict[str, Any]:
     Returns:
         matrices (matrices times tasks), seconds of the summary, sigma.
     """
-    groups = _some(suite, prefixes)
+    groups = _named_groups(suite, prefixes)
     start = time.perf_counter()
     summary = spectral_summary(groups, "average")
     seconds = time.perf_counter() - start
@@ -172,7 +172,7 @@ def plain_spectra(suite: str, prefixes: list[str], shown: str) -> dict[str, Any]
     for name in members[0].keys():  # noqa: SIM118 - no dictionary
         if not name.startswith(tuple(prefixes)):
             continue
-        average, centred = _centred(members, name)
+        average, centred = _centre(members, name)
         if is_matrix(name, tuple(average.shape)):
             for matrix in centred:
                 torch.linalg.svdvals(matrix)
@@ -190,7 +190,7 @@ def ties_thresholds(suite: str, tasks: list[str], density: float) -> dict[str, A
         Seconds of both, reading included, whether all masks are equal, and the entries per task.
     """
     loaded = load_suite(suite)
-    groups = Groups(loaded, tasks, FactorStore())
+    groups = TensorGroups(loaded, tasks, FactorStore())
     start = time.perf_counter()
     limits = thresholds(groups, TiesParameters(density=density), Run("base"), Progress())
     seconds = time.perf_counter() - start
@@ -203,7 +203,7 @@ def ties_thresholds(suite: str, tasks: list[str], density: float) -> dict[str, A
         parts = [(expert.tensor(n) - base.tensor(n)).abs().flatten() for n in loaded.parameters]
         magnitudes = torch.cat(parts)
         entries = magnitudes.numel()
-        least = magnitudes.sort(descending=True).values[kept_count(density, entries) - 1]
+        least = magnitudes.sort(descending=True).values[count_kept(density, entries) - 1]
         sorting += time.perf_counter() - start
         equal &= torch.equal(magnitudes >= limit, magnitudes >= least)
     return {"seconds": seconds, "sort": sorting, "equal": equal, "entries": entries}

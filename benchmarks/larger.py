@@ -6,7 +6,7 @@ import sys
 
 from benchmarks import synthetic
 from benchmarks.measure import Laboratory
-from benchmarks.members import RANK, SCALE, Members, merged, spectra_of
+from benchmarks.members import RANK, SCALE, Members, measure_merge, measure_spectra
 from benchmarks.record import GB, Sheet
 from benchmarks.synthetic import Model
 
@@ -29,19 +29,19 @@ def _all(
     laboratory: Laboratory, sheet: Sheet, model: Model, tasks: int, most_memory: float | None
 ) -> None:
     """The model is inspected, one layer of it analysed, and it is merged."""
-    members = Members.made(laboratory, model, "decaying", tasks)
+    members = Members.make(laboratory, model, "decaying", tasks)
     laboratory.fresh_cache()
     inspect = [sys.executable, "-m", "mergescope", "inspect", str(members.suite), "--headers-only"]
     seen = laboratory.command(inspect, 3)
     note = f"{model.nbytes / model.dtype.itemsize / GB:.2f} G parameters, {tasks} experts and base"
     sheet.seconds("inspect --headers-only", seen.seconds, note)
-    layer = spectra_of(laboratory, members, [members.block()])
+    layer = measure_spectra(laboratory, members, [members.block()])
     note = f"{layer.answer['matrices']} matrices; the model has {members.depth} layers"
     sheet.seconds("spectra of one layer", [layer.answer["seconds"]], note)
-    average = merged(laboratory, members, "average", {}, fresh=True, cold=True)
+    average = measure_merge(laboratory, members, "average", {}, fresh=True, cold=True)
     sheet.seconds("average, cold files, nothing stored", average.seconds)
     parameters = {"rank": RANK, "scale": SCALE}
-    cart = merged(laboratory, members, "cart", parameters, fresh=True, cold=True)
+    cart = measure_merge(laboratory, members, "cart", parameters, fresh=True, cold=True)
     sheet.seconds("CART, cold files, nothing stored", cart.seconds)
     sheet.cost("CART against the average", cart.best / average.best)
     peak = max(run.anonymous for run in (seen, layer, average, cart))

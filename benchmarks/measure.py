@@ -27,7 +27,7 @@ class FailedError(Exception):
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One measurement.
 
     Attributes:
@@ -130,7 +130,7 @@ def _anonymous(pid: int) -> int:
     return total
 
 
-def watched(
+def watch(
     command: Sequence[str], environment: dict[str, str], given: str = ""
 ) -> tuple[float, int]:
     """Run a command to its end.
@@ -216,7 +216,7 @@ class Laboratory:
         cold: Sequence[Path] = (),
         before: Callable[[], None] | None = None,
         python: str | Path = sys.executable,
-    ) -> Measured:
+    ) -> Measurement:
         """Run a job in a fresh process, again and again.
 
         Args:
@@ -241,19 +241,19 @@ class Laboratory:
                 drop(cold)
                 cached = max(cached, cached_share(cold))
                 command = [str(python), "-m", "benchmarks.child", job, str(target)]
-                took, most = watched(command, self.environment(), json.dumps(arguments))
+                took, most = watch(command, self.environment(), json.dumps(arguments))
                 result = json.loads(target.read_text())
                 seconds.append(float(result["seconds"]))
                 process.append(took)
                 peak = max(peak, most)
                 answer = result["answer"]
-        return Measured(tuple(seconds), tuple(process), peak, answer, cached if cold else None)
+        return Measurement(tuple(seconds), tuple(process), peak, answer, cached if cold else None)
 
-    def command(self, command: Sequence[str], repeats: int = 1) -> Measured:
+    def command(self, command: Sequence[str], repeats: int = 1) -> Measurement:
         """Run a command line, again and again; `seconds` are those of the whole process."""
-        runs = [watched(command, self.environment()) for _ in range(1 if self.quick else repeats)]
+        runs = [watch(command, self.environment()) for _ in range(1 if self.quick else repeats)]
         times = tuple(took for took, _ in runs)
-        return Measured(times, times, max(most for _, most in runs), None)
+        return Measurement(times, times, max(most for _, most in runs), None)
 
 
 def remove(place: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks import synthetic
-from benchmarks.measure import Laboratory, Measured, remove, warm, weights_below
+from benchmarks.measure import Laboratory, Measurement, remove, warm, weights_below
 from benchmarks.synthetic import Model, Spectrum
 
 # CART's, as its authors use it.
@@ -31,7 +31,7 @@ class Members:
     model: Model
 
     @classmethod
-    def made(cls, laboratory: Laboratory, model: Model, spectrum: Spectrum, tasks: int) -> Members:
+    def make(cls, laboratory: Laboratory, model: Model, spectrum: Spectrum, tasks: int) -> Members:
         """Write the suite, or find it complete."""
         folder = laboratory.work / f"{model.name}-{spectrum}-{tasks}"
         return cls(synthetic.write_suite(folder, model, spectrum, tasks), model)
@@ -71,7 +71,7 @@ class Members:
         return sorted(names, key=lambda name: np.prod(shapes[name]))
 
 
-def merged(
+def measure_merge(
     laboratory: Laboratory,
     members: Members,
     method: str,
@@ -83,7 +83,7 @@ def merged(
     job: str = "benchmarks.jobs:merge",
     python: str | Path = sys.executable,
     extra: dict[str, Any] | None = None,
-) -> Measured:
+) -> Measurement:
     """A merge into the work folder's ``output``, which is left there.
 
     Args:
@@ -115,9 +115,9 @@ def merged(
     )
 
 
-def copied(
+def measure_copy(
     laboratory: Laboratory, members: Members, files: list[Path], cold: bool, repeats: int
-) -> Measured:
+) -> Measurement:
     """Reading files and writing as many bytes as one model has, without a merge."""
     output = laboratory.work / "copy"
 
@@ -136,7 +136,7 @@ def copied(
     return result
 
 
-def spectra_of(laboratory: Laboratory, members: Members, prefixes: list[str]) -> Measured:
+def measure_spectra(laboratory: Laboratory, members: Members, prefixes: list[str]) -> Measurement:
     """MergeScope's spectra of the parameters whose names start so (all without), nothing stored."""
 
     def before() -> None:

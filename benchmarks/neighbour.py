@@ -63,7 +63,7 @@ def interference(suite: str) -> None:
 def beside_a_neighbour(laboratory: Laboratory, sheet: Sheet) -> None:
     """Rank from weights, interference and CART of a 22 M encoder, alone and beside a neighbour."""
     model = synthetic.vit(64, 2, 32, 32) if laboratory.quick else synthetic.vit(384, 12, 16, 384)
-    members = Members.made(laboratory, model, "decaying", 8)
+    members = Members.make(laboratory, model, "decaying", 8)
     suite, output = str(members.suite), laboratory.work / "output"
     parameters = {"rank": RANK, "scale": SCALE}
     merge = {"suite": suite, "method": "cart", "parameters": parameters, "output": str(output)}

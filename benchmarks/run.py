@@ -64,14 +64,14 @@ PLANS = {
 }
 
 
-def finished(name: str, chosen: Sequence[str]) -> str:
+def models_to_remove(name: str, chosen: Sequence[str]) -> str:
     """What no later part needs any more once a part is done."""
     uses = PLANS[name].uses
     later = chosen[chosen.index(name) + 1 :]
     return "" if any(PLANS[other].uses == uses for other in later) else uses
 
 
-def measured(laboratory: Laboratory, name: str) -> Part:
+def measure_part(laboratory: Laboratory, name: str) -> Part:
     """One part, as far as it comes."""
     print(f"{name} …", flush=True)
     sheet, start, failed = Sheet(name), time.perf_counter(), ""
@@ -87,7 +87,7 @@ def measured(laboratory: Laboratory, name: str) -> Part:
     return Part(sheet.rows, datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"), seconds, failed)
 
 
-def earlier(path: Path, fresh: Results) -> Results:
+def read_earlier(path: Path, fresh: Results) -> Results:
     """The results in a file, to be completed, where they come from the same machine and sizes."""
     if path.is_file():
         try:
@@ -130,16 +130,16 @@ def main() -> None:
     output = asked.output or (work if asked.quick else HERE) / "RESULTS.json"
     results = Results(machine(threads), asked.quick)
     if asked.only:
-        results = earlier(output, results)
+        results = read_earlier(output, results)
     chosen = [name for name in PLANS if name in asked.only or not asked.only]
     start, failures = time.perf_counter(), 0
     for name in chosen:
-        part = measured(laboratory, name)
+        part = measure_part(laboratory, name)
         results.parts[name] = part
         results.parts = {n: results.parts[n] for n in PLANS if n in results.parts}
         results.save(output)
         failures += bool(part.failed)
-        if not asked.keep and (uses := finished(name, chosen)):
+        if not asked.keep and (uses := models_to_remove(name, chosen)):
             tidy(work, uses)
     print(f"{time.perf_counter() - start:.0f} s; {output.with_suffix('.md')}")
     sys.exit(1 if failures else 0)

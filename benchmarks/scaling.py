@@ -67,7 +67,7 @@ def merge_times(
     Returns:
         Of each merge the seconds of its repeats and the digest of the weights that it wrote.
     """
-    from merge_core.executors.choose import executor
+    from merge_core.executors.choose import choose_executor
     from merge_core.factors.store import FactorStore
     from merge_core.merging.recipe import make_recipe
     from merge_core.output.model_folder import merge_to_folder
@@ -81,7 +81,7 @@ def merge_times(
             start = time.perf_counter()
             store = FactorStore(folder / "factors")
             merge_to_folder(
-                recipe, load_suite(suite), folder / "merged", store, executor=executor(where)
+                recipe, load_suite(suite), folder / "merged", store, executor=choose_executor(where)
             )
             seconds = time.perf_counter() - start
             written = (folder / "merged" / "model.safetensors").read_bytes()
@@ -102,7 +102,7 @@ def growth(laboratory: Laboratory, sheet: Sheet) -> None:
     measured = series(laboratory.quick)
     merges = [merge for _, points, _ in measured.values() for merge in points]
     suites = [
-        Members.made(laboratory, synthetic.plain(m.side, m.layers), "decaying", m.tasks).suite
+        Members.make(laboratory, synthetic.plain(m.side, m.layers), "decaying", m.tasks).suite
         for m in merges
     ]
     arguments = {
@@ -127,7 +127,7 @@ def growth(laboratory: Laboratory, sheet: Sheet) -> None:
 def executors(laboratory: Laboratory, sheet: Sheet) -> None:
     """The same CART merge by each executor: seconds, and whether the bytes are the same."""
     model = synthetic.vit(64, 2, 32, 32) if laboratory.quick else synthetic.vit(768, 4, 32, 512)
-    suite = Members.made(laboratory, model, "decaying", 4).suite
+    suite = Members.make(laboratory, model, "decaying", 4).suite
     count = len(EXECUTORS)
     arguments = {
         "suites": [str(suite)] * count,

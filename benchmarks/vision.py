@@ -7,8 +7,8 @@ from typing import Any, get_args
 import numpy as np
 
 from benchmarks import synthetic
-from benchmarks.measure import FailedError, Laboratory, Measured, remove, warm
-from benchmarks.members import RANK, SCALE, Members, copied, merged, spectra_of
+from benchmarks.measure import FailedError, Laboratory, Measurement, remove, warm
+from benchmarks.members import RANK, SCALE, Members, measure_copy, measure_merge, measure_spectra
 from benchmarks.record import GB, Sheet
 from benchmarks.synthetic import Spectrum
 
@@ -20,7 +20,7 @@ DENSITY = 0.2
 def experts(laboratory: Laboratory, spectrum: Spectrum) -> Members:
     """The suite that is merged."""
     model = synthetic.vit(96, 2, 32, 64) if laboratory.quick else synthetic.vit_b_32()
-    return Members.made(laboratory, model, spectrum, TASKS)
+    return Members.make(laboratory, model, spectrum, TASKS)
 
 
 def streaming(laboratory: Laboratory, sheet: Sheet) -> None:
@@ -35,8 +35,10 @@ def streaming(laboratory: Laboratory, sheet: Sheet) -> None:
         state = "cold files" if cold else "files in memory"
         for method, (parameters, with_base) in merges.items():
             files = [*members.experts, *(members.base if with_base else [])]
-            plain = copied(laboratory, members, files, cold, repeats=2)
-            run = merged(laboratory, members, method, parameters, fresh=cold, cold=cold, repeats=2)
+            plain = measure_copy(laboratory, members, files, cold, repeats=2)
+            run = measure_merge(
+                laboratory, members, method, parameters, fresh=cold, cold=cold, repeats=2
+            )
             peak = max(peak, run.anonymous)
             moved = sum(file.stat().st_size for file in files) + members.model.nbytes
             note = f"{moved / GB:.2f} GB read and written"
@@ -83,10 +85,10 @@ def _authors(laboratory: Laboratory, sheet: Sheet, members: Members, label: str)
     return whole
 
 
-def _first_merge(laboratory: Laboratory, sheet: Sheet, members: Members, label: str) -> Measured:
+def _first_merge(laboratory: Laboratory, sheet: Sheet, members: Members, label: str) -> Measurement:
     """CART from cold files with nothing stored, and how exact its file is."""
     parameters = {"rank": RANK, "scale": SCALE}
-    run = merged(laboratory, members, "cart", parameters, fresh=True, cold=True, repeats=2)
+    run = measure_merge(laboratory, members, "cart", parameters, fresh=True, cold=True, repeats=2)
     sheet.seconds(f"{label}CART, cold files, nothing stored", run.seconds)
     arguments = {
         "suite": str(members.suite),
@@ -104,20 +106,20 @@ def _first_merge(laboratory: Laboratory, sheet: Sheet, members: Members, label: 
 
 
 def _second_merges(
-    laboratory: Laboratory, sheet: Sheet, members: Members, label: str, first: Measured
+    laboratory: Laboratory, sheet: Sheet, members: Members, label: str, first: Measurement
 ) -> None:
     """CART at other settings from stored factors; the averages that both are measured by."""
-    known = merged(laboratory, members, "average", {}, fresh=False, cold=False, repeats=2)
+    known = measure_merge(laboratory, members, "average", {}, fresh=False, cold=False, repeats=2)
     sheet.seconds(f"{label}average, files in memory, digests known", known.seconds)
     peak = first.anonymous
     for rank, scale in OTHER_SETTINGS:
         parameters = {"rank": rank, "scale": scale}
-        run = merged(laboratory, members, "cart", parameters, fresh=False, cold=False)
+        run = measure_merge(laboratory, members, "cart", parameters, fresh=False, cold=False)
         peak = max(peak, run.anonymous)
         what = f"{label}CART again at rank {rank}"
         sheet.seconds(what, run.seconds, f"factors stored at rank {RANK}")
         sheet.cost(f"{what} against that average", run.best / known.best, 3)
-    average = merged(laboratory, members, "average", {}, fresh=True, cold=True, repeats=2)
+    average = measure_merge(laboratory, members, "average", {}, fresh=True, cold=True, repeats=2)
     sheet.seconds(f"{label}average, cold files, nothing stored", average.seconds)
     sheet.cost(f"{label}CART against that average", first.best / average.best, 4)
     sheet.memory(f"{label}peak memory of CART", peak, at_most=0.7)
@@ -126,7 +128,7 @@ def _second_merges(
 def spectra(laboratory: Laboratory, sheet: Sheet) -> None:
     """Spectra of all matrices and tasks against svdvals, matrix by matrix."""
     members = experts(laboratory, "decaying")
-    ours = spectra_of(laboratory, members, [])
+    ours = measure_spectra(laboratory, members, [])
     found = ours.answer
     arguments = {
         "suite": str(members.suite),
@@ -181,13 +183,15 @@ def mergekit(laboratory: Laboratory, sheet: Sheet) -> None:
     extra = {"base": str(members.base[0]), "config": str(laboratory.work / "mergekit.yaml")}
     for method in ("ties",) if laboratory.quick else PEER:
         parameters, options = PEER[method]
-        theirs = merged(
+        theirs = measure_merge(
             laboratory, members, method, options, fresh=False, cold=False, repeats=2,
             job="benchmarks.peer:merge", python=laboratory.mergekit, extra=extra,
         )  # fmt: skip
         remove(kept)
         output.rename(kept)
-        ours = merged(laboratory, members, method, parameters, fresh=True, cold=False, repeats=2)
+        ours = measure_merge(
+            laboratory, members, method, parameters, fresh=True, cold=False, repeats=2
+        )
         pair = {"first": str(output), "second": str(kept)}
         distance = laboratory.run("benchmarks.jobs:output_distance", pair).answer
         sheet.seconds(

@@ -24,8 +24,8 @@ import pandas as pd
 import torch
 
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
-from data.pool_building import Member, PoolPlan, build_pool, fitted, varied_members
-from data.pool_images import ImageTask, limited, write_inputs
+from data.pool_building import Member, PoolPlan, build_pool, complete_architecture, vary_members
+from data.pool_images import ImageTask, limit_images, write_inputs
 from data.pool_tasks import POOL_TASKS, Sizes
 from data.pool_training import Training
 from merge_core.suites.pool import BUNDLED_POOLS, REGIMES, Regime, load_pool
@@ -142,7 +142,7 @@ def deep_plan(key: str, task: ImageTask, regime: Regime, scale: Scale) -> PoolPl
     """
     design = DESIGNS[key]
     args = {**design.args, **design.task_args.get(task.name, {})}
-    _, architecture = fitted(design.architecture, args, task)
+    _, architecture = complete_architecture(design.architecture, args, task)
     alone, before, after = (scale.epochs(count) for count in design.epochs[task.name])
     shared = regime == "shared"
     rate = design.shared_rate if shared else design.rate
@@ -153,7 +153,7 @@ def deep_plan(key: str, task: ImageTask, regime: Regime, scale: Scale) -> PoolPl
         architecture=architecture,
         regime=regime,
         training=training,
-        members=varied_members(scale.members, rate, training.weight_decay),
+        members=vary_members(scale.members, rate, training.weight_decay),
         mean=task.mean,
         std=task.std,
         pretraining=replace(training, epochs=before, rate=design.rate) if shared else None,
@@ -171,7 +171,7 @@ def linear_plan(task: ImageTask, scale: Scale) -> PoolPlan:
     Pixels stay in [0, 1]; SGD at 0.01 with momentum 0.9, batches of 64, times 0.1 at 20, 40, 60
     and 80 % of the epochs. Only the weights decay, not the biases.
     """
-    family, architecture = fitted("linear", {"bias": True}, task)
+    family, architecture = complete_architecture("linear", {"bias": True}, task)
     members = tuple(
         Member(seed, 0.01, decay, scale.snapshots if seed == LINEAR_SEEDS[0] else ())
         for decay in WEIGHT_DECAYS
@@ -195,7 +195,7 @@ def linear_plan(task: ImageTask, scale: Scale) -> PoolPlan:
 @cache
 def task_of(name: str, scale: Scale, seed: int) -> ImageTask:
     """A task's images, drawn once in each process."""
-    return limited(POOL_TASKS[name](scale.sizes, seed), scale.limit, seed)
+    return limit_images(POOL_TASKS[name](scale.sizes, seed), scale.limit, seed)
 
 
 @dataclass(frozen=True)
@@ -250,7 +250,7 @@ def build(output: Path, scale: Scale, seed: int = 0, workers: int = WORKERS) -> 
         (folder / "inputs").mkdir()
         for name in POOL_TASKS:
             write_inputs(folder / "inputs" / f"{name}.npz", task_of(name, scale, seed))
-        for name, seconds in _built(folder, scale, seed, workers):
+        for name, seconds in _build_all(folder, scale, seed, workers):
             LOG.info("%-32s %5.0f s", name, seconds)
         for path in (folder, *folder.rglob("*")):
             path.chmod(0o755 if path.is_dir() else 0o644)  # temporary files are private
@@ -261,7 +261,7 @@ def build(output: Path, scale: Scale, seed: int = 0, workers: int = WORKERS) -> 
     LOG.info("%s: %.1f MB in %.0f s", output, size / 1e6, time.monotonic() - started)
 
 
-def _built(folder: Path, scale: Scale, seed: int, workers: int) -> Iterator[tuple[str, float]]:
+def _build_all(folder: Path, scale: Scale, seed: int, workers: int) -> Iterator[tuple[str, float]]:
     """Build all pools in so many processes (with one: in this); yields name and seconds."""
     if workers == 1:
         yield from (build_one(job, folder, scale, seed) for job in jobs())

@@ -25,10 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from data.precompute import precompute
-from data.tasks import SPLITS, TASKS, Task, auxiliary, stream
+from data.tasks import SPLITS, TASKS, Task, draw_auxiliary, stream
 from data.tasks.canvas import Images, Labels
 from data.tasks.glyphs import AUXILIARY
-from data.training import Schedule, correct, fine_tune, pretrain
+from data.training import Schedule, fine_tune, is_correct, pretrain
 from merge_core.yaml_text import dump_yaml
 
 LOG = logging.getLogger("data.build_suite")
@@ -131,7 +131,7 @@ def image_hashes(images: Images) -> set[bytes]:
 def make_splits(task: Task, plan: Plan, seed: int) -> dict[str, tuple[Images, Labels]]:
     """Generate train, validation and test; raises ValueError if any two share an image."""
     sizes = dict(zip(SPLITS, (plan.train, plan.val, plan.test), strict=True))
-    splits = {name: task.clean(name, size, seed) for name, size in sizes.items()}
+    splits = {name: task.draw_clean(name, size, seed) for name, size in sizes.items()}
     digests = {name: image_hashes(images) for name, (images, _) in splits.items()}
     for first, second in (("train", "val"), ("train", "test"), ("val", "test")):
         if shared := digests[first] & digests[second]:
@@ -139,7 +139,7 @@ def make_splits(task: Task, plan: Plan, seed: int) -> dict[str, tuple[Images, La
     return splits
 
 
-def _stored(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+def _to_stored_dtype(state: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: value.detach().to("cpu", dtype).contiguous() for key, value in state.items()}
 
 
@@ -166,7 +166,7 @@ def _description(plan: Plan) -> dict[str, Any]:
     }
 
 
-def _pretrained(
+def _pretrain(
     plan: Plan, seed: int, device: torch.device
 ) -> tuple[nn.Module, dict[str, nn.Linear]]:
     """Backbone and heads after joint pre-training in the wild domain."""
@@ -177,8 +177,8 @@ def _pretrained(
     heads["auxiliary"] = nn.Linear(width, len(AUXILIARY))
     for module in (backbone, *heads.values()):
         module.to(device)
-    pools = {task.name: task.wild(plan.pool, seed) for task in TASKS}
-    pools["auxiliary"] = auxiliary(2 * plan.pool, seed)
+    pools = {task.name: task.draw_wild(plan.pool, seed) for task in TASKS}
+    pools["auxiliary"] = draw_auxiliary(2 * plan.pool, seed)
     shares = dict.fromkeys(heads, plan.pretraining.batch) | {"auxiliary": plan.auxiliary_share}
 
     def progress(step: int, loss: float) -> None:
@@ -217,23 +217,26 @@ def _write(folder: Path, plan: Plan, seed: int, device: torch.device) -> None:
     for name in ("experts", "heads", "inputs"):
         (folder / name).mkdir()
     splits = {task.name: make_splits(task, plan, seed) for task in TASKS}
-    backbone, heads = _pretrained(plan, seed, device)
+    backbone, heads = _pretrain(plan, seed, device)
     # Stored precision is the precision trained from, so that task vectors start at exactly zero.
-    base = _stored(backbone.state_dict(), plan.dtype)
+    base = _to_stored_dtype(backbone.state_dict(), plan.dtype)
     save_file(base, folder / "base.safetensors")
     for task in TASKS:
         train, val, test = (splits[task.name][name] for name in SPLITS)
         head = heads[task.name]
-        head.load_state_dict(_stored(head.state_dict(), plan.dtype))
-        save_file(_stored(head.state_dict(), plan.dtype), folder / f"heads/{task.name}.safetensors")
+        head.load_state_dict(_to_stored_dtype(head.state_dict(), plan.dtype))
+        save_file(
+            _to_stored_dtype(head.state_dict(), plan.dtype),
+            folder / f"heads/{task.name}.safetensors",
+        )
         backbone.load_state_dict(base)
-        before = correct(backbone, head, *val).mean()
+        before = is_correct(backbone, head, *val).mean()
         fine_tune(backbone, head, *train, plan.finetuning, stream(seed, task.name, "fine-tuning"))
-        exact = correct(backbone, head, *val).mean()
-        expert = _stored(backbone.state_dict(), plan.dtype)
+        exact = is_correct(backbone, head, *val).mean()
+        expert = _to_stored_dtype(backbone.state_dict(), plan.dtype)
         save_file(expert, folder / f"experts/{task.name}.safetensors")
         backbone.load_state_dict(expert)
-        after = correct(backbone, head, *val).mean()
+        after = is_correct(backbone, head, *val).mean()
         LOG.info(
             "%-9s validation: base %.1f, expert %.1f (%.1f before rounding)",
             task.name,

@@ -18,7 +18,7 @@ from analysis.networks.build import build_network
 from data.pool_images import ImageTask, normaliser, write_inputs
 from data.pool_training import State, Training, state_of, train
 from merge_core.errors import PoolError
-from merge_core.files import folder_written_whole, write_atomically
+from merge_core.files import write_atomically, write_folder_atomically
 from merge_core.progress import Progress
 from merge_core.suites.pool import PoolSpec, Regime
 from merge_core.suites.suite_spec import ArchitectureSpec
@@ -76,7 +76,9 @@ class PoolPlan:
     description: str = ""
 
 
-def fitted(name: str, args: Mapping[str, Any], task: ImageTask) -> tuple[str, ArchitectureSpec]:
+def complete_architecture(
+    name: str, args: Mapping[str, Any], task: ImageTask
+) -> tuple[str, ArchitectureSpec]:
     """Family and architecture with the arguments that the task determines written out.
 
     Args:
@@ -94,12 +96,12 @@ def fitted(name: str, args: Mapping[str, Any], task: ImageTask) -> tuple[str, Ar
 RATES = (1.0, 0.5, 1.5, 0.7, 1.2)
 
 
-def varied_members(count: int, rate: float, weight_decay: float) -> tuple[Member, ...]:
+def vary_members(count: int, rate: float, weight_decay: float) -> tuple[Member, ...]:
     """Members with a seed of their own and learning rates around `rate`."""
     return tuple(Member(i, rate * RATES[i % len(RATES)], weight_decay) for i in range(count))
 
 
-def derived_seed(seed: int, *names: object) -> int:
+def derive_seed(seed: int, *names: object) -> int:
     """A seed of its own for every (seed, names), in [0, 2³¹)."""
     state = zlib.crc32(repr((seed, *map(str, names))).encode())
     return state >> 1
@@ -134,7 +136,7 @@ def build_pool(
         Cancelled: through `progress`.
     """
     _check(plan)
-    with folder_written_whole(output) as folder:
+    with write_folder_atomically(output) as folder:
         trainer = _Trainer(plan, task, seed, device, output / "pool.yaml", progress)
         start = trainer.start()
         if start is not None:
@@ -148,7 +150,7 @@ def build_pool(
                 name = f"{number}.safetensors" if last else f"{number}-epoch{epoch}.safetensors"
                 _write(folder / name, state)
                 trajectory.append({"epoch": epoch, "weights": name})
-            members.append(_described(number, member, plan, trajectory))
+            members.append(_describe_member(number, member, plan, trajectory))
         if inputs is None:
             write_inputs(folder / OWN_INPUTS, task)
         document = _document(plan, task, members, start is not None, inputs or OWN_INPUTS)
@@ -186,27 +188,27 @@ class _Trainer:
         plan = self.plan
         if plan.regime == "independent":
             return None
-        network = self._fresh("start")
+        network = self._initialise("start")
         if plan.pretraining is not None:
-            order = derived_seed(self.seed, plan.name, "start", "order")
+            order = derive_seed(self.seed, plan.name, "start", "order")
             self._train(network, plan.pretraining, order, "common start")
         return state_of(network)
 
     def member(self, number: int, start: State | None) -> dict[int, State]:
         """Epoch to state of a member; its last epoch is always among them."""
         plan, member = self.plan, self.plan.members[number]
-        network = self._fresh(f"member {member.seed}")
+        network = self._initialise(f"member {member.seed}")
         if start is not None:
             network.load_state_dict(start)
         training = replace(plan.training, rate=member.rate, weight_decay=member.weight_decay)
-        order = derived_seed(self.seed, plan.name, member.seed, "order")
+        order = derive_seed(self.seed, plan.name, member.seed, "order")
         what = f"member {number + 1} of {len(plan.members)}"
         return self._train(network, training, order, what, member.snapshots)
 
-    def _fresh(self, who: str) -> nn.Module:
+    def _initialise(self, who: str) -> nn.Module:
         """New initial weights, without disturbing anybody's random numbers."""
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derived_seed(self.seed, self.plan.name, who))
+            torch.manual_seed(derive_seed(self.seed, self.plan.name, who))
             return build_network(self.plan.architecture, self.path, PoolError)
 
     def _train(
@@ -268,7 +270,7 @@ def _check(plan: PoolPlan) -> None:
         raise PoolError(f"{plan.name}: learning rates must be above 0, weight decays at least 0.")
 
 
-def _stored(name: str, value: Tensor) -> Tensor:
+def _to_stored_dtype(name: str, value: Tensor) -> Tensor:
     if not value.is_floating_point():
         return value
     statistics = name.endswith(("running_mean", "running_var"))
@@ -276,7 +278,7 @@ def _stored(name: str, value: Tensor) -> Tensor:
 
 
 def _write(path: Path, state: State) -> None:
-    stored = {name: _stored(name, value) for name, value in state.items()}
+    stored = {name: _to_stored_dtype(name, value) for name, value in state.items()}
     if any(
         value.is_floating_point() and not bool(value.isfinite().all()) for value in stored.values()
     ):
@@ -286,7 +288,7 @@ def _write(path: Path, state: State) -> None:
     write_atomically(path, save(stored))
 
 
-def _described(
+def _describe_member(
     number: int, member: Member, plan: PoolPlan, trajectory: list[dict[str, Any]]
 ) -> dict[str, Any]:
     fields = {

@@ -103,7 +103,7 @@ def subset(split: Split, most: int | None, rng: np.random.Generator) -> Split:
     return images[rows], labels[rows]
 
 
-def limited(task: ImageTask, limit: int | None, seed: int) -> ImageTask:
+def limit_images(task: ImageTask, limit: int | None, seed: int) -> ImageTask:
     """A task with at most `limit` images in each split.
 
     Raises:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
-from data.pool_building import Member, PoolPlan, fitted, varied_members
+from data.pool_building import Member, PoolPlan, complete_architecture, vary_members
 from data.pool_images import ImageTask
 from data.pool_training import Training
 from data.vision_datasets import FOLDER
@@ -58,7 +58,7 @@ def paper_training(dataset: str) -> Training:
     return PAPER_TINY if dataset == FOLDER else PAPER
 
 
-def requested(request: Request, task: ImageTask) -> tuple[PoolPlan, ImageTask]:
+def plan_request(request: Request, task: ImageTask) -> tuple[PoolPlan, ImageTask]:
     """The plan that a request amounts to, and the task with as many training images as are stored.
 
     With the preset ``paper`` pixels stay in [0, 1], but for folders, which the paper normalises
@@ -82,13 +82,13 @@ def requested(request: Request, task: ImageTask) -> tuple[PoolPlan, ImageTask]:
     training = paper_training(task.name) if paper else SMALL
     training = replace(training, epochs=request.epochs or training.epochs)
     raw = paper and task.name != FOLDER
-    family, architecture = fitted(name, request.args or {}, task)
+    family, architecture = complete_architecture(name, request.args or {}, task)
     before = max(1, round(training.epochs / 4))
     if paper:
         seeds = range(request.members)
         members = tuple(Member(i, training.rate, training.weight_decay) for i in seeds)
     else:
-        members = varied_members(request.members, training.rate, training.weight_decay)
+        members = vary_members(request.members, training.rate, training.weight_decay)
     plan = PoolPlan(
         name=request.name,
         family=family,

@@ -48,7 +48,7 @@ def digits(sizes: Sizes, seed: int) -> ImageTask:
     del sizes, seed
     source = load_digits()
     small = np.rint(source.images * (255 / 16)).astype(np.uint8)
-    images = resized(small[..., None], DIGITS_SIZE)
+    images = resize(small[..., None], DIGITS_SIZE)
     labels = source.target.astype(np.int64)
     splits = {name: (images[block], labels[block]) for name, block in BLOCKS.items()}
     names = tuple(str(digit) for digit in source.target_names)
@@ -63,12 +63,12 @@ def noisy_letters(sizes: Sizes, seed: int) -> ImageTask:
 
     def draw(count: int, rng: np.random.Generator) -> Split:
         ink, labels = draw_glyphs(LETTERS, count, rng, hard=False)
-        clear = resized(clean_style(ink, PAPERS["letters"], rng), NOISY_SIZE)
+        clear = resize(clean_style(ink, PAPERS["letters"], rng), NOISY_SIZE)
         noise = NOISE * 255 * rng.standard_normal(clear.shape, dtype=np.float32)
         return np.clip(clear + noise, 0, 255).astype(np.uint8), labels
 
     counts = (sizes.noisy_train, sizes.noisy_val, sizes.test)
-    splits = _drawn("noisy-letters", draw, counts, seed)
+    splits = _draw_splits("noisy-letters", draw, counts, seed)
     return _task("noisy-letters", "Letters in noise", LETTERS, splits, sizes.noisy_shipped)
 
 
@@ -77,9 +77,9 @@ def letters(sizes: Sizes, seed: int) -> ImageTask:
 
     def draw(count: int, rng: np.random.Generator) -> Split:
         ink, labels = draw_glyphs(TEN_LETTERS, count, rng, hard=False)
-        return resized(_grey(ink), INK_SIZE), labels
+        return resize(_to_grey(ink), INK_SIZE), labels
 
-    splits = _drawn("letters", draw, (sizes.train, sizes.val, sizes.test), seed)
+    splits = _draw_splits("letters", draw, (sizes.train, sizes.val, sizes.test), seed)
     return _task("letters", "Printed letters", TEN_LETTERS, splits)
 
 
@@ -88,9 +88,9 @@ def shapes(sizes: Sizes, seed: int) -> ImageTask:
 
     def draw(count: int, rng: np.random.Generator) -> Split:
         ink, labels = draw_shapes(count, rng, hard=False)
-        return resized(clean_style(ink, PAPERS["shapes"], rng), COLOUR_SIZE), labels
+        return resize(clean_style(ink, PAPERS["shapes"], rng), COLOUR_SIZE), labels
 
-    splits = _drawn("shapes", draw, (sizes.train, sizes.val, sizes.test), seed)
+    splits = _draw_splits("shapes", draw, (sizes.train, sizes.val, sizes.test), seed)
     return _task("shapes", "Shapes", SHAPES, splits)
 
 
@@ -102,7 +102,7 @@ POOL_TASKS: dict[str, Callable[[Sizes, int], ImageTask]] = {
 }
 
 
-def resized(images: Images, size: int) -> Images:
+def resize(images: Images, size: int) -> Images:
     """N x H x W x C images at another size, bicubic: uint8 N x size x size x C."""
     resample = partial(Image.Image.resize, size=(size, size), resample=Image.Resampling.BICUBIC)
     pictures = (
@@ -112,11 +112,11 @@ def resized(images: Images, size: int) -> Images:
     return stack.reshape(len(images), size, size, images.shape[-1])
 
 
-def _grey(ink: Ink) -> Images:
+def _to_grey(ink: Ink) -> Images:
     return np.rint(ink * 255).astype(np.uint8)[..., None]
 
 
-def _drawn(
+def _draw_splits(
     name: str,
     draw: Callable[[int, np.random.Generator], Split],
     counts: tuple[int, ...],

@@ -108,7 +108,7 @@ def train(
                 group["lr"] = plan.rate_at((epoch + step / steps) / plan.epochs)
             batch = images[rows]
             if plan.shift:
-                batch = shifted(batch, plan.shift, source)
+                batch = shift_randomly(batch, plan.shift, source)
             loss = functional.cross_entropy(network(normalise(batch)), labels[rows])
             optimiser.zero_grad()
             loss.backward()
@@ -134,7 +134,7 @@ def state_of(network: nn.Module) -> State:
     return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
 
 
-def shifted(images: Tensor, most: int, source: torch.Generator) -> Tensor:
+def shift_randomly(images: Tensor, most: int, source: torch.Generator) -> Tensor:
     """N x C x H x W moved by up to `most` pixels each; pixels at the edge are repeated."""
     size, height, width = len(images), *images.shape[2:]
     moves = torch.randint(-most, most + 1, (2, size, 1), generator=source).to(images.device)

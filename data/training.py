@@ -137,7 +137,7 @@ def fine_tune(
 
 
 @torch.inference_mode()
-def correct(
+def is_correct(
     backbone: nn.Module, head: nn.Linear, images: Images, labels: Labels
 ) -> NDArray[np.bool_]:
     """Whether each image (N x 32 x 32 x 3) is classified rightly: bool (N,)."""

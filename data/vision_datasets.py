@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from data.pool_images import Constants, ImageTask, Split, limited
+from data.pool_images import Constants, ImageTask, Split, limit_images
 from data.tasks import stream
 from data.tasks.canvas import Images, Labels
 from merge_core.errors import PoolError
@@ -26,7 +26,7 @@ IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @dataclass(frozen=True)
-class Known:
+class KnownDataset:
     """A dataset of torchvision.
 
     Attributes:
@@ -44,9 +44,13 @@ class Known:
 
 # Measured over each dataset's own training images; the values in common use.
 KNOWN = {
-    "cifar10": Known("CIFAR-10", "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
-    "cifar100": Known("CIFAR-100", "CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
-    "mnist": Known("MNIST", "MNIST", (0.1307,), (0.3081,)),
+    "cifar10": KnownDataset(
+        "CIFAR-10", "CIFAR10", (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+    ),
+    "cifar100": KnownDataset(
+        "CIFAR-100", "CIFAR100", (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    ),
+    "mnist": KnownDataset("MNIST", "MNIST", (0.1307,), (0.3081,)),
 }
 FOLDER = "folder"
 VISION_DATASETS = (*KNOWN, FOLDER)
@@ -79,19 +83,21 @@ def load_vision_dataset(
     root = root.expanduser()
     if name in KNOWN:
         known = KNOWN[name]
-        train, test, names = _torchvision(known, root, download)
+        train, test, names = _read_torchvision(known, root, download)
         title, mean, std = known.title, known.mean, known.std
     elif name == FOLDER:
-        train, test, names = _folder(root, size)
+        train, test, names = _read_folder(root, size)
         title, (mean, std) = root.resolve().name, IMAGENET
     else:
         raise PoolError(f"No dataset {name!r}. Choose one of {', '.join(VISION_DATASETS)}.")
-    fitting, held = _held_out(train, len(names), stream(seed, name, "validation"), title)
+    fitting, held = _hold_out(train, len(names), stream(seed, name, "validation"), title)
     splits = {"train": fitting, "val": held, "test": test}
-    return limited(ImageTask(name, title, names, splits, mean, std), limit, seed)
+    return limit_images(ImageTask(name, title, names, splits, mean, std), limit, seed)
 
 
-def _torchvision(known: Known, root: Path, download: bool) -> tuple[Split, Split, tuple[str, ...]]:
+def _read_torchvision(
+    known: KnownDataset, root: Path, download: bool
+) -> tuple[Split, Split, tuple[str, ...]]:
     """Training and test images and the class names of a dataset that torchvision knows."""
     from torchvision import datasets  # type: ignore[import-untyped]  # no stubs
 
@@ -134,7 +140,7 @@ def _images(data: Any, title: str) -> Images:
     return images
 
 
-def _folder(root: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
+def _read_folder(root: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
     """Training and test images and the class names of a folder of images."""
     if not root.is_dir():
         raise PoolError(f"{root} is not a folder. Give the folder that holds train/ and val/.")
@@ -146,7 +152,7 @@ def _folder(root: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
             )
     paths, labels, names = _classes(root / "train")
     if (root / "val" / TINY_ANNOTATIONS).is_file():
-        held, held_labels = _annotated(root / "val", names)
+        held, held_labels = _read_annotations(root / "val", names)
     else:
         held, held_labels, held_names = _classes(root / "val")
         if held_names != names:
@@ -155,7 +161,7 @@ def _folder(root: Path, size: int) -> tuple[Split, Split, tuple[str, ...]]:
                 f"{root}: train/ and val/ hold different classes ({', '.join(odd[:3])}). "
                 "Give both the same folders."
             )
-    return (_read(paths, size), labels), (_read(held, size), held_labels), _words(root, names)
+    return (_read(paths, size), labels), (_read(held, size), held_labels), _read_words(root, names)
 
 
 def _classes(folder: Path) -> tuple[list[Path], Labels, tuple[str, ...]]:
@@ -173,7 +179,7 @@ def _classes(folder: Path) -> tuple[list[Path], Labels, tuple[str, ...]]:
     return [Path(path) for path, _ in found.samples], labels, tuple(found.classes)
 
 
-def _annotated(folder: Path, names: Sequence[str]) -> tuple[list[Path], Labels]:
+def _read_annotations(folder: Path, names: Sequence[str]) -> tuple[list[Path], Labels]:
     """Paths and labels of Tiny-ImageNet's validation images: file, class, four box corners."""
     annotations = folder / TINY_ANNOTATIONS
     place = {name: number for number, name in enumerate(names)}
@@ -192,7 +198,7 @@ def _annotated(folder: Path, names: Sequence[str]) -> tuple[list[Path], Labels]:
     return paths, np.asarray(labels, dtype=np.int64)
 
 
-def _words(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
+def _read_words(root: Path, names: tuple[str, ...]) -> tuple[str, ...]:
     """Tiny-ImageNet's words for its class numbers, where ``words.txt`` gives them."""
     path = root / "words.txt"
     if not path.is_file():
@@ -217,7 +223,7 @@ def _read(paths: Sequence[Path], size: int) -> Images:
     return images
 
 
-def _held_out(
+def _hold_out(
     train: Split, classes: int, rng: np.random.Generator, title: str
 ) -> tuple[Split, Split]:
     """Training images in two parts: a tenth of each class, at least one image, is held out."""

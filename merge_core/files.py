@@ -264,7 +264,7 @@ def check_output(output: Path) -> None:
 
 
 @contextmanager
-def folder_written_whole(output: Path, key: str | None = None) -> Iterator[Path]:
+def write_folder_atomically(output: Path, key: str | None = None) -> Iterator[Path]:
     """Yield a hidden folder beside `output` that takes its name only if the block succeeds.
 
     An exception removes the hidden folder; a killed process leaves it, and the next block with
@@ -285,7 +285,7 @@ def folder_written_whole(output: Path, key: str | None = None) -> Iterator[Path]
     try:
         target = output.resolve()  # through a link, and for "."
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _locked(target, output):
+        with _lock_output(target, output):
             check_output(output)  # whoever held the lock before may have finished
             staging = _staging(target, key)
             yield staging
@@ -294,7 +294,7 @@ def folder_written_whole(output: Path, key: str | None = None) -> Iterator[Path]
             os.umask(mask)
             staging.chmod(0o777 & ~mask)
             staging.replace(target)
-            for stale in _stale(target):
+            for stale in _find_stale(target):
                 shutil.rmtree(stale, ignore_errors=True)
     except OSError as error:
         raise explain_os_error(error, output) from error
@@ -303,7 +303,7 @@ def folder_written_whole(output: Path, key: str | None = None) -> Iterator[Path]
             shutil.rmtree(staging, ignore_errors=True)
 
 
-def _stale(target: Path) -> list[Path]:
+def _find_stale(target: Path) -> list[Path]:
     """What killed processes left for this output (and not for one named ``target.more``)."""
     pattern = re.compile(rf"\.{re.escape(target.name)}\.\w+{re.escape(PARTIAL)}")
     return [path for path in target.parent.iterdir() if pattern.fullmatch(path.name)]
@@ -324,7 +324,7 @@ def _staging(target: Path, key: str | None) -> Path:
 
 
 @contextmanager
-def _locked(target: Path, output: Path) -> Iterator[None]:
+def _lock_output(target: Path, output: Path) -> Iterator[None]:
     """Hold the right to write to an output; the lock of a killed process is void.
 
     Raises:

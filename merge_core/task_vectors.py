@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_core.checkpoints.checkpoint import Checkpoint, is_finite
 from merge_core.checkpoints.members import longest_vocabulary
-from merge_core.checkpoints.vocabulary import completed, filler
+from merge_core.checkpoints.vocabulary import complete_rows, filler
 from merge_core.errors import SuiteError
 from merge_core.factors.low_rank import (
     Directions,
@@ -34,7 +34,7 @@ Origin = Literal["base", "average"]
 PIECE = 1 << 17
 
 
-class ParameterGroup:
+class TensorGroup:
     """One parameter across all chosen experts: what a merge method sees.
 
     Everything is read or computed on first use and in float32, or float64 where the weights
@@ -49,21 +49,21 @@ class ParameterGroup:
     Attributes:
         info: shape and dtype, of what is merged.
         decomposed: whether spectral methods decompose it.
-        in_by_out: whether it is stored as in x out, so that the matrices and factors of this
-            class are the transposes of a linear layer's.
+        stored_transposed: whether it is stored as in x out, so that the matrices and factors of
+            this class are the transposes of a linear layer's.
     """
 
     def __init__(self, suite: Suite, tasks: Sequence[str], name: str, store: FactorStore) -> None:
         self.name = name
         self.tasks = tuple(tasks)
-        ragged = None
+        longest = None
         if suite.spec.vocabulary == "common":
-            ragged = longest_vocabulary(name, suite.members(self.tasks))
-        self.info = ragged or suite.expert(self.tasks[0]).info(name)
+            longest = longest_vocabulary(name, suite.members(self.tasks))
+        self.info = longest or suite.expert(self.tasks[0]).info(name)
         # Factors are kept by the members' content, which does not tell how long a vocabulary is.
-        self.decomposed = ragged is None and suite.treatment(name, self.tasks[0]).decomposed
-        self.in_by_out = suite.is_in_by_out(name, self.tasks[0])
-        self._ragged = ragged is not None
+        self.decomposed = longest is None and suite.treatment(name, self.tasks[0]).decomposed
+        self.stored_transposed = suite.is_stored_transposed(name, self.tasks[0])
+        self._lengths_differ = longest is not None
         self._suite = suite
         self._store = store
         self._sums: dict[Origin, tuple[int, Tensor]] = {}
@@ -79,7 +79,7 @@ class ParameterGroup:
             SuiteError: the experts' shapes differ.
             CheckpointError: unreadable, or NaN or infinite entries.
         """
-        members = [self._whole(member) for member in self._parts]
+        members = [self._with_all_rows(member) for member in self._parts]
         if members[0].dtype.is_floating_point:
             # One pass for both: what is not finite in a member is not finite in the average.
             self.average = mean(members)
@@ -112,7 +112,7 @@ class ParameterGroup:
                 f"The suite {self._suite.name!r} names no base, which this needs. "
                 "Add 'base:' to suite.yaml, or take a method or origin about the average."
             )
-        base = self._whole(self._unchecked(self._suite.base, "base"))
+        base = self._with_all_rows(self._read_unchecked(self._suite.base, "base"))
         self._suite.base.check_finite(self.name, base)
         return base
 
@@ -179,7 +179,7 @@ class ParameterGroup:
         """
         known = self._spectra.get(origin)
         if known is None:
-            known = [self._values(origin, place) for place in range(len(self.tasks))]
+            known = [self._values(origin, index) for index in range(len(self.tasks))]
             self._spectra[origin] = known
         return known
 
@@ -196,7 +196,7 @@ class ParameterGroup:
         ranks = [k] * len(self.tasks) if isinstance(k, int) else list(k)
         known = self._truncations.get(origin)
         if known is None or max(map(Truncations.error, known, ranks)) > TOLERANCE:
-            known = [self._truncation(origin, place, rank) for place, rank in enumerate(ranks)]
+            known = [self._truncation(origin, index, rank) for index, rank in enumerate(ranks)]
             self._truncations[origin] = known
         return known
 
@@ -216,21 +216,21 @@ class ParameterGroup:
         """
         known = self._directions.get(origin)
         if known is None or known[0] not in (None, k):
-            found = [self._direct(origin, place, k) for place in range(len(self.tasks))]
+            found = [self._task_directions(origin, index, k) for index in range(len(self.tasks))]
             known = self._directions[origin] = (k, found)
         return known[1] if k is None else [each.head(k) for each in known[1]]
 
-    def _values(self, origin: Origin, place: int) -> Tensor:
-        product = self._product(origin, place)
+    def _values(self, origin: Origin, index: int) -> Tensor:
+        product = self._product(origin, index)
         if product is None:
-            return self._store.singular_values(self._matrix(origin, place))
+            return self._store.singular_values(self._matrix(origin, index))
         r = min(self.info.matrix_shape)
         return decompose_product(*product).pad(r).S.float()
 
-    def _truncation(self, origin: Origin, place: int, k: int) -> Truncations:
-        product = self._product(origin, place)
+    def _truncation(self, origin: Origin, index: int, k: int) -> Truncations:
+        product = self._product(origin, index)
         if product is None:
-            return self._store.truncations(self._matrix(origin, place), k)
+            return self._store.truncations(self._matrix(origin, index), k)
         found = decompose_product(*product)
         m, n = self.info.matrix_shape
         left, right = product if m > n else (product[1].T, product[0].T)
@@ -238,25 +238,25 @@ class ParameterGroup:
         none = torch.zeros(len(vectors))
         return Truncations(vectors, none, (m, n), lambda part: (left[part] @ right).float(), True)
 
-    def _direct(self, origin: Origin, place: int, k: int | None) -> Directions:
-        product = self._product(origin, place)
+    def _task_directions(self, origin: Origin, index: int, k: int | None) -> Directions:
+        product = self._product(origin, index)
         if product is None:
-            return self._store.directions(self._matrix(origin, place), k)
+            return self._store.directions(self._matrix(origin, index), k)
         found = decompose_product(*product)
         found = found if k is None else found.head(k)
         return Directions(found.U.float(), found.S.float(), found.V.float())
 
-    def _product(self, origin: Origin, place: int) -> tuple[Tensor, Tensor] | None:
+    def _product(self, origin: Origin, index: int) -> tuple[Tensor, Tensor] | None:
         """A task vector of an adapter as a product of thin matrices, m x q and q x n."""
         if origin == "average":
-            return self._centred_product(place)
+            return self._centred_product(index)
         if self._suite.base is None:
             _ = self.base  # raises, saying what is missing
-        return self._suite.expert(self.tasks[place]).low_rank(self.name)
+        return self._suite.expert(self.tasks[index]).low_rank(self.name)
 
-    def _matrix(self, origin: Origin, place: int) -> TaskMatrix:
+    def _matrix(self, origin: Origin, index: int) -> TaskMatrix:
         """What the store needs to know of a task vector."""
-        member = self._suite.expert(self.tasks[place])
+        member = self._suite.expert(self.tasks[index])
         if origin == "base":
             assert self._suite.base is not None
             about = self._suite.base.digest
@@ -268,11 +268,11 @@ class ParameterGroup:
             (member.digest, about, self.name),
             self.info.matrix_shape,
             torch.promote_types(torch.float32, stored),
-            partial(self._tall, origin, place),
-            lambda: resolution(as_matrix(self.members[place]), stored),
+            partial(self._tall_rows, origin, index),
+            lambda: resolution(as_matrix(self.members[index]), stored),
         )
 
-    def _centred_product(self, place: int) -> tuple[Tensor, Tensor] | None:
+    def _centred_product(self, index: int) -> tuple[Tensor, Tensor] | None:
         """C_t of adapters of one base as a product of thin matrices, left m x q and right q x n.
 
         C_t = τ_t − (1/T) Σ_s τ_s has the rank of all updates together at most; None where that is
@@ -283,11 +283,11 @@ class ParameterGroup:
         width = sum(right.shape[0] for _, right in known)
         if len(known) < len(pairs) or width >= min(self.info.matrix_shape):
             return None
-        shares = [float(s == place) - 1 / len(known) for s in range(len(known))]
+        shares = [float(s == index) - 1 / len(known) for s in range(len(known))]
         left = torch.cat([w * L for w, (L, _) in zip(shares, known, strict=True)], dim=1)
         return left, torch.cat([R for _, R in known])
 
-    def _tall(self, origin: Origin, place: int, dtype: torch.dtype, part: slice) -> Tensor:
+    def _tall_rows(self, origin: Origin, index: int, dtype: torch.dtype, part: slice) -> Tensor:
         """Rows of a task vector as a matrix, of its transpose where that is the taller.
 
         Float64 for such weights.
@@ -298,10 +298,10 @@ class ParameterGroup:
             matrix = as_matrix(tensor)
             return (matrix.T if wide else matrix)[part].to(dtype)
 
-        dtype = torch.promote_types(dtype, self.members[place].dtype)
+        dtype = torch.promote_types(dtype, self.members[index].dtype)
         # Exact: near numbers are subtracted, and the average is the point that is merged about,
         # as rounded as every weight is.
-        return rows(self.members[place]) - rows(self.origin(origin))
+        return rows(self.members[index]) - rows(self.origin(origin))
 
     def sum_of_truncations(self, origin: Origin, k: int) -> Tensor:
         """shape: Σ_t SVD_k(task vector t), kept until another k is asked for."""
@@ -331,21 +331,21 @@ class ParameterGroup:
     def _parts(self) -> list[Tensor]:
         """Each expert's own rows, not yet looked at."""
         experts = [(self._suite.expert(task), f"expert {task!r}") for task in self.tasks]
-        return [self._unchecked(*expert) for expert in experts]
+        return [self._read_unchecked(*expert) for expert in experts]
 
     @lazy
     def _filler(self) -> Tensor:
         base = self._suite.base
-        own = None if base is None else self._unchecked(base, "base")
+        own = None if base is None else self._read_unchecked(base, "base")
         return filler(self._parts, own, self.info.shape[0])
 
-    def _whole(self, value: Tensor) -> Tensor:
+    def _with_all_rows(self, value: Tensor) -> Tensor:
         """A member's tensor, with the rows of a vocabulary that it lacks."""
-        return completed(value, self._filler) if self._ragged else value
+        return complete_rows(value, self._filler) if self._lengths_differ else value
 
-    def _unchecked(self, checkpoint: Checkpoint, who: str) -> Tensor:
-        value = checkpoint.unchecked(self.name)
-        if tuple(value.shape) != self.info.shape and not self._ragged:
+    def _read_unchecked(self, checkpoint: Checkpoint, who: str) -> Tensor:
+        value = checkpoint.read_unchecked(self.name)
+        if tuple(value.shape) != self.info.shape and not self._lengths_differ:
             raise SuiteError(
                 f"Suite {self._suite.name!r}: parameter {self.name!r} has shape "
                 f"{tuple(value.shape)} in the {who} ({checkpoint.path}) but {self.info.shape} in "
@@ -372,8 +372,8 @@ def mean(members: Sequence[Tensor]) -> Tensor:
     return result
 
 
-class Groups:
-    """All parameters that the members of a suite share, one :class:`ParameterGroup` each.
+class TensorGroups:
+    """All parameters that the members of a suite share, one :class:`TensorGroup` each.
 
     Iterating holds one parameter in memory at a time, unless `keep` asks to hold them all
     (worth it for a small model that is merged again and again). Whoever takes `members` instead
@@ -387,7 +387,7 @@ class Groups:
 
     Attributes:
         members: the parameters, each tensor under one name.
-        twins: further names of the output, by the name that is merged.
+        tied_names: further names of the output, by the name that is merged.
 
     Raises:
         SuiteError: unknown tasks.
@@ -400,10 +400,10 @@ class Groups:
         self.tasks = suite.select(tasks)
         self.store = store
         self.keep = keep
-        names = suite.shared(self.tasks)
-        twins = suite.twins(self.tasks)
-        self.twins = {name: twins[name] for name in names if name in twins}
-        self.members = [ParameterGroup(suite, self.tasks, name, store) for name in names]
+        names = suite.merged_names(self.tasks)
+        tied = suite.tied_names(self.tasks)
+        self.tied_names = {name: tied[name] for name in names if name in tied}
+        self.members = [TensorGroup(suite, self.tasks, name, store) for name in names]
 
     def __len__(self) -> int:
         return len(self.members)
@@ -414,14 +414,14 @@ class Groups:
         found = {
             name: group.info.dtype.torch
             for group in self.members
-            for name in (group.name, *self.twins.get(group.name, ()))
+            for name in (group.name, *self.tied_names.get(group.name, ()))
         }
         if self.suite.base is not None:
-            for name in self.suite.kept(self.tasks):
+            for name in self.suite.kept_names(self.tasks):
                 found[name] = self.suite.base.info(name).dtype.torch
         return found
 
-    def __iter__(self) -> Iterator[ParameterGroup]:
+    def __iter__(self) -> Iterator[TensorGroup]:
         for group in self.members:
             yield group
             if not self.keep:

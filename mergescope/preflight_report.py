@@ -28,8 +28,10 @@ def print_preflight(
         full: every parameter and difference rather than one row a kind.
         timed: with an estimate of time, for which torch is imported and this machine measured.
     """
-    if report.foreign:
-        out.print(f"named in pickled files, neither imported nor run: {', '.join(report.foreign)}")
+    if report.unsafe_globals:
+        out.print(
+            f"named in pickled files, neither imported nor run: {', '.join(report.unsafe_globals)}"
+        )
     decomposed = sum(row.decomposed for row in report.plan)
     out.print(
         f"parameters: {len(report.plan)} ({decomposed} decomposed, "
@@ -73,17 +75,17 @@ def _print_cost(out: Console, report: Preflight, timed: bool) -> None:
             "cache, so that another rank or scale is quick"
         )
     if timed:
-        from merge_core.suites.estimates import TIME_NOTE, about, seconds
+        from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 
         taken = seconds(report.job)
         out.print(
-            f"time on this machine: {about(taken.entrywise)} to average, {about(taken.spectral)} "
-            f"by CART ({TIME_NOTE})"
+            f"time on this machine: {time_in_words(taken.entrywise)} to average, "
+            f"{time_in_words(taken.spectral)} by CART ({TIME_NOTE})"
         )
 
 
 def _kinds_of_differences(differences: Iterable[Difference]) -> list[list[str]]:
-    found = _grouped(((d.member, d.kind), d) for d in differences)
+    found = _group(((d.member, d.kind), d) for d in differences)
     return [
         [member, f"{rows[0].parameter} and {len(rows) - 1} more", kind, rows[0].detail]
         if len(rows) > 1
@@ -93,7 +95,7 @@ def _kinds_of_differences(differences: Iterable[Difference]) -> list[list[str]]:
 
 
 def _kinds_of_parameters(plan: Iterable[ParameterPlan]) -> list[list[str]]:
-    found = _grouped(((_treatment(r), r.reason), r) for r in plan)
+    found = _group(((_treatment(r), r.reason), r) for r in plan)
     return [
         [str(len(rows)), reason, treatment, _shapes(rows), rows[0].name]
         for (treatment, reason), rows in sorted(
@@ -105,7 +107,7 @@ def _kinds_of_parameters(plan: Iterable[ParameterPlan]) -> list[list[str]]:
 Key = TypeVar("Key", bound=Hashable)
 
 
-def _grouped(pairs: Iterable[tuple[Key, Row]]) -> dict[Key, list[Row]]:
+def _group(pairs: Iterable[tuple[Key, Row]]) -> dict[Key, list[Row]]:
     """Rows by key, in the order in which the keys first come."""
     found: dict[Key, list[Row]] = {}
     for key, row in pairs:

@@ -38,7 +38,7 @@ def split_names(text: str | None) -> list[str] | None:
     return None if text is None else [part.strip() for part in text.split(",") if part.strip()]
 
 
-def checked_split(text: str) -> Literal["val", "test"]:
+def parse_split(text: str) -> Literal["val", "test"]:
     """The name of a split.
 
     Raises:
@@ -116,7 +116,7 @@ def print_frame(target: Console, title: str, frame: pd.DataFrame) -> None:
     print_table(target, title, [str(name) for name in frame.columns], rows)
 
 
-def checked_csv(path: Path | None) -> None:
+def check_csv(path: Path | None) -> None:
     """Refuse a name that cannot become a file before anything is computed.
 
     Raises:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import streamlit as st
 
 from analysis import accuracy
-from analysis.comparison.published import published
-from analysis.comparison.run import SEEDS, Comparison, run_comparison, usable
+from analysis.comparison.published import published_results
+from analysis.comparison.run import SEEDS, Comparison, run_comparison, usable_methods
 from analysis.figures import compare as figures
 from merge_core.files import digest_of
 from merge_core.merging.recipe import Recipe
@@ -25,7 +25,7 @@ COSTS = {"seconds": "Time", "storage_mb": "Storage", "peak_mb": "Memory"}
 
 def choose(view: View) -> tuple[list[str], int]:
     """Methods and how they are set."""
-    offered = usable(view.suite, view.tasks)
+    offered = usable_methods(view.suite, view.tasks)
     quick = [name for name, method in offered.items() if method.learns is None]
     names = st.multiselect(
         "Methods",
@@ -60,7 +60,7 @@ def ranking(result: Comparison) -> None:
     if result.base is not None:
         references["base"] = result.base
     order = result.summary["label"].tolist()
-    pairs = accuracy.paired(result.hits)
+    pairs = accuracy.paired_differences(result.hits)
     charts.panel(
         charts.Chart(
             figures.method_dots(
@@ -148,7 +148,7 @@ def costs(result: Comparison) -> None:
 
 def published_figures() -> None:
     """What papers report, apart from everything measured here."""
-    frame = published()
+    frame = published_results()
     sources = {source: source[0].upper() + source[1:] for source in frame["source"].unique()}
     source = choice("Source", sources, "source")
     mine = frame[frame["source"] == source].drop(columns="source")
@@ -169,7 +169,7 @@ def page() -> None:
         "Every method on the same experts and the same test images, with what it needs and what "
         "it costs.",
     )
-    if not resources.measurable(view):
+    if not resources.is_measurable(view):
         shell.explain_no_evaluation(view)
         published_figures()
         return

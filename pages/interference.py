@@ -18,7 +18,7 @@ from analysis.spectral.interference import (
     sign_conflict,
 )
 from merge_core.factors.low_rank import as_matrix, count_directions
-from merge_core.task_vectors import Groups, Origin
+from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
 from ui.server import resources
 from ui.server.resources import View
@@ -40,7 +40,7 @@ def cosine_frame(
     key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, _view: View
 ) -> pd.DataFrame:
     """Cosines of the whole model (layer None) or of one layer."""
-    groups = Groups(_view.suite, tasks, resources.factor_store(_view.suite))
+    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
     return cosine_similarity(groups, origin, layer)
 
 
@@ -59,7 +59,7 @@ def over_rank_frame(
     """I(k) and R(k) over the offered ranks, of one layer or averaged over all."""
     if layer is not None:
         return interference_over_rank(resources.group(_view), origin, SHARES, side)
-    groups = Groups(_view.suite, tasks, resources.factor_store(_view.suite))
+    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
     return mean_over_layers(interference_over_rank(groups, origin, SHARES, side))
 
 
@@ -74,11 +74,13 @@ def angles_frame(
 @st.cache_data(max_entries=16, show_spinner="Comparing signs …")
 def sign_frame(key: str, tasks: tuple[str, ...], _view: View) -> pd.DataFrame:
     """Sign conflict of every weight matrix about the base."""
-    frame = sign_conflict(Groups(_view.suite, tasks, resources.factor_store(_view.suite)), "base")
+    frame = sign_conflict(
+        TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite)), "base"
+    )
     return frame[frame["parameter"].isin(_view.suite.matrices)]
 
 
-def compared(pairs: list[pd.DataFrame]) -> str:
+def describe_centring(pairs: list[pd.DataFrame]) -> str:
     """What centring does to the mean interference here, as measured."""
     if len(pairs) < 2:
         return "The suite names no base, so only centred task vectors can be shown."
@@ -194,7 +196,7 @@ def draw_pairs(view: View, k: int, side: Side) -> None:
             f"Each cell compares the leading {k} {side} directions of two tasks in "
             f"`{view.layer}`, weighted by their singular values: 0 means that they share none, 1 "
             "that they share all of their strength. A merge adds all tasks up, so what is shared "
-            f"is what gets mixed. {compared(pairs)}",
+            f"is what gets mixed. {describe_centring(pairs)}",
             r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\qquad S_i = "
             r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)",
         ),
@@ -212,7 +214,7 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
     where = place_of(layer)
 
     def chart(key: str, value: str, title: str, alt: str) -> charts.Chart:
-        figure = figures.over_rank(curves, value, title=title, chosen_share=share)
+        figure = figures.curves_over_rank(curves, value, title=title, chosen_share=share)
         return charts.Chart(figure, key=key, alt=alt, height=400)
 
     charts.panel(

@@ -52,7 +52,7 @@ def names(view: PoolView) -> str:
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
-def predicted(
+def predicted_frame(
     key: str,
     members: tuple[int, ...],
     who: Who,
@@ -95,7 +95,7 @@ def choose(view: PoolView, evaluator: PoolEvaluator) -> tuple[Who, What, str | N
     return who, what, layer
 
 
-def law_in_words(evaluator: PoolEvaluator, what: What, layer: str | None) -> str:
+def describe_law(evaluator: PoolEvaluator, what: What, layer: str | None) -> str:
     """What mathematics says about this choice."""
     scaled = sweep.scaled_names(evaluator.network.module, what, layer)
     degree = exact_degree(evaluator, scaled)
@@ -138,12 +138,12 @@ def scaling_section() -> None:
         work,
         at_once=True,
     )
-    st.markdown(law_in_words(evaluator, what, layer))
+    st.markdown(describe_law(evaluator, what, layer))
     if job is None:
         return
     scaled = sweep.scaled_names(evaluator.network.module, what, layer)
     m, law = choose_factor(laws(evaluator, scaled))
-    overlay = predicted(view.key, view.members, who, what, layer, law, view)
+    overlay = predicted_frame(view.key, view.members, who, what, layer, law, view)
     draw_scaling(job.result, overlay, view, who, m)
     if who != "all":
         draw_dominance(view, affine_depth(evaluator, scaled), m)

@@ -32,7 +32,7 @@ LIVE_PARAMETERS = 5_000_000
 DOWNLOAD_BYTES = 1_000_000_000
 
 
-def mergeable(view: View, method: Method) -> bool:
+def is_mergeable(view: View, method: Method) -> bool:
     """Whether a method makes one model of the chosen tasks from their weights alone."""
     return (
         (view.suite.base is not None or not method.needs_base())
@@ -42,9 +42,9 @@ def mergeable(view: View, method: Method) -> bool:
     )
 
 
-def declared(view: View) -> Recipe:
+def choose_recipe(view: View) -> Recipe:
     """Method and parameters from widgets that the declaration makes."""
-    available = [name for name, method in methods().items() if mergeable(view, method)]
+    available = [name for name, method in methods().items() if is_mergeable(view, method)]
     name = st.selectbox(
         "Method",
         available,
@@ -100,7 +100,7 @@ def references(key: str, tasks: tuple[str, ...], split: Split, _view: View) -> p
     return resources.evaluator(_view).experts(tasks, split)
 
 
-def pinned(view: View) -> Recipe | None:
+def pinned_recipe(view: View) -> Recipe | None:
     """The recipe to compare with, from the text field (and so from the link)."""
     text = st.text_input(
         "Compare with",
@@ -195,7 +195,7 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> li
     drawn = pd.concat(frames, ignore_index=True)
     charts.panel(
         charts.Chart(
-            figures.per_task(drawn, title="How well does the merged model do each task?"),
+            figures.dots_per_task(drawn, title="How well does the merged model do each task?"),
             key="per_task",
             alt="Accuracy of each task: experts, current recipe, pinned recipe",
             height=430,
@@ -217,7 +217,7 @@ def lab() -> None:
     view = shell.view()
     left, right = st.columns([1, 2], gap="large")
     with left:
-        recipe = declared(view)
+        recipe = choose_recipe(view)
         for warning in recipe.declaration.warnings(len(view.tasks), recipe.checked_parameters):
             st.warning(warning)
         st.button(
@@ -227,7 +227,7 @@ def lab() -> None:
             icon=":material/push_pin:",
             width="stretch",
         )
-        other = pinned(view)
+        other = pinned_recipe(view)
     with right:
         results: list[Result] = []
         if view.suite.can_evaluate:

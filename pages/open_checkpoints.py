@@ -11,7 +11,7 @@ from merge_core.files import digest_of
 from merge_core.hub import models as hub
 from merge_core.opening import download
 from merge_core.opening.draft import suite_text, task_name, write_suite
-from merge_core.opening.roles import drafted, drafted_suite, mistakes
+from merge_core.opening.roles import draft_suite, mistakes, open_by_headers
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.suites.suite_spec import SuiteSpec
 from ui import charts, shell
@@ -42,7 +42,7 @@ def open_suite(name: str, path: Path) -> None:
     st.switch_page(shell.page("overview"), query_params={"suite": offered})
 
 
-def undownloaded(suite: Suite, title: str = "Download", nbytes: int = 0) -> bool:
+def offer_download(suite: Suite, title: str = "Download", nbytes: int = 0) -> bool:
     """Whether members are on the hub only; offers to download them.
 
     Args:
@@ -50,7 +50,7 @@ def undownloaded(suite: Suite, title: str = "Download", nbytes: int = 0) -> bool
         title: of the job, unlike others on the page.
         nbytes: how much that is, where it is known.
     """
-    missing = download.missing(suite)
+    missing = download.missing_members(suite)
     if not missing:
         return False
     # Counted, so that what somebody removes from the cache again can be fetched again.
@@ -72,17 +72,17 @@ def undownloaded(suite: Suite, title: str = "Download", nbytes: int = 0) -> bool
 
 def waiting_suites() -> None:
     """Suites on offer whose models are still to be downloaded."""
-    for name, path in session_files.offered().items():
+    for name, path in session_files.list_offered().items():
         try:
             suite = load_suite(path)
-            if download.missing(suite):
+            if download.missing_members(suite):
                 st.subheader(f"The suite {name} is not downloaded yet", anchor=False)
-                undownloaded(suite, f"Download {name}")
+                offer_download(suite, f"Download {name}")
         except MergeScopeError:  # said where it is opened
             continue
 
 
-def keep_file(spec: SuiteSpec, path: Path) -> None:
+def offer_file(spec: SuiteSpec, path: Path) -> None:
     """A button that downloads the suite's file."""
     st.download_button(
         f"Download {FILE}",
@@ -105,8 +105,8 @@ def suite_section(collection: Collection) -> None:
     name = st.text_input(
         "Name of the suite", collection.name, key=f"name_{collection.key}", max_chars=80
     )
-    spec = drafted(found, name.strip() or collection.name, collection.preset)
-    suite = drafted_suite(spec, collection.path, found)
+    spec = draft_suite(found, name.strip() or collection.name, collection.preset)
+    suite = open_by_headers(spec, collection.path, found)
     st.subheader("What fits?", anchor=False)
     fit_section(suite)
     if spec.architecture is not None:
@@ -117,9 +117,9 @@ def suite_section(collection: Collection) -> None:
         )
     st.subheader("Open it", anchor=False)
     chosen = [each.download for each in found if each.role in ("expert", "base")]
-    if undownloaded(suite, nbytes=sum(chosen)):
+    if offer_download(suite, nbytes=sum(chosen)):
         st.markdown("Until then it can be kept as a file:")
-        keep_file(spec, collection.path)
+        offer_file(spec, collection.path)
         return
     overwrite = not collection.shown  # in the session's own folder nobody else's file is lost
     if collection.shown:
@@ -130,7 +130,7 @@ def suite_section(collection: Collection) -> None:
         label = "Open this suite"
         st.markdown("The suite is seen in this session alone, and is gone with it.")
         if not session_files.has_uploads(suite):
-            keep_file(spec, collection.path)
+            offer_file(spec, collection.path)
     if st.button(label, type="primary", icon=":material/folder_open:"):
         write_suite(spec, collection.path, overwrite)
         open_suite(spec.name, collection.path)

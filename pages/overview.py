@@ -18,7 +18,7 @@ from analysis.figures import accuracy as figures
 from analysis.outputs.inputs import load_inputs
 from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
-from merge_core.suites.estimates import TIME_NOTE, about, seconds
+from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import Preflight, preflight
 from merge_core.suites.suite import BUNDLED
 from ui import charts, shell
@@ -59,7 +59,7 @@ def sample_strip(key: str, task: str, _view: View) -> tuple[bytes, str, int, int
 
 
 @st.cache_data(max_entries=16, show_spinner="Looking up results …")
-def known_result(
+def stored_result(
     key: str, tasks: tuple[str, ...], _view: View
 ) -> tuple[Recipes, pd.DataFrame | None]:
     """The first result if it needs no forward pass, and its recipes."""
@@ -70,7 +70,7 @@ def known_result(
     return recipes, first_result(recipes, session, evaluator)
 
 
-def settings_in_words(recipes: Recipes) -> str:
+def describe_settings(recipes: Recipes) -> str:
     """The settings of the recipes that have any, and how they came about."""
     parts = []
     for title, (recipe, chosen) in recipes.items():
@@ -87,10 +87,10 @@ def settings_in_words(recipes: Recipes) -> str:
 def first_section(view: View) -> None:
     """Base, experts and three merges side by side, on the test split."""
     st.subheader("What does merging give?", anchor=False)
-    if not resources.measurable(view):
+    if not resources.is_measurable(view):
         shell.explain_no_evaluation(view)
         return
-    recipes, frame = known_result(view.key, view.tasks, view)
+    recipes, frame = stored_result(view.key, view.tasks, view)
     if frame is None:
         session, evaluator = resources.session(view), resources.evaluator(view)
         job = run_job(
@@ -119,10 +119,10 @@ def first_section(view: View) -> None:
             help=f"Mean accuracy over {len(view.tasks)} tasks on the test split; 95 % interval "
             f"{row['low']:.1%} to {row['high']:.1%}; differences in percentage points.",
         )
-    st.markdown(settings_in_words(recipes))
+    st.markdown(describe_settings(recipes))
     charts.panel(
         charts.Chart(
-            figures.per_task(frame, title="Accuracy of each task on the test split"),
+            figures.dots_per_task(frame, title="Accuracy of each task on the test split"),
             key="first_result",
             alt="Accuracy per task of base, average, Task Arithmetic, CART and experts",
             height=470,
@@ -171,8 +171,8 @@ def preflight_report(report: Preflight) -> None:
     if not report.blocking:
         taken = seconds(report.job)
         time = (
-            f" On this machine, when it is quiet, averaging takes {about(taken.entrywise)}, CART "
-            f"{about(taken.spectral)} ({TIME_NOTE})."
+            f" On this machine, when it is quiet, averaging takes "
+            f"{time_in_words(taken.entrywise)}, CART {time_in_words(taken.spectral)} ({TIME_NOTE})."
         )
     less = ""
     if report.entrywise_bytes < report.memory_bytes:

@@ -41,13 +41,13 @@ MEASUREMENTS = {
 
 
 @st.cache_data(max_entries=16, show_spinner="Measuring the classifiers …")
-def over_decay(key: str, _evaluator: PoolEvaluator) -> pd.DataFrame:
+def measure_over_decay(key: str, _evaluator: PoolEvaluator) -> pd.DataFrame:
     """What weight decay does to templates."""
     return templates.decay_frame(_evaluator)
 
 
 @st.cache_data(max_entries=16, show_spinner="Measuring the snapshots …")
-def over_training(key: str, _evaluator: PoolEvaluator) -> pd.DataFrame:
+def measure_over_training(key: str, _evaluator: PoolEvaluator) -> pd.DataFrame:
     """What training time does to templates."""
     return templates.training_frame(_evaluator)
 
@@ -148,7 +148,7 @@ def classifier_section() -> None:
     """Templates beside class means; weight decay and training time."""
     pools = {
         pool.title: pool
-        for pool in pool_resources.described_pools().values()
+        for pool in pool_resources.describe_pools().values()
         if pool.spec.architecture.name == "linear"
     }
     if not pools:
@@ -319,7 +319,7 @@ def chart_measurement(classifier: Classifier) -> charts.Chart | None:
     axes = {"weight_decay": "Over weight decay", "epoch": "Over training"}
     axis = choice("Drawn", axes, "over")
     try:
-        measure = over_training if axis == "epoch" else over_decay
+        measure = measure_over_training if axis == "epoch" else measure_over_decay
         measured = measure(classifier.key, classifier.evaluator)
     except PoolError as error:
         st.info(str(error))
@@ -341,4 +341,4 @@ charts.heading(
     "they show depends on weight decay and training time, and it is what averaging mixes.",
 )
 classifier_section()
-filters.deeper_section()
+filters.filters_section()

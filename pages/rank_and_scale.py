@@ -16,9 +16,9 @@ from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
     Selection,
     SelectionOptions,
-    known_selection,
     select_rank,
-    selectable,
+    selectable_methods,
+    stored_selection,
     task_curves,
 )
 from analysis.rank_selection.space import search_space
@@ -57,7 +57,7 @@ EVERY_NOTE = (
 
 def choose(view: View) -> tuple[str, Mode, bool]:
     """Method, what may be looked at, and how thoroughly."""
-    offered = selectable(view.suite, view.tasks)
+    offered = selectable_methods(view.suite, view.tasks)
     if not view.suite.can_evaluate:
         offered = {name: title for name, title in offered.items() if name in PROPORTIONAL}
     left, middle, right = st.columns([3, 5, 2])
@@ -98,7 +98,7 @@ def choose(view: View) -> tuple[str, Mode, bool]:
 
 
 @st.cache_resource(max_entries=32, show_spinner="Looking up what is known …")
-def stored(
+def stored_choice(
     key: str,
     tasks: tuple[str, ...],
     method: str,
@@ -113,7 +113,7 @@ def stored(
         return None
     space = search_space(method, _view.name, tasks)
     options = SelectionOptions(mode, full_grid, every_proxy)
-    return known_selection(space, session, evaluator_of(_view), options)
+    return stored_selection(space, session, evaluator_of(_view), options)
 
 
 @st.cache_data(max_entries=16, show_spinner="Following the rules over the rank …")
@@ -128,11 +128,11 @@ def evaluator_of(view: View) -> Evaluator | None:
     return resources.evaluator(view) if view.suite.can_evaluate else None
 
 
-def obtained(
+def find_selection(
     view: View, method: str, mode: Mode, full_grid: bool, every_proxy: bool = False
 ) -> Selection | None:
     """The selection, or None while it has still to be found (and offers that)."""
-    known = stored(view.key, view.tasks, method, mode, full_grid, every_proxy, view)
+    known = stored_choice(view.key, view.tasks, method, mode, full_grid, every_proxy, view)
     if known is not None:
         return known
     session, evaluator = resources.session(view), evaluator_of(view)
@@ -152,7 +152,7 @@ def obtained(
     )
     if job is None:
         return None
-    stored.clear()
+    stored_choice.clear()
     found: Selection = job.result
     return found
 
@@ -219,7 +219,7 @@ def interval(mean: pd.Series) -> str:
     return f"{100 * mean['low']:.1f} to {100 * mean['high']:.1f} %"
 
 
-def take(view: View, selection: Selection) -> None:
+def offer_selection(view: View, selection: Selection) -> None:
     """What to do with it: open it in the Merge lab, download its recipe; what it costs."""
     left, middle, right = st.columns([3, 2, 6], vertical_alignment="center")
     left.page_link(
@@ -267,8 +267,8 @@ def curve_and_map(selection: Selection, view: View) -> None:
     """The section of settings, with the curve about the other origin where that is known."""
     method, mode = SISTER.get(selection.recipe.method), selection.mode
     other = None
-    if method in selectable(view.suite, view.tasks) and mode == "labels":
-        other = stored(view.key, view.tasks, method, mode, selection.full_grid, False, view)
+    if method in selectable_methods(view.suite, view.tasks) and mode == "labels":
+        other = stored_choice(view.key, view.tasks, method, mode, selection.full_grid, False, view)
     if view.suite.can_evaluate and st.toggle(
         "Mark every rule's pick",
         key="marks",
@@ -276,21 +276,21 @@ def curve_and_map(selection: Selection, view: View) -> None:
         help="Rules that read weights are marked anyway; those that read inputs take a search "
         "each.",
     ):
-        selection = with_every_pick(selection, view)
+        selection = add_every_pick(selection, view)
     settings_section(selection, other, view)
 
 
-def with_every_pick(selection: Selection, view: View) -> Selection:
+def add_every_pick(selection: Selection, view: View) -> Selection:
     """The selection with the picks of rules that read inputs, once they have been found."""
     method, mode = selection.recipe.method, selection.mode
-    return obtained(view, method, mode, selection.full_grid, every_proxy=True) or selection
+    return find_selection(view, method, mode, selection.full_grid, every_proxy=True) or selection
 
 
 @shell.fragment
 def proxies(selection: Selection, view: View) -> None:
     """Every proxy on the rank axis, and what each picks."""
     if view.suite.can_evaluate:
-        selection = with_every_pick(selection, view)
+        selection = add_every_pick(selection, view)
     curves = curves_over_rank(view.key, view.tasks, selection.recipe.method, view)
     measured = selection.curve if selection.space.ranks else selection.curve.iloc[:0]
     over_rank, picked = None, None
@@ -368,13 +368,13 @@ def page() -> None:
     method, mode, full_grid = choose(view)
     for warning in get_method(method).warnings(len(view.tasks), None):
         st.warning(warning)
-    selection = obtained(view, method, mode, full_grid)
+    selection = find_selection(view, method, mode, full_grid)
     if selection is None:
         st.subheader("What the rules have lost so far", anchor=False)
         evidence_section(method)
         return
     answer(selection)
-    take(view, selection)
+    offer_selection(view, selection)
     # Only what is looked at is computed and sent.
     tabs = st.tabs(list(TABS), key="show", bind="query-params")
     for tab, draw in zip(tabs, TABS.values(), strict=True):

@@ -10,7 +10,7 @@ import streamlit as st
 from analysis.figures import spectra as figures
 from analysis.spectral.spectra import Part, cuts, parts_of, spectral_summary, spectrum
 from merge_core.checkpoints.parameter_roles import describe
-from merge_core.task_vectors import Groups, Origin
+from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
 from ui.server import resources
 from ui.server.resources import View
@@ -50,7 +50,7 @@ def summary_frame(
     key: str, tasks: tuple[str, ...], origin: Origin, apart: bool, _view: View
 ) -> pd.DataFrame:
     """Scalars of all layers and tasks."""
-    groups = Groups(_view.suite, tasks, resources.factor_store(_view.suite))
+    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
     return spectral_summary(groups, origin, apart=apart)
 
 
@@ -61,7 +61,7 @@ def has_fused(view: View) -> bool:
 
 
 def open_cell(cell: Sequence[str]) -> None:
-    """A click on the map opens that layer (the sidebar's selectbox is its keyboard twin).
+    """A click on the map opens that layer (by keyboard, the sidebar's selectbox does).
 
     The selectbox stands outside the fragment, so the whole page has to run again: see
     :data:`CLICKED`.

@@ -25,7 +25,7 @@ shell.enter()
 
 
 @st.cache_data(max_entries=64, show_spinner="Running the members and their soups …")
-def over_members(
+def frame_over_members(
     key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
 ) -> pd.DataFrame:
     """Accuracy of every rule for the first n members."""
@@ -66,7 +66,7 @@ def at(frame: pd.DataFrame, rule: str) -> pd.Series:
     return frame[(frame["n"] == frame["n"].max()) & (frame["rule"] == rule)].iloc[0]
 
 
-def in_words(frame: pd.DataFrame, chance: float) -> str:
+def describe_accuracies(frame: pd.DataFrame, chance: float) -> str:
     """What the accuracies of all members say, in a sentence or two."""
     single, soup = at(frame, "individuals"), at(frame, "uniform_soup")
     ensemble = at(frame, "logit_ensemble")
@@ -100,10 +100,10 @@ def rules_section() -> None:
     """Accuracy of each rule, over the number of members, against its cost, and why."""
     view = shell.pool_view()
     split, statistics = choose(view)
-    frame = over_members(view.key, view.members, split, statistics, view)
+    frame = frame_over_members(view.key, view.members, split, statistics, view)
     chance = 1 / len(pool_resources.evaluator(view).class_names)
     draw_cards(frame, split)
-    st.markdown(in_words(frame, chance))
+    st.markdown(describe_accuracies(frame, chance))
     draw_rules(frame, chance, split, view)
     draw_costs(
         frame, chance, agreement_frame(view.key, view.members, split, statistics, view), view

@@ -121,7 +121,7 @@ def _master() -> tempfile.TemporaryDirectory[str]:
     return folder
 
 
-def evaluable(folder: Path) -> Suite:
+def copy_evaluable(folder: Path) -> Suite:
     """A fresh copy of the suite of :func:`write_evaluable`, free to be edited."""
     shutil.copytree(_master().name, folder)
     return load_suite(folder)

@@ -54,7 +54,7 @@ def files_of(state: Mapping[str, Tensor]) -> dict[str, bytes]:
     }
 
 
-def sharded(state: Mapping[str, Tensor]) -> dict[str, bytes]:
+def shard_files(state: Mapping[str, Tensor]) -> dict[str, bytes]:
     """The same model in two shards with an index."""
     names = list(state)
     parts = {SHARDS[0]: names[:1], SHARDS[1]: names[1:]}

@@ -85,7 +85,7 @@ def write_pool(
         if spread is None:
             state = fresh_state(pool, seed + 1 + i)
         else:
-            state = {name: moved(value, spread) for name, value in start.items()}
+            state = {name: perturb(value, spread) for name, value in start.items()}
         save_file(change(i, state) if change else state, folder / f"{i}.safetensors")
     return pool
 
@@ -106,7 +106,7 @@ def fresh_state(pool: Pool, seed: int) -> dict[str, Tensor]:
     return state
 
 
-def moved(value: Tensor, spread: float) -> Tensor:
+def perturb(value: Tensor, spread: float) -> Tensor:
     """A tensor with relative noise; counters and variances keep their meaning."""
     if not value.is_floating_point():
         return value.clone()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from merge_core.opening.presets import Preset
 from merge_core.suites.suite_spec import SuiteSpec
-from tests.merge_core.checkpoints.pickled.pickled_files import importable
+from tests.merge_core.checkpoints.pickled.pickled_files import make_importable
 from tests.stand_in_data import CLASSES, SIZE, WRITERS, snapshot
 
 PATCH, WIDTH, PROJECTED = 16, 32, 16
@@ -57,7 +57,7 @@ TOKENS = 24
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,!:\"-'"
 
 
-def shrunk(spec: SuiteSpec) -> SuiteSpec:
+def shrink(spec: SuiteSpec) -> SuiteSpec:
     """A preset's suite with the sizes of the stand-ins in place of the published ones."""
     document = spec.model_dump(mode="json", exclude_unset=True)
     architecture = document["architecture"]
@@ -88,7 +88,7 @@ def write_stand_ins(preset: Preset, hub: Path, folder: Path, seed: int = 0) -> N
             WRITERS[expert.data.kind](expert, hub, folder, rng)
 
 
-def offline(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
+def go_offline(monkeypatch: pytest.MonkeyPatch, folder: Path) -> Path:
     """Make a folder the cache of the hub, which cannot be reached; returns the models' place."""
     hub = folder / "hub"
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(hub))
@@ -106,7 +106,7 @@ def at(hub: Path, reference: str) -> Path:
     return path
 
 
-def moved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def perturb(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weights a little away from others, as fine-tuning leaves them."""
     return {
         name: value + 0.02 * torch.randn_like(value) if value.is_floating_point() else value
@@ -138,7 +138,7 @@ def _fusion_bench(spec: SuiteSpec, hub: Path) -> None:
     vision = {name: value for name, value in base.items() if name.startswith("vision_model.")}
     for expert in spec.experts.values():
         path = at(hub, expert.weights)
-        save_file(moved(vision), path)
+        save_file(perturb(vision), path)
         CLIPVisionConfig(**VISION).save_pretrained(path.parent)
 
 
@@ -171,10 +171,10 @@ def _tall_masks(spec: SuiteSpec, hub: Path) -> None:
     assert spec.base is not None
     torch.save(OrderedDict(base), at(hub, spec.base))
     for expert in spec.experts.values():
-        torch.save(OrderedDict(moved(base)), at(hub, expert.weights))
+        torch.save(OrderedDict(perturb(base)), at(hub, expert.weights))
         assert expert.head is not None
         assert not isinstance(expert.head, str)
-        with importable("src.models.modeling", ClassificationHead=ClassificationHead):
+        with make_importable("src.models.modeling", ClassificationHead=ClassificationHead):
             torch.save(ClassificationHead(), at(hub, expert.head.file or ""))
 
 
@@ -208,7 +208,7 @@ def _glue(spec: SuiteSpec, hub: Path) -> None:
     for task, expert in spec.experts.items():
         configuration.num_labels = {"mnli": 3, "stsb": 1}.get(task, 2)
         state = labelled(configuration).state_dict()
-        trained = moved({name: common.get(name, value) for name, value in state.items()})
+        trained = perturb({name: common.get(name, value) for name, value in state.items()})
         path = at(hub, expert.weights)
         if path.suffix == ".bin":
             torch.save(OrderedDict(trained), path)

@@ -11,7 +11,7 @@ import torch
 from merge_core.errors import SuiteError
 
 
-def squared(item: int) -> tuple[int, int]:
+def square(item: int) -> tuple[int, int]:
     """The square, and the number of torch threads that it was computed with."""
     return item * item, torch.get_num_threads()
 

@@ -172,10 +172,10 @@ def run() -> None:
     entry = next(entry for entry in PAGES if entry.title == page.title)
     st.session_state[RUNNING] = True
     try:
-        _in_words(lambda: _run_page(page, entry))
+        _explain_errors(lambda: _run_page(page, entry))
     finally:
         st.session_state[RUNNING] = False
-        garbage.spare()
+        garbage.freeze_objects()
 
 
 def enter() -> None:
@@ -202,14 +202,14 @@ def fragment(function: Callable[..., None] | None = None, *, run_every: float | 
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
         @wraps(body)
-        def guarded(*args: Any, **kwargs: Any) -> None:
+        def run_guarded(*args: Any, **kwargs: Any) -> None:
             try:
-                _in_words(lambda: body(*args, **kwargs))
+                _explain_errors(lambda: body(*args, **kwargs))
             finally:
                 if not st.session_state.get(RUNNING):  # else the shell's own run does it
-                    garbage.spare()
+                    garbage.freeze_objects()
 
-        return st.fragment(guarded, run_every=run_every)
+        return st.fragment(run_guarded, run_every=run_every)
 
     return decorate if function is None else decorate(function)
 
@@ -223,7 +223,7 @@ def _run_page(page: Any, entry: PageEntry) -> None:
     page.run()
 
 
-def _in_words(body: Callable[[], None]) -> None:
+def _explain_errors(body: Callable[[], None]) -> None:
     """Run a body; what goes wrong becomes a sentence on the page, never a traceback."""
     try:
         body()

@@ -16,7 +16,7 @@ def choose_suite() -> View:
     """Suite, tasks and layer, kept across pages and in the link."""
     name = st.selectbox(
         "Suite",
-        list(session_files.offered()),
+        list(session_files.list_offered()),
         key="suite",
         bind="query-params",
         help="Experts fine-tuned from one base. The page Open checkpoints adds your own.",
@@ -54,18 +54,18 @@ def choose_pool(opened: str) -> PoolView:
     Args:
         opened: the pool that is chosen at first, where it is on offer.
     """
-    pools = pool_resources.described_pools()
+    pools = pool_resources.describe_pools()
     if not pools:
         st.warning("There is no pool. Build one with `mergescope pool build`.")
         st.stop()
-    groups = grouped(pools)
+    groups = group_pools(pools)
     label = st.selectbox(
         "Pool",
         list(groups),
         index=next((i for i, starts in enumerate(groups.values()) if opened in starts.values()), 0),
         key="pool",
         bind="query-params",
-        on_change=all_members,
+        on_change=choose_all_members,
         help="Models of one architecture trained on one task. Start with "
         "`mergescope app my/pool.yaml` to see your own.",
     )
@@ -96,12 +96,12 @@ def choose_pool(opened: str) -> PoolView:
     return PoolView(name, key, pool, pool.select(chosen))
 
 
-def all_members() -> None:
+def choose_all_members() -> None:
     """Another pool has other members: choose all of them again."""
     st.session_state.pop("members", None)
 
 
-def grouped(pools: Mapping[str, Pool]) -> dict[str, dict[str, str]]:
+def group_pools(pools: Mapping[str, Pool]) -> dict[str, dict[str, str]]:
     """Pools by task and architecture, then by where their training began.
 
     Args:

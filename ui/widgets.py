@@ -23,7 +23,7 @@ def share_label(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def shares_with(key: str) -> list[float]:
+def shares_including(key: str) -> list[float]:
     """:data:`SHARES` and the share that the link gives, which may be any."""
     asked = st.query_params.get(key, "").removesuffix("%")
     try:
@@ -62,7 +62,7 @@ def share_slider(label: str, key: str, help: str, default: float = 0.08) -> floa
     return float(
         st.select_slider(
             label,
-            shares_with(key),
+            shares_including(key),
             value=default,
             format_func=share_label,
             key=key,

@@ -14,7 +14,7 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
 from analysis.averaging.ensembles import rule_logits
-from analysis.averaging.gaps import by_image, sampled
+from analysis.averaging.gaps import frame_by_image, sample_indices
 from analysis.averaging.soups import uniform_soup
 from analysis.networks.stateless import State
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
@@ -42,7 +42,7 @@ def predicted_gap(
         evaluator: of the pool.
         members: member numbers.
         split: which images.
-        limit: so many of them (see :func:`analysis.averaging.gaps.sampled`).
+        limit: so many of them (see :func:`analysis.averaging.gaps.sample_indices`).
         progress: told after each member.
 
     Returns:
@@ -62,18 +62,18 @@ def predicted_gap(
     """
     soup = rule_logits(evaluator, members, "uniform_soup", split)
     measured = soup - rule_logits(evaluator, members, "logit_ensemble", split)
-    places = sampled(len(measured), limit)
-    images = evaluator.images(split)[places]
-    centre = _floating(uniform_soup(evaluator, members))
-    total = torch.zeros(len(places), measured.shape[1], dtype=torch.float64)
+    indices = sample_indices(len(measured), limit)
+    images = evaluator.images(split)[indices]
+    centre = _floating_tensors(uniform_soup(evaluator, members))
+    total = torch.zeros(len(indices), measured.shape[1], dtype=torch.float64)
     for done, member in enumerate(members, start=1):
-        own = _floating(evaluator.weights(member))
+        own = _floating_tensors(evaluator.weights(member))
         step = {name: own[name] - value for name, value in centre.items()}
         total += second_derivative(evaluator.network.module, centre, step, images)
         if progress is not None:
             progress.step(done, len(members), f"curvature towards member {member}")
-    values = {"measured": measured[places], "predicted": -total / (2 * len(members))}
-    return by_image(places, values)
+    values = {"measured": measured[indices], "predicted": -total / (2 * len(members))}
+    return frame_by_image(indices, values)
 
 
 def gap_summary(frame: pd.DataFrame) -> pd.DataFrame:
@@ -149,7 +149,7 @@ def second_derivative(module: nn.Module, centre: State, step: State, images: Ten
         return torch.cat([second(batch) for batch in images.split(BATCH)])
 
 
-def _floating(state: State) -> dict[str, Tensor]:
+def _floating_tensors(state: State) -> dict[str, Tensor]:
     return {name: value for name, value in state.items() if value.is_floating_point()}
 
 

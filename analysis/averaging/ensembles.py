@@ -19,9 +19,9 @@ from analysis.accuracy import wilson_interval
 from analysis.averaging.soups import (
     UNDECIDED,
     Statistics,
-    by_validation,
     greedy_soup,
-    predicted,
+    predict_classes,
+    rank_by_validation,
     soup_outputs,
 )
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
@@ -151,16 +151,16 @@ def rule_logits(
         for member in members:
             sums.add(member)
         return sums.logits(rule)
-    used = _models_used(evaluator, members, rule, statistics)
+    used = _members_of_rule(evaluator, members, rule, statistics)
     return soup_outputs(evaluator, used, split, statistics).logits.double()
 
 
-def _models_used(
+def _members_of_rule(
     evaluator: PoolEvaluator, members: Sequence[int], rule: Rule, statistics: Statistics
 ) -> tuple[int, ...]:
     """The members that a rule's predictions rest on."""
     if rule == "best_individual":
-        return (by_validation(evaluator, members)[0][0],)
+        return (rank_by_validation(evaluator, members)[0][0],)
     if rule == "greedy_soup":
         return greedy_soup(evaluator, members, statistics)[0]
     return tuple(members)
@@ -264,13 +264,13 @@ def _frame(
     labels = evaluator.labels(split)
     rows = []
     for rule in rules:
-        used = _models_used(evaluator, members, rule, statistics)
+        used = _members_of_rule(evaluator, members, rule, statistics)
         if rule == "individuals":
-            each = np.stack([predicted(evaluator.member(m, split).logits) for m in members])
+            each = np.stack([predict_classes(evaluator.member(m, split).logits) for m in members])
         elif rule in ENSEMBLES:
-            each = predicted(sums.logits(rule))[None]
+            each = predict_classes(sums.logits(rule))[None]
         else:
-            each = predicted(soup_outputs(evaluator, used, split, statistics).logits)[None]
+            each = predict_classes(soup_outputs(evaluator, used, split, statistics).logits)[None]
         hits = (each == labels).sum(axis=1)
         correct = float(hits.mean())
         low, high = wilson_interval(np.array(correct), np.array(len(labels)))
@@ -317,10 +317,10 @@ def agreement(
         >>> frame["first"].unique().tolist(), frame["agreement"].unique().tolist()
         (['member 0', 'uniform soup', 'logit ensemble'], [1.0])
     """
-    classes = {f"member {m}": predicted(evaluator.member(m, split).logits) for m in members}
+    classes = {f"member {m}": predict_classes(evaluator.member(m, split).logits) for m in members}
     for rule in ("uniform_soup", "logit_ensemble"):
         joint = rule_logits(evaluator, members, rule, split, statistics)
-        classes[RULES[rule]] = predicted(joint)
+        classes[RULES[rule]] = predict_classes(joint)
     labels = evaluator.labels(split)
     rows = []
     for first, a in classes.items():

@@ -71,7 +71,7 @@ def covariance_summary(
     whole = rule_logits(evaluator, members, "logit_ensemble", split)
     averaged = rule_logits(evaluator, members, "feature_ensemble_averaged_head", split)
     term = covariance_term(evaluator, members, split)
-    row = _compared(term, whole, averaged)
+    row = _measure_difference(term, whole, averaged)
     finite = torch.isfinite(whole - averaged - term).all(dim=1)
     left = (whole - averaged - term)[finite]
     row["deviation"] = float(left.abs().max()) if len(left) else np.nan
@@ -90,7 +90,7 @@ def covariance_frame(
         evaluator: of the pool.
         members: member numbers.
         split: which images.
-        limit: so many of them (see :func:`sampled`).
+        limit: so many of them (see :func:`sample_indices`).
 
     Returns:
         One row per image and class: image (its place in the split), class, logit_ensemble,
@@ -109,14 +109,14 @@ def covariance_frame(
     whole = rule_logits(evaluator, members, "logit_ensemble", split)
     averaged = rule_logits(evaluator, members, "feature_ensemble_averaged_head", split)
     term = covariance_term(evaluator, members, split)
-    places = sampled(len(whole), limit)
+    indices = sample_indices(len(whole), limit)
     values = {
         "logit_ensemble": whole,
         "averaged_head": averaged,
         "measured": whole - averaged,
         "predicted": term,
     }
-    return by_image(places, {name: value[places] for name, value in values.items()})
+    return frame_by_image(indices, {name: value[indices] for name, value in values.items()})
 
 
 def gap_to_ensemble(
@@ -145,10 +145,12 @@ def gap_to_ensemble(
     """
     soup = rule_logits(evaluator, members, "uniform_soup", split, statistics)
     whole = rule_logits(evaluator, members, "logit_ensemble", split)
-    return pd.DataFrame([_compared(soup - whole, whole, soup)])
+    return pd.DataFrame([_measure_difference(soup - whole, whole, soup)])
 
 
-def _compared(difference: Tensor, reference: Tensor, other: Tensor) -> dict[str, float | int]:
+def _measure_difference(
+    difference: Tensor, reference: Tensor, other: Tensor
+) -> dict[str, float | int]:
     """Size of a difference of logits, and the share of predictions that it changes."""
     finite = (torch.isfinite(reference) & torch.isfinite(other)).all(dim=1)
     difference, size = difference[finite], reference[finite].square().mean().sqrt()
@@ -164,7 +166,7 @@ def _compared(difference: Tensor, reference: Tensor, other: Tensor) -> dict[str,
     }
 
 
-def sampled(count: int, limit: int) -> Tensor:
+def sample_indices(count: int, limit: int) -> Tensor:
     """Places of at most `limit` of `count` images, drawn once for all and sorted.
 
     Drawn, because the images may be sorted by class.
@@ -177,11 +179,11 @@ def sampled(count: int, limit: int) -> Tensor:
     return drawn.sort().values
 
 
-def by_image(places: Tensor, values: dict[str, Tensor]) -> pd.DataFrame:
+def frame_by_image(indices: Tensor, values: dict[str, Tensor]) -> pd.DataFrame:
     """A row per image and class from tensors images x classes.
 
     Args:
-        places: the images' places in their split.
+        indices: the images' places in their split.
         values: column to tensor.
 
     Example:
@@ -191,7 +193,7 @@ def by_image(places: Tensor, values: dict[str, Tensor]) -> pd.DataFrame:
     images, classes = next(iter(values.values())).shape
     return pd.DataFrame(
         {
-            "image": np.repeat(places.numpy(), classes),
+            "image": np.repeat(indices.numpy(), classes),
             "class": np.tile(np.arange(classes), images),
             **{name: value.flatten().numpy() for name, value in values.items()},
         }

@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from analysis.averaging.gaps import sampled
+from analysis.averaging.gaps import sample_indices
 from analysis.networks.plain import PlainNetwork
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.executors.base import one_thread
@@ -43,8 +43,8 @@ def layers_of(evaluator: PoolEvaluator) -> tuple[str, ...]:
         inner = [str(entry["module"]) for entry in getattr(module, "feature_info", ())]
     known = {name for name, _ in module.named_modules()} - {evaluator.network.head_name}
     inner = [name for name in inner if name in known]
-    places = np.linspace(0, len(inner) - 1, min(len(inner), MOST_INNER)).round().astype(int)
-    return (*(inner[i] for i in places), FEATURES, LOGITS)
+    indices = np.linspace(0, len(inner) - 1, min(len(inner), MOST_INNER)).round().astype(int)
+    return (*(inner[i] for i in indices), FEATURES, LOGITS)
 
 
 def centred_gram(activations: Tensor) -> Tensor:
@@ -91,7 +91,7 @@ def cka_frame(
         evaluator: of the pool.
         members: member numbers.
         split: which images.
-        limit: so many of them (see :func:`analysis.averaging.gaps.sampled`).
+        limit: so many of them (see :func:`analysis.averaging.gaps.sample_indices`).
         progress: told after each member.
 
     Returns:
@@ -109,13 +109,13 @@ def cka_frame(
         >>> itself["cka"].round(3).unique().tolist()
         [1.0]
     """
-    places = sampled(len(evaluator.labels(split)), limit)
-    images = evaluator.images(split)[places]
+    indices = sample_indices(len(evaluator.labels(split)), limit)
+    images = evaluator.images(split)[indices]
     layers = layers_of(evaluator)
 
     def grams_of(member: int) -> list[Tensor]:
         outputs = evaluator.member(member, split)
-        held = {FEATURES: outputs.features[places], LOGITS: outputs.logits[places]}
+        held = {FEATURES: outputs.features[indices], LOGITS: outputs.logits[indices]}
         held |= _activations(evaluator, member, [n for n in layers if n not in held], images)
         return [centred_gram(held[layer]) for layer in layers]
 

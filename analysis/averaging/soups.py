@@ -137,7 +137,7 @@ def has_batchnorm(evaluator: PoolEvaluator) -> bool:
 
 
 @torch.no_grad()
-def reestimated(evaluator: PoolEvaluator, weights: State) -> dict[str, Tensor]:
+def reestimate_batchnorm(evaluator: PoolEvaluator, weights: State) -> dict[str, Tensor]:
     """The same weights with BatchNorm statistics computed anew on the pool's training images.
 
     Only the BatchNorm layers run in training mode. Each batch weighs alike (batches are as even
@@ -195,7 +195,7 @@ def soup_weights(
     """The uniform soup with its BatchNorm statistics averaged or re-estimated.
 
     Raises:
-        MergeScopeError: as :func:`uniform_soup` and :func:`reestimated`.
+        MergeScopeError: as :func:`uniform_soup` and :func:`reestimate_batchnorm`.
 
     Example:
         >>> from merge_core.suites.pool import load_pool
@@ -204,7 +204,7 @@ def soup_weights(
         (10, 64)
     """
     weights = uniform_soup(evaluator, members)
-    return reestimated(evaluator, weights) if statistics == "reestimate" else weights
+    return reestimate_batchnorm(evaluator, weights) if statistics == "reestimate" else weights
 
 
 def soup_outputs(
@@ -244,7 +244,7 @@ def soup_outputs(
     )
 
 
-def predicted(logits: Tensor) -> np.ndarray:
+def predict_classes(logits: Tensor) -> np.ndarray:
     """Predicted classes (int64, N); :data:`UNDECIDED` where a logit is not finite.
 
     Args:
@@ -268,10 +268,10 @@ def accuracy_of(evaluator: PoolEvaluator, logits: Tensor, split: PoolSplit) -> f
         >>> accuracy_of(evaluator, evaluator.member(0, "test").logits, "test") > 0.8
         True
     """
-    return float(np.mean(predicted(logits) == evaluator.labels(split)))
+    return float(np.mean(predict_classes(logits) == evaluator.labels(split)))
 
 
-def by_validation(evaluator: PoolEvaluator, members: Sequence[int]) -> list[tuple[int, float]]:
+def rank_by_validation(evaluator: PoolEvaluator, members: Sequence[int]) -> list[tuple[int, float]]:
     """Members with their accuracy on the validation split, best first, ties by number.
 
     Raises:
@@ -325,7 +325,7 @@ def greedy_soup(
     kept: tuple[int, ...] = ()
     best = -1.0
     rows = []
-    for step, (member, own) in enumerate(by_validation(evaluator, members), start=1):
+    for step, (member, own) in enumerate(rank_by_validation(evaluator, members), start=1):
         candidate = (*kept, member)
         logits = soup_outputs(evaluator, candidate, "val", statistics).logits
         accuracy = accuracy_of(evaluator, logits, "val")
@@ -362,7 +362,7 @@ def mean_norms(evaluator: PoolEvaluator, members: Sequence[int]) -> dict[str, fl
 
 
 @one_thread()
-def norm_restored(weights: State, norms: Mapping[str, float]) -> dict[str, Tensor]:
+def restore_norms(weights: State, norms: Mapping[str, float]) -> dict[str, Tensor]:
     """Weights with each tensor rescaled to a given norm: a soup of the members' magnitude.
 
     Args:

@@ -77,11 +77,11 @@ def cost(
     path = cache_dir() / "costs" / f"{_key(recipe, session)}.json"
     with suppress(OSError, ValueError, TypeError):
         return Cost(**json.loads(path.read_text()))
-    runs = [_measured(recipe, session, evaluator, progress)]
+    runs = [_measure(recipe, session, evaluator, progress)]
     # What was learnt is kept by the evaluator, so that a second time would not be a cold one.
     if recipe.declaration.learns is None:
         while len(runs) < REPEATS and runs[0][0] < SHORT_SECONDS:
-            runs.append(_measured(recipe, session, evaluator, progress))
+            runs.append(_measure(recipe, session, evaluator, progress))
     seconds, peaks = zip(*runs, strict=True)
     result = Cost(min(seconds), max(peaks), storage_bytes(recipe, session) / 1e6)
     with suppress(OSError, OutputError):
@@ -96,7 +96,7 @@ def _key(recipe: Recipe, session: MergeSession) -> str:
     return digest_of(RULE, recipe.digest(suite), str(THREADS), *data)
 
 
-def _measured(
+def _measure(
     recipe: Recipe, session: MergeSession, evaluator: Evaluator, progress: Progress | None
 ) -> tuple[float, float]:
     """Seconds and peak (MB) of one merge from cold."""
@@ -118,7 +118,7 @@ def _measured(
         with _peak() as peak:
             start = time.thread_time()
             with one_thread(workers=THREADS):
-                learned = evaluator.learned(recipe, cold, progress)
+                learned = evaluator.learn(recipe, cold, progress)
                 for one in asked:
                     cold.merge(recipe, progress, one, learned)
             seconds = time.thread_time() - start

@@ -15,7 +15,7 @@ from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
 
 
-def suggested(
+def suggest_recipe(
     method: str, suite: str, session: MergeSession, evaluator: Evaluator
 ) -> tuple[Recipe, bool]:
     """A method's recipe at the best setting known, else at its defaults.
@@ -48,7 +48,7 @@ def suggested(
 def first_recipes(
     suite: str, session: MergeSession, evaluator: Evaluator
 ) -> dict[str, tuple[Recipe, bool]]:
-    """Average, Task Arithmetic (where there is a base) and CART, each as :func:`suggested`.
+    """Average, Task Arithmetic (where there is a base) and CART, each as :func:`suggest_recipe`.
 
     Returns:
         Title to recipe and whether its setting was chosen on the validation split.
@@ -62,8 +62,8 @@ def first_recipes(
     average = make_recipe({"suite": suite, "tasks": session.groups.tasks, "method": "average"})
     recipes = {"Weight average": (average, True)}
     if session.suite.base is not None:
-        recipes["Task Arithmetic"] = suggested("task_arithmetic", suite, session, evaluator)
-    recipes["CART"] = suggested("cart", suite, session, evaluator)
+        recipes["Task Arithmetic"] = suggest_recipe("task_arithmetic", suite, session, evaluator)
+    recipes["CART"] = suggest_recipe("cart", suite, session, evaluator)
     return recipes
 
 

@@ -49,7 +49,7 @@ GATHERED: dict[str, tuple[float, float, str]] = {
 }
 
 
-def published() -> pd.DataFrame:
+def published_results() -> pd.DataFrame:
     """All published averages.
 
     Returns:

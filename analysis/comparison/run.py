@@ -63,7 +63,7 @@ class Entry:
     repeated: str | None = None
 
 
-def usable(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
+def usable_methods(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
     """Methods that can merge these tasks of a suite at their usual origin, by name.
 
     Example:
@@ -79,7 +79,7 @@ def usable(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
     }
 
 
-def adapted(recipe: Recipe, reference: str, tasks: Sequence[str]) -> Recipe:
+def adapt_recipe(recipe: Recipe, reference: str, tasks: Sequence[str]) -> Recipe:
     """A recipe on the suite and tasks of a comparison; all else stays as it is.
 
     Raises:
@@ -114,7 +114,7 @@ def run_comparison(
         budget: settings that each method may try on the validation split; 1 keeps its defaults,
             and methods that learn from data always stay at theirs.
         seeds: of each method whose seed changes the merge
-            (:func:`analysis.comparison.tuning.seed_counts`).
+            (:func:`analysis.comparison.tuning.depends_on_seed`).
         split: ``test`` for reporting.
         limit: only the first so many images of each task.
         progress: reports, and cancels between two merges.
@@ -138,7 +138,7 @@ def run_comparison(
     starts = {
         name: make_recipe({"suite": reference, "tasks": tasks, "method": name}) for name in names
     }
-    mine = {label_of(each): each for each in (adapted(r, reference, tasks) for r in own)}
+    mine = {label_of(each): each for each in (adapt_recipe(r, reference, tasks) for r in own)}
     for recipe in (*starts.values(), *mine.values()):
         check_recipe(session.suite, recipe)
     entries = _tuned_entries(starts, session, evaluator, budget, seeds, limit, progress)
@@ -158,7 +158,7 @@ def run_comparison(
     base = session.suite.base
     return Comparison(
         hits,
-        _described(table, entries).sort_values("accuracy", ascending=False, kind="stable"),
+        _describe_settings(table, entries).sort_values("accuracy", ascending=False, kind="stable"),
         spread_over_seeds(table, {label: entry.repeated for label, entry in entries.items()}),
         frame,
         recipes,
@@ -185,8 +185,8 @@ def _tuned_entries(
         progress.step(done, 2 * len(starts), f"settings of {title}")
         inner = Progress(cancel=progress.cancel)
         recipe, chosen = _setting(start, session, evaluator, budget, limit, inner)
-        if tuning.seed_counts(recipe, evaluator, session.groups.tasks):
-            for each in tuning.seeded(recipe, seeds):
+        if tuning.depends_on_seed(recipe, evaluator, session.groups.tasks):
+            for each in tuning.repeat_with_seeds(recipe, seeds):
                 entries[f"{title}, seed {each.seed}"] = Entry(each, chosen, title)
         else:
             entries[title] = Entry(recipe, chosen)
@@ -212,13 +212,13 @@ def _setting(
     return best, f"best of {len(tried)} on validation"
 
 
-def _described(summary: pd.DataFrame, entries: Mapping[str, Entry]) -> pd.DataFrame:
+def _describe_settings(summary: pd.DataFrame, entries: Mapping[str, Entry]) -> pd.DataFrame:
     """The summary with each label's setting, how it came about, and needs, in words."""
     found = [entries[label] for label in summary["label"]]
     frame = summary.assign(needs=[_needs(entry.recipe) for entry in found])
-    place = list(frame.columns).index("seconds")
-    frame.insert(place, "chosen", [entry.chosen for entry in found])
-    frame.insert(place + 1, "setting", [setting_of(entry.recipe) for entry in found])
+    index = list(frame.columns).index("seconds")
+    frame.insert(index, "chosen", [entry.chosen for entry in found])
+    frame.insert(index + 1, "setting", [setting_of(entry.recipe) for entry in found])
     return frame
 
 

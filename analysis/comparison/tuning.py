@@ -114,7 +114,7 @@ def tune(
     return tried[int(frame["accuracy"].to_numpy().argmax())], frame
 
 
-def seed_counts(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) -> bool:
+def depends_on_seed(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) -> bool:
     """Whether another seed would give another merge on these data.
 
     A method that learns from a number of `examples` draws them only where a task has more.
@@ -136,7 +136,7 @@ def seed_counts(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) -> b
     return any(len(evaluator.outputs.raw_inputs(task, SPLIT).labels) > examples for task in tasks)
 
 
-def seeded(recipe: Recipe, seeds: int) -> list[Recipe]:
+def repeat_with_seeds(recipe: Recipe, seeds: int) -> list[Recipe]:
     """The recipe under several seeds, from its own one on.
 
     Example:

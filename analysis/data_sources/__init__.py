@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 from analysis.data_sources.source import Request, Source
 from merge_core.errors import SuiteError
-from merge_core.suites.data_files import Resolve, located
+from merge_core.suites.data_files import Resolve, locate_data
 from merge_core.suites.data_spec import DataSpec, Kind
 
 
@@ -43,7 +43,7 @@ def open_source(data: DataSpec, resolve: Resolve, what: str) -> Source:
         "torchvision": open_torchvision,
         "huggingface": open_hugging_face,
     }
-    path = located(data, resolve, what)
+    path = locate_data(data, resolve, what)
     try:
         return openers[data.kind](Request(data, path, resolve, what))
     except OSError as fault:
@@ -66,4 +66,4 @@ def download(data: DataSpec, resolve: Resolve, what: str) -> None:
     if data.kind == "torchvision":
         fetch(data.dataset or "", resolve(data.path or ""), what)
     elif data.kind in ("huggingface", "text") and data.path is None:
-        located(data, resolve, what, download=True)
+        locate_data(data, resolve, what, download=True)

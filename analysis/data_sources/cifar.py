@@ -90,10 +90,10 @@ def _class_names(path: Path, layout: Layout, what: str) -> tuple[str, ...] | Non
     if layout.label_bytes:
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
         return tuple(line.strip() for line in lines if line.strip())
-    found = _Pickled(path, what)
+    found = _PickledDict(path, what)
     names = found.get("fine_label_names", found.get("label_names"))
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise found.wrong("it names no classes")
+        raise found.error("it names no classes")
     return tuple(names)
 
 
@@ -123,19 +123,19 @@ def _read_binary(path: Path, label_bytes: int, what: str) -> tuple[np.ndarray, n
 
 
 def _read_pickled(path: Path, _: int, what: str) -> tuple[np.ndarray, np.ndarray]:
-    found = _Pickled(path, what)
+    found = _PickledDict(path, what)
     planes = found.array("data")
     labels = found.get("fine_labels", found.get("labels"))
     if not isinstance(labels, list) or not all(type(label) is int for label in labels):
-        raise found.wrong("it holds no list of labels")
+        raise found.error("it holds no list of labels")
     if len(labels) != len(planes):
-        raise found.wrong(f"it has {len(labels)} labels for {len(planes)} images")
+        raise found.error(f"it has {len(labels)} labels for {len(planes)} images")
     if not all(0 <= label < 256 for label in labels):
-        raise found.wrong("a label is no class number")
+        raise found.error("a label is no class number")
     return planes, np.asarray(labels, dtype=np.int64)
 
 
-class _Inert:
+class _InertMaker:
     """What stands for imports and calls: their names and arguments, of the few that are needed."""
 
     def find(self, module: str, name: str) -> Global:
@@ -150,11 +150,11 @@ class _Inert:
     def make(self, maker: Any, args: Any) -> Record:
         return Record(maker, args)
 
-    def stored(self, key: Any) -> Any:
+    def persistent_load(self, key: Any) -> Any:
         raise PickleFileError(f"it refers to something outside it ({type(key).__name__}).")
 
 
-class _Pickled:
+class _PickledDict:
     """A pickled dictionary of one of the archives, read as data."""
 
     def __init__(self, path: Path, what: str) -> None:
@@ -163,20 +163,20 @@ class _Pickled:
             with path.open("rb") as stream:
                 end = stream.seek(0, 2)
                 stream.seek(0)
-                content = read_pickle(stream, end, _Inert(), Budget())
+                content = read_pickle(stream, end, _InertMaker(), Budget())
                 if not isinstance(content, Pairs):
-                    raise self.wrong("it holds no dictionary")
+                    raise self.error("it holds no dictionary")
                 keys = [_text(key, stream) for key in content[::2]]
                 self._entries = dict(zip(keys, content[1::2], strict=True))
                 for name in ("label_names", "fine_label_names"):
                     if isinstance(self._entries.get(name), list):
                         self._entries[name] = [_text(n, stream) for n in self._entries[name]]
         except PickleFileError as fault:
-            raise self.wrong(str(fault).rstrip(".")) from fault
+            raise self.error(str(fault).rstrip(".")) from fault
         except (OSError, ValueError) as fault:
-            raise self.wrong(str(fault)) from fault
+            raise self.error(str(fault)) from fault
 
-    def wrong(self, reason: str) -> SuiteError:
+    def error(self, reason: str) -> SuiteError:
         """An error that names the file."""
         return SuiteError(f"{self._path} ({self._what}) cannot be read as CIFAR's: {reason}.")
 
@@ -199,21 +199,21 @@ class _Pickled:
             case Record(Global(name="_frombuffer"), (raw, Record() as kind, tuple() as shape, "C")):
                 pass
             case _:
-                raise self.wrong(f"{name!r} is no array")
+                raise self.error(f"{name!r} is no array")
         match kind:
             case Record(Global("numpy", "dtype"), ("u1" | "|u1", *_)):
                 pass
             case _:
-                raise self.wrong(f"{name!r} does not consist of bytes")
+                raise self.error(f"{name!r} does not consist of bytes")
         if len(shape) != 2 or shape[1] != PIXELS or not all(type(n) is int for n in shape):
-            raise self.wrong(f"{name!r} does not consist of images of {SIDE} x {SIDE} pixels")
+            raise self.error(f"{name!r} does not consist of images of {SIDE} x {SIDE} pixels")
         try:
             with self._path.open("rb") as stream:
                 data = _bytes(raw, stream)
         except (OSError, ValueError) as fault:
-            raise self.wrong(f"{name!r} cannot be read ({fault})") from fault
+            raise self.error(f"{name!r} cannot be read ({fault})") from fault
         if data is None or len(data) != math.prod(shape):
-            raise self.wrong(f"{name!r} is smaller or larger than it says")
+            raise self.error(f"{name!r} is smaller or larger than it says")
         return np.frombuffer(data, dtype=np.uint8).reshape(shape)
 
 

@@ -51,7 +51,7 @@ def open_folder(request: Request) -> Source:
     folders = [root / name for name in _folders(root) if name in wanted]
     parts = {folder.name: folder for folder in folders} or {WHOLE: root}
     if not data.labelled:
-        return Source(None, {name: partial(_unlabelled, part) for name, part in parts.items()})
+        return Source(None, {name: partial(_list_unlabelled, part) for name, part in parts.items()})
     if data.classes is not None:
         classes = read_names(data.classes, request.resolve, f"classes of {request.what}")
     else:
@@ -87,7 +87,7 @@ def _split(request: Request, folder: Path, classes: tuple[str, ...]) -> Files:
     return Files(paths, labels)
 
 
-def _unlabelled(folder: Path) -> Files:
+def _list_unlabelled(folder: Path) -> Files:
     paths = _images(folder)
     return Files(paths, [UNLABELLED] * len(paths))
 

@@ -20,8 +20,8 @@ from PIL import Image
 
 from analysis.data_sources import open_source
 from analysis.data_sources.source import UNLABELLED, Records, Source
-from analysis.data_sources.splits import choose, rows
-from analysis.data_sources.transforms import geometry, resolved
+from analysis.data_sources.splits import choose, draw_rows
+from analysis.data_sources.transforms import geometric_transform, resolve_transform
 from merge_core.errors import OutputError, SuiteError
 from merge_core.files import cache_dir, digest_of, evict, explain_os_error, write_atomically
 from merge_core.progress import Progress
@@ -35,7 +35,7 @@ MOST_BYTES = 1 << 35  # in the cache folder, over all tasks
 Split = Literal["val", "test"]
 
 
-class Prepared(NamedTuple):
+class PreparedSplit(NamedTuple):
     """One split of one task.
 
     Attributes:
@@ -49,14 +49,14 @@ class Prepared(NamedTuple):
     class_names: tuple[str, ...]
 
 
-def prepared(
+def prepare_split(
     data: DataSpec,
     architecture: ArchitectureSpec | None,
     split: Split,
     resolve: Resolve,
     what: str,
     progress: Progress | None = None,
-) -> Prepared:
+) -> PreparedSplit:
     """One split of a task's data: from the cache where it is known, else decoded into it.
 
     Args:
@@ -73,7 +73,7 @@ def prepared(
         OutputError: the cache folder is full or cannot be written.
         Cancelled: between two images; nothing is kept.
     """
-    transform = resolved(data, architecture, what)
+    transform = resolve_transform(data, architecture, what)
     key = digest_of(
         FORMAT,
         split,
@@ -82,13 +82,13 @@ def prepared(
     )
     folder = cache_dir() / FOLDER
     images, labels = folder / f"{key}.npy", folder / f"{key}.json"
-    known = _known(images, labels)
+    known = _read_cached(images, labels)
     if known is None:
         source = open_source(data, resolve, what)
         _prepare(source, data, transform, split, resolve, what, (images, labels), progress)
         with suppress(OSError):
             evict(folder, MOST_BYTES)
-        known = _known(images, labels)
+        known = _read_cached(images, labels)
     if known is None:
         raise OutputError(f"{images} was written and cannot be read again. Check the disk.")
     return known
@@ -110,7 +110,7 @@ def class_names(data: DataSpec, resolve: Resolve, what: str) -> tuple[str, ...] 
     return open_source(data, resolve, what).classes
 
 
-def _known(images: Path, labels: Path) -> Prepared | None:
+def _read_cached(images: Path, labels: Path) -> PreparedSplit | None:
     """What lies under these names; None where it is missing or damaged."""
     with suppress(OSError, EOFError, ValueError, LookupError, TypeError):
         about = json.loads(labels.read_bytes())
@@ -119,7 +119,7 @@ def _known(images: Path, labels: Path) -> Prepared | None:
         if mapped.ndim == 4 and mapped.dtype == np.uint8 and len(mapped) == len(numbers) > 0:
             for path in (images, labels):  # used last, deleted last
                 os.utime(path)
-            return Prepared(mapped, numbers, tuple(about["class_names"]))
+            return PreparedSplit(mapped, numbers, tuple(about["class_names"]))
     return None
 
 
@@ -138,10 +138,10 @@ def _prepare(
         records = source.splits[getattr(choice, split)]()
     except OSError as fault:
         raise SuiteError(f"{what[0].upper()}{what[1:]} cannot be read: {fault}.") from fault
-    numbers = rows(data, choice, split == "test", len(records), what)
-    place, names = _classes(source, data, resolve, what)
+    numbers = draw_rows(data, choice, split == "test", len(records), what)
+    class_of, names = _classes(source, data, resolve, what)
     labels = _write_images(
-        records, numbers, transform, place, what, targets[0], progress or Progress()
+        records, numbers, transform, class_of, what, targets[0], progress or Progress()
     )
     if not names and data.labelled:
         names = tuple(map(str, range(max(labels) + 1)))
@@ -180,26 +180,26 @@ def _classes(
         )
     order = {own.index(name): number for number, name in enumerate(wanted)}
 
-    def ordered(label: int) -> int:
+    def rank_of_label(label: int) -> int:
         if label not in order:
             name = own[label] if 0 <= label < len(own) else str(label)
             raise ValueError(f"its class is {name!r}, which is not among the 'classes'")
         return order[label]
 
-    return ordered, wanted
+    return rank_of_label, wanted
 
 
 def _write_images(
     records: Records,
     numbers: np.ndarray,
     transform: TransformSpec | None,
-    place: Callable[[int], int],
+    class_of: Callable[[int], int],
     what: str,
     target: Path,
     progress: Progress,
 ) -> list[int]:
     """Decode images into a file, whole or absent; their labels."""
-    change = geometry(transform)
+    change = geometric_transform(transform)
     labels: list[int] = []
     total = len(numbers)
     shape: tuple[int, ...] | None = None
@@ -211,7 +211,7 @@ def _write_images(
         with os.fdopen(handle, "wb") as stream:
             for done, number in enumerate(numbers.tolist()):
                 progress.step(done, total, what)
-                pixels, label = _decoded(records, number, change, place, what)
+                pixels, label = _decode(records, number, change, class_of, what)
                 if shape is None:
                     shape = pixels.shape
                     npy.write_array_header_1_0(
@@ -236,18 +236,18 @@ def _write_images(
     return labels
 
 
-def _decoded(
+def _decode(
     records: Records,
     number: int,
     change: Callable[[Image.Image], np.ndarray],
-    place: Callable[[int], int],
+    class_of: Callable[[int], int],
     what: str,
 ) -> tuple[np.ndarray, int]:
     """An image (uint8, H x W x 3) and its class."""
     try:
         image, label = records[number]
         pixels = change(image)
-        return pixels, place(label)
+        return pixels, class_of(label)
     # SyntaxError: a broken PNG; LookupError, TypeError: a damaged table.
     except (
         OSError,

@@ -72,7 +72,7 @@ def choose(data: DataSpec, names: Collection[str], what: str) -> Choice:
     return Choice(data.val or next(iter(own), test), test)
 
 
-def rows(data: DataSpec, choice: Choice, for_test: bool, count: int, what: str) -> np.ndarray:
+def draw_rows(data: DataSpec, choice: Choice, for_test: bool, count: int, what: str) -> np.ndarray:
     """Numbers of the images that are used, in an order drawn by the seed.
 
     The order is shuffled, so that the first so many are a fair sample, and a larger `limit` adds

@@ -10,9 +10,9 @@ import numpy as np
 
 from analysis.data_sources.hugging_face import read_tables
 from analysis.data_sources.source import UNLABELLED, Request
-from analysis.data_sources.splits import choose, rows
+from analysis.data_sources.splits import choose, draw_rows
 from merge_core.errors import SuiteError
-from merge_core.suites.data_files import Resolve, located, tokenizer_path
+from merge_core.suites.data_files import Resolve, locate_data, tokenizer_path
 from merge_core.suites.data_spec import DataSpec
 
 PADDING = -1  # no token has this number, so that none is taken for it
@@ -38,7 +38,7 @@ def read_texts(
         HubError: a tokenizer of the hub that cannot be fetched.
     """
     assert data.text_columns is not None
-    path = located(data, resolve, what)
+    path = locate_data(data, resolve, what)
     found = read_tables(Request(data, path, resolve, what))
     choice = choose(data, found, what)
     table = found[getattr(choice, split)]
@@ -49,8 +49,8 @@ def read_texts(
                 f"{what[0].upper()}{what[1:]}: there is no column {name!r}; there is "
                 f"{', '.join(table.features)}."
             )
-    chosen = table.select(rows(data, choice, split == "test", len(table), what))
-    tokens = _encoded(
+    chosen = table.select(draw_rows(data, choice, split == "test", len(table), what))
+    tokens = _encode(
         _tokenizer(tokenizer_path(data, resolve)),
         [[str(text) for text in chosen[name]] for name in data.text_columns],
         data.length,
@@ -83,7 +83,7 @@ def _tokenizer(folder: Path) -> Any:
         raise SuiteError(f"{folder} holds no tokenizer of transformers: {reason:.200}") from fault
 
 
-def _encoded(tokenizer: Any, columns: list[list[str]], length: int) -> np.ndarray:
+def _encode(tokenizer: Any, columns: list[list[str]], length: int) -> np.ndarray:
     """int32, N x length: one text a row, or two read as a pair."""
     found = tokenizer(*columns, truncation=True, max_length=length)["input_ids"]
     tokens = np.full((len(found), length), PADDING, dtype=np.int32)

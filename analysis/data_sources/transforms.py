@@ -22,7 +22,7 @@ CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 USUAL_SIZE = 224
 
 
-def resolved(
+def resolve_transform(
     data: DataSpec, architecture: ArchitectureSpec | None, what: str
 ) -> TransformSpec | None:
     """The transform of a task's images, written out; None where they are only normalised.
@@ -48,11 +48,11 @@ def resolved(
         )
     name = data.transform or ("timm" if architecture.library == "timm" else "open_clip")
     if name == "timm":
-        return _timm(architecture, what)
-    return TransformSpec(size=_size(architecture, what), mean=CLIP_MEAN, std=CLIP_STD)
+        return _timm_transform(architecture, what)
+    return TransformSpec(size=_image_size(architecture, what), mean=CLIP_MEAN, std=CLIP_STD)
 
 
-def _timm(architecture: ArchitectureSpec, what: str) -> TransformSpec:
+def _timm_transform(architecture: ArchitectureSpec, what: str) -> TransformSpec:
     """timm's data configuration of the architecture, for the image size that its arguments set."""
     from timm import get_pretrained_cfg, is_model  # three seconds: only where images are prepared
     from timm.data import resolve_data_config
@@ -77,11 +77,11 @@ def _timm(architecture: ArchitectureSpec, what: str) -> TransformSpec:
     )
 
 
-def _size(architecture: ArchitectureSpec, what: str) -> int:
+def _image_size(architecture: ArchitectureSpec, what: str) -> int:
     """The image size of a CLIP's visual tower."""
     args = architecture.args
     if architecture.library == "timm":
-        return _timm(architecture, what).size
+        return _timm_transform(architecture, what).size
     if architecture.library == "transformers":
         size = args.get("image_size", USUAL_SIZE)
     else:
@@ -102,7 +102,7 @@ def _size(architecture: ArchitectureSpec, what: str) -> int:
     return size
 
 
-def geometry(transform: TransformSpec | None) -> Callable[[Image.Image], np.ndarray]:
+def geometric_transform(transform: TransformSpec | None) -> Callable[[Image.Image], np.ndarray]:
     """From an image to uint8, H x W x 3: resized and cropped, not normalised.
 
     Args:

@@ -69,7 +69,7 @@ class Evaluator:
         self, recipe: Recipe, session: MergeSession, split: Split = "val", limit: int | None = None
     ) -> bool:
         """Whether a merge's predictions on all its tasks are stored already."""
-        return self._stored(self._digest(recipe, session), session.groups.tasks, split, limit)
+        return self._has_outputs(self._digest(recipe, session), session.groups.tasks, split, limit)
 
     def knows_member(
         self,
@@ -79,7 +79,7 @@ class Evaluator:
         limit: int | None = None,
     ) -> bool:
         """Whether a member's predictions on these tasks are stored already."""
-        return self._stored(checkpoint.digest, tasks, split, limit)
+        return self._has_outputs(checkpoint.digest, tasks, split, limit)
 
     def checkpoint(
         self,
@@ -136,9 +136,7 @@ class Evaluator:
         ]
         return {task: values for part in parts for task, values in part.items()}
 
-    def learned(
-        self, recipe: Recipe, session: MergeSession, progress: Progress | None = None
-    ) -> Any:
+    def learn(self, recipe: Recipe, session: MergeSession, progress: Progress | None = None) -> Any:
         """What a recipe's method learns from data (:func:`analysis.learning.learn.learn`).
 
         The last recipe's is kept: it can be as large as all experts together.
@@ -182,15 +180,15 @@ class Evaluator:
             Cancelled: between two batches, or between two steps of learning.
         """
         digest = self._digest(recipe, session)
-        learned = partial(self.learned, recipe, session, progress)
+        learned = partial(self.learn, recipe, session, progress)
         if not recipe.declaration.indexed:
-            model = partial(_as_written, recipe, session, None, learned)
+            model = partial(_merge_as_written, recipe, session, None, learned)
             return self.outputs.measure(digest, model, images, split, measures, progress)
         progress = progress or Progress()
         outputs: Measurements = {}
         for done, (task, mine) in enumerate(images.items()):
             progress.step(done, len(images), task)
-            model = partial(_as_written, recipe, session, task, learned)
+            model = partial(_merge_as_written, recipe, session, task, learned)
             inner = Progress(cancel=progress.cancel)
             outputs |= self.outputs.measure(digest, model, {task: mine}, split, measures, inner)
         progress.step(len(images), len(images), "done")
@@ -247,7 +245,9 @@ class Evaluator:
             hits[task] = outputs[task][CLASSES] == labels
         return hits
 
-    def _stored(self, digest: str, tasks: Sequence[str], split: Split, limit: int | None) -> bool:
+    def _has_outputs(
+        self, digest: str, tasks: Sequence[str], split: Split, limit: int | None
+    ) -> bool:
         return self.outputs.known(digest, self.outputs.images(tasks, split, limit), split)
 
     def _digest(self, recipe: Recipe, session: MergeSession) -> str:
@@ -258,7 +258,7 @@ class Evaluator:
         return digest_of(digest, *(self.outputs.data_digest(task) for task in session.groups.tasks))
 
 
-def _as_written(
+def _merge_as_written(
     recipe: Recipe, session: MergeSession, task: str | None, learned: Callable[[], Any]
 ) -> dict[str, Tensor]:
     """The merged weights, rounded to the dtypes that a file of them would have."""

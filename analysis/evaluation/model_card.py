@@ -11,7 +11,7 @@ from analysis.outputs.inputs import Split
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.files import write_atomically
 from merge_core.output.model_card import Result, model_card
-from merge_core.output.provenance import Provenance, recipe_again
+from merge_core.output.provenance import Provenance, rebuild_recipe
 from merge_core.suites.suite import Suite
 
 
@@ -66,7 +66,7 @@ def write_card(
         >>> write_card(folder, read_provenance(folder), suite, "test", limit=10)["images"].tolist()
         [10]
     """
-    recipe_again(about, suite, about.recipe.suite)
+    rebuild_recipe(about, suite, about.recipe.suite)
     evaluator = Evaluator(suite)
     tasks = list(about.inputs)
     if about.recipe.declaration.indexed:

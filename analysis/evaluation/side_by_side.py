@@ -69,10 +69,10 @@ class _Evaluate:
     split: Split
 
     def __call__(self, recipe: Recipe) -> Measurements:
-        session, evaluator, images = self._opened()
+        session, evaluator, images = self._open()
         return evaluator.measure_recipe(recipe, session, images, self.split, self.measures)
 
-    def _opened(self) -> tuple[MergeSession, Evaluator, Images]:
+    def _open(self) -> tuple[MergeSession, Evaluator, Images]:
         """Opened once in each worker: neither is meant for two threads at once."""
         held = getattr(_WORKER, "held", None)
         if held is None or held[0] != self:

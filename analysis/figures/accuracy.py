@@ -20,7 +20,7 @@ OTHER_LOOKS = ((OKABE_ITO[3], "circle"), (OKABE_ITO[0], "square"), (OKABE_ITO[2]
 ACCURACY = "Accuracy (%)"
 
 
-def per_task(frame: pd.DataFrame, title: str) -> go.Figure:
+def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
     """Dot plot: a row per task and one for their mean, a dot with its interval per model.
 
     Args:

@@ -14,7 +14,7 @@ from analysis.figures.style import (
     MARKERS,
     OKABE_ITO,
     REFERENCE,
-    colour_bar,
+    add_colour_bar,
     layout,
 )
 
@@ -24,7 +24,7 @@ LETTERS = 26
 ROW = 30  # pixels, which hold two lines
 
 
-def _broken(text: str) -> str:
+def _break_lines(text: str) -> str:
     """A name in two lines that fit a phone; what does not fit is left out."""
     return "<br>".join(textwrap.wrap(text, LETTERS, max_lines=2, placeholder=" …"))
 
@@ -75,7 +75,7 @@ def method_dots(
         range=[-0.7, len(frame) - 0.3],
         tickmode="array",
         tickvals=frame["label"],
-        ticktext=[_broken(name) for name in names],
+        ticktext=[_break_lines(name) for name in names],
         tickfont={"size": 11},
     )
     for name, value in (references or {}).items():
@@ -127,7 +127,7 @@ def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figu
     """Differences row − column in points by place; a dot marks those that are real.
 
     Args:
-        pairs: of :func:`analysis.accuracy.paired`.
+        pairs: of :func:`analysis.accuracy.paired_differences`.
         order: labels, best first.
         title: the question answered.
 
@@ -167,7 +167,7 @@ def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figu
         height=340 + 14 * len(order),
         legend=False,
     )
-    colour_bar(figure, "Difference of mean accuracy (points)")
+    add_colour_bar(figure, "Difference of mean accuracy (points)")
     # Each row has its number; columns have as many as fit a phone.
     shown = [label for label, i in place.items() if len(order) <= 12 or i == 0 or i % 5 == 4]
     figure.update_xaxes(tickvals=shown, ticktext=[str(place[label] + 1) for label in shown])
@@ -202,9 +202,10 @@ def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
         y=100 * frame["accuracy"].to_numpy(),
         mode="markers+text",
         text=[
-            _broken(label) if own else "" for label, own in zip(frame["label"], named, strict=True)
+            _break_lines(label) if own else ""
+            for label, own in zip(frame["label"], named, strict=True)
         ],
-        textposition=_aside(frame, quantity, named),
+        textposition=_label_positions(frame, quantity, named),
         textfont={"size": 11},
         cliponaxis=False,
         customdata=frame["label"],
@@ -217,7 +218,7 @@ def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
     return figure
 
 
-def _aside(frame: pd.DataFrame, quantity: str, named: pd.Series) -> list[str]:
+def _label_positions(frame: pd.DataFrame, quantity: str, named: pd.Series) -> list[str]:
     """Where names stand at their points: beside each other where points are near each other."""
     x = frame[quantity].to_numpy(dtype=float)
     x = np.log(x) if quantity == "seconds" else x

@@ -13,7 +13,7 @@ from analysis.figures.style import (
     REFERENCE,
     layout,
     percent,
-    thinned,
+    thin_indices,
 )
 
 ACCURACY = "Accuracy (%)"
@@ -42,7 +42,7 @@ def rules_dots(frame: pd.DataFrame, title: str = "", chance: float | None = None
         chance: accuracy of guessing (a share), drawn as a line.
     """
     figure = go.Figure()
-    _band_across(figure, frame)
+    _draw_band(figure, frame)
     for row in frame.to_dict("records"):
         colour, symbol, _ = RULE_LOOKS[row["rule"]]
         figure.add_scatter(
@@ -59,7 +59,7 @@ def rules_dots(frame: pd.DataFrame, title: str = "", chance: float | None = None
     layout(figure, title, x=ACCURACY, y="", height=130 + 40 * len(frame), legend=False)
     if chance is not None:
         figure.layout.margin.t += 16  # its label stands between the title and the plot
-    _chance(figure, chance, vertical=True)
+    _mark_chance(figure, chance, vertical=True)
     # Long names would leave no room on a phone: broken before the comma or the bracket.
     texts = [label.replace(", ", ",<br>").replace(" (", "<br>(") for label in frame["label"]]
     figure.update_yaxes(
@@ -108,7 +108,7 @@ def accuracy_over_n(frame: pd.DataFrame, title: str = "", chance: float | None =
             text=[_hover(row) for row in mine.to_dict("records")],
             hovertemplate="%{x} members<br>%{text}<extra></extra>",
         )
-    _chance(figure, chance, vertical=False)
+    _mark_chance(figure, chance, vertical=False)
     layout(figure, title, x="Members N", y=ACCURACY, height=520)
     figure.update_xaxes(dtick=1)
     figure.update_yaxes(range=_range(frame, chance))
@@ -150,7 +150,7 @@ def accuracy_against_cost(
             text=[_hover(row) for row in mine.to_dict("records")],
             hovertemplate="%{text}<extra></extra>",
         )
-    _chance(figure, chance, vertical=False)
+    _mark_chance(figure, chance, vertical=False)
     layout(figure, title, x="Forward passes per image", y=ACCURACY, height=520)
     figure.update_xaxes(dtick=1)
     figure.update_yaxes(range=_range(last, chance))
@@ -245,7 +245,7 @@ def _diagonal(frame: pd.DataFrame, x: tuple[str, str], y: tuple[str, str], title
     """At most :data:`MOST_POINTS` logits, and the line on which both sides are equal."""
     finite = np.isfinite(frame[[x[0], y[0]]].to_numpy(dtype=float)).all(axis=1)
     whole = frame[finite]
-    some = whole.iloc[thinned(len(whole), MOST_POINTS)] if len(whole) else whole
+    some = whole.iloc[thin_indices(len(whole), MOST_POINTS)] if len(whole) else whole
     figure = go.Figure()
     if len(some):
         ends = some[[x[0], y[0]]].to_numpy()
@@ -300,7 +300,7 @@ def _error(accuracy: ArrayLike, low: ArrayLike, high: ArrayLike, colour: str) ->
     }
 
 
-def _band_across(figure: go.Figure, frame: pd.DataFrame) -> None:
+def _draw_band(figure: go.Figure, frame: pd.DataFrame) -> None:
     """From the worst to the best individual."""
     for row in frame[frame["rule"] == "individuals"].to_dict("records"):
         figure.add_vrect(
@@ -322,7 +322,7 @@ def _mark_non_finite(figure: go.Figure, frame: pd.DataFrame) -> None:
         )
 
 
-def _chance(figure: go.Figure, chance: float | None, vertical: bool) -> None:
+def _mark_chance(figure: go.Figure, chance: float | None, vertical: bool) -> None:
     if chance is None:
         return
     look = {"color": REFERENCE, "dash": "dot", "width": 1.5}

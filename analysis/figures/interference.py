@@ -18,13 +18,13 @@ from analysis.figures.style import (
     ORIGIN_MARKERS,
     ORIGIN_NAMES,
     SEQUENTIAL,
-    colour_bar,
+    add_colour_bar,
+    colour_cell_numbers,
     layout,
+    make_cells_square,
     mark_share,
     percent,
-    readable_cells,
     share_axis,
-    square_cells,
 )
 
 # Column of a frame: its label with unit.
@@ -84,9 +84,9 @@ def pair_map(
         )
     )
     layout(figure, title, x="Task", y="Task", height=480, legend=False)
-    colour_bar(figure, label)
-    readable_cells(figure)
-    square_cells(figure)
+    add_colour_bar(figure, label)
+    colour_cell_numbers(figure)
+    make_cells_square(figure)
     return figure
 
 
@@ -109,7 +109,7 @@ def _hover_head(parameter: str, origin: str, part: pd.DataFrame) -> tuple[str, n
     return f"{where}{ORIGIN_NAMES[origin]}<br>{rank}<br>", data
 
 
-def over_rank(
+def curves_over_rank(
     frame: pd.DataFrame, value: str, title: str = "", chosen_share: float | None = None
 ) -> go.Figure:
     """A quantity over the share of directions kept, centred against original.
@@ -148,7 +148,7 @@ def over_rank(
     return figure
 
 
-def _apart(x: np.ndarray, y: np.ndarray, gap: float = 0.15) -> set[int]:
+def _uncrowded_labels(x: np.ndarray, y: np.ndarray, gap: float = 0.15) -> set[int]:
     """Places along a curve, drawn in the unit square, whose labels do not cover each other."""
     chosen: list[int] = []
     for i in range(len(x)):
@@ -176,7 +176,7 @@ def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None =
         y = part["interference_normalised"].to_numpy()
         shares = part["share"].to_numpy()
         ranks = [f"k={k}" for k in part["k"]] if "k" in part else [percent(s) for s in shares]
-        labelled = _apart(x / max(float(x.max()), 1e-12), y / max(float(y.max()), 1e-12))
+        labelled = _uncrowded_labels(x / max(float(x.max()), 1e-12), y / max(float(y.max()), 1e-12))
         head, data = _hover_head(parameter, origin, part)
         hover = f"{head}lost: %{{x:.4%}} of the energy<br>interference: %{{y:.6g}}<extra></extra>"
         style = {"color": ORIGIN_COLOURS[origin], "dash": ORIGIN_DASHES[origin], "width": 2}

@@ -61,13 +61,13 @@ def magnitude_grid(
     )
     # Titles of half a phone's width.
     figure.update_annotations(font_size=11)
-    for place, quantity in enumerate(QUANTITIES):
-        cell = {"row": place // 2 + 1, "col": place % 2 + 1}
+    for index, quantity in enumerate(QUANTITIES):
+        cell = {"row": index // 2 + 1, "col": index % 2 + 1}
         _draw(figure, frame, quantity, prediction, cell)
-        _y_axis(figure, quantity, **cell)
+        _set_y_axis(figure, quantity, **cell)
     layout(figure, title, x="", y="", height=860)
     figure.update_layout(margin_t=figure.layout.margin.t + 24)
-    _axes(figure, frame, chosen, every=3)
+    _set_axes(figure, frame, chosen, every=3)
     figure.update_xaxes(title={"text": M_AXIS, "font": {"size": 11}}, row=3)
     return figure
 
@@ -152,13 +152,13 @@ def _draw_prediction(
         named = True
 
 
-def _y_axis(figure: go.Figure, quantity: str, **cell: int) -> None:
+def _set_y_axis(figure: go.Figure, quantity: str, **cell: int) -> None:
     """Shares run from none to all, so that no small change looks large."""
     ticks = QUANTITIES[quantity][1]
     figure.update_yaxes(tickformat=ticks, range=[-0.03, 1.05] if ticks else None, **cell)
 
 
-def _axes(figure: go.Figure, frame: pd.DataFrame, chosen: float | None, every: int = 1) -> None:
+def _set_axes(figure: go.Figure, frame: pd.DataFrame, chosen: float | None, every: int = 1) -> None:
     """A log axis with ticks at every so many powers of ten, m = 1 among them, and the chosen m."""
     powers = np.log10(frame["magnitude"].to_numpy(dtype=float))
     low, high = float(powers.min()), float(powers.max())
@@ -211,6 +211,6 @@ def dominance_lines(frame: pd.DataFrame, title: str = "", chosen: float | None =
             hovertemplate=f"{name}<br>m = %{{x:.4g}}: %{{y:.2%}}<extra></extra>",
         )
     layout(figure, title, x=M_AXIS, y="Part of the scaled member (%)")
-    _axes(figure, frame, chosen)
+    _set_axes(figure, frame, chosen)
     figure.update_yaxes(tickformat=".0%", range=[-0.02, 1.02])
     return figure

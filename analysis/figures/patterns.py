@@ -14,14 +14,14 @@ from analysis.figures.style import (
     DIVERGING,
     OKABE_ITO,
     SEQUENTIAL,
-    colour_bar,
+    add_colour_bar,
     layout,
     percent,
-    thinned,
+    thin_indices,
 )
-from analysis.figures.templates import tile_figure, with_scale
+from analysis.figures.templates import tile_figure, title_with_scale
 from analysis.patterns.filters import Components
-from analysis.patterns.images import Normalisation, normalise, pooled, stitched, tile_png
+from analysis.patterns.images import Normalisation, block_means, normalise, stitch, tile_png
 
 # Most cells along a side of a heat map, and cells of a layer in the map of norms.
 CELLS = 256
@@ -54,7 +54,7 @@ def kernel_grid(
     if len(filters) > most:
         title = f"{title} [first {most} of {len(filters)}]".strip()
     tiles = tile_png(shown, min(columns, len(shown)))
-    return tile_figure([tiles], with_scale(title, kind, shared), [], height=62)
+    return tile_figure([tiles], title_with_scale(title, kind, shared), [], height=62)
 
 
 def components_grid(
@@ -78,7 +78,7 @@ def components_grid(
     wide = min(columns, len(shown))
     lines = [shown[start : start + wide] for start in range(0, len(shown), wide)]
     blocks = [tile_png(line + [None] * (wide - len(line)), wide) for line in lines]
-    return tile_figure(blocks, with_scale(title, kind, False), labels, height=80)
+    return tile_figure(blocks, title_with_scale(title, kind, False), labels, height=80)
 
 
 def kernel_norm_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
@@ -97,7 +97,7 @@ def kernel_norm_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
         ]
     )
     labels = np.asarray(list(names.values()), dtype=object)
-    chosen = thinned(len(z), CELLS)
+    chosen = thin_indices(len(z), CELLS)
     figure = go.Figure(
         go.Heatmap(
             z=z[chosen],
@@ -111,7 +111,7 @@ def kernel_norm_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
     )
     height = min(900, 200 + 18 * len(chosen))
     layout(figure, title, x="Filters, strongest first (%)", y="", height=height, legend=False)
-    colour_bar(figure, "Root mean square weight")
+    add_colour_bar(figure, "Root mean square weight")
     figure.update_xaxes(showgrid=False)
     # The end of a long name says most, and the whole of it would fill a phone.
     short = [name if len(name) <= 18 else f"…{name[-17:]}" for name in labels]
@@ -120,7 +120,7 @@ def kernel_norm_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
         autorange="reversed",
         showgrid=False,
         tickvals=labels[chosen],
-        ticktext=[short[place] for place in chosen],
+        ticktext=[short[index] for index in chosen],
         tickfont={"size": 10},
     )
     return figure
@@ -137,17 +137,17 @@ def position_grid(similarity: np.ndarray, title: str = "") -> go.Figure:
         title: the figure's title.
     """
     rows, columns = similarity.shape[:2]
-    down = thinned(rows, max(1, (CELLS + 1) // (rows + 1)))
-    across = thinned(columns, max(1, (CELLS + 1) // (columns + 1)))
+    down = thin_indices(rows, max(1, (CELLS + 1) // (rows + 1)))
+    across = thin_indices(columns, max(1, (CELLS + 1) // (columns + 1)))
     chosen = similarity[np.ix_(down, across)].reshape(-1, rows, columns)
-    figure = _map(stitched(chosen, len(across)), 1.0, "Cosine (−1 to 1)", title)
+    figure = _map(stitch(chosen, len(across)), 1.0, "Cosine (−1 to 1)", title)
     for axis, places, size in (("x", across, columns), ("y", down, rows)):
-        shown = thinned(len(places), 7)
+        shown = thin_indices(len(places), 7)
         figure.update_layout(
             {
                 f"{axis}axis": {
                     "tickvals": shown * (size + 1) + (size - 1) / 2,
-                    "ticktext": [str(place + 1) for place in places[shown]],
+                    "ticktext": [str(index + 1) for index in places[shown]],
                     "title": {"text": "Column of patches" if axis == "x" else "Row of patches"},
                 }
             }
@@ -171,10 +171,10 @@ def head_maps(forms: np.ndarray, title: str = "") -> go.Figure:
     gap = max(1, cells // 5)
     if cells < width:
         title = f"{title} [means of blocks, {width} to {cells}]".strip()
-    maps = np.stack([pooled(form, cells) for form in forms])
+    maps = np.stack([block_means(form, cells) for form in forms])
     limit = float(np.quantile(np.abs(maps), 0.995)) or 1.0
     label = f"B<sub>h</sub>, colours end at ±{limit:.2g} (99.5 % of |B|)"
-    figure = _map(stitched(maps, columns, gap), limit, label, title)
+    figure = _map(stitch(maps, columns, gap), limit, label, title)
     for head in range(heads):
         row, column = divmod(head, columns)
         figure.add_annotation(
@@ -207,7 +207,7 @@ def _map(z: np.ndarray, limit: float, label: str, title: str) -> go.Figure:
         )
     )
     layout(figure, title, x="", y="", height=450, legend=False)
-    colour_bar(figure, label)
+    add_colour_bar(figure, label)
     figure.update_xaxes(showgrid=False, constrain="domain")
     figure.update_yaxes(
         showgrid=False,

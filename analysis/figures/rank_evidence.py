@@ -53,7 +53,7 @@ def proxies_over_rank(
         name = str(mine["title"].iloc[0])
         figure.add_scatter(
             x=mine["rank"].to_numpy(),
-            y=stretched(mine["value"].to_numpy()),
+            y=stretch(mine["value"].to_numpy()),
             mode="lines",
             name=name,
             visible=True if proxy in shown else "legendonly",
@@ -70,7 +70,7 @@ def proxies_over_rank(
         mine = curve.sort_values("rank")
         figure.add_scatter(
             x=mine["rank"].to_numpy(),
-            y=stretched(mine["expected"].to_numpy()),
+            y=stretch(mine["expected"].to_numpy()),
             mode="lines",
             name="by the search",
             line={"color": REFERENCE, "width": 4},
@@ -79,17 +79,17 @@ def proxies_over_rank(
             hovertemplate="rank %{text}: %{customdata:.3f}<extra>by the search</extra>",
         )
     layout(figure, title, x=SHARE_OF_RANK, y="From its lowest (0) to its highest (1)", height=480)
-    _rank_axis(figure)
+    _set_rank_axis(figure)
     return figure
 
 
-def _rank_axis(figure: go.Figure) -> None:
+def _set_rank_axis(figure: go.Figure) -> None:
     """A logarithmic axis of shares with round ticks: picks lie anywhere."""
     text = [percent(share) for share in RANK_TICKS]
     figure.update_xaxes(type="log", tickmode="array", tickvals=RANK_TICKS, ticktext=text)
 
 
-def _name_axis(figure: go.Figure, names: Sequence[str]) -> None:
+def _set_name_axis(figure: go.Figure, names: Sequence[str]) -> None:
     """A row per name, the last on top; long names in two lines, which leaves room on a phone."""
     figure.update_yaxes(
         type="category",
@@ -102,7 +102,7 @@ def _name_axis(figure: go.Figure, names: Sequence[str]) -> None:
     )
 
 
-def stretched(values: np.ndarray) -> np.ndarray:
+def stretch(values: np.ndarray) -> np.ndarray:
     """Values moved to [0, 1]; 0 where they are all equal (up to rounding)."""
     low, high = np.nanmin(values), np.nanmax(values)
     if high - low <= 1e-12 * max(abs(low), abs(high)):
@@ -137,8 +137,8 @@ def picks_over_rank(picks: pd.DataFrame, title: str, chosen: float) -> go.Figure
                 hovertemplate="%{y}<br>%{text}<extra></extra>",
             )
     layout(figure, title, x="Rank (log scale)", y="", height=150 + ROW * len(frame))
-    _rank_axis(figure)
-    _name_axis(figure, frame["title"].tolist())
+    _set_rank_axis(figure)
+    _set_name_axis(figure, frame["title"].tolist())
     figure.add_vline(x=chosen, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
     return figure
 
@@ -196,7 +196,7 @@ def regret_dots(table: pd.DataFrame, title: str, value: str = "test_regret") -> 
         y="",
         height=150 + ROW * len(means),
     )
-    _name_axis(figure, means.index.tolist())
+    _set_name_axis(figure, means.index.tolist())
     figure.update_xaxes(range=[min(-0.5, 100 * frame[value].min() - 0.3), REGRET_SPAN + 0.5])
     return figure
 
@@ -296,7 +296,7 @@ def accuracy_over_storage(frame: pd.DataFrame, title: str) -> go.Figure:
     """Mean accuracy over the numbers stored, a line per rule with its interval.
 
     Args:
-        frame: of :func:`analysis.rank_selection.allocation.against_uniform`.
+        frame: of :func:`analysis.rank_selection.allocation.compare_with_uniform`.
         title: the question answered.
     """
     figure = go.Figure()

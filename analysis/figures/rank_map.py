@@ -22,7 +22,7 @@ from analysis.figures.style import (
     CELLS_WITH_TEXT,
     SEQUENTIAL,
     TRANSPARENT,
-    colour_bar,
+    add_colour_bar,
     layout,
 )
 
@@ -88,14 +88,14 @@ def evaluated_map(
     for name, cell, marker in (("recommended", recommended, star), ("chosen", chosen, ring)):
         if cell is not None and not np.isnan(cell).any():
             figure.add_scatter(
-                x=_places([cell[0]], ranks, logarithmic=True),
-                y=_places([cell[1]], scales),
+                x=_cell_positions([cell[0]], ranks, logarithmic=True),
+                y=_cell_positions([cell[1]], scales),
                 mode="markers",
                 name=name,
                 hoverinfo="skip",
                 marker=marker,
             )
-    _equal_cells(figure, ranks, scales)
+    _space_cells_equally(figure, ranks, scales)
     return figure
 
 
@@ -142,7 +142,7 @@ def _add_cells(
     if factor == 100.0:
         lowest = max(lowest, highest - MAP_SPAN)
     figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": lowest, "cmax": highest})
-    colour_bar(figure, label)
+    add_colour_bar(figure, label)
 
 
 def _add_outline(figure: go.Figure, tied: np.ndarray) -> None:
@@ -201,8 +201,8 @@ def _add_picks_to_map(
     for mode, mine in picks.groupby("mode", sort=False):
         name, colour, symbol = MODE_LOOKS[str(mode)]
         figure.add_scatter(
-            x=_places(mine["rank"].to_numpy(), ranks, logarithmic=True),
-            y=_places(mine["scale"].to_numpy(), scales),
+            x=_cell_positions(mine["rank"].to_numpy(), ranks, logarithmic=True),
+            y=_cell_positions(mine["scale"].to_numpy(), scales),
             mode="markers",
             name=f"picks, {name}",
             marker={
@@ -216,7 +216,7 @@ def _add_picks_to_map(
         )
 
 
-def _places(
+def _cell_positions(
     values: Sequence[float] | np.ndarray, axis: Sequence[float], logarithmic: bool = False
 ) -> np.ndarray:
     """Where values lie among the equally spaced cells of an axis; its ends hold what is beyond."""
@@ -224,7 +224,9 @@ def _places(
     return np.interp(change(values), change(np.asarray(axis)), np.arange(len(axis)))
 
 
-def _equal_cells(figure: go.Figure, ranks: Sequence[float], scales: Sequence[float]) -> None:
+def _space_cells_equally(
+    figure: go.Figure, ranks: Sequence[float], scales: Sequence[float]
+) -> None:
     """Ticks that name settings, few enough for a phone."""
     for update, values, text in (
         (figure.update_xaxes, ranks, [rank_words(r) for r in ranks]),

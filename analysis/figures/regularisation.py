@@ -69,7 +69,7 @@ def norm_ratios(frame: pd.DataFrame, title: str = "") -> go.Figure:
         font={"size": 11},
     )
     figure.update_xaxes(range=[0, 1.04])
-    _parameters(figure, labels)
+    _set_parameter_axis(figure, labels)
     return figure
 
 
@@ -112,11 +112,11 @@ def norm_ranges(
     what = "Frobenius norm" if quantity == "norm" else "Variance of the entries"
     layout(figure, title, x=f"{what} (log scale)", y="", height=160 + 24 * len(labels))
     figure.update_xaxes(type="log", nticks=6, exponentformat="power", minorloglabels="none")
-    _parameters(figure, labels)
+    _set_parameter_axis(figure, labels)
     return figure
 
 
-def _parameters(figure: go.Figure, labels: np.ndarray) -> None:
+def _set_parameter_axis(figure: go.Figure, labels: np.ndarray) -> None:
     """A y axis of all parameters in the network's order, whatever trace names them first."""
     figure.update_yaxes(
         type="category",
@@ -191,9 +191,9 @@ def noise_lines(frame: pd.DataFrame, relative: bool = True, title: str = "") -> 
     """
     own = "own" if relative else "members'"
     figure = go.Figure()
-    _accuracy(figure, frame, "sigma", "σ = %{x:.3g}", "over seeds")
+    _draw_accuracy(figure, frame, "sigma", "σ = %{x:.3g}", "over seeds")
     layout(figure, title, x=f"Noise σ (× {own} RMS of each tensor)", y="")
-    return _accuracy_axis(figure)
+    return _set_accuracy_axis(figure)
 
 
 def corruption_lines(frame: pd.DataFrame, corruption: Corruption, title: str = "") -> go.Figure:
@@ -205,7 +205,7 @@ def corruption_lines(frame: pd.DataFrame, corruption: Corruption, title: str = "
         title: the figure's title.
     """
     figure = go.Figure()
-    _accuracy(figure, frame, "severity", "severity %{x}", "over members")
+    _draw_accuracy(figure, frame, "severity", "severity %{x}", "over members")
     layout(figure, title, x=f"Severity of {CORRUPTIONS[corruption].replace(' (', '<br>(')}", y="")
     steps = frame.drop_duplicates("severity")
     figure.update_xaxes(
@@ -215,10 +215,12 @@ def corruption_lines(frame: pd.DataFrame, corruption: Corruption, title: str = "
             f"{s}<br>({x:g})" for s, x in zip(steps["severity"], steps["level"], strict=True)
         ],
     )
-    return _accuracy_axis(figure)
+    return _set_accuracy_axis(figure)
 
 
-def _accuracy(figure: go.Figure, frame: pd.DataFrame, axis: str, where: str, spread: str) -> None:
+def _draw_accuracy(
+    figure: go.Figure, frame: pd.DataFrame, axis: str, where: str, spread: str
+) -> None:
     """A line a subject, with bars from low to high where there is a range."""
     for subject, part in frame.groupby("subject", sort=False):
         key = str(subject)
@@ -248,6 +250,6 @@ def _accuracy(figure: go.Figure, frame: pd.DataFrame, axis: str, where: str, spr
         )
 
 
-def _accuracy_axis(figure: go.Figure) -> go.Figure:
+def _set_accuracy_axis(figure: go.Figure) -> go.Figure:
     figure.update_yaxes(title={"text": "Accuracy (%)"}, tickformat=".0%", rangemode="tozero")
     return figure

@@ -11,10 +11,10 @@ from analysis.figures.style import (
     CELLS_WITH_TEXT,
     OKABE_ITO,
     SEQUENTIAL,
-    colour_bar,
+    add_colour_bar,
+    colour_cell_numbers,
     layout,
-    readable_cells,
-    square_cells,
+    make_cells_square,
 )
 
 
@@ -59,9 +59,9 @@ def agreement_map(frame: pd.DataFrame, value: str = "agreement", title: str = ""
     )
     axis = "Member (number), soup, ensemble"
     layout(figure, title, x=axis, y=axis, height=500, legend=False)
-    colour_bar(figure, label)
-    readable_cells(figure)
-    square_cells(figure)
+    add_colour_bar(figure, label)
+    colour_cell_numbers(figure)
+    make_cells_square(figure)
     return figure
 
 

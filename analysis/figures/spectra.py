@@ -16,14 +16,14 @@ from analysis.figures.style import (
     REFERENCE,
     SEQUENTIAL,
     TRANSPARENT,
-    colour_bar,
+    add_colour_bar,
+    colour_cell_numbers,
     layout,
     mark_share,
     percent,
-    readable_cells,
     task_colours,
     task_markers,
-    thinned,
+    thin_indices,
 )
 from merge_core.checkpoints.parameter_roles import block_of, matrix_kind
 
@@ -103,7 +103,7 @@ def scree(frame: pd.DataFrame, cuts: pd.DataFrame | None = None, title: str = ""
     """
     figure = go.Figure()
     origins = list(dict.fromkeys(frame["origin"]))
-    for task, origin, part in _by_task(frame):
+    for task, origin, part in _group_by_task(frame):
         seen = part[part["sigma"] > 0]
         figure.add_scatter(
             x=seen["index"].to_numpy(),
@@ -131,7 +131,7 @@ def scree(frame: pd.DataFrame, cuts: pd.DataFrame | None = None, title: str = ""
     return figure
 
 
-def _by_task(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
+def _group_by_task(frame: pd.DataFrame) -> Iterator[tuple[str, str, pd.DataFrame]]:
     for (task, origin), part in frame.groupby(["task", "origin"], sort=False):
         yield str(task), str(origin), part
 
@@ -206,7 +206,7 @@ def cumulative_energy(
     """
     figure = go.Figure()
     origins = list(dict.fromkeys(frame["origin"]))
-    for task, origin, part in _by_task(frame):
+    for task, origin, part in _group_by_task(frame):
         figure.add_scatter(
             x=part["share"].to_numpy(),
             y=part["energy"].to_numpy(),
@@ -291,13 +291,13 @@ def summary_map(frame: pd.DataFrame, value: str, title: str = "") -> go.Figure:
         f"{label}: %{{text}} {unit}<extra></extra>",
     )
     layout(figure, title, x="Task", y="Matrix", height=max(360, 190 + 22 * len(rows)), legend=False)
-    colour_bar(figure, f"{label} ({unit})")
-    readable_cells(figure)
+    add_colour_bar(figure, f"{label} ({unit})")
+    colour_cell_numbers(figure)
     # Wherever in a cell the pointer is, the nearest marker is the cell's own.
     figure.update_layout(hoverdistance=-1, clickmode="event+select", dragmode=False)
     figure.update_xaxes(type="category", showgrid=False)
     figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
     if len(rows) > 40:
-        shown = thinned(len(rows), 40)
+        shown = thin_indices(len(rows), 40)
         figure.update_yaxes(tickmode="array", tickvals=[rows[i] for i in shown])
     return figure

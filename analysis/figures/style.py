@@ -68,7 +68,7 @@ def percent(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def thinned(count: int, most: int) -> np.ndarray:
+def thin_indices(count: int, most: int) -> np.ndarray:
     """At most `most` of the places 0..count−1, evenly spread, both ends among them."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
@@ -140,7 +140,7 @@ def layout(
     return figure
 
 
-def colour_bar(figure: go.Figure, label: str) -> None:
+def add_colour_bar(figure: go.Figure, label: str) -> None:
     """A colour bar between title and plot, so that a phone's width is left to the map.
 
     Args:
@@ -166,7 +166,7 @@ def colour_bar(figure: go.Figure, label: str) -> None:
     figure.update_layout(margin_t=figure.layout.margin.t + BAR_HEIGHT)
 
 
-def readable_cells(figure: go.Figure) -> None:
+def colour_cell_numbers(figure: go.Figure) -> None:
     """White numbers on a heat map's dark cells, black ones on its light cells.
 
     Plotly's own choice is a grey that is faint on middling colours. Numbers of one trace have
@@ -199,7 +199,7 @@ def readable_cells(figure: go.Figure) -> None:
     )
 
 
-def square_cells(figure: go.Figure) -> None:
+def make_cells_square(figure: go.Figure) -> None:
     """A map of pairs: as many rows as columns, the first row on top, cells as wide as high."""
     figure.update_xaxes(type="category", showgrid=False, constrain="domain")
     figure.update_yaxes(

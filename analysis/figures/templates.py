@@ -14,10 +14,10 @@ from analysis.figures.style import (
     DIVERGING,
     MARKERS,
     OKABE_ITO,
-    colour_bar,
+    add_colour_bar,
+    colour_cell_numbers,
     layout,
-    readable_cells,
-    square_cells,
+    make_cells_square,
 )
 from analysis.patterns.blending import blend
 from analysis.patterns.images import NORMALISATIONS, Normalisation, Tiles, normalise, tile_png
@@ -95,12 +95,12 @@ def tile_figure(
     return figure
 
 
-def shortened(name: str, most: int = 10) -> str:
+def shorten(name: str, most: int = 10) -> str:
     """A name that fits above a tile."""
     return name if len(name) <= most else name[: most - 1].rstrip() + "…"
 
 
-def with_scale(title: str, kind: Normalisation, shared: bool) -> str:
+def title_with_scale(title: str, kind: Normalisation, shared: bool) -> str:
     """A title followed by how intensities are to be read."""
     each = "one scale" if shared else "each on its own scale"
     return f"{title} ({NORMALISATIONS[kind]}, {each})"
@@ -128,12 +128,12 @@ def template_grid(
     wide = min(columns, len(names))
     blocks, labels = [], []
     for start in range(0, len(names), wide):
-        places: list[int | None] = list(range(start, min(start + wide, len(names))))
-        places += [None] * (wide - len(places))
-        images = [None if p is None else values[p] for values in shown for p in places]
+        indices: list[int | None] = list(range(start, min(start + wide, len(names))))
+        indices += [None] * (wide - len(indices))
+        images = [None if p is None else values[p] for values in shown for p in indices]
         blocks.append(tile_png(images, wide))
-        labels += ["" if p is None else shortened(names[p]) for p in places]
-    return tile_figure(blocks, with_scale(title, kind, shared), labels, list(rows))
+        labels += ["" if p is None else shorten(names[p]) for p in indices]
+    return tile_figure(blocks, title_with_scale(title, kind, shared), labels, list(rows))
 
 
 def blend_strip(
@@ -156,10 +156,10 @@ def blend_strip(
     """
     images = np.stack([A, B, blend(A, B, lam), A - B])
     shared = kind == "symmetric"
-    labels = [shortened(name, 14) for name in names]
+    labels = [shorten(name, 14) for name in names]
     labels += [f"λ = {lam:.2g}", "first − second"]
     tiles = tile_png(list(normalise(images, kind, shared)), 4)
-    return tile_figure([tiles], with_scale(title, kind, shared), labels, height=110)
+    return tile_figure([tiles], title_with_scale(title, kind, shared), labels, height=110)
 
 
 def cosine_map(
@@ -197,9 +197,9 @@ def cosine_map(
         )
     )
     layout(figure, title, x=columns, y=rows, height=480, legend=False)
-    colour_bar(figure, "Cosine (−1 to 1)")
-    readable_cells(figure)
-    square_cells(figure)
+    add_colour_bar(figure, "Cosine (−1 to 1)")
+    colour_cell_numbers(figure)
+    make_cells_square(figure)
     return figure
 
 
@@ -213,7 +213,7 @@ def dominance_lines(
     """A measurement of templates over weight decay or training: mean and range over members.
 
     Args:
-        frame: of :func:`analysis.patterns.templates.decay_frame`, or of its twin along training.
+        frame: of :func:`analysis.patterns.templates.decay_frame`, or of its ``training_frame``.
         x: "weight_decay", with a line for each comparison, or "epoch", with one for each decay.
         value: one of :data:`VALUES`.
         title: the figure's title.
@@ -231,7 +231,7 @@ def dominance_lines(
     key = "decay" if x == "epoch" else "comparison"
     alone = key == "comparison" and not compared
     groups = [(label, part)] if alone else part.groupby(key, sort=False)
-    for place, (group, points) in enumerate(groups):
+    for index, (group, points) in enumerate(groups):
         name = f"decay {group!s}" if key == "decay" else COMPARISONS.get(str(group), label)
         name = name.replace("_c", "<sub>c</sub>")
         stats = points.groupby("decay" if x == "weight_decay" else "epoch", sort=False)[value].agg(
@@ -239,7 +239,7 @@ def dominance_lines(
         )
         if value in SHARES:
             stats[["mean", "min", "max"]] *= 100
-        _with_band(figure, stats, name, place)
+        _add_band(figure, stats, name, index)
     layout(figure, title, x=f"{AXES[x]}, mean and range over members", y=label, legend=not alone)
     if x == "weight_decay":
         figure.update_xaxes(type="category")
@@ -250,9 +250,9 @@ def _decay(value: float | None) -> str:
     return "not given" if value is None or np.isnan(value) else f"{value:g}"
 
 
-def _with_band(figure: go.Figure, stats: pd.DataFrame, name: str, place: int) -> None:
+def _add_band(figure: go.Figure, stats: pd.DataFrame, name: str, index: int) -> None:
     x = stats.index.to_numpy()
-    colour = OKABE_ITO[place % len(OKABE_ITO)]
+    colour = OKABE_ITO[index % len(OKABE_ITO)]
     red, green, blue = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     if (stats["size"] > 1).any():
         for edge, fill in (("min", None), ("max", "tonexty")):
@@ -274,8 +274,8 @@ def _with_band(figure: go.Figure, stats: pd.DataFrame, name: str, place: int) ->
         mode="lines+markers",
         name=name,
         legendgroup=name,
-        line={"color": colour, "dash": DASHES[place % len(DASHES)], "width": 2},
-        marker={"symbol": MARKERS[place % len(MARKERS)], "size": 7},
+        line={"color": colour, "dash": DASHES[index % len(DASHES)], "width": 2},
+        marker={"symbol": MARKERS[index % len(MARKERS)], "size": 7},
         hovertemplate=f"{name}<br>%{{x}}: %{{y:.4g}} (from %{{customdata[0]:.4g}} to "
         "%{customdata[1]:.4g}, %{customdata[2]:.0f} members)<extra></extra>",
     )
@@ -299,7 +299,7 @@ def response_lines(
         for key, part in frame.groupby("images", sort=False)
     }
     label = "Mean logit of the blended row" if value == "logit" else f"Classified as {a} (%)"
-    return _along_lambda(series, f"λ (1: {a} alone, 0: {b} alone)", label, title)
+    return _lines_along_lambda(series, f"λ (1: {a} alone, 0: {b} alone)", label, title)
 
 
 def model_response_lines(
@@ -321,10 +321,12 @@ def model_response_lines(
         columns = {"accuracy": "all test images", "class_accuracy": f"images of {class_name}"}
         label, scale = "Test accuracy (%)", 100
     series = {name: (frame["lam"], frame[column] * scale) for column, name in columns.items()}
-    return _along_lambda(series, f"λ (1: {names[0]} alone, 0: {names[1]} alone)", label, title)
+    return _lines_along_lambda(
+        series, f"λ (1: {names[0]} alone, 0: {names[1]} alone)", label, title
+    )
 
 
-def _along_lambda(
+def _lines_along_lambda(
     series: Mapping[str, tuple[pd.Series, pd.Series]], x: str, y: str, title: str
 ) -> go.Figure:
     figure = go.Figure()

@@ -105,7 +105,7 @@ def entropy(context: LearningContext, weights: State, images: Tensor, task: str)
     return -(log_p.exp() * log_p).sum(dim=1).mean()
 
 
-def slopes(
+def entropy_gradient(
     context: LearningContext, family: Family, values: Tensor, batches: Sequence[Tensor]
 ) -> tuple[float, Tensor]:
     """The summed entropies of all tasks at λ, and their derivative with respect to λ.
@@ -173,7 +173,7 @@ def minimise_entropy(
         for step in range(parameters.steps):
             context.progress.step(step, parameters.steps, "adapting to unlabelled images")
             batches = [next(stream) for stream in streams]
-            _, slope = slopes(context, family, used(), batches)
+            _, slope = entropy_gradient(context, family, used(), batches)
             values.grad = torch.autograd.grad(used(), values, slope)[0]
             adam.step()
     return used().detach()

@@ -34,7 +34,7 @@ def learn_fisher(context: LearningContext) -> dict[str, Tensor]:
         if hasattr(layer, "fused_attn"):  # timm's switch: fused attention takes one class at a time
             layer.fused_attn = False
     found: dict[str, list[Tensor]] = {}
-    for place, task in enumerate(context.tasks):
+    for index, task in enumerate(context.tasks):
         images = context.images(task, parameters.examples)
         weights = context.expert(task)
         total: dict[str, Tensor] = {}
@@ -42,7 +42,7 @@ def learn_fisher(context: LearningContext) -> dict[str, Tensor]:
         squares = Threads().map(of_image, images.split(1), context.progress.cancel)
         for done in range(len(images)):
             context.progress.step(
-                place * len(images) + done, len(context.tasks) * len(images), f"Fisher on {task}"
+                index * len(images) + done, len(context.tasks) * len(images), f"Fisher on {task}"
             )
             for name, value in next(squares).items():
                 total[name] = total[name] + value if name in total else value

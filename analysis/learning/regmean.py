@@ -37,14 +37,14 @@ def learn_regmean(context: LearningContext) -> dict[str, Tensor]:
     @torch.no_grad()
     def grams_of(task: str) -> dict[str, Tensor]:
         weights = context.expert(task)
-        with context.copies.lend() as network, gram_matrices(network, layers) as grams:
+        with context.copies.lend() as network, collect_gram_matrices(network, layers) as grams:
             for batch in context.images(task, parameters.examples).split(BATCH):
                 torch.func.functional_call(network, weights, (batch,))
         return grams
 
     found = Threads().map(grams_of, context.tasks, context.progress.cancel)
-    for place, task in enumerate(context.tasks):
-        context.progress.step(place, len(context.tasks), f"activations of {task}")
+    for index, task in enumerate(context.tasks):
+        context.progress.step(index, len(context.tasks), f"activations of {task}")
         for layer, gram in next(found).items():
             fit.add(layer, task, gram)
     return fit.updates()
@@ -77,8 +77,8 @@ def learn_regmean_plus_plus(context: LearningContext) -> dict[str, Tensor]:
         of_task = partial(block_grams, context, merged, block, inside)
         items = ((experts[task], images[task]) for task in context.tasks)
         found = Threads().map(of_task, items, context.progress.cancel)
-        for place, task in enumerate(context.tasks):
-            unit = done * len(context.tasks) + place
+        for index, task in enumerate(context.tasks):
+            unit = done * len(context.tasks) + index
             context.progress.step(unit, len(blocks) * len(context.tasks), f"{block} on {task}")
             for layer, gram in next(found).items():
                 fit.add(layer, task, gram)
@@ -113,10 +113,10 @@ def block_grams(
     }
     with context.copies.lend() as network:
         module = network.get_submodule(block)
-        with calls(module) as inputs:
+        with record_calls(module) as inputs:
             for batch in images.split(BATCH):
                 torch.func.functional_call(network, dict(merged), (batch,))
-        with gram_matrices(network, layers) as grams:
+        with collect_gram_matrices(network, layers) as grams:
             for args, keywords in inputs:
                 torch.func.functional_call(module, own, args, keywords)
     return grams
@@ -151,7 +151,7 @@ class Fit:
 
     def update(self, layer: str) -> Tensor:
         """The fitted update of one layer's weight about the average, m x n."""
-        return self._equations[layer].solved()
+        return self._equations[layer].solve()
 
     def updates(self) -> dict[str, Tensor]:
         """Name of a weight to its update."""
@@ -201,7 +201,7 @@ def blocks_in_order(
 
 
 @contextmanager
-def calls(module: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
+def record_calls(module: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
     """Collects the arguments and keywords of every call of a module."""
     found: list[tuple[Any, Any]] = []
     handle = module.register_forward_pre_hook(
@@ -214,7 +214,7 @@ def calls(module: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
 
 
 @contextmanager
-def gram_matrices(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
+def collect_gram_matrices(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
     """Collects XᵀX of each layer's inputs, n x n, float64; every token of an image is a row."""
     grams: dict[str, Tensor] = {}
 

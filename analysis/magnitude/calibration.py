@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from analysis.averaging.soups import UNDECIDED
-from analysis.averaging.soups import predicted as predicted_classes
+from analysis.averaging.soups import predict_classes as predicted_classes
 
 BINS = 15
 # What :func:`measures` gives, in its order.

@@ -18,13 +18,13 @@ from torch import Tensor
 from analysis.averaging.soups import (
     Statistics,
     mean_norms,
-    norm_restored,
-    predicted,
-    reestimated,
+    predict_classes,
+    reestimate_batchnorm,
+    restore_norms,
     uniform_soup,
 )
 from analysis.networks.stateless import State
-from analysis.outputs.inputs import scaled
+from analysis.outputs.inputs import normalise_pixels
 from analysis.outputs.pool_outputs import PoolEvaluator, PoolSplit
 from merge_core.errors import PoolError
 from merge_core.executors.base import one_thread
@@ -70,10 +70,10 @@ def soup_states(
     soup = uniform_soup(evaluator, members)
     states = {
         "uniform_soup": soup,
-        "norm_restored": norm_restored(soup, mean_norms(evaluator, members)),
+        "norm_restored": restore_norms(soup, mean_norms(evaluator, members)),
     }
     if statistics == "reestimate":
-        return {name: reestimated(evaluator, state) for name, state in states.items()}
+        return {name: reestimate_batchnorm(evaluator, state) for name, state in states.items()}
     return dict(states)
 
 
@@ -148,7 +148,7 @@ def weight_noise_sweep(
         for subject, weights in _models(evaluator, chosen, soups)
     )
 
-    def measured(
+    def measure(
         unit: tuple[float, str, int, State, State],
     ) -> tuple[float, str, int, float, float]:
         sigma, subject, seed, weights, noise = unit
@@ -157,7 +157,7 @@ def weight_noise_sweep(
         logits = evaluator.run({**weights, **noisy}, split).logits
         return sigma, subject, seed, *_score(logits, evaluator.labels(split))
 
-    for row in Threads().map(measured, units):
+    for row in Threads().map(measure, units):
         rows.append(row)
         if progress is not None:
             progress.step(len(rows), total, f"σ = {row[0]:.3g}, {row[1]}")
@@ -192,12 +192,10 @@ def _models(
 def _score(logits: Tensor, labels: np.ndarray) -> tuple[float, float]:
     """Accuracy, and the share of images with logits that are not finite (wrong)."""
     lost = ~logits.isfinite().all(dim=1)
-    return float(np.mean(predicted(logits) == labels)), float(lost.double().mean())
+    return float(np.mean(predict_classes(logits) == labels)), float(lost.double().mean())
 
 
-def corrupted(
-    images: np.ndarray, corruption: Corruption, severity: int, seed: int = 0
-) -> np.ndarray:
+def corrupt(images: np.ndarray, corruption: Corruption, severity: int, seed: int = 0) -> np.ndarray:
     """Images as a bad camera would give them.
 
     Args:
@@ -327,15 +325,15 @@ def corruption_sweep(
     rows = []
     done = 0
     for severity in severities:
-        raw = corrupted(evaluator.inputs(split).images, corruption, severity, seed)
-        images = scaled(raw, data.mean, data.std)
+        raw = corrupt(evaluator.inputs(split).images, corruption, severity, seed)
+        images = normalise_pixels(raw, data.mean, data.std)
         ensemble = torch.zeros((), dtype=torch.float64)
         scores: dict[str, list[tuple[float, float]]] = {}
 
-        def measured(model: tuple[str, State], images: Tensor = images) -> tuple[str, Tensor]:
+        def measure(model: tuple[str, State], images: Tensor = images) -> tuple[str, Tensor]:
             return model[0], evaluator.network.outputs(model[1], images).logits
 
-        for subject, logits in Threads().map(measured, _models(evaluator, chosen, soups)):
+        for subject, logits in Threads().map(measure, _models(evaluator, chosen, soups)):
             evaluator.forward_images += len(images)
             scores.setdefault(subject, []).append(_score(logits, labels))
             if subject == "individuals":

@@ -24,11 +24,11 @@ from torch import Tensor, nn
 from analysis.averaging.soups import (
     Statistics,
     mean_norms,
-    norm_restored,
-    reestimated,
+    reestimate_batchnorm,
+    restore_norms,
     uniform_soup,
 )
-from analysis.averaging.soups import predicted as predicted_classes
+from analysis.averaging.soups import predict_classes as predicted_classes
 from analysis.magnitude.calibration import MEASURES, excess_over_uniform, measures
 from analysis.magnitude.homogeneity import (
     WHAT,
@@ -89,14 +89,14 @@ def scaled_state(
         >>> scaled["weight"].tolist(), scaled["bias"].tolist()
         ([[3.0, 3.0]], [1.0])
     """
-    return _times(weights, m, scaled_names(module, what, layer))
+    return _multiply(weights, m, scaled_names(module, what, layer))
 
 
-def _times(weights: State, m: float, names: frozenset[str]) -> dict[str, Tensor]:
+def _multiply(weights: State, m: float, names: frozenset[str]) -> dict[str, Tensor]:
     return {name: value.double() * m if name in names else value for name, value in weights.items()}
 
 
-def chosen(members: Sequence[int], who: Who) -> tuple[int, ...]:
+def choose_scaled(members: Sequence[int], who: Who) -> tuple[int, ...]:
     """The members that are scaled.
 
     Raises:
@@ -106,8 +106,8 @@ def chosen(members: Sequence[int], who: Who) -> tuple[int, ...]:
         >>> chosen([4, 5, 6], "all_but_last")
         (4, 5)
     """
-    places = {"all": slice(None), "first": slice(1), "last": slice(-1, None)}
-    scaled = tuple(members)[places.get(who, slice(-1))]
+    slices = {"all": slice(None), "first": slice(1), "last": slice(-1, None)}
+    scaled = tuple(members)[slices.get(who, slice(-1))]
     if not scaled:
         raise PoolError("No member would be scaled. Choose more members, or scale all of them.")
     return scaled
@@ -140,7 +140,7 @@ class _Scaling:
     ) -> None:
         self.evaluator = evaluator
         self.members = evaluator.pool.select(members)
-        self.scaled = chosen(self.members, who)
+        self.scaled = choose_scaled(self.members, who)
         self.others = tuple(i for i in self.members if i not in self.scaled)
         self.names = names
         self.split: PoolSplit = split
@@ -154,10 +154,11 @@ class _Scaling:
         """All that can be measured."""
         soup = uniform_soup(self.evaluator, self.members)
         if self.others:
-            return _Subjects(self.member, {"uniform_soup": self._mixed(soup)})
-        restored = norm_restored(soup, mean_norms(self.evaluator, self.members))
+            return _Subjects(self.member, {"uniform_soup": self._mixed_soup(soup)})
+        restored = restore_norms(soup, mean_norms(self.evaluator, self.members))
         return _Subjects(
-            self.member, {"uniform_soup": self._whole(soup), "norm_restored": self._whole(restored)}
+            self.member,
+            {"uniform_soup": self._scaled_soup(soup), "norm_restored": self._scaled_soup(restored)},
         )
 
     def member(self, number: int, m: float) -> Tensor:
@@ -167,7 +168,7 @@ class _Scaling:
             return unscaled
         if self.degree is not None:
             return PowerLaw(unscaled, self.degree).logits(m)
-        return self._run(_times(self.evaluator.weights(number), m, self.names), m)
+        return self._run(_multiply(self.evaluator.weights(number), m, self.names), m)
 
     def arithmetic(self, m: float) -> str:
         """How the scaled members' logits are computed: "exact", "float32" or "float64"."""
@@ -175,7 +176,7 @@ class _Scaling:
             return "exact"
         return "float64" if self._needs_double(m) else "float32"
 
-    def _whole(self, weights: State) -> Callable[[float], Tensor]:
+    def _scaled_soup(self, weights: State) -> Callable[[float], Tensor]:
         """A soup of members that are all scaled alike: the soup itself, scaled."""
         unscaled = self._soup(weights, 1.0)
 
@@ -184,11 +185,11 @@ class _Scaling:
                 return unscaled
             if self.degree is not None:
                 return PowerLaw(unscaled, self.degree).logits(m)
-            return self._soup(_times(weights, m, self.names), m)
+            return self._soup(_multiply(weights, m, self.names), m)
 
         return logits
 
-    def _mixed(self, soup: State) -> Callable[[float], Tensor]:
+    def _mixed_soup(self, soup: State) -> Callable[[float], Tensor]:
         """A soup of which only some members are scaled: m times their part, and the rest."""
         share = len(self.scaled) / len(self.members)
         part, rest = (uniform_soup(self.evaluator, some) for some in (self.scaled, self.others))
@@ -204,7 +205,7 @@ class _Scaling:
 
     def _soup(self, weights: State, m: float) -> Tensor:
         if self.statistics == "reestimate":
-            weights = reestimated(self.evaluator, weights)
+            weights = reestimate_batchnorm(self.evaluator, weights)
         return self._run(weights, m)
 
     def _run(self, weights: State, m: float) -> Tensor:
@@ -225,7 +226,7 @@ class _Scaling:
         """Whether float32 would lose the logits of the first scaled member."""
         with self._lock:
             if m not in self._double:
-                weights = _times(self.evaluator.weights(self.scaled[0]), m, self.names)
+                weights = _multiply(self.evaluator.weights(self.scaled[0]), m, self.names)
                 images = self.images[:PROBE_IMAGES]
                 single, exact = (
                     self._logits(weights, images, dtype) for dtype in (torch.float32, torch.float64)
@@ -244,7 +245,7 @@ class _Scores:
     excess: Tensor
 
     @property
-    def predicted(self) -> np.ndarray:
+    def predictions(self) -> np.ndarray:
         """int64, N."""
         return predicted_classes(self.excess if self.logits is None else self.logits)
 
@@ -280,7 +281,7 @@ def _scores(
     yield "probability_ensemble", "ensembles", _Scores(None, mean_excess)
 
 
-def _scored(logits: Callable[[], Tensor]) -> _Scores:
+def _score_logits(logits: Callable[[], Tensor]) -> _Scores:
     value = logits()
     return _Scores(value, excess_over_uniform(value))
 
@@ -295,17 +296,17 @@ def _sweep(
     """Measures of every subject at every m, against the predictions measured at m = 1."""
     labels = scaling.evaluator.labels(scaling.split)
     reference = {
-        (subject, label): scores.predicted
+        (subject, label): scores.predictions
         for subject, label, scores in _scores(
-            scaling, measured, map(_scored, _units(scaling, measured, 1.0))
+            scaling, measured, map(_score_logits, _units(scaling, measured, 1.0))
         )
     }
     units = len(scaling.scaled) + len(subjects.soups) + 2
     rows = []
     results = Threads().map(
-        _scored, (unit for m in magnitudes for unit in _units(scaling, subjects, m))
+        _score_logits, (unit for m in magnitudes for unit in _units(scaling, subjects, m))
     )
-    for place, m in enumerate(magnitudes):
+    for index, m in enumerate(magnitudes):
         for unit, (subject, label, scores) in enumerate(
             _scores(scaling, subjects, results), start=1
         ):
@@ -317,7 +318,7 @@ def _sweep(
             )
             rows.append({"magnitude": float(m), "subject": subject, **values})
             if progress is not None:
-                done = place * units + unit
+                done = index * units + unit
                 progress.step(done, len(magnitudes) * units, f"m = {m:.3g}, {label}")
     frame = pd.DataFrame(rows, columns=["magnitude", "subject", *MEASURES])
     # The individuals' rows become their mean; one without any finite image is left out of it.
@@ -435,7 +436,7 @@ def predicted_sweep(
         soup = uniform_soup(evaluator, scaling.members)
         states = {
             "uniform_soup": soup,
-            "norm_restored": norm_restored(soup, mean_norms(evaluator, scaling.members)),
+            "norm_restored": restore_norms(soup, mean_norms(evaluator, scaling.members)),
         }
         soups = {
             name: law_of(state, measured.soups[name](1.0)).logits for name, state in states.items()
@@ -452,7 +453,7 @@ __all__ = [
     "WHO",
     "What",
     "Who",
-    "chosen",
+    "choose_scaled",
     "layer_names",
     "magnitude_sweep",
     "predicted_sweep",

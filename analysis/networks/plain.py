@@ -100,7 +100,7 @@ class MLP(PlainNetwork):
             nn.Linear(n, m, bias=bias) for n, m in itertools.pairwise(sizes)
         )
         self.head = _head(sizes[-1], num_classes, bias)
-        _start(self)
+        _initialise(self)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Activations of the last hidden layer, N x width."""
@@ -141,7 +141,7 @@ class VGG(PlainNetwork):
         )
         self.hidden = nn.Linear(sizes[-1], hidden, bias=bias)
         self.head = _head(hidden, num_classes, bias)
-        _start(self)
+        _initialise(self)
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Activations of the hidden layer, N x width."""
@@ -153,7 +153,7 @@ class VGG(PlainNetwork):
         return functional.relu(self.hidden(value.mean(dim=(2, 3))))
 
 
-def _start(network: PlainNetwork) -> None:
+def _initialise(network: PlainNetwork) -> None:
     """He's initial weights, without which a deep network of rectifiers hardly starts to learn.
 
     Source: He et al., arXiv:1502.01852, equation 10.

@@ -55,19 +55,19 @@ MODELS = {
 }
 
 
-class _Within(nn.Module):
+class _Nested(nn.Module):
     """A network under another name, so that its parameters are called as in a checkpoint."""
 
     def __init__(self, path: list[str], network: nn.Module) -> None:
         super().__init__()
         first, *rest = path
-        self.add_module(first, _Within(rest, network) if rest else network)
+        self.add_module(first, _Nested(rest, network) if rest else network)
 
     def forward(self, images: Tensor) -> Any:
         return next(self.children())(images)
 
 
-class _Projected(nn.Module):
+class _ProjectedVision(nn.Module):
     """The vision half of a CLIP of transformers, named as in a whole CLIP."""
 
     def __init__(self, vision_model: nn.Module, visual_projection: nn.Module) -> None:
@@ -79,7 +79,7 @@ class _Projected(nn.Module):
         return self.visual_projection(self.vision_model(pixel_values=images).pooler_output)
 
 
-class _OfTexts(nn.Module):
+class _TextFeatures(nn.Module):
     """A text model, giving the features of one token of each text."""
 
     def __init__(self, name: str, model: nn.Module, token: Literal["first", "last"]) -> None:
@@ -133,14 +133,14 @@ def suite_network(suite: Suite) -> StatelessNetwork:
     if architecture.library == "timm":
         network = build_network(architecture, suite.path, SuiteError, num_classes=0)
     elif architecture.library == "open_clip":
-        network = _open_clip(architecture, suite.path)
+        network = _build_open_clip(architecture, suite.path)
     else:
-        network = _of_transformers(architecture, suite.path, names)
+        network = _build_transformers(architecture, suite.path, names)
     prefix = common_prefix(network.state_dict(), names)
     if prefix:
-        network = _Within(prefix[:-1].split("."), network)
+        network = _Nested(prefix[:-1].split("."), network)
     network = network.eval().requires_grad_(False)
-    fixed = _given_by_base(network, suite, names)
+    fixed = _copy_from_base(network, suite, names)
     return StatelessNetwork(network, architecture, suite.path, SuiteError, fixed=fixed)
 
 
@@ -160,7 +160,7 @@ def common_prefix(expected: Collection[str], names: Collection[str]) -> str:
     return min(candidates, key=lambda p: (-sum(p + name in known for name in expected), len(p)))
 
 
-def _given_by_base(network: nn.Module, suite: Suite, names: Collection[str]) -> frozenset[str]:
+def _copy_from_base(network: nn.Module, suite: Suite, names: Collection[str]) -> frozenset[str]:
     """Give the projection the base's values where experts lack it; the names of what was given."""
     own = network.state_dict()
     if PROJECTION not in own or PROJECTION in names:
@@ -180,9 +180,9 @@ def _given_by_base(network: nn.Module, suite: Suite, names: Collection[str]) -> 
     return frozenset({PROJECTION})
 
 
-def _open_clip(architecture: ArchitectureSpec, path: Path) -> nn.Module:
+def _build_open_clip(architecture: ArchitectureSpec, path: Path) -> nn.Module:
     """A visual tower of open_clip; arguments replace those of the named configuration."""
-    open_clip = _library("open_clip", path)
+    open_clip = _import_library("open_clip", path)
     known = open_clip.get_model_config(architecture.name)
     if known is None:
         near = [name for name in open_clip.list_models() if name[:6] == architecture.name[:6]]
@@ -205,16 +205,16 @@ def _open_clip(architecture: ArchitectureSpec, path: Path) -> nn.Module:
             **whole,
         )
     except Exception as fault:  # wrong arguments raise almost anything, from deep inside
-        raise _not_built(architecture, path, fault) from fault
+        raise _build_error(architecture, path, fault) from fault
     visual: nn.Module = clip.visual
     return visual
 
 
-def _of_transformers(
+def _build_transformers(
     architecture: ArchitectureSpec, path: Path, names: Collection[str]
 ) -> nn.Module:
     """A model of transformers, in the layout of the names."""
-    transformers = _library("transformers", path)
+    transformers = _import_library("transformers", path)
     name = architecture.name
     if name not in MODELS:
         raise SuiteError(
@@ -231,16 +231,16 @@ def _of_transformers(
     try:
         whole = getattr(transformers, kind.model)(configure(**architecture.args), **kind.more)
     except Exception as fault:  # wrong arguments raise almost anything, from deep inside
-        raise _not_built(architecture, path, fault) from fault
+        raise _build_error(architecture, path, fault) from fault
     if kind.token is not None:
-        return _OfTexts(kind.within, whole, kind.token)
+        return _TextFeatures(kind.within, whole, kind.token)
     vision, projection = whole.vision_model, whole.visual_projection
     if any(name.startswith("vision_model.") for name in names):
-        return _Projected(vision, projection)
-    return _bare(vision, projection)
+        return _ProjectedVision(vision, projection)
+    return _build_bare(vision, projection)
 
 
-def _bare(vision_model: nn.Module, projection: nn.Module) -> nn.Module:
+def _build_bare(vision_model: nn.Module, projection: nn.Module) -> nn.Module:
     """A vision model that projects its own output: how transformers 5 names what it saves."""
 
     class Bare(type(vision_model)):  # type: ignore[misc]
@@ -252,7 +252,7 @@ def _bare(vision_model: nn.Module, projection: nn.Module) -> nn.Module:
     return vision_model
 
 
-def _not_built(architecture: ArchitectureSpec, path: Path, fault: Exception) -> SuiteError:
+def _build_error(architecture: ArchitectureSpec, path: Path, fault: Exception) -> SuiteError:
     return SuiteError(
         f"{path}: {architecture.library} cannot build {architecture.name!r} with "
         f"{architecture.args} ({type(fault).__name__}: {' '.join(str(fault).split()):.200}). "
@@ -260,7 +260,7 @@ def _not_built(architecture: ArchitectureSpec, path: Path, fault: Exception) -> 
     )
 
 
-def _library(name: str, path: Path) -> Any:
+def _import_library(name: str, path: Path) -> Any:
     """An optional library.
 
     Raises:

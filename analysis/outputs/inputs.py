@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from analysis.data_sources.archive import TaskInputs, read_split
-from analysis.data_sources.prepared import prepared
+from analysis.data_sources.prepared import prepare_split
 from analysis.data_sources.text import read_texts
-from analysis.data_sources.transforms import resolved
+from analysis.data_sources.transforms import resolve_transform
 from merge_core.errors import SuiteError
 from merge_core.progress import Progress
 from merge_core.suites.data_spec import DataSpec
@@ -35,7 +35,7 @@ def load_inputs(
     A numpy archive (``.npz``) holds ``val_images``, ``val_labels``, ``test_images``,
     ``test_labels`` and, optionally, ``class_names``. Labels may be left out; then nothing that
     needs accuracy can be asked. Other kinds of data are decoded once and kept
-    (:func:`analysis.data_sources.prepared.prepared`).
+    (:func:`analysis.data_sources.prepared.prepare_split`).
 
     Args:
         suite: the suite.
@@ -62,7 +62,7 @@ def load_inputs(
     if spec.kind == "text":
         tokens, labels, names = read_texts(spec, split, suite.file, what)
         return TaskInputs(tokens[:limit], labels[:limit], names)
-    found = prepared(spec, suite.spec.architecture, split, suite.file, what, progress)
+    found = prepare_split(spec, suite.spec.architecture, split, suite.file, what, progress)
     return TaskInputs(found.images[:limit], found.labels[:limit], found.class_names)
 
 
@@ -97,7 +97,7 @@ def has_labels(suite: Suite, task: str, split: Split) -> bool:
         raise SuiteError(f"{path} (data of task {task!r}) cannot be read: {fault}.") from fault
 
 
-def normalised(images: np.ndarray, suite: Suite, task: str) -> Tensor:
+def normalise_for_task(images: np.ndarray, suite: Suite, task: str) -> Tensor:
     """float32, N x 3 x H x W: scaled to [0, 1], then (x − mean) / std of the task's data.
 
     Raises:
@@ -106,12 +106,12 @@ def normalised(images: np.ndarray, suite: Suite, task: str) -> Tensor:
     spec = _data(suite, task)
     if spec.kind == "text":
         return torch.from_numpy(images.astype(np.int64))
-    transform = resolved(spec, suite.spec.architecture, f"data of task {task!r}")
+    transform = resolve_transform(spec, suite.spec.architecture, f"data of task {task!r}")
     mean, std = spec.constants if transform is None else (transform.mean, transform.std)
-    return scaled(images, mean, std)
+    return normalise_pixels(images, mean, std)
 
 
-def scaled(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
+def normalise_pixels(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
     """float32, N x C x H x W: (x / 255 − mean) / std of uint8 images N x H x W x C."""
     shift, scale = (torch.tensor(constants).reshape(-1, 1, 1) for constants in (mean, std))
     pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()

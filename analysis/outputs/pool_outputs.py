@@ -23,7 +23,7 @@ from torch import Tensor
 from analysis.data_sources.archive import TaskInputs, read_split
 from analysis.networks.pool_network import pool_network
 from analysis.networks.stateless import Outputs, State, StatelessNetwork
-from analysis.outputs.inputs import scaled
+from analysis.outputs.inputs import normalise_pixels
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import OutputError, PoolError
 from merge_core.executors.base import one_thread
@@ -93,7 +93,9 @@ class PoolEvaluator:
         with self._lock:
             if split not in self._images:
                 data = self.pool.spec.data
-                self._images[split] = scaled(self.inputs(split).images, data.mean, data.std)
+                self._images[split] = normalise_pixels(
+                    self.inputs(split).images, data.mean, data.std
+                )
             return self._images[split]
 
     @cached_property

@@ -49,14 +49,14 @@ def is_missing(values: np.ndarray) -> np.ndarray:
     return missing
 
 
-def nothing(count: int, dtype: npt.DTypeLike) -> np.ndarray:
+def empty_vector(count: int, dtype: npt.DTypeLike) -> np.ndarray:
     """A vector of which no entry was computed."""
     return np.full(count, np.nan if np.dtype(dtype).kind == "f" else -1, dtype)
 
 
-def filled(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+def fill_missing(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """`first`, with `second` where it is missing; the longer one's length, `first`'s dtype."""
-    result = nothing(max(len(first), len(second)), first.dtype)
+    result = empty_vector(max(len(first), len(second)), first.dtype)
     for values in (second, first):
         known = ~is_missing(values)
         result[: len(values)][known] = values[known]
@@ -87,10 +87,10 @@ class PredictionStore:
         Args:
             wanted: key to the dtype of its values.
         """
-        known = _vectors(_read(self.path, list(wanted)), wanted)
-        shipped = _vectors({key: self._shipped.get(key) for key in wanted}, wanted)
+        known = _unpack(_read(self.path, list(wanted)), wanted)
+        shipped = _unpack({key: self._shipped.get(key) for key in wanted}, wanted)
         for key, values in shipped.items():
-            known[key] = filled(values, known[key]) if key in known else values
+            known[key] = fill_missing(values, known[key]) if key in known else values
         return known
 
     def put(self, vectors: Mapping[str, np.ndarray]) -> None:
@@ -122,19 +122,19 @@ class PredictionStore:
             with connection:
                 connection.execute(SCHEMA)
                 types = {key: values.dtype for key, values in vectors.items()}
-                known = _vectors(_select(connection, list(vectors)), types)
+                known = _unpack(_select(connection, list(vectors)), types)
                 rows = [
-                    (key, _packed(filled(values, known[key]) if key in known else values))
+                    (key, _pack(fill_missing(values, known[key]) if key in known else values))
                     for key, values in vectors.items()
                 ]
                 connection.executemany("INSERT OR REPLACE INTO predictions VALUES (?, ?)", rows)
 
 
-def _packed(values: np.ndarray) -> bytes:
+def _pack(values: np.ndarray) -> bytes:
     return zlib.compress(values.tobytes(), level=9)
 
 
-def _vectors(rows: Mapping[str, Any], types: Mapping[str, npt.DTypeLike]) -> Vectors:
+def _unpack(rows: Mapping[str, Any], types: Mapping[str, npt.DTypeLike]) -> Vectors:
     """Rows as vectors; damaged ones are unknown."""
     found = {}
     for key, blob in rows.items():

@@ -13,15 +13,15 @@ from analysis.data_sources.archive import TaskInputs
 from analysis.networks.stateless import Outputs, StatelessNetwork
 from analysis.networks.towers import suite_network
 from analysis.outputs.heads import Head, load_head
-from analysis.outputs.inputs import Split, load_inputs, normalised
+from analysis.outputs.inputs import Split, load_inputs, normalise_for_task
 from analysis.outputs.measures import MEASURES
 from analysis.outputs.prediction_store import (
     CLASSES,
     SHIPPED_NAME,
     PredictionStore,
-    filled,
+    empty_vector,
+    fill_missing,
     is_missing,
-    nothing,
     output_key,
 )
 from merge_core.errors import MergeScopeError, SuiteError
@@ -97,7 +97,7 @@ class SuiteOutputs:
         if key in self._inputs:
             return self._inputs[key]
         raw = self.raw_inputs(task, split, limit)
-        whole = (normalised(raw.images, self.suite, task), raw.labels)
+        whole = (normalise_for_task(raw.images, self.suite, task), raw.labels)
         if whole[0].nbytes <= KEPT_BYTES:
             self._inputs[key] = whole
         return whole
@@ -191,7 +191,7 @@ class SuiteOutputs:
         progress = progress or Progress()
         weights = cache(weights)
         keys, vectors = self._known(digest, images, split, measures)
-        unknown = _unknown(vectors, images)
+        unknown = _find_unknown(vectors, images)
         total, done = sum(len(wanted) for wanted in unknown.values()), 0
         if total and self._stored_only:
             raise NotStored("This has not been evaluated yet.")
@@ -240,7 +240,7 @@ class SuiteOutputs:
     ) -> bool:
         """Whether :meth:`measure` would run nothing."""
         _, vectors = self._known(digest, images, split, measures)
-        return not any(map(len, _unknown(vectors, images).values()))
+        return not any(map(len, _find_unknown(vectors, images).values()))
 
     def _known(
         self, digest: str, images: Images, split: Split, measures: Collection[str]
@@ -254,8 +254,8 @@ class SuiteOutputs:
         stored = self.predictions.get({k: MEASURES[name].dtype for (_, name), k in keys.items()})
         vectors: Measurements = {task: {} for task in images}
         for (task, name), key in keys.items():
-            empty = nothing(int(images[task].max(initial=-1)) + 1, MEASURES[name].dtype)
-            vectors[task][name] = filled(stored[key], empty) if key in stored else empty
+            empty = empty_vector(int(images[task].max(initial=-1)) + 1, MEASURES[name].dtype)
+            vectors[task][name] = fill_missing(stored[key], empty) if key in stored else empty
         return keys, vectors
 
     def _measured(
@@ -318,7 +318,7 @@ class SuiteOutputs:
         limit = next((most for *place, most in held if place == [task, split]), None)
         raw = self.raw_inputs(task, split, limit)
         if raw.images.size * torch.float32.itemsize > KEPT_BYTES:
-            return normalised(raw.images[images], self.suite, task)
+            return normalise_for_task(raw.images[images], self.suite, task)
         source = self.inputs(task, split, limit)[0]
         if np.array_equal(images, np.arange(first, last + 1)):
             return source[first : last + 1]  # without a copy
@@ -336,7 +336,7 @@ class SuiteOutputs:
         return self._digests[task]
 
 
-def _unknown(vectors: Measurements, images: Images) -> dict[str, np.ndarray]:
+def _find_unknown(vectors: Measurements, images: Images) -> dict[str, np.ndarray]:
     """Images, ascending, of which a vector of their task does not know the value."""
     return {
         task: np.unique(

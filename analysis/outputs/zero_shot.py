@@ -113,13 +113,13 @@ def _tower(made: ZeroShotSpec, path: Path, what: str) -> tuple[Encode, float]:
             )
         scale = math.exp(float(checkpoint.tensor(SCALE)))
         if made.model is None:
-            return _transformers(path, checkpoint, what), scale
-        return _open_clip(made.model, path, checkpoint, what), scale
+            return _transformers_encoder(path, checkpoint, what), scale
+        return _open_clip_encoder(made.model, path, checkpoint, what), scale
     except CheckpointError as fault:
         raise SuiteError(f"Text tower of the {what}: {fault}") from fault
 
 
-def _transformers(path: Path, checkpoint: Checkpoint, what: str) -> Encode:
+def _transformers_encoder(path: Path, checkpoint: Checkpoint, what: str) -> Encode:
     try:
         from transformers import AutoTokenizer, CLIPConfig, CLIPTextModelWithProjection
     except ImportError as fault:
@@ -135,7 +135,7 @@ def _transformers(path: Path, checkpoint: Checkpoint, what: str) -> Encode:
         )
         model = CLIPTextModelWithProjection(config).eval()
     except Exception as fault:  # files of another form make the library raise almost anything
-        raise _unfit(path, what, fault) from fault
+        raise _misfit_error(path, what, fault) from fault
     _fill(model, checkpoint, path, what)
 
     def encode(texts: Sequence[str]) -> Tensor:
@@ -148,7 +148,7 @@ def _transformers(path: Path, checkpoint: Checkpoint, what: str) -> Encode:
     return encode
 
 
-def _open_clip(name: str, path: Path, checkpoint: Checkpoint, what: str) -> Encode:
+def _open_clip_encoder(name: str, path: Path, checkpoint: Checkpoint, what: str) -> Encode:
     try:
         import open_clip
     except ImportError as fault:
@@ -168,8 +168,8 @@ def _open_clip(name: str, path: Path, checkpoint: Checkpoint, what: str) -> Enco
         model = open_clip.create_model(name, load_weights=False).eval()
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as fault:  # as above
-        raise _unfit(path, what, fault) from fault
-    _fill(model, checkpoint, path, what, only=_of_text(model))
+        raise _misfit_error(path, what, fault) from fault
+    _fill(model, checkpoint, path, what, only=_text_parameters(model))
 
     def encode(texts: Sequence[str]) -> Tensor:
         features: Tensor = model.encode_text(tokenizer(list(texts)))
@@ -178,7 +178,7 @@ def _open_clip(name: str, path: Path, checkpoint: Checkpoint, what: str) -> Enco
     return encode
 
 
-def _of_text(model: Any) -> set[str]:
+def _text_parameters(model: Any) -> set[str]:
     """The parameters of an open_clip model that its text features need."""
     visual = ("visual.", SCALE, "logit_bias")
     return {name for name in model.state_dict() if not name.startswith(visual)}
@@ -209,6 +209,6 @@ def _fill(
         own[name].copy_(value)  # own holds the model's memory
 
 
-def _unfit(path: Path, what: str, fault: Exception) -> SuiteError:
+def _misfit_error(path: Path, what: str, fault: Exception) -> SuiteError:
     reason = str(fault).strip().split("\n")[0]
     return SuiteError(f"{path} ({what}) cannot be used as a text tower: {reason:.200}")

@@ -84,7 +84,7 @@ def difference(a: State, b: State) -> dict[str, Tensor]:
         >>> difference({"w": torch.tensor([3.0])}, {"w": torch.tensor([1.0]), "v": torch.ones(1)})
         {'w': tensor([2.])}
     """
-    return {name: a[name].float() - b[name].float() for name in _common([a, b])}
+    return {name: a[name].float() - b[name].float() for name in _common_names([a, b])}
 
 
 def average(models: Sequence[State]) -> dict[str, Tensor]:
@@ -99,11 +99,11 @@ def average(models: Sequence[State]) -> dict[str, Tensor]:
     """
     return {
         name: (sum(model[name].double() for model in models) / len(models)).float()  # type: ignore[union-attr]
-        for name in _common(models)
+        for name in _common_names(models)
     }
 
 
-def _common(models: Sequence[State]) -> list[str]:
+def _common_names(models: Sequence[State]) -> list[str]:
     names = [
         name
         for name in models[0]
@@ -158,7 +158,12 @@ def _first_name(weights: State) -> str | None:
     found = [name for name in _kernel_names(weights) if weights[name].shape[1] in (1, 3)]
     return min(
         found,
-        key=lambda n: (weights[n].shape[1] != 3, not _FIRST.search(n), n.count("."), natural(n)),
+        key=lambda n: (
+            weights[n].shape[1] != 3,
+            not _FIRST.search(n),
+            n.count("."),
+            natural_sort_key(n),
+        ),
         default=None,
     )
 
@@ -166,10 +171,10 @@ def _first_name(weights: State) -> str | None:
 def _kernel_names(weights: State) -> list[str]:
     """Spatial kernels (not 1 x 1), in natural order: files do not keep the network's order."""
     names = [n for n, w in weights.items() if w.ndim == 4 and max(w.shape[2:]) > 1]
-    return sorted((n for n in names if n.endswith("weight")), key=natural)
+    return sorted((n for n in names if n.endswith("weight")), key=natural_sort_key)
 
 
-def natural(name: str) -> list[tuple[int, int | str]]:
+def natural_sort_key(name: str) -> list[tuple[int, int | str]]:
     """A sort key by which ``layer1.10`` comes after ``layer1.2``.
 
     Example:
@@ -287,7 +292,9 @@ def _positions_name(weights: State) -> str | None:
     ]
     # Models of images and texts have two tables.
     return min(
-        found, key=lambda n: ("visi" not in n and "visual" not in n, natural(n)), default=None
+        found,
+        key=lambda n: ("visi" not in n and "visual" not in n, natural_sort_key(n)),
+        default=None,
     )
 
 
@@ -345,7 +352,7 @@ def attention_layers(weights: State) -> tuple[str, ...]:
             key = weights.get(apart[1])
             if key is not None and key.shape == weight.shape and len(set(key.shape)) == 1:
                 found.append(name)
-    return tuple(sorted(found, key=natural))
+    return tuple(sorted(found, key=natural_sort_key))
 
 
 def head_count(network: nn.Module) -> int | None:
@@ -371,7 +378,7 @@ def _queries_keys(weights: State, layer: str, heads: int) -> tuple[Tensor, Tenso
     else:
         fused = weights[layer].double()
         info = TensorInfo.of(fused)
-        outputs = fused.T if describe(layer, info).in_by_out else fused
+        outputs = fused.T if describe(layer, info).stored_transposed else fused
         query, key, _ = outputs.chunk(3)
     width = query.shape[1]
     if heads < 1 or width % heads:

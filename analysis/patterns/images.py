@@ -72,9 +72,9 @@ class Tiles:
     tile: tuple[int, int]
     gap: int
 
-    def centre(self, place: int) -> tuple[float, float]:
+    def centre(self, index: int) -> tuple[float, float]:
         """The middle (x, y) of a tile, in pixels of the PNG, by its place in reading order."""
-        row, column = divmod(place, self.columns)
+        row, column = divmod(index, self.columns)
         height, width = self.tile
         return (
             column * (width + self.gap) + (width - 1) / 2,
@@ -113,10 +113,10 @@ def tile_png(images: np.ndarray | Sequence[np.ndarray | None], columns: int) -> 
     canvas = np.zeros(
         (rows * (tile[0] + gap) - gap, columns * (tile[1] + gap) - gap, 4), dtype=np.uint8
     )
-    for place, image in enumerate(images):
+    for index, image in enumerate(images):
         if image is None:
             continue
-        row, column = divmod(place, columns)
+        row, column = divmod(index, columns)
         top, left = row * (tile[0] + gap), column * (tile[1] + gap)
         part = canvas[top : top + tile[0], left : left + tile[1]]
         # A single grey channel spreads over red, green and blue.
@@ -137,7 +137,7 @@ def _bytes(image: np.ndarray) -> np.ndarray:
     return np.floor(image * 255 + 0.5).astype(np.uint8)
 
 
-def pooled(matrix: np.ndarray, most: int) -> np.ndarray:
+def block_means(matrix: np.ndarray, most: int) -> np.ndarray:
     """A matrix reduced to at most `most` x `most` cells, each the mean of a block.
 
     Args:
@@ -160,7 +160,7 @@ def pooled(matrix: np.ndarray, most: int) -> np.ndarray:
     return result
 
 
-def stitched(maps: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
+def stitch(maps: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
     """Maps side by side in one matrix, for a single heat map.
 
     Args:
@@ -178,8 +178,8 @@ def stitched(maps: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
     count, m, n = maps.shape
     rows = -(-count // columns)
     canvas = np.full((rows * (m + gap) - gap, columns * (n + gap) - gap), np.nan)
-    for place, values in enumerate(maps):
-        row, column = divmod(place, columns)
+    for index, values in enumerate(maps):
+        row, column = divmod(index, columns)
         top, left = row * (m + gap), column * (n + gap)
         canvas[top : top + m, left : left + n] = values
     return canvas

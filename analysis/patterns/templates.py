@@ -198,7 +198,7 @@ def stationary_templates(
     return _pictures(rows, channels, size)
 
 
-def centred(images: np.ndarray) -> np.ndarray:
+def centre_templates(images: np.ndarray) -> np.ndarray:
     """Templates minus their mean over classes, W_c − W̄.
 
     [derived] One vector added to all rows adds x·v to every logit of an image, which changes
@@ -341,8 +341,8 @@ def decay_frame(evaluator: PoolEvaluator, progress: Progress | None = None) -> p
         True
     """
     pool = evaluator.pool
-    places = [(i, m.epochs, pool.member(i)) for i, m in enumerate(pool.spec.members)]
-    return _measured(evaluator, places, progress)
+    moments = [(i, m.epochs, pool.member(i)) for i, m in enumerate(pool.spec.members)]
+    return _measure(evaluator, moments, progress)
 
 
 def training_frame(evaluator: PoolEvaluator, progress: Progress | None = None) -> pd.DataFrame:
@@ -359,24 +359,24 @@ def training_frame(evaluator: PoolEvaluator, progress: Progress | None = None) -
         [0.0, 1.0, 5.0, 20.0, 80.0, 400.0]
     """
     pool = evaluator.pool
-    places = [
-        (i, snapshot.epoch, pool.snapshot(i, place))
+    moments = [
+        (i, snapshot.epoch, pool.snapshot(i, index))
         for i, member in enumerate(pool.spec.members)
-        for place, snapshot in enumerate(member.trajectory)
+        for index, snapshot in enumerate(member.trajectory)
     ]
-    if not places:
+    if not moments:
         raise PoolError(f"The pool {pool.name!r} has no snapshots along training.")
-    return _measured(evaluator, places, progress)
+    return _measure(evaluator, moments, progress)
 
 
-def _measured(
+def _measure(
     evaluator: PoolEvaluator,
-    places: Sequence[tuple[int, float | None, Checkpoint]],
+    moments: Sequence[tuple[int, float | None, Checkpoint]],
     progress: Progress | None,
 ) -> pd.DataFrame:
     means = class_means(evaluator)
     rows = []
-    for done, (number, epoch, checkpoint) in enumerate(places, start=1):
+    for done, (number, epoch, checkpoint) in enumerate(moments, start=1):
         member = evaluator.pool.spec.members[number]
         weights = tensors_of(checkpoint)
         images = pool_templates(evaluator, weights)
@@ -392,15 +392,15 @@ def _measured(
             "val_accuracy": _accuracy(evaluator, weights, "val"),
             "test_accuracy": _accuracy(evaluator, weights, "test"),
         }
-        for comparison, others in _compared(evaluator, weights, member.weight_decay, means):
+        for comparison, others in _compare(evaluator, weights, member.weight_decay, means):
             dominance = _dominance(_cosines(images, others))
             rows.append({**common, "comparison": comparison, **dominance._asdict(), **measured})
         if progress is not None:
-            progress.step(done, len(places), f"member {number}")
+            progress.step(done, len(moments), f"member {number}")
     return pd.DataFrame(rows)
 
 
-def _compared(
+def _compare(
     evaluator: PoolEvaluator, weights: State, decay: float | None, means: ClassMeans
 ) -> Iterator[tuple[str, np.ndarray]]:
     yield "means", means.means

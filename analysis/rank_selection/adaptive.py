@@ -111,7 +111,7 @@ def adaptive_search(
     """
     run = _Run(space, session, evaluator, score, split, seed, LEVELS, progress)
     budget = max(share * run.grid_images, LEAST * run.all_images)
-    first = _coarse(space, budget / 2 / run.cost(0))
+    first = _coarse_settings(space, budget / 2 / run.cost(0))
     run.begin(first, first, budget)
     # One more look at each rank: few images can hide a peak, and the curve shows every rank.
     peaks = run.posterior()[0].reshape(max(len(space.ranks), 1), -1).argmax(axis=1)
@@ -154,7 +154,7 @@ def exhaustive_search(
 ) -> Search:
     """Run every setting on every image (arguments and errors: :func:`adaptive_search`)."""
     run = _Run(space, session, evaluator, score, split, seed, (1.0,), progress)
-    run.begin(np.arange(space.size), _coarse(space, space.size), run.grid_images)
+    run.begin(np.arange(space.size), _coarse_settings(space, space.size), run.grid_images)
     return run.result()
 
 
@@ -181,7 +181,7 @@ class _Run:
             [(r, s) for r in space.ranks or (math.nan,) for s in space.scales or (math.nan,)]
         )
         self._order = {
-            task: _shuffled(len(numbers), task, seed)
+            task: _shuffle(len(numbers), task, seed)
             for task, numbers in evaluator.outputs.images(session.groups.tasks, split).items()
         }
         self._ends = _ends([len(order) for order in self._order.values()], shares)
@@ -275,7 +275,7 @@ class _Run:
                     "expected": expected[setting],
                     "expected_low": expected[setting] - z * error[setting],
                     "expected_high": expected[setting] + z * error[setting],
-                    "tied": bool(self.full[setting]) and self._tied(known, best),
+                    "tied": bool(self.full[setting]) and self._is_tied(known, best),
                 }
             )
         points = pd.DataFrame(rows)
@@ -294,7 +294,7 @@ class _Run:
             grid_images=self.grid_images,
         )
 
-    def _tied(self, known: Mapping[str, np.ndarray], best: int) -> bool:
+    def _is_tied(self, known: Mapping[str, np.ndarray], best: int) -> bool:
         """Whether the best setting is not better beyond chance."""
         gap, error = difference(self._known[best], known)
         level = (1 - CONFIDENCE) / max(len(self._recipes) - 1, 1)
@@ -305,7 +305,7 @@ class _Run:
         return [("rank", "scale")[axis] for axis in self._axes]
 
 
-def _coarse(space: SearchSpace, most: float) -> np.ndarray:
+def _coarse_settings(space: SearchSpace, most: float) -> np.ndarray:
     """Settings to begin with, `most` at most: of each rank every fourth scale or fewer, staggered.
 
     At least one.
@@ -320,7 +320,7 @@ def _coarse(space: SearchSpace, most: float) -> np.ndarray:
         stride *= 2
 
 
-def _shuffled(count: int, task: str, seed: int) -> np.ndarray:
+def _shuffle(count: int, task: str, seed: int) -> np.ndarray:
     """Numbers below `count` in an order of their own for each task, whatever the other tasks."""
     start = int(digest_of("rank selection", str(seed), task)[:15], 16)
     return np.random.default_rng(start).permutation(count)

@@ -27,32 +27,32 @@ from merge_core.factors.low_rank import count_directions
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 UNIFORM = "uniform"
 
 
-def _absolute(S: np.ndarray) -> np.ndarray:
+def _energy(S: np.ndarray) -> np.ndarray:
     return S**2
 
 
-def _relative(S: np.ndarray) -> np.ndarray:
+def _relative_energy(S: np.ndarray) -> np.ndarray:
     return np.diff(cumulative_energy(S), prepend=0.0)
 
 
-def _nuclear(S: np.ndarray) -> np.ndarray:
+def _nuclear_norm(S: np.ndarray) -> np.ndarray:
     return np.diff(nuclear_share(S), prepend=0.0)
 
 
 ALLOCATIONS: dict[str, tuple[str, Callable[[np.ndarray], np.ndarray]]] = {
-    "energy": ("Energy", _absolute),
-    "relative_energy": ("Energy, each matrix alike", _relative),
-    "nuclear": ("Nuclear norm, each matrix alike", _nuclear),
+    "energy": ("Energy", _energy),
+    "relative_energy": ("Energy, each matrix alike", _relative_energy),
+    "nuclear": ("Nuclear norm, each matrix alike", _nuclear_norm),
 }
 """Rules by name: title, and the gain of each direction from a spectrum (descending)."""
 
 
-def stored_numbers(groups: Groups, ranks: Mapping[str, int]) -> int:
+def stored_numbers(groups: TensorGroups, ranks: Mapping[str, int]) -> int:
     """Numbers that the kept directions of all tasks take: Σ T·k(m + n + 1).
 
     Args:
@@ -71,7 +71,7 @@ def stored_numbers(groups: Groups, ranks: Mapping[str, int]) -> int:
     return sum(len(groups.tasks) * ranks[g.name] * (sum(g.info.matrix_shape) + 1) for g in members)
 
 
-def uniform_ranks(groups: Groups, share: float) -> dict[str, int]:
+def uniform_ranks(groups: TensorGroups, share: float) -> dict[str, int]:
     """The same share of the directions in every decomposed parameter, k = max(1, floor(share·r)).
 
     Args:
@@ -88,7 +88,7 @@ def uniform_ranks(groups: Groups, share: float) -> dict[str, int]:
 
 
 def allocate(
-    groups: Groups,
+    groups: TensorGroups,
     origin: Origin,
     share: float,
     rule: str = "relative_energy",
@@ -125,7 +125,7 @@ def allocate(
         raise RecipeError(f"There is no allocation {rule!r}; choose one of {known}.")
     gain = ALLOCATIONS[rule][1]
 
-    def gains(group: ParameterGroup) -> np.ndarray:
+    def gains(group: TensorGroup) -> np.ndarray:
         spectra = [S.double().numpy() for S in group.singular_values(origin)]
         return np.asarray(np.sum([gain(S) for S in spectra], axis=0))
 
@@ -146,10 +146,10 @@ def _fill(worth: Sequence[np.ndarray], costs: Sequence[int], budget: int) -> lis
     density = np.concatenate([w[1:] / c for w, c in zip(worth, costs, strict=True)])
     matrix = np.repeat(np.arange(len(worth)), [w.size - 1 for w in worth])
     # Stable, so that of directions worth the same (zeros, say) the leading ones go first.
-    for place in np.argsort(-density, kind="stable"):
-        if costs[matrix[place]] <= left:
-            kept[matrix[place]] += 1
-            left -= costs[matrix[place]]
+    for index in np.argsort(-density, kind="stable"):
+        if costs[matrix[index]] <= left:
+            kept[matrix[index]] += 1
+            left -= costs[matrix[index]]
     return kept
 
 
@@ -174,7 +174,7 @@ def with_ranks(recipe: Recipe, ranks: Mapping[str, int]) -> Recipe:
     return make_recipe({**recipe.model_dump(), "overrides": overrides})
 
 
-def against_uniform(
+def compare_with_uniform(
     space: SearchSpace,
     session: MergeSession,
     evaluator: Evaluator,

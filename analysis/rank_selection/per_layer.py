@@ -8,11 +8,11 @@ from analysis.rank_selection.allocation import ALLOCATIONS, allocate, uniform_ra
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_proxies import layer_ranks
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 
 def ranks_per_layer(
-    groups: Groups, space: SearchSpace, share: float, progress: Progress | None = None
+    groups: TensorGroups, space: SearchSpace, share: float, progress: Progress | None = None
 ) -> pd.DataFrame:
     """Directions of each matrix by every rule, beside the same share everywhere.
 

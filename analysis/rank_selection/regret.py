@@ -164,14 +164,14 @@ def regret_table(
         "method": space.base.method,
     }
     best = recipes[best_setting(values["accuracy"])]
-    top = _measured(best, session, evaluator)
+    top = _measure(best, session, evaluator)
     context = {**case, **_tied_range(space, session, evaluator)}
     rows = []
     chosen = picks(space, session, evaluator, values, seed, progress)
     for done, pick in enumerate(chosen):
         progress.step(done, len(chosen), f"{pick.mode}: {pick.proxy}")
         recipe = space.recipe(pick.rank, pick.scale)
-        there = _measured(recipe, session, evaluator)
+        there = _measure(recipe, session, evaluator)
         rows.append(
             {
                 **context,
@@ -220,7 +220,7 @@ def picks(
     found = [Pick("default", "default", "rule", rank, scale, 0)]
     weights = recommend_from_weights(session.groups, space, progress=inner)
     for row in weights.to_dict("records"):
-        setting = (_known(row["rank"]), _known(row["scale"]))
+        setting = (_none_if_missing(row["rank"]), _none_if_missing(row["scale"]))
         found.append(Pick("weights", row["proxy"], "rule", *setting, 0))
     recipes = space.recipes()
     whole = sum(each.size for each in values["accuracy"].values())
@@ -229,11 +229,11 @@ def picks(
         chosen = recipes[best_setting(each)].parameters
         found.append(Pick(mode, name, "grid", chosen.get("rank"), chosen.get("scale"), whole))
     search = adaptive_search(space, session, evaluator, seed=seed, progress=inner)
-    setting = (_known(search.rank), _known(search.scale))
+    setting = (_none_if_missing(search.rank), _none_if_missing(search.scale))
     found.append(Pick("labels", "accuracy", "adaptive", *setting, search.asked_images))
     inputs = recommend_from_inputs(space, session, evaluator, seed, progress=inner)
     for row in inputs.to_dict("records"):
-        setting = (_known(row["rank"]), _known(row["scale"]))
+        setting = (_none_if_missing(row["rank"]), _none_if_missing(row["scale"]))
         found.append(Pick("inputs", row["proxy"], "adaptive", *setting, row["images"]))
     return found
 
@@ -330,9 +330,7 @@ def summary(table: pd.DataFrame) -> pd.DataFrame:
     return frame.sort_values(order, ignore_index=True)
 
 
-def recommended_proxy(
-    mode: str, method: str | None = None, table: pd.DataFrame | None = None
-) -> str:
+def recommend_proxy(mode: str, method: str | None = None, table: pd.DataFrame | None = None) -> str:
     """The proxy of a mode with the lowest worst regret, then the lowest mean one.
 
     What is asked of a recommendation is to be good on every set of tasks. Regret is that of
@@ -388,11 +386,11 @@ def tasks_effect(table: pd.DataFrame) -> pd.DataFrame:
     return rows.sort_values(["suite", "method", "tasks", "subset"], ignore_index=True)
 
 
-def _known(value: Any) -> Any:
+def _none_if_missing(value: Any) -> Any:
     return None if pd.isna(value) else value
 
 
-def _measured(recipe: Recipe, session: MergeSession, evaluator: Evaluator) -> dict[str, Hits]:
+def _measure(recipe: Recipe, session: MergeSession, evaluator: Evaluator) -> dict[str, Hits]:
     return {
         "val": evaluator.recipe_hits(recipe, session, "val"),
         "test": evaluator.recipe_hits(recipe, session, "test"),

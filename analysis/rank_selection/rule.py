@@ -7,7 +7,7 @@ from typing import Literal
 
 import pandas as pd
 
-from analysis.rank_selection.regret import evidence, recommended_proxy, summary
+from analysis.rank_selection.regret import evidence, recommend_proxy, summary
 from merge_core.errors import RecipeError
 from merge_core.methods import get_method
 
@@ -40,7 +40,7 @@ def choose_rule(mode: Mode, method: str, from_weights: Sequence[str]) -> str:
     cases = _cases(method)
     possible = cases[(cases["mode"] != "weights") | cases["proxy"].isin(from_weights)]
     try:
-        return recommended_proxy(mode, None, possible)
+        return recommend_proxy(mode, None, possible)
     except RecipeError as error:
         raise RecipeError(
             f"No rule gives {get_method(method).title} of these tasks a setting from "

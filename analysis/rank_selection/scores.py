@@ -44,7 +44,7 @@ class Score:
     reference: Reference | None = None
 
 
-def _equal(values: Values, reference: np.ndarray) -> np.ndarray:
+def _agreement(values: Values, reference: np.ndarray) -> np.ndarray:
     return (values[CLASSES] == reference).astype(float)
 
 
@@ -58,7 +58,7 @@ SCORES: dict[str, Score] = {
         why="it is what is wanted",
         source="labels",
         measures=(CLASSES,),
-        of=_equal,
+        of=_agreement,
         reference="labels",
     ),
     "agreement": Score(
@@ -66,7 +66,7 @@ SCORES: dict[str, Score] = {
         why="it differs from the accuracy only on images that the expert gets wrong",
         source="experts' predictions as pseudo-labels (Lee, ICML workshop 2013)",
         measures=(CLASSES,),
-        of=_equal,
+        of=_agreement,
         reference="expert",
     ),
     "overlap": Score(

@@ -120,7 +120,7 @@ class Selection:
         return self.points[self.points["tied"].astype(bool)]
 
 
-def selectable(suite: Suite, tasks: Sequence[str]) -> dict[str, str]:
+def selectable_methods(suite: Suite, tasks: Sequence[str]) -> dict[str, str]:
     """Methods of which rank or scale can be chosen here: name to title.
 
     They make one model of these tasks from weights alone.
@@ -184,7 +184,7 @@ def select_rank(
     search = choice.search(rule, executor)
     picks = choice.picks(rule, search)
     chosen = picks[picks["proxy"] == rule].iloc[0]
-    rank, scale = _digits(chosen["rank"]), _digits(chosen["scale"])
+    rank, scale = _round_to_digits(chosen["rank"]), _round_to_digits(chosen["scale"])
     recipe = recipe_at(space, rank, scale)
     accuracy, report = choice.accuracies(recipe)
     points = search.points if search else _no_points()
@@ -214,7 +214,7 @@ def select_rank(
     )
 
 
-def known_selection(
+def stored_selection(
     space: SearchSpace,
     session: MergeSession,
     evaluator: Evaluator | None,
@@ -377,7 +377,7 @@ class _Choice:
         """A row per proxy: the rule's own, those that read inputs if asked for, and the rest."""
         parts = []
         if search is not None:
-            parts.append(_searched(rule, search).assign(mode=self.options.mode))
+            parts.append(_pick_of_search(rule, search).assign(mode=self.options.mode))
         if self.evaluator is not None and self.options.every_proxy:
             found = recommend_from_inputs(
                 self.space,
@@ -401,24 +401,24 @@ class _Choice:
             return None, None
         mean, tested = None, None
         asked = self.options.report
-        if self.options.mode == "labels" or (asked and _labelled(self.session, "val")):
+        if self.options.mode == "labels" or (asked and _has_labels(self.session, "val")):
             frame = self.evaluator.recipe(recipe, self.session, progress=self.quiet)
             mean = mean_accuracy(frame).iloc[0]
-        if asked and _labelled(self.session, "test"):
+        if asked and _has_labels(self.session, "test"):
             tested = self.evaluator.recipe(recipe, self.session, "test", progress=self.quiet)
         return mean, tested
 
 
-def _labelled(session: MergeSession, split: Split) -> bool:
+def _has_labels(session: MergeSession, split: Split) -> bool:
     return all(has_labels(session.suite, task, split) for task in session.groups.tasks)
 
 
-def _digits(value: float) -> float:
+def _round_to_digits(value: float) -> float:
     """Three digits: what can be read, written in a link and told apart."""
     return float(f"{value:.3g}")
 
 
-def _searched(rule: str, search: Search) -> pd.DataFrame:
+def _pick_of_search(rule: str, search: Search) -> pd.DataFrame:
     score = SCORES[rule]
     row = {
         "proxy": rule,

@@ -73,10 +73,10 @@ class Surrogate:
         means = np.mean([s.mean(axis=1) for s in scores], axis=0)
         if free == 0 or measured.trace() == 0:  # nothing to learn a covariance from
             measured = (means.var() or 1.0) * np.eye(len(first))
-        self.deviation = self._fitted_deviation(first, measured, max(free, 1))
+        self.deviation = self._fit_deviation(first, measured, max(free, 1))
         self.sigma = float(np.sqrt(np.diag(self.deviation).mean()))
         self.centre = float(means.mean())
-        self.surface = self._fitted_surface(first, means)
+        self.surface = self._fit_surface(first, means)
 
     def posterior(
         self, settings: np.ndarray, groups: np.ndarray, values: np.ndarray
@@ -105,7 +105,7 @@ class Surrogate:
         left = np.diag(self.surface) - (common * cho_solve(factor, common.T).T).sum(axis=1)
         return self.centre + both @ gap, covariance, expected, np.sqrt(np.maximum(left, 0))
 
-    def _fitted_deviation(self, first: np.ndarray, measured: np.ndarray, images: int) -> np.ndarray:
+    def _fit_deviation(self, first: np.ndarray, measured: np.ndarray, images: int) -> np.ndarray:
         """K by maximum likelihood over so many images, then moved to the measured covariance."""
         step = max(len(first) // FITTED_SETTINGS, 1)
         some = self.places[first][::step]
@@ -141,7 +141,7 @@ class Surrogate:
         mixed: np.ndarray = fitted + MEASURED * onto @ (measured - block) @ onto.T
         return mixed
 
-    def _fitted_surface(self, first: np.ndarray, means: np.ndarray) -> np.ndarray:
+    def _fit_surface(self, first: np.ndarray, means: np.ndarray) -> np.ndarray:
         """M (Matérn 5/2) by maximum likelihood with log-normal priors."""
         places = self.places[first]
         noise = self.deviation[np.ix_(first, first)] / self.levels.images[0]

@@ -13,7 +13,7 @@ from analysis.rank_selection.weight_response import (
     PROPORTIONAL,
     responses,
     shares_of,
-    stages,
+    split_progress,
     whole_model,
 )
 from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_ranks
@@ -23,7 +23,7 @@ from merge_core.factors.factorise import map_matrices
 from merge_core.factors.low_rank import count_directions
 from merge_core.methods import get_method
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 
 CART_PAPER = "CART, arXiv:2412.12153"
 DERIVED = "[derived] in analysis/rank_selection/weight_response.py"
@@ -156,7 +156,7 @@ def defined_for(proxy: str, method: str) -> bool:
 
 
 def proxy_curves(
-    groups: Groups, space: SearchSpace, progress: Progress | None = None
+    groups: TensorGroups, space: SearchSpace, progress: Progress | None = None
 ) -> pd.DataFrame:
     """What the weights say about every rank.
 
@@ -191,8 +191,10 @@ def proxy_curves(
     columns = ["proxy", "title", "rank", "value"]
     if not space.ranks or space.base.method not in PROPORTIONAL:
         return pd.DataFrame(columns=columns)
-    response, spectral = stages(progress, 2)
-    table = _whole(responses(groups, space, response), _spectra(groups, space, spectral), groups)
+    response, spectral = split_progress(progress, 2)
+    table = _whole_model(
+        responses(groups, space, response), _spectra(groups, space, spectral), groups
+    )
     parts = [
         pd.DataFrame({"proxy": name, "title": title, "rank": table["rank"], "value": table[name]})
         for name, title in CURVES.items()
@@ -201,7 +203,7 @@ def proxy_curves(
 
 
 def recommend_from_weights(
-    groups: Groups, space: SearchSpace, progress: Progress | None = None
+    groups: TensorGroups, space: SearchSpace, progress: Progress | None = None
 ) -> pd.DataFrame:
     """The setting that each proxy recommends for the whole model.
 
@@ -222,12 +224,12 @@ def recommend_from_weights(
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
-    found = _recommended(groups, space, progress, by_matrix=False)
+    found = _recommend(groups, space, progress, by_matrix=False)
     return found.drop(columns="parameter")
 
 
 def layer_ranks(
-    groups: Groups, space: SearchSpace, progress: Progress | None = None
+    groups: TensorGroups, space: SearchSpace, progress: Progress | None = None
 ) -> pd.DataFrame:
     """The setting that each proxy recommends for each matrix by itself.
 
@@ -248,7 +250,7 @@ def layer_ranks(
     columns = ["proxy", "title", "parameter", "share", "rank", "scale"]
     if not space.ranks:
         return pd.DataFrame(columns=columns)
-    found = _recommended(groups, space, progress, by_matrix=True).rename(columns={"rank": "share"})
+    found = _recommend(groups, space, progress, by_matrix=True).rename(columns={"rank": "share"})
     size = {g.name: min(g.info.matrix_shape) for g in groups if g.decomposed}
     counts = [
         count_directions(share, size[name])
@@ -257,13 +259,13 @@ def layer_ranks(
     return found.assign(rank=counts)[columns]
 
 
-def _recommended(
-    groups: Groups, space: SearchSpace, progress: Progress | None, by_matrix: bool
+def _recommend(
+    groups: TensorGroups, space: SearchSpace, progress: Progress | None, by_matrix: bool
 ) -> pd.DataFrame:
     columns = ["proxy", "title", "parameter", "rank", "scale", "why", "source"]
     if space.base.method not in PROPORTIONAL:
         return pd.DataFrame(columns=columns)
-    response, spectral, ruling = stages(progress, 3)
+    response, spectral, ruling = split_progress(progress, 3)
     measured = responses(groups, space, response)
     spectra = rules = None
     if space.ranks:
@@ -276,7 +278,7 @@ def _recommended(
             for frame in (measured, spectra, rules)
         ]
         assert inside[0] is not None
-        table = _whole(inside[0], inside[1], groups)
+        table = _whole_model(inside[0], inside[1], groups)
         if table["matched"].isna().all():
             continue
         shares = {} if inside[2] is None else dict(inside[2].groupby("proxy")["share"].mean())
@@ -286,14 +288,18 @@ def _recommended(
             rank = np.nan
             if space.ranks:
                 chosen = table["rank"][proxy.pick(table)] if proxy.pick else shares[name]
-                rank = _limited(float(chosen), [r for r in space.ranks if isinstance(r, float)])
-            scale = _limited(_scale_at(table, rank, proxy.scale), space.scales)
+                rank = _clip_to_axis(
+                    float(chosen), [r for r in space.ranks if isinstance(r, float)]
+                )
+            scale = _clip_to_axis(_scale_at(table, rank, proxy.scale), space.scales)
             if not np.isnan(scale):
                 rows.append((name, proxy.title, part, rank, scale, proxy.why, proxy.source))
     return pd.DataFrame(rows, columns=columns)
 
 
-def _whole(responses: pd.DataFrame, spectra: pd.DataFrame | None, groups: Groups) -> pd.DataFrame:
+def _whole_model(
+    responses: pd.DataFrame, spectra: pd.DataFrame | None, groups: TensorGroups
+) -> pd.DataFrame:
     """Responses, scales and, for a method with a rank, every curve: one row per rank."""
     table = whole_model(responses)
     table = table.assign(
@@ -313,13 +319,13 @@ def _whole(responses: pd.DataFrame, spectra: pd.DataFrame | None, groups: Groups
     return table.merge(mean.drop(columns=["lost", "whole"]), on="rank")
 
 
-def _spectra(groups: Groups, space: SearchSpace, progress: Progress | None) -> pd.DataFrame:
+def _spectra(groups: TensorGroups, space: SearchSpace, progress: Progress | None) -> pd.DataFrame:
     """One row per matrix and share: parameter, rank, lost (R), whole (R(0)), nuclear,
     interference_row, interference_column."""
     origin = space.base.run(groups.tasks).origin
     shares = shares_of(space)
 
-    def curves(group: ParameterGroup) -> pd.DataFrame:
+    def curves(group: TensorGroup) -> pd.DataFrame:
         r = min(group.info.matrix_shape)
         spectra, factors = group.singular_values(origin), group.directions(origin)
         pairs = max(1, len(factors) * (len(factors) - 1))
@@ -357,6 +363,6 @@ def _scale_at(table: pd.DataFrame, rank: float, column: str) -> float:
     return float(np.exp(logs))
 
 
-def _limited(value: float, axis: Sequence[float]) -> float:
+def _clip_to_axis(value: float, axis: Sequence[float]) -> float:
     """The value inside the range of an axis."""
     return float(np.clip(value, min(axis), max(axis))) if axis else value

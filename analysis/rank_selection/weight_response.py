@@ -30,7 +30,7 @@ from merge_core.factors.factorise import map_matrices
 from merge_core.factors.low_rank import as_matrix
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 PROPORTIONAL: tuple[str, ...] = (
     "cart",
@@ -57,22 +57,22 @@ def shares_of(space: SearchSpace) -> tuple[float, ...]:
     return tuple(sorted({*RANKS, *(r for r in space.ranks if isinstance(r, float))}))
 
 
-def stages(progress: Progress | None, count: int) -> list[Progress | None]:
+def split_progress(progress: Progress | None, count: int) -> list[Progress | None]:
     """One progress for each of several passes over the same matrices, seen as one work."""
     if progress is None:
         return [None] * count
     outer = progress
 
-    def stage(place: int) -> Progress:
+    def stage(index: int) -> Progress:
         def listener(done: int, total: int, label: str) -> None:
-            outer.step(place * total + done, count * total, label)
+            outer.step(index * total + done, count * total, label)
 
         return Progress(listener, outer.cancel)
 
-    return [stage(place) for place in range(count)]
+    return [stage(index) for index in range(count)]
 
 
-def update(group: ParameterGroup, recipe: Recipe) -> Tensor:
+def update(group: TensorGroup, recipe: Recipe) -> Tensor:
     """D: what a recipe adds to its origin in one matrix at scale 1, m x n, working dtype.
 
     An update that rounding alone could leave (CART of two tasks) is exactly zero.
@@ -91,7 +91,7 @@ def update(group: ParameterGroup, recipe: Recipe) -> Tensor:
     return D if size(D) > rounding else torch.zeros_like(D)
 
 
-def targets(group: ParameterGroup, origin: Origin) -> tuple[Tensor, Tensor, float]:
+def targets(group: TensorGroup, origin: Origin) -> tuple[Tensor, Tensor, float]:
     """What strength and overlap of one matrix are taken against.
 
     Args:
@@ -118,7 +118,9 @@ def targets(group: ParameterGroup, origin: Origin) -> tuple[Tensor, Tensor, floa
     return covariance / max(1, live), response / max(1, live), energy
 
 
-def responses(groups: Groups, space: SearchSpace, progress: Progress | None = None) -> pd.DataFrame:
+def responses(
+    groups: TensorGroups, space: SearchSpace, progress: Progress | None = None
+) -> pd.DataFrame:
     """Strength and overlap of the merged update in every matrix, over the rank.
 
     Args:
@@ -141,7 +143,7 @@ def responses(groups: Groups, space: SearchSpace, progress: Progress | None = No
     origin = recipes[0].run(groups.tasks).origin
 
     @torch.no_grad()
-    def rows(group: ParameterGroup) -> list[dict[str, object]]:
+    def rows(group: TensorGroup) -> list[dict[str, object]]:
         covariance, response, task_energy = targets(group, origin)
         found: list[dict[str, object]] = []
         for rank, recipe in zip(ranks, recipes, strict=True):

@@ -19,7 +19,7 @@ from analysis.spectral.spectra import (
 from merge_core.factors.factorise import map_matrices
 from merge_core.methods.spectral import energy_rank
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def nuclear_share(S: np.ndarray) -> np.ndarray:
     return total / total[-1] if total[-1] > 0 else np.zeros_like(total)
 
 
-def _energy(share: float) -> Rule:
+def _energy_rule(share: float) -> Rule:
     return Rule(
         f"Energy {share:.0%}",
         f"the fewest directions that hold {share:.0%} of the task vectors' energy",
@@ -70,16 +70,16 @@ def _energy(share: float) -> Rule:
     )
 
 
-def _fixed(share: float, why: str) -> Rule:
+def _fixed_share_rule(share: float, why: str) -> Rule:
     return Rule(
         f"Share {share:.0%}", why, "CART, arXiv:2412.12153", lambda s: max(1.0, share * s.S.size)
     )
 
 
 RULES: dict[str, Rule] = {
-    "energy_80": _energy(0.8),
-    "energy_90": _energy(0.9),
-    "energy_95": _energy(0.95),
+    "energy_80": _energy_rule(0.8),
+    "energy_90": _energy_rule(0.9),
+    "energy_95": _energy_rule(0.95),
     "nuclear_40": Rule(
         "Nuclear norm 40%",
         "the fewest directions that hold 40% of the sum of the singular values",
@@ -122,13 +122,15 @@ RULES: dict[str, Rule] = {
         "Task Singular Vectors, arXiv:2412.00081",
         lambda s: max(1, s.S.size // s.tasks),
     ),
-    "share_8": _fixed(0.08, "the share that the paper recommends"),
-    "share_12": _fixed(0.12, "the share that the authors ship for 8 tasks"),
+    "share_8": _fixed_share_rule(0.08, "the share that the paper recommends"),
+    "share_12": _fixed_share_rule(0.12, "the share that the authors ship for 8 tasks"),
 }
 """Rules by name."""
 
 
-def rule_ranks(groups: Groups, origin: Origin, progress: Progress | None = None) -> pd.DataFrame:
+def rule_ranks(
+    groups: TensorGroups, origin: Origin, progress: Progress | None = None
+) -> pd.DataFrame:
     """The rank that every rule gives to every matrix.
 
     Args:
@@ -145,7 +147,7 @@ def rule_ranks(groups: Groups, origin: Origin, progress: Progress | None = None)
         Cancelled: by `progress`.
     """
 
-    def rows(group: ParameterGroup) -> list[dict[str, object]]:
+    def rows(group: TensorGroup) -> list[dict[str, object]]:
         shape, values = group.info.matrix_shape, group.singular_values(origin)
         spectra = [Spectrum(as_array(S), *shape, len(values)) for S in values]
         live = [s for s in spectra if s.S[0] > 0]

@@ -21,13 +21,16 @@ from merge_core.executors.base import one_thread
 from merge_core.factors.factorise import map_matrices, map_parameters
 from merge_core.factors.low_rank import Directions, count_directions
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 Side = Literal["row", "column"]
 
 
 def cosine_similarity(
-    groups: Groups, origin: Origin, parameter: str | None = None, progress: Progress | None = None
+    groups: TensorGroups,
+    origin: Origin,
+    parameter: str | None = None,
+    progress: Progress | None = None,
 ) -> pd.DataFrame:
     """Cosines of whole task vectors, or of one parameter's.
 
@@ -52,7 +55,7 @@ def cosine_similarity(
         [1.0, -1.0, -1.0, 1.0]
     """
 
-    def products(group: ParameterGroup) -> Tensor:
+    def products(group: TensorGroup) -> Tensor:
         tau = _task_vectors(group, origin)
         return tau @ tau.T
 
@@ -65,10 +68,10 @@ def cosine_similarity(
     return _ordered_pairs(groups.tasks, origin, {"cosine": cosine.numpy()})
 
 
-def _weights(groups: Groups, parameter: str | None) -> Callable[[ParameterGroup], bool]:
+def _weights(groups: TensorGroups, parameter: str | None) -> Callable[[TensorGroup], bool]:
     """Which parameters are weights, or the one asked for."""
 
-    def chosen(group: ParameterGroup) -> bool:
+    def chosen(group: TensorGroup) -> bool:
         return group.info.is_floating and parameter in (None, group.name)
 
     if not any(map(chosen, groups.members)):
@@ -80,7 +83,7 @@ def _weights(groups: Groups, parameter: str | None) -> Callable[[ParameterGroup]
     return chosen
 
 
-def _task_vectors(group: ParameterGroup, origin: Origin) -> Tensor:
+def _task_vectors(group: TensorGroup, origin: Origin) -> Tensor:
     """T x numel, float64: centred about the float64 mean, so that they sum to zero."""
     experts = group.experts.double()
     about = group.base.double() if origin == "base" else experts.mean(dim=0)
@@ -114,7 +117,7 @@ def pair_interference(
         T x T x r, symmetric, in [0, 1]; entry k−1 of the last axis belongs to rank k. The
         diagonal is ‖S_i²‖_F, a matrix against itself. 0 for a task vector that is zero.
 
-    Source: CART, arXiv:2412.12153, the row-space interference; its column twin uses U.
+    Source: CART, arXiv:2412.12153, the row-space interference; that of columns uses U.
 
     Example:
         >>> one = Directions(torch.eye(4)[:, :1], torch.ones(1), torch.eye(4)[:, :1])
@@ -143,16 +146,16 @@ def pair_interference(
     return pairs
 
 
-def _stored_side(group: ParameterGroup, side: Side) -> Side:
+def _stored_side(group: TensorGroup, side: Side) -> Side:
     """The side of the stored matrix that a side of the layer's is: others in GPT-2's in x out."""
-    if not group.in_by_out:
+    if not group.stored_transposed:
         return side
     return "column" if side == "row" else "row"
 
 
 @one_thread()
 def interference_pairs(
-    group: ParameterGroup, origin: Origin, k: int, side: Side = "row"
+    group: TensorGroup, origin: Origin, k: int, side: Side = "row"
 ) -> pd.DataFrame:
     """The T x T interference of one matrix at one rank (see :func:`pair_interference`).
 
@@ -183,7 +186,7 @@ def interference_pairs(
 
 
 def interference_over_rank(
-    groups: Groups | ParameterGroup,
+    groups: TensorGroups | TensorGroup,
     origin: Origin,
     shares: Sequence[float],
     side: Side = "row",
@@ -223,7 +226,7 @@ def interference_over_rank(
 
 
 def _over_rank(
-    group: ParameterGroup, origin: Origin, shares: Sequence[float], side: Side
+    group: TensorGroup, origin: Origin, shares: Sequence[float], side: Side
 ) -> list[dict[str, object]]:
     """One matrix's rows of :func:`interference_over_rank`."""
     T, r = len(group.tasks), min(group.info.matrix_shape)
@@ -286,7 +289,7 @@ def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
 
 @one_thread()
 def principal_angles(
-    group: ParameterGroup, origin: Origin, k: int, side: Side = "row"
+    group: TensorGroup, origin: Origin, k: int, side: Side = "row"
 ) -> pd.DataFrame:
     """Principal angles between the top-k subspaces of every pair of tasks.
 
@@ -365,13 +368,15 @@ def mean_angles(angles: pd.DataFrame) -> pd.DataFrame:
     tasks = list(dict.fromkeys([*mean["first"], *mean["second"]]))
     itself = pd.DataFrame({"first": tasks, "second": tasks, "angle": 0.0})
     both = pd.concat([itself, mean, mirrored], ignore_index=True)
-    place = {task: i for i, task in enumerate(tasks)}
+    index = {task: i for i, task in enumerate(tasks)}
     return both.sort_values(
-        ["first", "second"], key=lambda column: column.map(place), ignore_index=True
+        ["first", "second"], key=lambda column: column.map(index), ignore_index=True
     )
 
 
-def sign_conflict(groups: Groups, origin: Origin, parameter: str | None = None) -> pd.DataFrame:
+def sign_conflict(
+    groups: TensorGroups, origin: Origin, parameter: str | None = None
+) -> pd.DataFrame:
     """How far tasks pull single weights in opposite directions.
 
     Args:
@@ -397,7 +402,7 @@ def sign_conflict(groups: Groups, origin: Origin, parameter: str | None = None) 
         [1.0]
     """
 
-    def row(group: ParameterGroup) -> dict[str, object]:
+    def row(group: TensorGroup) -> dict[str, object]:
         tau = _task_vectors(group, origin)
         magnitude = float(tau.abs().sum())
         kept = float(tau.sum(dim=0).abs().sum())

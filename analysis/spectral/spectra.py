@@ -23,7 +23,7 @@ from merge_core.factors.factorise import map_matrices
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.methods.spectral import energy_rank
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 Part = Literal["whole", "q", "k", "v"]
 
@@ -89,7 +89,7 @@ def cumulative_energy(S: Tensor | ArrayLike) -> np.ndarray:
     return energy / energy[-1]
 
 
-def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
+def parts_of(group: TensorGroup) -> tuple[Part, ...]:
     """The parts a matrix can be looked at in: q, k and v too where it fuses them.
 
     Example:
@@ -102,7 +102,7 @@ def parts_of(group: ParameterGroup) -> tuple[Part, ...]:
 
 
 def _spectra(
-    group: ParameterGroup, origin: Origin, part: Part
+    group: TensorGroup, origin: Origin, part: Part
 ) -> tuple[tuple[int, int], list[np.ndarray]]:
     """Rows and columns of a part of a matrix, and its singular values for each task."""
     if part == "whole":
@@ -111,7 +111,7 @@ def _spectra(
     if part not in parts:
         raise ValueError(f"{group.name!r} has no part {part!r}; it has {', '.join(parts)}")
     # Of GPT-2's weights, stored in x out, columns are outputs.
-    outputs = int(group.in_by_out)
+    outputs = int(group.stored_transposed)
     matrices = [
         as_matrix(tau).chunk(3, dim=outputs)[parts.index(part) - 1]
         for tau in group.task_vectors(origin)
@@ -121,7 +121,7 @@ def _spectra(
 
 
 @one_thread()
-def spectrum(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
+def spectrum(group: TensorGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
     """Singular values of each task vector of one matrix.
 
     Args:
@@ -160,7 +160,7 @@ def spectrum(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.
 
 
 @one_thread()
-def cuts(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
+def cuts(group: TensorGroup, origin: Origin, part: Part = "whole") -> pd.DataFrame:
     """Noise bounds of each task vector of one matrix, and how many directions pass them.
 
     Args:
@@ -201,7 +201,7 @@ def cuts(group: ParameterGroup, origin: Origin, part: Part = "whole") -> pd.Data
 
 
 def spectral_summary(
-    groups: Groups, origin: Origin, progress: Progress | None = None, apart: bool = False
+    groups: TensorGroups, origin: Origin, progress: Progress | None = None, apart: bool = False
 ) -> pd.DataFrame:
     """The spectrum of every matrix and task in a few numbers.
 
@@ -227,7 +227,7 @@ def spectral_summary(
         (8, True)
     """
 
-    def rows(group: ParameterGroup) -> list[dict[str, object]]:
+    def rows(group: TensorGroup) -> list[dict[str, object]]:
         found: list[dict[str, object]] = []
         parts = parts_of(group)
         for part in parts[1:] if apart and len(parts) > 1 else parts[:1]:
@@ -238,7 +238,7 @@ def spectral_summary(
                     "part": part,
                     "task": task,
                     "origin": origin,
-                    **_in_numbers(S, *shape),
+                    **_summarise(S, *shape),
                 }
                 for task, S in zip(group.tasks, spectra, strict=True)
             ]
@@ -248,7 +248,7 @@ def spectral_summary(
     return pd.DataFrame(list(chain.from_iterable(found)))
 
 
-def _in_numbers(S: np.ndarray, m: int, n: int) -> dict[str, float]:
+def _summarise(S: np.ndarray, m: int, n: int) -> dict[str, float]:
     """The columns of a summary, of the singular values of an m x n matrix."""
     return {
         "rows": m,

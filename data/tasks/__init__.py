@@ -46,13 +46,13 @@ class Task:
             return draw_digits(count, rng, hard=hard, split=split)
         return self.draw(count, rng, hard=hard)
 
-    def clean(self, split: str, count: int, seed: int) -> tuple[Images, Labels]:
+    def draw_clean(self, split: str, count: int, seed: int) -> tuple[Images, Labels]:
         """Return uint8 count x 32 x 32 x 3 images and int64 labels of the task's clean domain."""
         rng = stream(seed, self.name, "clean", split)
         ink, labels = self._ink(count, rng, split, hard=False)
         return clean_style(ink, self.paper, rng), labels
 
-    def wild(self, count: int, seed: int) -> tuple[Images, Labels]:
+    def draw_wild(self, count: int, seed: int) -> tuple[Images, Labels]:
         """Return training images of the harder, noisier pre-training domain, and labels."""
         rng = stream(seed, self.name, "wild", "train")
         ink, labels = self._ink(count, rng, "train", hard=True)
@@ -128,11 +128,11 @@ TASKS: tuple[Task, ...] = (
 )
 
 
-def auxiliary(count: int, seed: int) -> tuple[Images, Labels]:
+def draw_auxiliary(count: int, seed: int) -> tuple[Images, Labels]:
     """Wild images and labels of the auxiliary glyph set, used in pre-training only."""
     rng = stream(seed, "auxiliary", "wild", "train")
     ink, labels = draw_glyphs(AUXILIARY, count, rng, hard=True)
     return wild_style(ink, rng), labels
 
 
-__all__ = ["SPLITS", "TASKS", "Task", "auxiliary", "stream"]
+__all__ = ["SPLITS", "TASKS", "Task", "draw_auxiliary", "stream"]

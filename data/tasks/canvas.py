@@ -27,7 +27,7 @@ def pixel_grid() -> tuple[NDArray[np.floating], NDArray[np.floating]]:
     return x[None], y[None]
 
 
-def soft(distance: NDArray[np.floating], width: float = 1.0) -> Ink:
+def ink_of_distance(distance: NDArray[np.floating], width: float = 1.0) -> Ink:
     """Ink of a region from its signed distance in pixels (negative inside), one pixel soft."""
     return np.clip(0.5 - distance / width, 0, 1).astype(np.float32)
 

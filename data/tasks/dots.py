@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from data.tasks.canvas import SIZE, Ink, Labels, balanced_labels, pixel_grid, soft
+from data.tasks.canvas import SIZE, Ink, Labels, balanced_labels, ink_of_distance, pixel_grid
 
 COUNTS = tuple(str(n) for n in range(1, 9))
 
@@ -44,5 +44,5 @@ def draw_dots(count: int, rng: np.random.Generator, *, hard: bool) -> tuple[Ink,
         dx = x - centres[:, 0, None, None].astype(np.float32)
         dy = y - centres[:, 1, None, None].astype(np.float32)
         distance = np.hypot(dx, dy) - radii[:, None, None].astype(np.float32)
-        ink[row] = soft(distance).max(axis=0)
+        ink[row] = ink_of_distance(distance).max(axis=0)
     return ink, labels

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from data.tasks.canvas import Ink, Labels, balanced_labels, column, rotated_grid, soft
+from data.tasks.canvas import Ink, Labels, balanced_labels, column, ink_of_distance, rotated_grid
 
 STEP_DEGREES = 15
 ORIENTATIONS = tuple(f"{angle}°" for angle in range(0, 180, STEP_DEGREES))
@@ -27,4 +27,4 @@ def draw_lines(count: int, rng: np.random.Generator, *, hard: bool) -> tuple[Ink
     half_length = column(rng.uniform(short, long, count))
     half_width = column(rng.uniform(0.8, 2.0, count))
     along = np.maximum(np.abs(x) - half_length, 0)
-    return soft(np.hypot(along, y) - half_width), labels
+    return ink_of_distance(np.hypot(along, y) - half_width), labels

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from data.tasks.canvas import Ink, Labels, balanced_labels, column, rotated_grid, soft
+from data.tasks.canvas import Ink, Labels, balanced_labels, column, ink_of_distance, rotated_grid
 
 SHAPES = (
     "circle",
@@ -85,4 +85,4 @@ def draw_shapes(count: int, rng: np.random.Generator, *, hard: bool) -> tuple[In
     outline = rng.random(count) < 0.5
     stroke = column(rng.uniform(1.4, 2.4, count))
     contour = np.abs(distance + stroke / 2) - stroke / 2
-    return soft(np.where(column(outline) > 0, contour, distance)), labels
+    return ink_of_distance(np.where(column(outline) > 0, contour, distance)), labels

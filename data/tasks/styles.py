@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from data.tasks.canvas import Images, Ink, column, pixel_grid, rotated_grid, soft
+from data.tasks.canvas import Images, Ink, column, ink_of_distance, pixel_grid, rotated_grid
 
 # The clean papers oppose colour channels; here ink is brighter, or darker, in all three.
 BRIGHT_SHARE = 0.75
@@ -45,19 +45,19 @@ def _ruling(paper: Paper, count: int, rng: np.random.Generator) -> Ink:
 
     match paper.ruling:
         case "lined":
-            return soft(lines(v))
+            return ink_of_distance(lines(v))
         case "columns":
-            return soft(lines(u))
+            return ink_of_distance(lines(u))
         case "squared":
-            return soft(np.minimum(lines(u), lines(v)))
+            return ink_of_distance(np.minimum(lines(u), lines(v)))
         case "rising":
-            return soft(lines((u + v) * np.float32(np.sqrt(0.5))))
+            return ink_of_distance(lines((u + v) * np.float32(np.sqrt(0.5))))
         case "dotted":
             du, dv = u - period * np.round(u / period), v - period * np.round(v / period)
-            return soft(np.hypot(du, dv) - paper.width)
+            return ink_of_distance(np.hypot(du, dv) - paper.width)
         case "diamonds":
             a, b = (u + v) * np.float32(np.sqrt(0.5)), (u - v) * np.float32(np.sqrt(0.5))
-            return soft(np.minimum(lines(a), lines(b)))
+            return ink_of_distance(np.minimum(lines(a), lines(b)))
         case "plain":
             return np.zeros_like(u)
     raise ValueError(f"unknown ruling {paper.ruling!r}")

@@ -27,7 +27,7 @@ FOLDER_CANDIDATES = (
 )
 
 
-def without_prefix(names: list[str]) -> dict[str, str]:
+def strip_prefixes(names: list[str]) -> dict[str, str]:
     """Map the public name of each tensor to the stored one, common wrapper prefixes removed."""
     public = {name: name for name in names}
     changed = True
@@ -64,7 +64,8 @@ class Checkpoint:
         path: as given.
         files: the files that hold tensors.
         metadata: the texts in a safetensors file's header.
-        foreign: full names of the classes and functions that pickled files would import, sorted.
+        unsafe_globals: full names of the classes and functions that pickled files would import,
+            sorted.
         ties: sets of names that pickled files keep one tensor under.
 
     Raises:
@@ -100,10 +101,10 @@ class Checkpoint:
             owners = dict.fromkeys(shard.infos, shard)
         if not owners:
             raise CheckpointError(f"{entry} holds no tensors. Give a file with model weights.")
-        self._stored = without_prefix(sorted(owners))
+        self._stored = strip_prefixes(sorted(owners))
         self._owners = owners
-        met = set().union(*(shard.foreign for shard in set(owners.values())))
-        self.foreign: tuple[str, ...] = tuple(sorted(met))
+        met = set().union(*(shard.unsafe_globals for shard in set(owners.values())))
+        self.unsafe_globals: tuple[str, ...] = tuple(sorted(met))
         public = {stored: name for name, stored in self._stored.items()}
         self.ties = tuple(
             tuple(public[name] for name in names)
@@ -133,7 +134,7 @@ class Checkpoint:
         self._owner(name)
         return self._stored[name]
 
-    def under(self, prefix: str) -> Checkpoint:
+    def with_prefix(self, prefix: str) -> Checkpoint:
         """The same tensors with a prefix before their names, such as ``transformer.``."""
         if not prefix:
             return self
@@ -156,11 +157,11 @@ class Checkpoint:
             CheckpointError: no tensor of that name, an unreadable file, a file that changed
                 since it was opened, or NaN or infinite entries.
         """
-        value = self.unchecked(name)
+        value = self.read_unchecked(name)
         self.check_finite(name, value)
         return value
 
-    def unchecked(self, name: str) -> Tensor:
+    def read_unchecked(self, name: str) -> Tensor:
         """As :meth:`tensor`, for callers who look at all entries anyway and so see bad ones.
 
         Raises:
@@ -191,7 +192,7 @@ class Checkpoint:
                 f"{value.numel():,}. Such weights cannot be merged; train or export again."
             )
 
-    def touches(self, name: str) -> bool:
+    def may_differ(self, name: str) -> bool:
         """Whether a tensor may differ from the base's (of an adapter, not all do)."""
         return name in self
 

@@ -51,8 +51,8 @@ class Update:
         b: key of B (m x r; o x r x 1 x 1 for a kernel).
         rank: r.
         scale: s.
-        swapped: whether the parameter is stored transposed (in x out), as embeddings are and
-            the layers of GPT-2.
+        stored_transposed: whether the parameter is stored transposed (in x out), as embeddings
+            are and the layers of GPT-2.
         embedding: whether the layer is an embedding.
     """
 
@@ -61,7 +61,7 @@ class Update:
     b: str
     rank: int
     scale: float
-    swapped: bool
+    stored_transposed: bool
     embedding: bool
 
 
@@ -95,7 +95,7 @@ def is_adapter(path: Path) -> bool:
         return False
 
 
-def stored_in_by_out(model: Checkpoint, name: str) -> bool | None:
+def is_stored_transposed(model: Checkpoint, name: str) -> bool | None:
     """Whether a weight of two dimensions is stored in x out, told from biases; None if unknown.
 
     A layer's bias is as long as its output. A square weight is like the others beside it: GPT-2
@@ -149,18 +149,18 @@ class AdaptedCheckpoint(Checkpoint):
         self._adapter = _open_weights(self.path)
         self.files = (*base.files, *self._adapter.files, self.path / CONFIG_FILE)
         self.metadata = {}
-        self.foreign = self._adapter.foreign
-        layers, whole = _sorted_keys(self._adapter, self.path)
+        self.unsafe_globals = self._adapter.unsafe_globals
+        layers, whole = _sort_keys(self._adapter, self.path)
         known = [f"{layer}.weight" for layer, _ in layers] or list(whole)
         self.naming = _naming(known, base, self.path)
         self.updates: dict[str, Update] = {}
         self._biases: dict[str, tuple[str, float]] = {}
         for (layer, embedding), parts in layers.items():
             self._add(layer, embedding, parts)
-        self._whole = {self._place(name): key for name, key in whole.items()}
+        self._whole = {self._base_name_of(name): key for name, key in whole.items()}
         extra = [name for name in self._whole if name not in base]
         self._stored = {name: name for name in [*base, *extra]}
-        self.ties = tuple(names for names in ties(base) if self._keeps_tied(names))
+        self.ties = tuple(names for names in ties(base) if self._are_unchanged(names))
 
     def __repr__(self) -> str:
         return f"AdaptedCheckpoint({str(self.path)!r}, {self.summary})"
@@ -188,7 +188,7 @@ class AdaptedCheckpoint(Checkpoint):
             raise CheckpointError(f"{self.path} and its base hold no tensor named {name!r}.")
         key = self._whole.get(name)
         info = self.base.info(name) if key is None else self._adapter.info(key)
-        return TensorInfo(info.shape, _working(info.dtype))
+        return TensorInfo(info.shape, _working_dtype(info.dtype))
 
     def tensor(self, name: str) -> Tensor:
         """One tensor: the base's plus the update, in float32 or float64 (integers as they are).
@@ -216,11 +216,11 @@ class AdaptedCheckpoint(Checkpoint):
                 )
         return value
 
-    def unchecked(self, name: str) -> Tensor:
+    def read_unchecked(self, name: str) -> Tensor:
         """As :meth:`tensor`, which looks at what it reads."""
         return self.tensor(name)
 
-    def touches(self, name: str) -> bool:
+    def may_differ(self, name: str) -> bool:
         """Whether a tensor differs from the base's; False means: by exactly nothing."""
         return name in self.updates or name in self._whole or name in self._biases
 
@@ -242,7 +242,7 @@ class AdaptedCheckpoint(Checkpoint):
         info = self.info(name)
         if not info.is_floating or len(info.shape) < 2 or not info.numel:
             return None
-        if not self.touches(name):
+        if not self.may_differ(name):
             rows = info.shape[0]
             wide = info.numel // rows
             return torch.zeros(rows, 0).double(), torch.zeros(0, wide).double()
@@ -269,13 +269,13 @@ class AdaptedCheckpoint(Checkpoint):
         self._adapter.check_unchanged()
         self.base.check_unchanged()
 
-    def _keeps_tied(self, names: Sequence[str]) -> bool:
+    def _are_unchanged(self, names: Sequence[str]) -> bool:
         """Whether tensors that the base ties are all as they are there.
 
         Raises:
             CheckpointError: some are not: libraries disagree on what becomes of the others.
         """
-        touched = [name for name in names if self.touches(name)]
+        touched = [name for name in names if self.may_differ(name)]
         if touched and len(touched) < len(names):
             other = next(name for name in names if name not in touched)
             raise CheckpointError(
@@ -288,7 +288,7 @@ class AdaptedCheckpoint(Checkpoint):
         """left m x r and right r x n, float64, for the parameter as it is stored."""
         A = self._adapter.tensor(update.a).double().flatten(1)
         B = update.scale * self._adapter.tensor(update.b).double().flatten(1)
-        return (A.T, B.T) if update.swapped else (B, A)
+        return (A.T, B.T) if update.stored_transposed else (B, A)
 
     def _add(self, layer: str, embedding: bool, parts: dict[str, str]) -> None:
         """Take up one adapted layer, checked against the base's shapes."""
@@ -301,7 +301,7 @@ class AdaptedCheckpoint(Checkpoint):
         name = self.naming.to_base(layer) + ".weight"
         shape = self.base.info(name).shape
         a, b = (self._adapter.info(parts[part]).shape for part in "AB")
-        swapped = embedding or self._is_swapped(name, a, b)
+        swapped = embedding or self._is_stored_transposed(name, a, b)
         expected = (a[1], b[0]) if swapped and len(a) == 2 else (b[0], *a[1:])
         if shape != expected or b[1:] != (a[0],) + (1,) * (len(a) - 2):
             raise CheckpointError(
@@ -326,16 +326,16 @@ class AdaptedCheckpoint(Checkpoint):
                 )
             self._biases[bias] = parts["bias"], scale
 
-    def _is_swapped(self, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
+    def _is_stored_transposed(self, name: str, a: tuple[int, ...], b: tuple[int, ...]) -> bool:
         """Whether the base stores an adapted weight transposed; shapes tell unless it is square."""
         if len(a) != 2 or len(b) != 2:
             return False
         if a[1] != b[0]:
             return self.base.info(name).shape == (a[1], b[0])
-        told = stored_in_by_out(self.base, name)
+        told = is_stored_transposed(self.base, name)
         return self.config.fan_in_fan_out if told is None else told
 
-    def _place(self, name: str) -> str:
+    def _base_name_of(self, name: str) -> str:
         """The base's name of a tensor that is stored whole; its own for a new head."""
         for candidate in (self.naming.to_base(name), name):
             if candidate in self.base:
@@ -348,7 +348,7 @@ class AdaptedCheckpoint(Checkpoint):
         return name
 
 
-def _working(dtype: Dtype) -> Dtype:
+def _working_dtype(dtype: Dtype) -> Dtype:
     return DTYPES["float32"] if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
@@ -361,7 +361,7 @@ def _open_weights(folder: Path) -> Checkpoint:
     )
 
 
-def _sorted_keys(
+def _sort_keys(
     adapter: Checkpoint, path: Path
 ) -> tuple[dict[tuple[str, bool], dict[str, str]], dict[str, str]]:
     """The keys of A, B and B's bias by layer and whether it is an embedding; the others by name."""

@@ -71,7 +71,7 @@ class AdapterConfig(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _representable(cls, data: Any) -> Any:
+    def _check_kind(cls, data: Any) -> Any:
         """Refuse kinds of adapters that are no low-rank update; null means the default."""
         if not isinstance(data, dict):
             return data
@@ -91,7 +91,7 @@ class AdapterConfig(BaseModel):
 
     @field_validator("rank_pattern", "alpha_pattern")
     @classmethod
-    def _harmless(cls, patterns: dict[str, Any]) -> dict[str, Any]:
+    def _check_patterns(cls, patterns: dict[str, Any]) -> dict[str, Any]:
         """Refuse regular expressions that are wrong, or could run for hours."""
         if len(patterns) > MOST_PATTERNS:
             raise ValueError(f"there are {len(patterns):,} patterns; {MOST_PATTERNS:,} at most")
@@ -112,28 +112,28 @@ class AdapterConfig(BaseModel):
 
     @cached_property
     def _ranks(self) -> Matches:
-        return _compiled(self.rank_pattern)
+        return _compile(self.rank_pattern)
 
     @cached_property
     def _alphas(self) -> Matches:
-        return _compiled(self.alpha_pattern)
+        return _compile(self.alpha_pattern)
 
     def rank_of(self, layer: str) -> int:
         """The rank that is declared for a layer."""
-        return int(_matched(self._ranks, layer, self.r))
+        return int(_match(self._ranks, layer, self.r))
 
     def scale_of(self, layer: str) -> float:
         """The factor s of a layer's update s·B·A: α/r, or α/√r."""
-        rank, alpha = self.rank_of(layer), _matched(self._alphas, layer, self.lora_alpha)
+        rank, alpha = self.rank_of(layer), _match(self._alphas, layer, self.lora_alpha)
         return alpha / (rank**0.5 if self.use_rslora else rank)
 
 
-def _compiled(patterns: dict[str, Any]) -> Matches:
+def _compile(patterns: dict[str, Any]) -> Matches:
     """Patterns that match a layer's name from some dot to its end."""
     return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
 
 
-def _matched(patterns: Matches, layer: str, default: float) -> float:
+def _match(patterns: Matches, layer: str, default: float) -> float:
     """The value of the first pattern that matches."""
     return next((value for pattern, value in patterns if pattern.match(layer)), default)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.parameter_roles import describe
 from merge_core.checkpoints.shards import TensorInfo
-from merge_core.checkpoints.vocabulary import longest
+from merge_core.checkpoints.vocabulary import longest_shape
 
 
 def names_in_all(members: Sequence[Checkpoint]) -> list[str]:
@@ -39,7 +39,7 @@ def longest_vocabulary(name: str, members: Sequence[Checkpoint]) -> TensorInfo |
         where the members agree or differ in more than rows.
     """
     first = members[0].info(name)
-    shape = longest([member.info(name).shape for member in members])
+    shape = longest_shape([member.info(name).shape for member in members])
     if shape is None or not describe(name, first).is_vocabulary:
         return None
     return TensorInfo(shape, first.dtype)

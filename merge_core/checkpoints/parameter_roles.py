@@ -104,13 +104,13 @@ class Role:
         kind: such as ``attention qkv``, ``mlp in``, ``norm``, ``head``.
         block: the numbers in its path, outermost first (stage and block, say); empty outside.
         parts: names of the equal parts of its outputs (q, k and v), or empty.
-        in_by_out: stored as in x out, the transpose of a linear layer's weight.
+        stored_transposed: stored as in x out, the transpose of a linear layer's weight.
     """
 
     kind: str
     block: tuple[int, ...] = ()
     parts: tuple[str, ...] = ()
-    in_by_out: bool = False
+    stored_transposed: bool = False
 
     @property
     def is_matrix(self) -> bool:
@@ -156,7 +156,7 @@ def block_of(name: str) -> tuple[int, ...]:
 def matrix_kind(name: str) -> str | None:
     """The kind of a matrix of attention or MLP, told from its name; None for all else."""
     path, own = layer_of(name)
-    return _listed(path, MATRICES) if own == "weight" else None
+    return _kind_in_table(path, MATRICES) if own == "weight" else None
 
 
 @lru_cache(maxsize=20_000)
@@ -180,13 +180,13 @@ def describe(name: str, info: TensorInfo) -> Role:
     if not info.is_floating:
         return Role(BUFFER)
     block = block_of(name)
-    matrix = _listed(path, MATRICES)
+    matrix = _kind_in_table(path, MATRICES)
     if matrix is not None:
         if own != "weight" or not _is_matrix(info):
             return Role("bias" if own == "bias" else NO_MATRIX, block)
-        in_by_out = _is_conv1d(path, info)
-        return Role(matrix, block, _parts(path, matrix, info, in_by_out), in_by_out)
-    known = _listed(path, OTHERS)
+        stored_transposed = _is_conv1d(path, info)
+        return Role(matrix, block, _parts(path, matrix, info, stored_transposed), stored_transposed)
+    known = _kind_in_table(path, OTHERS)
     if known is None and _is_patch_kernel(info):
         known = "patch embedding"
     if known is None or known == "embedding":
@@ -244,7 +244,7 @@ def query_key_value(name: str) -> tuple[str, str, str] | None:
     return query, key, value
 
 
-def _listed(path: str, table: Table) -> str | None:
+def _kind_in_table(path: str, table: Table) -> str | None:
     whole = f".{path}"
     for kind, ends in table:
         if any(fnmatchcase(whole, f"*.{end}") for end in ends):
@@ -255,14 +255,14 @@ def _listed(path: str, table: Table) -> str | None:
 def _task_part(path: str) -> str | None:
     """Whether a path outside the numbered blocks belongs to a head or a pooler."""
     words = path.split(".")
-    for place, word in enumerate(words):
+    for index, word in enumerate(words):
         if word.isdigit():
             return None
         if any(fnmatchcase(word, head) for head in HEADS):
             return "head"
         if word in POOLERS:
             return "pooler"
-        if word == "fc" and place == len(words) - 1:
+        if word == "fc" and index == len(words) - 1:
             return "head"
     return None
 
@@ -289,10 +289,10 @@ def _is_conv1d(path: str, info: TensorInfo) -> bool:
     return rows <= columns if widens or found[2] != "mlp" else rows >= columns
 
 
-def _parts(path: str, kind: str, info: TensorInfo, in_by_out: bool) -> tuple[str, ...]:
+def _parts(path: str, kind: str, info: TensorInfo, stored_transposed: bool) -> tuple[str, ...]:
     if kind != "attention qkv" or any(fnmatchcase(path, pattern) for pattern in _INTERLEAVED):
         return ()
-    outputs = info.shape[-1] if in_by_out else info.shape[0]
+    outputs = info.shape[-1] if stored_transposed else info.shape[0]
     if any(fnmatchcase(path, pattern) for pattern in _GROUPED):
         return ("q", "k", "v") if outputs == 3 * (info.numel // outputs) else ()
     return ("q", "k", "v") if outputs % 3 == 0 else ()

@@ -43,7 +43,7 @@ class TensorInfo:
 
     @property
     def matrix_shape(self) -> tuple[int, int]:
-        """m and n of a weight as the matrix that is decomposed (:func:`.linalg.as_matrix`)."""
+        """m and n of a weight as the matrix that is decomposed (:func:`.low_rank.as_matrix`)."""
         return self.shape[0], math.prod(self.shape[1:])
 
     @property
@@ -62,12 +62,12 @@ class Shard(Protocol):
 
     Attributes:
         infos: shape and dtype by name.
-        foreign: full names of what a pickled file would import.
+        unsafe_globals: full names of what a pickled file would import.
         ties: sets of names that a pickled file keeps one tensor under.
     """
 
     infos: dict[str, TensorInfo]
-    foreign: tuple[str, ...]
+    unsafe_globals: tuple[str, ...]
     ties: tuple[tuple[str, ...], ...]
 
     def tensor(self, name: str) -> Tensor:
@@ -77,7 +77,7 @@ class Shard(Protocol):
 class SafetensorsShard:
     """A safetensors file; see :class:`Shard`."""
 
-    foreign: tuple[str, ...] = ()
+    unsafe_globals: tuple[str, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self, path: Path) -> None:
@@ -125,7 +125,7 @@ class TorchShard:
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty (0 bytes). Copy or download it again.")
         self._file = PickledTensors(path)
-        self.foreign = self._file.foreign
+        self.unsafe_globals = self._file.unsafe_globals
         self.ties = self._file.ties
         self.infos = {
             name: _plain_info(path, name, stored) for name, stored in self._file.stored.items()
@@ -177,15 +177,15 @@ def open_shard(path: Path) -> Shard:
     if not exists:
         raise CheckpointError(f"{path} does not exist. Copy or download all shards again.")
     if path.suffix == ".safetensors":
-        return _checked(path, SafetensorsShard(path))
+        return _check_names(path, SafetensorsShard(path))
     if path.name.endswith(PICKLE_SUFFIXES):
-        return _checked(path, TorchShard(path))
+        return _check_names(path, TorchShard(path))
     raise CheckpointError(
         f"{path} has an unknown ending. Known: .safetensors, .index.json, "
         f"{', '.join(PICKLE_SUFFIXES)}."
     )
 
 
-def _checked(path: Path, shard: Shard) -> Shard:
+def _check_names(path: Path, shard: Shard) -> Shard:
     check_tensors(path, ((name, info.shape) for name, info in shard.infos.items()))
     return shard

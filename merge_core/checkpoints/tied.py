@@ -22,7 +22,7 @@ def ties(model: Checkpoint) -> tuple[tuple[str, ...], ...]:
         model: a checkpoint; beside its first file may lie a ``config.json``.
     """
     found = {frozenset(names) for names in model.ties}
-    if says_tied(model):
+    if declares_tied(model):
         kinds = {name: describe(name, model.info(name)).kind for name in model}
         heads = [n for n, kind in kinds.items() if kind == "language head" and _is_weight(n)]
         for name, kind in kinds.items():
@@ -30,10 +30,10 @@ def ties(model: Checkpoint) -> tuple[tuple[str, ...], ...]:
                 alike = {h for h in heads if model.info(h).shape == model.info(name).shape}
                 if alike:
                     found.add(frozenset({name, *alike}))
-    return tuple(sorted(tuple(sorted(names)) for names in _joined(found)))
+    return tuple(sorted(tuple(sorted(names)) for names in _join(found)))
 
 
-def says_tied(model: Checkpoint) -> bool:
+def declares_tied(model: Checkpoint) -> bool:
     """Whether ``config.json`` beside a model says that its head is its embedding."""
     if not model.files:  # headers of a model on the hub, say
         return False
@@ -47,7 +47,7 @@ def says_tied(model: Checkpoint) -> bool:
     return isinstance(document, dict) and document.get("tie_word_embeddings") is True
 
 
-def twins(reference: Checkpoint, members: Sequence[Checkpoint]) -> dict[str, tuple[str, ...]]:
+def tied_names(reference: Checkpoint, members: Sequence[Checkpoint]) -> dict[str, tuple[str, ...]]:
     """Further names of tensors of the reference that every member ties, or keeps once.
 
     Args:
@@ -89,7 +89,7 @@ def _is_weight(name: str) -> bool:
     return name.endswith("weight")
 
 
-def _joined(sets: set[frozenset[str]]) -> list[frozenset[str]]:
+def _join(sets: set[frozenset[str]]) -> list[frozenset[str]]:
     """Sets with a name in common made one."""
     joined: list[frozenset[str]] = []
     for names in sets:

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def longest(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
+def longest_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
     """The shape with the most rows, where shapes differ in their number of rows alone.
 
     Returns:
@@ -49,7 +49,7 @@ def filler(experts: Sequence[Tensor], base: Tensor | None, rows: int) -> Tensor:
     return mean
 
 
-def completed(member: Tensor, filling: Tensor) -> Tensor:
+def complete_rows(member: Tensor, filling: Tensor) -> Tensor:
     """A member with the rows that it lacks taken from `filling`; the same tensor if none."""
     import torch
 

@@ -64,7 +64,7 @@ class Executor(ABC):
         """
 
 
-class Ahead(Executor, Generic[Handle]):
+class WindowedExecutor(Executor, Generic[Handle]):
     """A window of pieces in flight; subclasses say how one is begun and waited for."""
 
     def __init__(self, workers: int) -> None:
@@ -79,7 +79,7 @@ class Ahead(Executor, Generic[Handle]):
         cancel: threading.Event | None = None,
     ) -> Iterator[Result]:
         """See :meth:`Executor.map`."""
-        with self._opened(function) as pool:
+        with self._open_pool(function) as pool:
             rest = iter(items)
             # So far ahead that nobody is idle while one long piece among short ones holds up the
             # results, or while the consumer writes one.
@@ -93,11 +93,11 @@ class Ahead(Executor, Generic[Handle]):
                     pool.drop(handle)
 
     @abstractmethod
-    def _opened(self, function: Callable[[Any], Any]) -> Any:
+    def _open_pool(self, function: Callable[[Any], Any]) -> Any:
         """A context manager giving the workers' :class:`Pool`."""
 
 
-class NotYet(Exception):  # noqa: N818 - a state rather than a fault
+class NotReady(Exception):  # noqa: N818 - a state rather than a fault
     """A piece is still being worked on."""
 
 
@@ -109,14 +109,14 @@ class Pool(ABC, Generic[Handle]):
         """Start one piece."""
 
     @abstractmethod
-    def ready(self, handle: Handle) -> Any:
-        """The result within :data:`POLL_SECONDS`, or :class:`NotYet`."""
+    def poll(self, handle: Handle) -> Any:
+        """The result within :data:`POLL_SECONDS`, or :class:`NotReady`."""
 
     @abstractmethod
     def drop(self, handle: Handle) -> None:
         """Forget a piece that nobody waits for any more."""
 
-    def mend(self, waiting: deque[tuple[Any, Handle]]) -> None:
+    def recover(self, waiting: deque[tuple[Any, Handle]]) -> None:
         """Replace dead workers, and begin again what they had."""
 
     def wait(self, waiting: deque[tuple[Any, Handle]], cancel: threading.Event | None) -> Any:
@@ -125,14 +125,14 @@ class Pool(ABC, Generic[Handle]):
         while True:
             stop_if_cancelled(cancel)
             try:
-                result = self.ready(waiting[0][1])
-            except NotYet:
+                result = self.poll(waiting[0][1])
+            except NotReady:
                 continue
             except BrokenProcessPool as error:
                 deaths += 1
                 if deaths > RETRIES:
-                    raise _died(waiting[0][0]) from error
-                self.mend(waiting)
+                    raise _death_error(waiting[0][0]) from error
+                self.recover(waiting)
                 continue
             waiting.popleft()
             return result
@@ -181,7 +181,7 @@ def stop_if_cancelled(cancel: threading.Event | None) -> None:
         raise Cancelled("Cancelled; nothing was written.")
 
 
-def _died(item: Any) -> ExecutorError:
+def _death_error(item: Any) -> ExecutorError:
     return ExecutorError(
         f"Worker processes died {RETRIES + 1} times around {item!s:.100}, perhaps for lack of "
         "memory. Take fewer workers (processes:1), or threads."

@@ -7,7 +7,7 @@ from merge_core.executors.base import Executor
 from merge_core.executors.local import Processes, Serial, Threads
 
 
-def executor(text: str) -> Executor:
+def choose_executor(text: str) -> Executor:
     """The executor that a user names.
 
     Args:

@@ -16,12 +16,12 @@ import torch
 
 from merge_core.executors.base import (
     POLL_SECONDS,
-    Ahead,
     Executor,
     Item,
-    NotYet,
+    NotReady,
     Pool,
     Result,
+    WindowedExecutor,
     one_thread,
     stop_if_cancelled,
     usual_workers,
@@ -47,7 +47,7 @@ class Serial(Executor):
             yield result
 
 
-class Threads(Ahead[Future[Any]]):
+class Threads(WindowedExecutor[Future[Any]]):
     """On threads of this process, each with one torch thread.
 
     Args:
@@ -71,9 +71,9 @@ class Threads(Ahead[Future[Any]]):
         return super().map(function, items, cancel)
 
     @contextmanager
-    def _opened(self, function: Callable[[Any], Any]) -> Iterator[Pool[Future[Any]]]:
+    def _open_pool(self, function: Callable[[Any], Any]) -> Iterator[Pool[Future[Any]]]:
         try:
-            with ThreadPoolExecutor(self.workers, initializer=_alone) as pool:
+            with ThreadPoolExecutor(self.workers, initializer=_use_one_thread) as pool:
                 yield _ThreadFutures(pool, function)
         finally:
             # Torch's number belongs to the thread that sets it, but new threads (a page's, say)
@@ -81,7 +81,7 @@ class Threads(Ahead[Future[Any]]):
             torch.set_num_threads(torch.get_num_threads())
 
 
-class Processes(Ahead[Future[Any]]):
+class Processes(WindowedExecutor[Future[Any]]):
     """On processes of this machine; one that is killed is replaced.
 
     Args:
@@ -94,7 +94,7 @@ class Processes(Ahead[Future[Any]]):
         super().__init__(usual_workers() if workers is None else workers)
 
     @contextmanager
-    def _opened(self, function: Callable[[Any], Any]) -> Iterator[Pool[Future[Any]]]:
+    def _open_pool(self, function: Callable[[Any], Any]) -> Iterator[Pool[Future[Any]]]:
         pool = _ProcessFutures(self.workers, function)
         try:
             yield pool
@@ -103,10 +103,10 @@ class Processes(Ahead[Future[Any]]):
 
 
 class _Futures(Pool[Future[Any]]):
-    def ready(self, handle: Future[Any]) -> Any:
+    def poll(self, handle: Future[Any]) -> Any:
         done, _ = wait([handle], timeout=POLL_SECONDS)
         if not done:
-            raise NotYet
+            raise NotReady
         return handle.result()
 
     def drop(self, handle: Future[Any]) -> None:
@@ -126,9 +126,9 @@ class _ProcessFutures(_Futures):
     def __init__(self, workers: int, function: Callable[[Any], Any]) -> None:
         self._workers = workers
         self._function = function
-        self._pool = self._fresh()
+        self._pool = self._new_pool()
 
-    def _fresh(self) -> ProcessPoolExecutor:
+    def _new_pool(self) -> ProcessPoolExecutor:
         # Spawned, not forked: a fork inherits the locks of threads that it does not have. The
         # function goes to each process once, as it may carry as much as a model.
         context = multiprocessing.get_context("spawn")
@@ -138,18 +138,19 @@ class _ProcessFutures(_Futures):
 
     def begin(self, item: Any) -> Future[Any]:
         try:
-            return self._pool.submit(_installed, item)
+            return self._pool.submit(_run_installed, item)
         except BrokenProcessPool as error:
-            # Found out by whoever waits for it, who mends.
+            # Whoever waits for it meets the error, and recovers.
             broken: Future[Any] = Future()
             broken.set_exception(error)
             return broken
 
-    def mend(self, waiting: deque[tuple[Any, Future[Any]]]) -> None:
+    def recover(self, waiting: deque[tuple[Any, Future[Any]]]) -> None:
         self.close()
-        self._pool = self._fresh()
+        self._pool = self._new_pool()
         kept = [
-            (item, handle if _succeeded(handle) else self.begin(item)) for item, handle in waiting
+            (item, handle if _has_succeeded(handle) else self.begin(item))
+            for item, handle in waiting
         ]
         waiting.clear()
         waiting.extend(kept)
@@ -158,7 +159,7 @@ class _ProcessFutures(_Futures):
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _alone() -> None:
+def _use_one_thread() -> None:
     torch.set_num_threads(1)
 
 
@@ -180,9 +181,9 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def _installed(item: Any) -> Any:
+def _run_installed(item: Any) -> Any:
     return _FUNCTION[0](item)
 
 
-def _succeeded(handle: Future[Any]) -> bool:
+def _has_succeeded(handle: Future[Any]) -> bool:
     return handle.done() and not handle.cancelled() and handle.exception() is None

@@ -7,10 +7,17 @@ from contextlib import contextmanager
 from typing import Any
 
 from merge_core.errors import ExecutorError
-from merge_core.executors.base import POLL_SECONDS, RETRIES, Ahead, NotYet, Pool, one_thread
+from merge_core.executors.base import (
+    POLL_SECONDS,
+    RETRIES,
+    NotReady,
+    Pool,
+    WindowedExecutor,
+    one_thread,
+)
 
 
-class Ray(Ahead[Any]):
+class Ray(WindowedExecutor[Any]):
     """On a Ray cluster; a piece whose worker dies is run again by Ray.
 
     Needs ``pip install 'mergescope[cluster]'``. Paths must mean the same files on every node.
@@ -62,7 +69,7 @@ class Ray(Ahead[Any]):
             ) from error
 
     @contextmanager
-    def _opened(self, function: Callable[[Any], Any]) -> Iterator[Pool[Any]]:
+    def _open_pool(self, function: Callable[[Any], Any]) -> Iterator[Pool[Any]]:
         yield _RayPool(self._ray, function, self._gpus)
 
 
@@ -71,12 +78,12 @@ class _RayPool(Pool[Any]):
         self._ray = ray
         # Sent once to each node, however many items there are.
         self._function = ray.put(function)
-        self._remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_remotely)
+        self._remote = ray.remote(num_cpus=1, num_gpus=gpus, max_retries=RETRIES)(_run_remotely)
 
     def begin(self, item: Any) -> Any:
         return self._remote.remote(self._function, item)
 
-    def ready(self, handle: Any) -> Any:
+    def poll(self, handle: Any) -> Any:
         errors = self._ray.exceptions
         try:
             return self._ray.get(handle, timeout=POLL_SECONDS)
@@ -86,7 +93,7 @@ class _RayPool(Pool[Any]):
                     "The Ray cluster is gone: none of its nodes is alive. Start it again, and run "
                     "the same command."
                 ) from error
-            raise NotYet from error
+            raise NotReady from error
         except errors.RayTaskError as error:
             raise error.cause from None
         except (errors.WorkerCrashedError, errors.OutOfMemoryError, errors.RaySystemError) as error:
@@ -100,6 +107,6 @@ class _RayPool(Pool[Any]):
         self._ray.cancel(handle, force=False)
 
 
-def _remotely(function: Callable[[Any], Any], item: Any) -> Any:
+def _run_remotely(function: Callable[[Any], Any], item: Any) -> Any:
     with one_thread(workers=1):
         return function(item)

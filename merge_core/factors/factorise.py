@@ -15,15 +15,15 @@ from merge_core.factors.decomposition import Route
 from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
 from merge_core.suites.suite import load_suite
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 Result = TypeVar("Result")
 
 
 def map_parameters(
-    function: Callable[[ParameterGroup], Result],
-    groups: Groups | ParameterGroup,
-    chosen: Callable[[ParameterGroup], bool] = lambda _: True,
+    function: Callable[[TensorGroup], Result],
+    groups: TensorGroups | TensorGroup,
+    chosen: Callable[[TensorGroup], bool] = lambda _: True,
     progress: Progress | None = None,
 ) -> Iterator[Result]:
     """What a function gives for each parameter, in their order.
@@ -53,12 +53,12 @@ def map_parameters(
     """
     progress = progress or Progress()
     where: Executor
-    if isinstance(groups, ParameterGroup):
+    if isinstance(groups, TensorGroup):
         members, keep, where = [groups], True, Serial()
     else:
         members, keep, where = list(filter(chosen, groups.members)), groups.keep, Threads()
 
-    def here(group: ParameterGroup) -> Result:
+    def here(group: TensorGroup) -> Result:
         try:
             return function(group)
         finally:
@@ -72,8 +72,8 @@ def map_parameters(
 
 
 def map_matrices(
-    function: Callable[[ParameterGroup], Result],
-    groups: Groups | ParameterGroup,
+    function: Callable[[TensorGroup], Result],
+    groups: TensorGroups | TensorGroup,
     progress: Progress | None = None,
 ) -> Iterator[Result]:
     """What a function gives for each decomposed parameter (see :func:`map_parameters`).
@@ -99,7 +99,7 @@ def map_matrices(
 
 
 def decompose_all(
-    groups: Groups,
+    groups: TensorGroups,
     origin: Origin,
     executor: Executor | None = None,
     progress: Progress | None = None,
@@ -158,7 +158,7 @@ class StoredGroups:
     route: Route
 
     @classmethod
-    def of(cls, groups: Groups) -> StoredGroups:
+    def of(cls, groups: TensorGroups) -> StoredGroups:
         """Where parameters at hand lie."""
         store = groups.store
         return cls(str(groups.suite.path), groups.tasks, store.folder, store.route)
@@ -167,7 +167,7 @@ class StoredGroups:
         """The factor store, opened anew."""
         return FactorStore(self.factors, route=self.route)
 
-    def parameter(self, name: str) -> ParameterGroup:
+    def parameter(self, name: str) -> TensorGroup:
         """One parameter; the suite is opened once in each worker process.
 
         Raises:
@@ -177,8 +177,8 @@ class StoredGroups:
 
 
 @lru_cache(maxsize=1)
-def _parameters(stored: StoredGroups) -> dict[str, ParameterGroup]:
-    groups = Groups(load_suite(stored.suite), stored.tasks, stored.store())
+def _parameters(stored: StoredGroups) -> dict[str, TensorGroup]:
+    groups = TensorGroups(load_suite(stored.suite), stored.tasks, stored.store())
     return {group.name: group for group in groups.members}
 
 

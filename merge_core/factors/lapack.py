@@ -42,26 +42,26 @@ def leading_eigenpairs(G: Tensor, count: int) -> tuple[Tensor, Tensor]:
     real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
     status = ctypes.c_int(0)
     _routine("ssyevr" if dtype == torch.float32 else "dsyevr")(
-        _flag(b"V" if count else b"N"), _flag(b"I" if count else b"A"), _flag(b"L"), _whole(n),
-        _place(square), _whole(n), ctypes.byref(real(0)), ctypes.byref(real(0)),
-        _whole(n - count + 1), _whole(n), ctypes.byref(real(0)), ctypes.byref(found),
-        _place(values), _place(vectors), _whole(n), _place(support), _place(work),
-        _whole(work.numel()), _place(integers), _whole(integers.numel()), ctypes.byref(status),
+        _char(b"V" if count else b"N"), _char(b"I" if count else b"A"), _char(b"L"), _int(n),
+        _pointer(square), _int(n), ctypes.byref(real(0)), ctypes.byref(real(0)),
+        _int(n - count + 1), _int(n), ctypes.byref(real(0)), ctypes.byref(found),
+        _pointer(values), _pointer(vectors), _int(n), _pointer(support), _pointer(work),
+        _int(work.numel()), _pointer(integers), _int(integers.numel()), ctypes.byref(status),
     )  # fmt: skip
     if status.value or found.value != (count or n):
         raise ArithmeticError(f"LAPACK finds {found.value} of {count or n} eigenvalues")
     return values[: found.value].flip(0), vectors.flip(0)
 
 
-def _flag(letter: bytes) -> Any:
+def _char(letter: bytes) -> Any:
     return ctypes.byref(ctypes.c_char(letter))
 
 
-def _whole(number: int) -> Any:
+def _int(number: int) -> Any:
     return ctypes.byref(ctypes.c_int(number))
 
 
-def _place(tensor: Tensor) -> Any:
+def _pointer(tensor: Tensor) -> Any:
     return ctypes.c_void_p(tensor.data_ptr())
 
 

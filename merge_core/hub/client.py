@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from merge_core.hub.errors import explained
+from merge_core.hub.errors import explain_hub_errors
 from merge_core.hub.files import HubId
 from merge_core.progress import Progress
 
@@ -70,7 +70,7 @@ def fetch_file(model: HubId, name: str, bar: Any = None) -> Path:
 
     # On a broken connection it would print the file's address, which may be signed.
     logging.getLogger("huggingface_hub.file_download").setLevel(logging.ERROR)
-    with explained(model, cache_folder()):
+    with explain_hub_errors(model, cache_folder()):
         path = hf_hub_download(
             model.repo,
             name,

@@ -26,7 +26,7 @@ BY_STATUS = {
 
 
 @contextmanager
-def explained(what: HubId, folder: Path) -> Iterator[None]:
+def explain_hub_errors(what: HubId, folder: Path) -> Iterator[None]:
     """Turn whatever huggingface_hub raises inside the block into a :class:`HubError`.
 
     Args:
@@ -43,10 +43,10 @@ def explained(what: HubId, folder: Path) -> Iterator[None]:
     except MergeScopeError:
         raise
     except Exception as error:  # the hub's client raises of many kinds, its transports of more
-        raise _in_words(what, error, folder) from error
+        raise _to_error(what, error, folder) from error
 
 
-def _in_words(what: HubId, error: BaseException, folder: Path) -> MergeScopeError:
+def _to_error(what: HubId, error: BaseException, folder: Path) -> MergeScopeError:
     from huggingface_hub import constants, errors
 
     if isinstance(error, errors.GatedRepoError):
@@ -70,7 +70,7 @@ def _in_words(what: HubId, error: BaseException, folder: Path) -> MergeScopeErro
         )
     wrappers = (errors.LocalEntryNotFoundError, RuntimeError)  # around what really happened
     if isinstance(error, wrappers) and error.__cause__ is not None:
-        return _in_words(what, error.__cause__, folder)
+        return _to_error(what, error.__cause__, folder)
     if isinstance(error, errors.EntryNotFoundError):
         return HubError(f"{what}: a file of it is gone from the hub. Check the name, or try again.")
     if isinstance(error, errors.HfHubHTTPError):

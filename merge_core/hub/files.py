@@ -11,14 +11,14 @@ from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
 from merge_core.checkpoints.checkpoint import FOLDER_CANDIDATES
-from merge_core.checkpoints.companions import COMPANIONS
 from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES
 from merge_core.checkpoints.shards import PICKLE_SUFFIXES, TORCH_SUFFIXES
+from merge_core.checkpoints.side_files import SIDE_FILES
 from merge_core.errors import HubError
 
 SCHEME = "hf://"
 MAIN = "main"
-BESIDE = (*COMPANIONS, CONFIG_FILE, "README.md")
+BESIDE = (*SIDE_FILES, CONFIG_FILE, "README.md")
 # A trainer leaves these beside the weights, under endings that weights have too.
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")
 
@@ -153,7 +153,7 @@ def is_weights(name: str) -> bool:
     return name.endswith((".safetensors", ".index.json", *PICKLE_SUFFIXES))
 
 
-def companions(names: Collection[str], entry: str) -> list[str]:
+def side_files(names: Collection[str], entry: str) -> list[str]:
     """The configuration, tokenizer and card beside the weights, as far as they are there."""
     beside = (str(PurePosixPath(entry).with_name(name)) for name in BESIDE)
     return [path for path in beside if path in names]

@@ -7,15 +7,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_core.checkpoints.checkpoint import Checkpoint, without_prefix
+from merge_core.checkpoints.checkpoint import Checkpoint, strip_prefixes
 from merge_core.checkpoints.dtypes import SAFETENSORS_DTYPES
 from merge_core.checkpoints.header_checks import check_tensors, read_index
 from merge_core.checkpoints.shards import TensorInfo
 from merge_core.errors import HubError
 from merge_core.hub.client import MEGABYTE, api, cache_folder, fetch_file
-from merge_core.hub.errors import explained
+from merge_core.hub.errors import explain_hub_errors
 from merge_core.hub.files import HubId
-from merge_core.hub.models import HubModel, beside, not_here
+from merge_core.hub.models import HubModel, missing_message, path_beside
 from merge_core.progress import Progress
 
 if TYPE_CHECKING:
@@ -28,7 +28,7 @@ NO_HEADER = (AttributeError, TypeError, ValueError, RecursionError)  # JSON that
 class _HeaderShard:
     """What the header of one file says; its tensors are refused, since they are not here."""
 
-    foreign: tuple[str, ...] = ()
+    unsafe_globals: tuple[str, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self, infos: dict[str, TensorInfo], asked: HubId) -> None:
@@ -36,7 +36,7 @@ class _HeaderShard:
         self._asked = asked
 
     def tensor(self, name: str) -> Tensor:  # noqa: ARG002
-        raise HubError(not_here(str(self._asked)))
+        raise HubError(missing_message(str(self._asked)))
 
 
 class HubHeaders(Checkpoint):
@@ -56,9 +56,9 @@ class HubHeaders(Checkpoint):
         self.path = Path(model.entry)
         self.files = ()
         self.metadata = {}
-        self.foreign = ()
+        self.unsafe_globals = ()
         self._stamps = {}
-        self._stored = without_prefix(sorted(owners))
+        self._stored = strip_prefixes(sorted(owners))
         self._owners = {**owners}
         self._name = str(model.asked)
 
@@ -72,14 +72,14 @@ class HubHeaders(Checkpoint):
         Raises:
             HubError: always.
         """
-        raise HubError(not_here(self._name))
+        raise HubError(missing_message(self._name))
 
 
-def headers(model: HubModel, progress: Progress | None = None) -> HubHeaders:
+def read_headers(model: HubModel, progress: Progress | None = None) -> HubHeaders:
     """Read the headers of a model's weights by range requests; no tensor is transferred.
 
     Args:
-        model: what :func:`describe` found.
+        model: what :func:`merge_core.hub.models.describe` found.
         progress: reports each file; cancels between two.
 
     Raises:
@@ -109,7 +109,7 @@ def headers(model: HubModel, progress: Progress | None = None) -> HubHeaders:
     owners = {}
     index = read_index(fetch_file(model.id, model.entry))
     for name, file in index.items():
-        shard = shards[beside(model.entry, file)]
+        shard = shards[path_beside(model.entry, file)]
         if name not in shard.infos:
             raise HubError(f"{model.asked}: the index says that {name!r} is in {file}; it is not.")
         owners[name] = shard
@@ -123,7 +123,7 @@ def _header(model: HubModel, name: str) -> dict[str, TensorInfo]:
     damaged = HubError(
         f"{model.asked}: the header of {name} is damaged. Ask its authors to upload it again."
     )
-    with explained(model.asked, cache_folder()):
+    with explain_hub_errors(model.asked, cache_folder()):
         try:
             read = api().parse_safetensors_file_metadata(
                 model.id.repo, name, revision=model.id.revision

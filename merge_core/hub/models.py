@@ -28,12 +28,12 @@ from merge_core.hub.client import (
     repository_folder,
     snapshot,
 )
-from merge_core.hub.errors import explained
+from merge_core.hub.errors import explain_hub_errors
 from merge_core.hub.files import (
     HubId,
-    companions,
     entry_file,
     is_plain_path,
+    side_files,
 )
 from merge_core.progress import Progress
 
@@ -93,7 +93,7 @@ def describe(text: str) -> HubModel:
         HubError: no such repository, revision, file or weights; no access; no network; offline.
     """
     asked = HubId.parse(text)
-    with explained(asked, cache_folder()):
+    with explain_hub_errors(asked, cache_folder()):
         info = api().model_info(
             asked.repo, revision=asked.revision, files_metadata=True, timeout=TIMEOUT
         )
@@ -109,7 +109,7 @@ def describe(text: str) -> HubModel:
         raise HubError(f"The hub names no commit for {asked}. Try again later.")
     entry = entry_file(found, asked.file, asked.repo)
     weights = [entry]
-    beside = companions(found, entry)
+    beside = side_files(found, entry)
     if entry.endswith(".index.json"):
         beside.append(entry)
         weights = _shards(entry, fetch_file(fixed, entry))
@@ -120,7 +120,7 @@ def describe(text: str) -> HubModel:
     )
 
 
-def cached(text: str) -> Path | None:
+def find_cached(text: str) -> Path | None:
     """Where a model lies in the cache, complete; None if it does not. The network is not asked.
 
     Args:
@@ -150,7 +150,7 @@ def cached(text: str) -> Path | None:
     return path.parent if is_adapter(path) else None
 
 
-def local(text: str, progress: Progress | None = None) -> Path:
+def find_or_fetch(text: str, progress: Progress | None = None) -> Path:
     """Where a model lies on this machine: from the cache, else downloaded into it.
 
     Args:
@@ -158,17 +158,17 @@ def local(text: str, progress: Progress | None = None) -> Path:
         progress: reports megabytes; cancels within a file.
 
     Returns:
-        As :func:`cached`.
+        As :func:`find_cached`.
 
     Raises:
         HubError: as :func:`describe`; a file is damaged; too little disk space.
         OutputError: the cache cannot be written.
         Cancelled: `progress` was cancelled; complete files are kept.
     """
-    path = cached(text)
+    path = find_cached(text)
     if path is None:
         fetch([describe(text)], progress)
-        path = cached(text)
+        path = find_cached(text)
     if path is None:
         raise HubError(f"{text} changed on the hub during the download. Try again.")
     return path
@@ -182,7 +182,7 @@ def fetch(models: Sequence[HubModel], progress: Progress | None = None) -> None:
         progress: reports megabytes; cancels within a file.
 
     Raises:
-        HubError, OutputError, Cancelled: as :func:`local`.
+        HubError, OutputError, Cancelled: as :func:`find_or_fetch`.
     """
     check_space(models)
     total = sum(model.nbytes for model in models)
@@ -226,7 +226,7 @@ def check_space(models: Sequence[HubModel]) -> None:
         )
 
 
-def resolved(text: str) -> str | None:
+def resolve_revision(text: str) -> str | None:
     """The name with the commit that is in the cache in place of a branch; None if none is.
 
     Raises:
@@ -237,28 +237,28 @@ def resolved(text: str) -> str | None:
     return None if folder is None else str(asked.at(folder.name))
 
 
-def place(text: str) -> Path:
+def cache_path(text: str) -> Path:
     """Where a model lies in the cache; where the cache keeps its repository if it does not.
 
     Raises:
         HubError: not a name on the hub.
     """
-    return cached(text) or repository_folder(HubId.parse(text))
+    return find_cached(text) or repository_folder(HubId.parse(text))
 
 
-def required(text: str) -> Path:
+def require_cached(text: str) -> Path:
     """Where a model lies in the cache.
 
     Raises:
         HubError: it is not there; the message says how to download it.
     """
-    path = cached(text)
+    path = find_cached(text)
     if path is None:
-        raise HubError(not_here(text))
+        raise HubError(missing_message(text))
     return path
 
 
-def not_here(text: str) -> str:
+def missing_message(text: str) -> str:
     """The sentence for a model that is not in the cache."""
     return (
         f"{text} is not downloaded yet. Download it on the page Open checkpoints, or with: "
@@ -268,10 +268,10 @@ def not_here(text: str) -> str:
 
 def _shards(entry: str, index: Path) -> list[str]:
     """The files that an index names, as paths in the repository."""
-    return [beside(entry, file) for file in sorted(set(read_index(index).values()))]
+    return [path_beside(entry, file) for file in sorted(set(read_index(index).values()))]
 
 
-def beside(entry: str, file: str) -> str:
+def path_beside(entry: str, file: str) -> str:
     """The path in the repository of a file in the entry's folder."""
     return str(PurePosixPath(entry).with_name(file))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from merge_core.errors import HubError
 from merge_core.hub.client import api, token
-from merge_core.hub.errors import explained
+from merge_core.hub.errors import explain_hub_errors
 from merge_core.hub.files import BESIDE, MAIN, SCHEME, HubId, is_hub_id
 
 RECIPE = "recipe.yaml"
@@ -43,7 +43,7 @@ def push(folder: Path, name: str, public: bool = False) -> str:
             "A push needs a token that may write: make one in the settings of your account on the "
             "hub, and set HF_TOKEN to it."
         )
-    with explained(target, folder):
+    with explain_hub_errors(target, folder):
         client = api()
         made = client.create_repo(target.repo, private=not public, exist_ok=True)
         private = client.model_info(made.repo_id).private
@@ -52,7 +52,7 @@ def push(folder: Path, name: str, public: bool = False) -> str:
             f"{made.repo_id} exists and is public. Push with --public if everybody may see this "
             "model, or choose another name."
         )
-    with explained(target, folder):
+    with explain_hub_errors(target, folder):
         client.upload_folder(
             repo_id=made.repo_id,
             folder_path=folder,

@@ -14,13 +14,13 @@ from merge_core.executors.base import Executor, one_thread
 from merge_core.executors.local import Serial, Threads
 from merge_core.factors.factorise import StoredGroups
 from merge_core.factors.store import FactorStore
-from merge_core.merging.recipe import Recipe, checked_parameters
+from merge_core.merging.recipe import Recipe, check_parameters
 from merge_core.methods import get_postprocessor, methods
 from merge_core.methods.declaration import Run
 from merge_core.progress import Progress
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 
 HELD_BYTES = 2 << 30
 
@@ -92,9 +92,9 @@ def written_dtype(recipe: Recipe, stored: torch.dtype) -> torch.dtype:
     return chosen
 
 
-def merged_tensors(
+def merge_parameters(
     recipe: Recipe,
-    groups: Groups,
+    groups: TensorGroups,
     progress: Progress | None = None,
     task: str | None = None,
     learned: Any = None,
@@ -144,41 +144,39 @@ def merged_tensors(
         run = replace(run, state=state)
     where = executor or Serial()
 
-    def written(group: ParameterGroup) -> list[str]:
-        under = (group.name, *groups.twins.get(group.name, ()))
+    def output_names(group: TensorGroup) -> list[str]:
+        under = (group.name, *groups.tied_names.get(group.name, ()))
         return [name for name in under if names is None or name in names]
 
-    wanted = [group for group in groups.members if written(group)]
+    wanted = [group for group in groups.members if output_names(group)]
     results: Iterator[Tensor]
     if where.shares_memory:
 
-        def here(group: ParameterGroup) -> Tensor:
-            return _merged(group, recipe, run, task, groups.keep)
+        def merge_here(group: TensorGroup) -> Tensor:
+            return _merge_parameter(group, recipe, run, task, groups.keep)
 
-        results = where.map(here, wanted, progress.cancel)
+        results = where.map(merge_here, wanted, progress.cancel)
     else:
         there = _Merge(StoredGroups.of(groups), recipe, run, task)
         results = where.map(there, [group.name for group in wanted], progress.cancel)
     for done, group in enumerate(wanted, len(groups) - len(wanted)):
         progress.step(done, len(groups), group.name)
         merged = next(results)
-        for name in written(group):
+        for name in output_names(group):
             yield name, merged
     progress.step(len(groups), len(groups), "merged")
 
 
 @torch.no_grad()
-def _merged(
-    group: ParameterGroup, recipe: Recipe, run: Run, task: str | None, keep: bool
+def _merge_parameter(
+    group: TensorGroup, recipe: Recipe, run: Run, task: str | None, keep: bool
 ) -> Tensor:
     """One parameter of the output; what was read for it is forgotten unless `keep`."""
     try:
         if not group.info.is_floating:
             return group.buffer
         merge = _rule(recipe, group.tasks, task)
-        return _postprocessed(
-            recipe, group, merge(group, recipe.parameters_of(group.name), run), run
-        )
+        return _postprocess(recipe, group, merge(group, recipe.parameters_of(group.name), run), run)
     finally:
         if not keep:
             group.release()
@@ -194,12 +192,14 @@ class _Merge:
     task: str | None
 
     def __call__(self, name: str) -> Tensor:
-        return _merged(self.stored.parameter(name), self.recipe, self.run, self.task, keep=False)
+        return _merge_parameter(
+            self.stored.parameter(name), self.recipe, self.run, self.task, keep=False
+        )
 
 
 def _rule(
     recipe: Recipe, tasks: tuple[str, ...], task: str | None
-) -> Callable[[ParameterGroup, Any, Run], Tensor]:
+) -> Callable[[TensorGroup, Any, Run], Tensor]:
     """How one parameter is merged: for all tasks, or for the one that is asked for."""
     method = recipe.declaration
     if method.merge is not None and task is None:
@@ -210,11 +210,11 @@ def _rule(
         raise RecipeError(
             f"{method.title} gives one model per task. Name one of {', '.join(tasks)}."
         )
-    merge_for, place = method.merge_for, tasks.index(task)
-    return lambda group, parameters, run: merge_for(group, parameters, run, place)
+    merge_for, index = method.merge_for, tasks.index(task)
+    return lambda group, parameters, run: merge_for(group, parameters, run, index)
 
 
-def _postprocessed(recipe: Recipe, group: ParameterGroup, merged: Tensor, run: Run) -> Tensor:
+def _postprocess(recipe: Recipe, group: TensorGroup, merged: Tensor, run: Run) -> Tensor:
     """The merged tensor after the recipe's chain, which acts on updates of weight matrices."""
     if not recipe.then or not group.decomposed:
         return merged
@@ -222,7 +222,7 @@ def _postprocessed(recipe: Recipe, group: ParameterGroup, merged: Tensor, run: R
     update = merged - origin
     for step in recipe.then:
         post = get_postprocessor(step.method)
-        update = post.apply(group, update, checked_parameters(post, step.parameters), run)
+        update = post.apply(group, update, check_parameters(post, step.parameters), run)
     return origin + update
 
 
@@ -254,7 +254,7 @@ class MergeSession:
         first = suite.expert(chosen[0])
         members = len(chosen) + (suite.base is not None)
         size = 4 * members * sum(first.info(name).numel for name in first)
-        self.groups = Groups(suite, chosen, store, keep=size <= HELD_BYTES)
+        self.groups = TensorGroups(suite, chosen, store, keep=size <= HELD_BYTES)
 
     @torch.no_grad()
     @one_thread()
@@ -282,9 +282,9 @@ class MergeSession:
         # Copies: what is only averaged would otherwise be the very tensor that the session holds.
         # A small model is merged before a second thread has begun.
         where = Serial() if self.groups.keep else Threads()
-        tensors = merged_tensors(recipe, self.groups, progress, task, learned, where)
+        tensors = merge_parameters(recipe, self.groups, progress, task, learned, where)
         merged = {name: value.clone() for name, value in tensors}
         if self.suite.base is not None:
-            for name in self.suite.kept(self.groups.tasks):
+            for name in self.suite.kept_names(self.groups.tasks):
                 merged[name] = self.suite.base.tensor(name).float()
         return merged

@@ -20,7 +20,7 @@ from merge_core.methods.declaration import (
     MethodParameters,
     Postprocessor,
     Run,
-    settled,
+    digest_values,
 )
 from merge_core.strict_model import StrictModel
 from merge_core.suites.suite import BUNDLED, Suite, load_suite
@@ -57,7 +57,7 @@ class Step(StrictModel):
         if not isinstance(data, dict) or not isinstance(data.get("method"), str):
             return data
         post = get_postprocessor(data["method"])
-        checked = checked_parameters(post, data.get("parameters") or {})
+        checked = check_parameters(post, data.get("parameters") or {})
         return {**data, "parameters": checked.model_dump()}
 
 
@@ -96,7 +96,7 @@ class Recipe(StrictModel):
             return data
         method = get_method(data["method"])
         given = data.get("parameters") or {}
-        checked = checked_parameters(method, given)
+        checked = check_parameters(method, given)
         return {**data, "parameters": checked.model_dump()}
 
     @model_validator(mode="after")
@@ -117,7 +117,7 @@ class Recipe(StrictModel):
         if self.tasks is not None and (unknown := set(self.weights) - set(self.tasks)):
             raise RecipeError(f"weights: the recipe does not merge {min(unknown)!r}.")
         for override in self.overrides:
-            checked_parameters(method, self.parameters | override.parameters)
+            check_parameters(method, self.parameters | override.parameters)
         return self
 
     @property
@@ -128,13 +128,13 @@ class Recipe(StrictModel):
     @property
     def checked_parameters(self) -> MethodParameters:
         """The parameters as the method's own model."""
-        return checked_parameters(self.declaration, self.parameters)
+        return check_parameters(self.declaration, self.parameters)
 
     def parameters_of(self, name: str) -> MethodParameters:
         """The method's parameters for one of the model's parameters: the last override counts."""
         for override in reversed(self.overrides):
             if fnmatchcase(name, override.match):
-                return checked_parameters(self.declaration, self.parameters | override.parameters)
+                return check_parameters(self.declaration, self.parameters | override.parameters)
         return self.checked_parameters
 
     @property
@@ -193,9 +193,9 @@ class Recipe(StrictModel):
             "recipe-1",
             # The base counts for every method: integer buffers are taken from it.
             suite.members_digest(suite.select(self.tasks), with_base=True),
-            json.dumps(_naming(suite)),
+            json.dumps(_rules_of_suite(suite)),
             self.method,
-            json.dumps(settled(self.checked_parameters), sort_keys=True),
+            json.dumps(digest_values(self.checked_parameters), sort_keys=True),
             str(self.seed),
             self.dtype,
             # Added later: recipes without them keep the digests that their predictions are under.
@@ -213,14 +213,14 @@ class Recipe(StrictModel):
         return make_recipe(document)
 
 
-def _naming(suite: Suite) -> list[Any]:
+def _rules_of_suite(suite: Suite) -> list[Any]:
     """What a suite says of its parameters; a rule that is not used leaves no trace."""
     spec = suite.spec
     rule = [] if spec.vocabulary == "refuse" else [spec.vocabulary]
     return [spec.decompose, spec.average, *rule]
 
 
-def checked_parameters(method: Method | Postprocessor, given: Any) -> MethodParameters:
+def check_parameters(method: Method | Postprocessor, given: Any) -> MethodParameters:
     """Parameters as a method's own model, defaults filled in.
 
     Raises:

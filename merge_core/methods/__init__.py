@@ -14,7 +14,7 @@ from merge_core.errors import RecipeError
 from merge_core.methods.declaration import Method, Postprocessor
 
 
-def _declared() -> list[Method | Postprocessor]:
+def _find_declarations() -> list[Method | Postprocessor]:
     """Everything that the files of this folder declare: METHOD, METHODS or POSTPROCESSOR."""
     found: list[Method | Postprocessor] = []
     for info in pkgutil.iter_modules(__path__):
@@ -22,7 +22,7 @@ def _declared() -> list[Method | Postprocessor]:
         single = [getattr(module, name, None) for name in ("METHOD", "POSTPROCESSOR")]
         found += [entry for entry in single if entry is not None]
         found += getattr(module, "METHODS", ())
-    return sorted(found, key=lambda entry: (entry.place, entry.name))
+    return sorted(found, key=lambda entry: (entry.order, entry.name))
 
 
 @cache
@@ -33,7 +33,7 @@ def methods() -> dict[str, Method]:
         >>> list(methods())[:2], methods()["cart"].title
         (['average', ...], 'CART')
     """
-    return {entry.name: entry for entry in _declared() if isinstance(entry, Method)}
+    return {entry.name: entry for entry in _find_declarations() if isinstance(entry, Method)}
 
 
 @cache
@@ -44,7 +44,7 @@ def postprocessors() -> dict[str, Postprocessor]:
         >>> sorted(postprocessors())
         ['subspace_boosting', 'svc']
     """
-    return {entry.name: entry for entry in _declared() if isinstance(entry, Postprocessor)}
+    return {entry.name: entry for entry in _find_declarations() if isinstance(entry, Postprocessor)}
 
 
 def get_method(name: str) -> Method:

@@ -7,18 +7,18 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from merge_core.methods.blockwise import entrywise
+from merge_core.methods.blockwise import merge_entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.sparse import (
     Limits,
     Sparsified,
     TiesParameters,
-    elected,
-    largest,
+    elect_signs,
+    keep_largest,
     thresholds,
 )
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 
 TRIM = TiesParameters(density=0.2, trim="global")
 
@@ -84,23 +84,23 @@ class Coefficients:
     limits: Limits | None = None
 
 
-def limits(groups: Groups, run: Run, progress: Progress) -> Limits:
+def limits(groups: TensorGroups, run: Run, progress: Progress) -> Limits:
     """The magnitudes that a task vector's largest fifth reaches, over the whole model."""
     return Limits(TRIM.density, thresholds(groups, TRIM, run, progress))
 
 
 def trim(
-    group: ParameterGroup, parameters: AdamergingParameters, run: Run, found: Limits | None
+    group: TensorGroup, parameters: AdamergingParameters, run: Run, found: Limits | None
 ) -> Sparsified:
     """What of a block of task vectors the coefficients multiply (see :func:`vectors`)."""
     if parameters.trimmed == "none":
         return lambda tau, _: tau
-    stays = largest(group, TRIM, replace(run, state=found))
-    return lambda tau, part: elected(stays(tau, part))
+    stays = keep_largest(group, TRIM, replace(run, state=found))
+    return lambda tau, part: elect_signs(stays(tau, part))
 
 
 def vectors(
-    group: ParameterGroup, parameters: AdamergingParameters, run: Run, found: Limits | None
+    group: TensorGroup, parameters: AdamergingParameters, run: Run, found: Limits | None
 ) -> Tensor:
     """T x shape: the task vectors that the coefficients multiply.
 
@@ -115,17 +115,17 @@ def vectors(
     return kept(tau.reshape(len(tau), -1), slice(None)).reshape(tau.shape)
 
 
-def merge(group: ParameterGroup, parameters: AdamergingParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: AdamergingParameters, run: Run) -> Tensor:
     """θ_0 + Σ_t λ_t τ_t of one parameter, λ as learnt."""
     kept = trim(group, parameters, run, run.state.limits)
     values = run.state.values[group.name]
-    return entrywise(group, run, lambda tau, part: values.to(tau.dtype) @ kept(tau, part))
+    return merge_entrywise(group, run, lambda tau, part: values.to(tau.dtype) @ kept(tau, part))
 
 
 METHOD = Method(
     name="adamerging",
     title="AdaMerging",
-    place=53,
+    order=53,
     summary="Task Arithmetic whose coefficients, one per task or per task and tensor, minimise "
     "the entropy of the predictions on unlabelled validation images.",
     formula=r"\theta^l = \theta_0^l + \sum_t \lambda_t^l \tau_t^l,\quad \lambda = "

@@ -8,14 +8,14 @@ from torch import Tensor
 from merge_core.errors import RecipeError
 from merge_core.methods.blockwise import weighted_sum
 from merge_core.methods.declaration import Method, MethodParameters, Run
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class AverageParameters(MethodParameters):
     """Weight averaging has none."""
 
 
-def merge(group: ParameterGroup, parameters: AverageParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: AverageParameters, run: Run) -> Tensor:
     """θ_avg of one parameter, or the mean under the recipe's per-task weights."""
     if not run.weights:
         return group.average
@@ -27,7 +27,7 @@ def merge(group: ParameterGroup, parameters: AverageParameters, run: Run) -> Ten
 METHOD = Method(
     name="average",
     title="Weight average",
-    place=0,
+    order=0,
     summary="The mean of the experts' weights, plain or under per-task weights. It needs no base.",
     formula=r"\theta_{avg} = \frac{1}{T} \sum_t \theta_t,\quad \text{or } "
     r"\sum_t w_t \theta_t \big/ \sum_t w_t",

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from merge_core.methods.declaration import Run
-from merge_core.task_vectors import Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup
 
 BLOCK = 1 << 14  # entries of each expert: T of them stay near the cache, in float64 too
 
 
-def entrywise(group: ParameterGroup, run: Run, update: Callable[[Tensor, slice], Tensor]) -> Tensor:
+def merge_entrywise(
+    group: TensorGroup, run: Run, update: Callable[[Tensor, slice], Tensor]
+) -> Tensor:
     """Origin + update of one parameter, where each entry of it depends on that entry alone.
 
     Args:
@@ -32,11 +34,11 @@ def entrywise(group: ParameterGroup, run: Run, update: Callable[[Tensor, slice],
     merged = torch.empty(origin.shape, dtype=group.widest_dtype(run.origin))
     whole, flat = merged.view(-1), origin.ravel()
     for part, tau in group.blocks(run.origin, BLOCK):
-        whole[part] = flat[part] + update(run.weighted(tau), part)
+        whole[part] = flat[part] + update(run.apply_weights(tau), part)
     return merged
 
 
-def gram(group: ParameterGroup, origin: Origin | None = None) -> Tensor:
+def gram(group: TensorGroup, origin: Origin | None = None) -> Tensor:
     """T x T, float64: the inner products of all task vectors, or of the experts themselves.
 
     Args:
@@ -49,7 +51,7 @@ def gram(group: ParameterGroup, origin: Origin | None = None) -> Tensor:
     return total
 
 
-def weighted_sum(group: ParameterGroup, weights: Tensor) -> Tensor:
+def weighted_sum(group: TensorGroup, weights: Tensor) -> Tensor:
     """shape of one expert: Σ_t w_t θ_t of one parameter, summed in float64 and rounded once.
 
     Args:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class CartParameters(MethodParameters):
@@ -30,7 +30,7 @@ class CartParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: CartParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: CartParameters, run: Run) -> Tensor:
     """θ_avg + λ Σ_t SVD_k(C_t) of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
@@ -54,7 +54,7 @@ def warnings(tasks: int, parameters: CartParameters) -> list[str]:
 METHOD = Method(
     name="cart",
     title="CART",
-    place=6,
+    order=6,
     summary="Adds the low-rank parts of the task vectors centred at the average back to the "
     "average: what is strongest in each task is kept, the rest is left out.",
     formula=r"\theta = \theta_{avg} + \lambda \sum_t \mathrm{SVD}_k(\theta_t - \theta_{avg})",

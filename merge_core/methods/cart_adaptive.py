@@ -9,7 +9,7 @@ from merge_core.factors.low_rank import count_directions
 from merge_core.methods.adamerging import rate_parameter, steps_parameter
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
 from merge_core.methods.spectral import AVERAGED
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class CartAdaptiveParameters(MethodParameters):
@@ -33,7 +33,7 @@ class CartAdaptiveParameters(MethodParameters):
     learning_rate: float = rate_parameter()
 
 
-def truncations(group: ParameterGroup, parameters: CartAdaptiveParameters) -> Tensor:
+def truncations(group: TensorGroup, parameters: CartAdaptiveParameters) -> Tensor:
     """T x shape: SVD_k(C_t) of one matrix, for each task."""
     r = min(group.info.matrix_shape)
     k = count_directions(parameters.rank, r)
@@ -44,7 +44,7 @@ def truncations(group: ParameterGroup, parameters: CartAdaptiveParameters) -> Te
     return kept.reshape(centred.shape).to(centred.dtype)
 
 
-def merge(group: ParameterGroup, parameters: CartAdaptiveParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: CartAdaptiveParameters, run: Run) -> Tensor:
     """θ_avg + Σ_t λ_t SVD_k(C_t) of one matrix, λ as learnt; the average of anything else.
 
     Args:
@@ -73,7 +73,7 @@ def warnings(tasks: int, parameters: CartAdaptiveParameters) -> list[str]:
 METHOD = Method(
     name="cart_adaptive",
     title="CART with test-time adaptation",
-    place=54,
+    order=54,
     summary="CART with one coefficient per task and weight matrix, which minimise the entropy of "
     "the predictions on unlabelled validation images.",
     formula=r"\theta^l = \theta_{avg}^l + \sum_t \lambda_t^l\, \mathrm{SVD}_k(\theta_t^l - "

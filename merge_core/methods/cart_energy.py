@@ -9,7 +9,7 @@ from merge_core.factors.low_rank import sum_of_truncations
 from merge_core.methods.cart import warnings
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.spectral import AVERAGED, energy_rank
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class CartEnergyParameters(MethodParameters):
@@ -33,7 +33,7 @@ class CartEnergyParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: CartEnergyParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: CartEnergyParameters, run: Run) -> Tensor:
     """θ_avg + λ Σ_t SVD_{k_t}(C_t) of one matrix; the average of anything else."""
     # All of the centred vectors sum to zero exactly; their rounded factors do not.
     if not group.decomposed or parameters.energy == 1:
@@ -49,7 +49,7 @@ def merge(group: ParameterGroup, parameters: CartEnergyParameters, run: Run) -> 
 METHOD = Method(
     name="cart_energy",
     title="CART by energy",
-    place=26,
+    order=26,
     summary="CART whose rank follows each centred task vector's spectrum: the fewest directions "
     "that carry a share of its energy, chosen per task and matrix.",
     formula=r"\theta = \theta_{avg} + \lambda \sum_t \mathrm{SVD}_{k_t}(\theta_t - \theta_{avg}),"

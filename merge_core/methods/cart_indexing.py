@@ -7,7 +7,7 @@ from torch import Tensor
 from merge_core.factors.low_rank import count_directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
 from merge_core.methods.spectral import factored_bytes
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class CartIndexingParameters(MethodParameters):
@@ -30,20 +30,20 @@ class CartIndexingParameters(MethodParameters):
 
 
 def merge_for(
-    group: ParameterGroup, parameters: CartIndexingParameters, run: Run, place: int
+    group: TensorGroup, parameters: CartIndexingParameters, run: Run, index: int
 ) -> Tensor:
     """θ_avg + λ SVD_k(C_t) of one matrix; θ_avg + λ C_t of anything else."""
-    residual = group.members[place] - group.average
+    residual = group.members[index] - group.average
     if group.decomposed:
         r = min(group.info.matrix_shape)
         k = count_directions(parameters.rank, r)
         if k < r:  # all directions are the residual itself, without the factors' rounding
-            kept = group.truncations("average", k)[place].truncate(k)
+            kept = group.truncations("average", k)[index].truncate(k)
             residual = kept.reshape(residual.shape).to(residual.dtype)
     return residual.mul_(parameters.scale).add_(group.average)
 
 
-def storage(group: ParameterGroup, parameters: CartIndexingParameters, run: Run) -> int:
+def storage(group: TensorGroup, parameters: CartIndexingParameters, run: Run) -> int:
     """θ_avg and k(m + n + 1) numbers a task of one matrix; each expert's own of the rest."""
     k = count_directions(parameters.rank, min(group.info.matrix_shape)) if group.decomposed else 0
     return factored_bytes(group, k)
@@ -52,7 +52,7 @@ def storage(group: ParameterGroup, parameters: CartIndexingParameters, run: Run)
 METHOD = Method(
     name="cart_indexing",
     title="CART-Indexing",
-    place=40,
+    order=40,
     summary="One model per task, where the task is known at inference: the shared average and the "
     "task's own leading directions about it. What is not a weight matrix is the expert's own.",
     formula=r"\theta_t' = \theta_{avg} + \lambda\, \mathrm{SVD}_k(\theta_t - \theta_{avg})",

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merge_core.progress import Progress
 from merge_core.strict_model import StrictModel
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 
 def _check_rank(value: Any) -> float | int:
@@ -92,7 +92,7 @@ class ParameterSpec:
     high: float = 1.0
 
 
-def settled(parameters: MethodParameters) -> dict[str, Any]:
+def digest_values(parameters: MethodParameters) -> dict[str, Any]:
     """The values that a digest is made of: all but later parameters at their default."""
     values = parameters.model_dump()
     for name, info in type(parameters).model_fields.items():
@@ -141,16 +141,16 @@ class Run:
     seed: int = 0
     state: Any = None
 
-    def weighted(self, stacked: Tensor) -> Tensor:
+    def apply_weights(self, stacked: Tensor) -> Tensor:
         """T x shape, each task multiplied by its weight (the very tensor where all are 1)."""
         if not self.weights:
             return stacked
         values = torch.tensor(self.weights, dtype=stacked.dtype)
         return stacked * values.reshape(-1, *[1] * (stacked.ndim - 1))
 
-    def task_vectors(self, group: ParameterGroup) -> Tensor:
+    def task_vectors(self, group: TensorGroup) -> Tensor:
         """T x shape: the task vectors about the run's origin under the recipe's weights."""
-        return self.weighted(group.task_vectors(self.origin))
+        return self.apply_weights(group.task_vectors(self.origin))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class Method:
     Attributes:
         name: as written in recipes.
         title: for people.
-        place: order in lists.
+        order: order in lists.
         summary: one or two sentences.
         formula: LaTeX.
         source: paper and equation.
@@ -187,14 +187,14 @@ class Method:
 
     name: str
     title: str
-    place: int
+    order: int
     summary: str
     formula: str
     source: str
     parameters: type[MethodParameters]
-    merge: Callable[[ParameterGroup, Any, Run], Tensor] | None = None
-    merge_for: Callable[[ParameterGroup, Any, Run, int], Tensor] | None = None
-    storage: Callable[[ParameterGroup, Any, Run], int] | None = None
+    merge: Callable[[TensorGroup, Any, Run], Tensor] | None = None
+    merge_for: Callable[[TensorGroup, Any, Run, int], Tensor] | None = None
+    storage: Callable[[TensorGroup, Any, Run], int] | None = None
     origins: tuple[Origin, ...] = ()
     weighted: bool = False
     draws: str = ""
@@ -204,7 +204,7 @@ class Method:
     gradients: bool = False
     averaged: str = "nothing"
     deviations: str = "none known"
-    prepare: Callable[[Groups, Any, Run, Progress], Any] | None = None
+    prepare: Callable[[TensorGroups, Any, Run, Progress], Any] | None = None
     warnings: Callable[[int, Any], list[str]] = field(default=_no_warnings)
 
     @property
@@ -239,7 +239,7 @@ class Postprocessor:
     """A rule that changes a merged update, whatever method made it.
 
     Attributes:
-        name, title, place, summary, formula, source, parameters: as in :class:`Method`.
+        name, title, order, summary, formula, source, parameters: as in :class:`Method`.
         apply: from one weight matrix's group, the update (shape of one expert, about the run's
             origin), the checked parameters and the run, the new update. What is not a weight
             matrix passes unchanged.
@@ -248,12 +248,12 @@ class Postprocessor:
 
     name: str
     title: str
-    place: int
+    order: int
     summary: str
     formula: str
     source: str
     parameters: type[MethodParameters]
-    apply: Callable[[ParameterGroup, Tensor, Any, Run], Tensor]
+    apply: Callable[[TensorGroup, Tensor, Any, Run], Tensor]
     deviations: str = "none known"
 
     @property

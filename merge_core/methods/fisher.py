@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from merge_core.errors import RecipeError
-from merge_core.methods.blockwise import entrywise
+from merge_core.methods.blockwise import merge_entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 FLOOR = 1e-6  # the authors' code: entries that no output depends on are averaged
 
@@ -29,7 +29,7 @@ class FisherParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: FisherParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: FisherParameters, run: Run) -> Tensor:
     """Σ_t w_t F_t θ_t / Σ_t w_t F_t, entry by entry.
 
     Args:
@@ -50,17 +50,17 @@ def merge(group: ParameterGroup, parameters: FisherParameters, run: Run) -> Tens
 
     def offset(tau: Tensor, part: slice) -> Tensor:
         own = torch.ones_like(tau) if information is None else information[:, part]
-        shares = run.weighted(own.double().clamp_min(FLOOR))
+        shares = run.apply_weights(own.double().clamp_min(FLOOR))
         return ((shares * tau).sum(dim=0) / shares.sum(dim=0)).to(tau.dtype)
 
     # About the average, which keeps equal experts exact. Weights come in with the information.
-    return entrywise(group, replace(run, origin="average", weights=()), offset)
+    return merge_entrywise(group, replace(run, origin="average", weights=()), offset)
 
 
 METHOD = Method(
     name="fisher",
     title="Fisher merging",
-    place=50,
+    order=50,
     summary="An average of the experts in which every entry of a weight counts by how much its "
     "expert's predictions depend on it, measured on unlabelled validation images.",
     formula=r"\theta = \sum_t w_t F_t \theta_t \Big/ \sum_t w_t F_t,\quad F_t = \frac{1}{N} "

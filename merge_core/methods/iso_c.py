@@ -7,7 +7,7 @@ from torch import Tensor
 from merge_core.factors.decomposition import decompose
 from merge_core.factors.low_rank import as_matrix
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class IsoCParameters(MethodParameters):
@@ -23,7 +23,7 @@ class IsoCParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: IsoCParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: IsoCParameters, run: Run) -> Tensor:
     """θ_0 + α σ̄ U Vᵀ of one matrix, from Σ τ_t = U Σ Vᵀ; the average of anything else."""
     if not group.decomposed:
         return group.average
@@ -36,7 +36,7 @@ def merge(group: ParameterGroup, parameters: IsoCParameters, run: Run) -> Tensor
 METHOD = Method(
     name="iso_c",
     title="Iso-C",
-    place=5,
+    order=5,
     summary="Replaces every singular value of the summed task vectors by their mean, so that no "
     "task's directions dominate. What is not a weight matrix is averaged.",
     formula=r"\theta = \theta_0 + \alpha\, \bar\sigma\, U V^\top,\quad "

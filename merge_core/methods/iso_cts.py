@@ -7,8 +7,8 @@ from torch import Tensor
 
 from merge_core.factors.low_rank import orthogonalize
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.spectral import AVERAGED, DEAD, moved, task_matrices
-from merge_core.task_vectors import ParameterGroup
+from merge_core.methods.spectral import AVERAGED, DEAD, add_to_origin, task_matrices
+from merge_core.task_vectors import TensorGroup
 
 
 class IsoCtsParameters(MethodParameters):
@@ -44,7 +44,7 @@ def split(r: int, tasks: int, common: float) -> tuple[int, int]:
     return r - tasks * each, each
 
 
-def merge(group: ParameterGroup, parameters: IsoCtsParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: IsoCtsParameters, run: Run) -> Tensor:
     """θ_0 + α σ̄ U⊥ V⊥ᵀ of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
@@ -66,13 +66,13 @@ def merge(group: ParameterGroup, parameters: IsoCtsParameters, run: Run) -> Tens
     live = kept > DEAD * torch.linalg.matrix_norm(tau).max()
     left = orthogonalize(torch.cat(lefts, dim=1) * live)
     right = orthogonalize(torch.cat(rights, dim=1) * live)
-    return moved(group, run.origin, parameters.scale * kept.mean() * left @ right.T)
+    return add_to_origin(group, run.origin, parameters.scale * kept.mean() * left @ right.T)
 
 
 METHOD = Method(
     name="iso_cts",
     title="Iso-CTS",
-    place=23,
+    order=23,
     summary="Iso-C with the weakest common directions replaced by each task's strongest ones "
     "outside the common space, all made orthogonal and equally strong. What is not a weight "
     "matrix is averaged.",

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from merge_core.methods.blockwise import gram, weighted_sum
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 # Units that cancel to less than this have no mean direction.
 NO_DIRECTION = 1e-12
@@ -72,7 +72,7 @@ def mean_direction(units: Tensor, iterations: int, tolerance: float) -> Tensor |
     return mean
 
 
-def merge(group: ParameterGroup, parameters: KarcherParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: KarcherParameters, run: Run) -> Tensor:
     """Mean length times mean direction of one tensor over the experts."""
     inner = gram(group)
     lengths = inner.diagonal().sqrt()
@@ -96,7 +96,7 @@ def merge(group: ParameterGroup, parameters: KarcherParameters, run: Run) -> Ten
 METHOD = Method(
     name="karcher",
     title="Karcher mean",
-    place=21,
+    order=21,
     summary="The mean of the experts' directions on the sphere, tensor by tensor, at the mean of "
     "their lengths: SLERP's midpoint for any number of experts. It needs no base.",
     formula=r"\theta = \tfrac{1}{T} \sum_t \|\theta_t\| \cdot \arg\min_{\|u\|=1} "

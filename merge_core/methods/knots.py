@@ -10,10 +10,10 @@ from torch import Tensor
 from merge_core.factors.decomposition import decompose
 from merge_core.factors.low_rank import resolution
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import kept_count
-from merge_core.methods.sparse import combined, elected
-from merge_core.methods.spectral import AVERAGED, DEAD, moved, task_matrices
-from merge_core.task_vectors import ParameterGroup
+from merge_core.methods.selection import count_kept
+from merge_core.methods.sparse import combine, elect_signs
+from merge_core.methods.spectral import AVERAGED, DEAD, add_to_origin, task_matrices
+from merge_core.task_vectors import TensorGroup
 
 
 class KnotsParameters(MethodParameters):
@@ -47,17 +47,17 @@ class KnotsParameters(MethodParameters):
     )
 
 
-def trimmed(parts: Tensor, density: float) -> Tensor:
+def trim(parts: Tensor, density: float) -> Tensor:
     """T x r x n: the largest entries of each task's part (ties kept), others zero."""
     size = parts.abs().flatten(1)
-    keep = kept_count(density, size.shape[1])
+    keep = count_kept(density, size.shape[1])
     if keep == 0:
         return torch.zeros_like(parts)
     limit = size.kthvalue(size.shape[1] - keep + 1, dim=1).values
     return torch.where(parts.abs() >= limit[:, None, None], parts, 0.0)
 
 
-def merge(group: ParameterGroup, parameters: KnotsParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: KnotsParameters, run: Run) -> Tensor:
     """θ_0 + λ U Σ merge(V_1 … V_T)ᵀ of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
@@ -75,15 +75,15 @@ def merge(group: ParameterGroup, parameters: KnotsParameters, run: Run) -> Tenso
     else:
         U = U * S
     if parameters.rule == "ties":
-        parts = elected(trimmed(parts, parameters.density))
-    merged = combined(parts, "mean" if parameters.rule == "ties" else "sum")
-    return moved(group, run.origin, parameters.scale * U @ merged)
+        parts = elect_signs(trim(parts, parameters.density))
+    merged = combine(parts, "mean" if parameters.rule == "ties" else "sum")
+    return add_to_origin(group, run.origin, parameters.scale * U @ merged)
 
 
 METHOD = Method(
     name="knots",
     title="KnOTS",
-    place=25,
+    order=25,
     summary="Decomposes all task vectors of a matrix side by side, merges their parts in the "
     "common basis, and rebuilds. Made for low-rank (LoRA) updates; works on any. What is not a "
     "weight matrix is averaged.",

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class LowRankTaskArithmeticParameters(MethodParameters):
@@ -28,7 +28,7 @@ class LowRankTaskArithmeticParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: LowRankTaskArithmeticParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: LowRankTaskArithmeticParameters, run: Run) -> Tensor:
     """θ_0 + λ Σ_t SVD_k(τ_t) of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
@@ -39,7 +39,7 @@ def merge(group: ParameterGroup, parameters: LowRankTaskArithmeticParameters, ru
 METHOD = Method(
     name="low_rank_task_arithmetic",
     title="Low-rank Task Arithmetic",
-    place=3,
+    order=3,
     summary="Task Arithmetic on task vectors cut to their leading directions: CART without the "
     "centring. What is not a weight matrix is averaged, as in CART.",
     formula=r"\theta = \theta_0 + \lambda \sum_t \mathrm{SVD}_k(\theta_t - \theta_0)",

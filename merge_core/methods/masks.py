@@ -13,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_core.methods.blockwise import entrywise
+from merge_core.methods.blockwise import merge_entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import Passes, summed
+from merge_core.methods.selection import Passes, sum_pairs
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 
 NUMBER = 2  # bytes
 
 
-def mask_storage(group: ParameterGroup) -> int:
+def mask_storage(group: TensorGroup) -> int:
     """Bytes of one parameter for all tasks: base, unified task vector, and a bit per task."""
     entries = group.info.numel
     return 2 * NUMBER * entries + -(-entries * len(group.tasks) // 8)
 
 
-def _threshold() -> Any:
+def _threshold_parameter() -> Any:
     return parameter(
         0.4,
         "λ_t of the masks, the same for all tasks: an entry is active in a task whose own change "
@@ -43,13 +43,13 @@ def _threshold() -> Any:
 class TallMasksParameters(MethodParameters):
     """Parameters of TALL-masks."""
 
-    threshold: float = _threshold()
+    threshold: float = _threshold_parameter()
 
 
 class ConsensusParameters(MethodParameters):
     """Parameters of Consensus Task Arithmetic."""
 
-    threshold: float = _threshold()
+    threshold: float = _threshold_parameter()
     scale: float = parameter(
         0.3,
         "Scaling coefficient α of the summed task vectors.",
@@ -64,36 +64,34 @@ class EmrParameters(MethodParameters):
     """EMR-Merging has none."""
 
 
-def active(tau: Tensor, threshold: float) -> Tensor:
+def active_mask(tau: Tensor, threshold: float) -> Tensor:
     """T x shape: |τ_t| ≥ λ_t |τ_MTL − τ_t|, with τ_MTL = Σ_t τ_t."""
     return tau.abs() >= threshold * (tau.sum(dim=0) - tau).abs()
 
 
-def tall_model(
-    group: ParameterGroup, parameters: TallMasksParameters, run: Run, place: int
-) -> Tensor:
+def tall_model(group: TensorGroup, parameters: TallMasksParameters, run: Run, index: int) -> Tensor:
     """θ_0 + m_t ∘ τ_MTL of one parameter."""
 
     def update(tau: Tensor, _: slice) -> Tensor:
-        return torch.where(active(tau, parameters.threshold)[place], tau.sum(dim=0), 0)
+        return torch.where(active_mask(tau, parameters.threshold)[index], tau.sum(dim=0), 0)
 
-    return entrywise(group, run, update)
+    return merge_entrywise(group, run, update)
 
 
-def tall_storage(group: ParameterGroup, parameters: TallMasksParameters, run: Run) -> int:
+def tall_storage(group: TensorGroup, parameters: TallMasksParameters, run: Run) -> int:
     """Bytes of one parameter for all tasks together."""
     return mask_storage(group)
 
 
-def consensus(group: ParameterGroup, parameters: ConsensusParameters, run: Run) -> Tensor:
+def merge_consensus(group: TensorGroup, parameters: ConsensusParameters, run: Run) -> Tensor:
     """θ_0 + α τ_MTL of one parameter where two tasks at least are active, θ_0 elsewhere."""
 
     def update(tau: Tensor, _: slice) -> Tensor:
-        votes = active(tau, parameters.threshold).sum(dim=0)
+        votes = active_mask(tau, parameters.threshold).sum(dim=0)
         shared = votes >= min(2, len(tau))  # a single task has nobody to agree with
         return parameters.scale * torch.where(shared, tau.sum(dim=0), 0)
 
-    return entrywise(group, run, update)
+    return merge_entrywise(group, run, update)
 
 
 @dataclass(frozen=True)
@@ -109,7 +107,7 @@ class Rescale:
     first: str
 
 
-def unified(tau: Tensor) -> tuple[Tensor, Tensor]:
+def unify(tau: Tensor) -> tuple[Tensor, Tensor]:
     """EMR's unified task vector and masks: shape, and T x shape.
 
     Per entry the sign of the sum over tasks, and the largest magnitude among the tasks that have
@@ -120,7 +118,9 @@ def unified(tau: Tensor) -> tuple[Tensor, Tensor]:
     return sign * torch.where(masks, tau.abs(), 0).amax(dim=0), masks
 
 
-def rescaling(groups: Groups, parameters: EmrParameters, run: Run, progress: Progress) -> Rescale:
+def measure_rescaling(
+    groups: TensorGroups, parameters: EmrParameters, run: Run, progress: Progress
+) -> Rescale:
     """λ_t of every task, in one pass over the parameters.
 
     Args:
@@ -129,16 +129,16 @@ def rescaling(groups: Groups, parameters: EmrParameters, run: Run, progress: Pro
         run: the task vectors' origin.
         progress: reports each parameter.
     """
-    passes = Passes(groups, run.origin, run.weighted, progress, 1)
+    passes = Passes(groups, run.origin, run.apply_weights, progress, 1)
     own = torch.zeros(passes.tasks, dtype=torch.float64)
     common = torch.zeros_like(own)
 
     def sums(tau: Tensor) -> tuple[Tensor, Tensor]:
-        vector, masks = unified(tau)
+        vector, masks = unify(tau)
         seen = torch.where(masks, vector.abs().double(), 0)
         return tau.double().abs().sum(dim=1), seen.sum(dim=1)
 
-    for mine, seen in passes.over("rescaling", sums, summed):
+    for mine, seen in passes.run("rescaling", sums, sum_pairs):
         own += mine
         common += seen
     factors = torch.where(common > 0, own / common, 1)
@@ -146,18 +146,18 @@ def rescaling(groups: Groups, parameters: EmrParameters, run: Run, progress: Pro
     return Rescale(factors, floating[0] if floating else "")
 
 
-def emr_model(group: ParameterGroup, parameters: EmrParameters, run: Run, place: int) -> Tensor:
+def emr_model(group: TensorGroup, parameters: EmrParameters, run: Run, index: int) -> Tensor:
     """θ_0 + λ_t m_t ∘ τ_uni of one parameter."""
-    factor = float(run.state.factors[place])
+    factor = float(run.state.factors[index])
 
     def update(tau: Tensor, _: slice) -> Tensor:
-        vector, masks = unified(tau)
-        return factor * torch.where(masks[place], vector, 0)
+        vector, masks = unify(tau)
+        return factor * torch.where(masks[index], vector, 0)
 
-    return entrywise(group, run, update)
+    return merge_entrywise(group, run, update)
 
 
-def emr_storage(group: ParameterGroup, parameters: EmrParameters, run: Run) -> int:
+def emr_storage(group: TensorGroup, parameters: EmrParameters, run: Run) -> int:
     """Bytes of one parameter for all tasks together; λ_t are counted with the first parameter."""
     scalars = NUMBER * len(group.tasks) if group.name == run.state.first else 0
     return mask_storage(group) + scalars
@@ -177,21 +177,21 @@ METHODS = (
     Method(
         name="consensus",
         title="Consensus Task Arithmetic",
-        place=13,
+        order=13,
         summary="Task Arithmetic without the entries that serve no task or a single one: an entry "
         "of the summed task vectors stays where the masks of two tasks at least are active.",
         formula=rf"\theta = \theta_0 + \alpha\, 1\{{\textstyle\sum_t m_t \ge 2\}} \odot "
         rf"\tau_{{MTL}},\quad {MASK}",
         source=f"{WANG}, section 4 (consensus merging)",
         parameters=ConsensusParameters,
-        merge=consensus,
+        merge=merge_consensus,
         origins=("base",),
         deviations=f"{ONE_THRESHOLD} With one task, its own active entries stay.",
     ),
     Method(
         name="tall_masks",
         title="TALL-masks",
-        place=60,
+        order=60,
         summary="One model per task: the base and the summed task vectors, of which a binary mask "
         "lets through what matters for the task.",
         formula=rf"\theta_t' = \theta_0 + m_t \odot \tau_{{MTL}},\quad {MASK}",
@@ -205,7 +205,7 @@ METHODS = (
     Method(
         name="emr",
         title="EMR-Merging",
-        place=61,
+        order=61,
         summary="One model per task: a unified task vector of the elected signs and the largest "
         "agreeing magnitudes, seen through the task's binary mask and rescaled to the task's own "
         "mean magnitude.",
@@ -221,6 +221,6 @@ METHODS = (
         deviations="λ_t sums over all entries of the model, as in the paper (the authors' code "
         "sums the mean of each tensor, so that small tensors weigh as much as large ones); an "
         "even vote changes nothing (there: counts as negative).",
-        prepare=rescaling,
+        prepare=measure_rescaling,
     ),
 )

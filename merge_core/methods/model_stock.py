@@ -7,7 +7,7 @@ from torch import Tensor
 
 from merge_core.methods.blockwise import gram
 from merge_core.methods.declaration import Method, MethodParameters, Run
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class ModelStockParameters(MethodParameters):
@@ -34,7 +34,7 @@ def ratio(inner: Tensor) -> float:
     return N * cosine / ((N - 1) * cosine + 1)
 
 
-def merge(group: ParameterGroup, parameters: ModelStockParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: ModelStockParameters, run: Run) -> Tensor:
     """t θ_avg + (1 − t) θ_0 of one tensor."""
     t = ratio(gram(group, "base"))
     return (group.average - group.base).mul_(t).add_(group.base)  # in one tensor
@@ -43,7 +43,7 @@ def merge(group: ParameterGroup, parameters: ModelStockParameters, run: Run) -> 
 METHOD = Method(
     name="model_stock",
     title="Model Stock",
-    place=22,
+    order=22,
     summary="Pulls the average towards the base, tensor by tensor: all the way where the task "
     "vectors are orthogonal, not at all where they agree.",
     formula=r"\theta = t\, \theta_{avg} + (1 - t)\, \theta_0,\quad "

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 
 from merge_core.errors import RecipeError
-from merge_core.methods.blockwise import entrywise
+from merge_core.methods.blockwise import merge_entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import Passes, kept_count, kth_largest, summed
+from merge_core.methods.selection import Passes, count_kept, kth_largest, sum_pairs
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 
 TAIL = 1e-4  # the share that the authors' code clips at either end of the magnitudes
 
@@ -106,12 +106,12 @@ def _paper_score(tau: Tensor, low: Tensor, high: Tensor, intra: Tensor, inter: T
 
 def _code_score(tau: Tensor, clip: Tensor) -> Tensor:
     """exp(T · minmax(|τ|)² − T) · tanh(τ_i Σ_j τ_j) of a block, with clipped magnitudes."""
-    own = _unit(_clipped(tau, clip).abs(), clip[:, 0], clip[:, 1])
+    own = _unit(_clip(tau, clip).abs(), clip[:, 0], clip[:, 1])
     balance = (len(tau) * (own**2 - 1)).exp() * (tau * tau.sum(dim=0)).tanh()
     return balance.float()
 
 
-def _clipped(tau: Tensor, clip: Tensor) -> Tensor:
+def _clip(tau: Tensor, clip: Tensor) -> Tensor:
     return tau.sign() * tau.abs().clamp(clip[:, :1], clip[:, 1:])
 
 
@@ -124,11 +124,11 @@ def _paper_balance(passes: Passes, density: float) -> Balance:
         found = [torch.stack((vector * tau).aminmax(dim=1)) for vector in tau]
         return torch.stack(found, dim=1)
 
-    def outermost(parts: list[Tensor]) -> Tensor:
+    def take_outermost(parts: list[Tensor]) -> Tensor:
         least, most = torch.stack(parts, dim=1)
         return torch.stack((least.amin(dim=0), most.amax(dim=0)))
 
-    for least, most in passes.over("products", extremes, outermost):
+    for least, most in passes.run("products", extremes, take_outermost):
         low, high = torch.minimum(low, least), torch.maximum(high, most)
     intra = torch.zeros(tasks, dtype=torch.float64)
     inter = torch.zeros_like(low)
@@ -138,11 +138,11 @@ def _paper_balance(passes: Passes, density: float) -> Balance:
         own, pairs = zip(*found, strict=True)
         return torch.stack(own), torch.stack(pairs)
 
-    for own, pairs in passes.over("sums of exponentials", sums, summed):
+    for own, pairs in passes.run("sums of exponentials", sums, sum_pairs):
         intra += own / passes.entries
         inter += pairs / passes.entries
     score = partial(_paper_score, low=low, high=high, intra=intra, inter=inter)
-    ranks = (kept_count(density, passes.entries), 1)
+    ranks = (count_kept(density, passes.entries), 1)
     threshold, most = kth_largest(passes, score, ranks, "scores").unbind(dim=1)
     return Balance("paper", density, score, threshold, most, high.diagonal() > 0, None)
 
@@ -150,8 +150,8 @@ def _paper_balance(passes: Passes, density: float) -> Balance:
 def _code_balance(passes: Passes, density: float) -> Balance:
     count = passes.entries
     # The authors' places in ascending order, turned into ranks from the largest.
-    places = (int(count * TAIL), int(count * (1 - TAIL) - 1), count - 1)
-    found = kth_largest(passes, torch.abs, [count - p for p in places], "magnitudes").double()
+    positions = (int(count * TAIL), int(count * (1 - TAIL) - 1), count - 1)
+    found = kth_largest(passes, torch.abs, [count - p for p in positions], "magnitudes").double()
     clip, greatest = found[:, :2], found[:, 2]
     score = partial(_code_score, clip=clip)
     ranks = (count - min(int(count * (1 - density)), count - 1), 1)
@@ -159,7 +159,9 @@ def _code_balance(passes: Passes, density: float) -> Balance:
     return Balance("code", density, score, threshold, most, greatest > 0, clip)
 
 
-def measure(groups: Groups, parameters: PcbParameters, run: Run, progress: Progress) -> Balance:
+def measure(
+    groups: TensorGroups, parameters: PcbParameters, run: Run, progress: Progress
+) -> Balance:
     """The whole-model statistics of either variant, in four passes; fewer of a small model.
 
     Args:
@@ -174,22 +176,22 @@ def measure(groups: Groups, parameters: PcbParameters, run: Run, progress: Progr
     return (_paper_balance if paper else _code_balance)(passes, parameters.density)
 
 
-def _merged_block(tau: Tensor, balance: Balance, run: Run) -> Tensor:
+def _merge_block(tau: Tensor, balance: Balance, run: Run) -> Tensor:
     """Σ λ_t β_t τ_t / Σ β_t of a block: T x n to n; zero where no entry is kept."""
     score = balance.score(tau)
     kept = score >= balance.threshold[:, None]
     if balance.clip is None:
         weight, least = torch.where(kept, score.double(), 0), torch.finfo(torch.float64).tiny
     else:
-        tau, least = _clipped(tau, balance.clip), 1e-12  # the authors' floor
+        tau, least = _clip(tau, balance.clip), 1e-12  # the authors' floor
         above = _unit(score.double(), balance.threshold.double(), balance.most.double())
         tied = (balance.most == balance.threshold)[:, None]  # a single entry is kept, or equals
         weight = torch.where(tied, kept.double(), above.clamp_min(0))
     weight = weight * balance.alive[:, None]
-    return (run.weighted(tau) * weight).sum(dim=0) / weight.sum(dim=0).clamp_min(least)
+    return (run.apply_weights(tau) * weight).sum(dim=0) / weight.sum(dim=0).clamp_min(least)
 
 
-def merge(group: ParameterGroup, parameters: PcbParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: PcbParameters, run: Run) -> Tensor:
     """θ_0 + λ τ_m of one parameter."""
     balance = run.state
     if (balance.variant, balance.density) != (parameters.variant, parameters.density):
@@ -200,16 +202,16 @@ def merge(group: ParameterGroup, parameters: PcbParameters, run: Run) -> Tensor:
 
     def update(tau: Tensor, _: slice) -> Tensor:
         # Weights come in after the balancing.
-        block = _merged_block(tau.double(), balance, run)
+        block = _merge_block(tau.double(), balance, run)
         return parameters.scale * block.to(tau.dtype)
 
-    return entrywise(group, replace(run, weights=()), update)
+    return merge_entrywise(group, replace(run, weights=()), update)
 
 
 METHOD = Method(
     name="pcb",
     title="PCB-Merging",
-    place=14,
+    order=14,
     summary="Scores every entry of every task vector by its size within the task and by its "
     "agreement with the other tasks, keeps the entries of the highest score, and averages them "
     "weighted by it.",

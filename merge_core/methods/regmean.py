@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from merge_core.methods.blockwise import entrywise
+from merge_core.methods.blockwise import merge_entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 # Eigenvalues below this share of the largest are rounding of float32 activations.
 CUT = 1e-10
@@ -60,7 +60,7 @@ class NormalEquations:
         self.A += reduced
         self.B += offset @ reduced
 
-    def solved(self) -> Tensor:
+    def solve(self) -> Tensor:
         """B A⁺, m x n; directions in which no input lies stay at the average."""
         size = self.A.diagonal().clamp_min(0).sqrt()
         scale = 1 / torch.where(size > 0, size, 1.0)
@@ -80,7 +80,7 @@ def no_equations(rows: int, columns: int) -> NormalEquations:
     return NormalEquations(zeros[:columns], zeros[columns:])
 
 
-def merge(group: ParameterGroup, parameters: RegmeanParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: RegmeanParameters, run: Run) -> Tensor:
     """W_avg + the learnt update of one linear layer's weight; the average of anything else.
 
     Args:
@@ -96,7 +96,7 @@ def merge(group: ParameterGroup, parameters: RegmeanParameters, run: Run) -> Ten
     def moved(tau: Tensor, part: slice) -> Tensor:
         return (tau.double().mean(dim=0) + learnt[part]).to(tau.dtype)
 
-    return entrywise(group, replace(run, origin="average"), moved)
+    return merge_entrywise(group, replace(run, origin="average"), moved)
 
 
 FORMULA = (
@@ -116,7 +116,7 @@ METHODS = (
     Method(
         name="regmean",
         title="RegMean",
-        place=51,
+        order=51,
         summary="Each linear layer becomes the least-squares fit to the outputs of all experts' "
         "layers, each on the inputs that its own expert gives it.",
         formula=FORMULA,
@@ -133,7 +133,7 @@ METHODS = (
     Method(
         name="regmean_plus_plus",
         title="RegMean++",
-        place=52,
+        order=52,
         summary="RegMean from the first block to the last, where the inputs of a block are what "
         "the merged blocks before it give, so that a layer is fitted to what it will see.",
         formula=FORMULA + r",\quad X_t\ \text{from the merged blocks before}",

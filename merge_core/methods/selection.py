@@ -17,7 +17,7 @@ from torch import Tensor
 from merge_core.executors.local import Threads
 from merge_core.methods import blockwise
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 from merge_core.work_sizes import SAMPLE
 
 Found = TypeVar("Found")
@@ -26,7 +26,7 @@ Found = TypeVar("Found")
 DEVIATIONS = 6
 
 
-def kept_count(density: float, total: int) -> int:
+def count_kept(density: float, total: int) -> int:
     """Number of entries that a density keeps of `total`: the floor, at least one unless 0."""
     if density == 0:
         return 0
@@ -41,13 +41,13 @@ class Passes:
         origin: of the task vectors.
         view: what is looked at, of a block of task vectors (T x n to T x n).
         progress: reports each parameter of each pass.
-        plain: how many calls of :meth:`over` there will be.
+        plain: how many calls of :meth:`run` there will be.
         selections: how many calls of :func:`kth_largest`.
     """
 
     def __init__(
         self,
-        groups: Groups,
+        groups: TensorGroups,
         origin: Origin,
         view: Callable[[Tensor], Tensor],
         progress: Progress,
@@ -62,7 +62,7 @@ class Passes:
         self._count = plain + selections * (1 if self.stride == 1 else 2)
         self._progress, self._done = progress, 0
 
-    def over(
+    def run(
         self,
         label: str,
         look: Callable[[Tensor], Found],
@@ -79,7 +79,7 @@ class Passes:
             stride: of the entries that are looked at; those of all parameters count on.
         """
 
-        def found(item: tuple[ParameterGroup, int]) -> Found | None:
+        def found(item: tuple[TensorGroup, int]) -> Found | None:
             group, first = item
             try:
                 if not group.info.is_floating:
@@ -106,7 +106,7 @@ class Passes:
         self._done += 1
 
 
-def summed(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+def sum_pairs(parts: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
     """The sums of pairs of tensors, each of one shape."""
     first, second = zip(*parts, strict=True)
     return torch.stack(first).sum(dim=0), torch.stack(second).sum(dim=0)
@@ -137,18 +137,21 @@ def kth_largest(
     if passes.entries == 0:
         return torch.zeros(passes.tasks, len(ranks))
 
-    def ranked(tau: Tensor) -> Tensor:
+    def take_kth(tau: Tensor) -> Tensor:
         return values(tau).float()
 
     while True:
-        sample = torch.cat(list(passes.over(label, ranked, partial(torch.cat, dim=1), stride)), 1)
+        sample = torch.cat(list(passes.run(label, take_kth, partial(torch.cat, dim=1), stride)), 1)
         if stride == 1:
             return torch.stack([_kth_of_rows(sample, rank) for rank in ranks], dim=1)
         bounds = [_bounds(sample, rank / passes.entries) for rank in ranks]
-        look = partial(_counts, values=ranked, bounds=bounds)
-        counted = _summed(list(passes.over(f"thresholds: {label}", look, _summed)))
+        look = partial(_counts, values=take_kth, bounds=bounds)
+        counted = _sum_counts(list(passes.run(f"thresholds: {label}", look, _sum_counts)))
         found = [
-            [_found(cell, low, high, rank) for cell, low, high in zip(cells, *limits, strict=True)]
+            [
+                _value_at_rank(cell, low, high, rank)
+                for cell, low, high in zip(cells, *limits, strict=True)
+            ]
             for cells, limits, rank in zip(counted, bounds, ranks, strict=True)
         ]
         if not any(value is None for column in found for value in column):
@@ -189,7 +192,7 @@ def _bounds(sample: Tensor, share: float) -> Bounds:
 
 
 @dataclass(frozen=True)
-class _Counted:
+class _RankCounts:
     """How many values of one task lie where, against a pair of bounds.
 
     Attributes:
@@ -205,7 +208,7 @@ class _Counted:
     between: np.ndarray
 
 
-Counts = list[list[_Counted]]  # for each rank, for each task
+Counts = list[list[_RankCounts]]  # for each rank, for each task
 
 
 def _counts(tau: Tensor, values: Callable[[Tensor], Tensor], bounds: Sequence[Bounds]) -> Counts:
@@ -222,16 +225,16 @@ def _counts(tau: Tensor, values: Callable[[Tensor], Tensor], bounds: Sequence[Bo
             inside = candidates[(candidates > least) & (candidates < most)]
             upper = int(np.count_nonzero(candidates == most))
             lower = len(candidates) - len(inside) - upper if least < most else 0
-            row.append(_Counted(int(np.count_nonzero(beyond[t])), upper, lower, inside))
+            row.append(_RankCounts(int(np.count_nonzero(beyond[t])), upper, lower, inside))
         counts.append(row)
     return counts
 
 
-def _summed(counts: list[Counts]) -> Counts:
+def _sum_counts(counts: list[Counts]) -> Counts:
     """The counts of several blocks or parameters together."""
     return [
         [
-            _Counted(
+            _RankCounts(
                 sum(cell.above for cell in cells),
                 sum(cell.upper for cell in cells),
                 sum(cell.lower for cell in cells),
@@ -243,15 +246,15 @@ def _summed(counts: list[Counts]) -> Counts:
     ]
 
 
-def _found(counted: _Counted, low: Tensor, high: Tensor, rank: int) -> float | None:
+def _value_at_rank(counted: _RankCounts, low: Tensor, high: Tensor, rank: int) -> float | None:
     """The value at a rank; None where it lies beyond the bounds."""
-    place = rank - counted.above
-    if place < 1:
+    position = rank - counted.above
+    if position < 1:
         return None
-    if place <= counted.upper:
+    if position <= counted.upper:
         return float(high)
-    place -= counted.upper
-    if place <= len(counted.between):
-        smaller = len(counted.between) - place
+    position -= counted.upper
+    if position <= len(counted.between):
+        smaller = len(counted.between) - position
         return float(np.partition(counted.between, smaller)[smaller])
-    return float(low) if place - len(counted.between) <= counted.lower else None
+    return float(low) if position - len(counted.between) <= counted.lower else None

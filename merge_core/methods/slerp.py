@@ -7,7 +7,7 @@ from torch import Tensor
 
 from merge_core.methods.blockwise import gram, weighted_sum
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 # mergekit's limit: beyond it the arc and the chord differ by less than 1.3e-4 of their length.
 COLLINEAR = 0.9995
@@ -25,7 +25,7 @@ class SlerpParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: SlerpParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: SlerpParameters, run: Run) -> Tensor:
     """sin((1−t)ω)/sin ω · θ_1 + sin(tω)/sin ω · θ_2 of one tensor, ω the angle between them."""
     inner, shares = gram(group), torch.tensor([1 - parameters.t, parameters.t], dtype=torch.float64)
     lengths = inner.diagonal().sqrt().prod()
@@ -39,7 +39,7 @@ def merge(group: ParameterGroup, parameters: SlerpParameters, run: Run) -> Tenso
 METHOD = Method(
     name="slerp",
     title="SLERP",
-    place=20,
+    order=20,
     summary="Spherical interpolation of two experts, tensor by tensor: the angle grows evenly and "
     "the length is not lost, as it is on the straight line.",
     formula=r"\theta = \frac{\sin((1-t)\omega)}{\sin\omega}\, \theta_1 + "

@@ -16,11 +16,11 @@ from torch import Tensor
 
 from merge_core.errors import RecipeError
 from merge_core.files import digest_of
-from merge_core.methods.blockwise import entrywise
+from merge_core.methods.blockwise import merge_entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import Passes, kept_count, kth_in_place, kth_largest
+from merge_core.methods.selection import Passes, count_kept, kth_in_place, kth_largest
 from merge_core.progress import Progress
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 
 Combine = Literal["mean", "sum"]
 COMBINE_HELP = (
@@ -29,11 +29,11 @@ COMBINE_HELP = (
 )
 
 
-def _scale(default: float, help: str, typical: str, most: float) -> Any:
+def _scale_parameter(default: float, help: str, typical: str, most: float) -> Any:
     return parameter(default, help, minimum=-10, maximum=10, typical=typical, show=(0, most))
 
 
-def _drop() -> Any:
+def _drop_parameter() -> Any:
     return parameter(
         0.9,
         "Probability p that an entry of a task vector is dropped; those that stay are divided by "
@@ -56,7 +56,7 @@ class TiesParameters(MethodParameters):
         typical="0.2",
         show=(0.01, 1),
     )
-    scale: float = _scale(
+    scale: float = _scale_parameter(
         1.0, "Scaling coefficient λ of the merged task vector.", "1 (searched in 0.8 to 3)", 3
     )
     trim: Literal["global", "tensor"] = parameter(
@@ -70,8 +70,8 @@ class TiesParameters(MethodParameters):
 class DareTaskArithmeticParameters(MethodParameters):
     """Parameters of DARE with Task Arithmetic."""
 
-    drop: float = _drop()
-    scale: float = _scale(
+    drop: float = _drop_parameter()
+    scale: float = _scale_parameter(
         0.3, "Scaling coefficient λ of the summed task vectors.", "0.3 for 8 tasks", 1.5
     )
 
@@ -79,8 +79,8 @@ class DareTaskArithmeticParameters(MethodParameters):
 class DareTiesParameters(MethodParameters):
     """Parameters of DARE with TIES."""
 
-    drop: float = _drop()
-    scale: float = _scale(1.0, "Scaling coefficient λ of the merged task vector.", "1", 3)
+    drop: float = _drop_parameter()
+    scale: float = _scale_parameter(1.0, "Scaling coefficient λ of the merged task vector.", "1", 3)
     combine: Combine = parameter("mean", COMBINE_HELP)
 
 
@@ -103,7 +103,7 @@ class BreadcrumbsParameters(MethodParameters):
         typical="0.001 to 0.01",
         show=(0, 0.1),
     )
-    scale: float = _scale(
+    scale: float = _scale_parameter(
         0.3, "Scaling coefficient α of the summed task vectors.", "0.2 to 0.3", 1.5
     )
 
@@ -122,7 +122,7 @@ class Limits:
 
 
 def thresholds(
-    groups: Groups, parameters: TiesParameters, run: Run, progress: Progress
+    groups: TensorGroups, parameters: TiesParameters, run: Run, progress: Progress
 ) -> Tensor | None:
     """The magnitude that each task's kept entries reach, over the whole model, exactly.
 
@@ -140,14 +140,16 @@ def thresholds(
     """
     if parameters.trim == "tensor":
         return None
-    passes = Passes(groups, run.origin, run.weighted, progress, 0, selections=1)
-    keep = kept_count(parameters.density, passes.entries)
+    passes = Passes(groups, run.origin, run.apply_weights, progress, 0, selections=1)
+    keep = count_kept(parameters.density, passes.entries)
     if keep == 0:
         return torch.full((passes.tasks,), torch.inf)
     return kth_largest(passes, _magnitude, (keep,), "magnitudes")[:, 0]
 
 
-def _limits(groups: Groups, parameters: TiesParameters, run: Run, progress: Progress) -> Limits:
+def _limits(
+    groups: TensorGroups, parameters: TiesParameters, run: Run, progress: Progress
+) -> Limits:
     return Limits(parameters.density, thresholds(groups, parameters, run, progress))
 
 
@@ -162,7 +164,7 @@ def _magnitude(tau: Tensor) -> Tensor:
     return tau.float().abs()
 
 
-def _kth_in_tensor(group: ParameterGroup, run: Run, ks: Sequence[int]) -> list[Tensor]:
+def _kth_in_tensor(group: TensorGroup, run: Run, ks: Sequence[int]) -> list[Tensor]:
     """For each k, T values: the k-th largest magnitude of each task's tensor, infinite for 0."""
     found = [torch.full((len(group.tasks),), torch.inf) for _ in ks]
     origin = group.origin(run.origin)
@@ -178,10 +180,10 @@ def _kth_in_tensor(group: ParameterGroup, run: Run, ks: Sequence[int]) -> list[T
     return found
 
 
-def largest(group: ParameterGroup, parameters: TiesParameters, run: Run) -> Sparsified:
+def keep_largest(group: TensorGroup, parameters: TiesParameters, run: Run) -> Sparsified:
     """The entries of largest magnitude, over the model or in this tensor."""
     if parameters.trim == "tensor":
-        keep = kept_count(parameters.density, group.info.numel)
+        keep = count_kept(parameters.density, group.info.numel)
         (limit,) = _kth_in_tensor(group, run, [keep])
     else:
         found = run.state
@@ -195,8 +197,8 @@ def largest(group: ParameterGroup, parameters: TiesParameters, run: Run) -> Spar
     return lambda tau, _: torch.where(_magnitude(tau) >= limit[:, None], tau, 0)
 
 
-def random_share(
-    group: ParameterGroup,
+def keep_random(
+    group: TensorGroup,
     parameters: DareTaskArithmeticParameters | DareTiesParameters,
     run: Run,
 ) -> Sparsified:
@@ -218,7 +220,7 @@ def random_share(
     return kept
 
 
-def middle(group: ParameterGroup, parameters: BreadcrumbsParameters, run: Run) -> Sparsified:
+def keep_middle(group: TensorGroup, parameters: BreadcrumbsParameters, run: Run) -> Sparsified:
     """Entries of this tensor that are neither among the smallest nor among the largest."""
     total = group.info.numel
     small = int(parameters.drop_small * total + 1e-9)
@@ -227,20 +229,20 @@ def middle(group: ParameterGroup, parameters: BreadcrumbsParameters, run: Run) -
         return lambda tau, _: torch.zeros_like(tau)
     most, least = _kth_in_tensor(group, run, [large + 1, total - small])
 
-    def kept(tau: Tensor, _: slice) -> Tensor:
+    def keep(tau: Tensor, _: slice) -> Tensor:
         magnitude = _magnitude(tau)
         inside = (magnitude >= least[:, None]) & (magnitude <= most[:, None])
         return torch.where(inside, tau, 0)
 
-    return kept
+    return keep
 
 
-def elected(tau: Tensor) -> Tensor:
+def elect_signs(tau: Tensor) -> Tensor:
     """T x n: entries whose sign is that of the sum over tasks, others zero."""
     return torch.where(tau.sign() == tau.sum(dim=0).sign(), tau, 0)
 
 
-def combined(tau: Tensor, how: Combine) -> Tensor:
+def combine(tau: Tensor, how: Combine) -> Tensor:
     """n: the sum over tasks, or the mean over the tasks whose entry is not zero."""
     total = tau.sum(dim=0)
     return total if how == "sum" else total / (tau != 0).sum(dim=0).clamp_min(1)
@@ -256,29 +258,29 @@ class Row:
             otherwise what stays is summed, as in Task Arithmetic.
     """
 
-    sparsify: Callable[[ParameterGroup, Any, Run], Sparsified]
+    sparsify: Callable[[TensorGroup, Any, Run], Sparsified]
     elect: bool
 
 
 FAMILY = {
-    "ties": Row(largest, elect=True),
-    "dare_task_arithmetic": Row(random_share, elect=False),
-    "dare_ties": Row(random_share, elect=True),
-    "breadcrumbs": Row(middle, elect=False),
+    "ties": Row(keep_largest, elect=True),
+    "dare_task_arithmetic": Row(keep_random, elect=False),
+    "dare_ties": Row(keep_random, elect=True),
+    "breadcrumbs": Row(keep_middle, elect=False),
 }
 
 
-def merge(row: Row, group: ParameterGroup, parameters: Any, run: Run) -> Tensor:
+def merge(row: Row, group: TensorGroup, parameters: Any, run: Run) -> Tensor:
     """Origin + λ · combine(elect(sparsify(τ_1 … τ_T))) of one parameter."""
     stays = row.sparsify(group, parameters, run)
 
     def update(tau: Tensor, part: slice) -> Tensor:
         kept = stays(tau, part)
         if row.elect:
-            return parameters.scale * combined(elected(kept), parameters.combine)
-        return parameters.scale * combined(kept, "sum")
+            return parameters.scale * combine(elect_signs(kept), parameters.combine)
+        return parameters.scale * combine(kept, "sum")
 
-    return entrywise(group, run, update)
+    return merge_entrywise(group, run, update)
 
 
 ELECTED = (
@@ -291,7 +293,7 @@ METHODS = (
     Method(
         name="ties",
         title="TIES",
-        place=2,
+        order=2,
         summary="Keeps the largest entries of each task vector, elects one sign per entry, and "
         "averages (or sums) the entries that agree with it.",
         formula=rf"\theta = \theta_0 + \lambda \tau,\quad {ELECTED}",
@@ -307,7 +309,7 @@ METHODS = (
     Method(
         name="dare_task_arithmetic",
         title="DARE with Task Arithmetic",
-        place=10,
+        order=10,
         summary="Drops most entries of each task vector at random, rescales the others so that "
         "the expectation stays what it was, and adds the scaled sum to the base.",
         formula=rf"\theta = \theta_0 + \lambda \sum_t \hat\tau_t,\quad {DROPPED}",
@@ -321,7 +323,7 @@ METHODS = (
     Method(
         name="dare_ties",
         title="DARE with TIES",
-        place=11,
+        order=11,
         summary="Drops entries of each task vector at random and rescales the others; then elects "
         "one sign per entry and averages (or sums) the entries that agree with it.",
         formula=rf"\theta = \theta_0 + \lambda \tau,\quad {ELECTED},\quad {DROPPED}",
@@ -338,7 +340,7 @@ METHODS = (
     Method(
         name="breadcrumbs",
         title="Breadcrumbs",
-        place=12,
+        order=12,
         summary="Drops both the smallest and the largest entries of each tensor of a task vector "
         "and adds the scaled sum of the rest to the base.",
         formula=r"\theta = \theta_0 + \alpha \sum_t m_t \odot \tau_t,\quad "

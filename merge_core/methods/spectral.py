@@ -5,32 +5,32 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_core.factors.low_rank import as_matrix
-from merge_core.task_vectors import Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup
 
 AVERAGED = "everything but the weight matrices of attention and MLP"
 # Singular values below this share of the largest one are rounding noise of float64.
 DEAD = 1e-12
 
 
-def task_matrices(group: ParameterGroup, origin: Origin) -> Tensor:
+def task_matrices(group: TensorGroup, origin: Origin) -> Tensor:
     """T x m x n, float64: each θ_t − origin as a matrix (out x in)."""
     vectors = group.experts.double() - group.origin(origin).double()
-    return oriented(group, vectors.reshape(len(vectors), *as_matrix(vectors[0]).shape))
+    return orient(group, vectors.reshape(len(vectors), *as_matrix(vectors[0]).shape))
 
 
-def oriented(group: ParameterGroup, matrices: Tensor) -> Tensor:
+def orient(group: TensorGroup, matrices: Tensor) -> Tensor:
     """Matrices of a parameter as out x in, given as they are stored; or the other way round.
 
     Only methods for which outputs differ from inputs need it: transposed matrices have the same
     singular values.
     """
-    return matrices.mT if group.in_by_out else matrices
+    return matrices.mT if group.stored_transposed else matrices
 
 
-def moved(group: ParameterGroup, origin: Origin, update: Tensor) -> Tensor:
+def add_to_origin(group: TensorGroup, origin: Origin, update: Tensor) -> Tensor:
     """shape of one expert: origin + an update given as an m x n float64 matrix."""
     start = group.origin(origin)
-    return (start.double() + oriented(group, update).reshape(start.shape)).to(start.dtype)
+    return (start.double() + orient(group, update).reshape(start.shape)).to(start.dtype)
 
 
 def energy_rank(S: Tensor, share: float) -> int:
@@ -54,7 +54,7 @@ def energy_rank(S: Tensor, share: float) -> int:
     return int((reached >= share * reached[-1]).int().argmax()) + 1
 
 
-def factored_bytes(group: ParameterGroup, k: int) -> int:
+def factored_bytes(group: TensorGroup, k: int) -> int:
     """Bytes of one parameter for all tasks, each number in two, where the task is known.
 
     A matrix: its origin once, and k triplets of m + n + 1 numbers for each task, or the task's

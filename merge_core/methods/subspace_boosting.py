@@ -9,7 +9,7 @@ from merge_core.factors.decomposition import decompose
 from merge_core.factors.low_rank import as_matrix, resolution
 from merge_core.methods.declaration import MethodParameters, Postprocessor, Run, parameter
 from merge_core.methods.spectral import DEAD
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class SubspaceBoostingParameters(MethodParameters):
@@ -27,7 +27,7 @@ class SubspaceBoostingParameters(MethodParameters):
 
 
 def apply(
-    group: ParameterGroup, update: Tensor, parameters: SubspaceBoostingParameters, run: Run
+    group: TensorGroup, update: Tensor, parameters: SubspaceBoostingParameters, run: Run
 ) -> Tensor:
     """U max(Σ, σ_k) Vᵀ of one update, k the first place where Σ_{i≤k} σ_i reaches β Σ σ_i."""
     matrix = as_matrix(update)
@@ -47,7 +47,7 @@ def apply(
 POSTPROCESSOR = Postprocessor(
     name="subspace_boosting",
     title="Subspace Boosting",
-    place=10,
+    order=10,
     summary="Raises the small singular values of a merged update to the one at which the "
     "cumulative sum reaches β, so that tasks outside the leading directions are heard.",
     formula=r"\Delta' = U \max(\Sigma, \sigma_k) V^\top,\quad \Delta = U \Sigma V^\top,\; "

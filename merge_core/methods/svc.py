@@ -8,8 +8,8 @@ from torch import Tensor
 from merge_core.factors.decomposition import decompose
 from merge_core.factors.low_rank import as_matrix, resolution
 from merge_core.methods.declaration import MethodParameters, Postprocessor, Run, parameter
-from merge_core.methods.spectral import oriented
-from merge_core.task_vectors import ParameterGroup
+from merge_core.methods.spectral import orient
+from merge_core.task_vectors import TensorGroup
 
 
 class SvcParameters(MethodParameters):
@@ -48,25 +48,25 @@ def coefficients(matrix: Tensor, U: Tensor, tau: Tensor, noise: float) -> Tensor
     return torch.stack(rows)
 
 
-def apply(group: ParameterGroup, update: Tensor, parameters: SvcParameters, run: Run) -> Tensor:
+def apply(group: TensorGroup, update: Tensor, parameters: SvcParameters, run: Run) -> Tensor:
     """U (γ Σ) Vᵀ of one update, with γ_r = T / Σ_t max(α, s_t) along each left direction."""
     stored = as_matrix(update)
-    matrix = oriented(group, stored)
+    matrix = orient(group, stored)
     factors = decompose(matrix)
     vectors = run.task_vectors(group).double()
-    tau = oriented(group, vectors.reshape(len(vectors), *stored.shape))
+    tau = orient(group, vectors.reshape(len(vectors), *stored.shape))
     noise = resolution(as_matrix(group.origin(run.origin) + update))
     s = coefficients(matrix.double(), factors.U, tau, noise)
     T = len(tau)
     gamma = T / s.clamp_min(parameters.floor / T).sum(dim=0)
     calibrated = (factors.U * (gamma * factors.S)) @ factors.V.T
-    return oriented(group, calibrated).to(update.dtype).reshape(update.shape)
+    return orient(group, calibrated).to(update.dtype).reshape(update.shape)
 
 
 POSTPROCESSOR = Postprocessor(
     name="svc",
     title="SVC",
-    place=11,
+    order=11,
     summary="Singular value calibration: scales each direction of a merged update down by how "
     "often the tasks together count it, so that what they share is not counted again and again.",
     formula=r"\sigma_r \leftarrow \gamma_r \sigma_r,\quad "

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from merge_core.methods.blockwise import entrywise
+from merge_core.methods.blockwise import merge_entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class TaskArithmeticParameters(MethodParameters):
@@ -24,20 +24,20 @@ class TaskArithmeticParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: TaskArithmeticParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: TaskArithmeticParameters, run: Run) -> Tensor:
     """θ_0 + λ Σ_t w_t (θ_t − θ_0) of one parameter."""
     if not run.weights:
         # θ_0 + λT (θ_avg − θ_0), in one pass.
         dtype = group.widest_dtype("base")
         ends = group.base.to(dtype), group.average.to(dtype)
         return torch.lerp(*ends, parameters.scale * len(group.tasks))
-    return entrywise(group, run, lambda tau, _: parameters.scale * tau.sum(dim=0))
+    return merge_entrywise(group, run, lambda tau, _: parameters.scale * tau.sum(dim=0))
 
 
 METHOD = Method(
     name="task_arithmetic",
     title="Task Arithmetic",
-    place=1,
+    order=1,
     summary="Adds the scaled sum of all task vectors to the base; per-task weights give every task "
     "a scaling coefficient of its own.",
     formula=r"\theta = \theta_0 + \lambda \sum_t w_t \tau_t",

@@ -6,36 +6,36 @@ from torch import Tensor
 
 from merge_core.methods.declaration import Method, MethodParameters, Run
 from merge_core.methods.spectral import factored_bytes
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class TsvCParameters(MethodParameters):
     """TSV-C has none: the number of tasks sets the rank."""
 
 
-def kept(group: ParameterGroup) -> int:
+def kept_rank(group: TensorGroup) -> int:
     """k = max(1, floor(r / T)) directions of each task."""
     return max(1, min(group.info.matrix_shape) // len(group.tasks))
 
 
-def merge_for(group: ParameterGroup, parameters: TsvCParameters, run: Run, place: int) -> Tensor:
+def merge_for(group: TensorGroup, parameters: TsvCParameters, run: Run, index: int) -> Tensor:
     """θ_0 + SVD_k(τ_t) of one matrix; the expert's own of anything else."""
-    if not group.decomposed or kept(group) == min(group.info.matrix_shape):
-        return group.members[place]
-    k = kept(group)
-    update = group.truncations("base", k)[place].truncate(k)
+    if not group.decomposed or kept_rank(group) == min(group.info.matrix_shape):
+        return group.members[index]
+    k = kept_rank(group)
+    update = group.truncations("base", k)[index].truncate(k)
     return group.base + update.reshape(group.base.shape).to(group.base.dtype)
 
 
-def storage(group: ParameterGroup, parameters: TsvCParameters, run: Run) -> int:
+def storage(group: TensorGroup, parameters: TsvCParameters, run: Run) -> int:
     """θ_0 and k(m + n + 1) numbers a task of one matrix; each expert's own of the rest."""
-    return factored_bytes(group, kept(group) if group.decomposed else 0)
+    return factored_bytes(group, kept_rank(group) if group.decomposed else 0)
 
 
 METHOD = Method(
     name="tsv_c",
     title="TSV-C",
-    place=41,
+    order=41,
     summary="One model per task, where the task is known at inference: the base and the leading "
     "1/T of the task vector's directions. What is not a weight matrix is the expert's own.",
     formula=r"\theta_t' = \theta_0 + \mathrm{SVD}_k(\theta_t - \theta_0),\quad "

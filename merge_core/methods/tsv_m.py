@@ -7,7 +7,7 @@ from torch import Tensor
 
 from merge_core.factors.low_rank import DIRECTION_NOISE, orthogonalize
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 
 class TsvMParameters(MethodParameters):
@@ -23,7 +23,7 @@ class TsvMParameters(MethodParameters):
     )
 
 
-def merge(group: ParameterGroup, parameters: TsvMParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: TsvMParameters, run: Run) -> Tensor:
     """θ_0 + α U⊥ Σ V⊥ᵀ of one matrix; the average of anything else.
 
     Each task keeps k = max(1, floor(r/T)) triplets, concatenated and orthogonalised; fewer where
@@ -44,7 +44,7 @@ def merge(group: ParameterGroup, parameters: TsvMParameters, run: Run) -> Tensor
 METHOD = Method(
     name="tsv_m",
     title="TSV-M",
-    place=4,
+    order=4,
     summary="Keeps the leading 1/T of each task's singular vectors and makes them orthogonal to "
     "each other before adding them up. What is not a weight matrix is averaged.",
     formula=r"\theta = \theta_0 + \alpha\, U_\perp \Sigma V_\perp^\top,\quad "

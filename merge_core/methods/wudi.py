@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.spectral import AVERAGED, moved, task_matrices
-from merge_core.task_vectors import ParameterGroup
+from merge_core.methods.spectral import AVERAGED, add_to_origin, task_matrices
+from merge_core.task_vectors import TensorGroup
 
 # Eigenvalues below this share of the largest are rounding noise of float64.
 ROUNDING = 1e-14
@@ -81,7 +81,7 @@ def normal_equations(tau: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     return A, B
 
 
-def closed_form(A: Tensor, B: Tensor, cut: float) -> Tensor:
+def solve_closed_form(A: Tensor, B: Tensor, cut: float) -> Tensor:
     """B A⁺, m x n: the least-norm minimum.
 
     Args:
@@ -96,7 +96,7 @@ def closed_form(A: Tensor, B: Tensor, cut: float) -> Tensor:
     return (B @ vectors * inverse) @ vectors.T
 
 
-def descent(start: Tensor, A: Tensor, B: Tensor, rate: float, steps: int) -> Tensor:
+def descend(start: Tensor, A: Tensor, B: Tensor, rate: float, steps: int) -> Tensor:
     """Adam on Σ_i ‖(X − τ_i) τ_iᵀ‖² / ‖τ_i‖², whose gradient is 2 (X A − B), from `start`."""
     X = start.clone()
     first, second = torch.zeros_like(X), torch.zeros_like(X)
@@ -109,23 +109,23 @@ def descent(start: Tensor, A: Tensor, B: Tensor, rate: float, steps: int) -> Ten
     return X
 
 
-def merge(group: ParameterGroup, parameters: WudiParameters, run: Run) -> Tensor:
+def merge(group: TensorGroup, parameters: WudiParameters, run: Run) -> Tensor:
     """θ_0 + the update of least interference of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
     tau = task_matrices(group, run.origin)
     A, B = normal_equations(tau, parameters.norm)
     if parameters.solver == "closed":
-        update = closed_form(A, B, parameters.cut)
+        update = solve_closed_form(A, B, parameters.cut)
     else:
-        update = descent(tau.sum(dim=0), A, B, parameters.learning_rate, parameters.steps)
-    return moved(group, run.origin, update)
+        update = descend(tau.sum(dim=0), A, B, parameters.learning_rate, parameters.steps)
+    return add_to_origin(group, run.origin, update)
 
 
 METHOD = Method(
     name="wudi",
     title="WUDI",
-    place=24,
+    order=24,
     summary="The update whose difference from each task vector lies as far as possible outside "
     "that task's own input directions, in closed form or by the authors' descent. What is not a "
     "weight matrix is averaged.",

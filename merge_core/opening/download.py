@@ -7,8 +7,8 @@ from pathlib import Path
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.hub.files import HubId, is_hub_id
-from merge_core.hub.headers import headers
-from merge_core.hub.models import HubModel, cached, describe, fetch
+from merge_core.hub.headers import read_headers
+from merge_core.hub.models import HubModel, describe, fetch, find_cached
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 from merge_core.suites.suite_spec import SuiteSpec
@@ -38,13 +38,13 @@ def hub_members(suite: Suite) -> list[str]:
     return list(dict.fromkeys(name for name in named if name is not None and is_hub_id(name)))
 
 
-def missing(suite: Suite) -> list[str]:
+def missing_members(suite: Suite) -> list[str]:
     """What a suite names on the hub and the cache has not, the base first.
 
     Raises:
         HubError: a name on the hub is malformed.
     """
-    return [name for name in hub_members(suite) if cached(name) is None]
+    return [name for name in hub_members(suite) if find_cached(name) is None]
 
 
 def download(suite: Suite, progress: Progress | None = None) -> None:
@@ -55,12 +55,12 @@ def download(suite: Suite, progress: Progress | None = None) -> None:
         progress: reports megabytes; cancels within a file.
 
     Raises:
-        HubError, OutputError, Cancelled: as :func:`merge_core.hub.models.local`.
+        HubError, OutputError, Cancelled: as :func:`merge_core.hub.models.find_or_fetch`.
     """
-    fetch([describe(name) for name in missing(suite)], progress)
+    fetch([describe(name) for name in missing_members(suite)], progress)
 
 
-def headers_only(
+def with_headers_only(
     suite: Suite, models: Sequence[HubModel], progress: Progress | None = None
 ) -> Suite:
     """The suite, with the headers alone of members that are on the hub and not downloaded.
@@ -80,5 +80,5 @@ def headers_only(
     for model in models:
         names = [name for name, asked in named.items() if asked == model.asked]
         if names:  # else a tower or a tokenizer
-            known |= dict.fromkeys(names, headers(model, progress))
+            known |= dict.fromkeys(names, read_headers(model, progress))
     return SuiteByHeaders(suite.spec, suite.path, known) if known else suite

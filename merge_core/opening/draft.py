@@ -76,12 +76,12 @@ def task_names(labels: Sequence[str]) -> list[str]:
         ['sun397', 'cars']
     """
     names: list[str] = []
-    for label in without_common(labels):
+    for label in strip_common_words(labels):
         names.append(task_name(label, names))
     return names
 
 
-def without_common(labels: Sequence[str]) -> list[str]:
+def strip_common_words(labels: Sequence[str]) -> list[str]:
     """Labels without the whole words that all of them begin and end with.
 
     Example:
@@ -93,15 +93,15 @@ def without_common(labels: Sequence[str]) -> list[str]:
         return list(labels)
     # Words stand at even places with separators between them; of each label one word stays.
     most = min(len(parts) for parts in words) // 2
-    front = _shared(words, most)
-    back = _shared([parts[::-1] for parts in words], most - front)
+    front = _count_shared(words, most)
+    back = _count_shared([parts[::-1] for parts in words], most - front)
     kept = [parts[2 * front : len(parts) - 2 * back] for parts in words]
     if any(not "".join(parts).strip("0123456789") for parts in kept):
         return list(labels)
     return ["".join(parts) for parts in kept]
 
 
-def _shared(words: Sequence[Sequence[str]], most: int) -> int:
+def _count_shared(words: Sequence[Sequence[str]], most: int) -> int:
     """How many leading words (each with the separator after it) all lists share."""
     count = 0
     while count < most and len({tuple(w[2 * count : 2 * count + 2]) for w in words}) == 1:
@@ -121,7 +121,7 @@ def base_candidates(labels: Sequence[str]) -> list[int]:
         [1]
     """
 
-    def folded(text: str) -> str:
+    def fold(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", text.lower())
 
     def begins_all_others(label: str) -> bool:
@@ -130,12 +130,12 @@ def base_candidates(labels: Sequence[str]) -> list[int]:
             other.startswith(label) and not other[len(label)].isalnum() for other in others
         )
 
-    own = without_common(labels)
+    own = strip_common_words(labels)
     tests = (
-        [folded(label) in BASE_WORDS for label in labels],
+        [fold(label) in BASE_WORDS for label in labels],
         [begins_all_others(label) for label in labels],
         [
-            any(folded(word) in BASE_WORDS for word in (*SEPARATORS.split(label), label))
+            any(fold(word) in BASE_WORDS for word in (*SEPARATORS.split(label), label))
             for label in own
         ],
     )

@@ -35,7 +35,7 @@ HEAD_WORDS = re.compile(r"(^|[-_.])(head|heads|classifier)([-_.]|$)", re.IGNOREC
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundModel:
     """A model that was found, and what is suggested for it.
 
     Attributes:
@@ -71,7 +71,7 @@ class Found:
         return {} if known is None else {name: known.info(name).shape for name in known}
 
 
-def drafted_suite(spec: SuiteSpec, path: Path, found: Sequence[Found]) -> Suite:
+def open_by_headers(spec: SuiteSpec, path: Path, found: Sequence[FoundModel]) -> Suite:
     """A suite of models that were found: known by their headers, also on the hub.
 
     Args:
@@ -88,7 +88,7 @@ def drafted_suite(spec: SuiteSpec, path: Path, found: Sequence[Found]) -> Suite:
     return SuiteByHeaders(spec, path, known)
 
 
-def suggested(found: Sequence[Found]) -> tuple[Found, ...]:
+def suggest_roles(found: Sequence[FoundModel]) -> tuple[FoundModel, ...]:
     """Task names and roles for what was found and read, sorted by role.
 
     What shares fewer than half of its parameters, by name and shape, with the largest group of
@@ -99,9 +99,9 @@ def suggested(found: Sequence[Found]) -> tuple[Found, ...]:
     for i, note in _misfits([found[i] for i in models]):
         result[models[i]] = replace(result[models[i]], role="left out", note=note)
     models = [i for i in models if result[i].role == "expert"]
-    for place, i in enumerate(base_candidates([found[i].label for i in models])):
-        role: Role = "base" if place == 0 else "left out"
-        note = "" if place == 0 else "another model that looks like the base"
+    for index, i in enumerate(base_candidates([found[i].label for i in models])):
+        role: Role = "base" if index == 0 else "left out"
+        note = "" if index == 0 else "another model that looks like the base"
         result[models[i]] = replace(result[models[i]], role=role, note=note)
     experts = [i for i in models if result[i].role == "expert"]
     labels = [result[i].label for i in experts]
@@ -117,29 +117,31 @@ def suggested(found: Sequence[Found]) -> tuple[Found, ...]:
     return tuple(sorted(result, key=lambda each: ORDER.index(each.role)))
 
 
-def _misfits(models: Sequence[Found]) -> Iterator[tuple[int, str]]:
+def _misfits(models: Sequence[FoundModel]) -> Iterator[tuple[int, str]]:
     """Which models belong to another network than most of them, and why."""
     read = [(i, model) for i, model in enumerate(models) if model.layout]
 
-    def kin(a: Layout, b: Layout) -> int:
+    def overlap(a: Layout, b: Layout) -> int:
         return sum(b.get(name) == shape for name, shape in a.items())
 
-    def related(a: Layout, b: Layout) -> bool:
-        return 2 * kin(a, b) >= max(len(a), len(b))
+    def are_related(a: Layout, b: Layout) -> bool:
+        return 2 * overlap(a, b) >= max(len(a), len(b))
 
     if not read:
         return
-    _, most = max(read, key=lambda item: sum(related(item[1].layout, m.layout) for _, m in read))
+    _, most = max(
+        read, key=lambda item: sum(are_related(item[1].layout, m.layout) for _, m in read)
+    )
     for i, model in read:
-        if not related(model.layout, most.layout):
+        if not are_related(model.layout, most.layout):
             yield (
                 i,
-                f"another network: {kin(model.layout, most.layout)} of its {len(model.layout)} "
+                f"another network: {overlap(model.layout, most.layout)} of its {len(model.layout)} "
                 f"parameters are as in {most.shown}",
             )
 
 
-def with_base(found: Sequence[Found], base: str | None) -> tuple[Found, ...]:
+def with_base(found: Sequence[FoundModel], base: str | None) -> tuple[FoundModel, ...]:
     """The same with another base, or none; what was taken for the base before is left out.
 
     Args:
@@ -152,7 +154,7 @@ def with_base(found: Sequence[Found], base: str | None) -> tuple[Found, ...]:
         ['expert', 'base']
     """
 
-    def role(each: Found) -> Role:
+    def role(each: FoundModel) -> Role:
         if each.reference == base:
             return "base"
         return "left out" if each.role == "base" else each.role
@@ -160,7 +162,7 @@ def with_base(found: Sequence[Found], base: str | None) -> tuple[Found, ...]:
     return tuple(replace(each, role=role(each)) for each in found)
 
 
-def with_tasks(found: Sequence[Found], named: Mapping[str, str]) -> tuple[Found, ...]:
+def with_tasks(found: Sequence[FoundModel], named: Mapping[str, str]) -> tuple[FoundModel, ...]:
     """The same with the task names that people gave, whatever was suggested.
 
     Args:
@@ -188,7 +190,9 @@ def with_tasks(found: Sequence[Found], named: Mapping[str, str]) -> tuple[Found,
     return result
 
 
-def drafted(found: Sequence[Found], name: str, preset: SuiteSpec | None = None) -> SuiteSpec:
+def draft_suite(
+    found: Sequence[FoundModel], name: str, preset: SuiteSpec | None = None
+) -> SuiteSpec:
     """The suite of the models by their roles, with heads and architecture where they are known.
 
     Args:
@@ -223,7 +227,7 @@ def drafted(found: Sequence[Found], name: str, preset: SuiteSpec | None = None) 
     )
 
 
-def of_preset(found: Sequence[Found], preset: SuiteSpec) -> tuple[Found, ...]:
+def apply_preset(found: Sequence[FoundModel], preset: SuiteSpec) -> tuple[FoundModel, ...]:
     """A preset's models with the names and roles that it gives them, whatever was suggested.
 
     Example:
@@ -241,7 +245,7 @@ def of_preset(found: Sequence[Found], preset: SuiteSpec) -> tuple[Found, ...]:
     )
 
 
-def mistakes(found: Sequence[Found]) -> list[str]:
+def mistakes(found: Sequence[FoundModel]) -> list[str]:
     """What keeps models with these roles and names from being a suite, in words.
 
     Example:
@@ -274,15 +278,15 @@ def mistakes(found: Sequence[Found]) -> list[str]:
     return said
 
 
-def heads_for(found: Sequence[Found], tasks: Sequence[str]) -> dict[str, str]:
+def heads_for(found: Sequence[FoundModel], tasks: Sequence[str]) -> dict[str, str]:
     """Classifiers that belong to tasks by name: ``head_Cars.pt`` or ``heads/cars.safetensors``.
 
     Returns:
         Reference of the head by task; tasks without one are absent.
     """
 
-    def folded(text: str) -> str:
+    def fold(text: str) -> str:
         return re.sub(r"[^a-z0-9]", "", HEAD_WORDS.sub("-", text).lower())
 
-    known = {folded(each.label): each.reference for each in found if each.role == "head"}
-    return {task: known[folded(task)] for task in tasks if folded(task) in known}
+    known = {fold(each.label): each.reference for each in found if each.role == "head"}
+    return {task: known[fold(task)] for task in tasks if fold(task) in known}

@@ -16,7 +16,7 @@ from merge_core.checkpoints.shards import TORCH_SUFFIXES
 from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
 from merge_core.hub.files import NOT_WEIGHTS, HubId, is_hub_id
 from merge_core.opening.draft import Layout
-from merge_core.opening.roles import Found, Kind, suggested
+from merge_core.opening.roles import FoundModel, Kind, suggest_roles
 from merge_core.progress import Progress
 
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
@@ -34,7 +34,7 @@ AT_ONCE = 8  # asking the hub is mostly waiting
 
 def find_models(
     places: Sequence[str], inside: Path | None = None, progress: Progress | None = None
-) -> tuple[Found, ...]:
+) -> tuple[FoundModel, ...]:
     """The models at these places, with suggested task names and roles.
 
     A model is a weight file, a sharded index, a Hugging Face folder, an adapter folder or a hub
@@ -54,7 +54,7 @@ def find_models(
         >>> [each.task for each in find_models([str(demo.root / "experts")])][:3]
         ['digits', 'dots', 'greek']
     """
-    listed = [found for place in places for found in _at(place, len(places) == 1)]
+    listed = [found for place in places for found in _find_at(place, len(places) == 1)]
     if not listed:
         where = ", ".join(places)
         raise SuiteError(
@@ -70,22 +70,22 @@ def find_models(
     opened = []
     pool = ThreadPoolExecutor(AT_ONCE)
     try:
-        for found in pool.map(lambda each: _opened(each, inside), once):
+        for found in pool.map(lambda each: _open(each, inside), once):
             opened.append(found)
             (progress or Progress()).step(len(opened), len(once), found.shown)
     finally:
         pool.shutdown(cancel_futures=True)
-    return suggested(opened)
+    return suggest_roles(opened)
 
 
-def _at(place: str, alone: bool) -> Iterator[Found]:
+def _find_at(place: str, alone: bool) -> Iterator[FoundModel]:
     """What lies at one place; of a model's own folder, other models only if it stands alone."""
     if is_hub_id(place):
         asked = HubId.parse(place)
         inner = Path(asked.file or "").parts
         told = [asked.repo.rpartition("/")[2], *(p for p in inner if not _says_nothing(p))]
         shown = place.removeprefix("hf://")
-        yield Found(place, "-".join(told), re.sub(r"[/@:]", "-", shown), shown)
+        yield FoundModel(place, "-".join(told), re.sub(r"[/@:]", "-", shown), shown)
         return
     try:
         path = Path(place).expanduser().resolve()
@@ -139,12 +139,12 @@ def _is_model(folder: Path) -> bool:
     return is_adapter(folder) or any((folder / name).is_file() for name in FOLDER_CANDIDATES)
 
 
-def _folder(path: Path, root: Path) -> Found:
+def _folder(path: Path, root: Path) -> FoundModel:
     kind: Kind = "adapter" if is_adapter(path) else "model"
-    return Found(str(path), path.name, path.name, path.relative_to(root).as_posix(), kind)
+    return FoundModel(str(path), path.name, path.name, path.relative_to(root).as_posix(), kind)
 
 
-def _files(folder: Path, root: Path) -> Iterator[Found]:
+def _files(folder: Path, root: Path) -> Iterator[FoundModel]:
     """Each weight file of a folder, a sharded index standing for its shards."""
     for path in _entries(folder):
         is_weights = path.name.endswith(WEIGHT_SUFFIXES) and not SHARD.search(path.stem)
@@ -156,11 +156,13 @@ def _files(folder: Path, root: Path) -> Iterator[Found]:
             yield _file(path, root)
 
 
-def _file(path: Path, root: Path) -> Found:
+def _file(path: Path, root: Path) -> FoundModel:
     nothing = _says_nothing(path.name) and path.parent != root
     stem = _stem(path.name)
     label = path.parent.name if nothing else stem
-    return Found(str(path), label, f"{path.parent.name}-{stem}", path.relative_to(root).as_posix())
+    return FoundModel(
+        str(path), label, f"{path.parent.name}-{stem}", path.relative_to(root).as_posix()
+    )
 
 
 def _stem(name: str) -> str:
@@ -175,13 +177,13 @@ def _says_nothing(name: str) -> bool:
     return SAYS_NOTHING.match(_stem(name)) is not None
 
 
-def _opened(found: Found, inside: Path | None) -> Found:
+def _open(found: FoundModel, inside: Path | None) -> FoundModel:
     """The same with its headers, or with why they cannot be read."""
     try:
         if is_hub_id(found.reference):
-            return _on_hub(found)
+            return _open_on_hub(found)
         path = Path(found.reference)
-        if inside is not None and (outside := _outside(path, inside)) is not None:
+        if inside is not None and (outside := _find_outside(path, inside)) is not None:
             raise CheckpointError(f"{outside.name} is a link to a place outside the folder.")
         if found.kind == "adapter":
             of = read_adapter_config(path / CONFIG_FILE).base_model_name_or_path
@@ -189,7 +191,7 @@ def _opened(found: Found, inside: Path | None) -> Found:
                 (path / name).stat().st_size for name in WEIGHT_FILES if (path / name).exists()
             )
             return replace(found, nbytes=size, note=f"an adapter of {of or 'an unnamed base'}")
-        return _known(found, Checkpoint(path))
+        return _with_checkpoint(found, Checkpoint(path))
     except MergeScopeError as error:
         note = str(error).replace(found.reference, found.shown)
         return replace(found, role="left out", note=note)
@@ -197,27 +199,27 @@ def _opened(found: Found, inside: Path | None) -> Found:
         return replace(found, role="left out", note=f"It cannot be read ({error.strerror}).")
 
 
-def _on_hub(found: Found) -> Found:
+def _open_on_hub(found: FoundModel) -> FoundModel:
     """A model of the hub: from the cache, else by the headers of its weights there."""
     from merge_core.hub import models as hub
-    from merge_core.hub.headers import headers
+    from merge_core.hub.headers import read_headers
 
-    path = hub.cached(found.reference)
+    path = hub.find_cached(found.reference)
     if path is not None:
         if is_adapter(path):
             return replace(found, kind="adapter")
-        return _known(found, Checkpoint(path))
+        return _with_checkpoint(found, Checkpoint(path))
     model = hub.describe(found.reference)
     found = replace(found, nbytes=model.nbytes, download=model.to_download)
     if model.is_adapter:
         return replace(found, kind="adapter", note="an adapter: read once it is downloaded")
     if not model.entry.endswith((".safetensors", ".index.json")):
         return replace(found, note="pickled weights: read once they are downloaded")
-    return replace(_known(found, headers(model)), nbytes=model.nbytes)
+    return replace(_with_checkpoint(found, read_headers(model)), nbytes=model.nbytes)
 
 
-def _known(found: Found, checkpoint: Checkpoint) -> Found:
-    named = ", ".join(checkpoint.foreign)
+def _with_checkpoint(found: FoundModel, checkpoint: Checkpoint) -> FoundModel:
+    named = ", ".join(checkpoint.unsafe_globals)
     known = replace(
         found,
         checkpoint=checkpoint,
@@ -227,7 +229,7 @@ def _known(found: Found, checkpoint: Checkpoint) -> Found:
     return replace(known, kind="head") if _is_head(known.layout) else known
 
 
-def _outside(path: Path, inside: Path) -> Path | None:
+def _find_outside(path: Path, inside: Path) -> Path | None:
     """A file of the model that lies outside the folder, by a symbolic link, if there is one."""
     beside = path if path.is_dir() else path.parent
     files = [path, *beside.iterdir()] if path.is_dir() or path.suffix == ".json" else [path]

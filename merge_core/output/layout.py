@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.checkpoints.companions import COMPANIONS
 from merge_core.checkpoints.members import longest_vocabulary, names_in_all
 from merge_core.checkpoints.parameter_roles import describe
+from merge_core.checkpoints.side_files import SIDE_FILES
 from merge_core.suites.suite import Suite
 
 # One of these, and in it one of those fields, makes a folder a library's own.
 CONFIGS = ("config.json", "open_clip_config.json")
 CONFIG_FIELDS = ("model_type", "architectures", "architecture", "model_cfg")
-COMPANION_BYTES = 100_000_000
+SIDE_FILE_BYTES = 100_000_000
 CONFIG_BYTES = 10_000_000
 
 
@@ -38,26 +38,26 @@ class Layout:
     kept: tuple[str, ...]
     vocabulary: tuple[int, int] | None = None
 
-    def stored(self, name: str) -> str:
+    def stored_name(self, name: str) -> str:
         """A parameter's name in the reference's files, wrappers' prefixes included."""
         return self.reference.stored_name(name) if name in self.reference else name
 
     @property
-    def companions(self) -> tuple[Path, ...]:
+    def side_files(self) -> tuple[Path, ...]:
         """Configuration and tokenizer files beside the reference's weights."""
         folder = self.reference.files[0].parent
         if not any(_describes_model(folder / name) for name in CONFIGS):
             return ()
-        found = (folder / name for name in COMPANIONS)
-        return tuple(p for p in found if p.is_file() and p.stat().st_size <= COMPANION_BYTES)
+        found = (folder / name for name in SIDE_FILES)
+        return tuple(p for p in found if p.is_file() and p.stat().st_size <= SIDE_FILE_BYTES)
 
-    def copy_companions(self, folder: Path) -> None:
+    def copy_side_files(self, folder: Path) -> None:
         """Copy them into a folder; a configuration tells the output's number of tokens.
 
         Raises:
             OSError: one cannot be read or written.
         """
-        for path in self.companions:
+        for path in self.side_files:
             # Their content alone: the hub's cache holds links.
             with path.open("rb") as source, (folder / path.name).open("wb") as stream:
                 shutil.copyfileobj(source, stream)

@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import save
 from torch import Tensor
 
-from merge_core.checkpoints.lora import PREFIX, AdaptedCheckpoint, Naming, stored_in_by_out
+from merge_core.checkpoints.lora import PREFIX, AdaptedCheckpoint, Naming, is_stored_transposed
 from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES
 from merge_core.checkpoints.parameter_roles import treatment
 from merge_core.checkpoints.shards import TensorInfo
@@ -32,18 +32,18 @@ from merge_core.executors.local import Threads
 from merge_core.factors.decomposition import decompose
 from merge_core.factors.low_rank import as_matrix, count_directions, resolution
 from merge_core.factors.store import FactorStore
-from merge_core.files import check_output, folder_written_whole
+from merge_core.files import check_output, write_folder_atomically
 from merge_core.hub.files import HubId, is_hub_id
-from merge_core.merging.engine import check_fits, check_recipe, merged_tensors, written_dtype
+from merge_core.merging.engine import check_fits, check_recipe, merge_parameters, written_dtype
 from merge_core.merging.recipe import Recipe
 from merge_core.methods.declaration import Rank
 from merge_core.methods.spectral import energy_rank
 from merge_core.output.model_card import model_card
-from merge_core.output.model_folder import portable
+from merge_core.output.model_folder import make_portable
 from merge_core.output.provenance import HEADER_KEY, provenance
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 ENERGY = "energy:"
 # A weighted mean of equal numbers may differ from them in the last bits: by so many ε.
@@ -192,16 +192,16 @@ def merge_to_adapter(
         )
     check_fits(suite, tasks)
     check_recipe(suite, recipe)
-    recipe = portable(recipe, suite)
+    recipe = make_portable(recipe, suite)
     store = store or FactorStore()
-    groups = Groups(suite, tasks, store)
-    with folder_written_whole(output) as staging, torch.no_grad(), one_thread():
+    groups = TensorGroups(suite, tasks, store)
+    with write_folder_atomically(output) as staging, torch.no_grad(), one_thread():
         about = provenance(recipe, suite, store.route)
         draft = _Draft(suite, tasks, rank, recipe)
-        tensors = merged_tensors(recipe, groups, progress, None, learned, executor or Threads())
+        tensors = merge_parameters(recipe, groups, progress, None, learned, executor or Threads())
         for name, value in tensors:
             draft.take(name, value)
-        state, config = draft.finished()
+        state, config = draft.finish()
         notes = {"format": "pt", HEADER_KEY: about.to_header()}
         (staging / WEIGHT_FILES[0]).write_bytes(save(state, notes))
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -221,7 +221,7 @@ def merge_to_adapter(
 class _Layer:
     """How PEFT keeps the update of one kind of layer."""
 
-    swapped: bool = False
+    stored_transposed: bool = False
     embedding: bool = False
 
 
@@ -277,16 +277,16 @@ class _Draft:
         """The layer that a low-rank update of a parameter is made for; None if none is sure."""
         for adapter in self._adapters:
             if update := adapter.updates.get(name):
-                return _Layer(update.swapped, update.embedding)
+                return _Layer(update.stored_transposed, update.embedding)
         block = name.rpartition(".")[0].rpartition(".")[0]
         # A kernel may be one of several groups, which its shape does not tell; torch's own
         # attention reads its output layer's weight past any wrapper.
         unsure = len(info.shape) != 2 or f"{block}.in_proj_weight" in self._base
         if unsure or not name.endswith(".weight") or not treatment(name, info).decomposed:
             return None
-        told = stored_in_by_out(self._base, name)
+        told = is_stored_transposed(self._base, name)
         known = any(adapter.config.fan_in_fan_out for adapter in self._adapters)
-        return _Layer(swapped=known if told is None else told)
+        return _Layer(stored_transposed=known if told is None else told)
 
     def _keep_whole(self, name: str, merged: Tensor, base: Tensor) -> None:
         change = float((merged.double() - base.double()).norm())
@@ -302,7 +302,7 @@ class _Draft:
             return
         root = factors.S[:k].sqrt()
         left, right = factors.U[:, :k] * root, (factors.V[:, :k] * root).T
-        A, B = (left.T, right.T) if layer.swapped else (right, left)
+        A, B = (left.T, right.T) if layer.stored_transposed else (right, left)
         if merged.ndim > 2:
             ones = (1,) * (merged.ndim - 2)
             A, B = A.reshape(k, *merged.shape[1:]), B.reshape(len(B), k, *ones)
@@ -311,7 +311,7 @@ class _Draft:
         self.report.kept += float(factors.S[:k].square().sum())
         self.report.total += float(factors.S.square().sum())
 
-    def finished(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def finish(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """The tensors by PEFT's keys, and the configuration.
 
         Raises:
@@ -330,8 +330,8 @@ class _Draft:
             kind, end = ("lora_embedding", "") if pair.layer.embedding else ("lora", ".weight")
             for part, value in (("A", pair.A), ("B", pair.B)):
                 key = f"{PREFIX}{layer}.{kind}_{part}{end}"
-                state[key] = self._written(key, value, torch.float32)
-        saved = self._layers_saved(ranks)
+                state[key] = self._to_output_dtype(key, value, torch.float32)
+        saved = self._saved_layers(ranks)
         placed = self._place_whole(state, saved, ranks)
         usual = Counter(ranks.values()).most_common(1)[0][0]
         others = {f"^{re.escape(layer)}": k for layer, k in ranks.items() if k != usual}
@@ -348,7 +348,8 @@ class _Draft:
             "modules_to_save": saved or None,
             "bias": "lora_only" if placed else "none",
             "fan_in_fan_out": any(
-                pair.layer.swapped and not pair.layer.embedding for pair in self._pairs.values()
+                pair.layer.stored_transposed and not pair.layer.embedding
+                for pair in self._pairs.values()
             ),
             "lora_dropout": 0.0,
         }
@@ -368,13 +369,13 @@ class _Draft:
                 continue
             value = self._base.tensor(name) if changed is None else changed
             key = PREFIX + biases.get(own, own)
-            state[key] = self._written(key, value, self._base.info(name).dtype.torch)
+            state[key] = self._to_output_dtype(key, value, self._base.info(name).dtype.torch)
             if not inside:
                 in_base.append(name)
         self.report.in_base = tuple(in_base)
         return any(self._naming.to_adapter(name) in biases for name in in_base)
 
-    def _layers_saved(self, adapted: Iterable[str]) -> list[str]:
+    def _saved_layers(self, adapted: Iterable[str]) -> list[str]:
         """Layers that PEFT keeps as whole copies: those of changed tensors, where it can.
 
         A layer qualifies if it holds tensors only, is not adapted, and its name is the end of no
@@ -392,7 +393,7 @@ class _Draft:
         owners = {self._naming.to_adapter(name).rpartition(".")[0] for name in self._whole}
         return sorted(filter(qualifies, owners))
 
-    def _written(self, key: str, value: Tensor, stored: torch.dtype) -> Tensor:
+    def _to_output_dtype(self, key: str, value: Tensor, stored: torch.dtype) -> Tensor:
         """A tensor in the dtype that the recipe asks for.
 
         Raises:

@@ -23,15 +23,15 @@ from merge_core.errors import OutputError
 from merge_core.executors.base import Executor, one_thread
 from merge_core.executors.local import Threads
 from merge_core.factors.store import FactorStore
-from merge_core.files import check_output, digest_of, folder_written_whole
-from merge_core.merging.engine import check_fits, check_recipe, merged_tensors, written_dtype
+from merge_core.files import check_output, digest_of, write_folder_atomically
+from merge_core.merging.engine import check_fits, check_recipe, merge_parameters, written_dtype
 from merge_core.merging.recipe import Recipe
 from merge_core.output.layout import Layout, layout
 from merge_core.output.model_card import model_card
 from merge_core.output.provenance import HEADER_KEY, provenance
 from merge_core.progress import Progress
 from merge_core.suites.suite import BUNDLED, Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 DTYPE_NAMES = {dtype.torch: name for name, dtype in SAFETENSORS_DTYPES.items()}
 SHARD_BYTES = 5_000_000_000
@@ -39,7 +39,7 @@ KEY_DIGITS = 24
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedTensor:
     """One tensor of the output, known before anything is computed.
 
     Attributes:
@@ -61,9 +61,9 @@ class Planned:
         return int(torch.Size(self.shape).numel()) * self.dtype.itemsize
 
 
-def plan_shards(plan: Sequence[Planned], shard_bytes: int) -> list[list[Planned]]:
+def plan_shards(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
     """Split the tensors, in order, into shards of at most `shard_bytes` (one tensor at least)."""
-    shards: list[list[Planned]] = [[]]
+    shards: list[list[PlannedTensor]] = [[]]
     size = 0
     for tensor in plan:
         if shards[-1] and size + tensor.nbytes > shard_bytes:
@@ -74,7 +74,7 @@ def plan_shards(plan: Sequence[Planned], shard_bytes: int) -> list[list[Planned]
     return shards
 
 
-def safetensors_header(plan: Sequence[Planned], notes: dict[str, str]) -> bytes:
+def safetensors_header(plan: Sequence[PlannedTensor], notes: dict[str, str]) -> bytes:
     """The length-prefixed header of a safetensors file whose tensors follow in `plan`'s order.
 
     Source: format of https://github.com/huggingface/safetensors (8-byte little-endian length,
@@ -94,7 +94,7 @@ def safetensors_header(plan: Sequence[Planned], notes: dict[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text
 
 
-def write_tensor(stream: BinaryIO, tensor: Tensor, planned: Planned) -> None:
+def write_tensor(stream: BinaryIO, tensor: Tensor, planned: PlannedTensor) -> None:
     """Append one tensor's bytes, cast once to its planned dtype.
 
     Raises:
@@ -118,26 +118,26 @@ def _fits(tensor: Tensor, dtype: torch.dtype) -> bool:
     return bool((cast.float() if cast.itemsize == 1 else cast).isfinite().all())
 
 
-def output_plan(recipe: Recipe, groups: Groups, where: Layout) -> list[Planned]:
+def output_plan(recipe: Recipe, groups: TensorGroups, where: Layout) -> list[PlannedTensor]:
     """The tensors of the output: what is merged, then what only the base has."""
     plan = [
-        Planned(
-            where.stored(name),
+        PlannedTensor(
+            where.stored_name(name),
             group.info.shape,
             written_dtype(recipe, group.info.dtype.torch),
             name,
         )
         for group in groups.members
-        for name in (group.name, *groups.twins.get(group.name, ()))
+        for name in (group.name, *groups.tied_names.get(group.name, ()))
     ]
     for name in where.kept:
         info = where.reference.info(name)
         dtype = written_dtype(recipe, info.dtype.torch)
-        plan.append(Planned(where.stored(name), info.shape, dtype, name, merged=False))
+        plan.append(PlannedTensor(where.stored_name(name), info.shape, dtype, name, merged=False))
     return plan
 
 
-def portable(recipe: Recipe, suite: Suite) -> Recipe:
+def make_portable(recipe: Recipe, suite: Suite) -> Recipe:
     """The recipe with the suite's path made absolute, so that it runs from anywhere."""
     if recipe.suite == BUNDLED:
         return recipe
@@ -197,9 +197,9 @@ def merge_to_folder(
     tasks = suite.select(recipe.tasks)
     check_fits(suite, tasks)
     check_recipe(suite, recipe)
-    recipe = portable(recipe, suite)
+    recipe = make_portable(recipe, suite)
     store = store or FactorStore()
-    groups = Groups(suite, tasks, store)
+    groups = TensorGroups(suite, tasks, store)
     where = _layout(groups)
     about = provenance(recipe, suite, store.route)
     # What a killed run left is taken up by a run that would write the very same bytes. What is
@@ -207,7 +207,7 @@ def merge_to_folder(
     key = None
     if learned is None:
         key = digest_of("staging-1", about.to_header(), str(shard_bytes))[:KEY_DIGITS]
-    with folder_written_whole(output, key) as staging, torch.no_grad(), one_thread():
+    with write_folder_atomically(output, key) as staging, torch.no_grad(), one_thread():
         for task in tasks if recipe.declaration.indexed else (None,):
             folder = staging if task is None else staging / task
             folder.mkdir(exist_ok=True)
@@ -218,15 +218,15 @@ def merge_to_folder(
             )
             _check_space(folder, shards)
             wanted = {t.parameter for shard in shards for t in shard.missing if t.merged}
-            merged = merged_tensors(
+            merged = merge_parameters(
                 recipe, groups, progress, task, learned, executor or Threads(), wanted
             )
             for shard in shards:
-                shard.finish(_in_order(shard.missing, merged, where.reference))
+                shard.finish(_order_tensors(shard.missing, merged, where.reference))
             for _ in merged:  # to the end, so that the last progress event is sent
                 pass
             _write_index(folder, shards)
-            where.copy_companions(folder)
+            where.copy_side_files(folder)
         (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (staging / "README.md").write_text(model_card(recipe, suite, about), encoding="utf-8")
         for member in (suite.base, *(suite.expert(task) for task in tasks)):
@@ -235,14 +235,14 @@ def merge_to_folder(
     return output
 
 
-def _layout(groups: Groups) -> Layout:
-    merged = {group.name for group in groups.members}.union(*groups.twins.values())
+def _layout(groups: TensorGroups) -> Layout:
+    merged = {group.name for group in groups.members}.union(*groups.tied_names.values())
     return layout(groups.suite, groups.tasks, frozenset(merged))
 
 
-def _in_order(
-    plan: Sequence[Planned], merged: Iterator[tuple[str, Tensor]], base: Checkpoint
-) -> Iterator[tuple[Planned, Tensor]]:
+def _order_tensors(
+    plan: Sequence[PlannedTensor], merged: Iterator[tuple[str, Tensor]], base: Checkpoint
+) -> Iterator[tuple[PlannedTensor, Tensor]]:
     """The planned tensors, each with its value."""
     for planned in plan:
         yield planned, next(merged)[1] if planned.merged else base.tensor(planned.parameter)
@@ -259,7 +259,7 @@ class _Shard:
         notes: of its header.
     """
 
-    def __init__(self, path: Path, plan: Sequence[Planned], notes: dict[str, str]) -> None:
+    def __init__(self, path: Path, plan: Sequence[PlannedTensor], notes: dict[str, str]) -> None:
         self.path = path
         self.plan = plan
         self._header = safetensors_header(plan, notes)
@@ -268,7 +268,7 @@ class _Shard:
         self._start = ends[max(self._written, 0)]
 
     @property
-    def missing(self) -> Sequence[Planned]:
+    def missing(self) -> Sequence[PlannedTensor]:
         """The tensors that are still to be written."""
         return self.plan[max(self._written, 0) :]
 
@@ -277,7 +277,7 @@ class _Shard:
         """Their size."""
         return sum(tensor.nbytes for tensor in self.missing)
 
-    def finish(self, tensors: Iterator[tuple[Planned, Tensor]]) -> None:
+    def finish(self, tensors: Iterator[tuple[PlannedTensor, Tensor]]) -> None:
         """Write what is missing.
 
         Raises:
@@ -300,7 +300,7 @@ class _Shard:
         return 0
 
 
-def _shards(folder: Path, plans: list[list[Planned]], notes: dict[str, str]) -> list[_Shard]:
+def _shards(folder: Path, plans: list[list[PlannedTensor]], notes: dict[str, str]) -> list[_Shard]:
     """The files of a model, named as the Hugging Face libraries expect."""
     count = len(plans)
     names = (
@@ -338,7 +338,7 @@ def _write_index(folder: Path, shards: Sequence[_Shard]) -> None:
     (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite, learned: Any = None) -> bytes:
+def merged_bytes(recipe: Recipe, groups: TensorGroups, suite: Suite, learned: Any = None) -> bytes:
     """The merged checkpoint as the bytes of one safetensors file (for a download).
 
     Args:
@@ -361,11 +361,11 @@ def merged_bytes(recipe: Recipe, groups: Groups, suite: Suite, learned: Any = No
     check_recipe(suite, recipe)
     where = _layout(groups)
     plan = output_plan(recipe, groups, where)
-    about = provenance(portable(recipe, suite), suite)
+    about = provenance(make_portable(recipe, suite), suite)
     stream = io.BytesIO()
     stream.write(safetensors_header(plan, {"format": "pt", HEADER_KEY: about.to_header()}))
-    tensors = merged_tensors(recipe, groups, learned=learned)
+    tensors = merge_parameters(recipe, groups, learned=learned)
     with torch.no_grad(), one_thread():
-        for planned, tensor in _in_order(plan, tensors, where.reference):
+        for planned, tensor in _order_tensors(plan, tensors, where.reference):
             write_tensor(stream, tensor, planned)
     return stream.getvalue()

@@ -183,7 +183,7 @@ def differences(about: Provenance, suite: Suite) -> list[str]:
     return known
 
 
-def recipe_again(about: Provenance, suite: Suite, reference: str) -> Recipe:
+def rebuild_recipe(about: Provenance, suite: Suite, reference: str) -> Recipe:
     """The recipe that gives the merged model again.
 
     Args:

@@ -52,7 +52,7 @@ def read_names(names: Names, resolve: Resolve, what: str) -> tuple[str, ...]:
     return found
 
 
-def located(data: DataSpec, resolve: Resolve, what: str, download: bool = False) -> Path:
+def locate_data(data: DataSpec, resolve: Resolve, what: str, download: bool = False) -> Path:
     """The file or folder that holds a task's images and nothing else.
 
     Args:
@@ -167,7 +167,7 @@ def data_identity(data: DataSpec, resolve: Resolve, what: str) -> str:
     Raises:
         SuiteError: the data are missing or cannot be read.
     """
-    path = located(data, resolve, what)
+    path = locate_data(data, resolve, what)
     pattern = SVHN_FILES if data.dataset == "SVHN" and data.kind == "torchvision" else None
     try:
         content = content_digest(path, pattern)
@@ -226,12 +226,12 @@ def tokenizer_path(data: DataSpec, resolve: Resolve) -> Path:
         HubError: it is on the hub and not downloaded.
     """
     from merge_core.hub.files import is_hub_id
-    from merge_core.hub.models import required
+    from merge_core.hub.models import require_cached
 
     assert data.tokenizer is not None
     if not is_hub_id(data.tokenizer):
         return resolve(data.tokenizer)
-    path = required(data.tokenizer)
+    path = require_cached(data.tokenizer)
     return path if path.is_dir() else path.parent
 
 
@@ -258,9 +258,9 @@ def head_path(file: str, resolve: Resolve) -> Path:
         HubError: it is on the hub and not downloaded.
     """
     from merge_core.hub.files import is_hub_id
-    from merge_core.hub.models import required
+    from merge_core.hub.models import require_cached
 
-    return required(file) if is_hub_id(file) else resolve(file)
+    return require_cached(file) if is_hub_id(file) else resolve(file)
 
 
 def tower_path(made: ZeroShotSpec, resolve: Resolve, what: str) -> Path:
@@ -271,10 +271,10 @@ def tower_path(made: ZeroShotSpec, resolve: Resolve, what: str) -> Path:
         HubError: it is on the hub and not downloaded.
     """
     from merge_core.hub.files import is_hub_id
-    from merge_core.hub.models import required
+    from merge_core.hub.models import require_cached
 
     if is_hub_id(made.text_tower):
-        path = required(made.text_tower)
+        path = require_cached(made.text_tower)
         return path if made.model is not None or path.is_dir() else path.parent
     path = resolve(made.text_tower)
     if not path.exists():

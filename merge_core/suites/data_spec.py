@@ -156,7 +156,7 @@ class DataSpec(StrictModel):
     std: ThreePositive | None = None
 
     @model_validator(mode="after")
-    def _fields_of_its_kind(self) -> DataSpec:
+    def _check_fields(self) -> DataSpec:
         own, needed = FIELDS[self.kind]
         given = self.model_dump(exclude_defaults=True).keys()
         if odd := sorted(given - own - COMMON):
@@ -235,7 +235,7 @@ class HeadSpec(StrictModel):
     layers: str | None = None
 
     @model_validator(mode="after")
-    def _one_origin(self) -> HeadSpec:
+    def _check_origin(self) -> HeadSpec:
         if (self.file is None) == (self.zero_shot is None):
             raise ValueError("a head has either a 'file' or 'zero_shot'")
         if self.layers is not None and self.file is None:

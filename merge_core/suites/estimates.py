@@ -114,7 +114,7 @@ class Job:
         """
         entries = sum(part.entries for part in self.parts)
         sample = SAMPLE_COPIES * FLOAT * self.tasks * min(SAMPLE, entries)
-        work = [ENTRYWISE_COPIES * p.nbytes + _copied(p, self.tasks + 1) for p in self.parts]
+        work = [ENTRYWISE_COPIES * p.nbytes + _copied_bytes(p, self.tasks + 1) for p in self.parts]
         return self._peak(work, sample)
 
     @property
@@ -131,7 +131,10 @@ class Job:
         965; of 3 bfloat16 decoders of 1.1 G parameters on two threads 2,646 and 2,460.
         """
         return self._peak(
-            [_copied(p, self.tasks) + sum(map(_kept, self._blocks(p))) for p in self.parts]
+            [
+                _copied_bytes(p, self.tasks) + sum(map(_kept_bytes, self._blocks(p)))
+                for p in self.parts
+            ]
         )
 
     @property
@@ -143,7 +146,7 @@ class Job:
         adapters, whose factors are made anew.
         """
         short = [min(part.sides) for part in self.parts if part.sides and part.thin is None]
-        return min(factors_limit(), self.tasks * sum(map(_stored, short)))
+        return min(factors_limit(), self.tasks * sum(map(_factor_bytes, short)))
 
     def _peak(self, work: Sequence[int], more: int = 0) -> int:
         """Imports, results that wait, and the largest pieces that can be at work side by side."""
@@ -169,18 +172,18 @@ class Job:
         return [*held, *[part.nbytes] * TALL, *[side] * SIDES]
 
 
-def _stored(r: int) -> int:
+def _factor_bytes(r: int) -> int:
     """Bytes of one matrix's factors."""
     q = r if r < SMALL else r // LEADING_SHARES[0]
     return FLOAT * q * (r + 2)
 
 
-def _copied(part: Part, members: int) -> int:
+def _copied_bytes(part: Part, members: int) -> int:
     """Bytes of what is read of a parameter, where that is not the pages of the files."""
     return members * part.nbytes if part.copied else 0
 
 
-def _kept(block: int) -> int:
+def _kept_bytes(block: int) -> int:
     """Memory that a block takes which comes and goes; more for a larger one."""
     return max(block, int(KEPT * min(block, KEPT_BELOW)))
 
@@ -271,7 +274,7 @@ def seconds(job: Job, speed: Rates | None = None) -> Seconds:
     files += EACH * len(job.parts)
     writing = WRITTEN * job.written_bytes / speed.copy
     averaging = job.tasks * sum((READ + p.copied) * p.nbytes for p in job.parts) / speed.copy
-    decomposing = job.tasks * sum(_decomposing(p, speed) for p in job.parts)
+    decomposing = job.tasks * sum(_decomposition_seconds(p, speed) for p in job.parts)
 
     def together(work: float) -> float:
         return files + max(writing, (work + writing) / job.workers)
@@ -279,7 +282,7 @@ def seconds(job: Job, speed: Rates | None = None) -> Seconds:
     return Seconds(together(averaging), together(averaging + decomposing))
 
 
-def about(taken: float) -> str:
+def time_in_words(taken: float) -> str:
     """A time in words, to one digit: an estimate knows no more.
 
     Args:
@@ -308,7 +311,7 @@ def usual_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _decomposing(part: Part, speed: Rates) -> float:
+def _decomposition_seconds(part: Part, speed: Rates) -> float:
     """Seconds of one thread for one task's share of a parameter."""
     if part.sides is None:
         return 0.0
@@ -316,16 +319,16 @@ def _decomposing(part: Part, speed: Rates) -> float:
     if part.thin is not None:
         k, found = part.thin, 4 * DOUBLE * (short + long) * part.thin**2 / speed.product
     else:
-        k, single = max(1, int(RANK * short)), _found(short, long, speed, LEADING)
+        k, single = max(1, int(RANK * short)), _eigen_seconds(short, long, speed, LEADING)
         # In float64 where that is cheap; a larger matrix in float32 is never taken for cheaper.
         cheap = short if part.computed > FLOAT else min(short, SMALL)
-        found = max(single, DOUBLE * _found(cheap, long, speed))
+        found = max(single, DOUBLE * _eigen_seconds(cheap, long, speed))
         found += (TALL_PASSES * long + SIDE_PASSES * short) * short * FLOAT / speed.copy
     # The long side, and its part in the sum of truncations.
     return EACH + found + 4 * long * short * k / speed.product
 
 
-def _found(short: int, long: int, speed: Rates, share: float = 1.0) -> float:
+def _eigen_seconds(short: int, long: int, speed: Rates, share: float = 1.0) -> float:
     """Seconds of a Gram matrix and its eigenvectors in float32."""
     x = short / CALIBRATED
     eigen = speed.eigen * (CUBIC * x**3 + (1 - CUBIC) * x**2)

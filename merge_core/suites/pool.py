@@ -132,13 +132,13 @@ class Pool:
         """
         return self._open(self.spec.members[number].weights, f"member {number}")
 
-    def snapshot(self, number: int, place: int) -> Checkpoint:
+    def snapshot(self, number: int, index: int) -> Checkpoint:
         """A member's checkpoint along its training, by its place in the trajectory.
 
         Raises:
             CheckpointError: its file is missing or unreadable.
         """
-        weights = self.spec.members[number].trajectory[place].weights
+        weights = self.spec.members[number].trajectory[index].weights
         return self._open(weights, f"member {number}")
 
     @cached_property

@@ -13,8 +13,8 @@ from merge_core.checkpoints.lora import AdaptedCheckpoint
 from merge_core.checkpoints.members import longest_vocabulary
 from merge_core.checkpoints.parameter_roles import describe
 from merge_core.checkpoints.shards import TensorInfo
-from merge_core.checkpoints.tied import says_tied, ties
-from merge_core.checkpoints.vocabulary import longest
+from merge_core.checkpoints.tied import declares_tied, ties
+from merge_core.checkpoints.vocabulary import longest_shape
 from merge_core.errors import CheckpointError
 from merge_core.suites.estimates import Job, Part, usual_workers
 from merge_core.suites.suite import Suite
@@ -90,14 +90,14 @@ class Preflight:
         differences: of all members, those that cannot be read first.
         plan: one row per merged parameter.
         notes: further findings in sentences: tied tensors, patterns that match nothing.
-        foreign: names of what pickled files would import, sorted; none of it is.
+        unsafe_globals: names of what pickled files would import, sorted; none of it is.
         job: what a merge costs (see :mod:`merge_core.suites.estimates`).
     """
 
     differences: tuple[Difference, ...]
     plan: tuple[ParameterPlan, ...] = ()
     notes: tuple[str, ...] = ()
-    foreign: tuple[str, ...] = ()
+    unsafe_globals: tuple[str, ...] = ()
     job: Job = NO_JOB
 
     @property
@@ -155,7 +155,7 @@ def preflight(suite: Suite, tasks: Sequence[str] | None = None) -> Preflight:
         >>> found.blocking, sum(row.decomposed for row in found.plan)
         ((), 8)
     """
-    suite, chosen, differences = _readable(suite, suite.select(tasks))
+    suite, chosen, differences = _drop_unreadable(suite, suite.select(tasks))
     if not chosen:
         return Preflight(tuple(differences))
     first = suite.expert(chosen[0])
@@ -166,17 +166,19 @@ def preflight(suite: Suite, tasks: Sequence[str] | None = None) -> Preflight:
         differences += _differences(suite, who, member, chosen[0], first)
     bad = {difference.parameter for difference in differences if difference.blocking}
     plan = [row for row in _plan(suite, chosen) if row.name not in bad]
-    foreign = set(first.foreign).union(*(member.foreign for _, member in others))
+    unsafe_globals = set(first.unsafe_globals).union(
+        *(member.unsafe_globals for _, member in others)
+    )
     return Preflight(
         tuple(differences),
         tuple(plan),
         tuple(_notes(suite, chosen)),
-        tuple(sorted(foreign)),
+        tuple(sorted(unsafe_globals)),
         _job(suite, chosen, plan),
     )
 
 
-def _readable(
+def _drop_unreadable(
     suite: Suite, tasks: Sequence[str]
 ) -> tuple[Suite, tuple[str, ...], list[Difference]]:
     """The suite without members that cannot be read, the other tasks, and what is wrong."""
@@ -206,9 +208,9 @@ def _differences(
         there = first.info(name)
         role = describe(name, there)
         if name not in member:
-            twin = next((n for n in tied.get(name, ()) if n in member), None)
-            if twin is not None:
-                yield Difference(who, name, "tied", f"kept once here, as {twin}")
+            other_name = next((n for n in tied.get(name, ()) if n in member), None)
+            if other_name is not None:
+                yield Difference(who, name, "tied", f"kept once here, as {other_name}")
             elif role.kind == "head":
                 yield Difference(who, name, "head", f"absent, {reference} has one; {OWN_HEAD}")
             else:
@@ -222,15 +224,15 @@ def _differences(
                 yield Difference(who, name, "dtype", detail)
         elif role.kind == "head":
             yield Difference(who, name, "head", f"{shapes}; {OWN_HEAD}")
-        elif role.is_vocabulary and longest([here.shape, there.shape]) is not None:
+        elif role.is_vocabulary and longest_shape([here.shape, there.shape]) is not None:
             yield _vocabulary(suite, who, name, here, f"{reference} has {there.shape[0]:,}")
         else:
             yield Difference(who, name, "shape", shapes, True)
     for name in member:
         if name not in first:
-            twin = next((n for n in tied.get(name, ()) if n in first), None)
-            if twin is not None:
-                yield Difference(who, name, "tied", f"kept once in {reference}, as {twin}")
+            other_name = next((n for n in tied.get(name, ()) if n in first), None)
+            if other_name is not None:
+                yield Difference(who, name, "tied", f"kept once in {reference}, as {other_name}")
             elif who == "base":
                 yield Difference(who, name, "extra", f"not in {reference}; written as it is here")
             else:
@@ -249,15 +251,15 @@ def _vocabulary(suite: Suite, who: str, name: str, here: TensorInfo, there: str)
 
 def _plan(suite: Suite, tasks: tuple[str, ...]) -> Iterator[ParameterPlan]:
     first = suite.expert(tasks[0])
-    for name in suite.shared(tasks):
+    for name in suite.merged_names(tasks):
         info, rule = _info(suite, name, tasks), suite.treatment(name, tasks[0])
-        ragged = info.shape != first.info(name).shape
+        lengths_differ = info.shape != first.info(name).shape
         kind = describe(name, first.info(name)).kind
         reason = rule.reason
-        if suite.is_in_by_out(name, tasks[0]):
+        if suite.is_stored_transposed(name, tasks[0]):
             reason += ", stored in x out"
-        # See ParameterGroup: a vocabulary of several lengths is not decomposed.
-        decomposed = rule.decomposed and not ragged
+        # See TensorGroup: a vocabulary of several lengths is not decomposed.
+        decomposed = rule.decomposed and not lengths_differ
         yield ParameterPlan(name, info.shape, _dtype(info), kind, decomposed, reason)
 
 
@@ -291,16 +293,16 @@ def _adapter_notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
 
 def _notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
     yield from _adapter_notes(suite, tasks)
-    for name, others in suite.twins(tasks).items():
+    for name, others in suite.tied_names(tasks).items():
         yield f"{name} is also {', '.join(others)}: merged once, written under each name"
     reference = suite.expert(tasks[0]) if suite.base is None else suite.base
-    if says_tied(reference) and not suite.twins(tasks):
+    if declares_tied(reference) and not suite.tied_names(tasks):
         yield "config.json ties the head to the embedding, which is kept once: merged once"
-    for name in suite.kept(tasks):
+    for name in suite.kept_names(tasks):
         yield f"{name} is written as it is in the base (vocabulary: base)"
     for field in ("decompose", "average"):
         for pattern in getattr(suite.spec, field):
-            if not any(fnmatchcase(name, pattern) for name in suite.shared(tasks)):
+            if not any(fnmatchcase(name, pattern) for name in suite.merged_names(tasks)):
                 yield f"{pattern!r} under {field!r} in suite.yaml matches no parameter"
 
 
@@ -335,10 +337,10 @@ def _part(info: TensorInfo, row: ParameterPlan, experts: Sequence[Checkpoint]) -
 
 def _disk_bytes(suite: Suite, tasks: tuple[str, ...], infos: dict[str, TensorInfo]) -> int:
     """Bytes of all tensors of the output: what only the base has is written as well."""
-    twins = suite.twins(tasks)
-    total = sum(info.nbytes * (1 + len(twins.get(name, ()))) for name, info in infos.items())
+    tied_names = suite.tied_names(tasks)
+    total = sum(info.nbytes * (1 + len(tied_names.get(name, ()))) for name, info in infos.items())
     if suite.base is not None:
-        written = set(infos).union(*twins.values())
+        written = set(infos).union(*tied_names.values())
         total += sum(suite.base.info(n).nbytes for n in suite.base if n not in written)
     return total
 

@@ -13,15 +13,15 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.checkpoints.lora import AdaptedCheckpoint, is_adapter, stored_in_by_out
+from merge_core.checkpoints.lora import AdaptedCheckpoint, is_adapter, is_stored_transposed
 from merge_core.checkpoints.members import are_own_heads, longest_vocabulary, names_in_all
 from merge_core.checkpoints.parameter_roles import Treatment, treatment
 from merge_core.checkpoints.parameter_roles import describe as describe_parameter
-from merge_core.checkpoints.tied import twins
+from merge_core.checkpoints.tied import tied_names
 from merge_core.errors import CheckpointError, HubError, SuiteError, explain_validation
 from merge_core.files import digest_of, path_below, read_yaml
 from merge_core.hub.files import is_hub_id
-from merge_core.hub.models import place, required, resolved
+from merge_core.hub.models import cache_path, require_cached, resolve_revision
 from merge_core.suites.data_files import data_identity, head_identity
 from merge_core.suites.suite_spec import SuiteSpec
 from merge_core.work_sizes import HASHED_AT_ONCE
@@ -94,7 +94,7 @@ class Suite:
         """The base's checkpoint, or None where the suite names none."""
         if self.spec.base is None:
             return None
-        return self._open(self.spec.base, "base").under(self.spec.base_prefix)
+        return self._open(self.spec.base, "base").with_prefix(self.spec.base_prefix)
 
     def file(self, relative: str) -> Path:
         """A path of the suite file, made absolute; of a name on the hub, its place in the cache.
@@ -103,13 +103,13 @@ class Suite:
             SuiteError: what is written cannot be a path.
         """
         if is_hub_id(relative):
-            return place(relative)
+            return cache_path(relative)
         return path_below(self.root, relative, SuiteError)
 
     def source(self, task: str | None) -> str | None:
         """The hub's name of an expert (of the base for None) at its commit; None for a file."""
         weights = self.spec.base if task is None else self.spec.experts[task].weights
-        return resolved(weights) if weights is not None and is_hub_id(weights) else None
+        return resolve_revision(weights) if weights is not None and is_hub_id(weights) else None
 
     @property
     def can_evaluate(self) -> bool:
@@ -137,7 +137,7 @@ class Suite:
         info = self.expert(task or self.tasks[0]).info(parameter)
         return treatment(parameter, info, self.spec.decompose, self.spec.average)
 
-    def is_in_by_out(self, parameter: str, task: str | None = None) -> bool:
+    def is_stored_transposed(self, parameter: str, task: str | None = None) -> bool:
         """Whether a weight is stored in x out, as GPT-2's are, told from its name and its bias.
 
         Args:
@@ -145,9 +145,9 @@ class Suite:
             task: whose header to read (the first expert's when None).
         """
         expert = self.expert(task or self.tasks[0])
-        if not describe_parameter(parameter, expert.info(parameter)).in_by_out:
+        if not describe_parameter(parameter, expert.info(parameter)).stored_transposed:
             return False
-        return stored_in_by_out(expert, parameter) is not False
+        return is_stored_transposed(expert, parameter) is not False
 
     def members(self, tasks: Sequence[str]) -> list[Checkpoint]:
         """The chosen experts, and the base where there is one."""
@@ -157,21 +157,21 @@ class Suite:
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names common to all experts (and the base), in the first expert's order."""
-        return self.shared(self.tasks)
+        return self.merged_names(self.tasks)
 
-    def shared(self, tasks: Sequence[str]) -> tuple[str, ...]:
+    def merged_names(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """Names of what is merged of the chosen experts, in the first one's order.
 
         That is what they all have, and the base, each tensor under one name, without heads whose
         shapes differ and what is kept as it is in the base (``vocabulary: base``).
         """
         members = self.members(tasks)
-        left_out = {name for names in self.twins(tasks).values() for name in names}
-        left_out.update(self.kept(tasks))
+        left_out = {name for names in self.tied_names(tasks).values() for name in names}
+        left_out.update(self.kept_names(tasks))
         names = (name for name in names_in_all(members) if name not in left_out)
         return tuple(name for name in names if not are_own_heads(name, members))
 
-    def kept(self, tasks: Sequence[str]) -> tuple[str, ...]:
+    def kept_names(self, tasks: Sequence[str]) -> tuple[str, ...]:
         """Names of what the output has as it is in the base (``vocabulary: base``).
 
         Args:
@@ -182,7 +182,7 @@ class Suite:
         members = self.members(tasks)
         return tuple(n for n in names_in_all(members) if longest_vocabulary(n, members) is not None)
 
-    def twins(self, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
+    def tied_names(self, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
         """Further names under which the output keeps tensors (:mod:`merge_core.checkpoints.tied`).
 
         Args:
@@ -193,7 +193,7 @@ class Suite:
             there is no base) keep it under besides.
         """
         members = self.members(tasks)
-        return twins(members[0] if self.base is None else self.base, members)
+        return tied_names(members[0] if self.base is None else self.base, members)
 
     @cached_property
     def matrices(self) -> tuple[str, ...]:
@@ -239,7 +239,7 @@ class Suite:
 
     def _open(self, relative: str, what: str) -> Checkpoint:
         try:
-            path = required(relative) if is_hub_id(relative) else self.file(relative)
+            path = require_cached(relative) if is_hub_id(relative) else self.file(relative)
         except HubError as error:
             raise HubError(f"Suite {self.name!r}, {what}: {error}") from error
         base = self._base_of_adapter(path, what) if is_adapter(path) and what != "base" else None

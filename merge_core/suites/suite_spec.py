@@ -15,7 +15,7 @@ from merge_core.suites.data_spec import DataSpec, Head, paths_of
 TaskName = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_.+-]+$", max_length=80)]
 
 
-def _named_rightly(weights: str) -> str:
+def _check_hub_name(weights: str) -> str:
     """Refuse a malformed name on the hub before anything is opened."""
     if is_hub_id(weights):
         try:
@@ -26,7 +26,7 @@ def _named_rightly(weights: str) -> str:
 
 
 # A path, or a name on the hub.
-Weights = Annotated[str, AfterValidator(_named_rightly)]
+Weights = Annotated[str, AfterValidator(_check_hub_name)]
 
 
 class ArchitectureSpec(StrictModel):

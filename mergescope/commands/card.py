@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergescope.terminal import LimitOption, checked_split, console, print_frame
+from mergescope.terminal import LimitOption, console, parse_split, print_frame
 
 
 def card(
@@ -23,7 +23,7 @@ def card(
     from merge_core.output.provenance import read_provenance
     from merge_core.suites.suite import load_suite
 
-    part = checked_split(split)
+    part = parse_split(split)
     about = read_provenance(folder)
     members = load_suite(suite or about.recipe.suite)
     frame = write_card(folder, about, members, part, limit)

@@ -14,9 +14,9 @@ from mergescope.terminal import (
     LimitOption,
     SuiteArgument,
     TasksOption,
-    checked_csv,
-    checked_split,
+    check_csv,
     console,
+    parse_split,
     print_table,
     progress_bar,
     split_names,
@@ -69,12 +69,12 @@ def compare(
     from merge_core.merging.engine import MergeSession
     from merge_core.suites.suite import load_suite
 
-    part = checked_split(split)
-    checked_csv(csv)
+    part = parse_split(split)
+    check_csv(csv)
     loaded = load_suite(suite)
     chosen = loaded.select(split_names(tasks))
-    names = _chosen(methods, loaded, chosen)
-    own = [_own(text, chosen) for text in recipe or []]
+    names = _choose_methods(methods, loaded, chosen)
+    own = [_read_own_recipe(text, chosen) for text in recipe or []]
     evaluator = Evaluator(loaded)
     session = MergeSession(loaded, chosen, FactorStore())
     result = run_comparison(
@@ -103,12 +103,12 @@ def compare(
     write_csv(result.summary, csv)
 
 
-def _chosen(text: str | None, suite: Suite, tasks: tuple[str, ...]) -> list[str]:
+def _choose_methods(text: str | None, suite: Suite, tasks: tuple[str, ...]) -> list[str]:
     """Names of methods: those asked for, or those that can run here."""
-    from analysis.comparison.run import usable
+    from analysis.comparison.run import usable_methods
 
     if text is None or text.strip() == ALL:
-        found = usable(suite, tasks)
+        found = usable_methods(suite, tasks)
         return [name for name, method in found.items() if text is not None or not method.learns]
     names = list(dict.fromkeys(split_names(text) or []))
     if not names:
@@ -118,7 +118,7 @@ def _chosen(text: str | None, suite: Suite, tasks: tuple[str, ...]) -> list[str]
     return names
 
 
-def _own(text: str, tasks: tuple[str, ...]) -> Recipe:
+def _read_own_recipe(text: str, tasks: tuple[str, ...]) -> Recipe:
     """A recipe from a file, or from a link or its query."""
     from merge_core.merging.recipe import read_recipe, recipe_from_query
 
@@ -145,7 +145,7 @@ def _print_summary(out: Console, result: Comparison, split: str) -> None:
                 row["label"],
                 f"{row['accuracy']:.1%}",
                 f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
-                _known(row["normalised"], ".1%"),
+                _format_known(row["normalised"], ".1%"),
                 f"{row['worst_task']} {row['worst']:.1%}",
             ]
             for row in rows
@@ -162,7 +162,7 @@ def _print_summary(out: Console, result: Comparison, split: str) -> None:
             [
                 row["label"],
                 f"{row['seconds']:.2g}",
-                _known(row["peak_mb"], ".0f"),
+                _format_known(row["peak_mb"], ".0f"),
                 f"{row['storage_mb']:.3g}",
                 row["needs"],
             ]
@@ -178,7 +178,7 @@ def _print_settings(out: Console, result: Comparison) -> None:
         print_table(out, "Settings", ["method", "chosen", "setting"], rows)
 
 
-def _known(value: float, form: str) -> str:
+def _format_known(value: float, form: str) -> str:
     """A number, or nothing where it is NaN."""
     return "" if math.isnan(value) else format(value, form)
 
@@ -194,12 +194,12 @@ def _print_seeds(out: Console, result: Comparison) -> None:
 
 
 def _print_differences(out: Console, result: Comparison) -> None:
-    from analysis.accuracy import differences_to, paired
+    from analysis.accuracy import differences_to, paired_differences
 
     best, *others = result.summary["label"].tolist()
     if not others:
         return
-    real = differences_to(paired(result.hits), best)
+    real = differences_to(paired_differences(result.hits), best)
     print_table(
         out,
         f"Real differences to {best}, in points (same images; 5 % after Holm's correction for "

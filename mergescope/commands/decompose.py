@@ -26,12 +26,12 @@ def decompose(
     ] = "threads",
 ) -> None:
     """Decompose all matrices once; spectra, interference, every rank and scale then reuse it."""
-    from merge_core.executors.choose import executor as executor_named
+    from merge_core.executors.choose import choose_executor as executor_named
     from merge_core.factors.factorise import decompose_all
     from merge_core.factors.store import FactorStore
     from merge_core.merging.engine import check_fits
     from merge_core.suites.suite import load_suite
-    from merge_core.task_vectors import Groups, Origin
+    from merge_core.task_vectors import Origin, TensorGroups
 
     if origin not in get_args(Origin):
         raise MergeScopeError(f"--origin must be average or base, got {origin!r}.")
@@ -41,7 +41,7 @@ def decompose(
     check_fits(loaded, chosen)
     store = FactorStore()
     begun = time.monotonic()
-    groups = Groups(loaded, chosen, store)
+    groups = TensorGroups(loaded, chosen, store)
     bar = progress_bar("decomposing")
     done = decompose_all(groups, cast("Origin", origin), where, bar)
     typer.echo(

@@ -11,9 +11,9 @@ import typer
 from mergescope.terminal import (
     CsvOption,
     LimitOption,
-    checked_csv,
-    checked_split,
+    check_csv,
     console,
+    parse_split,
     print_frame,
     progress_bar,
     write_csv,
@@ -38,8 +38,8 @@ def evaluate(
     from merge_core.suites.suite import load_suite
     from merge_core.yaml_text import load_yaml, read_text_file
 
-    part = checked_split(split)
-    checked_csv(csv)
+    part = parse_split(split)
+    check_csv(csv)
     rows = []
     path = Path(target)
     document = None

@@ -23,14 +23,14 @@ def download(
 ) -> None:
     """Download the members of a suite that are on the hub, into huggingface_hub's cache."""
     from merge_core.hub import models as hub
-    from merge_core.opening.download import hub_members, missing
+    from merge_core.opening.download import hub_members, missing_members
 
     suite = suite_or_model(reference)
-    models = [hub.describe(name) for name in missing(suite)]
+    models = [hub.describe(name) for name in missing_members(suite)]
     print_models(models)
     hub.fetch(models, progress_bar("downloading"))
     for name in hub_members(suite):
-        typer.echo(f"{hub.resolved(name)} {hub.required(name)}")
+        typer.echo(f"{hub.resolve_revision(name)} {hub.require_cached(name)}")
 
 
 def print_models(models: Sequence[HubModel]) -> None:
@@ -79,11 +79,11 @@ def suite_or_model(reference: str) -> Suite:
 def with_headers(suite: Suite) -> Suite:
     """The suite; where members are on the hub only, their headers, and what they would take."""
     from merge_core.hub.models import describe
-    from merge_core.opening.download import headers_only, missing
+    from merge_core.opening.download import missing_members, with_headers_only
 
-    models = [describe(name) for name in missing(suite)]
+    models = [describe(name) for name in missing_members(suite)]
     print_models(models)
-    return headers_only(suite, models, progress_bar("reading headers"))
+    return with_headers_only(suite, models, progress_bar("reading headers"))
 
 
 def push(

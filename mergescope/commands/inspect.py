@@ -65,12 +65,12 @@ def _norms(suite: Suite, tasks: list[str] | None) -> pd.DataFrame:
 
     from analysis.spectral.spectra import spectral_summary
     from merge_core.factors.store import FactorStore
-    from merge_core.task_vectors import Groups, Origin
+    from merge_core.task_vectors import Origin, TensorGroups
 
     origins: list[Origin] = ["average"] if suite.base is None else ["base", "average"]
     parts = []
     for origin in origins:
-        groups = Groups(suite, tasks, FactorStore())
+        groups = TensorGroups(suite, tasks, FactorStore())
         summary = spectral_summary(groups, origin, progress=progress_bar("decomposing"))
         by_task = summary.groupby("task", sort=False)
         parts.append(

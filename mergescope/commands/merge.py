@@ -52,7 +52,7 @@ def merge(
     ] = None,
 ) -> None:
     """Merge as a recipe says, into a folder with weights, recipe and model card."""
-    from merge_core.executors.choose import executor as executor_named
+    from merge_core.executors.choose import choose_executor as executor_named
     from merge_core.factors.store import FactorStore
     from merge_core.merging.recipe import load_recipe
     from merge_core.output.lora import AdapterRank, merge_to_adapter
@@ -75,7 +75,7 @@ def merge(
     ):
         typer.echo(f"note: {warning}", err=True)
     store = FactorStore(route=route)
-    learned = _learned(loaded, members, store) if loaded.declaration.learns else None
+    learned = _learn(loaded, members, store) if loaded.declaration.learns else None
     bar = progress_bar("merging")
     if rank is None:
         shard = int(shard_size * 1e9)
@@ -96,7 +96,7 @@ def _is_model(path: Path) -> bool:
 
 def _recipe_of_model(path: Path, reference: str | None) -> tuple[Recipe, Suite, Route]:
     """Recipe, suite and decomposition that give a merged model again."""
-    from merge_core.output.provenance import read_provenance, recipe_again, versions
+    from merge_core.output.provenance import read_provenance, rebuild_recipe, versions
     from merge_core.suites.suite import load_suite
 
     about = read_provenance(path)
@@ -106,7 +106,7 @@ def _recipe_of_model(path: Path, reference: str | None) -> tuple[Recipe, Suite, 
     except SuiteError as error:
         hint = "" if reference else " If the suite has moved, say where it is with --suite."
         raise SuiteError(f"{error}{hint}") from error
-    recipe = recipe_again(about, suite, where)
+    recipe = rebuild_recipe(about, suite, where)
     now = versions()
     others = [
         f"{name} {v} (now {now.get(name)})"
@@ -121,10 +121,10 @@ def _recipe_of_model(path: Path, reference: str | None) -> tuple[Recipe, Suite, 
     return recipe, suite, about.decomposition
 
 
-def _learned(recipe: Recipe, suite: Suite, store: FactorStore) -> object:
+def _learn(recipe: Recipe, suite: Suite, store: FactorStore) -> object:
     """What a recipe's method learns from the suite's data before it merges."""
     from analysis.evaluation.evaluator import Evaluator
     from merge_core.merging.engine import MergeSession
 
     session = MergeSession(suite, recipe.tasks, store)
-    return Evaluator(suite).learned(recipe, session, progress_bar("learning"))
+    return Evaluator(suite).learn(recipe, session, progress_bar("learning"))

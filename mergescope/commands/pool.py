@@ -63,8 +63,8 @@ def build(
 ) -> None:
     """Train a pool and write its folder with pool.yaml, weights and images."""
     from data.pool_building import build_pool
-    from data.pool_images import ImageTask, limited
-    from data.pool_presets import Request, requested
+    from data.pool_images import ImageTask, limit_images
+    from data.pool_presets import Request, plan_request
     from data.pool_tasks import POOL_TASKS, Sizes
     from data.vision_datasets import VISION_DATASETS, load_vision_dataset
 
@@ -73,7 +73,7 @@ def build(
     if dataset in POOL_TASKS:
         if root is not None or download:
             raise PoolError(f"{dataset} is bundled: leave out --root and --download.")
-        task = limited(POOL_TASKS[dataset](Sizes(), seed), limit, seed)
+        task = limit_images(POOL_TASKS[dataset](Sizes(), seed), limit, seed)
     elif dataset in VISION_DATASETS:
         if root is None:
             raise PoolError(f"Say with --root where {dataset} lies.")
@@ -90,7 +90,7 @@ def build(
         epochs=epochs,
         preset=preset,  # type: ignore[arg-type]  # checked there
     )
-    plan, task = requested(request, task)
+    plan, task = plan_request(request, task)
     build_pool(output, plan, task, seed, place, progress_bar("training"))
     typer.echo(str(output))
 

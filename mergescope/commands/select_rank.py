@@ -12,7 +12,7 @@ from mergescope.terminal import (
     CsvOption,
     SuiteArgument,
     TasksOption,
-    checked_csv,
+    check_csv,
     console,
     numbers,
     print_frame,
@@ -76,18 +76,18 @@ def select(
     from analysis.evaluation.evaluator import Evaluator
     from analysis.rank_selection.select import SelectionOptions, select_rank
     from analysis.rank_selection.space import search_space
-    from merge_core.executors.choose import executor as executor_named
+    from merge_core.executors.choose import choose_executor as executor_named
     from merge_core.factors.store import FactorStore
     from merge_core.files import write_atomically
     from merge_core.merging.engine import MergeSession
     from merge_core.suites.suite import load_suite
 
-    checked_csv(csv)
+    check_csv(csv)
     if output is not None and output.is_dir():
         raise OutputError(f"{output} is a folder; give a file name for the recipe.")
     where = None if executor is None else executor_named(executor)
     loaded = load_suite(suite)
-    chosen = _checked_mode(mode, loaded.can_evaluate)
+    chosen = _parse_mode(mode, loaded.can_evaluate)
     axes = numbers(ranks, "--ranks"), numbers(scales, "--scales")
     space = search_space(method, suite, split_names(tasks), *axes)
     evaluator = Evaluator(loaded) if loaded.can_evaluate else None
@@ -106,7 +106,7 @@ def select(
         write_atomically(output, result.recipe.to_yaml().encode())
 
 
-def _checked_mode(text: str | None, can_evaluate: bool) -> Mode:
+def _parse_mode(text: str | None, can_evaluate: bool) -> Mode:
     if text is None:
         return "labels" if can_evaluate else "weights"
     if text not in MODES:

@@ -15,7 +15,7 @@ from mergescope.terminal import console, print_table, progress_bar, size
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from merge_core.opening.roles import Found
+    from merge_core.opening.roles import FoundModel
     from merge_core.suites.suite import Suite
     from merge_core.suites.suite_spec import SuiteSpec
 
@@ -60,10 +60,16 @@ def init(
 ) -> None:
     """Find models, say what fits, and write suite.yaml. Only headers are read."""
     from merge_core.opening.draft import write_suite
-    from merge_core.opening.roles import drafted, drafted_suite, of_preset, with_base, with_tasks
+    from merge_core.opening.roles import (
+        apply_preset,
+        draft_suite,
+        open_by_headers,
+        with_base,
+        with_tasks,
+    )
     from merge_core.opening.search import find_models
 
-    named = _named(task or [])
+    named = _parse_pairs(task or [])
     wanted = list(places or [])
     out = console()
     path = _output(wanted, output)
@@ -74,8 +80,8 @@ def init(
     if preset is not None:
         if wanted or named:
             raise SuiteError("--preset names its members itself: leave out paths, ids and --task.")
-        spec = _of_preset(preset, base)
-        found = of_preset(
+        spec = _spec_of_preset(preset, base)
+        found = apply_preset(
             find_models(_members(spec), progress=progress_bar("asking the hub")), spec
         )
     else:
@@ -86,15 +92,15 @@ def init(
         found = with_tasks(found, named)
         if base is not None:
             found = with_base(found, further[0] if further else None)
-        spec = drafted(found, path.resolve().parent.name or "suite")
+        spec = draft_suite(found, path.resolve().parent.name or "suite")
         _print_found(out, found)
-    _print_fit(out, drafted_suite(spec, path, found))
+    _print_fit(out, open_by_headers(spec, path, found))
     write_suite(spec, path, overwrite)
     out.print(f"written: {path}")
     _print_next(out, path, found)
 
 
-def _named(pairs: Sequence[str]) -> dict[str, str]:
+def _parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
     """``name=path`` pairs: reference by task."""
     from pydantic import TypeAdapter, ValidationError
 
@@ -136,7 +142,7 @@ def _output(places: Sequence[str], output: Path | None) -> Path:
     return (only if only.is_dir() else Path()) / "suite.yaml"
 
 
-def _of_preset(name: str, base: str | None) -> SuiteSpec:
+def _spec_of_preset(name: str, base: str | None) -> SuiteSpec:
     from merge_core.opening.presets import preset_spec
 
     spec = preset_spec(name)
@@ -150,7 +156,7 @@ def _members(spec: SuiteSpec) -> list[str]:
     return [*([spec.base] if spec.base else []), *(e.weights for e in spec.experts.values())]
 
 
-def _print_found(out: Console, found: Sequence[Found]) -> None:
+def _print_found(out: Console, found: Sequence[FoundModel]) -> None:
     print_table(
         out,
         "Found",
@@ -194,7 +200,7 @@ def _print_fit(out: Console, suite: Suite) -> None:
         )
 
 
-def _print_next(out: Console, path: Path, found: Sequence[Found]) -> None:
+def _print_next(out: Console, path: Path, found: Sequence[FoundModel]) -> None:
     place = shlex.quote(str(path))
     if fetch := sum(each.download for each in found):
         out.print(f"next: mergescope download {place}  ({size(fetch)})")

@@ -6,7 +6,7 @@ import pytest
 
 from merge_core.factors.store import FactorStore
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 from tests.analysis.tiny_suite import FC, QKV, TASKS, random_states, write_suite
 
 
@@ -21,15 +21,15 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> FactorStore:
 
 
 @pytest.fixture
-def groups(suite: Suite, store: FactorStore) -> Groups:
-    return Groups(suite, None, store)
+def groups(suite: Suite, store: FactorStore) -> TensorGroups:
+    return TensorGroups(suite, None, store)
 
 
 @pytest.fixture
-def fc(suite: Suite, store: FactorStore) -> ParameterGroup:
-    return ParameterGroup(suite, TASKS, FC, store)
+def fc(suite: Suite, store: FactorStore) -> TensorGroup:
+    return TensorGroup(suite, TASKS, FC, store)
 
 
 @pytest.fixture
-def qkv(suite: Suite, store: FactorStore) -> ParameterGroup:
-    return ParameterGroup(suite, TASKS, QKV, store)
+def qkv(suite: Suite, store: FactorStore) -> TensorGroup:
+    return TensorGroup(suite, TASKS, QKV, store)

@@ -44,9 +44,9 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
 from merge_core.output.model_folder import merge_to_folder
 from merge_core.suites.suite import load_suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 from tests.conftest import random_states, write_suite
-from tests.evaluable import TASKS, evaluable
+from tests.evaluable import TASKS, copy_evaluable
 from tests.pools import write_pool
 
 SOME_ENTRIES = 256
@@ -54,7 +54,7 @@ SOME_ENTRIES = 256
 VIEWS = ("aten.detach.default", "aten.lift_fresh.default")
 SHAPES = {"blocks.0.fc.weight": (40, 24), "blocks.1.fc.weight": (24, 40), "embed": (50, 24)}
 
-OF_WEIGHTS: dict[str, Callable[[Groups], object]] = {
+OF_WEIGHTS: dict[str, Callable[[TensorGroups], object]] = {
     "over rank": lambda groups: interference_over_rank(groups, "average", [0.1, 0.5, 1.0]),
     "one over rank": lambda groups: interference_over_rank(groups.members[0], "average", [0.5]),
     "pairs": lambda groups: interference_pairs(groups.members[0], "average", 5),
@@ -110,13 +110,13 @@ def threads(count: int) -> Iterator[None]:
 def seen(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[tuple[str, int]]]:
     """What runs in this thread and in executors' threads, while torch has two."""
     seen: set[tuple[str, int]] = set()
-    alone = executors._alone
+    alone = executors._use_one_thread
 
     def watched() -> None:
         alone()
         Watch(seen).__enter__()  # modes belong to threads; this one ends with its thread
 
-    monkeypatch.setattr(executors, "_alone", watched)
+    monkeypatch.setattr(executors, "_use_one_thread", watched)
     with threads(2), Watch(seen):
         yield seen
 
@@ -178,7 +178,7 @@ def test_rank_and_scale_from_weights(session: MergeSession, seen: set[tuple[str,
 
 @pytest.fixture
 def evaluation(tmp_path: Path) -> tuple[MergeSession, Evaluator]:
-    suite = evaluable(tmp_path / "suite")
+    suite = copy_evaluable(tmp_path / "suite")
     return MergeSession(suite, None, FactorStore(tmp_path / "factors")), Evaluator(suite)
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.compare import compared, verdict
-from benchmarks.measure import FailedError, Laboratory, cached_share, drop, warm, watched
+from benchmarks.compare import compare_results, verdict
+from benchmarks.measure import FailedError, Laboratory, cached_share, drop, warm, watch
 from benchmarks.record import Part, Results, Row, Sheet, load, table
 
 HOLD = "import time; data = bytearray({} << 20); data[::4096] = b'x' * len(data[::4096])\n"
@@ -19,8 +19,8 @@ CHILD = "import subprocess, sys; subprocess.run([sys.executable, '-c', sys.argv[
 
 def test_peak_memory_counts_the_process_and_its_children() -> None:
     hold = HOLD.format(200) + "time.sleep(0.6)"
-    _, alone = watched([sys.executable, "-c", hold], dict(os.environ))
-    _, below = watched([sys.executable, "-c", CHILD, hold], dict(os.environ))
+    _, alone = watch([sys.executable, "-c", hold], dict(os.environ))
+    _, below = watch([sys.executable, "-c", CHILD, hold], dict(os.environ))
     assert 200 << 20 <= alone < 260 << 20
     assert 200 << 20 <= below < 280 << 20
 
@@ -32,13 +32,13 @@ def test_mapped_files_do_not_count(tmp_path: Path) -> None:
         "import mmap, sys, time; f = open(sys.argv[1], 'rb'); "
         "m = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ); sum(m[::4096]); time.sleep(0.2)"
     )
-    _, peak = watched([sys.executable, "-c", code, str(path)], dict(os.environ))
+    _, peak = watch([sys.executable, "-c", code, str(path)], dict(os.environ))
     assert peak < 60 << 20
 
 
 def test_a_failing_process_says_why() -> None:
     with pytest.raises(FailedError, match="out of luck"):
-        watched([sys.executable, "-c", "raise SystemExit('out of luck')"], dict(os.environ))
+        watch([sys.executable, "-c", "raise SystemExit('out of luck')"], dict(os.environ))
 
 
 def test_jobs_run_in_fresh_processes_with_fixed_threads(tmp_path: Path) -> None:
@@ -107,7 +107,7 @@ def test_results_are_written_and_read_again(tmp_path: Path) -> None:
 
 
 def test_a_bar_that_is_lost_is_told() -> None:
-    lines, broken = compared(_results(6.0), _results(4.0))
+    lines, broken = compare_results(_results(6.0), _results(4.0))
     assert broken == 1
     assert any("worse (asked: ≥ 5)" in line for line in lines)
-    assert compared(_results(6.0), _results(7.0))[1] == 0
+    assert compare_results(_results(6.0), _results(7.0))[1] == 0

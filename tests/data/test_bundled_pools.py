@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from analysis.outputs.inputs import scaled
+from analysis.outputs.inputs import normalise_pixels
 from analysis.outputs.pool_outputs import PoolEvaluator
 from data.pool_tasks import POOL_TASKS, Sizes
 from merge_core.suites.pool import BUNDLED_POOLS, Pool, bundled_pools, load_pool
@@ -159,7 +159,7 @@ def test_the_strongest_decay_is_close_to_stationary(name: str) -> None:
     every = evaluator(name)
     inputs = every.inputs("train")
     channels = inputs.images.shape[-1]
-    x = scaled(inputs.images, (0.0,) * channels, (1.0,) * channels).flatten(1).double()
+    x = normalise_pixels(inputs.images, (0.0,) * channels, (1.0,) * channels).flatten(1).double()
     onehot = torch.eye(len(every.class_names), dtype=torch.float64)[torch.from_numpy(inputs.labels)]
     for i, member in enumerate(every.pool.spec.members):
         if member.weight_decay == 0.1:

@@ -58,7 +58,7 @@ def suite(request: pytest.FixtureRequest) -> Path:
     return DEMO if request.param == "demo" else request.getfixturevalue(request.param)
 
 
-def described(suite: Path) -> dict[str, Any]:
+def read_description(suite: Path) -> dict[str, Any]:
     content = yaml.safe_load((suite / "suite.yaml").read_text(encoding="utf-8"))
     assert isinstance(content, dict)
     return content
@@ -70,7 +70,7 @@ def test_layout(suite: Path) -> None:
 
 
 def test_description_names_the_eight_tasks_and_existing_files(suite: Path) -> None:
-    content = described(suite)
+    content = read_description(suite)
     assert list(content["experts"]) == NAMES
     for name, expert in content["experts"].items():
         assert expert["title"]
@@ -81,7 +81,7 @@ def test_description_names_the_eight_tasks_and_existing_files(suite: Path) -> No
 
 
 def test_checkpoints_fit_the_architecture_and_each_other(suite: Path) -> None:
-    content = described(suite)
+    content = read_description(suite)
     arch = content["architecture"]
     model = timm.create_model(arch["name"], num_classes=0, **arch["args"])
     base = load_file(suite / content["base"])
@@ -110,7 +110,7 @@ def test_the_matrices_trained_at_the_full_rate_are_those_that_merging_decomposes
 def test_plans_differ_in_the_network_and_nothing_it_is_judged_on(
     quick: Path, convolutional: Path
 ) -> None:
-    transformer, residual = (described(folder) for folder in (quick, convolutional))
+    transformer, residual = (read_description(folder) for folder in (quick, convolutional))
     assert transformer["name"] == "demo"
     assert residual["name"] == "convolutional"
     assert transformer["experts"] == residual["experts"]
@@ -126,7 +126,7 @@ def test_plans_differ_in_the_network_and_nothing_it_is_judged_on(
 def test_convolutional_network_normalises_over_all_channels_without_statistics(
     convolutional: Path,
 ) -> None:
-    arch = described(convolutional)["architecture"]
+    arch = read_description(convolutional)["architecture"]
     model = timm.create_model(arch["name"], num_classes=0, **arch["args"]).eval()
     assert not list(model.buffers())  # running statistics would be spoilt by merging
     norms = [module for module in model.modules() if isinstance(module, nn.GroupNorm)]
@@ -143,7 +143,7 @@ def test_another_plan_does_not_overwrite_the_bundled_suite(
 
 
 def test_heads_fit_width_and_classes(suite: Path) -> None:
-    content = described(suite)
+    content = read_description(suite)
     args = content["architecture"]["args"]
     width = args["embed_dim"] if "embed_dim" in args else args["channels"][-1]
     for task in TASKS:
@@ -189,7 +189,7 @@ def test_demo_holds_the_documented_numbers_of_images() -> None:
 def test_demo_inputs_are_regenerated_from_the_seed(task: Any) -> None:
     """The committed images are the ones the generators draw, up to a grey level of rounding."""
     with np.load(DEMO / f"inputs/{task.name}.npz") as data:
-        images, labels = task.clean("val", len(data["val_labels"]), seed=0)
+        images, labels = task.draw_clean("val", len(data["val_labels"]), seed=0)
         np.testing.assert_array_equal(labels, data["val_labels"])
         gap = np.abs(images.astype(int) - data["val_images"].astype(int))
     # Another FreeType may move an outline by a fraction of a pixel.
@@ -198,7 +198,7 @@ def test_demo_inputs_are_regenerated_from_the_seed(task: Any) -> None:
 
 def accuracies(weights: dict[str, torch.Tensor], tasks: list[str] = NAMES) -> list[float]:
     """Validation accuracy of one set of weights on each task, in points."""
-    arch = described(DEMO)["architecture"]
+    arch = read_description(DEMO)["architecture"]
     model = timm.create_model(arch["name"], num_classes=0, **arch["args"])
     model.load_state_dict(weights)
     model.eval()

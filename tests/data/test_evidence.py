@@ -13,7 +13,7 @@ from data import evidence
 from data.evidence import CASES, FURTHER, SUBSETS, Case
 from merge_core.errors import SuiteError
 from merge_core.suites.suite import load_suite
-from tests.evaluable import evaluable
+from tests.evaluable import copy_evaluable
 
 
 def test_cases_are_those_of_the_bundled_suite() -> None:
@@ -40,7 +40,7 @@ def test_rebuild_writes_both_tables(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-    suite = evaluable(tmp_path / "suite")
+    suite = copy_evaluable(tmp_path / "suite")
     cases = (Case("8", "task_arithmetic"),)
     for name in ("EVIDENCE", "EVIDENCE_IMAGES"):
         monkeypatch.setattr(evidence, name, tmp_path / f"{name}.csv")
@@ -62,7 +62,7 @@ def test_rebuild_writes_both_tables(
 
 
 def test_a_suite_without_these_tasks_is_refused(tmp_path: Path) -> None:
-    suite = evaluable(tmp_path / "suite")
+    suite = copy_evaluable(tmp_path / "suite")
     with pytest.raises(SuiteError, match="letters"):
         list(evidence.measure(str(suite.path), [Case("4a", "cart")]))
     assert Evaluator(suite).outputs.forward_images == 0

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from analysis.outputs.pool_outputs import PoolEvaluator
 from data.build_pools import DESIGNS, LINEAR_TASKS, main
-from data.pool_building import Member, PoolPlan, build_pool, fitted, varied_members
+from data.pool_building import Member, PoolPlan, build_pool, complete_architecture, vary_members
 from data.pool_images import ImageTask
 from data.pool_tasks import POOL_TASKS, Sizes
 from data.pool_training import Training
@@ -39,7 +39,7 @@ def letters() -> ImageTask:
 def tiny_plan(
     task: ImageTask, regime: Regime, architecture: str = "mlp", **args: object
 ) -> PoolPlan:
-    family, spec = fitted(architecture, args or {"widths": [6], "bias": False}, task)
+    family, spec = complete_architecture(architecture, args or {"widths": [6], "bias": False}, task)
     training = Training(2, batch=20, rate=0.01, shift=1)
     return PoolPlan(
         name="tiny",
@@ -54,7 +54,7 @@ def tiny_plan(
     )
 
 
-def built(folder: Path, task: ImageTask, plan: PoolPlan, seed: int = 0) -> Pool:
+def build(folder: Path, task: ImageTask, plan: PoolPlan, seed: int = 0) -> Pool:
     build_pool(folder, plan, task, seed, CPU)
     return load_pool(folder)
 
@@ -69,7 +69,7 @@ def states(pool: Pool, epoch: int) -> list[dict[str, Tensor]]:
     ]
 
 
-def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+def is_equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     return all(torch.equal(first[name], second[name]) for name in first)
 
 
@@ -77,7 +77,7 @@ def test_the_same_seed_gives_the_same_bytes(letters: ImageTask, tmp_path: Path) 
     plan = tiny_plan(letters, "shared")
     torch.manual_seed(1)
     for place, seed in (("a", 0), ("b", 0), ("c", 1)):
-        built(tmp_path / place, letters, plan, seed)
+        build(tmp_path / place, letters, plan, seed)
         torch.rand(3)  # whatever else draws random numbers has no part in it
     names = sorted(path.name for path in (tmp_path / "a").iterdir())
     assert len(names) == 1 + 2 * 3 + 2
@@ -89,22 +89,22 @@ def test_the_same_seed_gives_the_same_bytes(letters: ImageTask, tmp_path: Path) 
 
 def test_where_members_start(letters: ImageTask, tmp_path: Path) -> None:
     pools = {
-        regime: built(tmp_path / regime, letters, tiny_plan(letters, regime))
+        regime: build(tmp_path / regime, letters, tiny_plan(letters, regime))
         for regime in ("shared", "shared_random", "independent")
     }
     for regime in ("shared", "shared_random"):
         start = load_file(tmp_path / regime / "start.safetensors")
         for state in states(pools[regime], 0):
-            assert equal(state, start)
+            assert is_equal(state, start)
         first, second = states(pools[regime], 2)
-        assert not equal(first, second)
+        assert not is_equal(first, second)
     random = load_file(tmp_path / "shared_random" / "start.safetensors")
     trained = load_file(tmp_path / "shared" / "start.safetensors")
-    assert not equal(random, trained)
+    assert not is_equal(random, trained)
     assert pools["independent"].spec.start is None
     assert not (tmp_path / "independent" / "start.safetensors").exists()
     first, second = states(pools["independent"], 0)
-    assert not equal(first, second)
+    assert not is_equal(first, second)
 
 
 def test_what_stands_in_the_file(letters: ImageTask, tmp_path: Path) -> None:
@@ -114,7 +114,7 @@ def test_what_stands_in_the_file(letters: ImageTask, tmp_path: Path) -> None:
         mean=(0.0,),
         std=(1.0,),
     )
-    spec = built(tmp_path / "pool", letters, plan).spec
+    spec = build(tmp_path / "pool", letters, plan).spec
     assert [(m.seed, m.learning_rate, m.weight_decay, m.epochs) for m in spec.members] == [
         (3, 0.02, 0.5, 2),
         (4, 0.03, 0.25, 2),
@@ -130,9 +130,9 @@ def test_what_stands_in_the_file(letters: ImageTask, tmp_path: Path) -> None:
 
 def test_precision_of_what_is_stored(letters: ImageTask, tmp_path: Path) -> None:
     plan = replace(
-        tiny_plan(letters, "shared", "resnet18", **RESNET), members=varied_members(1, 0.01, 0)
+        tiny_plan(letters, "shared", "resnet18", **RESNET), members=vary_members(1, 0.01, 0)
     )
-    pool = built(tmp_path / "pool", letters, plan)
+    pool = build(tmp_path / "pool", letters, plan)
     for name in ("0.safetensors", "start.safetensors"):
         for key, value in load_file(pool.root / name).items():
             if key.endswith("num_batches_tracked"):
@@ -147,7 +147,7 @@ def test_precision_of_what_is_stored(letters: ImageTask, tmp_path: Path) -> None
 
 
 def test_rates_of_members_surround_the_middle_one() -> None:
-    rates = [member.rate for member in varied_members(10, 0.1, 0.0)]
+    rates = [member.rate for member in vary_members(10, 0.1, 0.0)]
     assert rates[:5] == rates[5:]
     assert min(rates) < 0.1 < max(rates)
     assert rates[0] == 0.1

@@ -14,11 +14,11 @@ from data.pool_images import (
     SPLITS,
     ImageTask,
     check_disjoint,
-    limited,
+    limit_images,
     pixel_constants,
     write_inputs,
 )
-from data.pool_tasks import POOL_TASKS, Sizes, resized
+from data.pool_tasks import POOL_TASKS, Sizes, resize
 from merge_core.errors import PoolError
 
 # As many in val as in test: splits that shared a random stream would be the same images.
@@ -80,7 +80,7 @@ def test_resizing_keeps_constants_and_channels() -> None:
     for channels in (1, 3):
         flat = np.full((2, 8, 8, channels), 77, dtype=np.uint8)
         flat[1] = 200
-        large = resized(flat, 16)
+        large = resize(flat, 16)
         assert large.shape == (2, 16, 16, channels)
         assert (large[0] == 77).all()
         assert (large[1] == 200).all()
@@ -100,7 +100,7 @@ def test_a_shared_image_is_noticed(task: ImageTask) -> None:
 
 
 def test_limits(task: ImageTask) -> None:
-    few = limited(task, 9, 0)
+    few = limit_images(task, 9, 0)
     for split in SPLITS:
         images, labels = few.splits[split]
         assert len(images) == len(labels) == 9
@@ -108,9 +108,9 @@ def test_limits(task: ImageTask) -> None:
         assert all(
             whole[image.tobytes()] == label for image, label in zip(images, labels, strict=True)
         )
-    assert limited(task, None, 0) is task
+    assert limit_images(task, None, 0) is task
     with pytest.raises(PoolError, match="at least 1"):
-        limited(task, 0, 0)
+        limit_images(task, 0, 0)
 
 
 def test_the_archive_is_what_pools_read(task: ImageTask, tmp_path: Path) -> None:

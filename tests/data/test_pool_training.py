@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from analysis.outputs.inputs import scaled
+from analysis.outputs.inputs import normalise_pixels
 from data.pool_images import normaliser
 from data.pool_presets import PAPER, PAPER_TINY
-from data.pool_training import Training, shifted, state_of, train
+from data.pool_training import Training, shift_randomly, state_of, train
 from merge_core.errors import Cancelled, PoolError
 from merge_core.progress import Progress
 
@@ -154,7 +154,7 @@ def test_clipping_bounds_a_step() -> None:
 @pytest.mark.parametrize("most", [0, 1, 2])
 def test_shifts_are_crops_of_the_image_with_its_edge_repeated(most: int) -> None:
     images = torch.randn(20, 2, 6, 5, generator=torch.Generator().manual_seed(0))
-    moved = shifted(images, most, torch.Generator().manual_seed(1)).numpy()
+    moved = shift_randomly(images, most, torch.Generator().manual_seed(1)).numpy()
     moves = set()
     for image, result in zip(images.numpy(), moved, strict=True):
         padded = np.pad(image, ((0, 0), (most, most), (most, most)), mode="edge")
@@ -171,7 +171,7 @@ def test_shifts_are_crops_of_the_image_with_its_edge_repeated(most: int) -> None
 
 def test_normalisation_is_that_of_evaluation() -> None:
     images, _ = toy()
-    other = scaled(images.permute(0, 2, 3, 1).numpy(), MEAN, STD)
+    other = normalise_pixels(images.permute(0, 2, 3, 1).numpy(), MEAN, STD)
     assert torch.equal(normaliser(MEAN, STD, CPU)(images), other)
 
 

@@ -9,7 +9,7 @@ import pytest
 from scipy import ndimage
 
 from data.build_suite import QUICK, image_hashes, make_splits
-from data.tasks import SPLITS, TASKS, Task, auxiliary, stream
+from data.tasks import SPLITS, TASKS, Task, draw_auxiliary, stream
 from data.tasks.canvas import Pose, balanced_labels, warp
 from data.tasks.digits import BLOCKS, draw_digits
 from data.tasks.dots import draw_dots
@@ -24,26 +24,26 @@ every_task = pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
 
 @every_task
 def test_clean_domain_is_well_formed_and_seeded(task: Task) -> None:
-    images, labels = task.clean("val", 60, seed=3)
+    images, labels = task.draw_clean("val", 60, seed=3)
     assert images.shape == (60, 32, 32, 3)
     assert images.dtype == np.uint8
     assert labels.dtype == np.int64
     assert set(labels.tolist()) <= set(range(len(task.classes)))
-    again, labels_again = task.clean("val", 60, seed=3)
+    again, labels_again = task.draw_clean("val", 60, seed=3)
     np.testing.assert_array_equal(images, again)
     np.testing.assert_array_equal(labels, labels_again)
-    other, _ = task.clean("val", 60, seed=4)
+    other, _ = task.draw_clean("val", 60, seed=4)
     assert not np.array_equal(images, other)
 
 
 @every_task
 def test_wild_domain_is_well_formed_and_differs_from_the_clean_one(task: Task) -> None:
-    images, labels = task.wild(60, seed=3)
+    images, labels = task.draw_wild(60, seed=3)
     assert images.shape == (60, 32, 32, 3)
     assert images.dtype == np.uint8
     assert len(np.unique(labels)) > 1
-    np.testing.assert_array_equal(images, task.wild(60, seed=3)[0])
-    clean, _ = task.clean("train", 60, seed=3)
+    np.testing.assert_array_equal(images, task.draw_wild(60, seed=3)[0])
+    clean, _ = task.draw_clean("train", 60, seed=3)
 
     def roughness(stack: np.ndarray) -> float:
         return float(np.abs(np.diff(stack.astype(float), axis=2)).mean())
@@ -55,7 +55,7 @@ def test_wild_domain_is_well_formed_and_differs_from_the_clean_one(task: Task) -
 @every_task
 def test_classes_are_named_once_and_balanced(task: Task) -> None:
     assert len(set(task.classes)) == len(task.classes)
-    _, labels = task.clean("val", 250, seed=0)
+    _, labels = task.draw_clean("val", 250, seed=0)
     counts = np.bincount(labels, minlength=len(task.classes))
     # The digits' blocks are what the writers wrote; the others are balanced by construction.
     spread = 10 if task.name == "digits" else 1
@@ -72,8 +72,8 @@ def test_splits_share_no_image(task: Task) -> None:
 
 def test_a_shared_image_is_refused() -> None:
     class Leaky(Task):
-        def clean(self, split: str, count: int, seed: int):  # type: ignore[no-untyped-def]
-            return super().clean("train", count, seed)
+        def draw_clean(self, split: str, count: int, seed: int):  # type: ignore[no-untyped-def]
+            return super().draw_clean("train", count, seed)
 
     leaky = Leaky("leaky", "Leaky", ORIENTATIONS, draw_lines, TASKS[0].paper)
     # The three splits draw a different number from one stream; equal sizes make them equal.
@@ -192,7 +192,7 @@ def test_auxiliary_set_is_large_and_apart_from_the_tasks() -> None:
     assert len(AUXILIARY) >= 100
     assert len(set(AUXILIARY)) == len(AUXILIARY)
     assert not set(AUXILIARY) & (set(LETTERS) | set(GREEK) | set(SYMBOLS))
-    images, labels = auxiliary(len(AUXILIARY), seed=0)
+    images, labels = draw_auxiliary(len(AUXILIARY), seed=0)
     assert images.shape == (len(AUXILIARY), 32, 32, 3)
     assert sorted(labels.tolist()) == list(range(len(AUXILIARY)))
 

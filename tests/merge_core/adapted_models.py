@@ -55,7 +55,7 @@ def state_of(model: nn.Module) -> State:
     return {name: value.detach().clone() for name, value in model.state_dict().items()}
 
 
-def shaken(model: nn.Module, seed: int, size: float = 0.3) -> None:
+def shake(model: nn.Module, seed: int, size: float = 0.3) -> None:
     """Give all that an adapter trains random values, as training would (B starts at zero)."""
     source = torch.Generator().manual_seed(seed)
     for parameter in model.parameters():
@@ -67,12 +67,12 @@ def adapter(model: nn.Module, folder: Path, seed: int = 0, **options: Any) -> St
     """Adapt a copy of a model, save the adapter to `folder`, and give PEFT's merged weights."""
     torch.manual_seed(seed)
     adapted = get_peft_model(copy.deepcopy(model), LoraConfig(**options))
-    shaken(adapted, seed)
+    shake(adapted, seed)
     adapted.save_pretrained(str(folder))
     return state_of(adapted.merge_and_unload())
 
 
-def opened(folder: Path, model: nn.Module, **options: Any) -> tuple[AdaptedCheckpoint, State]:
+def open_adapter(folder: Path, model: nn.Module, **options: Any) -> tuple[AdaptedCheckpoint, State]:
     """An adapter of a model read by us, and the model as PEFT merges it."""
     merged = adapter(model, folder / "lora", **options)
     save_file(state_of(model), folder / "base.safetensors")
@@ -80,7 +80,7 @@ def opened(folder: Path, model: nn.Module, **options: Any) -> tuple[AdaptedCheck
     return AdaptedCheckpoint(folder / "lora", base), merged
 
 
-def rewritten(folder: Path, change: Callable[[State], object]) -> None:
+def rewrite(folder: Path, change: Callable[[State], object]) -> None:
     """Change the stored tensors of an adapter in place."""
     path = folder / "adapter_model.safetensors"
     state = load_file(path)

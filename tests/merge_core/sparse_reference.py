@@ -57,7 +57,7 @@ def task_vectors(suite: Suite) -> tuple[dict[str, Array], State]:
     return taus, base
 
 
-def moved(base: State, scale: float, updates: dict[str, Array]) -> State:
+def move(base: State, scale: float, updates: dict[str, Array]) -> State:
     return {n: b + scale * updates[n].reshape(b.shape) for n, b in base.items()}
 
 
@@ -78,7 +78,7 @@ def ties_sum(suite: Suite, density: float, scale: float, trim: str) -> State:
     for name, tau in taus.items():
         limits = everywhere if trim == "global" else ties_limits(tau, density)
         updates[name] = disjoint(np.where(np.abs(tau) >= limits[:, None], tau, 0), "sum")
-    return moved(base, scale, updates)
+    return move(base, scale, updates)
 
 
 def coins(suite: Suite, name: str, drop: float, seed: int) -> Array:
@@ -99,7 +99,7 @@ def dare(suite: Suite, drop: float, scale: float, how: str = "all", seed: int = 
     for name, tau in taus.items():
         kept = tau * coins(suite, name, drop, seed) / (1 - drop)
         updates[name] = kept.sum(axis=0) if how == "all" else disjoint(kept, how)
-    return moved(base, scale, updates)
+    return move(base, scale, updates)
 
 
 def breadcrumbs(suite: Suite, small: float, large: float, scale: float) -> State:
@@ -114,7 +114,7 @@ def breadcrumbs(suite: Suite, small: float, large: float, scale: float) -> State
             if len(middle):
                 inside = (np.abs(row) >= middle[0]) & (np.abs(row) <= middle[-1])
                 updates[name] += np.where(inside, row, 0)
-    return moved(base, scale, updates)
+    return move(base, scale, updates)
 
 
 def tall_masks_of(tau: Array, threshold: float) -> Array:
@@ -128,27 +128,27 @@ def consensus(suite: Suite, threshold: float, scale: float) -> State:
     for name, tau in taus.items():
         votes = tall_masks_of(tau, threshold).sum(axis=0)
         updates[name] = np.where(votes >= min(2, len(tau)), tau.sum(axis=0), 0)
-    return moved(base, scale, updates)
+    return move(base, scale, updates)
 
 
-def tall(suite: Suite, threshold: float, place: int) -> State:
+def tall(suite: Suite, threshold: float, index: int) -> State:
     taus, base = task_vectors(suite)
-    masks = {n: tall_masks_of(tau, threshold)[place] for n, tau in taus.items()}
-    return moved(base, 1, {n: np.where(masks[n], tau.sum(axis=0), 0) for n, tau in taus.items()})
+    masks = {n: tall_masks_of(tau, threshold)[index] for n, tau in taus.items()}
+    return move(base, 1, {n: np.where(masks[n], tau.sum(axis=0), 0) for n, tau in taus.items()})
 
 
-def emr(suite: Suite, place: int) -> State:
+def emr(suite: Suite, index: int) -> State:
     taus, base = task_vectors(suite)
     whole = np.hstack(list(taus.values()))
     unified = np.zeros(whole.shape[1])
     for j, column in enumerate(whole.T):
         agreeing = [x for x in column if np.sign(x) == np.sign(column.sum()) != 0]
         unified[j] = max(agreeing, key=abs, default=0.0)
-    own = whole[place]
+    own = whole[index]
     masked = np.where(own * unified > 0, unified, 0)
     factor = np.abs(own).sum() / np.abs(masked).sum() if masked.any() else 1.0
     cuts = np.cumsum([tau.shape[1] for tau in taus.values()])[:-1]
-    return moved(base, factor, dict(zip(taus, np.split(masked, cuts), strict=True)))
+    return move(base, factor, dict(zip(taus, np.split(masked, cuts), strict=True)))
 
 
 def minmax(x: Array) -> Array:
@@ -192,7 +192,7 @@ def pcb(suite: Suite, density: float, scale: float, variant: str, weights=None) 
     top = (factors[:, None] * beta * whole).sum(axis=0)
     merged = top / np.maximum(beta.sum(axis=0), 1e-300 if variant == "paper" else 1e-12)
     cuts = np.cumsum([tau.shape[1] for tau in taus.values()])[:-1]
-    return moved(base, scale, dict(zip(taus, np.split(merged, cuts), strict=True)))
+    return move(base, scale, dict(zip(taus, np.split(merged, cuts), strict=True)))
 
 
 # For tests that run over all registered methods: parameters, and the formula with them.

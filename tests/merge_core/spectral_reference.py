@@ -171,28 +171,28 @@ def cart_energy(suite: Suite, energy: float, scale: float) -> State:
     return per_parameter(suite, of, True)
 
 
-def _truncated(difference: Array, k: int) -> Array:
+def _truncate(difference: Array, k: int) -> Array:
     return svd_k(difference.reshape(len(difference), -1), k).reshape(difference.shape)
 
 
-def cart_indexing(suite: Suite, place: int, k: Callable[[int], int], scale: float) -> State:
-    expert, mean = states(suite)[0][place], average(suite)
+def cart_indexing(suite: Suite, index: int, k: Callable[[int], int], scale: float) -> State:
+    expert, mean = states(suite)[0][index], average(suite)
     merged = {}
     for name, value in expert.items():
         residual = value - mean[name]
         if name in suite.matrices:
-            residual = _truncated(residual, k(min(len(value), value.size // len(value))))
+            residual = _truncate(residual, k(min(len(value), value.size // len(value))))
         merged[name] = mean[name] + scale * residual
     return merged
 
 
-def tsv_c(suite: Suite, place: int) -> State:
+def tsv_c(suite: Suite, index: int) -> State:
     experts, base = states(suite)
-    merged = dict(experts[place])
+    merged = dict(experts[index])
     for name in suite.matrices:
         value = merged[name]
         k = max(1, min(len(value), value.size // len(value)) // len(experts))
-        merged[name] = base[name] + _truncated(value - base[name], k)
+        merged[name] = base[name] + _truncate(value - base[name], k)
     return merged
 
 

@@ -18,8 +18,8 @@ from merge_core.files import (
     cache_dir,
     digest_of,
     file_digest,
-    folder_written_whole,
     write_atomically,
+    write_folder_atomically,
 )
 
 # https://github.com/BLAKE3-team/BLAKE3/blob/master/test_vectors/test_vectors.json, and of "abc".
@@ -167,7 +167,7 @@ def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(
 
 def test_a_folder_appears_whole_with_ordinary_permissions(tmp_path: Path) -> None:
     output = tmp_path / "parent" / "out"
-    with folder_written_whole(output) as staging:
+    with write_folder_atomically(output) as staging:
         (staging / "f").write_text("x")
         assert not output.exists()
     assert (output / "f").read_text() == "x"
@@ -180,7 +180,7 @@ def test_a_folder_appears_whole_with_ordinary_permissions(tmp_path: Path) -> Non
 def test_an_empty_folder_may_be_taken(tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()
-    with folder_written_whole(output) as staging:
+    with write_folder_atomically(output) as staging:
         (staging / "f").write_text("x")
     assert names(output) == ["f"]
 
@@ -190,7 +190,7 @@ def test_a_failed_block_leaves_nothing(tmp_path: Path, error: BaseException) -> 
     expected = OutputError if isinstance(error, OSError) else type(error)
 
     def fail() -> None:
-        with folder_written_whole(tmp_path / "in" / "out") as staging:
+        with write_folder_atomically(tmp_path / "in" / "out") as staging:
             (staging / "half").write_text("x")
             raise error
 
@@ -206,7 +206,7 @@ def test_what_exists_is_never_overwritten(tmp_path: Path) -> None:
     file.write_text("p")
 
     def write(output: Path) -> None:
-        with folder_written_whole(output):
+        with write_folder_atomically(output):
             pytest.fail("the work was started")
 
     with pytest.raises(OutputError, match="not empty"):
@@ -222,7 +222,7 @@ def test_a_folder_that_fills_up_meanwhile_is_not_overwritten(tmp_path: Path) -> 
     output = tmp_path / "out"
 
     def write() -> None:
-        with folder_written_whole(output) as staging:
+        with write_folder_atomically(output) as staging:
             (staging / "mine").write_text("x")
             output.mkdir()
             (output / "theirs").write_text("y")

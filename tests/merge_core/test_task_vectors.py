@@ -25,14 +25,14 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
 from merge_core.suites.estimates import IMPORTS_BYTES
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups, Origin, ParameterGroup, mean
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups, mean
 from tests.merge_core.float64_reference import svd_k
 
 Make = Callable[..., Suite]
 
 
-def group_of(suite: Suite, name: str, tasks: list[str] | None = None) -> ParameterGroup:
-    return ParameterGroup(suite, suite.select(tasks), name, FactorStore())
+def group_of(suite: Suite, name: str, tasks: list[str] | None = None) -> TensorGroup:
+    return TensorGroup(suite, suite.select(tasks), name, FactorStore())
 
 
 def test_task_vectors_about_both_origins(synthetic_suite: Make) -> None:
@@ -81,13 +81,13 @@ def test_a_group_forgets_what_it_read_and_reads_it_again(
 ) -> None:
     suite = synthetic_suite(seed=3)
     reads: list[str] = []
-    original = Checkpoint.unchecked
+    original = Checkpoint.read_unchecked
 
     def counted(self: Checkpoint, name: str) -> torch.Tensor:
         reads.append(name)
         return original(self, name)
 
-    monkeypatch.setattr(Checkpoint, "unchecked", counted)
+    monkeypatch.setattr(Checkpoint, "read_unchecked", counted)
     group = group_of(suite, "norm.weight")
     first = group.average.clone()
     _ = group.experts, group.base, group.average
@@ -105,7 +105,7 @@ def test_iterating_holds_one_parameter_at_a_time_unless_asked_to_keep(
     gc.freeze()  # what was there before is not looked through again each time
     for keep in (False, True):
         stacks, alive = [], []
-        groups = Groups(suite, None, FactorStore(), keep=keep)
+        groups = TensorGroups(suite, None, FactorStore(), keep=keep)
         for group in groups:
             stacks += [weakref.ref(group.experts), weakref.ref(group.average)]
             gc.collect()
@@ -190,7 +190,7 @@ def test_a_sum_asked_for_in_one_thread_is_not_another_threads(
     synthetic_suite: Make, tmp_path: Path
 ) -> None:
     suite = synthetic_suite(tasks=4)
-    group = ParameterGroup(suite, suite.tasks, suite.matrices[0], FactorStore(tmp_path))
+    group = TensorGroup(suite, suite.tasks, suite.matrices[0], FactorStore(tmp_path))
     expected = {k: group.sum_of_truncations("average", k).clone() for k in (1, 2)}
     assert not torch.equal(expected[1], expected[2])
 

@@ -19,8 +19,8 @@ from mergescope import cli, terminal
 from tests.evaluable import (
     TASKS,
     by_hand,
+    copy_evaluable,
     edit_document,
-    evaluable,
     state_of,
     timm_model,
     write_evaluable,
@@ -33,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[2]
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "160")
-    evaluable(tmp_path / "suite")
+    copy_evaluable(tmp_path / "suite")
     return tmp_path / "suite"
 
 
@@ -59,7 +59,7 @@ def test_inspect(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> 
     assert "evaluable: 3 experts (digits, shapes, lines)" in captured.out
     assert "base: yes" in captured.out
     assert "evaluation: ready" in captured.out
-    suite = evaluable(folder.parent / "again")
+    suite = copy_evaluable(folder.parent / "again")
     assert f"parameters: {len(suite.parameters)} ({len(suite.matrices)} decomposed" in captured.out
     assert "Differences" not in captured.out
     # Norms of the task vectors by hand, about either origin, over the decomposed matrices.
@@ -81,9 +81,9 @@ def test_inspect_headers_only_reads_no_weights(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     read: list[str] = []
-    original = Checkpoint.unchecked
+    original = Checkpoint.read_unchecked
     monkeypatch.setattr(
-        Checkpoint, "unchecked", lambda self, name: read.append(name) or original(self, name)
+        Checkpoint, "read_unchecked", lambda self, name: read.append(name) or original(self, name)
     )
     assert call(monkeypatch, "inspect", folder, "--headers-only", "--tasks", "lines, digits") == 0
     assert read == []
@@ -134,7 +134,7 @@ def test_merge_gives_a_model_that_loads_and_its_recipe_gives_it_again(
     captured = capsys.readouterr()
     assert (captured.out.strip(), captured.err) == (str(tmp_path / "out"), "")
     merged = load_file(tmp_path / "out" / "model.safetensors")
-    base = state_of(evaluable(tmp_path / "copy"))
+    base = state_of(copy_evaluable(tmp_path / "copy"))
     assert {k: v.shape for k, v in merged.items()} == {k: v.shape for k, v in base.items()}
     by_hand(merged, folder, "digits", "val")  # load_state_dict takes it
     experts = [load_file(folder / f"experts/{t}.safetensors") for t in TASKS]
@@ -169,7 +169,7 @@ def test_evaluate_a_suite(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "Accuracy on the test split" in capsys.readouterr().out
     table = pd.read_csv(csv).set_index(["model", "task"])
     assert list(table.columns) == ["accuracy", "low", "high", "correct", "images"]
-    suite = evaluable(folder.parent / "again")
+    suite = copy_evaluable(folder.parent / "again")
     states = [state_of(suite, t) for t in TASKS]
     average = {name: sum(s[name] for s in states) / 3 for name in states[0]}
     for model, weights in (("base", state_of(suite)), ("average", average), ("experts", None)):

@@ -19,13 +19,13 @@ from safetensors.torch import load_file, save_file
 from merge_core import files
 from merge_core.output import model_folder
 from mergescope import cli
-from tests.evaluable import edit_document, evaluable
+from tests.evaluable import copy_evaluable, edit_document
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-    evaluable(tmp_path / "suite")
+    copy_evaluable(tmp_path / "suite")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "suite"
 
@@ -60,37 +60,37 @@ def listing(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if "cache" not in path.parts}
 
 
-def truncated(path: Path) -> None:
+def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def text(path: Path) -> None:
+def write_text(path: Path) -> None:
     path.write_text("these are not weights\n")
 
 
-def reshaped(path: Path) -> None:
+def reshape(path: Path) -> None:
     state = load_file(path)
     save_file({**state, "norm.weight": torch.ones(9)}, path)
 
 
-def lacking(path: Path) -> None:
+def remove_tensor(path: Path) -> None:
     state = load_file(path)
     del state["norm.weight"]
     save_file(state, path)
 
 
-def not_a_number(path: Path) -> None:
+def write_nan(path: Path) -> None:
     state = load_file(path)
     state["norm.weight"][3] = torch.nan
     save_file(state, path)
 
 
 DAMAGES = [
-    (truncated, ("shapes.safetensors", "truncated or damaged", "Copy or download")),
-    (text, ("shapes.safetensors", "not in the safetensors format", "Give the original")),
-    (reshaped, ("'shapes'", "'norm.weight'", "(9,)", "(16,)", "mergescope inspect")),
-    (lacking, ("'shapes'", "'norm.weight'", "missing")),
-    (not_a_number, ("shapes.safetensors", "'norm.weight'", "1 NaN or infinite")),
+    (truncate, ("shapes.safetensors", "truncated or damaged", "Copy or download")),
+    (write_text, ("shapes.safetensors", "not in the safetensors format", "Give the original")),
+    (reshape, ("'shapes'", "'norm.weight'", "(9,)", "(16,)", "mergescope inspect")),
+    (remove_tensor, ("'shapes'", "'norm.weight'", "missing")),
+    (write_nan, ("shapes.safetensors", "'norm.weight'", "1 NaN or infinite")),
     (Path.unlink, ("shapes.safetensors", "does not exist", "Check the path")),
 ]
 
@@ -117,7 +117,7 @@ def test_damaged_experts(
 def test_inspect_shows_differences_and_fails(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    reshaped(folder / "experts" / "shapes.safetensors")
+    reshape(folder / "experts" / "shapes.safetensors")
     monkeypatch.setattr(sys, "argv", ["mergescope", "inspect", str(folder)])
     with pytest.raises(SystemExit) as caught:
         cli.main()
@@ -231,7 +231,7 @@ def test_yaml_that_is_none(folder: Path, mistake: Callable[..., str]) -> None:
 
 def test_evaluation_files(folder: Path, mistake: Callable[..., str]) -> None:
     head = folder / "heads" / "shapes.safetensors"
-    text(head)
+    write_text(head)
     assert "Head of task 'shapes'" in mistake("evaluate", folder)
     head.unlink()
     assert "heads/shapes.safetensors" in mistake("evaluate", folder)

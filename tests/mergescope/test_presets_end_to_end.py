@@ -29,7 +29,7 @@ from merge_core.opening.draft import write_suite
 from merge_core.opening.presets import preset_spec, presets
 from merge_core.suites.suite import load_suite
 from mergescope import cli
-from tests.merge_core.checkpoints.pickled.pickled_files import importable
+from tests.merge_core.checkpoints.pickled.pickled_files import make_importable
 from tests.stand_in_data import SIZE, snapshot
 from tests.stand_ins import (
     OPEN_CLIP,
@@ -37,8 +37,8 @@ from tests.stand_ins import (
     TOKENS,
     ClassificationHead,
     at,
-    offline,
-    shrunk,
+    go_offline,
+    shrink,
     write_stand_ins,
 )
 
@@ -68,20 +68,20 @@ def stand_in(
     """Run ``suite init`` for a preset on its stand-in; gives the suite's file and the cache."""
 
     def make(name: str) -> tuple[Path, Path]:
-        hub = offline(monkeypatch, tmp_path)
+        hub = go_offline(monkeypatch, tmp_path)
         write_stand_ins(presets()[name], hub, tmp_path)
         path = tmp_path / "suite.yaml"
         code, said = run("suite", "init", "--preset", name, "--output", path)
         assert code == 0, said
         assert said.count("yes") == len(preset_spec(name).experts) + 1
         assert load_suite(path).spec == preset_spec(name)
-        write_suite(shrunk(preset_spec(name)), path, overwrite=True)
+        write_suite(shrink(preset_spec(name)), path, overwrite=True)
         return path, hub
 
     return make
 
 
-def merged(run: Run, path: Path) -> dict[str, Tensor]:
+def merge_cart(run: Run, path: Path) -> dict[str, Tensor]:
     """What ``mergescope merge`` writes for CART."""
     recipe = path.with_name("recipe.yaml")
     recipe.write_text(
@@ -160,7 +160,7 @@ def test_fusion_bench_runs_from_init_to_accuracies(
 
     path, hub = stand_in("clip-vit-b-32-8")
     spec = preset_spec("clip-vit-b-32-8")
-    state = merged(run, path)
+    state = merge_cart(run, path)
     members = [load_file(at(hub, expert.weights)) for expert in spec.experts.values()]
     layer = "vision_model.encoder.layers.1"
     assert_merged(state, members, f"{layer}.mlp.fc1.weight", f"{layer}.layer_norm1.weight")
@@ -198,7 +198,7 @@ def test_tall_masks_runs_from_init_to_accuracies(
     monkeypatch.setattr("torchvision.datasets.SVHN._check_integrity", lambda self: True)
     path, hub = stand_in("tall-masks-vit-b-32-8")
     spec = preset_spec("tall-masks-vit-b-32-8")
-    state = merged(run, path)
+    state = merge_cart(run, path)
     members = [torch.load(at(hub, expert.weights)) for expert in spec.experts.values()]
     layer = "model.visual.transformer.resblocks.1"
     assert_merged(state, members, f"{layer}.attn.in_proj_weight", f"{layer}.ln_1.weight")
@@ -226,7 +226,7 @@ def test_tall_masks_runs_from_init_to_accuracies(
         "RESISC45": parquet(hub, "tanganke/resisc45", "image", "label"),
     }
     for task, (inputs, labels) in found.items():
-        with importable("src.models.modeling", ClassificationHead=ClassificationHead):
+        with make_importable("src.models.modeling", ClassificationHead=ClassificationHead):
             place = at(hub, spec.experts[task].head.file)  # type: ignore[union-attr, arg-type]
             head = torch.load(place, weights_only=False)
         features = clip.encode_image(inputs)
@@ -243,7 +243,7 @@ def test_text_presets_run_from_init_to_accuracies(
 ) -> None:
     path, hub = stand_in(name)
     gpt, spec = name.startswith("gpt"), preset_spec(name)
-    state = merged(run, path)
+    state = merge_cart(run, path)
     read: Callable[[Path], dict[str, Tensor]] = load_file if gpt else torch.load
     members = {task: read(at(hub, expert.weights)) for task, expert in spec.experts.items()}
     # Written as the base is, whose names lack a prefix in GPT-2; heads are left out.
@@ -258,7 +258,7 @@ def test_text_presets_run_from_init_to_accuracies(
     assert_merged(state, list(members.values()), f"{layer}.{matrix}", f"{layer}.{averaged}")
     measured = accuracies(run, path)
     for task, member in members.items():
-        logits, labels = classified(path, hub, task, {**member, **state})
+        logits, labels = classify(path, hub, task, {**member, **state})
         assert_logits(path, state, task, logits)
         assert measured[task] == pytest.approx(share_right(logits, labels)), task
     # Task Arithmetic is about the base.
@@ -275,7 +275,7 @@ def test_text_presets_run_from_init_to_accuracies(
     )
 
 
-def classified(
+def classify(
     path: Path, hub: Path, task: str, state: dict[str, Tensor]
 ) -> tuple[Tensor, np.ndarray]:
     """Logits of transformers' own classifier for the reported texts, one text at a time."""
@@ -311,8 +311,8 @@ def test_methods_that_learn_from_inputs_run_on_these_networks(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("torchvision.datasets.SVHN._check_integrity", lambda self: True)
-    write_stand_ins(presets()[name], offline(monkeypatch, tmp_path), tmp_path)
-    write_suite(shrunk(preset_spec(name)), tmp_path / "suite.yaml")
+    write_stand_ins(presets()[name], go_offline(monkeypatch, tmp_path), tmp_path)
+    write_suite(shrink(preset_spec(name)), tmp_path / "suite.yaml")
     suite = load_suite(tmp_path)
     tasks, evaluator = suite.tasks[-2:], Evaluator(suite)
     session = MergeSession(suite, tasks, FactorStore(tmp_path / "factors"))
@@ -320,7 +320,7 @@ def test_methods_that_learn_from_inputs_run_on_these_networks(
     for method, parameters in (("regmean", {"examples": 3}), ("adamerging", {"steps": 2})):
         fields = {"method": method, "tasks": list(tasks), "parameters": parameters}
         recipe = make_recipe(fields)
-        learned = session.merge(recipe, None, None, evaluator.learned(recipe, session, None))
+        learned = session.merge(recipe, None, None, evaluator.learn(recipe, session, None))
         assert learned.keys() == plain.keys()
         assert all(bool(torch.isfinite(value).all()) for value in learned.values())
         moved = sum(not torch.equal(learned[name], plain[name]) for name in plain)
@@ -332,7 +332,7 @@ def test_a_regression_is_merged_but_not_evaluated(
     stand_in: Callable[[str], tuple[Path, Path]], run: Run
 ) -> None:
     path, _ = stand_in("roberta-base-glue-8")
-    merged(run, path)
+    merge_cart(run, path)
     code, said = run("evaluate", path)
     assert code != 0
     assert "no head is given for stsb" in said

@@ -18,8 +18,8 @@ from merge_core.merging.recipe import make_recipe
 from merge_core.methods import get_method
 from merge_core.suites.suite import load_suite
 from tests.evaluable import write_evaluable
-from tests.pages.test_pages import array, figures, finished, healthy, open_page
-from ui.sections.own_recipes import link_form, parsed
+from tests.pages.test_pages import array, assert_healthy, figures, finish, open_page
+from ui.sections.own_recipes import link_form, parse_recipes
 
 Offer = Callable[..., Path]
 
@@ -36,15 +36,15 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offer:
     return make
 
 
-def compared(at: AppTest) -> AppTest:
+def run_comparison(at: AppTest) -> AppTest:
     """Press the button, and wait until the job has ended."""
-    return healthy(finished(button(at, "Compare these methods").click().run()))
+    return assert_healthy(finish(button(at, "Compare these methods").click().run()))
 
 
 def test_a_comparison_shows_the_evaluators_accuracies(offer: Offer) -> None:
     path = offer()
     chosen = ["Weight average", "CART", get_method("dare_ties").title, "TSV-C"]
-    at = compared(healthy(open_page("compare", suite="mine", methods=chosen)))
+    at = run_comparison(assert_healthy(open_page("compare", suite="mine", methods=chosen)))
     drawn = next(f for f in figures(at) if "keeps most" in f["layout"]["title"]["text"])
     dots = dict(zip(drawn["data"][0]["y"], array(drawn["data"][0]["x"]), strict=True))
     suite = load_suite(path)
@@ -59,7 +59,7 @@ def test_a_comparison_shows_the_evaluators_accuracies(offer: Offer) -> None:
 def test_tuned_settings_are_chosen_on_validation(offer: Offer) -> None:
     offer()
     at = open_page("compare", suite="mine", methods=["Task Arithmetic"], budget="Best of 4")
-    at = compared(healthy(at))
+    at = run_comparison(assert_healthy(at))
     assert any("scale" in str(frame.value.to_dict()) for frame in at.dataframe)
 
 
@@ -80,13 +80,13 @@ def test_own_recipes_come_with_the_link(offer: Offer) -> None:
         "http://127.0.0.1:8501/compare?suite=elsewhere&tasks=cats&method=cart&scale=2&rank=0.5\n"
         'method=task_arithmetic&weights={"cats":2}\nmethod=slerp'
     )
-    at = healthy(open_page("compare", suite="mine", methods=["CART"], own=own))
+    at = assert_healthy(open_page("compare", suite="mine", methods=["CART"], own=own))
     warnings = [warning.value for warning in at.warning]
     assert len(warnings) == 3
     assert "no method 'bogus'" in warnings[0]
     assert "does not merge 'cats'" in warnings[1]
     assert "merges 2 experts, not 3" in warnings[2]
-    at = compared(at)
+    at = run_comparison(at)
     assert set(labels(at)) == {"CART", "CART (rank 0.5, scale 2)"}
     suite = load_suite(path)
     recipe = make_recipe({"method": "cart", "parameters": {"rank": 0.5, "scale": 2}})
@@ -99,50 +99,50 @@ def test_own_recipes_come_with_the_link(offer: Offer) -> None:
 
 def test_own_recipes_are_added_and_removed(offer: Offer) -> None:
     offer()
-    at = healthy(open_page("compare", suite="mine", methods=["CART"]))
+    at = assert_healthy(open_page("compare", suite="mine", methods=["CART"]))
     at.selectbox(key="own_method").set_value("task_arithmetic").run()
     at.slider(key="own_scale").set_value(0.45).run()
-    at = healthy(button(at, "Add to the comparison").click().run())
+    at = assert_healthy(button(at, "Add to the comparison").click().run())
     at.slider(key="own_scale").set_value(0.75).run()
-    at = healthy(button(at, "Add to the comparison").click().run())
-    at = healthy(button(at, "Add to the comparison").click().run())  # once is enough
+    at = assert_healthy(button(at, "Add to the comparison").click().run())
+    at = assert_healthy(button(at, "Add to the comparison").click().run())  # once is enough
     shown = [text.value for text in at.markdown if text.value.startswith("Task Arithmetic")]
     assert shown == [f"Task Arithmetic (scale {scale})" for scale in (0.45, 0.75)]
     # They stand in the link: another session opens with them.
-    other = healthy(open_page("compare", suite="mine", own=at.query_params["own"]))
+    other = assert_healthy(open_page("compare", suite="mine", own=at.query_params["own"]))
     assert all(text in [each.value for each in other.markdown] for text in shown)
-    at = healthy(at.button(key="own_remove_0").click().run())
+    at = assert_healthy(at.button(key="own_remove_0").click().run())
     assert not any(text.value == shown[0] for text in at.markdown)
     assert any(text.value == shown[1] for text in at.markdown)
     assert any("1 method and 1 recipe of your own" in text.value for text in at.markdown)
     at.multiselect(key="methods").set_value([]).run()
-    assert labels(compared(healthy(at))) == [shown[1]]
+    assert labels(run_comparison(assert_healthy(at))) == [shown[1]]
 
 
 def test_recipe_files_are_added_and_bad_ones_named(offer: Offer) -> None:
     offer()
-    at = healthy(open_page("compare", suite="mine", methods=["CART"]))
+    at = assert_healthy(open_page("compare", suite="mine", methods=["CART"]))
     good = make_recipe({"suite": "x.yaml", "method": "ties", "parameters": {"density": 0.5}})
     files = [
         ("good.yaml", good.to_yaml().encode(), "text/yaml"),
         ("bad.yaml", b"method: [", "text/yaml"),
         ("large.yaml", b"method: ties" + b" " * (2 << 20), "text/yaml"),
     ]
-    at = healthy(at.file_uploader[0].set_value(files).run())
+    at = assert_healthy(at.file_uploader[0].set_value(files).run())
     assert any(text.value == "TIES (density 0.5)" for text in at.markdown)
     warnings = " ".join(warning.value for warning in at.warning)
     assert "bad.yaml is not valid YAML" in warnings
     assert "large.yaml is larger than 1 MB" in warnings
     assert not at.file_uploader[0].value
-    assert not healthy(at.run()).warning
+    assert not assert_healthy(at.run()).warning
 
 
 def test_the_merge_lab_sends_its_recipe(offer: Offer) -> None:
     offer()
-    lab = healthy(open_page("merge_lab", suite="mine", method="TIES", density="0.35"))
+    lab = assert_healthy(open_page("merge_lab", suite="mine", method="TIES", density="0.35"))
     link = next(each for each in lab.get("page_link") if "Compare" in each.proto.label)
     query = parse_qs(link.proto.query_string)
-    at = healthy(open_page("compare", **query))
+    at = assert_healthy(open_page("compare", **query))
     assert any(text.value == "TIES (density 0.35)" for text in at.markdown)
 
 
@@ -151,13 +151,16 @@ def test_recipes_are_read_as_links_and_as_yaml() -> None:
         {"method": "cart", "parameters": {"rank": 0.5}, "then": [{"method": "svc"}]}
     )
     second = make_recipe({"method": "ties"})
-    assert [recipe for _, recipe in parsed(f"\n {link_form(first)} \n\nmethod=ties")] == [
+    assert [recipe for _, recipe in parse_recipes(f"\n {link_form(first)} \n\nmethod=ties")] == [
         first,
         second,
     ]
-    assert [r for _, r in parsed(f"{first.to_yaml()}---\n{second.to_yaml()}")] == [first, second]
-    assert parsed("  \n") == []
-    ((text, problem),) = parsed("method: cart\nrank: 3")
+    assert [r for _, r in parse_recipes(f"{first.to_yaml()}---\n{second.to_yaml()}")] == [
+        first,
+        second,
+    ]
+    assert parse_recipes("  \n") == []
+    ((text, problem),) = parse_recipes("method: cart\nrank: 3")
     assert text == "method: cart\nrank: 3"
     assert "rank" in str(problem)
 
@@ -167,7 +170,7 @@ def test_published_figures_need_no_evaluation(offer: Offer) -> None:
     document = yaml.safe_load(path.read_text())
     del document["architecture"]
     path.write_text(yaml.safe_dump(document))
-    at = healthy(open_page("compare", suite="mine"))
+    at = assert_healthy(open_page("compare", suite="mine"))
     assert any("analysed and merged but not evaluated" in info.value for info in at.info)
     assert any("Not comparable" in text.value for text in at.markdown)
     assert not [button for button in at.button if button.label == "Compare these methods"]
@@ -175,7 +178,7 @@ def test_published_figures_need_no_evaluation(offer: Offer) -> None:
 
 def test_two_tasks_offer_methods_for_two(offer: Offer) -> None:
     offer()
-    two = healthy(open_page("compare", suite="mine", tasks=["digits", "lines"]))
-    three = healthy(open_page("compare", suite="mine"))
+    two = assert_healthy(open_page("compare", suite="mine", tasks=["digits", "lines"]))
+    three = assert_healthy(open_page("compare", suite="mine"))
     boxes = [next(m for m in at.multiselect if m.key == "methods") for at in (two, three)]
     assert ["SLERP" in box.options for box in boxes] == [True, False]

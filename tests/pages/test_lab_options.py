@@ -11,16 +11,16 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_yaml
 from merge_core.suites.suite import load_suite
-from tests.pages.test_pages import healthy, metrics, open_page
+from tests.pages.test_pages import assert_healthy, metrics, open_page
 from ui.sections.recipe_options import parse_overrides, parse_weights
 
 
-def shown_recipe(at: AppTest) -> Recipe:
+def read_shown_recipe(at: AppTest) -> Recipe:
     return recipe_from_yaml(next(c.value for c in at.code if "method:" in c.value))
 
 
 def test_all_options_reach_the_recipe_and_its_accuracy() -> None:
-    at = healthy(
+    at = assert_healthy(
         open_page(
             "merge_lab",
             method="TIES",
@@ -30,7 +30,7 @@ def test_all_options_reach_the_recipe_and_its_accuracy() -> None:
             then=["SVC"],
         )
     )
-    recipe = shown_recipe(at)
+    recipe = read_shown_recipe(at)
     wanted = make_recipe(
         {
             "tasks": recipe.tasks,
@@ -48,19 +48,19 @@ def test_all_options_reach_the_recipe_and_its_accuracy() -> None:
 
 
 def test_the_lab_evaluates_what_it_writes() -> None:
-    at = healthy(open_page("merge_lab", method="Task Arithmetic", weights="digits=3"))
+    at = assert_healthy(open_page("merge_lab", method="Task Arithmetic", weights="digits=3"))
     suite = load_suite("demo")
     frame = Evaluator(suite).recipe(
-        shown_recipe(at), MergeSession(suite, None, FactorStore()), "val"
+        read_shown_recipe(at), MergeSession(suite, None, FactorStore()), "val"
     )
     assert metrics(at)["Mean accuracy"] == f"{frame['accuracy'].mean():.1%}"
 
 
 def test_methods_offer_only_what_they_can_take() -> None:
-    at = healthy(open_page("merge_lab", method="CART"))
+    at = assert_healthy(open_page("merge_lab", method="CART"))
     assert "weights" not in {box.key for box in at.text_input}
     assert "origin" not in {group.key for group in at.segmented_control}
-    at = healthy(open_page("merge_lab", method="Weight average"))
+    at = assert_healthy(open_page("merge_lab", method="Weight average"))
     assert "weights" in {box.key for box in at.text_input}
     assert at.text_input(key="overrides").disabled
 

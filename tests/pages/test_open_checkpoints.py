@@ -15,13 +15,13 @@ from safetensors.torch import save, save_file
 from streamlit.testing.v1 import AppTest
 
 from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.opening.roles import Found
+from merge_core.opening.roles import FoundModel
 from merge_core.suites.suite import load_suite
 from tests.conftest import random_states
 from tests.hub_client import files_of, hub, weights
 from tests.hub_server import Hub
-from tests.pages.test_pages import app_at, finished, healthy, open_page
-from ui.sections.open_members import edited, members_frame
+from tests.pages.test_pages import app_at, assert_healthy, finish, open_page
+from ui.sections.open_members import apply_edits, members_frame
 from ui.server import session_files
 
 __all__ = ["hub"]
@@ -50,7 +50,7 @@ def write_models(folder: Path) -> None:
 
 def open_source(source: str) -> AppTest:
     """The page, with one of its sources chosen by the link."""
-    return healthy(open_page("open_checkpoints", **{"from": source}))
+    return assert_healthy(open_page("open_checkpoints", **{"from": source}))
 
 
 def choose_folder(folder: str) -> AppTest:
@@ -69,7 +69,7 @@ def members(at: AppTest) -> pd.DataFrame:
     return at.dataframe[0].value
 
 
-def opened(at: AppTest) -> str:
+def opened_suite(at: AppTest) -> str:
     """The suite that the app shows, on its overview."""
     assert at.header[0].value.startswith("Why does averaging")
     name = at.sidebar.selectbox(key="suite").value
@@ -77,7 +77,7 @@ def opened(at: AppTest) -> str:
     return str(name)
 
 
-def said(at: AppTest) -> str:
+def message_text(at: AppTest) -> str:
     return " ".join(m.value for m in (*at.error, *at.warning, *at.info, *at.success))
 
 
@@ -86,7 +86,7 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     (root / "runs" / "models" / "damaged.safetensors").write_bytes(b"x")
     at = open_source("Folder")
     assert at.selectbox(key="open_folder").options == ["runs/models"]
-    at = healthy(choose_folder("runs/models"))
+    at = assert_healthy(choose_folder("runs/models"))
     table = members(at)
     assert table["model"].tolist() == [f"{n}.safetensors" for n in ("base", *TASKS, "damaged")]
     assert table["role"].tolist() == ["base", "expert", "expert", "expert", "leave out"]
@@ -97,11 +97,11 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     assert told["Time of a merge"] == "under 1 s"
     assert 300 < float(told["Memory of a merge"].removesuffix(" MB")) < 600
     assert told["Stored factors"] == "0.0 MB"
-    at = healthy(press(at, "Write runs/models/suite.yaml and open it"))
-    assert opened(at) == "models"
+    at = assert_healthy(press(at, "Write runs/models/suite.yaml and open it"))
+    assert opened_suite(at) == "models"
     assert not any("mergescope merge" in text.value for text in at.markdown)
     at.switch_page("pages/overview.py").session_state["preflight"] = True
-    at = healthy(at.run())
+    at = assert_healthy(at.run())
     (cost,) = (text.value for text in at.markdown if "mergescope merge" in text.value)
     assert "averaging takes under 1 s, CART under 1 s" in cost
     assert list(at.sidebar.get("button_group")[0].value) == list(TASKS)
@@ -109,7 +109,7 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     assert document["base"] == "base.safetensors"
     assert document["experts"] == {t: {"weights": f"{t}.safetensors"} for t in TASKS}
     # It stays on offer as the visitor goes on, and to this visitor alone.
-    at = healthy(at.switch_page("pages/spectra.py").run())
+    at = assert_healthy(at.switch_page("pages/spectra.py").run())
     assert at.sidebar.selectbox(key="suite").value == "models"
     other = open_page("spectra", suite="models")
     assert other.sidebar.selectbox(key="suite").options == ["demo"]
@@ -122,14 +122,14 @@ def test_a_suite_that_is_there_is_opened_or_replaced_only_when_told(root: Path) 
     path.write_text("name: theirs\nexperts: {cars: {weights: cars.safetensors}}\n")
     before = path.read_bytes()
     at = press(choose_folder("models"), "Write")
-    assert "exists" in said(at)
+    assert "exists" in message_text(at)
     assert path.read_bytes() == before
-    at = healthy(press(choose_folder("models"), "Open it as it is"))
-    assert opened(at) == "theirs"
+    at = assert_healthy(press(choose_folder("models"), "Open it as it is"))
+    assert opened_suite(at) == "theirs"
     assert list(at.sidebar.get("button_group")[0].value) == ["cars"]
     at = choose_folder("models")
     at.checkbox[0].check().run()
-    assert opened(healthy(press(at, "Write"))) == "models"
+    assert opened_suite(assert_healthy(press(at, "Write"))) == "models"
     assert load_suite(path).tasks == TASKS
 
 
@@ -152,7 +152,7 @@ def test_a_suite_that_names_files_outside_is_not_opened(
     text = yaml.safe_dump(whole).replace("{outside}", str(outside))
     (root / "models" / "suite.yaml").write_text(text)
     at = press(choose_folder("models"), "Open it as it is")
-    assert "outside the allowed folders" in said(at)
+    assert "outside the allowed folders" in message_text(at)
     assert at.header[0].value.startswith("Which models")
 
 
@@ -162,11 +162,11 @@ def test_a_suite_that_is_itself_outside_is_not_opened(root: Path) -> None:
     outside.write_text("name: secret\nexperts: {a: {weights: nothing.safetensors}}\n")
     (root / "models" / "suite.yaml").symlink_to(outside)
     at = press(choose_folder("models"), "Open it as it is")
-    assert "outside the allowed folders" in said(at)
+    assert "outside the allowed folders" in message_text(at)
     # Written anew, it takes the link's place and leaves alone what that led to.
     at = choose_folder("models")
     at.checkbox[0].check().run()
-    assert opened(healthy(press(at, "Write"))) == "models"
+    assert opened_suite(assert_healthy(press(at, "Write"))) == "models"
     assert "secret" in outside.read_text()
 
 
@@ -174,7 +174,7 @@ def test_the_last_part_of_a_path_can_be_typed(root: Path) -> None:
     write_models(root / "runs" / "models")
     at = app_at("open_checkpoints")
     at.session_state["open_folder"] = "models"
-    assert len(members(healthy(at.run()))) == 1 + len(TASKS)
+    assert len(members(assert_healthy(at.run()))) == 1 + len(TASKS)
 
 
 @pytest.mark.parametrize("text", ["..", "{outside}", "link"])
@@ -185,7 +185,7 @@ def test_a_path_outside_cannot_be_typed(text: str, root: Path) -> None:
     at = app_at("open_checkpoints")
     at.session_state["open_folder"] = text.format(outside=root.parent / "outside")
     at.run()
-    assert "is not a folder below root" in said(at)
+    assert "is not a folder below root" in message_text(at)
     assert not at.dataframe
 
 
@@ -198,9 +198,9 @@ def test_one_of_several_allowed_folders_is_chosen(
     monkeypatch.setenv("MERGESCOPE_ROOTS", os.pathsep.join([str(root), str(root.parent / "more")]))
     at = open_source("Folder")
     assert at.selectbox(key="open_folder").options == ["models"]
-    at = healthy(at.selectbox(key="open_root").select_index(1).run())
+    at = assert_healthy(at.selectbox(key="open_root").select_index(1).run())
     assert at.selectbox(key="open_folder").options == ["others"]
-    at = healthy(at.selectbox(key="open_folder").set_value("others").run())
+    at = assert_healthy(at.selectbox(key="open_folder").set_value("others").run())
     assert any(button.label == "Write others/suite.yaml and open it" for button in at.button)
 
 
@@ -210,10 +210,10 @@ def test_a_folder_is_read_again_when_it_changes(root: Path) -> None:
     assert "zoo" not in members(at)["task"].tolist()
     state = dict(random_states(TASKS)[1])
     save_file(state, root / "models" / "zoo.safetensors")
-    at = healthy(at.run())
+    at = assert_healthy(at.run())
     assert "zoo" in members(at)["task"].tolist()
     (root / "models" / "dtd.safetensors").unlink()
-    assert "dtd" not in members(healthy(at.run()))["task"].tolist()
+    assert "dtd" not in members(assert_healthy(at.run()))["task"].tolist()
 
 
 def test_what_does_not_fit_is_said(root: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_does_not_fit_is_said(root: Path) -> None:
     state["conv.weight"] = torch.zeros(5, 3, 2, 2)
     save_file(state, root / "models" / "zoo.safetensors")
     at = choose_folder("models")
-    assert "do not fit cars: zoo" in said(at)
+    assert "do not fit cars: zoo" in message_text(at)
     fits = at.dataframe[1].value.set_index("member")
     assert fits["fits"].to_dict() == {**dict.fromkeys([*TASKS, "base"], "yes"), "zoo": "no"}
     assert fits.loc["zoo", "differences"] == "1 shape, 1 missing"
@@ -233,8 +233,8 @@ def test_where_the_folder_is_read_only_the_suite_stays_in_the_session(
 ) -> None:
     write_models(root / "models")
     monkeypatch.setattr("os.access", lambda path, mode: False)
-    at = healthy(press(choose_folder("models"), "Open this suite"))
-    assert opened(at) == "models"
+    at = assert_healthy(press(choose_folder("models"), "Open this suite"))
+    assert opened_suite(at) == "models"
     assert not (root / "models" / "suite.yaml").exists()
     assert list((root.parent / "cache" / "sessions").rglob("suite.yaml"))
 
@@ -244,7 +244,7 @@ def upload(at: AppTest, *files: tuple[str, bytes]) -> AppTest:
     return at.run()
 
 
-def uploaded(files: dict[str, bytes]) -> AppTest:
+def page_with_uploads(files: dict[str, bytes]) -> AppTest:
     return upload(open_source("Upload"), *files.items())
 
 
@@ -255,14 +255,14 @@ def models_as_bytes() -> dict[str, bytes]:
 
 
 def test_uploads_are_seen_by_their_session_alone_and_removed_after_it(root: Path) -> None:
-    at = healthy(uploaded(models_as_bytes()))
+    at = assert_healthy(page_with_uploads(models_as_bytes()))
     assert members(at)["role"].tolist() == ["base", "expert", "expert", "expert"]
     # A second batch joins the first.
     extra = save({n: v + 1 for n, v in random_states(TASKS)[1].items()})
-    at = healthy(upload(at, ("extra.safetensors", extra)))
+    at = assert_healthy(upload(at, ("extra.safetensors", extra)))
     assert "extra" in members(at)["task"].tolist()
-    at = healthy(press(at, "Open this suite"))
-    assert opened(at) == "uploads"
+    at = assert_healthy(press(at, "Open this suite"))
+    assert opened_suite(at) == "uploads"
     places = list((root.parent / "cache").rglob("cars.safetensors"))
     assert len(places) == 1
     assert places[0].parent.parent.stat().st_mode & 0o077 == 0
@@ -271,7 +271,7 @@ def test_uploads_are_seen_by_their_session_alone_and_removed_after_it(root: Path
     assert other.sidebar.selectbox(key="suite").options == ["demo"]
     assert not open_source("Upload").dataframe
     # What is derived from uploads lies beside them.
-    healthy(at.switch_page("pages/spectra.py").run())
+    assert_healthy(at.switch_page("pages/spectra.py").run())
     assert list(places[0].parent.glob("factors/*/*.safetensors"))
     assert not (root.parent / "cache" / "factors").exists()
     session_files.janitor().sweep(time.monotonic() + 10_000)
@@ -282,7 +282,7 @@ def test_uploads_are_seen_by_their_session_alone_and_removed_after_it(root: Path
 
 def test_uploads_that_are_no_weights_are_refused_in_words(root: Path) -> None:
     good = models_as_bytes()
-    at = uploaded(
+    at = page_with_uploads(
         {
             "../../escape.safetensors": good["cars.safetensors"],
             "cut.safetensors": good["dtd.safetensors"][:-10],
@@ -309,14 +309,14 @@ def test_models_of_the_hub_are_asked_after_downloaded_and_opened(hub: Hub, root:
     at = open_source("Hugging Face Hub")
     at.text_area(key="open_ids").set_value("hf://org/net\n\n org/net-cars \nhf://org/net-dtd").run()
     assert hub.requests == []  # nothing before it is asked for
-    at = healthy(finished(press(at, "Ask the hub")))
+    at = assert_healthy(finish(press(at, "Ask the hub")))
     assert members(at)["role"].tolist() == ["base", "expert", "expert"]
     assert members(at)["task"].tolist()[1:] == ["cars", "dtd"]
-    assert "All 3 models fit" in said(at)
+    assert "All 3 models fit" in message_text(at)
     assert not list(root.parent.rglob("blobs"))  # headers alone
-    at = healthy(finished(press(at, "Download 3 models")))
-    at = healthy(press(at, "Open this suite"))
-    assert opened(at) == "from-the-hub"
+    at = assert_healthy(finish(press(at, "Download 3 models")))
+    at = assert_healthy(press(at, "Open this suite"))
+    assert opened_suite(at) == "from-the-hub"
     assert list(at.sidebar.get("button_group")[0].value) == ["cars", "dtd"]
 
 
@@ -324,7 +324,7 @@ def test_what_the_hub_does_not_give_is_said_in_whole_sentences(hub: Hub) -> None
     hub.status = 503
     at = open_source("Hugging Face Hub")
     at.text_area(key="open_ids").set_value("hf://org/net\nhf://org/net-cars").run()
-    at = finished(press(at, "Ask the hub"))
+    at = finish(press(at, "Ask the hub"))
     (warning,) = at.warning
     assert "2 of 2 could not be read" in warning.value
     assert "org/net:" in warning.value
@@ -337,11 +337,11 @@ def test_a_benchmark_without_the_hub_is_there_all_the_same(hub: Hub) -> None:
     hub.status = 503
     at = open_source("Benchmark")
     at.selectbox(key="open_preset").set_value("clip-vit-b-32-8").run()
-    at = healthy(finished(press(at, "Ask the hub")))
+    at = assert_healthy(finish(press(at, "Ask the hub")))
     table = members(at)
     assert table["role"].tolist() == ["base"] + 8 * ["expert"]
     assert "sun397" in table["task"].tolist()
-    assert "not known yet" in said(at)
+    assert "not known yet" in message_text(at)
     assert any(button.label == "Ask the hub again" for button in at.button)
     assert at.get("download_button")
 
@@ -355,21 +355,21 @@ def test_a_suite_on_offer_that_is_not_downloaded_can_be(
     monkeypatch.setenv("MERGESCOPE_SUITES", str(path))
     at = open_source("Upload")
     assert any("root is not downloaded" in title.value for title in at.subheader)
-    at = healthy(finished(press(at, "Download the model")))
+    at = assert_healthy(finish(press(at, "Download the model")))
     assert not at.subheader
     assert Checkpoint(load_suite(path).file("hf://org/net")).nbytes
 
 
 def test_only_roles_and_names_are_taken_from_the_browser() -> None:
     found = (
-        Found("/real/a.pt", "a", "a", "a.pt", task="a"),
-        Found("/real/b.pt", "b", "b", "b.pt", task="b"),
+        FoundModel("/real/a.pt", "a", "a", "a.pt", task="a"),
+        FoundModel("/real/b.pt", "b", "b", "b.pt", task="b"),
     )
     frame = members_frame(found)
     frame["model"] = "/etc/shadow"
     frame["role"] = ["base", "root"]
     frame["task"] = ["a", "  new "]
-    result = edited(found, frame)
+    result = apply_edits(found, frame)
     assert [each.reference for each in result] == ["/real/a.pt", "/real/b.pt"]
     assert [each.shown for each in result] == ["a.pt", "b.pt"]
     assert [each.role for each in result] == ["base", "left out"]

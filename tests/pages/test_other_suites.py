@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from merge_core.yaml_text import dump_yaml
 from tests.evaluable import write_evaluable
-from tests.pages.test_pages import PAGES, figures, finished, metrics, open_page
+from tests.pages.test_pages import PAGES, figures, finish, metrics, open_page
 
 NEEDS_EVALUATION = ("overview", "rank_and_scale", "merge_lab")
 
@@ -58,16 +58,16 @@ def change(file: str, how: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[
     return damage
 
 
-def truncated(folder: Path) -> None:
+def truncate(folder: Path) -> None:
     path = folder / "experts" / "shapes.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
-def plain_text(folder: Path) -> None:
+def write_plain_text(folder: Path) -> None:
     (folder / "experts" / "shapes.safetensors").write_text("not weights at all")
 
 
-def headless(folder: Path) -> None:
+def remove_head(folder: Path) -> None:
     (folder / "heads" / "shapes.safetensors").unlink()
 
 
@@ -107,11 +107,11 @@ def test_without_a_base_everything_about_the_average_works(
 @pytest.mark.parametrize(
     ("damage", "named"),
     [
-        (truncated, "shapes.safetensors"),
-        (plain_text, "shapes.safetensors"),
+        (truncate, "shapes.safetensors"),
+        (write_plain_text, "shapes.safetensors"),
         (change("experts/shapes.safetensors", lambda v: v * float("nan")), "NaN"),
         (change("experts/shapes.safetensors", lambda v: v[:, :-1]), "shape"),
-        (headless, "head"),
+        (remove_head, "head"),
         (lambda folder: (folder / "suite.yaml").write_text("name: x\nexpert: {}"), "experts"),
         (lambda folder: (folder / "suite.yaml").write_text("name: [x"), "YAML"),
         (lambda folder: (folder / "suite.yaml").unlink(), "suite.yaml"),
@@ -137,7 +137,7 @@ def test_the_first_result_of_a_new_suite_is_a_button_away(offer: Callable[..., P
     offer()
     at = open_page("overview", suite="mine")
     next(b for b in at.button if b.label.startswith("Evaluate base")).click()
-    at = finished(at.run())
+    at = finish(at.run())
     assert not at.exception
     assert figures(at)
     assert {"Base", "Weight average", "Task Arithmetic", "CART", "Experts"} <= set(metrics(at))

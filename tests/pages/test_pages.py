@@ -60,7 +60,7 @@ def open_page(name: str, **query: str | list[str]) -> AppTest:
     return at.run()
 
 
-def finished(at: AppTest, seconds: float = 120) -> AppTest:
+def finish(at: AppTest, seconds: float = 120) -> AppTest:
     """Run the page again, as its own polling does, when no job is under way any more."""
     end = time.monotonic() + seconds
     while any(button.label == "Cancel" for button in at.button):
@@ -71,7 +71,7 @@ def finished(at: AppTest, seconds: float = 120) -> AppTest:
     return at
 
 
-def healthy(at: AppTest) -> AppTest:
+def assert_healthy(at: AppTest) -> AppTest:
     """The page has neither an exception nor an error message."""
     assert not at.exception, at.exception
     assert [error.value for error in at.error] == []
@@ -117,7 +117,7 @@ def empty_caches() -> Iterator[None]:
 
 @pytest.mark.parametrize("name", PAGES)
 def test_each_page_opens_with_the_shell_around_it(name: str) -> None:
-    at = healthy(open_page(name))
+    at = assert_healthy(open_page(name))
     assert at.header[0].value.startswith(HEADINGS[name])
     assert at.sidebar.selectbox(key="suite").value == "demo"
     assert list(at.sidebar.get("button_group")[0].value) == list(load_suite("demo").tasks)
@@ -129,18 +129,18 @@ def test_each_page_opens_with_the_shell_around_it(name: str) -> None:
 @pytest.mark.parametrize("name", PAGES)
 @pytest.mark.parametrize("tasks", [["digits"], ["digits", "greek"]])
 def test_one_task_and_two_tasks_are_defined_everywhere(name: str, tasks: list[str]) -> None:
-    healthy(open_page(name, tasks=tasks))
+    assert_healthy(open_page(name, tasks=tasks))
 
 
 @pytest.mark.parametrize("name", PAGES)
 def test_values_that_a_link_cannot_have_fall_back(name: str) -> None:
     at = open_page(name, share="9999", method="nope", layer="nope", tasks="nope", rank="x")
-    assert figures(healthy(at))
+    assert figures(assert_healthy(at))
 
 
 def test_the_scree_is_the_spectrum_of_the_task_vectors() -> None:
     layer = "blocks.1.mlp.fc1.weight"
-    at = healthy(open_page("spectra", layer=layer))
+    at = assert_healthy(open_page("spectra", layer=layer))
     stacked = weights(layer)
     centred = stacked - stacked.mean(axis=0)
     expected = np.linalg.svd(centred[0], compute_uv=False)
@@ -153,7 +153,7 @@ def test_the_scree_is_the_spectrum_of_the_task_vectors() -> None:
 
 
 def test_the_map_shows_fused_queries_keys_and_values_apart_when_asked_to() -> None:
-    at = healthy(open_page("spectra", fused="Apart", quantity="Norm"))
+    at = assert_healthy(open_page("spectra", fused="Apart", quantity="Norm"))
     drawn = trace(figures(at)[2], type="heatmap")
     rows = list(drawn["y"])
     assert {"0 attention q", "0 attention k", "0 attention v"} <= set(rows)
@@ -168,7 +168,7 @@ def test_the_map_shows_fused_queries_keys_and_values_apart_when_asked_to() -> No
 
 def test_energy_kept_follows_the_rank() -> None:
     layer = load_suite("demo").matrices[0]
-    at = healthy(open_page("spectra", layer=layer, share="16 %"))
+    at = assert_healthy(open_page("spectra", layer=layer, share="16 %"))
     stacked = weights(layer)
     centred = stacked - stacked.mean(axis=0)
     kept = []
@@ -180,7 +180,7 @@ def test_energy_kept_follows_the_rank() -> None:
 
 def test_the_interference_map_is_the_definition() -> None:
     layer = "blocks.0.mlp.fc2.weight"
-    at = healthy(open_page("interference", layer=layer, share="4 %"))
+    at = assert_healthy(open_page("interference", layer=layer, share="4 %"))
     stacked = weights(layer)
     centred = stacked - stacked.mean(axis=0)
     k = int(0.04 * min(centred.shape[1:]))
@@ -193,7 +193,7 @@ def test_the_interference_map_is_the_definition() -> None:
 
 
 def test_centred_cosines_have_the_mean_that_their_sum_forces() -> None:
-    at = healthy(open_page("interference", scope="Whole model"))
+    at = assert_healthy(open_page("interference", scope="Whole model"))
     maps = [f for f in figures(at) if f["data"][0].get("type") == "heatmap"]
     cosines = array(maps[2]["data"][0]["z"])
     tasks = len(cosines)
@@ -213,7 +213,7 @@ def test_two_tasks_are_told_that_cart_is_the_average() -> None:
 )
 def test_the_lab_offers_just_what_a_method_declares(name: str) -> None:
     method = methods()[name]
-    at = healthy(open_page("merge_lab", method=method.title))
+    at = assert_healthy(open_page("merge_lab", method=method.title))
     recipe = yaml.safe_load(next(c.value for c in at.code if "method:" in c.value))
     assert recipe["method"] == name
     assert list(recipe["parameters"]) == list(method.parameters.model_fields)
@@ -224,18 +224,18 @@ def test_the_lab_offers_just_what_a_method_declares(name: str) -> None:
 
 
 def test_the_lab_compares_with_a_pinned_recipe() -> None:
-    at = healthy(open_page("merge_lab", pin="method=average"))
+    at = assert_healthy(open_page("merge_lab", pin="method=average"))
     names = [t.get("name") for t in figures(at)[0]["data"]]
     assert "Pinned: Weight average" in names
     drawn = trace(figures(at)[0], name="Pinned: Weight average")
-    again = healthy(open_page("merge_lab", method="Weight average"))
+    again = assert_healthy(open_page("merge_lab", method="Weight average"))
     assert f"{array(drawn['x'])[-1] / 100:.1%}" == metrics(again)["Mean accuracy"]
 
 
 def test_pinning_takes_the_current_recipe() -> None:
-    at = healthy(open_page("merge_lab", rank="32 %", scale="2.0"))
+    at = assert_healthy(open_page("merge_lab", rank="32 %", scale="2.0"))
     next(b for b in at.button if b.label.startswith("Pin this")).click()
-    healthy(at.run())
+    assert_healthy(at.run())
     assert "rank=0.32" in at.text_input(key="pin").value
     assert "scale=2.0" in at.text_input(key="pin").value
 
@@ -247,7 +247,7 @@ def test_a_pin_that_is_no_recipe_is_explained() -> None:
 
 
 def test_the_overview_names_the_settings_and_how_they_came_about() -> None:
-    at = healthy(open_page("overview"))
+    at = assert_healthy(open_page("overview"))
     text = " ".join(m.value for m in at.markdown)
     assert "CART: rank" in text
     assert "best on the validation split" in text
@@ -275,7 +275,7 @@ def test_pages_leave_the_weights_as_they_are() -> None:
 def test_the_explanation_of_the_rank_says_what_the_curve_shows() -> None:
     at = app_at("interference")
     at.session_state["how_curves"] = True
-    healthy(at.run())
+    assert_healthy(at.run())
     curve = trace(figures(at)[2], name="about the average (centred)")
     first, last = array(curve["y"])[[0, -1]]
     text = next(m.value for m in at.markdown if "lowest to the full rank" in m.value)
@@ -286,7 +286,7 @@ def test_the_explanation_of_the_rank_says_what_the_curve_shows() -> None:
 def test_angles_and_signs_are_drawn_when_asked_for() -> None:
     layer = "blocks.1.attn.proj.weight"
     assert len(figures(open_page("interference", layer=layer))) == 8
-    at = healthy(open_page("interference", layer=layer, share="4 %", more="true"))
+    at = assert_healthy(open_page("interference", layer=layer, share="4 %", more="true"))
     assert len(figures(at)) == 10
     stacked = weights(layer)
     centred = stacked - stacked.mean(axis=0)
@@ -308,10 +308,10 @@ def test_angles_and_signs_are_drawn_when_asked_for() -> None:
 )
 def test_explanation_and_numbers_are_there_when_opened(name: str, key: str) -> None:
     at = app_at(name)
-    closed = len(healthy(at.run()).dataframe)
+    closed = len(assert_healthy(at.run()).dataframe)
     for which in (f"numbers_{key}", f"how_{key}"):
         at.session_state[which] = True
-    healthy(at.run())
+    assert_healthy(at.run())
     assert len(at.dataframe) == closed + 1
     assert not at.dataframe[-1].value.empty
     assert at.get("download_button")

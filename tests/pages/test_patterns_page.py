@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from merge_core.suites.pool import Pool
-from tests.pages.test_pages import array, figures, healthy, metrics, open_page, trace
+from tests.pages.test_pages import array, assert_healthy, figures, metrics, open_page, trace
 from tests.pools import CLASSES, SIZE
 
 SETTINGS = [
@@ -30,7 +30,7 @@ Offer = Callable[..., Pool]
 
 
 def test_the_default_view_has_all_sections() -> None:
-    at = healthy(open_page("patterns"))
+    at = assert_healthy(open_page("patterns"))
     titles = [figure["layout"]["title"]["text"] for figure in figures(at)]
     for part in ("linear classifier", "Which class", "blend"):
         assert any(part in title for title in titles), part
@@ -39,7 +39,7 @@ def test_the_default_view_has_all_sections() -> None:
 
 def test_cosines_are_the_classifiers(offer_pool: Offer) -> None:
     pool = offer_pool("linear", fields=SETTINGS, channels=3)
-    at = healthy(open_page("patterns", classifiers=TITLE, decay="0"))
+    at = assert_healthy(open_page("patterns", classifiers=TITLE, decay="0"))
     with np.load(pool.root / "inputs.npz") as archive:
         raw, labels = archive["train_images"] / 255.0, archive["train_labels"]
     images = ((raw - 0.5) / 0.25).transpose(0, 3, 1, 2).reshape(len(raw), -1)
@@ -54,29 +54,29 @@ def test_cosines_are_the_classifiers(offer_pool: Offer) -> None:
 
 def test_decay_model_and_epoch_are_choices(offer_pool: Offer) -> None:
     offer_pool("linear", fields=SETTINGS)
-    at = healthy(open_page("patterns", classifiers=TITLE))
+    at = assert_healthy(open_page("patterns", classifiers=TITLE))
     assert any("No snapshots" in caption.value for caption in at.caption)
     model = next(box for box in at.selectbox if box.label == "Model" and "seed" in box.options[0])
     assert model.options == ["seed 0", "seed 1"]
-    at = healthy(model.select("seed 1").run())
+    at = assert_healthy(model.select("seed 1").run())
     epoch = next(slider for slider in at.select_slider if slider.label == "Epoch")
     last = metrics(at)
-    first = metrics(healthy(epoch.set_value(0.0).run()))
+    first = metrics(assert_healthy(epoch.set_value(0.0).run()))
     assert last["Cosine, own class"] != first["Cosine, own class"]
     axis = next(group for group in at.segmented_control if group.label == "Drawn")
-    healthy(axis.set_value("epoch").run())
+    assert_healthy(axis.set_value("epoch").run())
 
 
 def test_a_pool_without_snapshots_says_so(offer_pool: Offer) -> None:
     offer_pool("linear", fields=[{"weight_decay": 0.0, "seed": i} for i in range(3)])
-    at = healthy(open_page("patterns", classifiers=TITLE, over="Over training"))
+    at = assert_healthy(open_page("patterns", classifiers=TITLE, over="Over training"))
     assert any("no snapshots along training" in info.value for info in at.info)
 
 
 @pytest.mark.parametrize("way", ["Two classes of this model", "One class of two models"])
 def test_blends_run_from_one_end_to_the_other(offer_pool: Offer, way: str) -> None:
     pool = offer_pool("linear", fields=SETTINGS)
-    at = healthy(open_page("patterns", classifiers=TITLE, blend=way, decay="0"))
+    at = assert_healthy(open_page("patterns", classifiers=TITLE, blend=way, decay="0"))
     wanted = "Who responds" if way.startswith("Two") else "What does the blend recognise"
     drawn = next(f for f in figures(at) if wanted in f["layout"]["title"]["text"])
     weight = load_file(pool.root / "0.safetensors")
@@ -106,7 +106,7 @@ def test_blends_run_from_one_end_to_the_other(offer_pool: Offer, way: str) -> No
 def test_deeper_networks(offer_pool: Offer, architecture: str, view: str, drawn: int) -> None:
     offer_pool(architecture, channels=3)
     source = f"Pool noise, {architecture_name(architecture)}, independent starts"
-    at = healthy(open_page("patterns", source=source, view=view))
+    at = assert_healthy(open_page("patterns", source=source, view=view))
     names = [f["layout"]["title"]["text"].split(" ")[0] for f in figures(at)]
     assert len([name for name in names if name.startswith(("member", "average"))]) == drawn
 
@@ -117,9 +117,9 @@ def architecture_name(architecture: str) -> str:
 
 def test_a_model_with_itself_has_no_difference(offer_pool: Offer) -> None:
     offer_pool("vgg")
-    at = healthy(open_page("patterns", source="Pool noise, vgg, independent starts"))
+    at = assert_healthy(open_page("patterns", source="Pool noise, vgg, independent starts"))
     box = next(box for box in at.selectbox if box.label == "Compared with")
-    at = healthy(box.select("member 1").run())
+    at = assert_healthy(box.select("member 1").run())
     assert not any(" − " in f["layout"]["title"]["text"].split("<br>")[0] for f in figures(at)[-2:])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from analysis.networks.pool_network import pool_network
 from merge_core.suites.pool import Pool
-from tests.pages.test_pages import figures, finished, healthy, metrics, open_page
+from tests.pages.test_pages import assert_healthy, figures, finish, metrics, open_page
 from tests.pools import ARCHITECTURES
 
 POOL_PAGES = ("weights_or_features", "magnitude_and_stability")
@@ -48,14 +48,14 @@ def percent(hits: np.ndarray) -> str:
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("page", POOL_PAGES)
 def test_every_architecture_opens(offer_pool: Offer, page: str, architecture: str) -> None:
-    at = healthy(finished(open_pool_page(page, offer_pool(architecture))))
+    at = assert_healthy(finish(open_pool_page(page, offer_pool(architecture))))
     assert len(figures(at)) >= 5
 
 
 @pytest.mark.parametrize("architecture", ["mlp", "resnet"])
 def test_accuracies_are_the_models(offer_pool: Offer, architecture: str) -> None:
     pool = offer_pool(architecture, members=4, spread=0.3)
-    shown = metrics(healthy(open_pool_page("weights_or_features", pool)))
+    shown = metrics(assert_healthy(open_pool_page("weights_or_features", pool)))
     states = [load_file(pool.root / f"{i}.safetensors") for i in range(4)]
     mean = {
         name: torch.stack([state[name].double() for state in states]).mean(0)
@@ -71,7 +71,7 @@ def test_accuracies_are_the_models(offer_pool: Offer, architecture: str) -> None
 
 
 def test_a_linear_soup_is_the_ensemble(offer_pool: Offer) -> None:
-    shown = metrics(healthy(open_pool_page("weights_or_features", offer_pool("linear"))))
+    shown = metrics(assert_healthy(open_pool_page("weights_or_features", offer_pool("linear"))))
     assert shown["Uniform soup"] == shown["Logit ensemble"] == shown["Feature ensemble"]
     assert shown["Predictions that differ"] == shown["Predictions it changes"] == "0.0%"
 
@@ -81,14 +81,14 @@ def test_members_and_split_are_choices(offer_pool: Offer) -> None:
     states = [load_file(pool.root / f"{i}.safetensors") for i in (1, 3)]
     at = open_pool_page("weights_or_features", pool, members=["1", "3"], split="Validation")
     labels, logits = by_hand(pool, "val", states)
-    shown = metrics(healthy(at))
+    shown = metrics(assert_healthy(at))
     assert shown["Logit ensemble"] == percent(logits.mean(0).argmax(-1).numpy() == labels)
     assert any("ensemble of 2 members" in text.value for text in at.markdown)
 
 
 def test_one_member_is_every_rule(offer_pool: Offer) -> None:
     pool = offer_pool("vgg")
-    at = healthy(open_pool_page("weights_or_features", pool, members=["2"]))
+    at = assert_healthy(open_pool_page("weights_or_features", pool, members=["2"]))
     shown = metrics(at)
     assert shown["Individuals"] == shown["Uniform soup"] == shown["Logit ensemble"]
     assert any("With one member every rule is that member" in text.value for text in at.markdown)
@@ -99,18 +99,18 @@ def test_batchnorm_is_a_choice_only_where_there_is_some(offer_pool: Offer) -> No
     def handling(at: AppTest) -> list[str]:
         return [group.label for group in at.segmented_control if "BatchNorm" in group.label]
 
-    at = healthy(open_pool_page("weights_or_features", offer_pool("resnet")))
+    at = assert_healthy(open_pool_page("weights_or_features", offer_pool("resnet")))
     assert len(handling(at)) == 1
     before = metrics(at)
     group = next(g for g in at.segmented_control if "BatchNorm" in g.label)
     group.set_value("reestimate").run()
-    after = metrics(healthy(at))
+    after = metrics(assert_healthy(at))
     assert before["Logit ensemble"] == after["Logit ensemble"]
     assert before["Soup − ensemble"] != after["Soup − ensemble"]
 
 
 def test_without_batchnorm_there_is_no_such_choice(offer_pool: Offer) -> None:
-    at = healthy(open_pool_page("weights_or_features", offer_pool("vit")))
+    at = assert_healthy(open_pool_page("weights_or_features", offer_pool("vit")))
     assert not [group for group in at.segmented_control if "BatchNorm" in group.label]
 
 
@@ -125,16 +125,16 @@ def test_non_finite_logits_are_counted_and_shown(offer_pool: Offer) -> None:
 
 
 def test_jobs_on_demand(offer_pool: Offer) -> None:
-    at = healthy(open_pool_page("weights_or_features", offer_pool("mlp", spread=0.05)))
+    at = assert_healthy(open_pool_page("weights_or_features", offer_pool("mlp", spread=0.05)))
     before = len(figures(at))
     for label in ("Predict soup − ensemble from the curvature", "Compare the members' layers"):
         next(button for button in at.button if button.label == label).click().run()
-        healthy(finished(at))
+        assert_healthy(finish(at))
     assert len(figures(at)) == before + 2
 
 
 def test_a_bias_free_network_keeps_its_predictions(offer_pool: Offer) -> None:
-    at = healthy(finished(open_pool_page("magnitude_and_stability", offer_pool("mlp"))))
+    at = assert_healthy(finish(open_pool_page("magnitude_and_stability", offer_pool("mlp"))))
     assert any("exactly homogeneous" in text.value for text in at.markdown)
     cards = [card for card in at.metric if str(card.delta).endswith("unchanged")]
     assert len(cards) == 4
@@ -144,7 +144,9 @@ def test_a_bias_free_network_keeps_its_predictions(offer_pool: Offer) -> None:
 
 
 def test_biases_break_small_magnitudes(offer_pool: Offer) -> None:
-    at = healthy(finished(open_pool_page("magnitude_and_stability", offer_pool("vgg"), m="0.001")))
+    at = assert_healthy(
+        finish(open_pool_page("magnitude_and_stability", offer_pool("vgg"), m="0.001"))
+    )
     assert any("biases" in text.value for text in at.markdown)
     assert any("At **m = 0.001**" in text.value for text in at.markdown)
     card = next(card for card in at.metric if card.label == "Logit ensemble")
@@ -159,14 +161,14 @@ def test_biases_break_small_magnitudes(offer_pool: Offer) -> None:
 @pytest.mark.parametrize("who", ["All members", "The first member", "All but the last member"])
 def test_who_and_what_are_scaled(offer_pool: Offer, who: str, what: str, architecture: str) -> None:
     pool = offer_pool(architecture)
-    at = healthy(finished(open_pool_page("magnitude_and_stability", pool, who=who, what=what)))
+    at = assert_healthy(finish(open_pool_page("magnitude_and_stability", pool, who=who, what=what)))
     titles = [figure["layout"]["title"]["text"] for figure in figures(at)]
     assert any("Who decides" in title for title in titles) == (who != "All members")
 
 
 def test_norms_are_the_members(offer_pool: Offer) -> None:
     pool = offer_pool("vgg")
-    shown = metrics(healthy(finished(open_pool_page("magnitude_and_stability", pool))))
+    shown = metrics(assert_healthy(finish(open_pool_page("magnitude_and_stability", pool))))
     states = [load_file(pool.root / f"{i}.safetensors") for i in range(3)]
     vectors = torch.stack(
         [torch.cat([value.double().flatten() for value in s.values()]) for s in states]
@@ -177,11 +179,11 @@ def test_norms_are_the_members(offer_pool: Offer) -> None:
 
 
 def test_noise_and_corruption_run_on_demand(offer_pool: Offer) -> None:
-    at = healthy(finished(open_pool_page("magnitude_and_stability", offer_pool("mlp"))))
+    at = assert_healthy(finish(open_pool_page("magnitude_and_stability", offer_pool("mlp"))))
     before = len(figures(at))
     for label in ("Disturb the weights", "Corrupt the images"):
         next(button for button in at.button if button.label == label).click().run()
-        healthy(finished(at))
+        assert_healthy(finish(at))
     assert len(figures(at)) == before + 2
 
 
@@ -191,7 +193,7 @@ def test_a_missing_member_is_said_in_words(offer_pool: Offer, page: str) -> None
     (pool.root / "1.safetensors").unlink()
     at = open_pool_page(page, pool)
     assert not at.exception
-    assert any("member 1" in error.value for error in finished(at).error)
+    assert any("member 1" in error.value for error in finish(at).error)
 
 
 def test_a_broken_pool_is_said_in_words_and_suites_still_open(
@@ -203,4 +205,4 @@ def test_a_broken_pool_is_said_in_words_and_suites_still_open(
     at = open_page("weights_or_features")
     assert not at.exception
     assert any(str(path) in error.value for error in at.error)
-    healthy(open_page("spectra"))
+    assert_healthy(open_page("spectra"))

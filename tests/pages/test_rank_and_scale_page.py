@@ -30,7 +30,7 @@ from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 from merge_core.suites.suite import load_suite
 from tests.evaluable import edit_arrays, write_evaluable
-from tests.pages.test_pages import array, figures, finished, healthy, metrics, open_page, trace
+from tests.pages.test_pages import array, assert_healthy, figures, finish, metrics, open_page, trace
 from ui.sections import rank_layers, rank_settings
 from ui.widgets import share_label
 
@@ -62,13 +62,13 @@ def library(path: Path, mode: Mode, method: str = "cart", **options: Any) -> Sel
     return select_rank(space, session, evaluator, SelectionOptions(mode, **options))
 
 
-def found(at: AppTest, label: str = BUTTON) -> AppTest:
+def find(at: AppTest, label: str = BUTTON) -> AppTest:
     """Press the button, and wait until the job has ended."""
     button = next(button for button in at.button if button.label == label)
-    return healthy(finished(button.click().run()))
+    return assert_healthy(finish(button.click().run()))
 
 
-def titled(at: AppTest, words: str) -> dict[str, Any]:
+def figure_titled(at: AppTest, words: str) -> dict[str, Any]:
     """The figure with these words in its title."""
     return next(f for f in figures(at) if words in f["layout"]["title"]["text"])
 
@@ -77,9 +77,9 @@ def titled(at: AppTest, words: str) -> dict[str, Any]:
 def test_it_shows_what_the_library_finds(offer: Offer, mode: Mode) -> None:
     path = offer()
     words = {"labels": "With labels", "inputs": "Inputs only", "weights": "Weights only"}[mode]
-    at = healthy(open_page("rank_and_scale", suite="mine", mode=words))
-    assert titled(at, "each rule lose")  # the evidence needs no search
-    at = found(at)
+    at = assert_healthy(open_page("rank_and_scale", suite="mine", mode=words))
+    assert figure_titled(at, "each rule lose")  # the evidence needs no search
+    at = find(at)
     wanted = library(path, mode)
     shown = metrics(at)
     assert shown["Recommended rank"] == share_label(wanted.rank)
@@ -90,12 +90,12 @@ def test_it_shows_what_the_library_finds(offer: Offer, mode: Mode) -> None:
     assert shown["Test accuracy"] == f"{wanted.report['accuracy'].mean():.1%}"
     assert wanted.why in [text.value for text in at.markdown]
     title = "does each rule pick" if mode == "weights" else "settings merge best"
-    star = trace(titled(at, title), name="recommended")
+    star = trace(figure_titled(at, title), name="recommended")
     assert array(star["x"])[0] == pytest.approx(
         np.interp(np.log(wanted.rank), np.log(wanted.space.ranks), range(4))
     )
     if mode != "weights":
-        line = titled(at, "move with the rank")["data"][1]
+        line = figure_titled(at, "move with the rank")["data"][1]
         score = wanted.curve.sort_values("rank")["expected"]
         factor = 100 if wanted.score in ("accuracy", "agreement", "overlap") else 1
         np.testing.assert_allclose(array(line["y"]), factor * score)
@@ -104,15 +104,15 @@ def test_it_shows_what_the_library_finds(offer: Offer, mode: Mode) -> None:
     # What was computed is known from now on, also after the server's caches are gone.
     st.cache_data.clear()
     st.cache_resource.clear()
-    again = healthy(open_page("rank_and_scale", suite="mine", mode=words))
+    again = assert_healthy(open_page("rank_and_scale", suite="mine", mode=words))
     assert not [button for button in again.button if button.label == BUTTON]
     assert metrics(again) == shown
 
 
 def test_the_full_grid_fills_the_map(offer: Offer) -> None:
     path = offer()
-    at = found(open_page("rank_and_scale", suite="mine", search="Full grid"))
-    cells = array(trace(titled(at, "settings merge best"), type="heatmap")["z"])
+    at = find(open_page("rank_and_scale", suite="mine", search="Full grid"))
+    cells = array(trace(figure_titled(at, "settings merge best"), type="heatmap")["z"])
     wanted = library(path, "labels", full_grid=True)
     assert cells.shape == (5, 4)
     assert not np.isnan(cells.astype(float)).any()
@@ -124,7 +124,7 @@ def test_the_full_grid_fills_the_map(offer: Offer) -> None:
 def test_a_setting_can_be_chosen_by_link_and_opened_in_the_lab(offer: Offer) -> None:
     path = offer()
     query = {"suite": "mine", "at_rank": "26 %", "at_scale": "3.2", "search": "Full grid"}
-    at = found(open_page("rank_and_scale", **query))
+    at = find(open_page("rank_and_scale", **query))
     wanted = library(path, "labels", full_grid=True).points
     row = wanted[np.isclose(wanted["rank"], 0.26) & np.isclose(wanted["scale"], 3.2)].iloc[0]
     text = next(t.value for t in at.markdown if "Chosen: rank 26 %, λ = 3.2" in t.value)
@@ -136,10 +136,12 @@ def test_a_setting_can_be_chosen_by_link_and_opened_in_the_lab(offer: Offer) -> 
 
 def test_any_recommended_rank_opens_in_the_lab(offer: Offer) -> None:
     offer()
-    at = healthy(open_page("merge_lab", suite="mine", method="CART", rank="8.34 %", scale="2.87"))
+    at = assert_healthy(
+        open_page("merge_lab", suite="mine", method="CART", rank="8.34 %", scale="2.87")
+    )
     recipe = yaml.safe_load(next(c.value for c in at.code if "method:" in c.value))
     assert recipe["parameters"] == {"rank": 0.0834, "scale": 2.87}
-    strange = healthy(open_page("merge_lab", suite="mine", method="CART", rank="834 %"))
+    strange = assert_healthy(open_page("merge_lab", suite="mine", method="CART", rank="834 %"))
     recipe = yaml.safe_load(next(c.value for c in strange.code if "method:" in c.value))
     assert recipe["parameters"]["rank"] == 0.08
 
@@ -153,13 +155,13 @@ def test_a_click_on_the_map_moves_the_sliders(monkeypatch: pytest.MonkeyPatch) -
 
 def test_every_rules_pick_is_a_button_away(offer: Offer) -> None:
     path = offer()
-    at = found(open_page("rank_and_scale", suite="mine", show="Proxies"))
-    few = titled(at, "rank does each pick")
-    at = found(at, "Find every rule's pick")
+    at = find(open_page("rank_and_scale", suite="mine", show="Proxies"))
+    few = figure_titled(at, "rank does each pick")
+    at = find(at, "Find every rule's pick")
     wanted = library(path, "labels", every_proxy=True)
     drawn = {
         y: x
-        for t in titled(at, "rank does each pick")["data"]
+        for t in figure_titled(at, "rank does each pick")["data"]
         for x, y in zip(array(t["x"]), t["y"], strict=True)
     }
     expected = wanted.picks.dropna(subset=["rank"]).set_index("title")["rank"].to_dict()
@@ -169,33 +171,37 @@ def test_every_rules_pick_is_a_button_away(offer: Offer) -> None:
 
 def test_each_tab_draws_what_it_is_called(offer: Offer) -> None:
     path = offer()
-    at = found(open_page("rank_and_scale", suite="mine", search="Full grid", show="Tasks"))
+    at = find(open_page("rank_and_scale", suite="mine", search="Full grid", show="Tasks"))
     wanted = library(path, "labels", full_grid=True)
     session = MergeSession(load_suite(path), None, FactorStore(path.parent / "own"))
     curves = task_curves(wanted, session, Evaluator(load_suite(path)))
     for task, mine in curves.groupby("task"):
-        line = trace(titled(at, "task wants which rank"), name=task)
+        line = trace(figure_titled(at, "task wants which rank"), name=task)
         np.testing.assert_allclose(array(line["y"]), 100 * mine.sort_values("rank")["accuracy"])
-    assert titled(at, "more tasks do")
-    at = healthy(open_page("rank_and_scale", suite="mine", search="Full grid", show="Evidence"))
-    assert titled(at, "each rule lose")
-    at = healthy(open_page("rank_and_scale", suite="mine", search="Full grid", show="Layers"))
-    marks = titled(at, "directions does each layer keep")["data"][0]
+    assert figure_titled(at, "more tasks do")
+    at = assert_healthy(
+        open_page("rank_and_scale", suite="mine", search="Full grid", show="Evidence")
+    )
+    assert figure_titled(at, "each rule lose")
+    at = assert_healthy(
+        open_page("rank_and_scale", suite="mine", search="Full grid", show="Layers")
+    )
+    marks = figure_titled(at, "directions does each layer keep")["data"][0]
     assert set(marks["y"]) == set(load_suite(path).matrices)
-    at = found(at, "Compare with the uniform rank")
-    names = [t["name"] for t in titled(at, "help at equal storage")["data"]]
+    at = find(at, "Compare with the uniform rank")
+    names = [t["name"] for t in figure_titled(at, "help at equal storage")["data"]]
     assert names[0] == "Uniform rank"
     assert len(names) == 4
 
 
 def test_a_method_without_a_rank(offer: Offer) -> None:
     path = offer()
-    at = found(open_page("rank_and_scale", suite="mine", method="Task Arithmetic"))
+    at = find(open_page("rank_and_scale", suite="mine", method="Task Arithmetic"))
     wanted = library(path, "labels", method="task_arithmetic")
     shown = metrics(at)
     assert "Recommended rank" not in shown
     assert shown["Recommended λ"] == f"{wanted.scale:g}"
-    line = titled(at, "move with the scale")["data"][1]
+    line = figure_titled(at, "move with the scale")["data"][1]
     assert len(array(line["x"])) == len(wanted.curve)
     assert not [f for f in figures(at) if "settings merge best" in f["layout"]["title"]["text"]]
 
@@ -205,7 +211,7 @@ def test_a_suite_without_data_is_asked_for_its_weights(offer: Offer) -> None:
     document = yaml.safe_load(path.read_text())
     del document["architecture"]
     path.write_text(yaml.safe_dump(document))
-    at = healthy(open_page("rank_and_scale", suite="mine"))
+    at = assert_healthy(open_page("rank_and_scale", suite="mine"))
     assert any("analysed and merged but not evaluated" in info.value for info in at.info)
     # No image has to be run: the answer is there at once.
     assert set(metrics(at)) == {"Recommended rank", "Recommended λ"}
@@ -214,7 +220,7 @@ def test_a_suite_without_data_is_asked_for_its_weights(offer: Offer) -> None:
 
 def test_a_method_that_weights_say_nothing_about(offer: Offer) -> None:
     offer()
-    at = healthy(open_page("rank_and_scale", suite="mine", method="TIES"))
+    at = assert_healthy(open_page("rank_and_scale", suite="mine", method="TIES"))
     modes = next(b for b in at.main.get("button_group") if b.key == "mode")
     assert [option.content for option in modes.proto.options] == ["With labels", "Inputs only"]
 
@@ -229,12 +235,12 @@ def test_images_without_labels_are_enough_for_inputs_only(offer: Offer) -> None:
     folder = offer().parent
     for file in (folder / "inputs").glob("*.npz"):
         edit_arrays(file, val_labels=None, test_labels=None)
-    at = found(healthy(open_page("rank_and_scale", suite="mine", mode="Inputs only")))
+    at = find(assert_healthy(open_page("rank_and_scale", suite="mine", mode="Inputs only")))
     shown = metrics(at)
     assert "Recommended rank" in shown
     assert not {"Validation accuracy", "Test accuracy"} & set(shown)
     for page in ("overview", "compare"):
-        at = healthy(open_page(page, suite="mine"))
+        at = assert_healthy(open_page(page, suite="mine"))
         assert any("have no labels" in info.value for info in at.info)
 
 
@@ -244,5 +250,5 @@ def test_allocations_stay_among_the_scales_that_a_method_takes(offer: Offer) -> 
     space = search_space("cart", "mine", suite.tasks)
     chosen = select_rank(space, session, None, SelectionOptions("weights"))
     edge = replace(chosen, scale=max(space.scales))
-    frame = rank_layers.compared(edge, session, Evaluator(suite), Progress())
+    frame = rank_layers.compare_allocations(edge, session, Evaluator(suite), Progress())
     assert frame["scale"].max() <= max(space.scales)

@@ -17,7 +17,7 @@ MEMORY = 500 << 20  # for one input, beyond what the imported libraries take
 SECONDS = 1.0  # of processor time, for one input
 
 
-def confined(work: Callable[[], Result], seconds: float) -> Result:
+def run_confined(work: Callable[[], Result], seconds: float) -> Result:
     """What `work` returns in a forked process that may take 500 MB more than this one has.
 
     Raises:

@@ -23,7 +23,7 @@ from merge_core.merging.recipe import make_recipe
 from merge_core.output.model_folder import merge_to_folder
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite, load_suite
-from tests.reliability.limits import Result, confined
+from tests.reliability.limits import Result, run_confined
 
 SHAPES = {f"w{i}": (40, 64) for i in range(12)}  # 10 kB each
 
@@ -69,7 +69,7 @@ def test_no_file_may_grow(suite: Suite, tmp_path: Path, most: int) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
         return merge(suite, tmp_path / "out")
 
-    message = confined(limited, 30)
+    message = run_confined(limited, 30)
     assert message is not None
     assert f"{tmp_path / 'out'} could not be written: File too large" in message
     assert listing(tmp_path) == []
@@ -100,7 +100,7 @@ def test_a_disk_that_is_really_full(suite: Suite, tmp_path: Path) -> None:
         assert merge(suite, disk) is not None
         return second
 
-    message = confined(mounted, 30)
+    message = run_confined(mounted, 30)
     if message == "no rights":
         pytest.skip("this user may not mount a disk")
     assert message == (
@@ -143,7 +143,7 @@ def as_nobody(work: Callable[[], Result]) -> Result:
             os.setuid(65534)
         return work()
 
-    return confined(unprivileged, 30)
+    return run_confined(unprivileged, 30)
 
 
 def test_a_folder_without_permission(public: Path) -> None:

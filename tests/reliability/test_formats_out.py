@@ -23,12 +23,12 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.recipe import make_recipe
 from merge_core.output.model_folder import merge_to_folder, merged_bytes
 from merge_core.suites.suite import load_suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 State = Mapping[str, Tensor]
 
 
-def shaken(model: nn.Module, seed: int) -> nn.Module:
+def shake(model: nn.Module, seed: int) -> nn.Module:
     """Random weights, tied ones still tied."""
     source = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -37,7 +37,7 @@ def shaken(model: nn.Module, seed: int) -> nn.Module:
     return model.eval()
 
 
-def averaged(states: list[State]) -> dict[str, Tensor]:
+def average(states: list[State]) -> dict[str, Tensor]:
     return {
         name: sum(state[name] for state in states) / len(states)
         if states[0][name].is_floating_point()
@@ -46,7 +46,7 @@ def averaged(states: list[State]) -> dict[str, Tensor]:
     }
 
 
-def merged(
+def merge_folder(
     folder: Path, experts: list[str], base: str | None = None, shard_bytes: int = 10**9
 ) -> Path:
     """Average experts that lie in a folder; the output's folder."""
@@ -88,12 +88,12 @@ def test_timm(tmp_path: Path, shard_bytes: int) -> None:
     def model() -> nn.Module:
         return timm.create_model("vit_tiny_patch16_224", num_classes=3, **TIMM)
 
-    models = [shaken(model(), seed) for seed in range(2)]
+    models = [shake(model(), seed) for seed in range(2)]
     for i, each in enumerate(models):
         timm.models.save_for_hf(each, tmp_path / f"m{i}", model_args=TIMM, safe_serialization=True)
         litter(tmp_path / f"m{i}")
-    out = merged(tmp_path, ["m0", "m1"], shard_bytes=shard_bytes)
-    expected = averaged([each.state_dict() for each in models])
+    out = merge_folder(tmp_path, ["m0", "m1"], shard_bytes=shard_bytes)
+    expected = average([each.state_dict() for each in models])
     images = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(9))
     by_hand = model().eval()
     by_hand.load_state_dict(expected)
@@ -164,7 +164,7 @@ TOKENIZER = ("vocab.txt", "tokenizer_config.json", "special_tokens_map.json", "m
 def test_transformers(
     tmp_path: Path, make: Callable[[], Any], shards: bool, with_base: bool
 ) -> None:
-    models = [shaken(make(), seed) for seed in range(3)]
+    models = [shake(make(), seed) for seed in range(3)]
     for i, model in enumerate(models):
         folder = tmp_path / f"m{i}"
         model.save_pretrained(folder, max_shard_size="8KB" if shards else "1GB")
@@ -173,8 +173,8 @@ def test_transformers(
             (folder / name).write_text(f'{{"of": {i}}}')
     assert (tmp_path / "m0" / "model.safetensors.index.json").exists() == shards
     base = "m0" if with_base else None
-    out = merged(tmp_path, ["m1", "m2"], base, shard_bytes=8000 if shards else 10**9)
-    expected = averaged([model.state_dict() for model in models[1:]])
+    out = merge_folder(tmp_path, ["m1", "m2"], base, shard_bytes=8000 if shards else 10**9)
+    expected = average([model.state_dict() for model in models[1:]])
     kind = type(models[0])
     loaded, report = kind.from_pretrained(out, output_loading_info=True)
     found = {key: list(value) for key, value in report.items() if value}
@@ -204,16 +204,16 @@ def test_open_clip(tmp_path: Path) -> None:
         },
         "text_cfg": {"context_length": 8, "vocab_size": 40, "width": 16, "heads": 2, "layers": 1},
     }
-    models = [shaken(open_clip.model.CLIP(**config), seed) for seed in range(2)]
+    models = [shake(open_clip.model.CLIP(**config), seed) for seed in range(2)]
     for i, model in enumerate(models):
         folder = tmp_path / f"m{i}"
         folder.mkdir()
         save_file(model.state_dict(), folder / "open_clip_model.safetensors")
         document = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
         (folder / "open_clip_config.json").write_text(json.dumps(document))
-    out = merged(tmp_path, ["m0", "m1"])
+    out = merge_folder(tmp_path, ["m0", "m1"])
     loaded = open_clip.create_model(f"local-dir:{out}")
-    assert_same(loaded.state_dict(), averaged([model.state_dict() for model in models]))
+    assert_same(loaded.state_dict(), average([model.state_dict() for model in models]))
 
 
 def test_wrappers_prefixes_are_written_as_the_base_has_them(tmp_path: Path) -> None:
@@ -222,17 +222,17 @@ def test_wrappers_prefixes_are_written_as_the_base_has_them(tmp_path: Path) -> N
     wrapped = {f"module.{name}": value + 1 for name, value in plain.items()}
     save_file(plain, tmp_path / "base.safetensors")
     torch.save(wrapped, tmp_path / "x.pt")
-    out = merged(tmp_path, ["x.pt"], "base.safetensors")
+    out = merge_folder(tmp_path, ["x.pt"], "base.safetensors")
     assert_same(
         load_file(out / "model.safetensors"), {name: value + 1 for name, value in plain.items()}
     )
     (tmp_path / "alone").mkdir()
     torch.save(wrapped, tmp_path / "alone" / "x.pt")
-    out = merged(tmp_path / "alone", ["x.pt"])
+    out = merge_folder(tmp_path / "alone", ["x.pt"])
     assert_same(load_file(out / "model.safetensors"), wrapped)
     suite = load_suite(tmp_path / "alone" / "suite.yaml")
     recipe = make_recipe({"suite": str(suite.path), "method": "average"})
-    data = merged_bytes(recipe, Groups(suite, None, FactorStore()), suite)
+    data = merged_bytes(recipe, TensorGroups(suite, None, FactorStore()), suite)
     (tmp_path / "download.safetensors").write_bytes(data)
     assert_same(load_file(tmp_path / "download.safetensors"), wrapped)
 
@@ -245,7 +245,7 @@ def test_what_only_the_base_has_is_kept(tmp_path: Path) -> None:
     for i in (1, 2):
         state = {**tower, "visual.w": tower["visual.w"] * i, "head.weight": torch.ones(i, 2)}
         save_file(state, tmp_path / f"x{i}.safetensors")
-    out = merged(tmp_path, ["x1.safetensors", "x2.safetensors"], "base.safetensors", 20)
+    out = merge_folder(tmp_path, ["x1.safetensors", "x2.safetensors"], "base.safetensors", 20)
     parts: dict[str, Tensor] = {}
     for path in out.glob("*.safetensors"):
         parts |= load_file(path)
@@ -259,7 +259,7 @@ def test_a_config_of_something_else_stays_where_it_is(tmp_path: Path) -> None:
         save_file({"w": torch.ones(2)}, folder / "x.safetensors")
         (folder / "config.json").write_text(text)
         (folder / "tokenizer.json").write_text("{}")
-        out = merged(folder, ["x.safetensors"])
+        out = merge_folder(folder, ["x.safetensors"])
         assert names(out) == {"README.md", "model.safetensors", "recipe.yaml"}
 
 
@@ -270,6 +270,6 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
     (tmp_path / "blobs" / "2").write_text('{"model_type": "bert"}')
     (tmp_path / "m" / "model.safetensors").symlink_to(tmp_path / "blobs" / "1")
     (tmp_path / "m" / "config.json").symlink_to(tmp_path / "blobs" / "2")
-    out = merged(tmp_path, ["m"])
+    out = merge_folder(tmp_path, ["m"])
     assert not (out / "config.json").is_symlink()
     assert json.loads((out / "config.json").read_text()) == {"model_type": "bert"}

@@ -23,7 +23,7 @@ from merge_core.errors import CheckpointError
 from merge_core.merging.recipe import make_recipe
 from merge_core.output.model_folder import merge_to_folder
 from merge_core.suites.suite import load_suite
-from tests.reliability.limits import SECONDS, confined
+from tests.reliability.limits import SECONDS, run_confined
 
 INPUTS = int(os.environ.get("MERGESCOPE_FUZZ", "1500"))
 
@@ -69,7 +69,7 @@ def good_files() -> list[bytes]:
     return [save(made, {"format": "pt", "mergescope": "{}"}), save({"w": torch.ones(2)})]
 
 
-def damaged(good: bytes, source: random.Random) -> bytes:
+def damage(good: bytes, source: random.Random) -> bytes:
     """A good file with bytes changed, cut, doubled, or pieces of a header put in."""
     data = bytearray(good)
     header = 8 + int.from_bytes(good[:8], "little")
@@ -93,7 +93,7 @@ def damaged(good: bytes, source: random.Random) -> bytes:
     return bytes(data[: source.randrange(len(data) + 1)] if source.random() < 0.15 else data)
 
 
-def forged(source: random.Random) -> bytes:
+def forge(source: random.Random) -> bytes:
     """A file made to deceive: entries that overlap, lie, repeat, or are of other types."""
     size = source.choice([0, 4, 8, 16, 64])
     parts = []
@@ -148,10 +148,10 @@ def index(source: random.Random) -> bytes:
             [[], {}, {"weight_map": []}, {"weight_map": {"w": {}}}, None, 3, "x"]
         )
     text = json.dumps(document).encode()
-    return damaged_text(text, source) if source.random() < 0.4 else text
+    return damage_text(text, source) if source.random() < 0.4 else text
 
 
-def damaged_text(text: bytes, source: random.Random) -> bytes:
+def damage_text(text: bytes, source: random.Random) -> bytes:
     data = bytearray(text)
     at = source.randrange(len(data))
     data[at : at + source.choice([0, 1, 3])] = source.choice(PIECES)
@@ -182,7 +182,7 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def many(folder: Path, seed: int, inputs: int) -> tuple[int, int]:
+def fuzz(folder: Path, seed: int, inputs: int) -> tuple[int, int]:
     """Fuzz; gives how many were refused and how many were read."""
     source, goods = random.Random(seed), good_files()
     (folder / "one.safetensors").write_bytes(goods[0])
@@ -191,7 +191,7 @@ def many(folder: Path, seed: int, inputs: int) -> tuple[int, int]:
         kind = source.randrange(5)
         path = folder / ("fuzzed.safetensors.index.json" if kind == 4 else "fuzzed.safetensors")
         made = index(source) if kind == 4 else None
-        made = made or (forged(source) if kind >= 2 else damaged(source.choice(goods), source))
+        made = made or (forge(source) if kind >= 2 else damage(source.choice(goods), source))
         path.write_bytes(made)  # the last one is left for whoever looks into a failure
         start = time.process_time()
         message = outcome(path)
@@ -202,7 +202,7 @@ def many(folder: Path, seed: int, inputs: int) -> tuple[int, int]:
 
 
 def test_damage_and_forgery_give_a_value_or_one_clear_error(tmp_path: Path) -> None:
-    refused, read = confined(lambda: many(tmp_path, 0, INPUTS), 60 + INPUTS * SECONDS)
+    refused, read = run_confined(lambda: fuzz(tmp_path, 0, INPUTS), 60 + INPUTS * SECONDS)
     assert refused > INPUTS // 3
     assert read > INPUTS // 40
     files = {"fuzzed.safetensors", "fuzzed.safetensors.index.json", "one.safetensors"}
@@ -269,7 +269,7 @@ def test_the_worst_files_take_neither_time_nor_memory(tmp_path: Path, kind: str)
         start = time.process_time()
         return outcome(path), time.process_time() - start
 
-    message, seconds = confined(timed, 30)
+    message, seconds = run_confined(timed, 30)
     assert seconds < SECONDS
     assert (message is None) == (kind in READ), message
     assert_clear(message, path)
@@ -281,7 +281,7 @@ def test_the_worst_files_take_neither_time_nor_memory(tmp_path: Path, kind: str)
 def test_the_worst_indexes_too(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "hostile.safetensors.index.json"
     path.write_bytes(text)
-    message = confined(lambda: outcome(path), 30)
+    message = run_confined(lambda: outcome(path), 30)
     assert message is not None
     assert_clear(message, path)
 

@@ -28,7 +28,7 @@ from merge_core.suites.suite import Suite, load_suite
 from merge_core.yaml_text import UNUSABLE, dump_yaml, load_yaml
 from tests.evaluable import write_evaluable
 from tests.pools import write_pool
-from tests.reliability.limits import SECONDS, confined
+from tests.reliability.limits import SECONDS, run_confined
 
 INPUTS = int(os.environ.get("MERGESCOPE_FUZZ", "1500"))
 
@@ -64,7 +64,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
             yield from places(child, (*path, key))
 
 
-def changed(document: Any, source: random.Random) -> Any:
+def change(document: Any, source: random.Random) -> Any:
     """A document with some values or names replaced, removed or added."""
     document = copy.deepcopy(document)
     for _ in range(source.choice([1, 1, 1, 2, 4])):
@@ -90,14 +90,14 @@ def changed(document: Any, source: random.Random) -> Any:
     return document
 
 
-def written(document: Any) -> bytes:
+def write(document: Any) -> bytes:
     try:
         return yaml.safe_dump(document, sort_keys=False).encode()
     except (UnicodeEncodeError, yaml.YAMLError):
         return json.dumps(document, default=str).encode()
 
 
-def damaged(text: bytes, source: random.Random) -> bytes:
+def damage(text: bytes, source: random.Random) -> bytes:
     """A text with pieces of YAML put in, bytes changed, or its end cut off."""
     data = bytearray(text)
     for _ in range(source.choice([1, 1, 2, 6])):
@@ -110,11 +110,11 @@ def damaged(text: bytes, source: random.Random) -> bytes:
     return bytes(data[: source.randrange(len(data) + 1)] if source.random() < 0.1 else data)
 
 
-def hostile(document: Any, source: random.Random) -> bytes:
+def make_hostile(document: Any, source: random.Random) -> bytes:
     if source.random() < 0.5:
-        return damaged(written(document), source)
-    text = written(changed(document, source))
-    return damaged(text, source) if source.random() < 0.1 else text
+        return damage(write(document), source)
+    text = write(change(document, source))
+    return damage(text, source) if source.random() < 0.1 else text
 
 
 def use_suite(path: Path) -> None:
@@ -164,7 +164,7 @@ def assert_clear(message: str | None) -> None:
         assert 10 < len(message) < 6000, len(message)
 
 
-def many(
+def fuzz(
     use: Callable[[Path], object],
     path: Path,
     documents: tuple[Any, ...],
@@ -174,7 +174,7 @@ def many(
     """Fuzz one kind of file; gives how many were refused and how many were of use."""
     source, tallies = random.Random(seed), [0, 0]
     for place in range(inputs):
-        text = hostile(source.choice(documents), source)
+        text = make_hostile(source.choice(documents), source)
         path.write_bytes(text)
         start = time.process_time()
         try:
@@ -202,16 +202,16 @@ def tree(folder: Path) -> set[str]:
     return {str(path.relative_to(folder)) for path in folder.rglob("*")}
 
 
-def fuzzed(
+def fuzz_confined(
     use: Callable[[Path], object], path: Path, documents: tuple[Any, ...], seed: int, share: float
 ) -> None:
     """Fuzz in a process of its own; the originals pass, and nothing appears beside them."""
     for document in documents:
-        path.write_bytes(written(document))
+        path.write_bytes(write(document))
         assert outcome(use, path) is None
     before, inputs = tree(path.parent), int(INPUTS * share)
-    work = lambda: many(use, path, documents, seed, inputs)  # noqa: E731
-    refused, read = confined(work, 60 + inputs * SECONDS)
+    work = lambda: fuzz(use, path, documents, seed, inputs)  # noqa: E731
+    refused, read = run_confined(work, 60 + inputs * SECONDS)
     assert refused > inputs // 3
     assert read > inputs // 50
     assert tree(path.parent) == before
@@ -231,18 +231,18 @@ def test_suites(evaluable: Path) -> None:
         "val_share": 0.2, "transform": {"size": 16, "crop_pct": 0.9},
     }  # fmt: skip
     try:
-        fuzzed(use_suite, path, (good, richer), 0, 0.4)
+        fuzz_confined(use_suite, path, (good, richer), 0, 0.4)
     finally:
-        path.write_bytes(written(good))
+        path.write_bytes(write(good))
 
 
 def test_pools(tmp_path: Path) -> None:
     path = write_pool(tmp_path / "pool", "linear", 2).path
-    fuzzed(use_pool, path, (yaml.safe_load(path.read_text()),), 1, 0.2)
+    fuzz_confined(use_pool, path, (yaml.safe_load(path.read_text()),), 1, 0.2)
 
 
 def test_recipes(evaluable: Path) -> None:
-    fuzzed(use_recipe, evaluable / "recipe.yaml", RECIPES, 2, 0.4)
+    fuzz_confined(use_recipe, evaluable / "recipe.yaml", RECIPES, 2, 0.4)
 
 
 def test_links() -> None:
@@ -278,9 +278,9 @@ def test_notes_of_merged_models(tmp_path: Path, evaluable: Path) -> None:
     path, source = tmp_path / "m.safetensors", random.Random(4)
     tensors = load_file(folder / "model.safetensors")
     for _ in range(INPUTS // 10):
-        text = json.dumps(changed(note, source), default=str)
+        text = json.dumps(change(note, source), default=str)
         if source.random() < 0.3:
-            text = damaged(text.encode(), source).decode("utf-8", "replace")
+            text = damage(text.encode(), source).decode("utf-8", "replace")
         save_file(tensors, path, {"mergescope": text.replace("\0", "")})
         assert_clear(outcome(read_provenance, path))
 
@@ -339,7 +339,7 @@ def test_the_worst_texts_take_neither_time_nor_memory(
             results.append((outcome(read, path), time.process_time() - start))
         return results
 
-    for message, seconds in confined(all_readers, 30):
+    for message, seconds in run_confined(all_readers, 30):
         assert message is not None
         assert str(path) in message
         assert_clear(message)
@@ -353,7 +353,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path, name: str) -> None:
     if name == "pipe":
         os.mkfifo(path)
     for read in (load_suite, load_pool, load_recipe):
-        message = confined(lambda read=read: outcome(read, path), 10)
+        message = run_confined(lambda read=read: outcome(read, path), 10)
         assert message is not None
         assert_clear(message)
 

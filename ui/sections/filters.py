@@ -12,7 +12,7 @@ from analysis.figures import patterns as figures
 from analysis.patterns import filters as patterns
 from analysis.patterns.images import Normalisation
 from ui import charts, shell
-from ui.sections.pictured import AVERAGE, Source, open_source, pictured, source_names
+from ui.sections.pictured import AVERAGE, Source, open_source, pictured_tensors, source_names
 from ui.widgets import choice
 
 NORMALISATIONS: dict[Normalisation, str] = {
@@ -55,7 +55,7 @@ HEADS_EXPLAINED = charts.HowToRead(
 
 
 @shell.fragment
-def deeper_section() -> None:
+def filters_section() -> None:
     """First filters, norms, positions and heads of two models and of their difference."""
     st.subheader("What do deeper networks hold in their first layers?", anchor=False)
     sources = source_names()
@@ -67,8 +67,8 @@ def deeper_section() -> None:
     second = right.selectbox(
         "Compared with", source.models, index=source.models.index(AVERAGE), key=f"compared_{place}"
     )
-    one = pictured(source.key, first, source)
-    two = pictured(source.key, second, source)
+    one = pictured_tensors(source.key, first, source)
+    two = pictured_tensors(source.key, second, source)
     shown = {first: one, second: two, f"{first} − {second}": patterns.difference(one, two)}
     if first == second:
         shown = {first: one}
@@ -99,7 +99,7 @@ def chart_filters(
     grid = figures.kernel_grid(filters, title=name, kind=levels, columns=PER_ROW, most=SHOWN)
     rows = math.ceil(min(len(filters), SHOWN) / PER_ROW)
     return charts.Chart(
-        grid, key=f"{view}_{name}", alt=f"First filters of {name}", height=fitted(grid, rows)
+        grid, key=f"{view}_{name}", alt=f"First filters of {name}", height=fit_height(grid, rows)
     )
 
 
@@ -116,7 +116,7 @@ def chart_components(name: str, weights: dict[str, Tensor], levels: Normalisatio
         grid,
         key=f"components_{name}",
         alt=f"Principal components of the first filters of {name}",
-        height=fitted(grid, 2.6),
+        height=fit_height(grid, 2.6),
     )
 
 
@@ -141,7 +141,7 @@ def chart_positions(name: str, weights: dict[str, Tensor]) -> charts.Chart:
     )
 
 
-def fitted(figure: go.Figure, rows: float) -> int:
+def fit_height(figure: go.Figure, rows: float) -> int:
     """The height at which rows of tiles fill a third of a wide page, or a phone's width."""
     return round(figure.layout.margin.t + 24 + TILE * rows)
 

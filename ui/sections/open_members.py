@@ -9,8 +9,8 @@ from dataclasses import asdict, replace
 import pandas as pd
 import streamlit as st
 
-from merge_core.opening.roles import Found, Role
-from merge_core.suites.estimates import TIME_NOTE, about, seconds
+from merge_core.opening.roles import FoundModel, Role
+from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite
 from ui import charts
@@ -25,7 +25,7 @@ ROLES: dict[str, Role] = {
 LABELS = {role: label for label, role in ROLES.items()}
 
 
-def members_frame(found: Sequence[Found]) -> pd.DataFrame:
+def members_frame(found: Sequence[FoundModel]) -> pd.DataFrame:
     """One row per model: ``role``, ``task``, ``model``, ``tensors``, ``megabytes``, ``note``."""
     return pd.DataFrame(
         {
@@ -39,7 +39,7 @@ def members_frame(found: Sequence[Found]) -> pd.DataFrame:
     )
 
 
-def edited(found: Sequence[Found], frame: pd.DataFrame) -> tuple[Found, ...]:
+def apply_edits(found: Sequence[FoundModel], frame: pd.DataFrame) -> tuple[FoundModel, ...]:
     """The models with the roles and task names of a frame whose rows stand in their order.
 
     Nothing else of the frame is used: a browser decides on no path.
@@ -50,7 +50,7 @@ def edited(found: Sequence[Found], frame: pd.DataFrame) -> tuple[Found, ...]:
     )
 
 
-def members_table(found: Sequence[Found], key: str) -> tuple[Found, ...]:
+def members_table(found: Sequence[FoundModel], key: str) -> tuple[FoundModel, ...]:
     """The models in a table in which roles and task names can be changed.
 
     Args:
@@ -81,7 +81,7 @@ def members_table(found: Sequence[Found], key: str) -> tuple[Found, ...]:
             "note": columns.TextColumn("Note", width="large"),
         },
     )
-    return edited(found, frame)
+    return apply_edits(found, frame)
 
 
 def fit_section(suite: Suite) -> None:
@@ -108,10 +108,10 @@ def fit_section(suite: Suite) -> None:
         taken = seconds(report.job)
         cards.metric(
             "Time of a merge",
-            about(taken.spectral).removeprefix("about "),
+            time_in_words(taken.spectral).removeprefix("about "),
             border=True,
             help=f"Estimate for CART on this machine, when it is quiet; averaging takes "
-            f"{about(taken.entrywise)} ({TIME_NOTE}).",
+            f"{time_in_words(taken.entrywise)} ({TIME_NOTE}).",
         )
     cards.metric(
         "Stored factors",

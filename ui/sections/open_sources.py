@@ -16,7 +16,7 @@ from merge_core.files import digest_of
 from merge_core.hub.files import HubId
 from merge_core.opening.draft import task_name
 from merge_core.opening.presets import presets
-from merge_core.opening.roles import Found, of_preset
+from merge_core.opening.roles import FoundModel, apply_preset
 from merge_core.opening.search import MOST_ENTRIES, find_models
 from merge_core.suites.suite import load_suite
 from merge_core.suites.suite_spec import SuiteSpec
@@ -41,7 +41,7 @@ class Collection:
         preset: the suite that they come from, if there is one.
     """
 
-    found: tuple[Found, ...]
+    found: tuple[FoundModel, ...]
     name: str
     key: str
     path: Path
@@ -78,7 +78,7 @@ def from_folder(open_suite: Callable[[str, Path], None]) -> Collection | None:
         if not options and complete:
             st.info(f"No weight files were found below {root}, {roots.DEPTH} levels deep.")
         return None
-    place = roots.confined(_meant(text, options), root)
+    place = roots.confine(_interpret(text, options), root)
     existing = place / FILE
     if existing.is_file():
         _offer_existing(existing, root, open_suite)
@@ -89,7 +89,7 @@ def from_folder(open_suite: Callable[[str, Path], None]) -> Collection | None:
     return Collection(found, place.name or "suite", _key(found), existing, shown)
 
 
-def _meant(text: str, options: Sequence[str]) -> str:
+def _interpret(text: str, options: Sequence[str]) -> str:
     """What was typed; a bare name means the only folder that is called so."""
     named = [option for option in options if Path(option).name == text]
     return named[0] if len(named) == 1 and text not in options else text
@@ -101,7 +101,7 @@ def _folders(root: str) -> tuple[list[str], bool]:
 
 
 @st.cache_resource(max_entries=4, show_spinner="Reading headers …")
-def _read(place: str, root: str, state: str) -> tuple[Found, ...]:
+def _read(place: str, root: str, state: str) -> tuple[FoundModel, ...]:
     """What is found in a folder in that state."""
     return find_models([place], inside=Path(root))
 
@@ -146,7 +146,7 @@ def from_hub() -> Collection | None:
         return None
     places = [line if "://" in line else f"hf://{line}" for line in ids]
     found = _headers([str(HubId.parse(place)) for place in places])
-    if found is None or len(_unread(found)) == len(found):
+    if found is None or len(_list_unread(found)) == len(found):
         return None  # what went wrong is said
     return _in_session(found, "from the hub")
 
@@ -168,10 +168,10 @@ def from_preset() -> Collection | None:
     st.markdown(spec.description)
     members = [*([spec.base] if spec.base else []), *(e.weights for e in spec.experts.values())]
     found = _headers(members)
-    return None if found is None else _in_session(of_preset(found, spec), name, spec)
+    return None if found is None else _in_session(apply_preset(found, spec), name, spec)
 
 
-def _headers(ids: Sequence[str]) -> tuple[Found, ...] | None:
+def _headers(ids: Sequence[str]) -> tuple[FoundModel, ...] | None:
     """The headers of models on the hub, read in the background when asked for."""
     attempt = st.session_state.setdefault("open_attempt", 0)
     job = run_job(
@@ -184,8 +184,8 @@ def _headers(ids: Sequence[str]) -> tuple[Found, ...] | None:
     )
     if job is None:
         return None
-    found: tuple[Found, ...] = job.result
-    if unread := _unread(found):
+    found: tuple[FoundModel, ...] = job.result
+    if unread := _list_unread(found):
         # A cell of the table would cut these sentences off.
         notes = "\n".join(f"- {each.note}" for each in unread[:MOST_SAID])
         st.warning(f"{len(unread)} of {len(found)} could not be read:\n\n{notes}")
@@ -193,7 +193,7 @@ def _headers(ids: Sequence[str]) -> tuple[Found, ...] | None:
     return found
 
 
-def _unread(found: Sequence[Found]) -> list[Found]:
+def _list_unread(found: Sequence[FoundModel]) -> list[FoundModel]:
     """Models that the hub said nothing of."""
     return [each for each in found if each.checkpoint is None and not each.nbytes]
 
@@ -242,10 +242,12 @@ def _remove(folder: Path) -> None:
     st.session_state["open_refused"] = []
 
 
-def _in_session(found: tuple[Found, ...], name: str, preset: SuiteSpec | None = None) -> Collection:
+def _in_session(
+    found: tuple[FoundModel, ...], name: str, preset: SuiteSpec | None = None
+) -> Collection:
     path = session_files.folder() / task_name(name) / FILE
     return Collection(found, name, _key(found), path, preset=preset)
 
 
-def _key(found: Sequence[Found]) -> str:
+def _key(found: Sequence[FoundModel]) -> str:
     return digest_of(*(f"{each.reference}:{each.nbytes}:{each.note}" for each in found))[:16]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import streamlit as st
 
-from analysis.comparison.run import adapted, label_of, usable
+from analysis.comparison.run import adapt_recipe, label_of, usable_methods
 from merge_core.errors import MergeScopeError
 from merge_core.merging.engine import check_recipe
 from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml
@@ -31,11 +31,11 @@ def own_recipes(view: View) -> list[Recipe]:
         with left:
             _pick(view)
         with right:
-            found = _entered(view)
+            found = _list_entered(view)
     return found
 
 
-def parsed(text: str) -> list[tuple[str, Recipe | MergeScopeError]]:
+def parse_recipes(text: str) -> list[tuple[str, Recipe | MergeScopeError]]:
     """Recipes in a text: one YAML document (several with ``---`` between), or a link a line.
 
     Returns:
@@ -65,13 +65,13 @@ def link_form(recipe: Recipe) -> str:
 def _add(recipes: list[Recipe]) -> None:
     """Add recipes to the text (called between two runs of the page)."""
     text = st.session_state.get(KEY, "")
-    lines = [link_form(r) if isinstance(r, Recipe) else part for part, r in parsed(text)]
+    lines = [link_form(r) if isinstance(r, Recipe) else part for part, r in parse_recipes(text)]
     lines += map(link_form, recipes)
     st.session_state[KEY] = "\n".join(dict.fromkeys(lines))
 
 
 def _remove(place: int) -> None:
-    kept = [entry for i, entry in enumerate(parsed(st.session_state[KEY])) if i != place]
+    kept = [entry for i, entry in enumerate(parse_recipes(st.session_state[KEY])) if i != place]
     st.session_state[KEY] = "\n".join(
         link_form(recipe) if isinstance(recipe, Recipe) else part for part, recipe in kept
     )
@@ -95,7 +95,7 @@ def _upload(key: str) -> None:
 
 def _pick(view: View) -> None:
     """A method and its parameters, to be added."""
-    offered = usable(view.suite, view.tasks)
+    offered = usable_methods(view.suite, view.tasks)
     name = st.selectbox(
         "Method",
         list(offered),
@@ -118,7 +118,7 @@ def _pick(view: View) -> None:
     )
 
 
-def _entered(view: View) -> list[Recipe]:
+def _list_entered(view: View) -> list[Recipe]:
     """The recipes in the text, each with a button that removes it."""
     text = st.text_area(
         "In the comparison, one a line",
@@ -130,12 +130,12 @@ def _entered(view: View) -> list[Recipe]:
         "recipe's YAML. It is compared as it is, on the suite and tasks chosen here.",
     )
     found: dict[str, Recipe] = {}
-    for place, (part, recipe) in enumerate(parsed(text or "")):
+    for place, (part, recipe) in enumerate(parse_recipes(text or "")):
         label, problem = part[:60], ""
         try:
             if isinstance(recipe, MergeScopeError):
                 raise recipe
-            recipe = adapted(recipe, view.name, view.tasks)
+            recipe = adapt_recipe(recipe, view.name, view.tasks)
             check_recipe(view.suite, recipe)
             label = label_of(recipe)
             found[label] = recipe

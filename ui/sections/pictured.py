@@ -43,10 +43,10 @@ class Source:
 
 def source_names() -> dict[str, str]:
     """What can be chosen: label to the kind and name behind it."""
-    suites = {f"Suite {name}": f"suite:{name}" for name in session_files.offered()}
+    suites = {f"Suite {name}": f"suite:{name}" for name in session_files.list_offered()}
     pools = {
         f"Pool {pool.title}": f"pool:{name}"
-        for name, pool in pool_resources.described_pools().items()
+        for name, pool in pool_resources.describe_pools().items()
         if pool.spec.architecture.name not in ("linear", "mlp")
     }
     return suites | pools
@@ -61,11 +61,11 @@ def open_source(reference: str) -> Source:
     kind, _, name = reference.partition(":")
     if kind == "suite":
         key = resources.suite_key(name)
-        return _of_suite(key, resources.open_suite(name, key))
-    return _of_pool(*pool_resources.open_pool(pool_resources.described_pools()[name]))
+        return _source_of_suite(key, resources.open_suite(name, key))
+    return _source_of_pool(*pool_resources.open_pool(pool_resources.describe_pools()[name]))
 
 
-def _of_suite(key: str, suite: Suite) -> Source:
+def _source_of_suite(key: str, suite: Suite) -> Source:
     def expert(task: str) -> Callable[[], Checkpoint]:
         return lambda: suite.expert(task)
 
@@ -80,7 +80,7 @@ def _of_suite(key: str, suite: Suite) -> Source:
     return Source(key, single, suite.tasks, heads)
 
 
-def _of_pool(key: str, pool: Pool) -> Source:
+def _source_of_pool(key: str, pool: Pool) -> Source:
     def member(number: int) -> Callable[[], Checkpoint]:
         return lambda: pool.member(number)
 
@@ -93,7 +93,7 @@ def _of_pool(key: str, pool: Pool) -> Source:
 
 
 @st.cache_resource(max_entries=12, show_spinner="Reading weights …")
-def pictured(key: str, model: str, _source: Source) -> dict[str, Tensor]:
+def pictured_tensors(key: str, model: str, _source: Source) -> dict[str, Tensor]:
     """The tensors of a model that pictures are made of, float32; read-only.
 
     Raises:

@@ -8,7 +8,7 @@ import streamlit as st
 from analysis.evaluation.evaluator import Evaluator
 from analysis.figures import rank_evidence as figures
 from analysis.outputs.suite_outputs import NotStored
-from analysis.rank_selection.allocation import against_uniform
+from analysis.rank_selection.allocation import compare_with_uniform
 from analysis.rank_selection.per_layer import ranks_per_layer
 from analysis.rank_selection.select import Selection
 from merge_core.files import digest_of
@@ -34,7 +34,7 @@ EXPLAINED = charts.HowToRead(
 
 
 @st.cache_data(max_entries=16, show_spinner="Looking at every layer …")
-def per_layer(
+def layers_frame(
     key: str, tasks: tuple[str, ...], method: str, share: float, _selection: Selection, _view: View
 ) -> pd.DataFrame:
     """Directions of each matrix by every rule."""
@@ -48,7 +48,7 @@ def layers_section(selection: Selection, view: View) -> None:
         st.info("This method has no rank.")
         return
     method = selection.recipe.method
-    frame = per_layer(view.key, view.tasks, method, selection.rank, selection, view)
+    frame = layers_frame(view.key, view.tasks, method, selection.rank, selection, view)
     rules = list(dict.fromkeys(frame["rule"]))
     chosen = st.multiselect(
         "Rules", rules, default=rules[:SHOWN], key="layer_rules", bind="query-params"
@@ -74,32 +74,34 @@ def layers_section(selection: Selection, view: View) -> None:
 
 
 @st.cache_data(max_entries=16, show_spinner=False)
-def stored(
+def stored_comparison(
     key: str, tasks: tuple[str, ...], query: str, _selection: Selection, _view: View
 ) -> pd.DataFrame | None:
     """The comparison at equal storage if it takes no forward pass."""
     evaluator = resources.evaluator(_view).stored_only()
     try:
-        return compared(_selection, resources.session(_view), evaluator, Progress())
+        return compare_allocations(_selection, resources.session(_view), evaluator, Progress())
     except NotStored:
         return None
 
 
-def compared(
+def compare_allocations(
     selection: Selection, session: MergeSession, evaluator: Evaluator, progress: Progress
 ) -> pd.DataFrame:
     """Allocated ranks against the uniform one, around the recommended setting."""
     shares = [min(1.0, budget * selection.rank) for budget in BUDGETS]
     highest = max(selection.space.scales)
     scales = list(dict.fromkeys(min(factor * selection.scale, highest) for factor in SCALES))
-    return against_uniform(selection.space, session, evaluator, shares, scales, progress=progress)
+    return compare_with_uniform(
+        selection.space, session, evaluator, shares, scales, progress=progress
+    )
 
 
 def storage(selection: Selection, view: View) -> None:
     """Allocated ranks against the uniform one at equal storage."""
     session, evaluator = resources.session(view), resources.evaluator(view)
     query = selection.recipe.to_query()
-    frame = stored(view.key, view.tasks, query, selection, view)
+    frame = stored_comparison(view.key, view.tasks, query, selection, view)
     if frame is None:
         job = run_job(
             digest_of("layers", view.key, *view.tasks, query),
@@ -107,7 +109,7 @@ def storage(selection: Selection, view: View) -> None:
             "Compare with the uniform rank",
             f"Evaluates three allocations and the uniform rank at {len(BUDGETS)} budgets and "
             f"{len(SCALES)} λ on the validation split.",
-            lambda progress: compared(selection, session, evaluator, progress),
+            lambda progress: compare_allocations(selection, session, evaluator, progress),
         )
         if job is None:
             return

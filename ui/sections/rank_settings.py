@@ -45,7 +45,7 @@ def pick(setting: Sequence[float]) -> None:
     st.session_state["at_rank"], st.session_state["at_scale"] = map(float, setting)
 
 
-def nearest(value: float, options: Sequence[float]) -> float:
+def nearest_option(value: float, options: Sequence[float]) -> float:
     """The option next to a value."""
     return min(options, key=lambda option: abs(option - value))
 
@@ -60,7 +60,7 @@ def setting_sliders(selection: Selection) -> dict[str, float]:
         chosen["rank"] = columns[0].select_slider(
             "Rank (share of directions)",
             ranks,
-            value=nearest(selection.rank, ranks),
+            value=nearest_option(selection.rank, ranks),
             format_func=share_label,
             key="at_rank",
             bind="query-params",
@@ -70,7 +70,7 @@ def setting_sliders(selection: Selection) -> dict[str, float]:
         chosen["scale"] = columns[1].select_slider(
             "Scaling coefficient λ",
             space.scales,
-            value=nearest(selection.scale, space.scales),
+            value=nearest_option(selection.scale, space.scales),
             key="at_scale",
             bind="query-params",
             help="How strongly the kept directions are added.",

@@ -42,7 +42,7 @@ class Catalog:
                 )
         return {self.variable: os.pathsep.join(str(path) for path in paths)}
 
-    def offered(self) -> dict[str, Path]:
+    def list_offered(self) -> dict[str, Path]:
         """Name to path; the bundled ones first."""
         found = self.bundled()
         known = set(found.values())

@@ -18,7 +18,7 @@ _last = time.monotonic()
 atexit.register(gc.unfreeze)  # else the interpreter's last collection misses what is hidden
 
 
-def spare() -> None:
+def freeze_objects() -> None:
     """Called at the end of a run: hide all objects from the collection, unless one is due."""
     global _last
     with _lock:

@@ -31,23 +31,23 @@ class PoolView:
 
 
 @st.cache_resource(max_entries=256, show_spinner=False)
-def _described(path: str, state: str) -> Pool:
+def _read_description(path: str, state: str) -> Pool:
     """What a pool's file says, as it is in that state."""
     return load_pool(path)
 
 
-def described_pools() -> dict[str, Pool]:
+def describe_pools() -> dict[str, Pool]:
     """All pools on offer by name, for choosing among them; their files may have changed since.
 
     Raises:
         PoolError: a pool's file is missing or wrong.
     """
-    paths = POOLS.offered()
-    return {name: _described(str(path), stamp(path)) for name, path in paths.items()}
+    paths = POOLS.list_offered()
+    return {name: _read_description(str(path), stamp(path)) for name, path in paths.items()}
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)
-def _opened(key: str, path: str) -> Pool:
+def _open(key: str, path: str) -> Pool:
     return load_pool(path)
 
 
@@ -55,7 +55,7 @@ def open_pool(described: Pool) -> tuple[str, Pool]:
     """A pool as its files are now, and a digest that changes when any of them does."""
     files = (described.path, *described.files)
     key = digest_of(*(stamp(path) for path in files))
-    return key, _opened(key, str(described.path))
+    return key, _open(key, str(described.path))
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

@@ -19,7 +19,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.files import digest_of, file_digest
 from merge_core.merging.engine import MergeSession
 from merge_core.suites.suite import Suite, load_suite
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 from ui.server import session_files
 from ui.server.jobs import JobRunner
 
@@ -51,7 +51,7 @@ def suite_key(name: str) -> str:
     Raises:
         SuiteError: the suite's file is missing or wrong.
     """
-    suite = load_suite(session_files.offered()[name])
+    suite = load_suite(session_files.list_offered()[name])
     files = [suite.spec.base] if suite.spec.base else []
     for expert in suite.spec.experts.values():
         files += expert.files
@@ -68,7 +68,7 @@ def stamp(path: Path) -> str:
 @st.cache_resource(max_entries=8, show_spinner=False)
 def open_suite(name: str, key: str) -> Suite:
     """The suite of that name, as it is at that key."""
-    return load_suite(session_files.offered()[name])
+    return load_suite(session_files.list_offered()[name])
 
 
 @st.cache_resource(show_spinner=False)
@@ -122,13 +122,13 @@ def evaluator(view: View) -> Evaluator:
     return _evaluator(view.key, view.suite)
 
 
-def measurable(view: View) -> bool:
+def is_measurable(view: View) -> bool:
     """Whether accuracies of the chosen tasks can be measured: all it takes is there, and labels."""
     return view.suite.can_evaluate and all(
         has_labels(view.suite, task, split) for task in view.tasks for split in get_args(Split)
     )
 
 
-def group(view: View) -> ParameterGroup:
+def group(view: View) -> TensorGroup:
     """The chosen layer across the chosen tasks."""
-    return ParameterGroup(view.suite, view.tasks, view.layer, factor_store(view.suite))
+    return TensorGroup(view.suite, view.tasks, view.layer, factor_store(view.suite))

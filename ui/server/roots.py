@@ -42,7 +42,7 @@ def roots() -> tuple[Path, ...]:
     return tuple(dict.fromkeys(Path(part).resolve() for part in named or ["."]))
 
 
-def confined(text: str, root: Path) -> Path:
+def confine(text: str, root: Path) -> Path:
     """A path that somebody typed, as an existing folder below a root.
 
     Args:

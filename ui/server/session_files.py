@@ -51,7 +51,7 @@ class Own:
     folder: Path | None = None
 
 
-def own() -> Own:
+def own_files() -> Own:
     """What the current session has opened."""
     known: Own | None = st.session_state.get(STATE)
     if known is None:
@@ -67,7 +67,7 @@ def folder() -> Path:
     Raises:
         OutputError: the disk is full, or the cache folder cannot be written.
     """
-    mine = own()
+    mine = own_files()
     if mine.folder is None or not mine.folder.is_dir():
         try:
             mine.folder = janitor().folder_for(mine.session)
@@ -86,17 +86,19 @@ def offer(name: str, path: Path) -> str:
     Returns:
         The name under which it is offered: another one where that is taken by another file.
     """
-    known = offered()
+    known = list_offered()
     unique, number = name, 2
     while known.get(unique, path) != path:
         unique, number = f"{name}-{number}", number + 1
-    own().suites[unique] = path
+    own_files().suites[unique] = path
     return unique
 
 
-def offered() -> dict[str, Path]:
+def list_offered() -> dict[str, Path]:
     """The suites on offer to this session: everybody's first, then its own."""
-    return SUITES.offered() | {n: path for n, path in own().suites.items() if path.is_file()}
+    return SUITES.list_offered() | {
+        n: path for n, path in own_files().suites.items() if path.is_file()
+    }
 
 
 def has_uploads(suite: Suite) -> bool:

@@ -45,12 +45,13 @@ class Contents:
 
     Attributes:
         content: the pickled object, read as data.
-        foreign: full names of the foreign classes and functions in it, sorted.
+        unsafe_globals: full names of the classes and functions in it that are not torch's
+            own, sorted.
         in_file: whether the pickle's bytes are the file's own, rather than compressed there.
     """
 
     content: Any
-    foreign: tuple[str, ...]
+    unsafe_globals: tuple[str, ...]
     in_file: bool = True
 
 
@@ -75,7 +76,7 @@ def read_contents(stream: BinaryIO, size: int) -> Contents:
             "again, else unpack it and give the file within."
         )
     maker = _StreamMaker(stream, Budget())
-    return Contents(_read_stream(stream, size, maker), tuple(sorted(maker.foreign)))
+    return Contents(_read_stream(stream, size, maker), tuple(sorted(maker.unsafe_globals)))
 
 
 def _storage_key(key: Any) -> tuple[Dtype, str, int, Any]:
@@ -101,7 +102,7 @@ class _ZipMaker(TensorMaker):
         self._folder, self._entries = folder, entries
         self.regions: dict[str, Region] = {}
 
-    def stored(self, key: Any) -> Storage:
+    def persistent_load(self, key: Any) -> Storage:
         dtype, name, size, _ = _storage_key(key)
         path = f"{self._folder}data/{name}"
         if path not in self.regions:
@@ -128,7 +129,7 @@ def _read_zip(stream: BinaryIO, file_size: int) -> Contents:
     content = read_pickle(source, end, maker, Budget())
     for path, region in maker.regions.items():
         locate(stream, file_size, entries[path], region)
-    return Contents(content, tuple(sorted(maker.foreign)), source is stream)
+    return Contents(content, tuple(sorted(maker.unsafe_globals)), source is stream)
 
 
 def _member(
@@ -160,7 +161,7 @@ class _StreamMaker(TensorMaker):
         self._stream, self._bare = stream, bare
         self.regions: dict[str, tuple[Region, int]] = {}
 
-    def stored(self, key: Any) -> Any:
+    def persistent_load(self, key: Any) -> Any:
         match key:
             case ("module", kind, *_):
                 return kind  # with its source text, which is of no use here
@@ -176,15 +177,15 @@ class _StreamMaker(TensorMaker):
                 return _part(whole, offset, numel)
         raise PickleFileError.damaged("a view in it is damaged")
 
-    def nested(self, data: Any) -> Any:
+    def read_nested(self, data: Any) -> Any:
         if not self._bare or not isinstance(data, Blob):
-            return super().nested(data)
+            return super().read_nested(data)
         place = self._stream.tell()
         inner = _StreamMaker(self._stream, self.budget, bare=False)
         self._stream.seek(data.start)
         storage = _read_stream(self._stream, data.start + data.size, inner)
         self._stream.seek(place)
-        self.foreign |= inner.foreign
+        self.unsafe_globals |= inner.unsafe_globals
         return storage
 
 
@@ -217,7 +218,7 @@ def _read_stream(stream: BinaryIO, end: int, maker: _StreamMaker) -> Any:
         if not isinstance(key, str) or key not in maker.regions:
             raise PickleFileError.damaged("it lists a storage that it does not have")
         region, itemsize = maker.regions[key]
-        _place(stream, end, region, itemsize)
+        _skip_bytes(stream, end, region, itemsize)
     if any(region.start is None for region, _ in maker.regions.values()):
         raise PickleFileError.damaged("a storage that it names is not in it")
     return content
@@ -228,7 +229,7 @@ def _value(pairs: Pairs, name: str) -> Any:
     return next((value for key, value in entries if isinstance(key, str) and key == name), None)
 
 
-def _place(stream: BinaryIO, end: int, region: Region, itemsize: int) -> None:
+def _skip_bytes(stream: BinaryIO, end: int, region: Region, itemsize: int) -> None:
     """Note where raw bytes begin, after their number of elements, and go past them."""
     data = stream.read(NUMBER.size)
     if len(data) != NUMBER.size:

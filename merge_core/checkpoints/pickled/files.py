@@ -1,4 +1,4 @@
-"""Tensors of pickled checkpoints by name, read one at a time, without running foreign code.
+"""Tensors of pickled checkpoints by name, read one at a time; no code in them is run.
 
 ``torch.save(model)`` writes a pickle that names the model's classes, and opening it as Python
 does imports and runs whatever it names. Here it is read as data (:mod:`pickle_machine`), torch's
@@ -37,7 +37,8 @@ class PickledTensors:
     Attributes:
         stored: shape, dtype and place of each tensor, or what it is instead of a plain array,
             by its name in ``state_dict()``.
-        foreign: full names of the foreign classes and functions that the file would import.
+        unsafe_globals: full names of the classes and functions that the file would import
+            besides torch's own.
 
     Raises:
         CheckpointError: no such file, a damaged or a hostile one, or no model in it.
@@ -55,7 +56,7 @@ class PickledTensors:
             raise CheckpointError(f"{path} cannot be read as a torch file: {fault}") from fault
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
-        self.foreign = contents.foreign
+        self.unsafe_globals = contents.unsafe_globals
         self._unpacked: tuple[Region, UntypedStorage] | None = None
 
     @property
@@ -110,7 +111,7 @@ class PickledTensors:
         if begin == end:
             return UntypedStorage(0)
         if region.packed is not None:
-            return self._inflated(region)[begin:end]
+            return self._inflate(region)[begin:end]
         assert region.start is not None
         if self._whole is None:
             return _storage_of(self._read(region.start + begin, end - begin))
@@ -118,7 +119,7 @@ class PickledTensors:
         # Only torch's zip format keeps storages at addresses that suit their dtype.
         return found.clone() if (region.start + begin) % place.dtype.itemsize else found
 
-    def _inflated(self, region: Region) -> UntypedStorage:
+    def _inflate(self, region: Region) -> UntypedStorage:
         """A compressed storage; the last one is kept, for the tensors that share it."""
         known = self._unpacked
         if known is not None and known[0] is region:

@@ -85,7 +85,7 @@ class Maker(Protocol):
     def make(self, maker: Any, args: Any) -> Any:
         """The value in place of a call, in constant time."""
 
-    def stored(self, key: Any) -> Any:
+    def persistent_load(self, key: Any) -> Any:
         """The value that lies outside the pickle under `key`, in constant time."""
 
 
@@ -184,7 +184,7 @@ class _Machine:
         if not raw.endswith(b"\n"):
             raise PickleFileError.damaged("its pickle is truncated or damaged")
         self.charge(len(raw))
-        return _writable(raw[:-1].decode(encoding, "backslashreplace"))
+        return _without_surrogates(raw[:-1].decode(encoding, "backslashreplace"))
 
     def integer(self, size: int) -> int | Blob:
         if size > LONGEST_INTEGER:
@@ -192,7 +192,7 @@ class _Machine:
         self.room_for(size)
         return int.from_bytes(self.stream.read(size), "little", signed=True)
 
-    def since_mark(self) -> list[Any]:
+    def pop_mark(self) -> list[Any]:
         items, self.stack = self.stack, self.below.pop()
         return items
 
@@ -209,9 +209,9 @@ class _Machine:
         self.budget.steps -= STEPS_PER_CALL
         self.stack.append(self.maker.make(maker, args))
 
-    def stored(self, key: Any) -> None:
+    def persistent_load(self, key: Any) -> None:
         self.budget.steps -= STEPS_PER_CALL
-        self.stack.append(self.maker.stored(key))
+        self.stack.append(self.maker.persistent_load(key))
 
 
 Step = Callable[[_Machine], object]
@@ -219,7 +219,7 @@ Step = Callable[[_Machine], object]
 U8, U16, I32, U32, U64, F64 = (struct.Struct(code) for code in ("<B", "<H", "<i", "<I", "<Q", ">d"))
 
 
-def _writable(text: str) -> str:
+def _without_surrogates(text: str) -> str:
     """Without lone surrogates, which would break whoever writes the text to a file."""
     return text.encode("utf-8", "backslashreplace").decode()
 
@@ -267,12 +267,12 @@ def _reduce_with_keywords(m: _Machine) -> None:
 
 def _instance(m: _Machine) -> None:
     maker = m.find(m.line(), m.line())
-    args = tuple(m.since_mark())
+    args = tuple(m.pop_mark())
     m.make(maker, args)
 
 
 def _object(m: _Machine) -> None:
-    maker, *args = m.since_mark()
+    maker, *args = m.pop_mark()
     m.make(maker, tuple(args))
 
 
@@ -323,11 +323,11 @@ def _pop(m: _Machine) -> None:
     if m.stack:
         m.stack.pop()
     else:
-        m.since_mark()
+        m.pop_mark()
 
 
 def _tuple(m: _Machine) -> None:
-    items = m.since_mark()
+    items = m.pop_mark()
     m.stack.append(tuple(items))
 
 
@@ -342,12 +342,12 @@ def _tuple_of(size: int) -> Step:
 
 
 def _list(m: _Machine) -> None:
-    items = m.since_mark()
+    items = m.pop_mark()
     m.stack.append(items)
 
 
 def _dict(m: _Machine) -> None:
-    items = m.since_mark()
+    items = m.pop_mark()
     m.stack.append(Pairs())
     _set_items(m, items)
 
@@ -401,12 +401,12 @@ STEPS: dict[bytes, Step] = {
     b"\x86": _tuple_of(2),
     b"\x87": _tuple_of(3),
     b"a": _append,
-    b"e": lambda m: _add(m, m.since_mark()),
-    b"\x90": lambda m: _add(m, m.since_mark()),
+    b"e": lambda m: _add(m, m.pop_mark()),
+    b"\x90": lambda m: _add(m, m.pop_mark()),
     b"s": _set_item,
-    b"u": lambda m: _set_items(m, m.since_mark()),
+    b"u": lambda m: _set_items(m, m.pop_mark()),
     b"0": _pop,
-    b"1": _Machine.since_mark,
+    b"1": _Machine.pop_mark,
     b"2": lambda m: m.stack.append(m.stack[-1]),
     b"p": lambda m: m.keep(int(m.line(LONGEST_INTEGER))),
     b"q": lambda m: m.keep(m.number(U8)),
@@ -426,6 +426,6 @@ STEPS: dict[bytes, Step] = {
     b"i": _instance,
     b"o": _object,
     b"b": _build,
-    b"P": lambda m: m.stored(m.line()),
-    b"Q": lambda m: m.stored(m.stack.pop()),
+    b"P": lambda m: m.persistent_load(m.line()),
+    b"Q": lambda m: m.persistent_load(m.stack.pop()),
 }

@@ -88,7 +88,7 @@ class _Walk:
             pairs = zip(mapping[::2], mapping[1::2], strict=True)
         elif isinstance(mapping, Record) and mapping.pairs is not None:
             pairs = zip(mapping.pairs[::2], mapping.pairs[1::2], strict=True)
-        elif isinstance(mapping, Record) and _ordered(mapping):
+        elif isinstance(mapping, Record) and _is_ordered_dict(mapping):
             pairs = mapping.args[0]  # Python 2 made ordered dictionaries from a list of pairs
         for pair in pairs:
             self._visit()
@@ -158,11 +158,11 @@ class _Walk:
 
 def _is_mapping(value: Any) -> bool:
     return isinstance(value, Pairs) or (
-        isinstance(value, Record) and (value.pairs is not None or _ordered(value))
+        isinstance(value, Record) and (value.pairs is not None or _is_ordered_dict(value))
     )
 
 
-def _ordered(record: Record) -> bool:
+def _is_ordered_dict(record: Record) -> bool:
     """Whether a record is an ordered dictionary made from a list of pairs."""
     match record:
         case Record(maker=Global("collections", "OrderedDict"), args=(list(), *_)):

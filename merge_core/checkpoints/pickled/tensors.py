@@ -38,7 +38,7 @@ STORAGE_DTYPES = {
     "TypedStorage": DTYPES["uint8"],
 }
 STORAGE_MODULES = ("torch", "torch.cuda", "torch.storage")
-# Globals that are no foreign classes: what plain tensors and containers are pickled with.
+# Globals that are safe: what plain tensors and containers are pickled with.
 KNOWN = {
     "_codecs.encode",
     "collections.OrderedDict",
@@ -201,17 +201,17 @@ def _reach(shape: Sequence[int], strides: Sequence[int]) -> int:
 class TensorMaker(ABC):
     """Puts tensors' places for torch's reconstructors, and records for everything else.
 
-    Subclasses say what lies outside the pickle (:meth:`stored`).
+    Subclasses say what lies outside the pickle (:meth:`persistent_load`).
 
     Attributes:
-        foreign: the full names of all other classes and functions that were met.
+        unsafe_globals: the full names of all other classes and functions that were met.
     """
 
     def __init__(self) -> None:
-        self.foreign: set[str] = set()
+        self.unsafe_globals: set[str] = set()
 
     def find(self, module: str, name: str) -> Global:
-        """A global's name, noted if it is foreign.
+        """A global's name, noted if it is an unsafe one.
 
         Raises:
             PickleFileError: a name that only an attack needs.
@@ -229,14 +229,14 @@ class TensorMaker(ABC):
         # Storages, and the classes of tensors that files from before torch 0.4 name.
         classes = module in STORAGE_MODULES and name.replace("Tensor", "Storage") in STORAGE_DTYPES
         if not (tensors or classes or dtypes or full in KNOWN):
-            self.foreign.add(found.shown)
+            self.unsafe_globals.add(found.shown)
         return found
 
     @abstractmethod
-    def stored(self, key: Any) -> Any:
+    def persistent_load(self, key: Any) -> Any:
         """What lies outside the pickle under `key`."""
 
-    def nested(self, data: Any) -> Any:
+    def read_nested(self, data: Any) -> Any:
         """The storage in bytes that hold a torch file of their own: inert, by default."""
         return Record(Global("torch.storage", "_load_from_bytes"), data)
 
@@ -247,23 +247,23 @@ class TensorMaker(ABC):
         if len(args) > MOST_ARGUMENTS:  # no reconstructor, and costly to look at again and again
             return Record(maker, args)
         if maker.module == "torch._utils" and maker.name.startswith("_rebuild"):
-            return _rebuilt(maker, args)
+            return _rebuild(maker, args)
         match (str(maker), args):
             case (
                 "torch._tensor._rebuild_from_type_v2",
                 (Global() as inner, _, tuple() as rest, _),
             ):
-                return _rebuilt(inner, rest)
+                return _rebuild(inner, rest)
             case ("collections.OrderedDict", ()):
                 return Pairs()
             case ("torch.Size", (tuple() | list() as sizes,)):
                 return sizes
             case ("torch.storage._load_from_bytes", (data,)):
-                return self.nested(data)
+                return self.read_nested(data)
         return Record(maker, args)
 
 
-def _rebuilt(maker: Global, args: tuple[Any, ...]) -> Any:
+def _rebuild(maker: Global, args: tuple[Any, ...]) -> Any:
     """What one of the ``torch._utils._rebuild_*`` functions would return."""
     name = maker.name if maker.module == "torch._utils" else ""
     match (name, args):
@@ -272,23 +272,23 @@ def _rebuilt(maker: Global, args: tuple[Any, ...]) -> Any:
         case ("_rebuild_tensor", (Storage() as storage, offset, shape, strides)):
             return view(storage, offset, shape, strides)
         case ("_rebuild_tensor_v2", (Storage() as storage, offset, shape, strides, _, _, *meta)):
-            return _flagged(meta) or view(storage, offset, shape, strides)
+            return _check_flags(meta) or view(storage, offset, shape, strides)
         case (
             "_rebuild_tensor_v3",
             (Storage() as storage, offset, shape, strides, _, _, Global("torch", dtype), *meta),
         ):
-            retyped = Storage(storage.region, _dtype_named(dtype), storage.begin, storage.size)
-            return _flagged(meta) or view(retyped, offset, shape, strides)
+            retyped = Storage(storage.region, _dtype_of(dtype), storage.begin, storage.size)
+            return _check_flags(meta) or view(retyped, offset, shape, strides)
     return Unreadable(KINDS.get(name, f"made by {maker.shown}"))
 
 
-def _dtype_named(name: str) -> Dtype:
+def _dtype_of(name: str) -> Dtype:
     if name not in DTYPES:
         raise PickleFileError.damaged("it names a dtype that torch does not have")
     return DTYPES[name]
 
 
-def _flagged(meta: list[Any]) -> Unreadable | None:
+def _check_flags(meta: list[Any]) -> Unreadable | None:
     """A tensor whose entries are to be conjugated or negated when they are read."""
     flags = meta[0] if meta else None
     if isinstance(flags, Pairs) and flags:

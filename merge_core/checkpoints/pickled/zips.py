@@ -155,11 +155,11 @@ def _entry(directory: bytes, place: int) -> tuple[str, Entry, int]:
     name = directory[place : place + name_size].decode("utf-8", "backslashreplace")
     extra = directory[place + name_size : place + name_size + extra_size]
     if IN_64 in (size, packed, header):
-        size, packed, header = _in_64_bits(extra, size, packed, header)
+        size, packed, header = _fill_64_bit_fields(extra, size, packed, header)
     return name, Entry(header, packed, size, method), after
 
 
-def _in_64_bits(extra: bytes, *fields: int) -> list[int]:
+def _fill_64_bit_fields(extra: bytes, *fields: int) -> list[int]:
     """Replace the fields that say "see the extra field" by its values, in their order."""
     while extra:
         kind, length = struct.unpack_from("<2H", extra)

@@ -15,7 +15,7 @@ from torch.nn import functional
 
 from analysis.averaging.curvature import WRITTEN_OUT, gap_summary, predicted_gap, second_derivative
 from analysis.averaging.ensembles import rule_logits
-from analysis.averaging.gaps import sampled
+from analysis.averaging.gaps import sample_indices
 from analysis.networks.pool_network import pool_network
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import Cancelled
@@ -37,7 +37,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 }
 
 
-def always_active(number: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def activate_always(number: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """Hidden units that no image switches off: the network is linear in x, bilinear in θ."""
     return {name: value + 9 if name == "hidden.0.bias" else value for name, value in state.items()}
 
@@ -46,7 +46,7 @@ def always_active(number: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
 def bilinear(tmp_path_factory: pytest.TempPathFactory) -> PoolEvaluator:
     spec = {"name": "mlp", "args": {"img_size": 12, "widths": [6]}}
     folder = tmp_path_factory.mktemp("bilinear")
-    return PoolEvaluator(write_pool(folder / "p", spec, members=4, change=always_active))
+    return PoolEvaluator(write_pool(folder / "p", spec, members=4, change=activate_always))
 
 
 def test_the_prediction_is_exact_for_two_linear_layers(bilinear: PoolEvaluator) -> None:
@@ -141,7 +141,7 @@ def test_near_a_common_start_the_prediction_holds(tmp_path: Path, family: str) -
 def test_the_measured_gap_is_that_of_the_images_named(tmp_path: Path) -> None:
     evaluator = PoolEvaluator(write_pool(tmp_path / "p", "resnet"))
     frame = predicted_gap(evaluator, MEMBERS, "test", limit=6)
-    places = sampled(IMAGES["test"], 6)
+    places = sample_indices(IMAGES["test"], 6)
     soup = rule_logits(evaluator, MEMBERS, "uniform_soup", "test")
     whole = rule_logits(evaluator, MEMBERS, "logit_ensemble", "test")
     assert frame["image"].tolist() == places.repeat_interleave(CLASSES).tolist()

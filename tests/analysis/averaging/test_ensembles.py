@@ -22,7 +22,7 @@ from analysis.averaging.ensembles import (
     rule_logits,
     rules_frame,
 )
-from analysis.averaging.soups import greedy_soup, predicted
+from analysis.averaging.soups import greedy_soup, predict_classes
 from analysis.networks.pool_network import pool_network
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import Cancelled
@@ -59,7 +59,7 @@ def mlp(evaluators: dict[str, PoolEvaluator]) -> PoolEvaluator:
     return evaluators["mlp"]
 
 
-def overflowing(number: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
+def overflow(number: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
     """The last member's logits leave float32."""
     return {name: 1e16 * value for name, value in state.items()} if number == 2 else state
 
@@ -67,7 +67,7 @@ def overflowing(number: int, state: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> PoolEvaluator:
     folder = tmp_path_factory.mktemp("broken")
-    return PoolEvaluator(write_pool(folder / "p", "mlp", change=overflowing))
+    return PoolEvaluator(write_pool(folder / "p", "mlp", change=overflow))
 
 
 def reference(evaluator: PoolEvaluator, split: str = "test") -> dict[str, np.ndarray]:
@@ -222,7 +222,7 @@ def test_the_best_individual_is_picked_on_validation(tmp_path: Path) -> None:
         evaluator = PoolEvaluator(write_pool(tmp_path / str(seed), "mlp", 4, seed=seed))
         accuracy = {
             split: [
-                float(np.mean(predicted(evaluator.member(m, split).logits) == labels))
+                float(np.mean(predict_classes(evaluator.member(m, split).logits) == labels))
                 for m in range(4)
             ]
             for split, labels in ((s, evaluator.labels(s)) for s in ("val", "test"))

@@ -16,7 +16,7 @@ from analysis.averaging.gaps import (
     covariance_summary,
     covariance_term,
     gap_to_ensemble,
-    sampled,
+    sample_indices,
 )
 from analysis.outputs.pool_outputs import PoolEvaluator
 from tests.pools import ARCHITECTURES, CLASSES, IMAGES, write_pool
@@ -102,7 +102,7 @@ def test_images_without_finite_logits_are_left_out_and_counted(tmp_path: Path) -
 def test_logits_image_by_image(evaluators: dict[str, PoolEvaluator]) -> None:
     evaluator = evaluators["vgg"]
     frame = covariance_frame(evaluator, MEMBERS, "test", limit=7)
-    places = sampled(IMAGES["test"], 7).tolist()
+    places = sample_indices(IMAGES["test"], 7).tolist()
     assert frame["image"].tolist() == [p for p in places for _ in range(CLASSES)]
     assert frame["class"].tolist() == list(range(CLASSES)) * 7
     whole = rule_logits(evaluator, MEMBERS, "logit_ensemble", "test").numpy()
@@ -114,9 +114,9 @@ def test_logits_image_by_image(evaluators: dict[str, PoolEvaluator]) -> None:
 
 @given(st.integers(1, 300), st.integers(1, 300))
 def test_samples_are_sorted_different_and_the_same_each_time(count: int, limit: int) -> None:
-    places = sampled(count, limit).tolist()
+    places = sample_indices(count, limit).tolist()
     assert len(places) == min(count, limit)
     assert places == sorted(set(places))
     assert 0 <= places[0]
     assert places[-1] < count
-    assert places == sampled(count, limit).tolist()
+    assert places == sample_indices(count, limit).tolist()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional
 
-from analysis.averaging.gaps import sampled
+from analysis.averaging.gaps import sample_indices
 from analysis.averaging.similarity import centred_gram, cka_frame, layers_of, mean_cka
 from analysis.networks.pool_network import pool_network
 from analysis.outputs.pool_outputs import PoolEvaluator
@@ -62,7 +62,7 @@ def evaluators(tmp_path_factory: pytest.TempPathFactory) -> dict[str, PoolEvalua
     return {f: PoolEvaluator(write_pool(folder / f, spec)) for f, (spec, _) in FAMILIES.items()}
 
 
-def pair(seed: int, n: int, p: int, q: int) -> tuple[Tensor, Tensor]:
+def random_pair(seed: int, n: int, p: int, q: int) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(seed)
     X = torch.randn(n, p, generator=g, dtype=torch.float64) + 3
     Y = torch.randn(n, q, generator=g, dtype=torch.float64) + X[:, :1]
@@ -83,7 +83,7 @@ def cka_of_features(X: np.ndarray, Y: np.ndarray) -> float:
 
 @given(SEEDS, st.integers(3, 12), st.integers(1, 8), st.integers(1, 8))
 def test_cka_is_both_formulas_of_the_paper(seed: int, n: int, p: int, q: int) -> None:
-    X, Y = (value.numpy() for value in pair(seed, n, p, q))
+    X, Y = (value.numpy() for value in random_pair(seed, n, p, q))
     mine = cka(torch.from_numpy(X), torch.from_numpy(Y))
     H = np.eye(n) - np.ones((n, n)) / n
 
@@ -98,14 +98,14 @@ def test_cka_is_both_formulas_of_the_paper(seed: int, n: int, p: int, q: int) ->
 
 @given(SEEDS, st.integers(2, 7), st.floats(1e-3, 1e3), st.floats(-50, 50))
 def test_cka_ignores_rotation_scale_and_offset(seed: int, p: int, scale: float, offset) -> None:
-    X, Y = pair(seed, 12, p, 5)
-    Q = torch.linalg.qr(pair(seed + 1, p, p, p)[0]).Q
+    X, Y = random_pair(seed, 12, p, 5)
+    Q = torch.linalg.qr(random_pair(seed + 1, p, p, p)[0]).Q
     assert cka(scale * X @ Q + offset, Y) == pytest.approx(cka(X, Y), abs=1e-7)
     assert cka(X @ Q, X) == pytest.approx(1, abs=1e-9)
 
 
 def test_cka_sees_other_changes() -> None:
-    X, Y = pair(3, 40, 4, 4)
+    X, Y = random_pair(3, 40, 4, 4)
     assert cka(X, X) == pytest.approx(1)
     assert cka(X, Y) < 0.9
     assert cka(X * torch.tensor([1.0, 1.0, 1.0, 30.0]), X) < 0.9
@@ -141,7 +141,7 @@ def test_cka_of_members_is_that_of_their_activations(
 ) -> None:
     evaluator = evaluators["mlp"]
     frame = cka_frame(evaluator, (0, 2), "test", limit=20)
-    images = evaluator.images("test")[sampled(IMAGES["test"], 20)].double().flatten(1)
+    images = evaluator.images("test")[sample_indices(IMAGES["test"], 20)].double().flatten(1)
     held: dict[int, dict[str, Tensor]] = {}
     for member in (0, 2):
         w = {name: value.double() for name, value in evaluator.weights(member).items()}

@@ -16,13 +16,13 @@ from analysis.averaging.soups import (
     UNDECIDED,
     RunningMean,
     accuracy_of,
-    by_validation,
     greedy_soup,
     has_batchnorm,
     mean_norms,
-    norm_restored,
-    predicted,
-    reestimated,
+    predict_classes,
+    rank_by_validation,
+    reestimate_batchnorm,
+    restore_norms,
     soup_outputs,
     soup_weights,
     uniform_soup,
@@ -118,7 +118,7 @@ def test_which_architectures_have_batchnorm(tmp_path: Path, family: str, expecte
 
 def test_statistics_are_those_of_torchs_own_update(resnet: PoolEvaluator) -> None:
     soup = uniform_soup(resnet, MEMBERS)
-    mine = reestimated(resnet, soup)
+    mine = reestimate_batchnorm(resnet, soup)
     reference = pool_network(resnet.pool).module
     reference.load_state_dict(soup)
     update_bn([resnet.images("train")], reference)
@@ -138,7 +138,7 @@ def test_first_statistics_are_unbiased_moments_of_the_first_convolution(
         resnet.images("train").double(), soup["conv1.weight"].double(), stride=2, padding=3
     )
     values = maps.transpose(0, 1).flatten(1).numpy()
-    mine = reestimated(resnet, soup)
+    mine = reestimate_batchnorm(resnet, soup)
     assert mine["bn1.running_mean"].numpy() == pytest.approx(values.mean(axis=1), abs=1e-5)
     assert mine["bn1.running_var"].numpy() == pytest.approx(values.var(axis=1, ddof=1), rel=1e-4)
 
@@ -149,7 +149,7 @@ def test_batches_weigh_alike(resnet: PoolEvaluator, monkeypatch: pytest.MonkeyPa
     reference = pool_network(resnet.pool).module
     reference.load_state_dict(soup)
     update_bn(list(resnet.images("train").split(20)), reference)
-    mine, theirs = reestimated(resnet, soup), reference.state_dict()
+    mine, theirs = reestimate_batchnorm(resnet, soup), reference.state_dict()
     assert torch.allclose(mine["bn1.running_var"], theirs["bn1.running_var"], rtol=1e-5)
     assert int(mine["bn1.num_batches_tracked"]) == 2
 
@@ -158,7 +158,7 @@ def test_re_estimation_leaves_the_evaluator_as_it_was(resnet: PoolEvaluator) -> 
     module = resnet.network.module
     before = {name: value.clone() for name, value in module.state_dict().items()}
     outputs = resnet.run(resnet.weights(0), "val").logits
-    reestimated(resnet, uniform_soup(resnet, MEMBERS))
+    reestimate_batchnorm(resnet, uniform_soup(resnet, MEMBERS))
     assert not any(layer.training for layer in module.modules())
     assert module.bn1.momentum == 0.1
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
@@ -171,13 +171,13 @@ def test_only_batchnorm_runs_in_training_mode(folder: Path, resnet: PoolEvaluato
     evaluator = PoolEvaluator(write_pool(folder / "dropping", dropping))
     soup = uniform_soup(resnet, MEMBERS)
     torch.manual_seed(0)
-    mine, expected = reestimated(evaluator, soup), reestimated(resnet, soup)
+    mine, expected = reestimate_batchnorm(evaluator, soup), reestimate_batchnorm(resnet, soup)
     assert all(torch.equal(mine[name], expected[name]) for name in soup)
 
 
 def test_re_estimation_without_batchnorm_changes_nothing(mlp: PoolEvaluator) -> None:
     soup = uniform_soup(mlp, MEMBERS)
-    again = reestimated(mlp, soup)
+    again = reestimate_batchnorm(mlp, soup)
     assert again is not soup
     assert all(torch.equal(again[name], soup[name]) for name in soup)
 
@@ -224,7 +224,7 @@ def test_the_soup_of_one_member_is_that_member(resnet: PoolEvaluator) -> None:
 def test_images_without_finite_logits_are_not_predicted(mlp: PoolEvaluator) -> None:
     inf, nan = float("inf"), float("nan")
     logits = torch.tensor([[0.0, 2.0, 1.0], [inf, 0.0, 0.0], [0.0, nan, 0.0], [0.0, 0.0, -inf]])
-    assert predicted(logits).tolist() == [1, UNDECIDED, UNDECIDED, UNDECIDED]
+    assert predict_classes(logits).tolist() == [1, UNDECIDED, UNDECIDED, UNDECIDED]
     labels = torch.from_numpy(mlp.labels("val"))
     perfect = torch.nn.functional.one_hot(labels, CLASSES).float()
     assert accuracy_of(mlp, perfect, "val") == 1.0
@@ -292,7 +292,7 @@ def test_greedy_soup_never_looks_at_test(
         fresh = PoolEvaluator(held.pool)
         kept, _ = greedy_soup(fresh, MEMBERS, "reestimate")
         assert not any(split == "test" for _, split in fresh._members)
-        assert by_validation(fresh, MEMBERS)[0][0] == kept[0]
+        assert rank_by_validation(fresh, MEMBERS)[0][0] == kept[0]
 
 
 def test_greedy_soup_reports_progress_and_can_be_cancelled(mlp: PoolEvaluator) -> None:
@@ -307,7 +307,7 @@ def test_greedy_soup_reports_progress_and_can_be_cancelled(mlp: PoolEvaluator) -
 
 def test_a_restored_soup_has_the_members_norms(resnet: PoolEvaluator) -> None:
     soup = uniform_soup(resnet, MEMBERS)
-    restored = norm_restored(soup, mean_norms(resnet, MEMBERS))
+    restored = restore_norms(soup, mean_norms(resnet, MEMBERS))
     states = [resnet.weights(i) for i in MEMBERS]
     parameters = {name for name, _ in resnet.network.module.named_parameters()}
     assert restored.keys() == soup.keys()
@@ -323,4 +323,4 @@ def test_a_restored_soup_has_the_members_norms(resnet: PoolEvaluator) -> None:
 
 
 def test_a_tensor_of_zeros_stays(mlp: PoolEvaluator) -> None:
-    assert torch.equal(norm_restored({"w": torch.zeros(3)}, {"w": 2.0})["w"], torch.zeros(3))
+    assert torch.equal(restore_norms({"w": torch.zeros(3)}, {"w": 2.0})["w"], torch.zeros(3))

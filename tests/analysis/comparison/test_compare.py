@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from analysis.accuracy import difference, paired, task_frame
-from analysis.comparison.published import published
+from analysis.accuracy import difference, paired_differences, task_frame
+from analysis.comparison.published import published_results
 from analysis.comparison.run import evaluate_recipes, summarise
-from analysis.comparison.tuning import candidates, seed_counts, seeded, tune
+from analysis.comparison.tuning import candidates, depends_on_seed, repeat_with_seeds, tune
 from analysis.evaluation.evaluator import Evaluator
 from merge_core.errors import Cancelled
 from merge_core.factors.store import FactorStore
@@ -67,7 +67,9 @@ def test_pairing_sees_what_independent_intervals_hide() -> None:
     worse = rng.random(1000) < 0.6
     better = worse.copy()
     better[np.flatnonzero(~worse)[:20]] = True
-    frame = paired({"better": {"t": better}, "worse": {"t": worse}, "twin": {"t": worse.copy()}})
+    frame = paired_differences(
+        {"better": {"t": better}, "worse": {"t": worse}, "twin": {"t": worse.copy()}}
+    )
     row = frame.set_index(["first", "second"])
     assert row.loc[("better", "worse"), "real"]
     assert row.loc[("better", "worse"), "difference"] == pytest.approx(0.02)
@@ -78,7 +80,7 @@ def test_pairing_sees_what_independent_intervals_hide() -> None:
 def test_holm_is_the_step_down_rule() -> None:
     rng = np.random.default_rng(2)
     hits = {f"m{i}": {"t": rng.random(300) < 0.5 + 0.05 * i} for i in range(4)}
-    frame = paired(hits)
+    frame = paired_differences(hits)
     assert len(frame) == 6
     real = set()
     for step, (place, p) in enumerate(sorted(enumerate(frame["p"]), key=lambda item: item[1])):
@@ -161,11 +163,11 @@ def test_the_seed_counts_where_something_is_drawn(parts: tuple[MergeSession, Eva
     ]
     found = []
     for method, parameters in settings:
-        first, second = seeded(recipe(method, session, parameters=parameters, seed=4), 2)
+        first, second = repeat_with_seeds(recipe(method, session, parameters=parameters, seed=4), 2)
         assert (first.seed, second.seed) == (4, 5)
-        merges = [session.merge(r, learned=evaluator.learned(r, session)) for r in (first, second)]
+        merges = [session.merge(r, learned=evaluator.learn(r, session)) for r in (first, second)]
         differ = any(not merges[0][name].equal(merges[1][name]) for name in merges[0])
-        assert seed_counts(first, evaluator, TASKS) == differ, (method, parameters)
+        assert depends_on_seed(first, evaluator, TASKS) == differ, (method, parameters)
         found.append(differ)
     assert found == [False, True, False, True, False, True, True, True]
 
@@ -185,7 +187,7 @@ def test_a_comparison_can_be_cancelled(parts: tuple[MergeSession, Evaluator]) ->
 
 
 def test_published_figures_stand_by_protocol() -> None:
-    frame = published()
+    frame = published_results()
     assert (frame["low"] <= frame["high"]).all()
     assert frame["low"].between(40, 100).all()
     cart = frame[(frame["method"] == "CART") & (frame["model"] == "ViT-B/32")]

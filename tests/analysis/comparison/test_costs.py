@@ -17,7 +17,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
-from tests.evaluable import TASKS, evaluable
+from tests.evaluable import TASKS, copy_evaluable
 
 
 @pytest.fixture
@@ -25,7 +25,7 @@ def parts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> tuple[MergeSession, Evaluator, FactorStore]:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-    suite = evaluable(tmp_path / "s")
+    suite = copy_evaluable(tmp_path / "s")
     store = FactorStore()
     return MergeSession(suite, None, store), Evaluator(suite), store
 
@@ -114,7 +114,7 @@ def test_short_merges_count_with_their_best_of_three(
 ) -> None:
     session, evaluator, _ = parts
     runs = iter([(0.3, 5.0), (0.1, 1.0), (0.2, 7.0), (9.0, 2.0)])
-    monkeypatch.setattr(costs, "_measured", lambda *arguments: next(runs))
+    monkeypatch.setattr(costs, "_measure", lambda *arguments: next(runs))
     short = cost(recipe("average", session), session, evaluator)
     assert (short.seconds, short.peak_mb) == (0.1, 7.0)
     assert cost(recipe("ties", session), session, evaluator).seconds == 9.0
@@ -126,13 +126,13 @@ def test_learning_counts_once_and_is_kept_for_the_evaluation(
 ) -> None:
     session, evaluator, _ = parts
     runs: list[str] = []
-    learned = evaluator.learned
+    learned = evaluator.learn
 
     def counted(each: Recipe, *arguments: Any) -> Any:
         runs.append(each.method)
         return learned(each, *arguments)
 
-    monkeypatch.setattr(evaluator, "learned", counted)
+    monkeypatch.setattr(evaluator, "learn", counted)
     regmean = recipe("regmean", session)
     cost(regmean, session, evaluator)
     assert runs == ["regmean"]  # short, but a second time would be a warm one
@@ -152,7 +152,7 @@ def test_a_cost_is_remembered_by_what_it_depends_on(
         measured.append(each.method)
         return 1.0 + len(measured), float("nan")
 
-    monkeypatch.setattr(costs, "_measured", measure)
+    monkeypatch.setattr(costs, "_measure", measure)
     cart = recipe("cart", session)
     first = cost(cart, session, evaluator)
     assert repr(cost(cart, session, evaluator)) == repr(first)  # NaN where memory is unknown

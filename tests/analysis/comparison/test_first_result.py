@@ -11,7 +11,7 @@ from analysis.comparison.first_result import (
     first_recipes,
     first_result,
     knows_first_result,
-    suggested,
+    suggest_recipe,
 )
 from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection import space as space_module
@@ -25,7 +25,7 @@ from merge_core.merging.recipe import make_recipe
 from merge_core.methods import methods
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite, load_suite
-from tests.evaluable import CLASSES, IMAGES, TASKS, edit_arrays, edit_document, evaluable
+from tests.evaluable import CLASSES, IMAGES, TASKS, copy_evaluable, edit_arrays, edit_document
 
 
 @pytest.fixture
@@ -34,14 +34,14 @@ def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     # A small usual grid: the rule is the same and the tests are quick.
     monkeypatch.setattr(space_module, "RANKS", (0.1, 0.3, 0.6))
     monkeypatch.setattr(space_module, "POINTS", 4)
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 def sessions(suite: Suite) -> tuple[MergeSession, Evaluator]:
     return MergeSession(suite, None, FactorStore()), Evaluator(suite)
 
 
-def searched(suite: Suite) -> tuple[MergeSession, Evaluator]:
+def search(suite: Suite) -> tuple[MergeSession, Evaluator]:
     session, evaluator = sessions(suite)
     for method in ("cart", "task_arithmetic"):
         adaptive_search(search_space(method, ".", suite.tasks), session, evaluator)
@@ -56,12 +56,12 @@ def test_defaults_when_no_search_is_known(suite: Suite) -> None:
     assert recipes["CART"][0].parameters == {"rank": 0.08, "scale": 1.0}
     assert recipes["Task Arithmetic"][0].parameters == {"scale": 0.3}
     evaluator.recipe(search_space("cart", ".", suite.tasks).recipes()[0], session)  # one point
-    assert suggested("cart", ".", session, evaluator)[1] is False
+    assert suggest_recipe("cart", ".", session, evaluator)[1] is False
     assert evaluator.outputs.forward_images == 3 * IMAGES
 
 
 def test_the_best_of_a_known_search(suite: Suite) -> None:
-    session, evaluator = searched(suite)
+    session, evaluator = search(suite)
     recipes = first_recipes(".", session, evaluator)
     assert all(chosen for _, chosen in recipes.values())
     spent = evaluator.outputs.forward_images
@@ -80,7 +80,7 @@ def test_the_best_of_a_known_search(suite: Suite) -> None:
 
 
 def test_test_labels_have_no_say_and_validation_labels_have(suite: Suite) -> None:
-    session, evaluator = searched(suite)
+    session, evaluator = search(suite)
     chosen = first_recipes(".", session, evaluator)
     accuracy = first_result(chosen, session, evaluator).query("model == 'CART'")["accuracy"]
 
@@ -89,7 +89,7 @@ def test_test_labels_have_no_say_and_validation_labels_have(suite: Suite) -> Non
         path = suite.root / f"inputs/{task}.npz"
         predicted = evaluator.outputs.predict(session.merge(chosen["CART"][0]), task, "test")
         edit_arrays(path, test_labels=(predicted + 1) % CLASSES)
-    after = searched(load_suite(suite.path))
+    after = search(load_suite(suite.path))
     assert first_recipes(".", *after) == chosen
     worse = first_result(chosen, *after).query("model == 'CART'")["accuracy"]
     assert worse.max() == 0.0 < accuracy.min()  # so the test split would have chosen otherwise
@@ -99,7 +99,7 @@ def test_test_labels_have_no_say_and_validation_labels_have(suite: Suite) -> Non
         path = suite.root / f"inputs/{task}.npz"
         predicted = evaluator.outputs.predict(session.merge(chosen["CART"][0]), task, "val")
         edit_arrays(path, val_labels=(predicted + 1) % CLASSES)
-    assert first_recipes(".", *searched(load_suite(suite.path)))["CART"] != chosen["CART"]
+    assert first_recipes(".", *search(load_suite(suite.path)))["CART"] != chosen["CART"]
 
 
 def test_rows_are_the_test_accuracies_of_each_model(suite: Suite) -> None:

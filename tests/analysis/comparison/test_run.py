@@ -11,7 +11,7 @@ import pytest
 
 from analysis.accuracy import differences_to, spread_over_seeds
 from analysis.comparison import tuning
-from analysis.comparison.run import label_of, run_comparison, usable
+from analysis.comparison.run import label_of, run_comparison, usable_methods
 from analysis.evaluation.evaluator import Evaluator
 from merge_core.errors import Cancelled, RecipeError, SuiteError
 from merge_core.factors.store import FactorStore
@@ -19,7 +19,7 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
 from merge_core.suites.suite import load_suite
-from tests.evaluable import TASKS, edit_document, evaluable, write_evaluable
+from tests.evaluable import TASKS, copy_evaluable, edit_document, write_evaluable
 
 
 @pytest.fixture(scope="module")
@@ -222,12 +222,12 @@ def test_differences_to_one_label() -> None:
 
 
 def test_usable(tmp_path: Path) -> None:
-    suite = evaluable(tmp_path / "s")
-    assert "slerp" not in usable(suite, TASKS)
-    assert "slerp" in usable(suite, TASKS[:2])
-    assert "adamerging" in usable(suite, TASKS)
+    suite = copy_evaluable(tmp_path / "s")
+    assert "slerp" not in usable_methods(suite, TASKS)
+    assert "slerp" in usable_methods(suite, TASKS[:2])
+    assert "adamerging" in usable_methods(suite, TASKS)
     bare = edit_document(tmp_path / "s", base=None)
-    found = usable(bare, TASKS)
+    found = usable_methods(bare, TASKS)
     assert {"average", "cart", "karcher"} <= set(found)
     assert not {"ties", "emr", "task_arithmetic"} & set(found)
 

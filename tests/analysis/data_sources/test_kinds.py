@@ -20,7 +20,7 @@ from PIL import Image
 from torchvision import datasets as torchvision_datasets
 
 from analysis.data_sources import open_source
-from analysis.data_sources.prepared import Prepared, prepared
+from analysis.data_sources.prepared import PreparedSplit, prepare_split
 from merge_core.errors import SuiteError
 from tests.analysis.data_sources.files import (
     BATCHES,
@@ -46,12 +46,14 @@ def records(root: Path, split: str, **fields: Any) -> list[tuple[np.ndarray, int
     return [(np.asarray(image), label) for image, label in (found[i] for i in range(len(found)))]
 
 
-def prepare(root: Path, split: str = "test", **fields: Any) -> Prepared:
+def prepare(root: Path, split: str = "test", **fields: Any) -> PreparedSplit:
     """A split as it is evaluated."""
-    return prepared(spec(**fields), None, split, lambda name: root / name, WHAT)  # type: ignore[arg-type]
+    return prepare_split(spec(**fields), None, split, lambda name: root / name, WHAT)  # type: ignore[arg-type]
 
 
-def same(found: list[tuple[np.ndarray, int]], images: np.ndarray, labels: np.ndarray) -> None:
+def assert_same(
+    found: list[tuple[np.ndarray, int]], images: np.ndarray, labels: np.ndarray
+) -> None:
     assert [label for _, label in found] == labels.tolist()
     np.testing.assert_array_equal(np.stack([image for image, _ in found]), images)
 
@@ -61,7 +63,7 @@ def test_idx(tmp_path: Path, packed: bool) -> None:
     write_mnist(tmp_path / "m", packed=packed)
     for split, count, seed in (("train", 20, 0), ("t10k", 12, 1)):
         found = records(tmp_path, split, kind="idx", path="m")
-        same(found, noise(count, 6, 6, seed=seed), cycle(count, 3, seed))
+        assert_same(found, noise(count, 6, 6, seed=seed), cycle(count, 3, seed))
     grey = prepare(tmp_path, kind="idx", path="m", **AS_IT_IS)
     assert grey.images.shape == (12, 6, 6, 3)
     assert grey.class_names == ("0", "1", "2")
@@ -72,14 +74,14 @@ def test_torchvision_reads_our_idx_files_alike(tmp_path: Path) -> None:
     write_mnist(tmp_path / "MNIST" / "raw")
     theirs = torchvision_datasets.MNIST(tmp_path, train=False)
     ours = records(tmp_path, "t10k", kind="torchvision", dataset="MNIST", path=".")
-    same(ours, theirs.data.numpy(), theirs.targets.numpy())
+    assert_same(ours, theirs.data.numpy(), theirs.targets.numpy())
 
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 def test_cifar10_as_python_wrote_it(tmp_path: Path, protocol: int) -> None:
     whole = write_cifar10(tmp_path / "cifar-10-batches-py", protocol)
     for split, (images, labels) in whole.items():
-        same(records(tmp_path, split, kind="cifar", path="."), images, labels)
+        assert_same(records(tmp_path, split, kind="cifar", path="."), images, labels)
     inner = open_source(
         spec(kind="torchvision", dataset="CIFAR10", path="."), lambda name: tmp_path / name, WHAT
     )
@@ -113,7 +115,7 @@ def test_cifar10_as_python_2_wrote_it(tmp_path: Path) -> None:
     theirs = pickle.loads(body, encoding="latin1")  # what the bytes above mean
     np.testing.assert_array_equal(theirs["data"], planes(images))
     (tmp_path / "test_batch").write_bytes(body)
-    same(records(tmp_path, "test", kind="cifar", path="."), images, np.array(labels))
+    assert_same(records(tmp_path, "test", kind="cifar", path="."), images, np.array(labels))
 
 
 def test_cifar10_binary(tmp_path: Path) -> None:
@@ -121,7 +123,7 @@ def test_cifar10_binary(tmp_path: Path) -> None:
     rows = np.column_stack([labels.astype(np.uint8), planes(images)])
     (tmp_path / "test_batch.bin").write_bytes(rows.tobytes())
     (tmp_path / "batches.meta.txt").write_text("\n".join(CIFAR10) + "\n\n")
-    same(records(tmp_path, "test", kind="cifar", path="."), images, labels)
+    assert_same(records(tmp_path, "test", kind="cifar", path="."), images, labels)
     found = prepare(tmp_path, kind="cifar", path=".", **AS_IT_IS)
     assert found.class_names == tuple(CIFAR10)
 
@@ -131,11 +133,11 @@ def test_cifar100_has_its_fine_labels(tmp_path: Path) -> None:
     content = {"data": planes(images), "coarse_labels": [9] * 5, "fine_labels": fine.tolist()}
     (tmp_path / "python").mkdir()
     (tmp_path / "python" / "test").write_bytes(pickle.dumps(content, protocol=2))
-    same(records(tmp_path, "test", kind="cifar", path="python"), images, fine)
+    assert_same(records(tmp_path, "test", kind="cifar", path="python"), images, fine)
     rows = np.column_stack([np.full(5, 9, np.uint8), fine.astype(np.uint8), planes(images)])
     (tmp_path / "binary").mkdir()
     (tmp_path / "binary" / "test.bin").write_bytes(rows.tobytes())
-    same(records(tmp_path, "test", kind="cifar", path="binary"), images, fine)
+    assert_same(records(tmp_path, "test", kind="cifar", path="binary"), images, fine)
 
 
 class Trap:
@@ -249,7 +251,7 @@ def test_idx_labels_must_be_there_and_as_many(tmp_path: Path) -> None:
     with pytest.raises(SuiteError, match=r"labels-idx1-ubyte.*missing.*labelled: false"):
         records(tmp_path, "test", kind="idx", path=".")
     found = records(tmp_path, "test", kind="idx", path=".", labelled=False)
-    same(found, noise(4, 6, 6), np.full(4, -1))
+    assert_same(found, noise(4, 6, 6), np.full(4, -1))
     write_idx(tmp_path / "test-labels-idx1-ubyte", cycle(3, 2))
     with pytest.raises(SuiteError, match="3 labels for 4 images"):
         records(tmp_path, "test", kind="idx", path=".")
@@ -317,7 +319,7 @@ def test_torchvision_datasets_of_its_own_kinds(tmp_path: Path) -> None:
 def test_numpy_archives_take_transforms_and_limits(tmp_path: Path) -> None:
     images, labels = noise(9, 8, 8, 3), cycle(9, 3)
     np.savez(tmp_path / "a.npz", test_images=images, test_labels=labels)
-    same(records(tmp_path, "test", file="a.npz"), images, labels)
+    assert_same(records(tmp_path, "test", file="a.npz"), images, labels)
     found = prepare(tmp_path, file="a.npz", limit=2, transform={"size": 4})
     assert found.images.shape == (2, 4, 4, 3)
     (tmp_path / "a.npz").write_bytes(b"PK no archive")
@@ -352,7 +354,7 @@ def hub_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_hugging_face_datasets(hub_folder: Path, tmp_path: Path) -> None:
     given = {"kind": "huggingface", "path": str(hub_folder)}
     found = records(tmp_path, "test", **given)
-    same(found, noise(5, 7, 7, 3, seed=1), cycle(5, 2, 1))
+    assert_same(found, noise(5, 7, 7, 3, seed=1), cycle(5, 2, 1))
     assert prepare(tmp_path, **given, **AS_IT_IS).class_names == ("no", "yes")
     words = records(tmp_path, "test", **given, label_column="word")
     assert [label for _, label in words] == [1, 2, 0, 1, 2]
@@ -377,7 +379,7 @@ def test_hugging_face_datasets_from_the_cache_of_the_hub(
     (place / "refs" / "main").write_text(commit)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
     found = records(tmp_path, "test", kind="huggingface", dataset="org/name")
-    same(found, noise(5, 7, 7, 3, seed=1), cycle(5, 2, 1))
+    assert_same(found, noise(5, 7, 7, 3, seed=1), cycle(5, 2, 1))
 
 
 def test_hugging_face_datasets_that_are_not_there(tmp_path: Path) -> None:

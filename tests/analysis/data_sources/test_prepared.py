@@ -14,10 +14,10 @@ from pydantic import ValidationError
 
 import analysis.data_sources.prepared as prepared_module
 import analysis.outputs.suite_outputs as outputs_module
-from analysis.data_sources.prepared import Prepared, prepared
+from analysis.data_sources.prepared import PreparedSplit, prepare_split
 from analysis.data_sources.source import UNLABELLED
 from analysis.evaluation.evaluator import Evaluator
-from analysis.outputs.inputs import has_labels, load_inputs, normalised, scaled
+from analysis.outputs.inputs import has_labels, load_inputs, normalise_for_task, normalise_pixels
 from merge_core.errors import Cancelled, OutputError, SuiteError
 from merge_core.progress import Progress
 from merge_core.suites.data_files import content_digest
@@ -32,7 +32,7 @@ from tests.analysis.data_sources.files import (
     write_idx,
     write_mnist,
 )
-from tests.evaluable import MEANS, SIZE, STDS, TASKS, edit_arrays, evaluable
+from tests.evaluable import MEANS, SIZE, STDS, TASKS, copy_evaluable, edit_arrays
 
 WHAT = "data of task 'a'"
 
@@ -45,11 +45,11 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def prepare(
     root: Path, split: str = "test", progress: Progress | None = None, **fields: Any
-) -> Prepared:
+) -> PreparedSplit:
     """A split of the IDX files in `root`, but for the given fields (None leaves one out)."""
     whole = {"kind": "idx", "path": "m", "mean": [0.5] * 3} | fields
     data = spec(**{name: value for name, value in whole.items() if value is not None})
-    return prepared(data, None, split, lambda n: root / n, WHAT, progress)  # type: ignore[arg-type]
+    return prepare_split(data, None, split, lambda n: root / n, WHAT, progress)  # type: ignore[arg-type]
 
 
 def test_images_are_decoded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -245,7 +245,7 @@ def as_folders(suite: Suite, **fields: Any) -> Suite:
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 def test_accuracies_do_not_depend_on_how_the_images_are_stored(suite: Suite) -> None:
@@ -271,9 +271,9 @@ def test_large_splits_are_normalised_a_batch_at_a_time(
 
     def watched(images: np.ndarray, *rest: Any) -> torch.Tensor:
         sizes.append(len(images))
-        return normalised(images, *rest)
+        return normalise_for_task(images, *rest)
 
-    monkeypatch.setattr(outputs_module, "normalised", watched)
+    monkeypatch.setattr(outputs_module, "normalise_for_task", watched)
     monkeypatch.setattr(outputs_module, "BATCH", 6)
     streamed = Evaluator(as_folders(suite))
     assert streamed.experts([task])["correct"].tolist() == expected
@@ -282,7 +282,7 @@ def test_large_splits_are_normalised_a_batch_at_a_time(
     raw = streamed.outputs.raw_inputs(task, "val").images[some]
     torch.testing.assert_close(
         streamed.outputs.pixels(task, "val", some),
-        scaled(raw, MEANS[task], STDS[task]),
+        normalise_pixels(raw, MEANS[task], STDS[task]),
         rtol=0,
         atol=0,
     )

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from analysis.data_sources.splits import choose, rows
+from analysis.data_sources.splits import choose, draw_rows
 from merge_core.errors import SuiteError
 from tests.analysis.data_sources.files import spec
 
@@ -68,29 +68,29 @@ def test_a_split_in_two_never_overlaps_and_loses_nothing(
 ) -> None:
     whole = spec(file="a.npz", val_share=share, seed=seed)
     chosen = choose(whole, ["all"], WHAT)
-    val, test = (rows(whole, chosen, for_test, count, WHAT) for for_test in (False, True))
+    val, test = (draw_rows(whole, chosen, for_test, count, WHAT) for for_test in (False, True))
     assert sorted([*val, *test]) == list(range(count))
     assert 0 < len(val) < count
     assert abs(len(val) - share * count) <= 1
     limited = whole.model_copy(update={"limit": limit})
     for part, for_test in ((val, False), (test, True)):
-        again = rows(limited, chosen, for_test, count, WHAT)
+        again = draw_rows(limited, chosen, for_test, count, WHAT)
         assert again.tolist() == part[:limit].tolist()
 
 
 def test_splits_of_their_own_are_used_whole_and_shuffled_by_the_seed() -> None:
     data = spec(file="a.npz", seed=1)
     chosen = choose(data, ["val", "test"], WHAT)
-    orders = [rows(data, chosen, for_test, 50, WHAT).tolist() for for_test in (False, True)]
+    orders = [draw_rows(data, chosen, for_test, 50, WHAT).tolist() for for_test in (False, True)]
     for order in orders:
         assert sorted(order) == list(range(50))
         assert order != list(range(50))
-    other = rows(data.model_copy(update={"seed": 2}), chosen, True, 50, WHAT).tolist()
+    other = draw_rows(data.model_copy(update={"seed": 2}), chosen, True, 50, WHAT).tolist()
     assert other != orders[1]
     carved = choose(data, ["train", "test"], WHAT)
-    assert len(rows(data, carved, False, 50, WHAT)) == 5
-    assert len(rows(data, carved, True, 50, WHAT)) == 50
+    assert len(draw_rows(data, carved, False, 50, WHAT)) == 5
+    assert len(draw_rows(data, carved, True, 50, WHAT)) == 50
     with pytest.raises(SuiteError, match=r"the split 'all' has 1 images"):
-        rows(data, choose(data, ["all"], WHAT), True, 1, WHAT)
+        draw_rows(data, choose(data, ["all"], WHAT), True, 1, WHAT)
     with pytest.raises(SuiteError, match=r"the split 'test' has 0 images"):
-        rows(data, chosen, True, 0, WHAT)
+        draw_rows(data, chosen, True, 0, WHAT)

@@ -70,7 +70,7 @@ def read(folder: Path, split: Any = "test", **fields: Any) -> Any:
     return read_texts(spec_of(**fields), split, lambda path: folder / path, WHAT)
 
 
-def spelt(row: np.ndarray) -> str:
+def spell(row: np.ndarray) -> str:
     """A row of tokens as text again, by the vocabulary."""
     return "".join(SYMBOLS[token] for token in row if token != PADDING).replace("Ġ", " ")
 
@@ -79,7 +79,7 @@ def test_every_token_is_kept_up_to_the_length_and_padding_is_none(folder: Path) 
     tokens, labels, names = read(folder)
     assert tokens.shape == (8, 9)
     assert tokens.dtype == np.int32
-    assert sorted(map(spelt, tokens)) == sorted(text[:9] for text in TEXTS[:8])
+    assert sorted(map(spell, tokens)) == sorted(text[:9] for text in TEXTS[:8])
     assert sorted(labels) == [0] * 4 + [1] * 4
     assert names == ("no", "yes")
     for row in tokens:  # padding stands at the end alone
@@ -95,7 +95,7 @@ def test_labels_stay_with_their_texts(folder: Path) -> None:
         table = datasets.Dataset.from_dict(rows)
         table.to_parquet(str(folder / f"texts/{split}-00000-of-00001.parquet"))
     tokens, labels, names = read(folder)
-    assert {spelt(row): label for row, label in zip(tokens, labels, strict=True)} == {
+    assert {spell(row): label for row, label in zip(tokens, labels, strict=True)} == {
         "abc": 2,
         "z": 0,
         "hj": 1,
@@ -105,8 +105,8 @@ def test_labels_stay_with_their_texts(folder: Path) -> None:
 
 def test_pairs_are_joined_as_each_tokenizer_joins_them(folder: Path) -> None:
     pair = {"text_columns": ["text", "other"], "length": 64}
-    gpt2 = {spelt(row) for row in read(folder, **pair)[0]}
-    roberta = {spelt(row) for row in read(folder, tokenizer="roberta", **pair)[0]}
+    gpt2 = {spell(row) for row in read(folder, **pair)[0]}
+    roberta = {spell(row) for row in read(folder, tokenizer="roberta", **pair)[0]}
     expected = list(zip(TEXTS[:8], TEXTS[::-1][:8], strict=True))
     assert gpt2 == {first + second for first, second in expected}
     assert roberta == {f"<s>{first}</s></s>{second}</s>" for first, second in expected}

@@ -11,8 +11,8 @@ import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
 
-from analysis.data_sources.transforms import geometry, resolved
-from analysis.outputs.inputs import scaled
+from analysis.data_sources.transforms import geometric_transform, resolve_transform
+from analysis.outputs.inputs import normalise_pixels
 from merge_core.errors import SuiteError
 from merge_core.suites.suite_spec import ArchitectureSpec
 from tests.analysis.data_sources.files import noise, spec
@@ -28,9 +28,11 @@ def pictures() -> list[Image.Image]:
 
 
 def through_ours(picture: Image.Image, architecture: ArchitectureSpec, **fields: Any) -> Any:
-    transform = resolved(spec(file="a.npz", **fields), architecture, WHAT)
+    transform = resolve_transform(spec(file="a.npz", **fields), architecture, WHAT)
     assert transform is not None
-    return scaled(geometry(transform)(picture)[None], transform.mean, transform.std)[0]
+    return normalise_pixels(
+        geometric_transform(transform)(picture)[None], transform.mean, transform.std
+    )[0]
 
 
 @pytest.mark.parametrize(
@@ -106,16 +108,18 @@ def test_what_is_not_said_comes_from_the_architecture() -> None:
         ArchitectureSpec(name="ViT-B-32", library="transformers"),
     )
     folder = {"kind": "folder", "path": "f"}
-    assert resolved(spec(**folder), vit, WHAT) == resolved(
+    assert resolve_transform(spec(**folder), vit, WHAT) == resolve_transform(
         spec(file="a", transform="timm"), vit, WHAT
     )
-    assert resolved(spec(**folder), clip, WHAT) == resolved(
+    assert resolve_transform(spec(**folder), clip, WHAT) == resolve_transform(
         spec(file="a", transform="open_clip"), clip, WHAT
     )
-    assert resolved(spec(**folder, mean=[0, 0, 0]), vit, WHAT) is None
-    assert resolved(spec(file="a"), vit, WHAT) is None
+    assert resolve_transform(spec(**folder, mean=[0, 0, 0]), vit, WHAT) is None
+    assert resolve_transform(spec(file="a"), vit, WHAT) is None
     grey = Image.fromarray(noise(1, 5, 6)[0])
-    np.testing.assert_array_equal(geometry(None)(grey), np.stack([np.asarray(grey)] * 3, axis=-1))
+    np.testing.assert_array_equal(
+        geometric_transform(None)(grey), np.stack([np.asarray(grey)] * 3, axis=-1)
+    )
 
 
 @pytest.mark.parametrize(
@@ -125,4 +129,4 @@ def test_a_transform_that_is_not_known_must_be_written_out(
     architecture: ArchitectureSpec | None,
 ) -> None:
     with pytest.raises(SuiteError, match=r"Data of task 'a'.*transform: \{size: 224"):
-        resolved(spec(file="a", transform="timm"), architecture, WHAT)
+        resolve_transform(spec(file="a", transform="timm"), architecture, WHAT)

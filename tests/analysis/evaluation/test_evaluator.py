@@ -26,9 +26,9 @@ from tests.evaluable import (
     IMAGES,
     TASKS,
     by_hand,
+    copy_evaluable,
     edit_arrays,
     edit_document,
-    evaluable,
     state_of,
     write_evaluable,
 )
@@ -37,7 +37,7 @@ from tests.evaluable import (
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 def recipe(method: str = "average", **parameters: float) -> Recipe:

@@ -12,10 +12,10 @@ import plotly.graph_objects as go
 import pytest
 
 from analysis.accuracy import accuracy_frame, mean_accuracy
-from analysis.figures.accuracy import MODEL_LOOKS, per_task
+from analysis.figures.accuracy import MODEL_LOOKS, dots_per_task
 
 
-def decoded(figure: go.Figure) -> go.Figure:
+def decode(figure: go.Figure) -> go.Figure:
     """The figure as a browser gets it: through JSON, where arrays are bytes in base 64."""
 
     def plain(value: Any) -> Any:
@@ -39,7 +39,7 @@ def models(names: list[str], tasks: tuple[str, ...] = ("digits", "lines")) -> pd
     return pd.concat(parts, ignore_index=True)
 
 
-def named(figure: go.Figure, name: str) -> go.Scatter:
+def trace_named(figure: go.Figure, name: str) -> go.Scatter:
     (trace,) = [t for t in figure.data if t.name == name]
     return trace
 
@@ -49,7 +49,7 @@ class TestPerTask:
     def test_points_and_intervals(self, count: int) -> None:
         names = ["Base", "Experts", "Weight average", "CART", "Something else"][:count]
         frame = models(names)
-        figure = decoded(per_task(frame, "Which?"))
+        figure = decode(dots_per_task(frame, "Which?"))
         assert [trace.name for trace in figure.data] == names
         means = mean_accuracy(frame, by=["model"]).set_index("model")["accuracy"]
         for trace in figure.data:
@@ -65,7 +65,7 @@ class TestPerTask:
             assert list(trace.text) == ["digits", "lines", "mean over tasks"]
 
     def test_each_point_stands_at_its_tasks_tick(self) -> None:
-        figure = decoded(per_task(models(["Base", "CART"]), "Which?"))
+        figure = decode(dots_per_task(models(["Base", "CART"]), "Which?"))
         ticks = dict(zip(figure.layout.yaxis.ticktext, figure.layout.yaxis.tickvals, strict=True))
         for trace in figure.data:
             for y, text in zip(trace.y, trace.text, strict=True):
@@ -76,7 +76,7 @@ class TestPerTask:
         assert figure.data[0].y[0] > figure.data[1].y[0]  # first model on top
 
     def test_looks_are_fixed_and_tell_models_apart(self) -> None:
-        figure = per_task(models(["CART", "mine", "Base", "yours"]), "Which?")
+        figure = dots_per_task(models(["CART", "mine", "Base", "yours"]), "Which?")
         looks = [(t.marker.color, t.marker.symbol) for t in figure.data]
         assert looks[0] == MODEL_LOOKS["CART"]
         assert looks[2] == MODEL_LOOKS["Base"]
@@ -84,7 +84,7 @@ class TestPerTask:
 
     def test_every_interval_is_inside_the_axis(self) -> None:
         frame = models(["Base", "CART"])
-        low, high = per_task(frame, "Which?").layout.xaxis.range
+        low, high = dots_per_task(frame, "Which?").layout.xaxis.range
         assert low <= 100 * frame["low"].min()
         assert low >= 0
         assert high >= 100

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis.accuracy import paired
+from analysis.accuracy import paired_differences
 from analysis.figures.compare import cost_scatter, method_dots, paired_map, task_radar
 
 LABELS = ["CART", "TIES", "DARE with Task Arithmetic (drop 0.5, then SVC at floor 1, seed 0)", "A"]
@@ -58,7 +58,7 @@ def test_the_map_is_antisymmetric_and_marks_what_is_real() -> None:
     rng = np.random.default_rng(0)
     hits = {f"m{i:02}": {"t": rng.random(400) < 0.3 + 0.02 * i} for i in range(15)}
     order = sorted(hits, reverse=True)
-    pairs = paired(hits)
+    pairs = paired_differences(hits)
     figure = paired_map(pairs, order, "?")
     (drawn,) = figure.data
     z, marks = np.array(drawn.z), np.array(drawn.text)

@@ -38,11 +38,11 @@ def over_n(evaluator: PoolEvaluator) -> pd.DataFrame:
     return accuracy_over_members(evaluator, MEMBERS)
 
 
-def named(figure: go.Figure) -> dict[str, go.Scatter]:
+def traces_by_name(figure: go.Figure) -> dict[str, go.Scatter]:
     return {trace.name: trace for trace in figure.data}
 
 
-def every(evaluator: PoolEvaluator, over_n: pd.DataFrame) -> Iterator[go.Figure]:
+def every_figure(evaluator: PoolEvaluator, over_n: pd.DataFrame) -> Iterator[go.Figure]:
     rules = rules_frame(evaluator, MEMBERS)
     yield figures.rules_dots(rules, "Which rule wins?", 0.25)
     yield figures.accuracy_over_n(over_n, "Which rule wins?", 0.25)
@@ -60,7 +60,7 @@ def every(evaluator: PoolEvaluator, over_n: pd.DataFrame) -> Iterator[go.Figure]
 def test_all_figures_fit_both_themes_and_serialise(
     evaluator: PoolEvaluator, over_n: pd.DataFrame
 ) -> None:
-    for figure in every(evaluator, over_n):
+    for figure in every_figure(evaluator, over_n):
         assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == TRANSPARENT
         assert figure.layout.xaxis.title.text
         assert figure.layout.title.text
@@ -79,7 +79,7 @@ def test_every_rule_has_a_look_of_its_own() -> None:
 def test_dots_are_the_rules_accuracies_with_their_intervals(evaluator: PoolEvaluator) -> None:
     frame = rules_frame(evaluator, MEMBERS)
     figure = figures.rules_dots(frame, "", 0.25)
-    dots = named(figure)
+    dots = traces_by_name(figure)
     assert list(dots) == list(RULES.values())
     for row in frame.itertuples():
         dot = dots[row.label]
@@ -105,12 +105,12 @@ def test_images_without_finite_logits_are_written_beside_the_dot(
     (note,) = figure.layout.annotations
     assert note.text == "7 of 50 images without finite logits"
     assert note.y == "uniform soup"
-    assert "7 of 50 images" in named(figure)["uniform soup"].hovertemplate
+    assert "7 of 50 images" in traces_by_name(figure)["uniform soup"].hovertemplate
 
 
 def test_lines_over_n_lie_over_the_band_of_individuals(over_n: pd.DataFrame) -> None:
     figure = figures.accuracy_over_n(over_n)
-    traces = named(figure)
+    traces = traces_by_name(figure)
     single = over_n[over_n["rule"] == "individuals"]
     band = traces["worst to best individual"]
     assert np.asarray(band.x).tolist() == [1, 2, 3, 4, 4, 3, 2, 1]
@@ -124,7 +124,7 @@ def test_lines_over_n_lie_over_the_band_of_individuals(over_n: pd.DataFrame) -> 
 
 
 def test_cost_draws_ensembles_over_passes_and_all_else_at_one(over_n: pd.DataFrame) -> None:
-    traces = named(figures.accuracy_against_cost(over_n))
+    traces = traces_by_name(figures.accuracy_against_cost(over_n))
     at_one = []
     for rule, label in RULES.items():
         mine = over_n[over_n["rule"] == rule]
@@ -154,7 +154,7 @@ def test_maps_keep_the_order_of_the_models(evaluator: PoolEvaluator) -> None:
 
 def test_layers_are_drawn_with_their_spread(evaluator: PoolEvaluator) -> None:
     mean = mean_cka(cka_frame(evaluator, MEMBERS))
-    traces = named(maps.cka_layers(mean))
+    traces = traces_by_name(maps.cka_layers(mean))
     assert list(traces["mean over pairs"].x) == ["hidden.0", "hidden.1", "features", "logits"]
     assert np.asarray(traces["mean over pairs"].y) == pytest.approx(mean["mean"].to_numpy())
     band = np.asarray(traces["lowest to highest pair"].y)
@@ -188,7 +188,7 @@ def test_the_greedy_trace_shows_who_joins() -> None:
             "kept": [True, False, True],
         }
     )
-    traces = named(figures.greedy_trace(trace))
+    traces = traces_by_name(figures.greedy_trace(trace))
     assert list(traces["joins"].x) == ["member 4", "member 2"]
     assert np.asarray(traces["joins"].y) == pytest.approx([90, 95])
     assert list(traces["does not join"].x) == ["member 0"]

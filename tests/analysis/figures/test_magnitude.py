@@ -42,7 +42,7 @@ def sweep(vgg) -> pd.DataFrame:
     return magnitude_sweep(vgg, MEMBERS, M)
 
 
-def looks_like_the_house(figure: Figure) -> None:
+def assert_house_style(figure: Figure) -> None:
     assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"
     assert figure.layout.legend.orientation == "h"
     assert figure.layout.title.font.size == 15
@@ -58,7 +58,7 @@ def cell_of(figure: Figure, quantity: str) -> list[Scatter]:
 @pytest.mark.parametrize("quantity", QUANTITIES)
 def test_lines_hold_the_frame(sweep, quantity: str) -> None:
     figure = magnitude_grid(sweep, title="What happens?", chosen=10)
-    looks_like_the_house(figure)
+    assert_house_style(figure)
     lines = cell_of(figure, quantity)
     drawn = {trace.name: trace for trace in lines}
     for subject, part in sweep.groupby("subject", sort=False):
@@ -87,7 +87,7 @@ def test_the_prediction_lies_over_the_lines(vgg, sweep) -> None:
 def test_small_multiples_name_each_subject_once(vgg, sweep) -> None:
     prediction = predicted_sweep(vgg, MEMBERS, M)
     figure = magnitude_grid(sweep, prediction, "All at once", chosen=2)
-    looks_like_the_house(figure)
+    assert_house_style(figure)
     named = [trace.name for trace in figure.data if trace.showlegend]
     assert sorted(named) == sorted({*SUBJECTS.values(), "prediction: pure homogeneity, mᴸ"})
     titles = [note.text for note in figure.layout.annotations]
@@ -127,7 +127,7 @@ def test_what_is_not_finite_is_marked(sweep) -> None:
 def test_dominance_draws_soup_and_ensembles() -> None:
     frame = dominance([1, 8], 10, M)
     figure = dominance_lines(frame, "Who dominates?", chosen=2)
-    looks_like_the_house(figure)
+    assert_house_style(figure)
     assert len(figure.data) == 3
     assert figure.data[0].name == "soup: of the weights, m : 1"
     assert figure.data[2].name == "ensemble: of the logits, m<sup>8</sup> : 1"
@@ -138,14 +138,14 @@ def test_dominance_draws_soup_and_ensembles() -> None:
 def test_norms_per_parameter(vgg) -> None:
     frame = norms_frame(vgg, MEMBERS)
     figure = norm_ratios(frame, "Smaller?")
-    looks_like_the_house(figure)
+    assert_house_style(figure)
     assert sum(len(t.x) for t in figure.data) == len(frame)
     weights = frame[frame["weight"]]
     assert np.array_equal(figure.data[0].x, weights["ratio"].to_numpy())
     assert figure.layout.shapes[0].x0 == pytest.approx(3**-0.5)
     for quantity in ("norm", "variance"):
         figure = norm_ranges(frame, quantity)
-        looks_like_the_house(figure)
+        assert_house_style(figure)
         assert np.array_equal(figure.data[1].x, frame[f"{quantity}_soup"].to_numpy())
         reach = figure.data[0].x + np.array(figure.data[0].error_x.array)
         assert reach == pytest.approx(frame[f"{quantity}_max"].to_numpy())
@@ -157,13 +157,13 @@ def test_norms_per_parameter(vgg) -> None:
 def test_histogram_and_identity(vgg) -> None:
     frame = histogram_frame(vgg, MEMBERS, "hidden.weight", bins=12)
     figure = weight_histogram(frame, "Where are they?")
-    looks_like_the_house(figure)
+    assert_house_style(figure)
     for trace, (_, part) in zip(figure.data, frame.groupby("subject", sort=False), strict=True):
         assert len(trace.x) == 13
         assert np.array_equal(trace.y[:12], part["density"].to_numpy())
         assert trace.line.shape == "hv"
     figure = identity_bar(identity_frame(vgg, MEMBERS), TOTAL, "Equal?")
-    looks_like_the_house(figure)
+    assert_house_style(figure)
     whole, soup, spread = (trace.x[0] for trace in figure.data)
     assert whole == pytest.approx(soup + spread)
     assert [trace.y[0] for trace in figure.data] == ["members"] + ["average + spread"] * 2
@@ -177,7 +177,7 @@ def test_noise_and_corruption(vgg) -> None:
         (noise_lines(noise, title="Noise?"), noise),
         (corruption_lines(corruption, "blur", "Blur?"), corruption),
     ):
-        looks_like_the_house(figure)
+        assert_house_style(figure)
         for trace, (_, part) in zip(figure.data, frame.groupby("subject", sort=False), strict=True):
             assert np.array_equal(trace.y, part["accuracy"].to_numpy())
             high = trace.y + np.array(trace.error_y.array)

@@ -34,20 +34,20 @@ def pictures(count: int = 7, channels: int = 1) -> np.ndarray:
     return np.random.default_rng(count).normal(size=(count, 4, 4, channels))
 
 
-def decoded(trace: go.Image) -> np.ndarray:
+def decode(trace: go.Image) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(trace.source.split(",")[1]))))
 
 
 def pixels(figure: go.Figure, x: float, y: float) -> np.ndarray | None:
     """The pixel drawn at a place of the figure's axes; None outside all images."""
     for trace in figure.data:
-        image, top = decoded(trace), trace.y0 or 0
+        image, top = decode(trace), trace.y0 or 0
         if 0 <= round(y - top) < image.shape[0] and 0 <= round(x) < image.shape[1]:
             return image[round(y - top), round(x)]
     return None
 
 
-def plain(figure: go.Figure) -> str:
+def plain_text(figure: go.Figure) -> str:
     return figure.layout.title.text.replace("<br>", " ")
 
 
@@ -60,7 +60,7 @@ def test_template_grid_puts_every_image_under_its_name() -> None:
     assert list(labels) == [*NAMES[:6], "a very lo…"]
     ticks = iter(figure.layout.yaxis.tickvals)
     assert len(figure.layout.yaxis.tickvals) == 6
-    tile = decoded(figure.data[0]).shape[1] // 3
+    tile = decode(figure.data[0]).shape[1] // 3
     for block in range(3):
         for images in rows.values():
             y = next(ticks)
@@ -91,8 +91,8 @@ def test_template_grid_puts_every_image_under_its_name() -> None:
 )
 def test_titles_say_how_greys_are_to_be_read(kind, shared: bool, said: str) -> None:
     figure = flat.template_grid({"t": pictures()}, NAMES, "What?", kind, shared)
-    assert plain(figure).startswith("What? (")
-    assert said in plain(figure)
+    assert plain_text(figure).startswith("What? (")
+    assert said in plain_text(figure)
 
 
 def test_blend_strip_draws_parents_blend_and_difference_on_one_scale() -> None:
@@ -100,7 +100,7 @@ def test_blend_strip_draws_parents_blend_and_difference_on_one_scale() -> None:
     figure = flat.blend_strip(A, B, 0.25, ("zero", "one"), "Blend")
     expected = np.stack([A, B, 0.25 * A + 0.75 * B, A - B])
     expected = 0.5 + expected / np.abs(expected).max() / 2
-    image = decoded(figure.data[0])
+    image = decode(figure.data[0])
     tile = image.shape[0]
     for annotation, wanted in zip(figure.layout.annotations, expected, strict=True):
         left = round(annotation.x - (tile - 1) / 2)
@@ -121,7 +121,7 @@ def test_cosine_map_is_the_frame() -> None:
     assert figure.layout.yaxis.autorange == "reversed"
 
 
-def measured(epochs: tuple[float, ...] = (5.0,)) -> pd.DataFrame:
+def measured_frame(epochs: tuple[float, ...] = (5.0,)) -> pd.DataFrame:
     """Two seeds, three decays: a diagonal that says where it belongs."""
     rows = []
     for (member, (decay, seed)), epoch in itertools.product(
@@ -147,7 +147,7 @@ def lines(figure: go.Figure) -> list[go.Scatter]:
 
 
 def test_lines_over_decay_are_means_over_seeds() -> None:
-    figure = flat.dominance_lines(measured(), "weight_decay", "diagonal", "Decay")
+    figure = flat.dominance_lines(measured_frame(), "weight_decay", "diagonal", "Decay")
     means, centred, stationary = lines(figure)
     assert list(means.x) == ["0", "0.01", "0.1"]
     assert list(stationary.x) == ["0.01", "0.1"]
@@ -162,13 +162,13 @@ def test_lines_over_decay_are_means_over_seeds() -> None:
 
 
 def test_accuracy_is_drawn_once_in_percent() -> None:
-    (line,) = lines(flat.dominance_lines(measured(), "weight_decay", "test_accuracy"))
+    (line,) = lines(flat.dominance_lines(measured_frame(), "weight_decay", "test_accuracy"))
     assert line.y == pytest.approx([55, 56, 65])
     assert line.customdata[:, 2].tolist() == [2, 2, 2]
 
 
 def test_lines_over_training_are_one_for_each_decay() -> None:
-    frame = measured((0.0, 2.0, 7.0))
+    frame = measured_frame((0.0, 2.0, 7.0))
     figure = flat.dominance_lines(frame, "epoch", "diagonal", comparison="means")
     found = {line.name: line for line in lines(figure)}
     assert list(found) == ["decay 0", "decay 0.01", "decay 0.1"]
@@ -180,7 +180,7 @@ def test_lines_over_training_are_one_for_each_decay() -> None:
 
 
 def test_one_member_has_no_band_and_an_unknown_decay_a_name() -> None:
-    alone = measured().query("seed == 0").assign(weight_decay=float("nan"))
+    alone = measured_frame().query("seed == 0").assign(weight_decay=float("nan"))
     figure = flat.dominance_lines(alone.head(2), "weight_decay", "diagonal")
     assert len(figure.data) == 2
     assert list(figure.data[0].x) == ["not given"]
@@ -223,12 +223,12 @@ def test_responses_are_drawn_as_they_are() -> None:
 def test_kernel_grid_shows_the_first_ones_and_says_so() -> None:
     filters = pictures(20, 3)
     figure = deep.kernel_grid(filters, "Kernels", columns=4, most=8)
-    assert "[first 8 of 20]" in plain(figure)
-    assert "grey is zero" in plain(figure)
-    image = decoded(figure.data[0])
+    assert "[first 8 of 20]" in plain_text(figure)
+    assert "grey is zero" in plain_text(figure)
+    image = decode(figure.data[0])
     assert image.shape[1] / image.shape[0] == pytest.approx(2, abs=0.05)
     assert image[0, 0, :3] / 255 == pytest.approx(normalise(filters)[0, 0, 0], abs=0.003)
-    assert "first" not in plain(deep.kernel_grid(filters[:3], "Kernels"))
+    assert "first" not in plain_text(deep.kernel_grid(filters[:3], "Kernels"))
 
 
 def test_components_carry_the_share_they_explain() -> None:
@@ -280,7 +280,7 @@ def test_heads_share_one_symmetric_scale(heads: int, width: int) -> None:
     assert max(trace.z.shape) <= 256
     assert trace.zmin == -trace.zmax
     assert f"±{trace.zmax:.2g}" in trace.colorbar.title.text
-    assert ("means of blocks" in plain(figure)) == (width in (144, 300))
+    assert ("means of blocks" in plain_text(figure)) == (width in (144, 300))
     assert [a.text for a in figure.layout.annotations] == [f"head {h}" for h in range(heads)]
     cells = int(np.isfinite(trace.z).sum() / heads) ** 0.5
     assert cells == int(cells) <= 128
@@ -309,7 +309,7 @@ def test_all_figures_are_transparent_and_fit_a_phone() -> None:
     for figure in (
         flat.template_grid({"t": pictures()}, NAMES, "A rather long question about templates"),
         flat.cosine_map(cosine_frame(pictures(), pictures(), NAMES), "Cosines"),
-        flat.dominance_lines(measured(), "weight_decay", "diagonal", "Decay"),
+        flat.dominance_lines(measured_frame(), "weight_decay", "diagonal", "Decay"),
         deep.kernel_norm_map(kernel_norms(state), "Norms"),
         deep.head_maps(query_key(state, LAYER, 3), "Heads"),
         deep.head_spectrum(frame, "Spectra"),

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 
 from analysis.figures import rank_evidence, rank_map, rank_selection
-from tests.analysis.figures.test_accuracy import decoded, named
+from tests.analysis.figures.test_accuracy import decode, trace_named
 
 RANKS, SCALES = (0.01, 0.1, 1.0), (0.5, 2.0)
 
@@ -47,16 +47,16 @@ class TestCurve:
         other = {"rank": "scale", "scale": "rank"}[axis]
         frame = points()
         frame = frame[frame[other] == frame[other].min()]
-        figure = decoded(
+        figure = decode(
             rank_selection.score_curve(
                 frame, "Best?", axis=axis, picks=picks(), references={"experts": 0.95}, chosen=0.5
             )
         )
         ordered = frame.sort_values(axis)
-        line = named(figure, "accuracy expected, centred (CART)")
+        line = trace_named(figure, "accuracy expected, centred (CART)")
         np.testing.assert_allclose(line.x, ordered[axis])
         np.testing.assert_allclose(line.y, 100 * ordered["expected"])
-        dots = named(figure, "measured, centred (CART)")
+        dots = trace_named(figure, "measured, centred (CART)")
         np.testing.assert_allclose(dots.x, ordered[axis])
         np.testing.assert_allclose(dots.y, 100 * ordered["score"])
         assert [s.endswith("-open") for s in dots.marker.symbol] == (
@@ -73,18 +73,18 @@ class TestCurve:
 
     def test_marks_lie_on_the_curve_at_their_rank(self) -> None:
         frame = points(scales=(2.0,))
-        figure = decoded(rank_selection.score_curve(frame, "Best?", picks=picks()))
-        mark = named(figure, "picks, inputs only")
+        figure = decode(rank_selection.score_curve(frame, "Best?", picks=picks()))
+        mark = trace_named(figure, "picks, inputs only")
         # Half way between 0.01 and 0.1 on the log axis: half way between 89 and 82 %.
         assert mark.x[0] == pytest.approx(10**-1.5)
         assert mark.y[0] == pytest.approx((89 + 82) / 2, abs=1e-5)
         assert "Mean entropy" in mark.text[0]
         assert "λ = 1.25" in mark.text[0]
-        assert len(named(figure, "picks, weights only").x) == 1  # one of the two has a rank
+        assert len(trace_named(figure, "picks, weights only").x) == 1  # one of the two has a rank
 
     def test_what_is_no_share_keeps_its_unit(self) -> None:
         frame = points(scales=(2.0,))
-        figure = decoded(rank_selection.score_curve(frame, "Best?", value="entropy"))
+        figure = decode(rank_selection.score_curve(frame, "Best?", value="entropy"))
         line = next(t for t in figure.data if t.name)
         np.testing.assert_allclose(line.y, frame.sort_values("rank")["expected"])
         assert figure.layout.yaxis.title.text == "Entropy"
@@ -97,7 +97,7 @@ class TestCurve:
             )
             for i, t in enumerate("ab")
         ]
-        figure = decoded(
+        figure = decode(
             rank_selection.tasks_over_rank(pd.concat(parts), value, "Tasks?", chosen=0.1)
         )
         assert [trace.name for trace in figure.data] == ["a", "b"]
@@ -114,7 +114,7 @@ class TestCurve:
 
 def outline(figure: go.Figure) -> set[frozenset[tuple[float, float]]]:
     """The drawn sides, each as its two ends."""
-    trace = named(figure, "statistically tied")
+    trace = trace_named(figure, "statistically tied")
     x, y = list(trace.x), list(trace.y)
     return {frozenset({(x[i], y[i]), (x[i + 1], y[i + 1])}) for i in range(0, len(x), 3)}
 
@@ -122,7 +122,7 @@ def outline(figure: go.Figure) -> set[frozenset[tuple[float, float]]]:
 class TestMap:
     def test_cells_show_what_was_evaluated_and_on_how_many_images(self) -> None:
         frame = points().query("not (rank == 1.0 and scale == 0.5)")
-        figure = decoded(rank_map.evaluated_map(frame, RANKS, SCALES, "Where?"))
+        figure = decode(rank_map.evaluated_map(frame, RANKS, SCALES, "Where?"))
         whole, part = [t for t in figure.data if t.type == "heatmap"]
         score = frame.set_index(["rank", "scale"])
         for (i, rank), (j, scale) in product(enumerate(RANKS), enumerate(SCALES)):
@@ -138,7 +138,7 @@ class TestMap:
 
     def test_overlay_and_marks_carry_their_setting(self) -> None:
         frame = points().query("rank < 1")
-        figure = decoded(
+        figure = decode(
             rank_map.evaluated_map(
                 frame,
                 RANKS,
@@ -158,17 +158,17 @@ class TestMap:
             assert ("not evaluated" in text) == (rank == 1.0)
             if (rank, scale) == (0.01, 2.0):
                 assert "83.0% on 60 images a task, tied" in text
-        star, ring = named(figure, "recommended"), named(figure, "chosen")
+        star, ring = trace_named(figure, "recommended"), trace_named(figure, "chosen")
         assert (star.x[0], star.y[0]) == (0, 0)
         assert (ring.x[0], ring.y[0]) == (2, 1)
-        entropy = named(figure, "picks, inputs only")
+        entropy = trace_named(figure, "picks, inputs only")
         # Off the grid: half way in log rank, half way in scale.
         assert entropy.x[0] == pytest.approx(0.5)
         assert entropy.y[0] == pytest.approx(0.5)
 
     def test_one_line_goes_around_what_is_tied(self) -> None:
         # Cells (rank, scale) 0,0  0,1  1,0 by place: an L of three cells has eight sides.
-        figure = decoded(rank_map.evaluated_map(points(), RANKS, SCALES, "Where?"))
+        figure = decode(rank_map.evaluated_map(points(), RANKS, SCALES, "Where?"))
         tied = {(0, 0), (0, 1), (1, 0)}
         sides: dict[frozenset[tuple[float, float]], int] = {}
         for i, j in tied:
@@ -192,16 +192,16 @@ class TestMap:
 
     def test_nothing_evaluated_still_shows_the_picks(self) -> None:
         empty = points().iloc[:0]
-        figure = decoded(
+        figure = decode(
             rank_map.evaluated_map(
                 empty, RANKS, SCALES, "Where?", recommended=(0.05, 1.0), picks=picks()
             )
         )
         assert not [t for t in figure.data if t.type == "heatmap"]
-        star = named(figure, "recommended")
+        star = trace_named(figure, "recommended")
         assert star.x[0] == pytest.approx(np.log(0.05 / 0.01) / np.log(10))
         assert star.y[0] == pytest.approx(1 / 3)
-        assert len(named(figure, "picks, weights only").x) == 1
+        assert len(trace_named(figure, "picks, weights only").x) == 1
         overlay = next(t for t in figure.data if t.customdata is not None)
         assert all("not evaluated" in text for text in overlay.text)
 
@@ -217,24 +217,24 @@ class TestEvidence:
             }
         )
         curve = points(scales=(2.0,))
-        figure = decoded(rank_evidence.proxies_over_rank(proxies, curve, "Which?", shown=["bell"]))
-        bell, flat = named(figure, "The bell"), named(figure, "Flat")
+        figure = decode(rank_evidence.proxies_over_rank(proxies, curve, "Which?", shown=["bell"]))
+        bell, flat = trace_named(figure, "The bell"), trace_named(figure, "Flat")
         np.testing.assert_allclose(bell.x, [0.01, 0.1, 1.0])
         np.testing.assert_allclose(bell.y, [0.25, 1, 0])
         np.testing.assert_allclose(bell.customdata, [5, 11, 3])
         np.testing.assert_allclose(flat.y, 0)
         assert (bell.visible, flat.visible) == (True, "legendonly")
-        np.testing.assert_allclose(named(figure, "by the search").y, [1, 0.5, 0])
+        np.testing.assert_allclose(trace_named(figure, "by the search").y, [1, 0.5, 0])
 
     def test_each_pick_stands_in_its_proxys_row(self) -> None:
-        figure = decoded(rank_evidence.picks_over_rank(picks(), "Where?", 0.01))
+        figure = decode(rank_evidence.picks_over_rank(picks(), "Where?", 0.01))
         drawn = {y: x for t in figure.data for x, y in zip(t.x, t.y, strict=True)}
         assert drawn == pytest.approx(
             {"Energy 90 %": 0.1, "Mean entropy": 0.0316227766, "Labels": 0.01}
         )
-        entropy = named(figure, "inputs only")
+        entropy = trace_named(figure, "inputs only")
         assert entropy.text[0].endswith("80.0%")
-        assert named(figure, "weights only").text[0] == "rank 10 %, λ = 2"
+        assert trace_named(figure, "weights only").text[0] == "rank 10 %, λ = 2"
 
     def test_regrets_with_their_means_and_what_lies_beyond(self) -> None:
         rows = [
@@ -244,13 +244,13 @@ class TestEvidence:
             ("bad", "weights", "demo", "4a", 0.02),
         ]
         table = pd.DataFrame(rows, columns=["title", "mode", "suite", "subset", "test_regret"])
-        figure = decoded(rank_evidence.regret_dots(table.assign(proxy=table["title"]), "Who?"))
-        np.testing.assert_allclose(named(figure, "inputs only").x, [0.1, 0.3])
-        weights = named(figure, "weights only")
+        figure = decode(rank_evidence.regret_dots(table.assign(proxy=table["title"]), "Who?"))
+        np.testing.assert_allclose(trace_named(figure, "inputs only").x, [0.1, 0.3])
+        weights = trace_named(figure, "weights only")
         assert list(weights.marker.symbol) == ["triangle-right-open", "triangle-down-open"]
         np.testing.assert_allclose(weights.x, [rank_evidence.REGRET_SPAN, 2])
         np.testing.assert_allclose(weights.customdata, [40, 2])
-        means = named(figure, "mean")
+        means = trace_named(figure, "mean")
         assert dict(zip(means.y, means.customdata, strict=True)) == pytest.approx(
             {"good": 0.2, "bad": 21}
         )
@@ -270,7 +270,7 @@ class TestEvidence:
                 "tied_scale_high": [3.0, 4.0, 3.0],
             }
         )
-        figure = decoded(rank_evidence.best_over_tasks(frame, "More tasks?"))
+        figure = decode(rank_evidence.best_over_tasks(frame, "More tasks?"))
         for trace, axis, factor in zip(figure.data, ("rank", "scale"), (100, 1), strict=True):
             np.testing.assert_allclose(trace.y, factor * frame[f"best_{axis}"])
             np.testing.assert_allclose(
@@ -285,8 +285,8 @@ class TestEvidence:
     def test_each_layer_has_its_row(self) -> None:
         rows = [("a", "x.weight", 3, 0.1), ("a", "y.weight", 9, 0.3), ("b", "y.weight", 6, 0.2)]
         frame = pd.DataFrame(rows, columns=["rule", "parameter", "rank", "share"])
-        figure = decoded(rank_evidence.layer_ranks(frame, "Layers?", uniform=0.08))
-        first = named(figure, "a")
+        figure = decode(rank_evidence.layer_ranks(frame, "Layers?", uniform=0.08))
+        first = trace_named(figure, "a")
         assert dict(zip(first.y, first.x, strict=True)) == {"x.weight": 0.1, "y.weight": 0.3}
         assert first.text[1] == "9 directions"
         assert figure.layout.yaxis.categoryarray[-1] == "x.weight"  # the first layer is on top
@@ -303,8 +303,8 @@ class TestEvidence:
             }
         )
         frame = frame.assign(low=frame["accuracy"] - 0.02, high=frame["accuracy"] + 0.01)
-        figure = decoded(rank_evidence.accuracy_over_storage(frame, "Helps?"))
-        line = named(figure, "Uniform")
+        figure = decode(rank_evidence.accuracy_over_storage(frame, "Helps?"))
+        line = trace_named(figure, "Uniform")
         np.testing.assert_allclose(line.x, [2, 4])
         np.testing.assert_allclose(line.y, [70, 80])
         np.testing.assert_allclose(line.error_y.array, 1)

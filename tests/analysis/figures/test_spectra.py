@@ -21,18 +21,18 @@ from analysis.spectral.interference import (
     mean_over_layers,
 )
 from analysis.spectral.spectra import cuts, spectral_summary, spectrum
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 from tests.analysis.tiny_suite import MATRICES, QKV, TASKS
 
 ORIGINS = ("average", "base")
 SHARES = (0.1, 0.25, 0.5, 1.0)
 
 
-def both(function, *args) -> pd.DataFrame:
+def both_origins(function, *args) -> pd.DataFrame:
     return pd.concat([function(args[0], origin, *args[1:]) for origin in ORIGINS])
 
 
-def drawn(figure: go.Figure) -> Iterator[go.Scatter]:
+def drawn_traces(figure: go.Figure) -> Iterator[go.Scatter]:
     """Traces with data: dummies that only explain the legend are left out."""
     return (trace for trace in figure.data if trace.x[0] is not None)
 
@@ -73,10 +73,10 @@ def test_names_that_would_be_alike_stay_whole() -> None:
     assert list(names.values()) == [*towers[:2], "x.1 fc"]
 
 
-def test_scree_draws_the_singular_values(fc: ParameterGroup) -> None:
-    frame = both(spectrum, fc)
+def test_scree_draws_the_singular_values(fc: TensorGroup) -> None:
+    frame = both_origins(spectrum, fc)
     figure = spectra_figures.scree(frame, title="How fast do they fall?")
-    lines = list(drawn(figure))
+    lines = list(drawn_traces(figure))
     assert figure.layout.yaxis.type == "log"
     assert len(lines) == len(TASKS) * 2
     for line, ((task, origin), part) in zip(
@@ -100,7 +100,7 @@ def test_scree_leaves_out_zeros_that_a_log_axis_cannot_show() -> None:
     assert line.y.tolist() == [2.0, 1.0]
 
 
-def test_scree_draws_one_tasks_bounds_or_their_mean(fc: ParameterGroup) -> None:
+def test_scree_draws_one_tasks_bounds_or_their_mean(fc: TensorGroup) -> None:
     frame, bounds = spectrum(fc, "base"), cuts(fc, "base")
     edge, cut = list(spectra_figures.scree(frame, bounds).data)[-2:]
     assert edge.y == pytest.approx([bounds["noise_edge"].mean()] * 2)
@@ -113,7 +113,7 @@ def test_scree_draws_one_tasks_bounds_or_their_mean(fc: ParameterGroup) -> None:
     edge, cut = spectra_figures.scree(frame[frame["task"] == TASKS[2]], one).data[-2:]
     assert edge.y[0] == pytest.approx(one["noise_edge"].iloc[0])
     assert cut.text[1] == "Gavish-Donoho,<br>noise edge"
-    two = spectra_figures.scree(both(spectrum, fc), both(cuts, fc))
+    two = spectra_figures.scree(both_origins(spectrum, fc), both_origins(cuts, fc))
     (labelled,) = [trace for trace in two.data[-4:] if any(trace.text)]
     assert labelled.y[1] == max(trace.y[1] for trace in two.data[-4:])
     legend = [trace.name for trace in two.data[-4:] if trace.showlegend]
@@ -131,8 +131,8 @@ def test_many_tasks_stay_apart_by_markers() -> None:
     assert all("markers" in line.mode for line in lines)
 
 
-def test_cumulative_energy_draws_energy_marks_and_choice(fc: ParameterGroup) -> None:
-    frame = both(spectrum, fc)
+def test_cumulative_energy_draws_energy_marks_and_choice(fc: TensorGroup) -> None:
+    frame = both_origins(spectrum, fc)
     figure = spectra_figures.cumulative_energy(frame, "Energy", (0.5, 0.9), chosen_share=0.25)
     line = figure.data[0]
     part = frame[(frame["task"] == TASKS[0]) & (frame["origin"] == "average")]
@@ -144,7 +144,7 @@ def test_cumulative_energy_draws_energy_marks_and_choice(fc: ParameterGroup) -> 
     assert {note.text for note in figure.layout.annotations} == {"50 %", "90 %", "chosen: 25 %"}
 
 
-def test_a_map_of_parts_names_them_like_separate_matrices(groups: Groups) -> None:
+def test_a_map_of_parts_names_them_like_separate_matrices(groups: TensorGroups) -> None:
     frame = spectral_summary(groups, "average", apart=True)
     heat, cells, _ = spectra_figures.summary_map(frame, "frobenius").data
     assert list(heat.y)[:3] == ["0 attention q", "0 attention k", "0 attention v"]
@@ -162,7 +162,7 @@ def short_of_split(part: str) -> str:
 
 
 @pytest.mark.parametrize("value", list(spectra_figures.SUMMARY_VALUES))
-def test_summary_map_draws_every_value_where_it_belongs(groups: Groups, value: str) -> None:
+def test_summary_map_draws_every_value_where_it_belongs(groups: TensorGroups, value: str) -> None:
     frame = spectral_summary(groups, "average")
     heat, cells, _ = spectra_figures.summary_map(frame, value, "Map").data
     table = frame.set_index(["parameter", "task"])[value]
@@ -186,7 +186,7 @@ def test_numbers_in_cells_can_be_read(scale: str) -> None:
     """WCAG's contrast of 4.5 : 1, whatever the colour of the cell."""
     z = np.append(np.linspace(-1, 1, 39), np.nan).reshape(4, 10)
     figure = go.Figure(go.Heatmap(z=z, colorscale=scale, texttemplate="%{z}"))
-    style.readable_cells(figure)
+    style.colour_cell_numbers(figure)
     white, black = figure.data
     assert (white.textfont.color, black.textfont.color) == ("#FFFFFF", "#000000")
     assert (black.zmin, black.zmax, black.colorscale) == (-1, 1, white.colorscale)
@@ -201,7 +201,7 @@ def test_numbers_in_cells_can_be_read(scale: str) -> None:
         assert contrast >= 4.5
 
 
-def test_summary_map_can_be_clicked_anywhere_in_a_cell(groups: Groups) -> None:
+def test_summary_map_can_be_clicked_anywhere_in_a_cell(groups: TensorGroups) -> None:
     figure = spectra_figures.summary_map(spectral_summary(groups, "base"), "stable_rank")
     assert figure.layout.hoverdistance == -1
     assert figure.layout.clickmode == "event+select"
@@ -226,7 +226,7 @@ def test_large_summary_maps_thin_their_labels_but_not_their_cells() -> None:
     assert (ticks[0], ticks[-1]) == ("0 fc", "69 fc")
 
 
-def test_pair_map_of_cosines_is_symmetric_about_zero(groups: Groups) -> None:
+def test_pair_map_of_cosines_is_symmetric_about_zero(groups: TensorGroups) -> None:
     frame = cosine_similarity(groups, "average")
     figure = interference_figures.pair_map(frame, "cosine", "Cosines", diverging=True)
     heat = figure.data[0]
@@ -238,7 +238,7 @@ def test_pair_map_of_cosines_is_symmetric_about_zero(groups: Groups) -> None:
     assert heat.texttemplate
 
 
-def test_pair_map_of_interference_starts_at_zero(fc: ParameterGroup) -> None:
+def test_pair_map_of_interference_starts_at_zero(fc: TensorGroup) -> None:
     frame = interference_pairs(fc, "base", 2)
     heat = interference_figures.pair_map(frame, "interference").data[0]
     assert heat.zmin == 0
@@ -248,9 +248,9 @@ def test_pair_map_of_interference_starts_at_zero(fc: ParameterGroup) -> None:
 
 
 @pytest.mark.parametrize("value", ["interference_normalised", "update_norm", "reconstruction"])
-def test_over_rank_draws_both_origins_on_a_log_axis(groups: Groups, value: str) -> None:
-    frame = mean_over_layers(both(interference_over_rank, groups, SHARES))
-    figure = interference_figures.over_rank(frame, value, "Over rank", chosen_share=0.25)
+def test_over_rank_draws_both_origins_on_a_log_axis(groups: TensorGroups, value: str) -> None:
+    frame = mean_over_layers(both_origins(interference_over_rank, groups, SHARES))
+    figure = interference_figures.curves_over_rank(frame, value, "Over rank", chosen_share=0.25)
     assert figure.layout.xaxis.type == "log"
     assert set(figure.layout.xaxis.tickvals) <= set(SHARES)
     assert figure.layout.xaxis.ticktext[0] == "10 %"
@@ -263,16 +263,16 @@ def test_over_rank_draws_both_origins_on_a_log_axis(groups: Groups, value: str) 
     assert figure.layout.annotations[0].x == pytest.approx(np.log10(0.25))
 
 
-def test_over_rank_draws_a_line_for_each_matrix(groups: Groups) -> None:
-    frame = both(interference_over_rank, groups, SHARES)
-    figure = interference_figures.over_rank(frame, "interference")
+def test_over_rank_draws_a_line_for_each_matrix(groups: TensorGroups) -> None:
+    frame = both_origins(interference_over_rank, groups, SHARES)
+    figure = interference_figures.curves_over_rank(frame, "interference")
     assert len(figure.data) == 2 * len(MATRICES)
     assert sum(trace.showlegend for trace in figure.data) == 2
     assert figure.data[0].customdata[:, 1].tolist() == frame["k"][: len(SHARES)].tolist()
 
 
-def test_trade_off_marks_the_chosen_rank(fc: ParameterGroup) -> None:
-    frame = both(interference_over_rank, fc, SHARES)
+def test_trade_off_marks_the_chosen_rank(fc: TensorGroup) -> None:
+    frame = both_origins(interference_over_rank, fc, SHARES)
     curve, ring, *_ = interference_figures.trade_off(frame, "Trade", chosen_share=0.24).data
     part = frame[frame["origin"] == "average"]
     assert np.array_equal(curve.x, part["reconstruction_share"])
@@ -286,11 +286,11 @@ def test_trade_off_marks_the_chosen_rank(fc: ParameterGroup) -> None:
     assert list(means.data[0].text) == ["10 %", "25 %", "50 %", "100 %"]
 
 
-def test_figures_leave_colours_of_page_and_text_to_the_theme(groups: Groups) -> None:
-    frame = mean_over_layers(both(interference_over_rank, groups, SHARES))
+def test_figures_leave_colours_of_page_and_text_to_the_theme(groups: TensorGroups) -> None:
+    frame = mean_over_layers(both_origins(interference_over_rank, groups, SHARES))
     for figure in (
         interference_figures.trade_off(frame, "A long question " * 6),
-        interference_figures.over_rank(frame, "interference"),
+        interference_figures.curves_over_rank(frame, "interference"),
         spectra_figures.summary_map(spectral_summary(groups, "base"), "top_share"),
     ):
         assert figure.layout.paper_bgcolor == figure.layout.plot_bgcolor == "rgba(0,0,0,0)"

@@ -99,13 +99,13 @@ def recipe_of(method: str, seed: int = 0, tasks: Any = None, **parameters: Any) 
     return make_recipe({**document, "suite": "."})
 
 
-def learnt(suite: Suite, recipe: Recipe, progress: Progress | None = None) -> Any:
+def learn_state(suite: Suite, recipe: Recipe, progress: Progress | None = None) -> Any:
     """What the recipe's learner gives."""
     session = MergeSession(suite, recipe.tasks, FactorStore())
     return learn(SuiteOutputs(suite), recipe, session, progress)
 
 
-def merged(suite: Suite, recipe: Recipe) -> dict[str, Tensor]:
+def merge_learnt(suite: Suite, recipe: Recipe) -> dict[str, Tensor]:
     """The merged weights, learnt and all."""
     session = MergeSession(suite, recipe.tasks, FactorStore())
     return session.merge(recipe, learned=learn(SuiteOutputs(suite), recipe, session))

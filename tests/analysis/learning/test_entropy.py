@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from analysis.learning.entropy import Family, minimise_entropy, slopes
+from analysis.learning.entropy import Family, entropy_gradient, minimise_entropy
 from analysis.learning.learn import learn
 from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.factors.store import FactorStore
@@ -20,7 +20,7 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.suites.suite import Suite
 from tests.analysis.learning.learnable import context_on, inputs_of, mlp_suite
-from tests.evaluable import IMAGES, TASKS, edit_document, evaluable, state_of, timm_model
+from tests.evaluable import IMAGES, TASKS, copy_evaluable, edit_document, state_of, timm_model
 from tests.merge_core.float64_reference import (
     assert_same,
     cart,
@@ -37,24 +37,24 @@ QKV = "blocks.0.attn.qkv.weight"
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 def adamerging(seed: int = 0, **parameters: Any) -> Recipe:
     return make_recipe({"method": "adamerging", "seed": seed, "parameters": parameters})
 
 
-def adaptive(**parameters: Any) -> Recipe:
+def cart_adaptive(**parameters: Any) -> Recipe:
     return make_recipe({"method": "cart_adaptive", "parameters": {"rank": 2} | parameters})
 
 
-def learnt(suite: Suite, recipe: Recipe) -> Any:
+def learn_state(suite: Suite, recipe: Recipe) -> Any:
     return learn(SuiteOutputs(suite), recipe, MergeSession(suite, None, FactorStore()))
 
 
-def merged(suite: Suite, recipe: Recipe, state: Any = None) -> dict[str, Tensor]:
+def merge_learnt(suite: Suite, recipe: Recipe, state: Any = None) -> dict[str, Tensor]:
     session = MergeSession(suite, None, FactorStore())
-    state = learnt(suite, recipe) if state is None else state
+    state = learn_state(suite, recipe) if state is None else state
     return session.merge(recipe, learned=state)
 
 
@@ -92,7 +92,7 @@ def test_the_slope_of_the_entropy_against_central_differences(suite: Suite, leve
     images = all_inputs(suite)
     rows = max(family.rows.values()) + 1
     values = 0.3 + 0.1 * torch.rand(rows, 3, generator=torch.Generator().manual_seed(1))
-    entropy, slope = slopes(context, family, values, list(images.values()))
+    entropy, slope = entropy_gradient(context, family, values, list(images.values()))
 
     def at(lam: np.ndarray) -> float:
         weights = {
@@ -119,8 +119,8 @@ def test_the_first_step_of_adam_follows_the_sign_of_the_slope(suite: Suite, leve
     family, context = arithmetic_family(suite, level), context_on(suite, recipe)
     batches = [next(context.batches(task, 16)) for task in TASKS]
     rows = max(family.rows.values()) + 1
-    _, slope = slopes(context, family, torch.full((rows, 3), 0.3), batches)
-    state = learnt(suite, recipe)
+    _, slope = entropy_gradient(context, family, torch.full((rows, 3), 0.3), batches)
+    state = learn_state(suite, recipe)
     for name, row in family.rows.items():
         live = slope[row].abs() > 1e-5
         expected = 0.3 - 0.01 * slope[row].sign()
@@ -134,37 +134,37 @@ def test_adam_by_hand(suite: Suite) -> None:
     values = torch.full((1, 3), 0.3)
     first, second = torch.zeros(1, 3), torch.zeros(1, 3)
     for step in range(1, 5):
-        _, g = slopes(context, family, values, [next(s) for s in streams])
+        _, g = entropy_gradient(context, family, values, [next(s) for s in streams])
         first, second = 0.9 * first + 0.1 * g, 0.999 * second + 0.001 * g**2
         root = (second / (1 - 0.999**step)).sqrt() + 1e-8
         values = values - 0.02 * first / (1 - 0.9**step) / root
-    got = learnt(suite, recipe).values[QKV]
+    got = learn_state(suite, recipe).values[QKV]
     torch.testing.assert_close(got, values[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("recipe", [adamerging(steps=25, learning_rate=0.02),
                                     adamerging(steps=25, learning_rate=0.02, level="task"),
                                     adamerging(steps=25, learning_rate=0.02, trimmed="ties"),
-                                    adaptive(steps=25, learning_rate=0.05)])  # fmt: skip
+                                    cart_adaptive(steps=25, learning_rate=0.05)])  # fmt: skip
 def test_the_entropy_falls(suite: Suite, recipe: Recipe) -> None:
     values = []
     for steps in (0, 25):
-        weights = merged(suite, recipe.with_parameters(steps=steps))
+        weights = merge_learnt(suite, recipe.with_parameters(steps=steps))
         double = {name: value.double().numpy() for name, value in weights.items()}
         values.append(total_entropy(suite, double, all_inputs(suite)))
     assert values[1] < 0.95 * values[0]
 
 
 def test_no_steps_are_task_arithmetic_and_cart(suite: Suite) -> None:
-    assert_same(merged(suite, adamerging(steps=0)), task_arithmetic(suite, 0.3))
-    assert_same(merged(suite, adamerging(steps=0, start=0.7, level="task")),
+    assert_same(merge_learnt(suite, adamerging(steps=0)), task_arithmetic(suite, 0.3))
+    assert_same(merge_learnt(suite, adamerging(steps=0, start=0.7, level="task")),
                 task_arithmetic(suite, 0.7))  # fmt: skip
-    trimmed = merged(suite, adamerging(steps=0, trimmed="ties"))
+    trimmed = merge_learnt(suite, adamerging(steps=0, trimmed="ties"))
     assert_same(trimmed, ties_sum(suite, 0.2, 0.3, "global"))
     theirs = plain_merge(suite, "cart", rank=2, scale=1.5)
-    for name, value in merged(suite, adaptive(steps=0, scale=1.5)).items():
+    for name, value in merge_learnt(suite, cart_adaptive(steps=0, scale=1.5)).items():
         torch.testing.assert_close(value, theirs[name])
-    assert_same(merged(suite, adaptive(steps=0)), cart(suite, lambda r: 2, 1.0))
+    assert_same(merge_learnt(suite, cart_adaptive(steps=0)), cart(suite, lambda r: 2, 1.0))
 
 
 def test_plus_plus_descends_on_trimmed_and_elected_vectors(suite: Suite) -> None:
@@ -180,10 +180,10 @@ def test_plus_plus_descends_on_trimmed_and_elected_vectors(suite: Suite) -> None
     context = context_on(suite, recipe)
     batches = [next(context.batches(task, 16)) for task in TASKS]
     family, start = Family(plain.origin, trimmed, plain.rows), torch.full((len(taus), 3), 0.3)
-    _, slope = slopes(context, family, start, batches)
-    _, other = slopes(context, plain, start, batches)
+    _, slope = entropy_gradient(context, family, start, batches)
+    _, other = entropy_gradient(context, plain, start, batches)
     assert (slope.sign() != other.sign()).any()
-    values = learnt(suite, recipe).values
+    values = learn_state(suite, recipe).values
     for name, row in plain.rows.items():
         live = slope[row].abs() > 1e-5
         expected = 0.3 - 0.01 * slope[row].sign()
@@ -191,18 +191,20 @@ def test_plus_plus_descends_on_trimmed_and_elected_vectors(suite: Suite) -> None
 
 
 def test_a_level_of_tasks_has_one_coefficient_each(suite: Suite) -> None:
-    one = learnt(suite, adamerging(level="task", steps=3, learning_rate=0.05)).values
+    one = learn_state(suite, adamerging(level="task", steps=3, learning_rate=0.05)).values
     assert {tuple(value.tolist()) for value in one.values()} == {tuple(one[QKV].tolist())}
     assert len(set(one[QKV].tolist())) == 3
-    several = learnt(suite, adamerging(level="layer", steps=3, learning_rate=0.05)).values
+    several = learn_state(suite, adamerging(level="layer", steps=3, learning_rate=0.05)).values
     assert len({tuple(value.tolist()) for value in several.values()}) > len(several) / 2
 
 
 def test_coefficients_stay_in_their_bounds(suite: Suite) -> None:
-    values = torch.stack([*learnt(suite, adamerging(steps=8, learning_rate=0.5)).values.values()])
+    values = torch.stack(
+        [*learn_state(suite, adamerging(steps=8, learning_rate=0.5)).values.values()]
+    )
     assert values.min() == 0
     assert values.max() == 1
-    free = torch.stack([*learnt(suite, adaptive(steps=8, learning_rate=0.5)).values()])
+    free = torch.stack([*learn_state(suite, cart_adaptive(steps=8, learning_rate=0.5)).values()])
     assert free.min() < 0
     assert free.max() > 1
 
@@ -222,18 +224,20 @@ def test_overrides_choose_level_start_and_rank(suite: Suite) -> None:
         override = {"match": "blocks.0.attn.*", "parameters": parameters}
         return make_recipe(recipe.model_dump() | {"overrides": [override]})
 
-    values = learnt(suite, with_override(adamerging(steps=2, level="task"), level="layer")).values
+    values = learn_state(
+        suite, with_override(adamerging(steps=2, level="task"), level="layer")
+    ).values
     inside = [n for n in values if n.startswith("blocks.0.attn.")]
     shared = {tuple(v.tolist()) for n, v in values.items() if n not in inside}
     assert len(shared) == 1
     assert len({tuple(values[n].tolist()) for n in inside}) == len(inside)
-    started = learnt(suite, with_override(adamerging(steps=0), start=0.9)).values
+    started = learn_state(suite, with_override(adamerging(steps=0), start=0.9)).values
     assert started[QKV].tolist() == pytest.approx([0.9] * 3)
     assert started["norm.weight"].tolist() == pytest.approx([0.3] * 3)
     # The rank is the matrix's own, in learning as in merging.
-    recipe = with_override(adaptive(steps=1, learning_rate=0.1, rank=1), rank=4)
-    state = learnt(suite, recipe)
-    got = merged(suite, recipe, state)
+    recipe = with_override(cart_adaptive(steps=1, learning_rate=0.1, rank=1), rank=4)
+    state = learn_state(suite, recipe)
+    got = merge_learnt(suite, recipe, state)
     experts, _ = states(suite)
     for name, k in ((QKV, 4), ("blocks.0.mlp.fc1.weight", 1)):
         mean = np.mean([e[name] for e in experts], axis=0)
@@ -244,8 +248,8 @@ def test_overrides_choose_level_start_and_rank(suite: Suite) -> None:
 
 def test_the_adaptation_of_cart_descends(suite: Suite) -> None:
     # One step from λ = 1: against central differences in the first coefficient of one matrix.
-    recipe = adaptive(steps=1, learning_rate=0.01)
-    state = learnt(suite, recipe)
+    recipe = cart_adaptive(steps=1, learning_rate=0.01)
+    state = learn_state(suite, recipe)
     assert set(state) == set(suite.matrices)
     context = context_on(suite, recipe)
     images = {task: next(context.batches(task, 16)) for task in TASKS}
@@ -280,8 +284,8 @@ def test_batches_pass_over_all_images_in_a_new_order(suite: Suite) -> None:
 def test_networks_without_decomposed_weights_have_nothing_to_adapt(tmp_path: Path) -> None:
     suite = edit_document(mlp_suite(tmp_path / "mlp").root, average=["*"])
     assert suite.matrices == ()
-    recipe = adaptive()
-    assert learnt(suite, recipe) == {}
-    merge = merged(suite, recipe, {})
+    recipe = cart_adaptive()
+    assert learn_state(suite, recipe) == {}
+    merge = merge_learnt(suite, recipe, {})
     for name, value in plain_merge(suite, "average").items():
         assert torch.equal(merge[name], value)

@@ -18,14 +18,14 @@ from merge_core.suites.suite import Suite
 from tests.analysis.learning.learnable import (
     context_on,
     inputs_of,
-    learnt,
-    merged,
+    learn_state,
+    merge_learnt,
     mlp_suite,
     recipe_of,
 )
 from tests.evaluable import (
     TASKS,
-    evaluable,
+    copy_evaluable,
     state_of,
     timm_model,
 )
@@ -33,7 +33,7 @@ from tests.evaluable import (
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_fisher_of_one_layer_has_its_closed_form(mlp: Suite) -> None:
     # z = W x + b, h = relu(z), logits = H h + c: the gradient of log p_y is
     # (1{z > 0} ∘ Hᵀ(e_y − p)) xᵀ, whose squares average to 1{z > 0} diag(Hᵀ(diag p − ppᵀ)H) x².
     mlp = mlp_suite(mlp.root.parent / "one", widths=(5,))
-    state = learnt(mlp, recipe_of("fisher", examples=1000))
+    state = learn_state(mlp, recipe_of("fisher", examples=1000))
     for place, task in enumerate(TASKS):
         own = {n: v.double().numpy() for n, v in state_of(mlp, task).items()}
         head = {
@@ -76,7 +76,7 @@ def test_fisher_of_a_transformer_is_that_of_a_loop_over_classes(
     suite: Suite, monkeypatch: pytest.MonkeyPatch, held: int
 ) -> None:
     monkeypatch.setattr("analysis.learning.fisher.HELD_NUMBERS", held)
-    state = learnt(suite, recipe_of("fisher", tasks=("shapes",), examples=3))
+    state = learn_state(suite, recipe_of("fisher", tasks=("shapes",), examples=3))
     own, recipe = state_of(suite, "shapes"), recipe_of("fisher", tasks=("shapes",))
     images = context_on(suite, recipe).images("shapes", 3)
     model = timm_model()
@@ -113,7 +113,7 @@ def least_squares(
 @pytest.mark.parametrize("method", ["regmean", "regmean_plus_plus"])
 @pytest.mark.parametrize("factor", [1.0, 0.7])
 def test_regmean_solves_the_stacked_regression(mlp: Suite, method: str, factor: float) -> None:
-    got = merged(mlp, recipe_of(method, examples=1000, off_diagonal=factor))
+    got = merge_learnt(mlp, recipe_of(method, examples=1000, off_diagonal=factor))
     own = [{n: v.double().numpy() for n, v in state_of(mlp, task).items()} for task in TASKS]
     mean = {name: np.mean([e[name] for e in own], axis=0) for name in own[0]}
     width = mean["hidden.0.weight"].shape[1]
@@ -131,7 +131,7 @@ def test_regmean_solves_the_stacked_regression(mlp: Suite, method: str, factor: 
         np.testing.assert_allclose(got[name], mean[name], atol=1e-6)
 
 
-def watched(state: dict[str, Tensor], images: Tensor, layers: Sequence[str]) -> dict[str, Any]:
+def watch_inputs(state: dict[str, Tensor], images: Tensor, layers: Sequence[str]) -> dict[str, Any]:
     """The inputs of some layers of the tiny transformer, one row per token."""
     model, seen = timm_model(), {}
     model.load_state_dict(state)
@@ -147,7 +147,7 @@ def watched(state: dict[str, Tensor], images: Tensor, layers: Sequence[str]) -> 
 @pytest.mark.parametrize("method", ["regmean", "regmean_plus_plus"])
 def test_regmean_of_a_transformer(suite: Suite, method: str) -> None:
     layers = [f"blocks.0.{n}" for n in ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")]
-    got = merged(suite, recipe_of(method, examples=1000, off_diagonal=0.9))
+    got = merge_learnt(suite, recipe_of(method, examples=1000, off_diagonal=0.9))
     own = [state_of(suite, task) for task in TASKS]
     mean = {n: torch.stack([e[n].double() for e in own]).mean(0).float() for n in own[0]}
     seen = []
@@ -155,7 +155,7 @@ def test_regmean_of_a_transformer(suite: Suite, method: str) -> None:
         # RegMean++: the merged embedding before the block, which is the expert's own.
         inside = {n: v for n, v in expert.items() if n.startswith("blocks.0.")}
         run = expert if method == "regmean" else {**mean, **inside}
-        seen.append(watched(run, inputs_of(suite, task), layers))
+        seen.append(watch_inputs(run, inputs_of(suite, task), layers))
     for layer in layers:
         Ws = [e[f"{layer}.weight"].double().numpy() for e in own]
         expected = least_squares(Ws, [s[layer] for s in seen], 0.9)
@@ -169,8 +169,8 @@ def test_an_override_changes_the_factor_of_its_layers(mlp: Suite) -> None:
     document = recipe.model_dump() | {
         "overrides": [{"match": "hidden.1*", "parameters": {"off_diagonal": 0.1}}]
     }
-    one, other = learnt(mlp, recipe), learnt(mlp, make_recipe(document))
-    all_at = learnt(mlp, recipe_of("regmean", off_diagonal=0.1))
+    one, other = learn_state(mlp, recipe), learn_state(mlp, make_recipe(document))
+    all_at = learn_state(mlp, recipe_of("regmean", off_diagonal=0.1))
     assert torch.equal(one["hidden.0.weight"], other["hidden.0.weight"])
     assert torch.equal(all_at["hidden.1.weight"], other["hidden.1.weight"])
     assert not torch.equal(one["hidden.1.weight"], other["hidden.1.weight"])

@@ -29,17 +29,17 @@ from tests.analysis.learning.learnable import (
     QUICK,
     context_on,
     inputs_of,
-    learnt,
-    merged,
+    learn_state,
+    merge_learnt,
     mlp_suite,
     recipe_of,
 )
 from tests.evaluable import (
     IMAGES,
     TASKS,
+    copy_evaluable,
     edit_arrays,
     edit_document,
-    evaluable,
     state_of,
     write_evaluable,
 )
@@ -47,7 +47,7 @@ from tests.evaluable import (
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 @pytest.fixture
@@ -61,7 +61,7 @@ def numbers(state: Any) -> Iterator[Tensor]:
     return iter([values[name] for name in sorted(values)])
 
 
-def same(one: Any, other: Any) -> bool:
+def is_same(one: Any, other: Any) -> bool:
     return all(torch.equal(a, b) for a, b in zip(numbers(one), numbers(other), strict=True))
 
 
@@ -71,30 +71,30 @@ def test_every_method_that_learns_has_its_learner() -> None:
 
 
 def test_other_methods_learn_nothing(suite: Suite) -> None:
-    assert learnt(suite, make_recipe({"method": "average"})) is None
+    assert learn_state(suite, make_recipe({"method": "average"})) is None
 
 
 @pytest.mark.parametrize("method", QUICK)
 def test_neither_labels_nor_test_images_are_used(suite: Suite, method: str) -> None:
-    before = learnt(suite, recipe_of(method))
+    before = learn_state(suite, recipe_of(method))
     for task in TASKS:
         path = suite.root / f"inputs/{task}.npz"
         labels = np.random.default_rng(9).integers(0, 4, IMAGES)
         edit_arrays(path, val_labels=labels, test_images=None, test_labels=None)
-    assert same(before, learnt(load_suite(suite.root), recipe_of(method)))
+    assert is_same(before, learn_state(load_suite(suite.root), recipe_of(method)))
     path = suite.root / "inputs/lines.npz"
     with np.load(path) as archive:
         images = archive["val_images"]
     edit_arrays(path, val_images=255 - images)
-    assert not same(before, learnt(load_suite(suite.root), recipe_of(method)))
+    assert not is_same(before, learn_state(load_suite(suite.root), recipe_of(method)))
 
 
 @pytest.mark.parametrize("method", QUICK)
 def test_the_seed_alone_decides(suite: Suite, method: str) -> None:
-    one = learnt(suite, recipe_of(method, seed=1))
+    one = learn_state(suite, recipe_of(method, seed=1))
     torch.manual_seed(99)
-    assert same(one, learnt(suite, recipe_of(method, seed=1)))
-    assert not same(one, learnt(suite, recipe_of(method, seed=2)))
+    assert is_same(one, learn_state(suite, recipe_of(method, seed=1)))
+    assert not is_same(one, learn_state(suite, recipe_of(method, seed=2)))
 
 
 def test_as_many_images_are_drawn_as_asked_for_and_none_twice(suite: Suite) -> None:
@@ -110,26 +110,26 @@ def test_as_many_images_are_drawn_as_asked_for_and_none_twice(suite: Suite) -> N
 @pytest.mark.parametrize("method", ["fisher", "regmean", "regmean_plus_plus"])
 def test_all_images_leave_nothing_to_the_seed(suite: Suite, method: str) -> None:
     recipes = [recipe_of(method, seed=s, examples=IMAGES) for s in (1, 2)]
-    assert same(*[learnt(suite, recipe) for recipe in recipes])
+    assert is_same(*[learn_state(suite, recipe) for recipe in recipes])
 
 
 @pytest.mark.parametrize("method", QUICK)
 def test_the_order_of_the_suites_tasks_does_not_count(suite: Suite, method: str) -> None:
-    one = merged(suite, recipe_of(method))
+    one = merge_learnt(suite, recipe_of(method))
     experts = suite.spec.model_dump(mode="json", exclude_none=True)["experts"]
     turned = edit_document(suite.root, experts={task: experts[task] for task in TASKS[::-1]})
     assert turned.tasks == TASKS[::-1]
-    for name, value in merged(turned, recipe_of(method)).items():
+    for name, value in merge_learnt(turned, recipe_of(method)).items():
         torch.testing.assert_close(value, one[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", QUICK)
 def test_equal_experts_and_a_single_one_give_that_expert(suite: Suite, method: str) -> None:
     own = state_of(suite, "shapes")
-    one = merged(suite, recipe_of(method, tasks=("shapes",)))
+    one = merge_learnt(suite, recipe_of(method, tasks=("shapes",)))
     for task in TASKS:
         save_file(own, suite.root / f"experts/{task}.safetensors")
-    several = merged(load_suite(suite.root), recipe_of(method))
+    several = merge_learnt(load_suite(suite.root), recipe_of(method))
     for name, value in own.items():
         if method != "adamerging":  # its coefficients do not sum to 1
             torch.testing.assert_close(one[name], value, rtol=1e-6, atol=1e-7)
@@ -141,9 +141,9 @@ def test_equal_experts_and_a_single_one_give_that_expert(suite: Suite, method: s
 def test_a_large_model_is_read_again_and_gives_the_same(
     suite: Suite, monkeypatch: pytest.MonkeyPatch, method: str
 ) -> None:
-    one = learnt(suite, recipe_of(method))
+    one = learn_state(suite, recipe_of(method))
     monkeypatch.setattr(engine, "HELD_BYTES", 0)
-    assert same(one, learnt(suite, recipe_of(method)))
+    assert is_same(one, learn_state(suite, recipe_of(method)))
 
 
 @pytest.mark.parametrize("method", QUICK)
@@ -151,10 +151,10 @@ def test_a_large_model_is_read_again_and_gives_the_same(
 def test_experts_of_any_dtype_are_learnt_from(
     suite: Suite, method: str, dtype: torch.dtype
 ) -> None:
-    one = merged(suite, recipe_of(method))
+    one = merge_learnt(suite, recipe_of(method))
     for path in [suite.root / "base.safetensors", *suite.root.glob("experts/*")]:
         save_file({name: value.to(dtype) for name, value in load_file(path).items()}, path)
-    for name, value in merged(load_suite(suite.root), recipe_of(method)).items():
+    for name, value in merge_learnt(load_suite(suite.root), recipe_of(method)).items():
         assert value.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         assert torch.isfinite(value).all()
         if dtype == torch.float64 and method != "fisher":
@@ -165,7 +165,7 @@ def test_experts_of_any_dtype_are_learnt_from(
 def test_learning_can_be_cancelled_between_its_steps(suite: Suite, method: str) -> None:
     seen: list[tuple[int, int]] = []
     progress = Progress(lambda done, total, _: seen.append((done, total)))
-    learnt(suite, recipe_of(method), progress)
+    learn_state(suite, recipe_of(method), progress)
     assert len(seen) >= 3
     assert all(0 <= done <= total for done, total in seen)
     assert seen == sorted(seen)
@@ -177,7 +177,7 @@ def test_learning_can_be_cancelled_between_its_steps(suite: Suite, method: str) 
 
     stopping.listener = stop
     with pytest.raises(Cancelled):
-        learnt(suite, recipe_of(method), stopping)
+        learn_state(suite, recipe_of(method), stopping)
 
 
 @pytest.mark.parametrize("method", QUICK)
@@ -204,9 +204,9 @@ def test_the_evaluator_learns_once_and_remembers_by_the_data(
     assert evaluator.knows(recipe, session, "test")
     assert evaluator.recipe(recipe, session, "test").equals(frame)
     evaluator.recipe(recipe, session, "val")
-    assert same(evaluator.learned(recipe, session), learn(evaluator.outputs, recipe, session))
+    assert is_same(evaluator.learn(recipe, session), learn(evaluator.outputs, recipe, session))
     assert asked == [method]
-    evaluator.learned(recipe_of(method, seed=5), session)
+    evaluator.learn(recipe_of(method, seed=5), session)
     assert asked == [method] * 2
     # Other data of one task change the merge, so nothing known of it counts any more.
     edit_arrays(suite.root / "inputs/lines.npz", val_images=np.zeros((5, 16, 16, 3), np.uint8),
@@ -222,7 +222,7 @@ def test_the_evaluator_learns_once_and_remembers_by_the_data(
 def test_what_does_not_fit_is_said_before_anything_is_learnt(tmp_path: Path, suite: Suite) -> None:
     baseless = load_suite(write_evaluable(tmp_path / "baseless", with_base=False))
     with pytest.raises(SuiteError, match="needs the base"):
-        learnt(baseless, recipe_of("adamerging"))
+        learn_state(baseless, recipe_of("adamerging"))
     other = MergeSession(suite, ("digits", "lines"), FactorStore())
     with pytest.raises(SuiteError, match="not the ones that this session holds"):
         learn(SuiteOutputs(suite), recipe_of("fisher"), other)
@@ -230,11 +230,11 @@ def test_what_does_not_fit_is_said_before_anything_is_learnt(tmp_path: Path, sui
     save_file({"weight": torch.ones(4, 7), "bias": torch.zeros(4)}, head)
     for method in QUICK:
         with pytest.raises(SuiteError, match=r"width 7,.*gives 16"):
-            learnt(load_suite(suite.root), recipe_of(method))
+            learn_state(load_suite(suite.root), recipe_of(method))
 
 
 def test_outputs_that_are_not_finite_are_refused(suite: Suite) -> None:
     head = suite.root / "heads/lines.safetensors"
     save_file({"weight": torch.full((4, 16), 3e38), "bias": torch.zeros(4)}, head)
     with pytest.raises(SuiteError, match="non-finite outputs on task 'lines'"):
-        learnt(load_suite(suite.root), recipe_of("adamerging"))
+        learn_state(load_suite(suite.root), recipe_of("adamerging"))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from scipy.special import softmax
 from scipy.stats import entropy
 
-from analysis.averaging.soups import predicted
+from analysis.averaging.soups import predict_classes
 from analysis.magnitude.calibration import (
     BINS,
     MEASURES,
@@ -24,12 +24,12 @@ from analysis.magnitude.calibration import (
 SEEDS = st.integers(0, 10**6)
 
 
-def drawn(seed: int, n: int = 60, classes: int = 5, scale: float = 2.0):
+def draw(seed: int, n: int = 60, classes: int = 5, scale: float = 2.0):
     rng = np.random.default_rng(seed)
     return scale * rng.normal(size=(n, classes)), rng.integers(0, classes, n)
 
 
-def looped_ece(confidence, correct, bins: int) -> float:
+def loop_ece(confidence, correct, bins: int) -> float:
     total = 0.0
     for b in range(bins):
         low, high = b / bins, (b + 1) / bins
@@ -46,7 +46,7 @@ def test_calibration_error_is_the_sum_over_bins(seed: int, bins: int) -> None:
     rng = np.random.default_rng(seed)
     confidence, correct = rng.random(40), rng.random(40) < 0.5
     assert expected_calibration_error(confidence, correct, bins) == pytest.approx(
-        looped_ece(confidence, correct, bins), abs=1e-12
+        loop_ece(confidence, correct, bins), abs=1e-12
     )
 
 
@@ -60,7 +60,7 @@ def test_bins_are_closed_on_the_right() -> None:
 
 @given(SEEDS)
 def test_measures_are_numpys_and_scipys(seed: int) -> None:
-    z, labels = drawn(seed)
+    z, labels = draw(seed)
     reference = np.random.default_rng(seed + 1).integers(0, 5, len(z))
     p = softmax(z, axis=1)
     found = measures(labels, logits=torch.from_numpy(z), reference=reference)
@@ -73,7 +73,7 @@ def test_measures_are_numpys_and_scipys(seed: int) -> None:
             "confidence": p.max(axis=1).mean(),
             "entropy": entropy(p, axis=1).mean(),
             "entropy_relative": entropy(p, axis=1, base=5).mean(),
-            "ece": looped_ece(p.max(axis=1), z.argmax(axis=1) == labels, BINS),
+            "ece": loop_ece(p.max(axis=1), z.argmax(axis=1) == labels, BINS),
             "logit_norm": norm,
             "log10_logit_norm": np.log10(norm),
             "non_finite": 0.0,
@@ -84,7 +84,7 @@ def test_measures_are_numpys_and_scipys(seed: int) -> None:
 
 @pytest.mark.parametrize("scale", [1e-30, 1e-8, 1.0, 30.0])
 def test_excess_keeps_its_order_where_probabilities_are_all_alike(scale: float) -> None:
-    z, _ = drawn(0, scale=scale)
+    z, _ = draw(0, scale=scale)
     excess = excess_over_uniform(torch.from_numpy(z)).numpy()
     assert (excess.argmax(axis=1) == z.argmax(axis=1)).all()
     assert excess + 0.2 == pytest.approx(softmax(z, axis=1), abs=1e-14)
@@ -96,7 +96,7 @@ def test_excess_keeps_its_order_where_probabilities_are_all_alike(scale: float) 
 
 @pytest.mark.parametrize("broken", [math.inf, -math.inf, math.nan])
 def test_what_is_not_finite_is_counted_and_never_right(broken: float) -> None:
-    z, _ = drawn(1, n=10)
+    z, _ = draw(1, n=10)
     labels = z.argmax(axis=1)
     z[:4, 2] = broken
     labels[:4] = 2 if broken > 0 else 0
@@ -107,7 +107,7 @@ def test_what_is_not_finite_is_counted_and_never_right(broken: float) -> None:
     for name in ("confidence", "entropy", "ece", "logit_norm"):
         assert found[name] == pytest.approx(whole[name])
     # Lost before and after is not stable either.
-    own = predicted(torch.from_numpy(z))
+    own = predict_classes(torch.from_numpy(z))
     assert measures(labels, logits=torch.from_numpy(z), reference=own)["stability"] == 0.6
     # Probabilities alone know it too.
     alone = measures(labels, excess=excess_over_uniform(torch.from_numpy(z)))

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from analysis.averaging.soups import mean_norms, norm_restored, uniform_soup
+from analysis.averaging.soups import mean_norms, restore_norms, uniform_soup
 from analysis.magnitude.norms import TOTAL, histogram_frame, identity_frame, norms_frame
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import MergeScopeError, PoolError
@@ -117,7 +117,7 @@ def test_histograms_share_edges_and_integrate_to_one(pools) -> None:
     members, name = (0, 1, 3), "stages.1.0.weight"
     frame = histogram_frame(evaluator, members, name, bins=20)
     soup = uniform_soup(evaluator, members)
-    restored = norm_restored(soup, mean_norms(evaluator, members))
+    restored = restore_norms(soup, mean_norms(evaluator, members))
     values = arrays(evaluator, members, name)
     subjects = {
         "individuals": values,

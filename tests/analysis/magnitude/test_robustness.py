@@ -10,17 +10,17 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.averaging.soups import mean_norms, norm_restored, reestimated, uniform_soup
+from analysis.averaging.soups import mean_norms, reestimate_batchnorm, restore_norms, uniform_soup
 from analysis.magnitude.robustness import (
     CORRUPTIONS,
     LEVELS,
-    corrupted,
+    corrupt,
     corruption_sweep,
     noise_like,
     soup_states,
     weight_noise_sweep,
 )
-from analysis.outputs.inputs import scaled
+from analysis.outputs.inputs import normalise_pixels
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.errors import Cancelled, PoolError
 from merge_core.progress import Progress
@@ -58,7 +58,7 @@ def test_noise_is_what_it_says(vgg, relative: bool) -> None:
     states = {
         "individuals": [vgg.weights(i) for i in MEMBERS],
         "uniform_soup": [soup],
-        "norm_restored": [norm_restored(soup, mean_norms(vgg, MEMBERS))],
+        "norm_restored": [restore_norms(soup, mean_norms(vgg, MEMBERS))],
     }
     assert list(dict.fromkeys(frame["subject"])) == list(states)
     for subject, models in states.items():
@@ -103,7 +103,7 @@ def test_statistics_of_soups_are_a_choice(resnet) -> None:
     soup = uniform_soup(resnet, MEMBERS)
     states = soup_states(resnet, MEMBERS, "reestimate")
     assert torch.equal(states["uniform_soup"]["fc.weight"], soup["fc.weight"])
-    expected = reestimated(resnet, soup)["bn1.running_var"]
+    expected = reestimate_batchnorm(resnet, soup)["bn1.running_var"]
     assert torch.equal(states["uniform_soup"]["bn1.running_var"], expected)
     assert not torch.equal(expected, soup["bn1.running_var"])
     norms = {n: float(v.norm()) for n, v in states["norm_restored"].items() if v.ndim > 1}
@@ -113,13 +113,13 @@ def test_statistics_of_soups_are_a_choice(resnet) -> None:
 
 @pytest.mark.parametrize("corruption", list(CORRUPTIONS))
 def test_corruption_grows_from_the_clean_images(images, corruption) -> None:
-    assert corrupted(images, corruption, 0) is images
+    assert corrupt(images, corruption, 0) is images
     distances = []
     for severity in range(1, 6):
-        changed = corrupted(images, corruption, severity, seed=7)
+        changed = corrupt(images, corruption, severity, seed=7)
         assert changed.dtype == np.uint8
         assert changed.shape == images.shape
-        assert np.array_equal(changed, corrupted(images, corruption, severity, seed=7))
+        assert np.array_equal(changed, corrupt(images, corruption, severity, seed=7))
         distances.append(np.abs(changed.astype(float) - images).mean())
     # Noise of pixels: turning further cannot make them more different than unrelated.
     assert distances[0] > 0.5
@@ -129,21 +129,21 @@ def test_corruption_grows_from_the_clean_images(images, corruption) -> None:
 
 def test_corruptions_are_their_definitions(images) -> None:
     pixels = images.astype(float)
-    brighter = corrupted(images, "brightness", 2)
+    brighter = corrupt(images, "brightness", 2)
     assert np.array_equal(brighter, np.minimum(pixels + 51, 255).astype(np.uint8))
-    for i, flat in enumerate(corrupted(images, "contrast", 3)):
+    for i, flat in enumerate(corrupt(images, "contrast", 3)):
         mean = pixels[i].mean()
         expected = mean + LEVELS["contrast"][3] * (pixels[i] - mean)
         assert np.abs(flat - expected).max() <= 0.5 + 1e-9
-    noise = corrupted(np.full((50, 20, 20, 1), 128, np.uint8), "noise", 2, seed=1) - 128.0
+    noise = corrupt(np.full((50, 20, 20, 1), 128, np.uint8), "noise", 2, seed=1) - 128.0
     assert noise.std() == pytest.approx(255 * LEVELS["noise"][2], rel=0.02)
-    blurred = corrupted(images, "blur", 3)
+    blurred = corrupt(images, "blur", 3)
     assert blurred.astype(float).var() < 0.3 * pixels.var()
     assert blurred.mean() == pytest.approx(images.mean(), abs=1.5)
     # Neighbouring images and channels do not mix.
     lone = np.zeros((3, 9, 9, 3), np.uint8)
     lone[1, 4, 4, 1] = 255
-    seen = np.argwhere(corrupted(lone, "blur", 5))
+    seen = np.argwhere(corrupt(lone, "blur", 5))
     assert set(seen[:, 0]) == {1}
     assert set(seen[:, 3]) == {1}
 
@@ -151,7 +151,7 @@ def test_corruptions_are_their_definitions(images) -> None:
 def test_occlusion_is_one_square_in_each_image(images) -> None:
     white = np.full((30, 20, 20, 3), 255, np.uint8)
     places = set()
-    for image in corrupted(white, "occlusion", 3, seed=2):
+    for image in corrupt(white, "occlusion", 3, seed=2):
         rows, columns, _ = np.nonzero(image != 255)
         assert np.ptp(rows) + 1 == np.ptp(columns) + 1 == 8
         assert (image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1] == 128).all()
@@ -163,7 +163,7 @@ def test_occlusion_is_one_square_in_each_image(images) -> None:
 def test_rotation_is_pillows_either_way() -> None:
     gradient = np.linspace(20, 230, 24)[None, :, None] + np.zeros((24, 24, 1))
     batch = np.repeat(gradient[None].astype(np.uint8), 20, axis=0)
-    turned = corrupted(batch, "rotation", 3, seed=0).astype(float)
+    turned = corrupt(batch, "rotation", 3, seed=0).astype(float)
     middle = slice(7, 17)
     picture = Image.fromarray(batch[0, :, :, 0])
     ways = [
@@ -186,14 +186,14 @@ def test_corruption_sweep_scores_each_model(tmp_path: Path) -> None:
     data = evaluator.pool.spec.data
     soup = uniform_soup(evaluator, MEMBERS)
     for severity in (0, 4):
-        images = scaled(corrupted(raw, "noise", severity, 3), data.mean, data.std)
+        images = normalise_pixels(corrupt(raw, "noise", severity, 3), data.mean, data.std)
         members = [share(evaluator, evaluator.weights(i), images) for i in MEMBERS]
         part = frame[frame["severity"] == severity].set_index("subject")
         individuals = part.loc["individuals"]
         assert individuals["accuracy"] == pytest.approx(np.mean(members))
         assert (individuals["low"], individuals["high"]) == (min(members), max(members))
         assert part.loc["uniform_soup", "accuracy"] == share(evaluator, soup, images)
-        restored = norm_restored(soup, mean_norms(evaluator, MEMBERS))
+        restored = restore_norms(soup, mean_norms(evaluator, MEMBERS))
         assert part.loc["norm_restored", "accuracy"] == share(evaluator, restored, images)
         logits = [evaluator.network.outputs(evaluator.weights(i), images).logits for i in MEMBERS]
         mean = torch.stack(logits).mean(dim=0).argmax(dim=1).numpy()
@@ -206,7 +206,7 @@ def test_corruption_sweep_scores_each_model(tmp_path: Path) -> None:
 def test_wrong_choices_and_cancelling(vgg, images) -> None:
     for corruption, severity in (("fog", 1), ("noise", 6), ("noise", -1)):
         with pytest.raises(PoolError, match="Choose one of noise, blur"):
-            corrupted(images, corruption, severity)
+            corrupt(images, corruption, severity)
     for sigmas, seeds in (([-0.1], (0,)), ([0.1], ())):
         with pytest.raises(PoolError, match="at least one seed"):
             weight_noise_sweep(vgg, MEMBERS, sigmas, seeds)

@@ -19,7 +19,7 @@ from analysis.magnitude.calibration import MEASURES, measures
 from analysis.magnitude.homogeneity import layer_names, scaled_names
 from analysis.magnitude.sweep import (
     SUBJECTS,
-    chosen,
+    choose_scaled,
     magnitude_sweep,
     predicted_sweep,
     scaled_state,
@@ -77,7 +77,7 @@ def mean_state(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
-def restored(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+def restore_norms(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     soup = mean_state(states)
     for name, value in soup.items():
         if is_scaled(name, value, "parameters"):
@@ -121,7 +121,7 @@ def test_sweep_is_what_scaled_networks_give(pools, kind, who, what, scaled) -> N
             "logit_ensemble": np.mean(logits, axis=0),
         }
         if who == "all":
-            expected["norm_restored"] = forward(evaluator, restored(states))
+            expected["norm_restored"] = forward(evaluator, restore_norms(states))
         for subject, z in expected.items():
             p = softmax(z, axis=1)
             found = row(frame, m, subject)
@@ -288,8 +288,8 @@ def test_layers_are_named_and_found(pools) -> None:
 
 
 def test_wrong_choices_are_named(pools) -> None:
-    assert chosen((4, 5, 6), "all_but_last") == (4, 5)
-    assert chosen((4, 5, 6), "last") == (6,)
+    assert choose_scaled((4, 5, 6), "all_but_last") == (4, 5)
+    assert choose_scaled((4, 5, 6), "last") == (6,)
     with pytest.raises(PoolError, match="No member would be scaled"):
         magnitude_sweep(pools["mlp"], (1,), [1.0], "all_but_last")
     for magnitudes in ([], [0.0], [1.0, float("inf")]):

@@ -13,12 +13,12 @@ from analysis.networks.stateless import StatelessNetwork
 from analysis.networks.towers import suite_network
 from merge_core.errors import SuiteError
 from merge_core.suites.suite import Suite
-from tests.evaluable import ARCHITECTURE, SIZE, edit_document, evaluable, state_of, timm_model
+from tests.evaluable import ARCHITECTURE, SIZE, copy_evaluable, edit_document, state_of, timm_model
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 def images(count: int = 7, size: int = SIZE) -> torch.Tensor:

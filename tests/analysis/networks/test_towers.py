@@ -21,7 +21,7 @@ from merge_core.suites.suite import Suite, load_suite
 from merge_core.suites.suite_spec import ArchitectureSpec
 from tests.evaluable import edit_document, write_document
 from tests.stand_in_data import SIZE
-from tests.stand_ins import OPEN_CLIP, PROJECTED, VISION, moved
+from tests.stand_ins import OPEN_CLIP, PROJECTED, VISION, perturb
 
 CLIP = {"name": "clip_vision_model", "library": "transformers", "args": VISION}
 TOWER = {"name": "ViT-B-32-quickgelu", "library": "open_clip", "args": OPEN_CLIP}
@@ -70,7 +70,7 @@ def without_projection(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def embedded(clip: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Tensor:
+def embed(clip: nn.Module, state: Mapping[str, Tensor], images: Tensor) -> Tensor:
     """transformers' own: another module, loaded strictly."""
     other = CLIPVisionModelWithProjection(CLIPVisionConfig(**VISION)).eval()
     other.load_state_dict(state, strict=True)
@@ -84,14 +84,14 @@ def test_features_are_the_image_embeddings_of_transformers(
 ) -> None:
     base = clip.state_dict()
     torch.manual_seed(3)
-    trained = {**moved(base), PROJECTION: base[PROJECTION]}
+    trained = {**perturb(base), PROJECTION: base[PROJECTION]}
     if layout == "bare":  # what transformers 5 saves of a CLIPVisionModel
         given = {n.removeprefix("vision_model."): v for n, v in without_projection(trained).items()}
     else:
         given = trained if layout == "whole" else without_projection(trained)
     network = suite_network(suite_of(tmp_path / "suite", CLIP, given, base))
     torch.testing.assert_close(
-        network.features(given, images), embedded(clip, trained, images), rtol=1e-5, atol=1e-6
+        network.features(given, images), embed(clip, trained, images), rtol=1e-5, atol=1e-6
     )
     # The parameters are called as in the checkpoint, so that what is learnt is called so too.
     assert set(given) <= set(network.module.state_dict())
@@ -101,10 +101,10 @@ def test_an_experts_own_projection_comes_before_the_bases(
     clip: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     torch.manual_seed(3)
-    trained = moved(clip.state_dict())
+    trained = perturb(clip.state_dict())
     network = suite_network(suite_of(tmp_path / "suite", CLIP, trained, clip.state_dict()))
     torch.testing.assert_close(
-        network.features(trained, images), embedded(clip, trained, images), rtol=1e-5, atol=1e-6
+        network.features(trained, images), embed(clip, trained, images), rtol=1e-5, atol=1e-6
     )
     with pytest.raises(SuiteError, match=f"lack '{PROJECTION}'"):
         network.features(without_projection(trained), images)
@@ -224,9 +224,9 @@ def test_the_prefix_is_that_under_which_most_is_found() -> None:
 
 
 def test_wrapped_checkpoints_of_timm_are_run_too(tmp_path: Path) -> None:
-    from tests.evaluable import evaluable, state_of
+    from tests.evaluable import copy_evaluable, state_of
 
-    suite = evaluable(tmp_path / "suite")
+    suite = copy_evaluable(tmp_path / "suite")
     images = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     plain = state_of(suite, "digits")
     expected = suite_network(suite).features(plain, images)

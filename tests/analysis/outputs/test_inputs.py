@@ -14,18 +14,18 @@ from safetensors.torch import load_file, save_file
 
 from analysis.data_sources.source import UNLABELLED
 from analysis.outputs.heads import load_head
-from analysis.outputs.inputs import has_labels, load_inputs, normalised
+from analysis.outputs.inputs import has_labels, load_inputs, normalise_for_task
 from merge_core.errors import SuiteError
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.yaml_text import dump_yaml
-from tests.evaluable import IMAGES, MEANS, SIZE, STDS, edit_arrays, evaluable
+from tests.evaluable import IMAGES, MEANS, SIZE, STDS, copy_evaluable, edit_arrays
 
 TASK = "shapes"
 
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 def archive(suite: Suite) -> Path:
@@ -68,7 +68,7 @@ class TestInputs:
 
     def test_normalisation_by_hand(self, suite: Suite) -> None:
         images = load_inputs(suite, TASK, "val").images
-        got = normalised(images, suite, TASK)
+        got = normalise_for_task(images, suite, TASK)
         assert got.shape == (IMAGES, 3, SIZE, SIZE)
         assert got.dtype == torch.float32
         for n, row, column, channel in ((0, 0, 0, 0), (3, 5, 11, 1), (19, 15, 2, 2)):
@@ -166,7 +166,7 @@ class TestInputs:
         bare = without(suite, "data")
         for read in (
             lambda: load_inputs(bare, TASK, "val"),
-            lambda: normalised(np.zeros((1, 2, 2, 3), np.uint8), bare, TASK),
+            lambda: normalise_for_task(np.zeros((1, 2, 2, 3), np.uint8), bare, TASK),
         ):
             with pytest.raises(SuiteError, match=f"Task '{TASK}' has no data; add 'data:'"):
                 read()

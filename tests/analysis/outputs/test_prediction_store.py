@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from analysis.outputs.prediction_store import (
     PredictionStore,
-    filled,
+    empty_vector,
+    fill_missing,
     is_missing,
-    nothing,
     output_key,
 )
 from merge_core.files import digest_of
@@ -29,7 +29,7 @@ def put(store: PredictionStore, key: str, classes: list[int] | np.ndarray) -> No
     store.put({key: np.asarray(classes, dtype=np.int16)})
 
 
-def got(store: PredictionStore, key: str, dtype: str = "int16") -> list[float] | None:
+def read_back(store: PredictionStore, key: str, dtype: str = "int16") -> list[float] | None:
     found = store.get({key: dtype})
     assert set(found) <= {key}
     return found[key].tolist() if key in found else None
@@ -43,7 +43,7 @@ def columns(path: Path) -> dict[str, bytes]:
 def test_what_is_put_comes_back_in_another_instance_too(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "er" / "p.sqlite"
     store = PredictionStore(path)
-    assert got(store, "a") is None
+    assert read_back(store, "a") is None
     store.put({"a": LABELS, "f": np.float32([0.1, np.nan, -3])})
     for each in (store, PredictionStore(path)):
         found = each.get({"a": "int16", "f": "float32", "b": "int16"})
@@ -51,7 +51,7 @@ def test_what_is_put_comes_back_in_another_instance_too(tmp_path: Path) -> None:
         np.testing.assert_array_equal(found["a"], LABELS)
         np.testing.assert_array_equal(found["f"], np.float32([0.1, np.nan, -3]))
     put(store, "a", LABELS[::-1])
-    assert got(PredictionStore(path), "a") == LABELS[::-1].tolist()
+    assert read_back(PredictionStore(path), "a") == LABELS[::-1].tolist()
 
 
 @given(st.lists(st.integers(0, 32767), min_size=1, max_size=50))
@@ -59,7 +59,7 @@ def test_any_classes_come_back(classes: list[int]) -> None:
     store = PredictionStore()
     store.path.unlink(missing_ok=True)
     put(store, "any", classes)
-    assert got(store, "any") == classes
+    assert read_back(store, "any") == classes
 
 
 @given(
@@ -74,11 +74,11 @@ def test_parts_add_up_to_the_whole(parts: list[dict[int, int]], dtype: str) -> N
     store.path.unlink(missing_ok=True)
     expected: dict[int, int] = {}
     for part in parts:
-        vector = nothing(max(part, default=-1) + 1, dtype)
+        vector = empty_vector(max(part, default=-1) + 1, dtype)
         vector[list(part)] = list(part.values())
         store.put({"whole": vector})
         expected |= part
-    vector = store.get({"whole": dtype}).get("whole", nothing(0, dtype))
+    vector = store.get({"whole": dtype}).get("whole", empty_vector(0, dtype))
     assert len(vector) == max(expected, default=-1) + 1
     known = np.flatnonzero(~is_missing(vector))
     assert {int(i): int(vector[i]) for i in known} == expected
@@ -87,9 +87,9 @@ def test_parts_add_up_to_the_whole(parts: list[dict[int, int]], dtype: str) -> N
 def test_what_is_missing() -> None:
     assert is_missing(np.array([-1, 0, 3], dtype=np.int16)).tolist() == [True, False, False]
     assert is_missing(np.float32([np.nan, -1, 0])).tolist() == [True, False, False]
-    assert is_missing(nothing(3, "int16")).all()
-    assert is_missing(nothing(3, "float32")).all()
-    both = filled(np.float32([1, np.nan]), np.float32([5, 6, 7]))
+    assert is_missing(empty_vector(3, "int16")).all()
+    assert is_missing(empty_vector(3, "float32")).all()
+    both = fill_missing(np.float32([1, np.nan]), np.float32([5, 6, 7]))
     assert both.tolist() == [1, 6, 7]
 
 
@@ -107,11 +107,11 @@ def test_the_shipped_store_is_read_first_and_never_written(tmp_path: Path) -> No
     before = shipped.read_bytes()
     shipped.chmod(0o444)
     store = PredictionStore(mine, shipped=(tmp_path / "absent.sqlite", shipped))
-    assert got(store, "both") == [1, 1, 2, 2]  # what it lacks is taken from the user's
-    assert got(store, "only mine") == [3]
+    assert read_back(store, "both") == [1, 1, 2, 2]  # what it lacks is taken from the user's
+    assert read_back(store, "only mine") == [3]
     put(store, "both", [4])
     put(store, "new", [5])
-    assert got(store, "both") == [1, 1, 2, 2]
+    assert read_back(store, "both") == [1, 1, 2, 2]
     assert shipped.read_bytes() == before
     assert set(columns(mine)) == {"both", "only mine", "new"}
     assert [file.name for file in tmp_path.iterdir() if "shipped" in file.name] == [shipped.name]
@@ -125,9 +125,9 @@ def test_a_damaged_file_holds_nothing(tmp_path: Path, content: bytes | None) -> 
         content = path.read_bytes()[:4096]  # cut off
     path.write_bytes(content)
     store = PredictionStore(path, shipped=(path,))
-    assert got(store, "a") is None
+    assert read_back(store, "a") is None
     put(store, "a", LABELS)  # neither raises
-    assert got(store, "a") in (None, LABELS.tolist())
+    assert read_back(store, "a") in (None, LABELS.tolist())
 
 
 @pytest.mark.parametrize("blob", [b"junk", b"", "text", 7])
@@ -136,10 +136,10 @@ def test_a_damaged_row_is_unknown_and_replaced(tmp_path: Path, blob: object) -> 
     with closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("CREATE TABLE predictions (key TEXT PRIMARY KEY, labels BLOB NOT NULL)")
         connection.execute("INSERT INTO predictions VALUES ('a', ?)", (blob,))
-    assert got(PredictionStore(path), "a") is None
-    assert got(PredictionStore(tmp_path / "x", shipped=(path,)), "a") is None
+    assert read_back(PredictionStore(path), "a") is None
+    assert read_back(PredictionStore(tmp_path / "x", shipped=(path,)), "a") is None
     put(PredictionStore(path), "a", LABELS)
-    assert got(PredictionStore(path), "a") == LABELS.tolist()
+    assert read_back(PredictionStore(path), "a") == LABELS.tolist()
 
 
 def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
@@ -147,7 +147,7 @@ def test_a_place_that_cannot_be_written(tmp_path: Path) -> None:
     for path in (tmp_path / "file" / "p.sqlite", tmp_path):  # below a file; a folder
         store = PredictionStore(path)
         put(store, "a", LABELS)
-        assert got(store, "a") is None
+        assert read_back(store, "a") is None
 
 
 def test_putting_nothing_makes_no_file(tmp_path: Path) -> None:
@@ -177,10 +177,10 @@ def test_threads_write_at_the_same_time(tmp_path: Path) -> None:
         try:
             start.wait()
             for i in range(15):
-                vector = nothing(60, "int16")
+                vector = empty_vector(60, "int16")
                 vector[4 * i + worker] = worker
                 stores[worker % 2].put({f"{worker}-{i}": np.int16([worker, i]), "common": vector})
-                assert got(stores[(worker + 1) % 2], f"{worker}-{i}") == [worker, i]
+                assert read_back(stores[(worker + 1) % 2], f"{worker}-{i}") == [worker, i]
         except BaseException as error:
             failures.append(error)
 
@@ -190,7 +190,7 @@ def test_threads_write_at_the_same_time(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not failures
-    assert got(PredictionStore(path), "common") == [0, 1, 2, 3] * 15
+    assert read_back(PredictionStore(path), "common") == [0, 1, 2, 3] * 15
     assert len(columns(path)) == 61
 
 
@@ -198,6 +198,6 @@ def test_a_damaged_store_is_replaced_by_a_new_one(tmp_path: Path) -> None:
     path = tmp_path / "predictions.sqlite"
     path.write_bytes(b"this is no database, and long enough to be read as one" * 100)
     store = PredictionStore(path)
-    assert got(store, "key") is None
+    assert read_back(store, "key") is None
     put(store, "key", [1, 2, 3])
-    assert got(PredictionStore(path), "key") == [1, 2, 3]
+    assert read_back(PredictionStore(path), "key") == [1, 2, 3]

@@ -21,7 +21,7 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from tests.evaluable import IMAGES, MEANS, STDS, TASKS, evaluable, state_of, timm_model
+from tests.evaluable import IMAGES, MEANS, STDS, TASKS, copy_evaluable, state_of, timm_model
 
 SOME = {
     "digits": np.array([3, 17, 5]),
@@ -33,7 +33,7 @@ SOME = {
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 @pytest.fixture
@@ -79,7 +79,7 @@ def by_numpy(suite: Suite, state: dict[str, torch.Tensor], task: str) -> dict[st
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
 
-def averaged(suite: Suite) -> dict[str, torch.Tensor]:
+def average_state(suite: Suite) -> dict[str, torch.Tensor]:
     states = [state_of(suite, task) for task in TASKS]
     return {name: sum(state[name] for state in states) / 3 for name in states[0]}  # type: ignore[misc]
 
@@ -87,7 +87,7 @@ def averaged(suite: Suite) -> dict[str, torch.Tensor]:
 def test_every_measure_of_any_images_by_numpy(suite: Suite, session: MergeSession) -> None:
     got = Evaluator(suite).measure_recipe(average(), session, SOME, measures=tuple(MEASURES))
     for task, images in SOME.items():
-        expected = by_numpy(suite, averaged(suite), task)
+        expected = by_numpy(suite, average_state(suite), task)
         assert expected.keys() == MEASURES.keys()
         for name, values in expected.items():
             assert got[task][name].dtype == MEASURES[name].dtype
@@ -131,10 +131,12 @@ def test_images_beyond_those_read_first(suite: Suite, session: MergeSession) -> 
     evaluator.recipe(average(), session, limit=5)  # reads no more than five
     images = {"digits": np.array([2, 4, 5, 19])}
     got = evaluator.measure_recipe(average(), session, images)["digits"]["classes"]
-    expected = by_numpy(suite, averaged(suite), "digits")["classes"]
+    expected = by_numpy(suite, average_state(suite), "digits")["classes"]
     assert got.tolist() == expected[images["digits"]].tolist()
     last = evaluator.measure_recipe(average(), session, {"lines": np.array([5])})
-    assert last["lines"]["classes"][0] == by_numpy(suite, averaged(suite), "lines")["classes"][5]
+    assert (
+        last["lines"]["classes"][0] == by_numpy(suite, average_state(suite), "lines")["classes"][5]
+    )
 
 
 def test_a_new_measure_runs_images_again_and_an_old_one_does_not(
@@ -184,7 +186,7 @@ def test_batches_span_tasks(
     ]
     monkeypatch.undo()
     for task, images in SOME.items():
-        expected = by_numpy(suite, averaged(suite), task)["classes"]
+        expected = by_numpy(suite, average_state(suite), task)["classes"]
         assert got[task]["classes"].tolist() == expected[images].tolist()
 
 
@@ -212,7 +214,7 @@ def test_labels_are_not_looked_at(suite: Suite, session: MergeSession) -> None:
             raw, labels=np.full_like(raw.labels, 99)
         )
     got = evaluator.measure_recipe(average(), session, SOME, measures=tuple(MEASURES))
-    expected = by_numpy(suite, averaged(suite), "shapes")
+    expected = by_numpy(suite, average_state(suite), "shapes")
     assert got["shapes"]["classes"].tolist() == expected["classes"].tolist()
     with pytest.raises(Exception, match=r"head of task 'digits' \(4 classes.*labels up to 99"):
         evaluator.recipe(average(), session)

@@ -20,7 +20,7 @@ from analysis.outputs.zero_shot import class_weights
 from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.yaml_text import dump_yaml
-from tests.evaluable import evaluable
+from tests.evaluable import copy_evaluable
 
 TASK = "shapes"
 NAMES = ["ant", "bee", "cow", "dog"]
@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def suite(tmp_path: Path) -> Suite:
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 def with_head(suite: Suite, head: Any) -> Suite:

@@ -25,7 +25,7 @@ from analysis.patterns.filters import (
     head_count,
     head_spectrum,
     kernel_norms,
-    natural,
+    natural_sort_key,
     pictured_names,
     position_embedding,
     position_similarity,
@@ -108,7 +108,7 @@ def test_clips_names() -> None:
 
 def test_natural_order() -> None:
     names = ["b.10.w", "b.2.w", "a.1.w", "b.2.1.w", "3.w"]
-    assert sorted(names, key=natural) == ["3.w", "a.1.w", "b.2.1.w", "b.2.w", "b.10.w"]
+    assert sorted(names, key=natural_sort_key) == ["3.w", "a.1.w", "b.2.1.w", "b.2.w", "b.10.w"]
 
 
 def test_kernel_norms_one_by_one() -> None:

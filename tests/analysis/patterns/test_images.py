@@ -11,18 +11,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from analysis.patterns.images import Tiles, normalise, pooled, stitched, tile_png
+from analysis.patterns.images import Tiles, block_means, normalise, stitch, tile_png
 
 SEEDS = st.integers(0, 10**6)
 
 
-def signed(seed: int, count: int = 4, channels: int = 3) -> np.ndarray:
+def signed_noise(seed: int, count: int = 4, channels: int = 3) -> np.ndarray:
     rng = np.random.default_rng(seed)
     scales = 10.0 ** rng.integers(-3, 4, (count, 1, 1, 1))
     return rng.normal(0.3, 1, (count, 3, 5, channels)) * scales
 
 
-def decoded(tiles: Tiles) -> np.ndarray:
+def decode(tiles: Tiles) -> np.ndarray:
     head, data = tiles.source.split(",")
     assert head == "data:image/png;base64"
     return np.asarray(Image.open(io.BytesIO(base64.b64decode(data))))
@@ -30,7 +30,7 @@ def decoded(tiles: Tiles) -> np.ndarray:
 
 @given(SEEDS)
 def test_joint_reaches_both_ends_over_all_channels(seed: int) -> None:
-    values = signed(seed)
+    values = signed_noise(seed)
     shown = normalise(values, "joint")
     for image, raw in zip(shown, values, strict=True):
         assert image.min() == 0.0
@@ -43,7 +43,7 @@ def test_joint_reaches_both_ends_over_all_channels(seed: int) -> None:
 
 @given(SEEDS)
 def test_symmetric_keeps_zero_and_sign(seed: int) -> None:
-    values = signed(seed)
+    values = signed_noise(seed)
     values[:, 0, 0] = 0.0
     shown = normalise(values, "symmetric")
     assert (shown[:, 0, 0] == 0.5).all()
@@ -53,7 +53,7 @@ def test_symmetric_keeps_zero_and_sign(seed: int) -> None:
 
 @pytest.mark.parametrize("kind", ["joint", "symmetric"])
 def test_a_shared_scale_keeps_the_order_between_images(kind) -> None:
-    values = signed(7)
+    values = signed_noise(7)
     shown = normalise(values, kind, shared=True)
     assert (np.argsort(shown.ravel()) == np.argsort(values.ravel())).all()
     assert normalise(values, kind).max(axis=(1, 2, 3)).min() > 0.5
@@ -74,7 +74,7 @@ def test_pixels_come_back_from_the_png(channels: int) -> None:
     images = [rng.integers(0, 256, (3, 4, channels), dtype=np.uint8) for _ in range(5)]
     tiles = tile_png([*images, None], 2)
     assert (tiles.rows, tiles.columns) == (3, 2)
-    picture = decoded(tiles)
+    picture = decode(tiles)
     factor = tiles.tile[0] // 3
     assert tiles.tile == (3 * factor, 4 * factor)
     assert factor > 1
@@ -93,7 +93,7 @@ def test_pixels_come_back_from_the_png(channels: int) -> None:
 
 def test_floats_become_bytes_and_zero_is_one_grey() -> None:
     tiles = tile_png([np.array([[[0.0], [0.5], [1.0]]])], 1)
-    row = decoded(tiles)[0, :: tiles.tile[1] // 3, 0]
+    row = decode(tiles)[0, :: tiles.tile[1] // 3, 0]
     assert row.tolist() == [0, 128, 255]
 
 
@@ -118,7 +118,7 @@ def test_what_is_no_picture_is_refused(images: list) -> None:
 @given(SEEDS, st.integers(1, 12), st.integers(1, 12), st.integers(1, 12))
 def test_blocks_are_means(seed: int, m: int, n: int, most: int) -> None:
     matrix = np.random.default_rng(seed).normal(size=(m, n))
-    result = pooled(matrix, most)
+    result = block_means(matrix, most)
     assert result.shape == (min(m, most), min(n, most))
     rows = np.arange(min(m, most) + 1) * m // min(m, most)
     columns = np.arange(min(n, most) + 1) * n // min(n, most)
@@ -137,4 +137,4 @@ def test_stitched_maps_stand_apart() -> None:
         [8, 9, np.nan, np.nan, np.nan],
         [10, 11, np.nan, np.nan, np.nan],
     ]
-    assert np.array_equal(stitched(maps, 2), np.array(expected), equal_nan=True)
+    assert np.array_equal(stitch(maps, 2), np.array(expected), equal_nan=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from analysis.outputs.pool_outputs import PoolEvaluator
 from analysis.patterns.blending import blend, blend_response, model_response
 from analysis.patterns.templates import (
-    centred,
+    centre_templates,
     class_means,
     cosine_frame,
     decay_frame,
@@ -136,7 +136,7 @@ def test_labels_that_do_not_fit_are_named(tmp_path: Path, label: int, message: s
         class_means(PoolEvaluator(pool))
 
 
-def trained(evaluator: PoolEvaluator, decay: float) -> dict[str, Tensor]:
+def train(evaluator: PoolEvaluator, decay: float) -> dict[str, Tensor]:
     """Softmax regression at its minimum, by scipy; the bias is not decayed."""
     x = pixels(evaluator, "train").transpose(0, 3, 1, 2).reshape(len(LABELS), -1)
     hits = np.eye(CLASSES)[LABELS]
@@ -159,7 +159,7 @@ def trained(evaluator: PoolEvaluator, decay: float) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("decay", [0.05, 1.0])
 def test_a_minimum_reproduces_its_own_templates(evaluator: PoolEvaluator, decay: float) -> None:
-    weights = trained(evaluator, decay)
+    weights = train(evaluator, decay)
     W = pool_templates(evaluator, weights)
     found = stationary_templates(evaluator, weights, decay)
     assert np.abs(W).max() > 1e-3
@@ -183,7 +183,7 @@ def test_a_model_off_the_minimum_is_told_from_one_on_it(evaluator: PoolEvaluator
 
 def test_under_strong_decay_templates_are_centred_means(evaluator: PoolEvaluator) -> None:
     decay = 1e4
-    W = pool_templates(evaluator, trained(evaluator, decay))
+    W = pool_templates(evaluator, train(evaluator, decay))
     means = class_means(evaluator)
     cosine = cosine_frame(W, means.centred, evaluator.class_names)["cosine"].to_numpy()
     assert np.diagonal(cosine.reshape(CLASSES, CLASSES)) == pytest.approx(np.ones(4), abs=1e-3)
@@ -195,10 +195,10 @@ def test_centred_templates_predict_the_same(evaluator: PoolEvaluator) -> None:
     weights = evaluator.weights(0)
     W = pool_templates(evaluator, weights)
     x, b = pixels(evaluator, "test"), weights["head.bias"].numpy()
-    full, about = (np.einsum("nhwc,khwc->nk", x, t) + b for t in (W, centred(W)))
+    full, about = (np.einsum("nhwc,khwc->nk", x, t) + b for t in (W, centre_templates(W)))
     assert np.abs(full - about).max() > 0.1
     assert probabilities(full) == pytest.approx(probabilities(about), abs=1e-12)
-    assert centred(W).mean(axis=0) == pytest.approx(np.zeros(W.shape[1:]), abs=1e-12)
+    assert centre_templates(W).mean(axis=0) == pytest.approx(np.zeros(W.shape[1:]), abs=1e-12)
 
 
 @given(SEEDS)

@@ -23,7 +23,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from tests.evaluable import IMAGES, evaluable
+from tests.evaluable import IMAGES, copy_evaluable
 
 COUNTS = {"a": 120, "b": 200, "c": 90}
 SCALES = tuple(np.arange(1, 21) / 2.5)
@@ -237,7 +237,7 @@ class TestWithASuite:
     @pytest.fixture
     def suite(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
         monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-        return evaluable(tmp_path / "suite")
+        return copy_evaluable(tmp_path / "suite")
 
     @pytest.fixture
     def space(self) -> SearchSpace:

@@ -16,8 +16,8 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.allocation import (
     ALLOCATIONS,
     _fill,
-    against_uniform,
     allocate,
+    compare_with_uniform,
     stored_numbers,
     uniform_ranks,
     with_ranks,
@@ -27,9 +27,9 @@ from merge_core.errors import RecipeError
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 from tests.analysis.tiny_suite import CONV, FC, MATRICES, QKV, TASKS, random_states, write_suite
-from tests.evaluable import evaluable
+from tests.evaluable import copy_evaluable
 
 GAINS = st.lists(st.floats(0, 5), min_size=1, max_size=4).map(
     lambda values: np.array(sorted(values, reverse=True))
@@ -84,7 +84,7 @@ def test_what_a_direction_is_worth_by_each_rule() -> None:
     assert worth["nuclear"] == pytest.approx([0.5, 0.25, 0.25])
 
 
-def test_the_budget_is_the_storage_of_the_uniform_rank(groups: Groups) -> None:
+def test_the_budget_is_the_storage_of_the_uniform_rank(groups: TensorGroups) -> None:
     sizes = {QKV: (12, 8), FC: (9, 14), CONV: (6, 12)}
     ranks = {QKV: 3, FC: 1, CONV: 2}
     expected = len(TASKS) * sum(k * (sum(sizes[name]) + 1) for name, k in ranks.items())
@@ -104,17 +104,17 @@ def test_the_budget_is_the_storage_of_the_uniform_rank(groups: Groups) -> None:
         assert allocate(groups, "average", 1.0, rule) == uniform_ranks(groups, 1.0)
 
 
-def grown(tmp_path: Path, factor: float) -> Groups:
+def grow(tmp_path: Path, factor: float) -> TensorGroups:
     """The tiny suite with the task vectors of one matrix made longer."""
     base, experts = random_states()
     for state in experts.values():
         state[FC] = base[FC] + factor * (state[FC] - base[FC])
     suite = write_suite(tmp_path / f"grown{factor}", base, experts)
-    return Groups(suite, None, FactorStore(tmp_path / "factors"))
+    return TensorGroups(suite, None, FactorStore(tmp_path / "factors"))
 
 
 def test_only_the_plain_energy_favours_matrices_that_moved_far(tmp_path: Path) -> None:
-    usual, far = grown(tmp_path, 1.0), grown(tmp_path, 50.0)
+    usual, far = grow(tmp_path, 1.0), grow(tmp_path, 50.0)
     for rule in ("relative_energy", "nuclear"):
         assert allocate(far, "base", 0.5, rule) == allocate(usual, "base", 0.5, rule)
     assert allocate(far, "base", 0.5, "energy")[FC] > allocate(usual, "base", 0.5, "energy")[FC]
@@ -130,7 +130,7 @@ def test_matrices_with_one_spectrum_share_alike(tmp_path: Path) -> None:
         for i, v in enumerate(vectors)
     }
     suite = write_suite(tmp_path / "s", base, experts)
-    groups = Groups(suite, None, FactorStore(tmp_path / "f"))
+    groups = TensorGroups(suite, None, FactorStore(tmp_path / "f"))
     for rule in ALLOCATIONS:
         assert allocate(groups, "average", 0.5, rule) == {names[0]: 3, names[1]: 3}
 
@@ -144,7 +144,7 @@ def test_every_task_counts(tmp_path: Path) -> None:
         for task, first, second in (("a", moved, still), ("b", still, moved), ("c", still, moved))
     }
     suite = write_suite(tmp_path / "s", {name: still.clone() for name in names}, experts)
-    groups = Groups(suite, None, FactorStore(tmp_path / "f"))
+    groups = TensorGroups(suite, None, FactorStore(tmp_path / "f"))
     assert allocate(groups, "base", 0.5, "energy") == {names[0]: 1, names[1]: 5}
 
 
@@ -158,17 +158,17 @@ def test_ranks_become_overrides_of_exactly_those_parameters() -> None:
         with_ranks(search_space("task_arithmetic", "demo").recipe(None, 1.0), {"b": 5})
 
 
-def test_unknown_rules_are_refused(groups: Groups) -> None:
+def test_unknown_rules_are_refused(groups: TensorGroups) -> None:
     with pytest.raises(RecipeError, match="relative_energy"):
         allocate(groups, "average", 0.5, "nothing")
 
 
 def test_comparison_is_that_of_plain_merges(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-    suite: Suite = evaluable(tmp_path / "suite")
+    suite: Suite = copy_evaluable(tmp_path / "suite")
     evaluator, session = Evaluator(suite), MergeSession(suite, None, FactorStore(tmp_path / "f"))
     space = search_space("cart", str(suite.path), None)
-    frame = against_uniform(space, session, evaluator, [0.3], [0.5, 2.0], ["nuclear"])
+    frame = compare_with_uniform(space, session, evaluator, [0.3], [0.5, 2.0], ["nuclear"])
     assert frame["rule"].tolist() == ["uniform", "nuclear"]
     plain = {
         s: mean_accuracy(evaluator.recipe(space.recipe(0.3, s), session)).iloc[0]

@@ -16,13 +16,13 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from tests.evaluable import TASKS, evaluable
+from tests.evaluable import TASKS, copy_evaluable
 
 
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from analysis.rank_selection.regret import (
     evidence,
     evidence_images,
     grid_scores,
-    recommended_proxy,
+    recommend_proxy,
     regret_by_images,
     regret_table,
     summary,
@@ -33,7 +33,7 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from tests.evaluable import IMAGES, TASKS, by_hand, evaluable
+from tests.evaluable import IMAGES, TASKS, by_hand, copy_evaluable
 
 # Chosen so that accuracy and agreement differ in their best setting, and it lies inside.
 RANKS, SCALES = (0.2, 0.8), (0.5, 1.0, 1.5)
@@ -41,7 +41,7 @@ RANKS, SCALES = (0.2, 0.8), (0.5, 1.0, 1.5)
 
 @pytest.fixture(scope="module")
 def suite(tmp_path_factory: pytest.TempPathFactory) -> Suite:
-    return evaluable(tmp_path_factory.mktemp("regret") / "suite")
+    return copy_evaluable(tmp_path_factory.mktemp("regret") / "suite")
 
 
 @pytest.fixture(scope="module")
@@ -251,18 +251,18 @@ class TestSummary:
         )
 
     def test_only_proxies_measured_in_every_case_are_recommended(self) -> None:
-        assert recommended_proxy("inputs", table=self.TABLE) == "b"
+        assert recommend_proxy("inputs", table=self.TABLE) == "b"
 
     def test_the_worst_case_decides_and_then_the_mean(self) -> None:
         names = {"subset": ["8", "4"] * 2, "proxy": ["a", "a", "b", "b"]}
         table = rows(**names, regret=[0.0, 0.5, 0.3, 0.3])
-        assert recommended_proxy("inputs", table=table) == "b"
+        assert recommend_proxy("inputs", table=table) == "b"
         table = rows(**names, regret=[0.3, 0.5, 0.5, 0.2])
-        assert recommended_proxy("inputs", table=table) == "b"
+        assert recommend_proxy("inputs", table=table) == "b"
 
     def test_the_test_split_has_no_part(self) -> None:
         table = rows(proxy=["a", "b"], regret=[0.1, 0.2], test_regret=[0.5, 0.0])
-        assert recommended_proxy("inputs", table=table) == "a"
+        assert recommend_proxy("inputs", table=table) == "a"
 
     def test_picks_from_the_full_grid_do_not_count(self) -> None:
         table = rows(
@@ -270,7 +270,7 @@ class TestSummary:
             search=["grid", "adaptive"] * 2,
             regret=[0.0, 0.3, 0.2, 0.2],
         )
-        assert recommended_proxy("inputs", table=table) == "b"
+        assert recommend_proxy("inputs", table=table) == "b"
 
     def test_by_method(self) -> None:
         table = rows(
@@ -278,16 +278,16 @@ class TestSummary:
             proxy=["a", "b"] * 2,
             regret=[0.1, 0.0, 0.0, 0.3],
         )
-        assert recommended_proxy("inputs", "cart", table) == "b"
-        assert recommended_proxy("inputs", "iso_c", table) == "a"
-        assert recommended_proxy("inputs", table=table) == "a"
+        assert recommend_proxy("inputs", "cart", table) == "b"
+        assert recommend_proxy("inputs", "iso_c", table) == "a"
+        assert recommend_proxy("inputs", table=table) == "a"
 
     def test_no_evidence_is_said(self) -> None:
         table = rows(proxy=["a"], regret=[0.1])
         with pytest.raises(RecipeError, match=r"mode 'weights'.*every method"):
-            recommended_proxy("weights", table=table)
+            recommend_proxy("weights", table=table)
         with pytest.raises(RecipeError, match="measured for tsv_m"):
-            recommended_proxy("inputs", "tsv_m", table)
+            recommend_proxy("inputs", "tsv_m", table)
 
     def test_one_row_per_case_by_number_of_tasks(
         self, tables: tuple[pd.DataFrame, pd.DataFrame]
@@ -324,11 +324,11 @@ class TestShipped:
         assert (table["tied_rank_low"].isna() == table["best_rank"].isna()).all()
 
     def test_every_mode_has_a_default(self) -> None:
-        assert recommended_proxy("inputs") in INPUT_PROXIES
-        assert recommended_proxy("labels") == "accuracy"
+        assert recommend_proxy("inputs") in INPUT_PROXIES
+        assert recommend_proxy("labels") == "accuracy"
         for method in ("cart", "task_arithmetic"):
             weights = evidence().query("mode == 'weights'")
-            assert recommended_proxy("weights", method) in set(weights["proxy"])
+            assert recommend_proxy("weights", method) in set(weights["proxy"])
 
     def test_few_images_lose_more(self) -> None:
         frame = evidence_images().query("proxy == 'agreement'")

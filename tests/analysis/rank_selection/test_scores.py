@@ -27,8 +27,8 @@ from tests.evaluable import (
     MEANS,
     STDS,
     TASKS,
+    copy_evaluable,
     edit_arrays,
-    evaluable,
     state_of,
 )
 
@@ -36,7 +36,7 @@ from tests.evaluable import (
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-    return evaluable(tmp_path / "suite")
+    return copy_evaluable(tmp_path / "suite")
 
 
 @pytest.fixture

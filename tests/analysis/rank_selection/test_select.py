@@ -20,10 +20,10 @@ from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
     Selection,
     SelectionOptions,
-    known_selection,
     select_rank,
-    selectable,
+    selectable_methods,
     setting_words,
+    stored_selection,
     task_curves,
 )
 from analysis.rank_selection.space import SearchSpace, search_space
@@ -35,7 +35,7 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import recipe_from_yaml
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from tests.evaluable import CLASSES, TASKS, by_hand, edit_arrays, evaluable
+from tests.evaluable import CLASSES, TASKS, by_hand, copy_evaluable, edit_arrays
 
 RANKS, SCALES = (0.07, 0.26, 0.6), (0.5, 1.5, 4.0)
 
@@ -97,7 +97,7 @@ class Bench:
 
 @pytest.fixture
 def bench(tmp_path: Path) -> Bench:
-    return Bench(tmp_path, evaluable(tmp_path / "suite"))
+    return Bench(tmp_path, copy_evaluable(tmp_path / "suite"))
 
 
 def test_with_labels_the_full_grid_gives_the_best_of_all(bench: Bench) -> None:
@@ -127,7 +127,7 @@ def test_settings_evaluated_side_by_side_are_those_evaluated_here(
 ) -> None:
     # Tests of pages leave a page as ``__main__``, which spawned processes would run.
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
-    suite = evaluable(tmp_path / "suite")
+    suite = copy_evaluable(tmp_path / "suite")
     alone, many = Bench(tmp_path / "alone", suite), Bench(tmp_path / "many", suite)
     told: list[str] = []
     progress = Progress(lambda done, total, label: told.append(label))
@@ -149,8 +149,8 @@ def test_an_executor_without_a_full_grid_is_refused(bench: Bench) -> None:
 
 @pytest.mark.parametrize("mode", ["inputs", "weights"])
 def test_what_is_chosen_without_labels_does_not_depend_on_them(tmp_path: Path, mode: Mode) -> None:
-    plain = Bench(tmp_path / "a", evaluable(tmp_path / "a" / "suite"))
-    suite = evaluable(tmp_path / "b" / "suite")
+    plain = Bench(tmp_path / "a", copy_evaluable(tmp_path / "a" / "suite"))
+    suite = copy_evaluable(tmp_path / "b" / "suite")
     for task in TASKS:
         path = suite.root / f"inputs/{task}.npz"
         with np.load(path) as archive:
@@ -227,7 +227,7 @@ def test_only_the_recommended_recipe_sees_the_test_split(
     assert all(split == "val" for split, _ in asked)
 
 
-def same(first: Selection, second: Selection) -> None:
+def assert_same(first: Selection, second: Selection) -> None:
     """The two say the same, apart from what it cost."""
     assert first.recipe == second.recipe
     assert first.why == second.why
@@ -242,15 +242,15 @@ def test_what_is_stored_is_known_at_once_and_nothing_else(
     options: Any = {"full_grid": full_grid, "every_proxy": True}
     monkeypatch.setattr(StatelessNetwork, "features", None)
     asked = SelectionOptions("labels", **options)
-    assert known_selection(bench.space(), bench.session, bench.evaluator, asked) is None
+    assert stored_selection(bench.space(), bench.session, bench.evaluator, asked) is None
     monkeypatch.undo()
     monkeypatch.setattr(rules, "evidence", evidence)
     found = bench.select("labels", **options)
     assert found.forward_images > 0
     monkeypatch.setattr(StatelessNetwork, "features", None)
-    known = known_selection(bench.space(), bench.session, bench.evaluator, asked)
+    known = stored_selection(bench.space(), bench.session, bench.evaluator, asked)
     assert known is not None
-    same(known, found)
+    assert_same(known, found)
     assert known.forward_images == 0
     assert known.asked_images == found.asked_images
 
@@ -269,7 +269,7 @@ def test_cancelled_and_begun_again_it_says_the_same(bench: Bench, tmp_path: Path
         bench.select("labels", progress=progress)
     resumed = bench.select("labels")
     whole = Bench(tmp_path / "other", bench.suite).select("labels")
-    same(resumed, whole)
+    assert_same(resumed, whole)
     assert resumed.forward_images < whole.forward_images
 
 
@@ -329,15 +329,15 @@ def test_curves_of_tasks_are_those_tasks_accuracies(bench: Bench) -> None:
 
 
 def test_methods_that_can_be_chosen(bench: Bench) -> None:
-    offered = selectable(bench.suite, TASKS)
+    offered = selectable_methods(bench.suite, TASKS)
     assert {"cart", "low_rank_task_arithmetic", "task_arithmetic", "ties"} <= set(offered)
     assert not {"average", "cart_indexing", "cart_adaptive", "slerp"} & set(offered)
 
 
 def test_inputs_without_any_labels_give_the_same_choice(tmp_path: Path) -> None:
-    with_labels = Bench(tmp_path / "labelled", evaluable(tmp_path / "labelled"))
+    with_labels = Bench(tmp_path / "labelled", copy_evaluable(tmp_path / "labelled"))
     wanted = with_labels.select("inputs")
-    suite = evaluable(tmp_path / "bare")
+    suite = copy_evaluable(tmp_path / "bare")
     for task in TASKS:
         edit_arrays(suite.root / f"inputs/{task}.npz", val_labels=None, test_labels=None)
     bare = Bench(tmp_path / "bare", suite)

@@ -34,7 +34,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 from tests.analysis.tiny_suite import FC, MATRICES, QKV, TASKS, task_vectors, write_suite
 
 RANKED = ("cart", "low_rank_task_arithmetic")
@@ -96,7 +96,7 @@ def test_every_method_listed_is_its_origin_plus_the_scale_times_the_update(
 @pytest.mark.parametrize("method", RANKED)
 @pytest.mark.parametrize("share", [RANKS[-5], RANKS[-3]])
 def test_strength_and_overlap_give_the_error_at_every_scale(
-    suite: Suite, groups: Groups, method: str, share: float
+    suite: Suite, groups: TensorGroups, method: str, share: float
 ) -> None:
     frame = responses(groups, search_space(method, "demo", TASKS))
     for name in MATRICES:
@@ -110,7 +110,9 @@ def test_strength_and_overlap_give_the_error_at_every_scale(
 
 
 @pytest.mark.parametrize("method", RANKED)
-def test_scales_do_what_they_are_named_after(suite: Suite, groups: Groups, method: str) -> None:
+def test_scales_do_what_they_are_named_after(
+    suite: Suite, groups: TensorGroups, method: str
+) -> None:
     table = whole_model(responses(groups, search_space(method, "demo", TASKS)))
     share = RANKS[-4]
     row = at(table, share)
@@ -132,7 +134,9 @@ def test_scales_do_what_they_are_named_after(suite: Suite, groups: Groups, metho
     assert total(row["least_squares"]) == pytest.approx(1 - row["alignment"] ** 2, abs=1e-4)
 
 
-def test_about_the_average_full_rank_has_no_update_and_no_scale(groups: Groups, space) -> None:
+def test_about_the_average_full_rank_has_no_update_and_no_scale(
+    groups: TensorGroups, space
+) -> None:
     row = at(whole_model(responses(groups, space)), 1.0)
     assert row["strength"] == 0
     assert row[["alignment", "matched", "least_squares", "equal_norm"]].isna().all()
@@ -142,7 +146,7 @@ def test_about_the_average_full_rank_has_no_update_and_no_scale(groups: Groups, 
 @given(st.integers(0, 10**6), st.integers(2, 5))
 def test_equal_experts_ask_for_one_over_their_number(seed: int, count: int) -> None:
     """T τ is the sum of T equal task vectors: every rule gives back one of them."""
-    table = summed([moves(seed)] * count)
+    table = sum_responses([moves(seed)] * count)
     assert table["alignment"] == pytest.approx(1, abs=1e-5)
     for column in ("matched", "least_squares", "equal_norm"):
         assert table[column] == pytest.approx(1 / count, rel=1e-4)
@@ -154,7 +158,7 @@ def test_tasks_with_inputs_of_their_own_are_simply_added(seed: int) -> None:
     """Orthogonal row spaces: the sum acts on a task's inputs exactly as the task's own does."""
     first, second = moves(seed), moves(seed + 1)
     first[:, 4:], second[:, :4] = 0, 0
-    table = summed([first, second])
+    table = sum_responses([first, second])
     assert table["strength"] == pytest.approx(1, abs=1e-5)
     assert table["matched"] == pytest.approx(1, abs=1e-5)
     assert table["least_squares"] == pytest.approx(1, abs=1e-5)
@@ -164,20 +168,20 @@ def moves(seed: int) -> torch.Tensor:
     return torch.randn(6, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def summed(vectors: list[torch.Tensor]) -> pd.Series:
+def sum_responses(vectors: list[torch.Tensor]) -> pd.Series:
     """Responses of Task Arithmetic on one matrix with these task vectors."""
     with tempfile.TemporaryDirectory() as folder:
         base = {FC: torch.zeros_like(vectors[0])}
         experts = {f"t{i}": {FC: vector.clone()} for i, vector in enumerate(vectors)}
         suite = write_suite(Path(folder) / "s", base, experts)
-        groups = Groups(suite, None, FactorStore(Path(folder) / "f"))
+        groups = TensorGroups(suite, None, FactorStore(Path(folder) / "f"))
         found = whole_model(responses(groups, search_space("task_arithmetic", "demo")))
     return found.iloc[0]
 
 
 def test_a_task_that_left_a_matrix_as_it_was_does_not_count_there(tmp_path: Path) -> None:
     vectors = [moves(1), moves(2), torch.zeros(6, 8)]
-    with_idle, without = summed(vectors), summed(vectors[:2])
+    with_idle, without = sum_responses(vectors), sum_responses(vectors[:2])
     assert with_idle["strength"] == pytest.approx(without["strength"], rel=1e-6)
     assert with_idle["overlap"] == pytest.approx(without["overlap"], rel=1e-6)
 
@@ -236,7 +240,7 @@ def test_rules_are_averaged_over_the_tasks_that_changed_the_matrix(tmp_path: Pat
     three[0, 0], three[1, 1], three[2, 2] = 1.0, 1.0, 1.0
     experts = {"a": {FC: one}, "b": {FC: three}, "idle": {FC: torch.zeros(6, 8)}}
     suite = write_suite(tmp_path / "s", {FC: torch.zeros(6, 8)}, experts)
-    frame = rule_ranks(Groups(suite, None, FactorStore(tmp_path / "f")), "base")
+    frame = rule_ranks(TensorGroups(suite, None, FactorStore(tmp_path / "f")), "base")
     shares = frame.set_index("proxy")["share"]
     assert shares["stable_rank"] == pytest.approx((1 + 3) / 2 / 6)
     assert list(shares.index) == list(RULES)
@@ -245,7 +249,9 @@ def test_rules_are_averaged_over_the_tasks_that_changed_the_matrix(tmp_path: Pat
 # Curves and recommendations
 
 
-def test_curves_are_those_of_the_interference_page(groups: Groups, space: SearchSpace) -> None:
+def test_curves_are_those_of_the_interference_page(
+    groups: TensorGroups, space: SearchSpace
+) -> None:
     frame = proxy_curves(groups, space)
     assert set(frame["proxy"]) == set(CURVES)
     wide = frame.pivot(index="rank", columns="proxy", values="value")
@@ -263,7 +269,7 @@ def test_curves_are_those_of_the_interference_page(groups: Groups, space: Search
 
 
 def test_kept_nuclear_norm_is_the_mean_over_matrices_and_tasks(
-    suite: Suite, groups: Groups, space: SearchSpace
+    suite: Suite, groups: TensorGroups, space: SearchSpace
 ) -> None:
     frame = proxy_curves(groups, space)
     wide = frame.pivot(index="rank", columns="proxy", values="value")
@@ -286,7 +292,7 @@ def test_knee_and_balance_by_hand() -> None:
     assert _knee(table * [7.0, 0.01] + [0.0, 3.0]) == 1
 
 
-def test_each_proxy_takes_its_row_and_its_scale(groups: Groups, space: SearchSpace) -> None:
+def test_each_proxy_takes_its_row_and_its_scale(groups: TensorGroups, space: SearchSpace) -> None:
     wide_open = search_space("cart", "demo", TASKS, scales=[-10.0, 10.0])
     found = recommend_from_weights(groups, wide_open).set_index("proxy")
     assert list(found.index) == [n for n in PROXIES if defined_for(n, "cart")]
@@ -313,7 +319,7 @@ def test_each_proxy_takes_its_row_and_its_scale(groups: Groups, space: SearchSpa
     assert found["source"].notna().all()
 
 
-def test_recommendations_stay_inside_the_space(groups: Groups) -> None:
+def test_recommendations_stay_inside_the_space(groups: TensorGroups) -> None:
     space = search_space("cart", "demo", TASKS, ranks=[0.3, 0.4], scales=[1.0, 1.5])
     found = recommend_from_weights(groups, space)
     assert found["rank"].between(0.3, 0.4).all()
@@ -323,7 +329,7 @@ def test_recommendations_stay_inside_the_space(groups: Groups) -> None:
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "tsv_m", "iso_c"])
-def test_methods_without_a_rank_get_scales_only(groups: Groups, method: str) -> None:
+def test_methods_without_a_rank_get_scales_only(groups: TensorGroups, method: str) -> None:
     space = search_space(method, "demo", TASKS)
     found = recommend_from_weights(groups, space)
     assert found["rank"].isna().all()
@@ -336,11 +342,11 @@ def test_methods_without_a_rank_get_scales_only(groups: Groups, method: str) -> 
 
 
 def test_nothing_is_recommended_where_nothing_is_known(
-    suite: Suite, groups: Groups, store: FactorStore
+    suite: Suite, groups: TensorGroups, store: FactorStore
 ) -> None:
     ties = search_space("ties", "demo", TASKS)
     assert recommend_from_weights(groups, ties).empty
-    pair = Groups(suite, TASKS[:2], store)
+    pair = TensorGroups(suite, TASKS[:2], store)
     space = search_space("cart", "demo", TASKS[:2])
     # C_1 = −C_2, and so are their truncations, up to rounding.
     assert recommend_from_weights(pair, space).empty
@@ -348,21 +354,21 @@ def test_nothing_is_recommended_where_nothing_is_known(
 
 
 def test_layers_get_the_setting_that_they_would_get_alone(
-    suite: Suite, groups: Groups, store: FactorStore, space: SearchSpace, tmp_path: Path
+    suite: Suite, groups: TensorGroups, store: FactorStore, space: SearchSpace, tmp_path: Path
 ) -> None:
     frame = layer_ranks(groups, space)
     assert set(frame["parameter"]) == set(MATRICES)
     states = {t: {QKV: suite.expert(t).tensor(QKV)} for t in TASKS}
     assert suite.base is not None
     alone = write_suite(tmp_path / "alone", {QKV: suite.base.tensor(QKV)}, states)
-    whole = recommend_from_weights(Groups(alone, None, store), space).set_index("proxy")
+    whole = recommend_from_weights(TensorGroups(alone, None, store), space).set_index("proxy")
     layer = frame[frame["parameter"] == QKV].set_index("proxy")
     assert layer["share"].to_numpy() == pytest.approx(whole["rank"].to_numpy())
     assert layer["scale"].to_numpy() == pytest.approx(whole["scale"].to_numpy(), rel=1e-5)
     assert (layer["rank"] == [max(1, int(s * 8 + 1e-9)) for s in layer["share"]]).all()
 
 
-def test_passes_count_as_one_work_and_can_be_cancelled(groups: Groups, space) -> None:
+def test_passes_count_as_one_work_and_can_be_cancelled(groups: TensorGroups, space) -> None:
     seen: list[tuple[int, int]] = []
     recommend_from_weights(
         groups, space, Progress(lambda done, total, _: seen.append((done, total)))

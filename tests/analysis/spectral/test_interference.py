@@ -29,7 +29,7 @@ from merge_core.factors.low_rank import Directions
 from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 from tests.analysis.tiny_suite import (
     BIAS,
     FC,
@@ -131,7 +131,7 @@ def test_zero_task_vectors_interfere_with_nothing() -> None:
     assert np.all(pairs[1, 1] > 0)
 
 
-def test_pairs_at_one_rank_are_a_slice_of_all_ranks(fc: ParameterGroup) -> None:
+def test_pairs_at_one_rank_are_a_slice_of_all_ranks(fc: TensorGroup) -> None:
     everything = pair_interference(fc.directions("average"), "column")
     frame = interference_pairs(fc, "average", 3, "column")
     assert list(frame) == ["first", "second", "origin", "k", "interference"]
@@ -141,7 +141,7 @@ def test_pairs_at_one_rank_are_a_slice_of_all_ranks(fc: ParameterGroup) -> None:
 
 
 @pytest.mark.parametrize("origin", ["base", "average"])
-def test_curve_over_rank_equals_the_definitions(suite: Suite, fc: ParameterGroup, origin) -> None:
+def test_curve_over_rank_equals_the_definitions(suite: Suite, fc: TensorGroup, origin) -> None:
     shares = [0.05, 0.3, 0.75, 1.0]
     frame = interference_over_rank(fc, origin, shares)
     A = [tau.numpy() for tau in task_vectors(suite, FC, origin)]
@@ -161,7 +161,7 @@ def test_curve_over_rank_equals_the_definitions(suite: Suite, fc: ParameterGroup
         assert row.update_norm == pytest.approx(np.linalg.norm(sum(kept)), rel=1e-5, abs=1e-6)
 
 
-def test_full_rank_loses_nothing_and_centred_updates_cancel(groups: Groups) -> None:
+def test_full_rank_loses_nothing_and_centred_updates_cancel(groups: TensorGroups) -> None:
     centred = interference_over_rank(groups, "average", [1.0])
     original = interference_over_rank(groups, "base", [1.0])
     assert centred["reconstruction"].tolist() == [0.0] * 3
@@ -169,14 +169,14 @@ def test_full_rank_loses_nothing_and_centred_updates_cancel(groups: Groups) -> N
     assert (original["update_norm"] > 1).all()
 
 
-def test_reconstruction_falls_with_rank(groups: Groups) -> None:
+def test_reconstruction_falls_with_rank(groups: TensorGroups) -> None:
     frame = interference_over_rank(groups, "average", [0.1, 0.4, 0.7, 1.0])
     for _, part in frame.groupby("parameter"):
         assert (np.diff(part["reconstruction"]) < 0).all()
         assert (part["reconstruction"] < part["energy"]).all()
 
 
-def test_interference_reports_progress_and_can_be_cancelled(groups: Groups) -> None:
+def test_interference_reports_progress_and_can_be_cancelled(groups: TensorGroups) -> None:
     seen: list[tuple[int, int, str]] = []
     interference_over_rank(groups, "base", [0.5], progress=Progress(lambda *s: seen.append(s)))
     assert [(done, total) for done, total, _ in seen] == [(1, 3), (2, 3), (3, 3)]
@@ -188,7 +188,7 @@ def test_interference_reports_progress_and_can_be_cancelled(groups: Groups) -> N
         cosine_similarity(groups, "base", progress=Progress(cancel=cancel))
 
 
-def test_mean_over_layers_weighs_layers_as_it_says(groups: Groups, suite: Suite) -> None:
+def test_mean_over_layers_weighs_layers_as_it_says(groups: TensorGroups, suite: Suite) -> None:
     frame = interference_over_rank(groups, "base", [0.3, 1.0])
     mean = mean_over_layers(frame)
     assert mean["share"].tolist() == [0.3, 1.0]
@@ -204,7 +204,7 @@ def test_mean_over_layers_weighs_layers_as_it_says(groups: Groups, suite: Suite)
 
 
 @pytest.mark.parametrize("origin", ["base", "average"])
-def test_cosines_of_the_whole_model(suite: Suite, groups: Groups, origin) -> None:
+def test_cosines_of_the_whole_model(suite: Suite, groups: TensorGroups, origin) -> None:
     frame = cosine_similarity(groups, origin)
     vectors = [task_vectors(suite, name, origin) for name in SHAPES]
     whole = np.stack([np.concatenate([v[t].numpy().ravel() for v in vectors]) for t in range(T)])
@@ -213,7 +213,7 @@ def test_cosines_of_the_whole_model(suite: Suite, groups: Groups, origin) -> Non
     assert frame["cosine"].to_numpy() == pytest.approx((whole @ whole.T).ravel(), abs=1e-9)
 
 
-def test_cosines_of_one_parameter(suite: Suite, groups: Groups) -> None:
+def test_cosines_of_one_parameter(suite: Suite, groups: TensorGroups) -> None:
     frame = cosine_similarity(groups, "base", BIAS)
     a, b, *_ = (v.numpy() for v in task_vectors(suite, BIAS, "base"))
     expected = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -226,7 +226,7 @@ def test_centred_cosines_average_to_minus_one_over_t_minus_one(tmp_path: Path) -
     # Vertices of a simplex: equal norms, so the mean holds exactly.
     eye = torch.eye(5)
     suite = write_suite(tmp_path, None, {f"t{i}": {"w": eye[i]} for i in range(5)})
-    frame = cosine_similarity(Groups(suite, None, FactorStore(tmp_path / "f")), "average")
+    frame = cosine_similarity(TensorGroups(suite, None, FactorStore(tmp_path / "f")), "average")
     others = frame[frame["first"] != frame["second"]]["cosine"]
     assert others.to_numpy() == pytest.approx(np.full(20, -1 / 4), abs=1e-12)
 
@@ -234,13 +234,13 @@ def test_centred_cosines_average_to_minus_one_over_t_minus_one(tmp_path: Path) -
 def test_zero_task_vectors_have_cosine_zero(tmp_path: Path) -> None:
     base = {"w": torch.ones(3)}
     suite = write_suite(tmp_path, base, {"same": base, "other": {"w": torch.zeros(3)}})
-    frame = cosine_similarity(Groups(suite, None, FactorStore(tmp_path / "f")), "base")
+    frame = cosine_similarity(TensorGroups(suite, None, FactorStore(tmp_path / "f")), "base")
     assert frame["cosine"].tolist() == pytest.approx([0, 0, 0, 1])
 
 
 @pytest.mark.parametrize("side", ["row", "column"])
 @pytest.mark.parametrize("k", [1, 3, 6])
-def test_angles_are_scipys(suite: Suite, fc: ParameterGroup, side, k: int) -> None:
+def test_angles_are_scipys(suite: Suite, fc: TensorGroup, side, k: int) -> None:
     frame = principal_angles(fc, "base", k, side)
     A = [tau.numpy() for tau in task_vectors(suite, FC, "base")]
     for i, j in combinations(range(T), 2):
@@ -258,7 +258,7 @@ class Held:
     """A group whose factors are given: for subspaces that are known exactly."""
 
     tasks = ("a", "b")
-    in_by_out = False
+    stored_transposed = False
 
     def __init__(self, *factors: Directions) -> None:
         self.held = list(factors)
@@ -294,7 +294,7 @@ def test_sign_conflict_by_hand(tmp_path: Path) -> None:
         "a": {"w": torch.tensor([1.0, 2.0, -3.0, 0.0])},
         "b": {"w": torch.tensor([1.0, -1.0, -1.0, 0.0])},
     }
-    groups = Groups(write_suite(tmp_path, base, experts), None, FactorStore(tmp_path / "f"))
+    groups = TensorGroups(write_suite(tmp_path, base, experts), None, FactorStore(tmp_path / "f"))
     row = sign_conflict(groups, "base").iloc[0]
     # |sums| are 2, 1, 4, 0 and sums of magnitudes 2, 3, 4, 0.
     assert row["conflict"] == pytest.approx(1 - 7 / 9)
@@ -303,14 +303,14 @@ def test_sign_conflict_by_hand(tmp_path: Path) -> None:
     assert sign_conflict(groups, "average")["conflict"].iloc[0] == pytest.approx(1.0)
 
 
-def test_sign_conflict_covers_all_weights_or_one(groups: Groups) -> None:
+def test_sign_conflict_covers_all_weights_or_one(groups: TensorGroups) -> None:
     assert set(sign_conflict(groups, "base")["parameter"]) == set(SHAPES)
     assert sign_conflict(groups, "base", QKV)["parameter"].tolist() == [QKV]
 
 
 def test_a_suite_without_a_base_says_so(tmp_path: Path) -> None:
     suite = write_suite(tmp_path, None, {t: {"fc1.weight": torch.randn(3, 4)} for t in ("a", "b")})
-    groups = Groups(suite, None, FactorStore(tmp_path / "f"))
+    groups = TensorGroups(suite, None, FactorStore(tmp_path / "f"))
     for measure in (cosine_similarity, sign_conflict):
         with pytest.raises(SuiteError, match="names no base"):
             measure(groups, "base")
@@ -319,16 +319,14 @@ def test_a_suite_without_a_base_says_so(tmp_path: Path) -> None:
 
 
 def test_one_task_alone_does_not_interfere(suite: Suite, store: FactorStore) -> None:
-    alone = ParameterGroup(suite, TASKS[:1], FC, store)
+    alone = TensorGroup(suite, TASKS[:1], FC, store)
     frame = interference_over_rank(alone, "base", [0.5])
     assert frame["interference"].tolist() == [0.0]
     assert principal_angles(alone, "base", 2).empty
     assert list(principal_angles(alone, "base", 2)) == ["first", "second", "index", "angle"]
 
 
-def test_mean_angles_are_a_symmetric_table_of_scipys_angles(
-    qkv: ParameterGroup, suite: Suite
-) -> None:
+def test_mean_angles_are_a_symmetric_table_of_scipys_angles(qkv: TensorGroup, suite: Suite) -> None:
     table = mean_angles(principal_angles(qkv, "average", 2))
     square = table.pivot_table(index="first", columns="second", values="angle", sort=False)
     square = square.loc[list(TASKS), list(TASKS)].to_numpy()

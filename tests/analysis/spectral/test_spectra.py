@@ -27,7 +27,7 @@ from merge_core.errors import Cancelled, SuiteError
 from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 from tests.analysis.tiny_suite import BIAS, CONV, MATRICES, QKV, TASKS, task_vectors, write_suite
 
 SPECTRA = st.lists(st.floats(1e-6, 1e6), min_size=1, max_size=30).map(
@@ -78,7 +78,7 @@ def test_zero_spectrum_has_zero_of_everything() -> None:
 @pytest.mark.parametrize("origin", ["base", "average"])
 @pytest.mark.parametrize("name", MATRICES)
 def test_spectrum_is_numpys(suite: Suite, store: FactorStore, name: str, origin) -> None:
-    frame = spectrum(ParameterGroup(suite, TASKS, name, store), origin)
+    frame = spectrum(TensorGroup(suite, TASKS, name, store), origin)
     assert list(frame) == ["task", "origin", "index", "share", "sigma", "energy"]
     for task, tau in zip(TASKS, task_vectors(suite, name, origin), strict=True):
         part = frame[frame["task"] == task]
@@ -89,7 +89,7 @@ def test_spectrum_is_numpys(suite: Suite, store: FactorStore, name: str, origin)
         assert part["energy"].to_numpy() == pytest.approx(np.cumsum(S**2) / np.sum(S**2), rel=1e-5)
 
 
-def test_fused_qkv_splits_by_rows(suite: Suite, qkv: ParameterGroup) -> None:
+def test_fused_qkv_splits_by_rows(suite: Suite, qkv: TensorGroup) -> None:
     assert parts_of(qkv) == ("whole", "q", "k", "v")
     energy = {}
     for place, part in enumerate("qkv"):
@@ -105,15 +105,15 @@ def test_fused_qkv_splits_by_rows(suite: Suite, qkv: ParameterGroup) -> None:
     )
 
 
-def test_only_fused_matrices_have_parts(fc: ParameterGroup, suite: Suite, store) -> None:
+def test_only_fused_matrices_have_parts(fc: TensorGroup, suite: Suite, store) -> None:
     assert parts_of(fc) == ("whole",)
-    assert parts_of(ParameterGroup(suite, TASKS, BIAS, store)) == ("whole",)
+    assert parts_of(TensorGroup(suite, TASKS, BIAS, store)) == ("whole",)
     with pytest.raises(ValueError, match="no part 'q'"):
         spectrum(fc, "base", "q")
 
 
 @pytest.mark.parametrize("part", ["whole", "v"])
-def test_cuts_count_what_passes_the_bounds(qkv: ParameterGroup, part) -> None:
+def test_cuts_count_what_passes_the_bounds(qkv: TensorGroup, part) -> None:
     frame = cuts(qkv, "average", part)
     assert frame["task"].tolist() == list(TASKS)
     rows = 12 if part == "whole" else 4
@@ -126,7 +126,7 @@ def test_cuts_count_what_passes_the_bounds(qkv: ParameterGroup, part) -> None:
         assert row.gavish_donoho_rank == sum(row.gavish_donoho < S)
 
 
-def test_summary_has_every_matrix_and_task(suite: Suite, groups: Groups) -> None:
+def test_summary_has_every_matrix_and_task(suite: Suite, groups: TensorGroups) -> None:
     seen: list[tuple[int, int, str]] = []
     frame = spectral_summary(groups, "base", Progress(lambda *step: seen.append(step)))
     assert len(frame) == len(MATRICES) * len(TASKS)
@@ -148,7 +148,7 @@ def test_summary_has_every_matrix_and_task(suite: Suite, groups: Groups) -> None
     assert (kernel["rows"], kernel["columns"]) == (6, 12)
 
 
-def test_a_summary_of_parts_is_that_of_each(suite: Suite, groups: Groups) -> None:
+def test_a_summary_of_parts_is_that_of_each(suite: Suite, groups: TensorGroups) -> None:
     frame = spectral_summary(groups, "base", apart=True)
     assert list(frame[frame["parameter"] == QKV]["part"].unique()) == ["q", "k", "v"]
     others = frame[frame["parameter"] != QKV]
@@ -166,7 +166,7 @@ def test_a_summary_of_parts_is_that_of_each(suite: Suite, groups: Groups) -> Non
         assert row.stable_rank == pytest.approx(float(np.sum(S**2) / S[0] ** 2), rel=1e-5)
 
 
-def test_summary_stops_when_cancelled(groups: Groups) -> None:
+def test_summary_stops_when_cancelled(groups: TensorGroups) -> None:
     cancel = threading.Event()
     cancel.set()
     with pytest.raises(Cancelled):
@@ -176,7 +176,7 @@ def test_summary_stops_when_cancelled(groups: Groups) -> None:
 def test_a_task_that_changed_nothing_has_zeros_not_nan(tmp_path: Path) -> None:
     base = {"fc1.weight": torch.randn(5, 7, generator=torch.Generator().manual_seed(0))}
     suite = write_suite(tmp_path, base, {"same": base, "other": {"fc1.weight": torch.ones(5, 7)}})
-    frame = spectral_summary(Groups(suite, None, FactorStore(tmp_path / "f")), "base")
+    frame = spectral_summary(TensorGroups(suite, None, FactorStore(tmp_path / "f")), "base")
     same = frame[frame["task"] == "same"].iloc[0]
     numbers = frame.select_dtypes("number")
     assert np.isfinite(numbers.to_numpy()).all()
@@ -187,7 +187,7 @@ def test_a_task_that_changed_nothing_has_zeros_not_nan(tmp_path: Path) -> None:
 def test_a_suite_without_a_base_has_spectra_about_the_average_only(tmp_path: Path) -> None:
     g = torch.Generator().manual_seed(0)
     experts = {t: {"fc1.weight": torch.randn(4, 6, generator=g)} for t in ("a", "b")}
-    groups = Groups(write_suite(tmp_path, None, experts), None, FactorStore(tmp_path / "f"))
+    groups = TensorGroups(write_suite(tmp_path, None, experts), None, FactorStore(tmp_path / "f"))
     frame = spectral_summary(groups, "average")
     # C_1 = −C_2 for two experts.
     assert frame["frobenius"].iloc[0] == pytest.approx(frame["frobenius"].iloc[1])

@@ -19,7 +19,7 @@ from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import AdaptedCheckpoint
 from merge_core.errors import CheckpointError
 from merge_core.suites.suite import Suite, load_suite
-from tests.merge_core.adapted_models import adapter, rewritten, state_of, two_adapters
+from tests.merge_core.adapted_models import adapter, rewrite, state_of, two_adapters
 
 
 @pytest.fixture
@@ -27,7 +27,7 @@ def suite(tmp_path: Path) -> Suite:
     return two_adapters(tmp_path)
 
 
-def edited(folder: Path, **fields: Any) -> None:
+def edit(folder: Path, **fields: Any) -> None:
     path = folder / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
 
@@ -51,7 +51,7 @@ REFUSED = {
 def test_what_is_no_plain_adapter_is_refused(
     suite: Suite, fields: dict[str, Any], message: str
 ) -> None:
-    edited(suite.root / "digits", **fields)
+    edit(suite.root / "digits", **fields)
     with pytest.raises(CheckpointError, match=message):
         suite.expert("digits")
 
@@ -78,18 +78,18 @@ DAMAGED = {
 
 @pytest.mark.parametrize(("change", "message"), DAMAGED.values(), ids=DAMAGED.keys())
 def test_weights_that_do_not_fit_are_refused(suite: Suite, change: Any, message: str) -> None:
-    rewritten(suite.root / "digits", change)
+    rewrite(suite.root / "digits", change)
     with pytest.raises(CheckpointError, match=message):
         suite.expert("digits")
 
 
 def test_weights_that_are_not_finite_or_missing(suite: Suite) -> None:
     folder = suite.root / "digits"
-    rewritten(folder, lambda s: s.update({A: torch.full((2, 6), torch.nan)}))
+    rewrite(folder, lambda s: s.update({A: torch.full((2, 6), torch.nan)}))
     with pytest.raises(CheckpointError, match="NaN"):
         suite.expert("digits").tensor("wide.weight")
     huge = torch.full((2, 6), 1e38)
-    rewritten(folder, lambda s: s.update({A: huge, B: torch.full((9, 2), 1e38)}))
+    rewrite(folder, lambda s: s.update({A: huge, B: torch.full((9, 2), 1e38)}))
     with pytest.raises(CheckpointError, match="overflows"):
         load_suite(suite.path).expert("digits").tensor("wide.weight")
     with pytest.raises(CheckpointError, match="hold no tensor named"):

@@ -131,7 +131,7 @@ def test_the_tables_agree_with_the_modules(build: Callable[[str], nn.Module], na
         if isinstance(owner, nn.Embedding):
             assert "embedding" in role.kind, parameter
         if tensor.ndim == 2:
-            assert role.in_by_out == isinstance(owner, Conv1D), parameter
+            assert role.stored_transposed == isinstance(owner, Conv1D), parameter
         if isinstance(owner, nn.Linear) and owner.out_features == CLASSES:
             assert role.kind == "head", parameter
         vocabulary = isinstance(owner, nn.Embedding) and owner.num_embeddings == 60

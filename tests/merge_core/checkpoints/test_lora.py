@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.checkpoints.lora import AdaptedCheckpoint, stored_in_by_out
+from merge_core.checkpoints.lora import AdaptedCheckpoint, is_stored_transposed
 from merge_core.errors import CheckpointError
 from merge_core.factors.low_rank import as_matrix
 from tests.merge_core.adapted_models import (
@@ -20,8 +20,8 @@ from tests.merge_core.adapted_models import (
     State,
     adapter,
     gpt2,
-    opened,
-    rewritten,
+    open_adapter,
+    rewrite,
     state_of,
 )
 
@@ -63,15 +63,17 @@ OPTIONS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS.keys())
 def test_every_kind_of_layer_as_peft_merges_it(tmp_path: Path, options: dict[str, Any]) -> None:
     torch.manual_seed(1)
-    checkpoint, merged = opened(tmp_path, Mixed(), **{"target_modules": LAYERS, **options})
+    checkpoint, merged = open_adapter(tmp_path, Mixed(), **{"target_modules": LAYERS, **options})
     assert_same(checkpoint, merged)
     base = checkpoint.base
     changed = {n for n in base if not torch.equal(base.tensor(n), merged[n])}
-    assert changed == {n for n in checkpoint if checkpoint.touches(n)}
+    assert changed == {n for n in checkpoint if checkpoint.may_differ(n)}
 
 
 def test_the_update_as_a_product_of_thin_matrices(tmp_path: Path) -> None:
-    checkpoint, merged = opened(tmp_path, Mixed(), r=2, target_modules=["conv", "square", "wide"])
+    checkpoint, merged = open_adapter(
+        tmp_path, Mixed(), r=2, target_modules=["conv", "square", "wide"]
+    )
     base = state_of(Mixed())
     for name in ("conv.weight", "square.weight", "wide.weight", "head.weight"):
         product = checkpoint.low_rank(name)
@@ -87,7 +89,7 @@ def test_the_update_as_a_product_of_thin_matrices(tmp_path: Path) -> None:
 
 def test_layers_of_gpt2_are_stored_transposed(tmp_path: Path) -> None:
     # attn.c_proj is square: its shape does not tell.
-    checkpoint, merged = opened(
+    checkpoint, merged = open_adapter(
         tmp_path,
         gpt2(),
         r=2,
@@ -100,16 +102,16 @@ def test_layers_of_gpt2_are_stored_transposed(tmp_path: Path) -> None:
     document = json.loads(path.read_text())
     path.write_text(json.dumps({**document, "fan_in_fan_out": False}))
     assert_same(AdaptedCheckpoint(tmp_path / "lora", checkpoint.base), merged)
-    assert stored_in_by_out(checkpoint.base, "transformer.h.0.attn.c_proj.weight")
-    assert stored_in_by_out(checkpoint.base, "transformer.wte.weight") is None
+    assert is_stored_transposed(checkpoint.base, "transformer.h.0.attn.c_proj.weight")
+    assert is_stored_transposed(checkpoint.base, "transformer.wte.weight") is None
 
 
 def test_a_layer_stored_whole_with_an_update_besides(tmp_path: Path) -> None:
     # PEFT does so for adapted heads and embeddings, whose vocabulary may have grown.
-    checkpoint, merged = opened(tmp_path, gpt2(), r=2, target_modules=["lm_head"])
+    checkpoint, merged = open_adapter(tmp_path, gpt2(), r=2, target_modules=["lm_head"])
     assert_same(checkpoint, merged)
     key, head = "base_model.model.lm_head.base_layer.weight", torch.randn(13, 8)
-    rewritten(tmp_path / "lora", lambda s: s.update({key: head}))
+    rewrite(tmp_path / "lora", lambda s: s.update({key: head}))
     update = merged["lm_head.weight"] - checkpoint.base.tensor("lm_head.weight")
     again = AdaptedCheckpoint(tmp_path / "lora", checkpoint.base)
     torch.testing.assert_close(again.tensor("lm_head.weight"), head + update)
@@ -169,7 +171,7 @@ def test_timm_model_and_pickled_weights(tmp_path: Path) -> None:
     model = timm.create_model(
         "vit_tiny_patch16_224", img_size=32, embed_dim=12, depth=1, num_heads=2, num_classes=3
     )
-    checkpoint, merged = opened(tmp_path, model, r=2, target_modules=["qkv", "proj", "fc1"])
+    checkpoint, merged = open_adapter(tmp_path, model, r=2, target_modules=["qkv", "proj", "fc1"])
     assert_same(checkpoint, merged)
     weights = tmp_path / "lora" / "adapter_model.safetensors"
     torch.save(load_file(weights), weights.with_suffix(".bin"))
@@ -221,7 +223,7 @@ def test_one_of_two_tied_tensors_is_not_changed_alone(tmp_path: Path) -> None:
 
 
 def test_what_it_is_in_words(tmp_path: Path) -> None:
-    checkpoint, _ = opened(
+    checkpoint, _ = open_adapter(
         tmp_path,
         Mixed(),
         r=3,

@@ -19,7 +19,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import ParameterGroup
+from merge_core.task_vectors import TensorGroup
 
 Make = Callable[..., Suite]
 TASKS = ("a", "b", "c")
@@ -71,8 +71,8 @@ def suites(suite_of: Make) -> tuple[Suite, Suite]:
     )
 
 
-def group(suite: Suite, layer: str) -> ParameterGroup:
-    return ParameterGroup(suite, TASKS, f"{layer}.weight", FactorStore())
+def group(suite: Suite, layer: str) -> TensorGroup:
+    return TensorGroup(suite, TASKS, f"{layer}.weight", FactorStore())
 
 
 RECIPES: list[dict[str, Any]] = [
@@ -122,14 +122,14 @@ def test_outputs_and_inputs_are_not_alike_to_these_methods(
 def test_a_square_weight_is_stored_like_those_beside_it(
     suites: tuple[Suite, Suite], layer: str
 ) -> None:
-    assert group(suites[0], layer).in_by_out
-    assert not group(suites[1], NAMES[layer]).in_by_out
+    assert group(suites[0], layer).stored_transposed
+    assert not group(suites[1], NAMES[layer]).stored_transposed
 
 
 def test_biases_tell_gpt2s_names_from_gpt2s_layers(suite_of: Make) -> None:
     """nanoGPT and StarCoder have linear layers under GPT-2's names."""
     suite = suite_of({task: member(i) for i, task in enumerate(TASKS)})
-    assert not any(group(suite, layer).in_by_out for layer in NAMES)
+    assert not any(group(suite, layer).stored_transposed for layer in NAMES)
 
 
 @pytest.mark.parametrize("origin", ["base", "average"])

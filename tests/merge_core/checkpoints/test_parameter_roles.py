@@ -129,16 +129,16 @@ def test_thirds_are_shown_only_where_they_are_queries_keys_and_values(
 
 
 def test_the_shape_tells_a_linear_layer_from_gpt2s_where_it_can() -> None:
-    def in_by_out(name: str, *shape: int) -> bool:
-        return describe(name, TensorInfo(shape, FLOAT32)).in_by_out
+    def is_transposed(name: str, *shape: int) -> bool:
+        return describe(name, TensorInfo(shape, FLOAT32)).stored_transposed
 
-    assert in_by_out("transformer.h.0.attn.c_attn.weight", D, 3 * D)
-    assert not in_by_out("transformer.h.0.attn.c_attn.weight", 3 * D, D)
-    assert in_by_out("h.11.mlp.c_proj.weight", 4 * D, D)
-    assert not in_by_out("h.11.mlp.c_proj.weight", D, 4 * D)
-    assert in_by_out("h.0.attn.c_proj.weight", D, D)
+    assert is_transposed("transformer.h.0.attn.c_attn.weight", D, 3 * D)
+    assert not is_transposed("transformer.h.0.attn.c_attn.weight", 3 * D, D)
+    assert is_transposed("h.11.mlp.c_proj.weight", 4 * D, D)
+    assert not is_transposed("h.11.mlp.c_proj.weight", D, 4 * D)
+    assert is_transposed("h.0.attn.c_proj.weight", D, D)
     # CLIP's layers have the same names elsewhere.
-    assert not in_by_out("visual.transformer.resblocks.0.mlp.c_proj.weight", 4 * D, D)
+    assert not is_transposed("visual.transformer.resblocks.0.mlp.c_proj.weight", 4 * D, D)
 
 
 @pytest.mark.parametrize(

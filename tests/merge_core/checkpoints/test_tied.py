@@ -15,14 +15,14 @@ from torch import Tensor
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import AdaptedCheckpoint
-from merge_core.checkpoints.tied import says_tied, ties, twins
+from merge_core.checkpoints.tied import declares_tied, tied_names, ties
 from merge_core.factors.store import FactorStore
-from merge_core.merging.engine import MergeSession, merged_tensors
+from merge_core.merging.engine import MergeSession, merge_parameters
 from merge_core.merging.recipe import make_recipe
 from merge_core.output.model_folder import merge_to_folder
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite, load_suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 WTE, HEAD = "transformer.wte.weight", "lm_head.weight"
 CONFIG = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=30, n_positions=8)
@@ -40,12 +40,12 @@ def suite_at(folder: Path, **members: str) -> Suite:
     return load_suite(folder)
 
 
-def pickled(folder: Path, name: str, state: Mapping[str, Tensor]) -> str:
+def pickle_file(folder: Path, name: str, state: Mapping[str, Tensor]) -> str:
     torch.save(dict(state), folder / f"{name}.bin")
     return f"{name}.bin"
 
 
-def saved_by_transformers(folder: Path, name: str, model: transformers.GPT2LMHeadModel) -> str:
+def save_by_transformers(folder: Path, name: str, model: transformers.GPT2LMHeadModel) -> str:
     model.save_pretrained(folder / name)
     return name
 
@@ -54,7 +54,7 @@ def saved_by_transformers(folder: Path, name: str, model: transformers.GPT2LMHea
 def three(tmp_path: Path) -> Suite:
     """Two experts and a base, pickled with both names over one storage."""
     for seed, name in enumerate(("base", "a", "b")):
-        pickled(tmp_path, name, gpt2(seed).state_dict())
+        pickle_file(tmp_path, name, gpt2(seed).state_dict())
     return suite_at(tmp_path, base="base.bin", a="a.bin", b="b.bin")
 
 
@@ -64,7 +64,7 @@ def test_a_pickles_shared_storage_is_found(tmp_path: Path) -> None:
     state["module.turned"] = state[WTE].T
     state["alike"] = state[WTE].clone()
     state["none"], state["also_none"] = torch.empty(0), torch.empty(0)
-    model = Checkpoint(tmp_path / pickled(tmp_path, "m", state))
+    model = Checkpoint(tmp_path / pickle_file(tmp_path, "m", state))
     assert [sorted(names) for names in model.ties] == [[HEAD, WTE]]
     assert ties(model) == ((HEAD, WTE),)
     whole = tmp_path / "whole.pt"
@@ -74,15 +74,15 @@ def test_a_pickles_shared_storage_is_found(tmp_path: Path) -> None:
 
 def test_names_keep_their_tie_without_a_wrappers_prefix(tmp_path: Path) -> None:
     state = {f"module.{name}": value for name, value in gpt2(0).state_dict().items()}
-    assert ties(Checkpoint(tmp_path / pickled(tmp_path, "m", state))) == ((HEAD, WTE),)
+    assert ties(Checkpoint(tmp_path / pickle_file(tmp_path, "m", state))) == ((HEAD, WTE),)
 
 
 def test_it_is_merged_once_and_written_under_both_names(three: Suite, tmp_path: Path) -> None:
-    groups = Groups(three, None, FactorStore())
+    groups = TensorGroups(three, None, FactorStore())
     names = [group.name for group in groups.members]
     assert WTE in names
     assert HEAD not in names
-    assert groups.twins == {WTE: (HEAD,)}
+    assert groups.tied_names == {WTE: (HEAD,)}
     assert f"{WTE} is also {HEAD}: merged once, written under each name" in preflight(three).notes
     # DARE draws its coins by name: merged apart, the two would no longer be one.
     recipe = make_recipe({"method": "dare_task_arithmetic"})
@@ -113,15 +113,15 @@ def test_the_merged_model_is_the_library_s_own_average(three: Suite, tmp_path: P
 def test_a_resumed_run_may_want_one_of_the_names_alone(three: Suite) -> None:
     recipe = make_recipe({"method": "average"})
     for wanted in ({HEAD}, {WTE}, {HEAD, WTE}, {"transformer.ln_f.weight"}):
-        groups = Groups(three, None, FactorStore())
-        assert {name for name, _ in merged_tensors(recipe, groups, names=wanted)} == wanted
+        groups = TensorGroups(three, None, FactorStore())
+        assert {name for name, _ in merge_parameters(recipe, groups, names=wanted)} == wanted
 
 
 def test_members_may_keep_it_once_or_twice(tmp_path: Path) -> None:
     """A pickle has both names, transformers' own safetensors files one."""
     one, two = gpt2(1), gpt2(2)
-    once = saved_by_transformers(tmp_path, "once", one)
-    twice = pickled(tmp_path, "twice", two.state_dict())
+    once = save_by_transformers(tmp_path, "once", one)
+    twice = pickle_file(tmp_path, "twice", two.state_dict())
     assert HEAD not in Checkpoint(tmp_path / once)
     mean = (one.state_dict()[WTE] + two.state_dict()[WTE]) / 2
     for first, second, both in ((once, twice, False), (twice, once, True)):
@@ -141,8 +141,10 @@ def test_members_may_keep_it_once_or_twice(tmp_path: Path) -> None:
 def test_what_one_member_keeps_apart_is_merged_apart(tmp_path: Path) -> None:
     tied, apart = gpt2(1).state_dict(), gpt2(2).state_dict()
     apart[HEAD] = apart[HEAD] + 1
-    suite = suite_at(tmp_path, a=pickled(tmp_path, "a", tied), b=pickled(tmp_path, "b", apart))
-    assert suite.twins(suite.tasks) == {}
+    suite = suite_at(
+        tmp_path, a=pickle_file(tmp_path, "a", tied), b=pickle_file(tmp_path, "b", apart)
+    )
+    assert suite.tied_names(suite.tasks) == {}
     merged = MergeSession(suite, None, FactorStore()).merge(make_recipe({"method": "average"}))
     torch.testing.assert_close(merged[HEAD], (tied[HEAD] + apart[HEAD]) / 2)
     torch.testing.assert_close(merged[WTE], (tied[WTE] + apart[WTE]) / 2)
@@ -169,13 +171,13 @@ def test_a_configuration_tells_what_safetensors_cannot(
     (tmp_path / "config.json").write_text(text)
     model = Checkpoint(tmp_path)
     assert model.ties == ()
-    assert says_tied(model) == tied
+    assert declares_tied(model) == tied
     assert ties(model) == (((HEAD, WTE),) if tied else ())
-    assert twins(model, [model]) == ({WTE: (HEAD,)} if tied else {})
+    assert tied_names(model, [model]) == ({WTE: (HEAD,)} if tied else {})
 
 
 def test_a_tied_head_that_is_kept_once_is_told(tmp_path: Path) -> None:
-    names = [saved_by_transformers(tmp_path, name, gpt2(i)) for i, name in enumerate("ab")]
+    names = [save_by_transformers(tmp_path, name, gpt2(i)) for i, name in enumerate("ab")]
     for name in names:
         path = tmp_path / name / "config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
@@ -186,7 +188,7 @@ def test_a_tied_head_that_is_kept_once_is_told(tmp_path: Path) -> None:
 def test_an_adapter_keeps_the_ties_of_its_base(tmp_path: Path) -> None:
     from peft import LoraConfig, get_peft_model
 
-    base = Checkpoint(tmp_path / pickled(tmp_path, "base", gpt2(0).state_dict()))
+    base = Checkpoint(tmp_path / pickle_file(tmp_path, "base", gpt2(0).state_dict()))
     config = LoraConfig(r=2, target_modules=["c_attn"], fan_in_fan_out=True)
     get_peft_model(gpt2(0), config).save_pretrained(tmp_path / "adapter")
     assert ties(AdaptedCheckpoint(tmp_path / "adapter", base)) == ((HEAD, WTE),)

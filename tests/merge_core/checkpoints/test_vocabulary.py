@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from merge_core.checkpoints.vocabulary import completed, filler, longest
+from merge_core.checkpoints.vocabulary import complete_rows, filler, longest_shape
 from merge_core.errors import SuiteError
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession, check_fits
@@ -23,7 +23,7 @@ from merge_core.output.layout import layout
 from merge_core.output.model_folder import merge_to_folder, output_plan
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite, load_suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 Make = Callable[..., Suite]
 WTE, HEAD, FC = "transformer.wte.weight", "lm_head.weight", "transformer.h.0.mlp.c_fc.weight"
@@ -42,7 +42,7 @@ EXPERTS = {"a": member(6, 1), "b": member(8, 2), "c": member(7, 3)}
 BASE = member(6, 0)
 
 
-def merged(suite: Suite, method: str, **parameters: float) -> dict[str, Tensor]:
+def merge_suite(suite: Suite, method: str, **parameters: float) -> dict[str, Tensor]:
     recipe = make_recipe({"method": method, "parameters": parameters})
     return MergeSession(suite, None, FactorStore()).merge(recipe)
 
@@ -56,7 +56,7 @@ def test_common_rows_are_merged_and_the_others_come_from_those_that_have_them(
     suite_of: Make, name: str
 ) -> None:
     suite = suite_of(EXPERTS, vocabulary="common")  # without a base
-    average = merged(suite, "average")[name]
+    average = merge_suite(suite, "average")[name]
     assert average.shape == (8, 4)
     for row in range(8):
         have = [value for e in EXPERTS.values() if (value := row_of(e, name, row)) is not None]
@@ -69,7 +69,7 @@ def test_with_a_base_an_expert_without_a_row_leaves_it_alone(
 ) -> None:
     base = member(base_rows, 0)
     suite = suite_of(EXPERTS, base, vocabulary="common")
-    found = merged(suite, "task_arithmetic", scale=0.7)[WTE]
+    found = merge_suite(suite, "task_arithmetic", scale=0.7)[WTE]
     assert found.shape == (max(8, base_rows), 4)
     for row in range(len(found)):
         have = [value for e in EXPERTS.values() if (value := row_of(e, WTE, row)) is not None]
@@ -81,16 +81,16 @@ def test_with_a_base_an_expert_without_a_row_leaves_it_alone(
 @pytest.mark.parametrize("method", ["average", "cart", "ties", "dare_ties", "task_arithmetic"])
 def test_a_row_that_one_expert_alone_has_is_its_own(suite_of: Make, method: str) -> None:
     suite = suite_of(EXPERTS, BASE, vocabulary="common")
-    torch.testing.assert_close(merged(suite, method)[WTE][7], EXPERTS["b"][WTE][7])
+    torch.testing.assert_close(merge_suite(suite, method)[WTE][7], EXPERTS["b"][WTE][7])
 
 
 def test_the_bases_rows_are_written_as_they_are(suite_of: Make, tmp_path: Path) -> None:
     suite = suite_of(EXPERTS, BASE, vocabulary="base")
     recipe = make_recipe({"method": "task_arithmetic"})
     file = load_file(merge_to_folder(recipe, suite, tmp_path / "out") / "model.safetensors")
-    held = merged(suite, "task_arithmetic")
+    held = merge_suite(suite, "task_arithmetic")
     assert sorted(file) == sorted(held) == sorted(BASE)
-    assert sorted(Groups(suite, None, FactorStore()).dtypes) == sorted(held)
+    assert sorted(TensorGroups(suite, None, FactorStore()).dtypes) == sorted(held)
     for name in (WTE, HEAD):
         assert torch.equal(file[name], BASE[name])
         assert torch.equal(held[name], BASE[name])
@@ -170,11 +170,11 @@ def test_the_rule_counts_in_the_digest_only_where_it_is_used(suite_of: Make) -> 
 
 def test_a_vocabulary_of_several_lengths_is_not_decomposed_even_if_asked(suite_of: Make) -> None:
     suite = suite_of(EXPERTS, BASE, vocabulary="common", decompose=["*wte*"])
-    group = next(g for g in Groups(suite, None, FactorStore()).members if g.name == WTE)
+    group = next(g for g in TensorGroups(suite, None, FactorStore()).members if g.name == WTE)
     assert not group.decomposed
     assert suite.matrices == (FC,)
     assert not next(row for row in preflight(suite).plan if row.name == WTE).decomposed
-    merged(suite, "cart")
+    merge_suite(suite, "cart")
 
 
 def test_heads_of_tasks_with_other_classes_stay_with_their_tasks(
@@ -189,19 +189,19 @@ def test_heads_of_tasks_with_other_classes_stay_with_their_tasks(
     assert report.blocking == ()
     assert [(d.member, d.kind) for d in report.differences] == [("b", "head"), ("c", "head")]
     assert [row.name for row in report.plan] == ["blocks.0.mlp.fc1.weight"]
-    assert sorted(merged(suite, "average")) == ["blocks.0.mlp.fc1.weight"]
+    assert sorted(merge_suite(suite, "average")) == ["blocks.0.mlp.fc1.weight"]
     # A base of its own classes keeps its head; heads that agree are averaged as before.
     suite = suite_of({"a": with_head(1, 3), "b": with_head(2, 5)}, with_head(0, 4))
     folder = merge_to_folder(make_recipe({"method": "average"}), suite, tmp_path / "out")
     assert load_file(folder / "model.safetensors")["head.weight"].shape == (4, 4)
     agreeing = suite_of({"a": with_head(1, 3), "b": with_head(2, 3)})
-    assert "head.weight" in merged(agreeing, "average")
+    assert "head.weight" in merge_suite(agreeing, "average")
 
 
 def test_the_plan_of_the_output_names_everything_once(suite_of: Make) -> None:
     for rule in ("common", "base"):
         suite = suite_of(EXPERTS, BASE, vocabulary=rule)
-        groups = Groups(suite, None, FactorStore())
+        groups = TensorGroups(suite, None, FactorStore())
         where = layout(suite, suite.tasks, frozenset(g.name for g in groups.members))
         plan = output_plan(make_recipe({"method": "average"}), groups, where)
         assert sorted(each.name for each in plan) == sorted(BASE)
@@ -219,14 +219,14 @@ def test_filling_row_by_row(lengths: list[int], base_rows: int | None) -> None:
         expected = -1.0 if inside else sum(have) / len(have)
         assert filling[row].tolist() == pytest.approx([expected] * 2)
     for expert in experts:
-        whole = completed(expert, filling)
+        whole = complete_rows(expert, filling)
         assert torch.equal(whole[: len(expert)], expert)
         assert torch.equal(whole[len(expert) :], filling[len(expert) :])
 
 
 def test_longest() -> None:
-    assert longest([(5, 3), (7, 3), (6, 3)]) == (7, 3)
-    assert longest([(5,), (7,)]) == (7,)
+    assert longest_shape([(5, 3), (7, 3), (6, 3)]) == (7, 3)
+    assert longest_shape([(5,), (7,)]) == (7,)
     for shapes in (
         [(5, 3), (5, 3)],
         [(5, 3), (5, 4)],
@@ -234,4 +234,4 @@ def test_longest() -> None:
         [(), (5,)],
         [(5,), (5, 1)],
     ):
-        assert longest(shapes) is None
+        assert longest_shape(shapes) is None

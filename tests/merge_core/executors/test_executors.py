@@ -19,7 +19,7 @@ import torch
 from merge_core.errors import Cancelled, ExecutorError, SuiteError
 from merge_core.executors import base
 from merge_core.executors.base import Executor
-from merge_core.executors.choose import executor
+from merge_core.executors.choose import choose_executor
 from merge_core.executors.local import Processes, Serial, Threads
 from merge_core.executors.ray import Ray
 from merge_core.factors.store import FactorStore
@@ -27,7 +27,7 @@ from merge_core.merging.recipe import make_recipe
 from merge_core.output.model_folder import merge_to_folder
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from tests.work import dies, dies_once, squared
+from tests.work import dies, dies_once, square
 
 Make = Callable[..., Suite]
 
@@ -125,7 +125,7 @@ class TestThreads:
 
 def test_serial_stops_between_two_items() -> None:
     cancel = threading.Event()
-    results = Serial().map(squared, range(3), cancel)
+    results = Serial().map(square, range(3), cancel)
     assert next(results) == (0, 1)
     cancel.set()
     with pytest.raises(Cancelled):
@@ -151,7 +151,7 @@ class TestRay:
     def test_results_are_in_order_and_killed_workers_lose_nothing(
         self, ray: Ray, tmp_path: Path
     ) -> None:
-        assert list(ray.map(squared, range(9))) == [(i * i, 1) for i in range(9)]
+        assert list(ray.map(square, range(9))) == [(i * i, 1) for i in range(9)]
         items = [*markers(tmp_path / "m"), str(tmp_path / "m/7.fails")]
         results = ray.map(dies_once, items)
         assert [next(results) for _ in range(7)] == items[:7]
@@ -175,18 +175,18 @@ class TestRay:
         monkeypatch.setattr(library, "is_initialized", lambda: False)
         monkeypatch.setattr(library, "init", refuse)
         with pytest.raises(ExecutorError, match=r"ray://nowhere:10001 does not answer.*timeout"):
-            executor("ray://nowhere:10001")
+            choose_executor("ray://nowhere:10001")
 
     def test_without_ray_it_says_what_to_install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setitem(sys.modules, "ray", None)
         with pytest.raises(ExecutorError, match=r"pip install 'mergescope\[cluster\]'"):
-            executor("ray:2")
+            choose_executor("ray:2")
 
 
 class TestNames:
     def test_names_with_a_number_of_workers(self) -> None:
-        assert type(executor("serial")) is Serial
-        threads, processes = executor("threads:3"), executor("processes:2")
+        assert type(choose_executor("serial")) is Serial
+        threads, processes = choose_executor("threads:3"), choose_executor("processes:2")
         assert isinstance(threads, Threads)
         assert threads.workers == 3
         assert isinstance(processes, Processes)
@@ -195,10 +195,12 @@ class TestNames:
     @pytest.mark.parametrize("text", ["", "gpu", "threads:0", "threads:-1", "serial:2", "ray:x"])
     def test_others_are_refused(self, text: str) -> None:
         with pytest.raises(ExecutorError):
-            executor(text)
+            choose_executor(text)
 
 
-def merged(suite: Suite, folder: Path, where: Executor, progress: Progress | None = None) -> bytes:
+def merge_bytes(
+    suite: Suite, folder: Path, where: Executor, progress: Progress | None = None
+) -> bytes:
     """The bytes of a merge by TIES, whose threshold comes from a pass of its own, then rescaled."""
     document = {
         "suite": str(suite.path),
@@ -217,10 +219,10 @@ class TestMerges:
 
     @pytest.fixture
     def alone(self, suite: Suite, tmp_path: Path) -> bytes:
-        return merged(suite, tmp_path / "serial", Serial())
+        return merge_bytes(suite, tmp_path / "serial", Serial())
 
     def test_threads_write_the_same_bytes(self, suite: Suite, alone: bytes, tmp_path: Path) -> None:
-        assert merged(suite, tmp_path / "threads", Threads(3)) == alone
+        assert merge_bytes(suite, tmp_path / "threads", Threads(3)) == alone
 
     def test_so_do_processes_of_which_one_is_killed(
         self, suite: Suite, alone: bytes, tmp_path: Path
@@ -233,7 +235,7 @@ class TestMerges:
                 killed.append(children[0].pid)
                 children[0].kill()
 
-        assert merged(suite, tmp_path / "processes", Processes(2), Progress(kill)) == alone
+        assert merge_bytes(suite, tmp_path / "processes", Processes(2), Progress(kill)) == alone
         assert killed
 
     def test_so_does_ray_of_which_a_worker_is_killed(
@@ -247,7 +249,7 @@ class TestMerges:
                 os.kill(workers[0], signal.SIGKILL)
                 killed.append(workers[0])
 
-        assert merged(suite, tmp_path / "ray", ray, Progress(kill)) == alone
+        assert merge_bytes(suite, tmp_path / "ray", ray, Progress(kill)) == alone
         assert killed
 
 

@@ -61,7 +61,7 @@ def of(A: Tensor, name: str = "expert", floor: float = 0.0) -> TaskMatrix:
     )
 
 
-def off(got: Tensor, expected: np.ndarray) -> float:
+def largest_error(got: Tensor, expected: np.ndarray) -> float:
     return float(np.linalg.norm(got.double().numpy() - expected) / np.linalg.norm(expected))
 
 
@@ -89,7 +89,7 @@ def test_the_error_of_a_truncation_is_within_its_bound(kind: str, count: int) ->
             if S[k - 1] - S[k] < 1e-7 * S[0]:
                 continue  # the truth itself is one of many
             V = side.vectors[:k].double()
-            error = off(B.double() @ V.T @ V, best(B, k))
+            error = largest_error(B.double() @ V.T @ V, best(B, k))
             assert error <= float(side.errors[k - 1]), (shape, k)
 
 
@@ -140,7 +140,7 @@ def test_a_merged_update_is_that_of_float64(tmp_path: Path, kind: str, share: fl
     matrices = [matrix(kind, 2 * R, R, seed=10 * t) for t in range(3)]
     held = [store.truncations(of(A, f"expert {t}"), k) for t, A in enumerate(matrices)]
     got = sum_of_truncations(held, k, lambda: torch.stack(matrices).sum(0))
-    assert off(got, np.sum([best(A, k) for A in matrices], axis=0)) < TOLERANCE
+    assert largest_error(got, np.sum([best(A, k) for A in matrices], axis=0)) < TOLERANCE
 
 
 def test_what_float32_cannot_cut_is_decomposed_in_float64_and_kept_so(tmp_path: Path) -> None:
@@ -164,7 +164,7 @@ def test_other_ranks_do_not_decompose_again(tmp_path: Path, shape: tuple[int, in
         for where in (store, FactorStore(tmp_path)):
             got = where.truncations(of(A), k)
             assert got.error(k) <= TOLERANCE
-            assert off(got.truncate(k), best(A, k)) <= TOLERANCE
+            assert largest_error(got.truncate(k), best(A, k)) <= TOLERANCE
         made.append(store.decompositions)
     # An eighth of the directions, a quarter, and then all of them.
     assert made == [1, 1, 1, 2, 2, 3, 3, 3, 3]

@@ -18,7 +18,7 @@ from merge_core.factors.factorise import decompose_all, map_matrices, map_parame
 from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups, Origin, ParameterGroup
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 Make = Callable[..., Suite]
 
@@ -29,7 +29,7 @@ def plain_main(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "__main__", ModuleType("__main__"))
 
 
-def sides(group: ParameterGroup, origin: Origin = "average") -> tuple[str, torch.Tensor]:
+def sides(group: TensorGroup, origin: Origin = "average") -> tuple[str, torch.Tensor]:
     """All singular values and right sides of a parameter, side by side."""
     found = group.directions(origin)
     return group.name, torch.cat([torch.cat([f.S[None], f.V]) for f in found])
@@ -37,7 +37,7 @@ def sides(group: ParameterGroup, origin: Origin = "average") -> tuple[str, torch
 
 def values(suite: Suite, folder: Path, where: Executor | None) -> dict[str, torch.Tensor]:
     """The sides of each parameter, decomposed by an executor."""
-    groups = Groups(suite, None, FactorStore(folder))
+    groups = TensorGroups(suite, None, FactorStore(folder))
     decompose_all(groups, "average", executor=where)
     return dict(map_matrices(sides, groups))
 
@@ -54,14 +54,16 @@ def test_factors_do_not_depend_on_where_they_are_made(
     assert all(torch.equal(side_by_side[name], alone[name]) for name in alone)
     # What the workers left is found by whoever comes later.
     later = FactorStore(tmp_path / "many")
-    assert decompose_all(Groups(suite, None, later), "average", executor=Serial()) == len(alone)
+    assert decompose_all(TensorGroups(suite, None, later), "average", executor=Serial()) == len(
+        alone
+    )
     assert later.decompositions == 0
 
 
 def test_progress_is_told_and_cancels_between_two(synthetic_suite: Make, tmp_path: Path) -> None:
     suite = synthetic_suite(2)
     told: list[tuple[int, int]] = []
-    groups = Groups(suite, None, FactorStore(tmp_path))
+    groups = TensorGroups(suite, None, FactorStore(tmp_path))
     n = len(suite.matrices)
     decompose_all(groups, "base", progress=Progress(lambda d, t, _: told.append((d, t))))
     assert told == [(i, n) for i in range(1, n + 1)]
@@ -80,7 +82,9 @@ def test_progress_is_told_and_cancels_between_two(synthetic_suite: Make, tmp_pat
 
 def test_each_is_released_unless_all_are_kept(synthetic_suite: Make, tmp_path: Path) -> None:
     for keep in (False, True):
-        groups = Groups(synthetic_suite(2), None, FactorStore(tmp_path / str(keep)), keep=keep)
+        groups = TensorGroups(
+            synthetic_suite(2), None, FactorStore(tmp_path / str(keep)), keep=keep
+        )
         decompose_all(groups, "average")
         held = {"members" in vars(group) for group in groups.members if group.decomposed}
         assert held == {keep}
@@ -90,7 +94,7 @@ def test_each_is_released_unless_all_are_kept(synthetic_suite: Make, tmp_path: P
 
 def test_no_base_is_said_before_any_work(synthetic_suite: Make, tmp_path: Path) -> None:
     suite = synthetic_suite(2, with_base=False)
-    groups = Groups(suite, None, FactorStore(tmp_path))
+    groups = TensorGroups(suite, None, FactorStore(tmp_path))
     with pytest.raises(SuiteError, match="names no base"):
         decompose_all(groups, "base")
     with pytest.raises(SuiteError, match="names no base"):
@@ -101,9 +105,9 @@ def test_no_base_is_said_before_any_work(synthetic_suite: Make, tmp_path: Path) 
 def test_each_parameter_is_looked_at_by_one_torch_thread_in_order(
     synthetic_suite: Make, tmp_path: Path, torch_threads: int
 ) -> None:
-    groups = Groups(synthetic_suite(2), None, FactorStore(tmp_path))
+    groups = TensorGroups(synthetic_suite(2), None, FactorStore(tmp_path))
 
-    def look(group: ParameterGroup) -> tuple[str, int]:
+    def look(group: TensorGroup) -> tuple[str, int]:
         return group.name, torch.get_num_threads()
 
     torch.set_num_threads(torch_threads)

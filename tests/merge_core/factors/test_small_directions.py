@@ -26,7 +26,7 @@ def normal(*shape: int, seed: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def steep(m: int, n: int, seed: int, end: float) -> Tensor:
+def steep_matrix(m: int, n: int, seed: int, end: float) -> Tensor:
     """m x n with singular values from 1 to `end`² of min(m, n), in equal ratios."""
     r = min(m, n)
     U, V = (torch.linalg.qr(normal(side, r, seed=seed + side)).Q for side in (m, n))
@@ -55,10 +55,10 @@ def tsv_m(updates: Sequence[np.ndarray], k: int, live: Callable[[np.ndarray], in
 def merged_update(suite: Suite, origin: str = "base") -> np.ndarray:
     recipe = make_recipe({"method": "tsv_m", "origin": origin})
     merged = MergeSession(suite, None, FactorStore()).merge(recipe)[NAME].double().numpy()
-    return np.asarray(merged - about(suite, origin))
+    return np.asarray(merged - origin_of(suite, origin))
 
 
-def about(suite: Suite, origin: str) -> np.ndarray:
+def origin_of(suite: Suite, origin: str) -> np.ndarray:
     if origin == "base":
         assert suite.base is not None
         return suite.base.tensor(NAME).double().numpy()
@@ -68,7 +68,7 @@ def about(suite: Suite, origin: str) -> np.ndarray:
 
 
 def updates_of(suite: Suite, origin: str = "base") -> list[np.ndarray]:
-    origin_ = about(suite, origin)
+    origin_ = origin_of(suite, origin)
     return [suite.expert(task).tensor(NAME).double().numpy() - origin_ for task in suite.tasks]
 
 
@@ -80,7 +80,7 @@ def test_tsv_m_of_steep_spectra(suite_of: Make, shape: tuple[int, int], last: fl
     k = r // T
     base = 0.02 * normal(*shape, seed=1)
     experts = {
-        f"t{t}": {NAME: (base.float().double() + steep(*shape, 10 * t, last**T)).float()}
+        f"t{t}": {NAME: (base.float().double() + steep_matrix(*shape, 10 * t, last**T)).float()}
         for t in range(T)
     }
     suite = suite_of(experts, {NAME: base.float()})
@@ -141,7 +141,7 @@ def test_tsv_m_of_merged_adapters_about_the_average(suite_of: Make, d: int) -> N
 def test_iso_c_of_steep_spectra(suite_of: Make, shape: tuple[int, int]) -> None:
     base = 0.02 * normal(*shape, seed=1)
     experts = {
-        f"t{t}": {NAME: (base.float().double() + steep(*shape, 10 * t, 1e-4)).float()}
+        f"t{t}": {NAME: (base.float().double() + steep_matrix(*shape, 10 * t, 1e-4)).float()}
         for t in range(2)
     }
     suite = suite_of(experts, {NAME: base.float()})
@@ -149,5 +149,5 @@ def test_iso_c_of_steep_spectra(suite_of: Make, shape: tuple[int, int]) -> None:
     recipe = make_recipe({"method": "iso_c"})
     merged = MergeSession(suite, None, FactorStore()).merge(recipe)[NAME].double().numpy()
     expected = S.mean() * U @ Vt
-    got = merged - about(suite, "base")
+    got = merged - origin_of(suite, "base")
     assert np.linalg.norm(got - expected) < 1e-5 * np.linalg.norm(expected)

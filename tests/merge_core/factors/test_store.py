@@ -16,7 +16,7 @@ from merge_core.errors import SuiteError
 from merge_core.factors.low_rank import Directions, Truncations
 from merge_core.factors.store import FactorStore, TaskMatrix
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 A = torch.randn(6, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
@@ -36,7 +36,7 @@ def ask(store: FactorStore, name: str = "w", value: Tensor = A) -> Truncations:
     return store.truncations(of(value, "expert", "base", name), 2)
 
 
-def again(store: FactorStore, name: str = "w", value: Tensor = A) -> Truncations:
+def ask_again(store: FactorStore, name: str = "w", value: Tensor = A) -> Truncations:
     before = store.decompositions
     found = ask(store, name, value)
     assert store.decompositions == before, "decomposed again"
@@ -47,14 +47,14 @@ def check(found: Truncations, expected: Tensor = A) -> None:
     np.testing.assert_allclose(found.truncate(99).numpy(), expected.numpy(), atol=1e-5)
 
 
-def stored(folder: Path) -> list[Path]:
+def stored_files(folder: Path) -> list[Path]:
     return [p for p in folder.rglob("*") if p.is_file()]
 
 
 def test_a_second_request_never_decomposes_again(tmp_path: Path) -> None:
     store = FactorStore(tmp_path)
     check(ask(store))
-    check(again(store))
+    check(ask_again(store))
     assert store.decompositions == 1
 
 
@@ -95,7 +95,7 @@ def test_the_two_routes_do_not_share_factors(tmp_path: Path) -> None:
 )
 def test_a_damaged_file_is_computed_afresh_and_repaired(tmp_path: Path, damage: str) -> None:
     ask(FactorStore(tmp_path))
-    (path,) = stored(tmp_path)
+    (path,) = stored_files(tmp_path)
     good = path.read_bytes()
     damaged = {
         "empty": b"",
@@ -112,12 +112,12 @@ def test_a_damaged_file_is_computed_afresh_and_repaired(tmp_path: Path, damage: 
     check(ask(fresh))
     assert fresh.decompositions == 1
     assert path.read_bytes() == good
-    check(again(FactorStore(tmp_path)))
+    check(ask_again(FactorStore(tmp_path)))
 
 
 def test_random_damage_to_a_stored_header_never_escapes(tmp_path: Path) -> None:
     ask(FactorStore(tmp_path))
-    (path,) = stored(tmp_path)
+    (path,) = stored_files(tmp_path)
     good, source = path.read_bytes(), random.Random(0)
     for _ in range(200):
         data = bytearray(good)
@@ -131,7 +131,7 @@ def test_a_folder_that_cannot_be_written_only_costs_time(tmp_path: Path) -> None
     blocked.write_text("not a folder")
     store = FactorStore(blocked / "factors")
     check(ask(store))
-    check(again(store))  # still remembered in memory
+    check(ask_again(store))  # still remembered in memory
     check(ask(FactorStore(blocked / "factors")))
     assert blocked.read_text() == "not a folder"
 
@@ -141,20 +141,20 @@ def test_the_memory_limit_evicts_what_was_used_longest_ago(tmp_path: Path) -> No
     store = FactorStore(tmp_path, memory_bytes=2 * one)
     for name in ("a", "b"):
         ask(store, name=name)
-    again(store, "a")  # now b is the oldest
+    ask_again(store, "a")  # now b is the oldest
     ask(store, name="c")
-    for path in stored(tmp_path):
+    for path in stored_files(tmp_path):
         path.unlink()
     for name in ("a", "c"):
-        again(store, name)
+        ask_again(store, name)
     with pytest.raises(AssertionError, match="decomposed again"):
-        again(store, "b")
+        ask_again(store, "b")
 
 
 def test_factors_beyond_the_memory_limit_still_come_from_disk(tmp_path: Path) -> None:
     store = FactorStore(tmp_path, memory_bytes=10)
     check(ask(store))
-    check(again(store))
+    check(ask_again(store))
     assert store.decompositions == 1
 
 
@@ -176,8 +176,10 @@ def test_many_threads_get_the_same_right_answers(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert not faults
-    assert all(p.suffix == ".safetensors" and not p.name.startswith(".") for p in stored(tmp_path))
-    assert len(stored(tmp_path)) == 20
+    assert all(
+        p.suffix == ".safetensors" and not p.name.startswith(".") for p in stored_files(tmp_path)
+    )
+    assert len(stored_files(tmp_path)) == 20
 
 
 def test_a_failing_matrix_leaves_nothing_behind(tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_a_failing_matrix_leaves_nothing_behind(tmp_path: Path) -> None:
 
     with pytest.raises(SuiteError):
         store.truncations(TaskMatrix(("e", "b", "w"), (6, 4), torch.float32, fails, float), 2)
-    assert stored(tmp_path) == []
+    assert stored_files(tmp_path) == []
     check(ask(store))
 
 
@@ -198,7 +200,7 @@ def test_a_suites_factors_are_those_of_its_task_vectors(
 ) -> None:
     suite = synthetic_suite()
     store = FactorStore(tmp_path)
-    for group in Groups(suite, None, store):
+    for group in TensorGroups(suite, None, store):
         if not group.decomposed:
             continue
         states = [suite.expert(t).tensor(group.name).double().numpy() for t in suite.tasks]
@@ -222,7 +224,7 @@ def test_factors_are_shared_between_suites_with_the_same_content_only(
 ) -> None:
     def decompositions(suite: Suite, tasks: list[str] | None, origin: str) -> int:
         store = FactorStore(tmp_path)
-        for group in Groups(suite, tasks, store):
+        for group in TensorGroups(suite, tasks, store):
             if group.decomposed:
                 group.singular_values(origin)
         return store.decompositions

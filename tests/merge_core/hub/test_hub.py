@@ -15,10 +15,10 @@ from safetensors.torch import save
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import Cancelled, HubError
 from merge_core.hub.client import reporting_bar
-from merge_core.hub.headers import headers
-from merge_core.hub.models import cached, describe, fetch, local, resolved
+from merge_core.hub.headers import read_headers
+from merge_core.hub.models import describe, fetch, find_cached, find_or_fetch, resolve_revision
 from merge_core.progress import Progress
-from tests.hub_client import INDEX, SHARDS, files_of, hub, sharded, weights
+from tests.hub_client import INDEX, SHARDS, files_of, hub, shard_files, weights
 from tests.hub_server import Hub
 
 __all__ = ["hub"]
@@ -37,7 +37,7 @@ def test_headers_alone_are_transferred(hub: Hub, tmp_path: Path) -> None:
     size = len(hub.repositories["org/model"].commits.popitem()[1]["model.safetensors"])
     hub.repository("org/model", files_of({f"module.{n}": v for n, v in state.items()}))
     model = describe(ID)
-    found = headers(model)
+    found = read_headers(model)
     assert infos(found) == {n: (tuple(v.shape), v.dtype) for n, v in sorted(state.items())}
     assert found.nbytes == sum(v.nbytes for v in state.values())
     assert hub.sent == {"model.safetensors": RANGE}
@@ -52,45 +52,45 @@ def test_headers_alone_are_transferred(hub: Hub, tmp_path: Path) -> None:
 
 def test_headers_of_shards(hub: Hub, tmp_path: Path) -> None:
     state = weights(side=400)
-    hub.repository("org/model", sharded(state))
+    hub.repository("org/model", shard_files(state))
     seen: list[tuple[int, int, str]] = []
-    found = headers(describe(ID), Progress(lambda *event: seen.append(event)))
+    found = read_headers(describe(ID), Progress(lambda *event: seen.append(event)))
     assert hub.sent[SHARDS[0]] == RANGE < state["encoder.0.weight"].nbytes
     assert seen == [(1, 2, SHARDS[0]), (2, 2, SHARDS[1])]
-    assert infos(found) == infos(Checkpoint(local(ID)))
+    assert infos(found) == infos(Checkpoint(find_or_fetch(ID)))
 
 
 def test_a_download_comes_once(hub: Hub) -> None:
     state = weights()
     files = files_of(state)
     hub.repository("org/model", files)
-    assert cached(ID) is None
-    assert resolved(ID) is None
-    path = local(ID)
+    assert find_cached(ID) is None
+    assert resolve_revision(ID) is None
+    path = find_or_fetch(ID)
     assert path.name == "model.safetensors"
     assert path.read_bytes() == files["model.safetensors"]
     assert torch.equal(Checkpoint(path).tensor("norm.weight"), state["norm.weight"])
     assert sorted(hub.sent) == ["README.md", "config.json", "model.safetensors"]
     assert (path.parent / "config.json").read_bytes() == files["config.json"]
     hub.requests.clear()
-    assert local(ID) == cached(ID) == path
+    assert find_or_fetch(ID) == find_cached(ID) == path
     assert hub.requests == []
     commit = hub.repositories["org/model"].branches["main"]
-    assert resolved(ID) == f"{ID}@{commit}"
-    assert cached(f"{ID}@{commit}") == path
-    assert cached(f"{ID}@{commit}:model.safetensors") == path
-    assert cached(f"{ID}:other.safetensors") is None
+    assert resolve_revision(ID) == f"{ID}@{commit}"
+    assert find_cached(f"{ID}@{commit}") == path
+    assert find_cached(f"{ID}@{commit}:model.safetensors") == path
+    assert find_cached(f"{ID}:other.safetensors") is None
 
 
 def test_a_revision_stays(hub: Hub) -> None:
     repository = hub.repository("org/model", files_of(weights(1)))
     first = repository.branches["main"]
-    path = local(ID)
+    path = find_or_fetch(ID)
     second = repository.commit(files_of(weights(2)))
     # The branch has moved on; what was downloaded stands for it until it is asked for by name.
-    assert local(ID) == path
+    assert find_or_fetch(ID) == path
     for commit, seed in ((first, 1), (second, 2)):
-        tensor = Checkpoint(local(f"{ID}@{commit}")).tensor("norm.weight")
+        tensor = Checkpoint(find_or_fetch(f"{ID}@{commit}")).tensor("norm.weight")
         assert torch.equal(tensor, weights(seed)["norm.weight"])
     assert describe(f"{ID}@{first}").id.revision == first
     assert describe(ID).id.revision == second
@@ -98,46 +98,46 @@ def test_a_revision_stays(hub: Hub) -> None:
 
 def test_shards_pickles_and_adapters(hub: Hub) -> None:
     state = weights()
-    hub.repository("org/shards", sharded(state))
-    path = local("hf://org/shards")
+    hub.repository("org/shards", shard_files(state))
+    path = find_or_fetch("hf://org/shards")
     assert path.name == INDEX
     assert torch.equal(Checkpoint(path).tensor("norm.weight"), state["norm.weight"])
     stream = io.BytesIO()
     torch.save(state, stream)
     hub.repository("org/old", {"pytorch_model.bin": stream.getvalue(), "run.py": b""})
     with pytest.raises(HubError, match=r"pickled weights.*mergescope download hf://org/old"):
-        headers(describe("hf://org/old"))
-    path = local("hf://org/old")
+        read_headers(describe("hf://org/old"))
+    path = find_or_fetch("hf://org/old")
     assert torch.equal(Checkpoint(path).tensor("norm.weight"), state["norm.weight"])
     adapter = {"adapter_config.json": b"{}", "adapter_model.safetensors": save(state)}
     hub.repository("org/lora", {f"deep/{name}": content for name, content in adapter.items()})
     with pytest.raises(HubError, match="an adapter"):
-        headers(describe("hf://org/lora:deep"))
-    folder = local("hf://org/lora:deep")
+        read_headers(describe("hf://org/lora:deep"))
+    folder = find_or_fetch("hf://org/lora:deep")
     assert sorted(path.name for path in folder.iterdir()) == sorted(adapter)
 
 
 def test_a_half_downloaded_model_is_not_there(hub: Hub) -> None:
-    hub.repository("org/model", sharded(weights()))
-    path = local(ID)
+    hub.repository("org/model", shard_files(weights()))
+    path = find_or_fetch(ID)
     (path.parent / SHARDS[1]).unlink()
-    assert cached(ID) is None
+    assert find_cached(ID) is None
     hub.sent.clear()
-    assert local(ID) == path
+    assert find_or_fetch(ID) == path
     assert SHARDS[0] not in hub.sent
 
 
 def test_offline(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.repository("org/model", files_of(weights()))
     hub.repository("org/other", files_of(weights()))
-    path = local(ID)
+    path = find_or_fetch(ID)
     hub.requests.clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    assert local(ID) == path
+    assert find_or_fetch(ID) == path
     with pytest.raises(
         HubError, match=r"hf://org/other is not in the cache \(.*hub cache\).*HF_HUB"
     ):
-        local("hf://org/other")
+        find_or_fetch("hf://org/other")
     assert hub.requests == []
 
 
@@ -146,8 +146,8 @@ def test_the_token_of_the_environment_opens_what_is_gated(
 ) -> None:
     hub.repository("org/model", files_of(weights()), gated=True, token=SECRET)
     monkeypatch.setenv("HF_TOKEN", SECRET)
-    assert set(headers(describe(ID))) == set(weights())
-    assert local(ID).is_file()
+    assert set(read_headers(describe(ID))) == set(weights())
+    assert find_or_fetch(ID).is_file()
     assert set(hub.tokens) == {SECRET}
 
 
@@ -158,7 +158,7 @@ def test_an_interrupted_download_resumes(
     files = files_of(weights(side=300))
     hub.repository("org/model", files)
     hub.break_after = 200_000
-    path = local(ID)
+    path = find_or_fetch(ID)
     assert path.read_bytes() == files["model.safetensors"]
     # Each byte came once.
     assert hub.sent["model.safetensors"] == len(files["model.safetensors"])
@@ -167,7 +167,7 @@ def test_an_interrupted_download_resumes(
 
 
 def test_a_cancelled_download_keeps_what_is_complete(hub: Hub) -> None:
-    hub.repository("org/model", sharded(weights(side=700)))
+    hub.repository("org/model", shard_files(weights(side=700)))
     progress = Progress()
     seen: list[tuple[int, int, str]] = []
 
@@ -178,20 +178,20 @@ def test_a_cancelled_download_keeps_what_is_complete(hub: Hub) -> None:
 
     progress.listener = listen
     with pytest.raises(Cancelled, match=rf"download of {ID} was cancelled.*kept"):
-        local(ID, progress)
-    assert cached(ID) is None
+        find_or_fetch(ID, progress)
+    assert find_cached(ID) is None
     # 700 x 700 float32 and two vectors: 1.97 MB in all.
     assert seen[-1][:2] == (1, 1)
     hub.sent.clear()
     assert torch.equal(
-        Checkpoint(local(ID)).tensor("norm.weight"), weights(side=700)["norm.weight"]
+        Checkpoint(find_or_fetch(ID)).tensor("norm.weight"), weights(side=700)["norm.weight"]
     )
     assert set(hub.sent) == {SHARDS[1]}
 
 
 def test_progress_ends_at_the_total(hub: Hub) -> None:
     hub.repository("org/one", files_of(weights(side=600)))
-    hub.repository("org/two", sharded(weights(side=600)))
+    hub.repository("org/two", shard_files(weights(side=600)))
     seen: list[tuple[int, int, str]] = []
     models = [describe("hf://org/one"), describe("hf://org/two")]
     fetch(models, Progress(lambda *event: seen.append(event)))
@@ -234,9 +234,9 @@ def test_the_cache_is_that_of_huggingface_hub(hub: Hub) -> None:
 
     hub.repository("org/model", files_of(weights()))
     theirs = hf_hub_download("org/model", "model.safetensors", endpoint=hub.url, token=False)
-    assert cached(ID) == Path(theirs)
+    assert find_cached(ID) == Path(theirs)
     hub.repository("org/other", files_of(weights(3)))
-    ours = local("hf://org/other")
+    ours = find_or_fetch("hf://org/other")
     assert try_to_load_from_cache("org/other", "model.safetensors") == str(ours)
     content = files_of(weights(3))["model.safetensors"]
     assert ours.resolve().name == hashlib.sha256(content).hexdigest()

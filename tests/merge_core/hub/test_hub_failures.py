@@ -13,8 +13,8 @@ from safetensors.torch import save
 
 from merge_core.errors import HubError, OutputError
 from merge_core.hub import models as product
-from merge_core.hub.headers import headers
-from merge_core.hub.models import cached, describe, fetch, local
+from merge_core.hub.headers import read_headers
+from merge_core.hub.models import describe, fetch, find_cached, find_or_fetch
 from tests.hub_client import INDEX, files_of, hub, weights
 from tests.hub_server import Hub
 
@@ -23,41 +23,45 @@ ID = "hf://org/model"
 SECRET = "hf_VerySecretToken"
 
 
-def gated(hub: Hub) -> None:
+def make_gated(hub: Hub) -> None:
     hub.repository("org/model", files_of(weights()), gated=True, token="another")
 
 
-def private(hub: Hub) -> None:
+def make_private(hub: Hub) -> None:
     hub.repository("org/model", files_of(weights()), token="another")
 
 
-def answering(status: int) -> Callable[[Hub], None]:
+def answer_with(status: int) -> Callable[[Hub], None]:
     def answer(hub: Hub) -> None:
         hub.status = status
 
     return answer
 
 
-def plain(hub: Hub) -> None:
+def serve_plain(hub: Hub) -> None:
     hub.repository("org/model", files_of(weights()))
 
 
-def stopped(hub: Hub) -> None:
+def stop(hub: Hub) -> None:
     hub.close()
 
 
 @pytest.mark.parametrize(
     ("arrange", "name", "message"),
     [
-        (plain, "hf://org/absent", "has no repository 'org/absent', or it is private.*HF_TOKEN"),
-        (plain, f"{ID}@v9", "org/model has no revision 'v9'"),
-        (plain, f"{ID}:x.safetensors", "has no file or folder 'x.safetensors'"),
-        (private, ID, "has no repository 'org/model', or it is private"),
-        (gated, ID, "is gated. Accept its terms"),
-        (answering(403), ID, "forbids this"),
-        (answering(429), ID, "too many requests"),
-        (answering(500), ID, "the hub fails .HTTP 500.. Try again later"),
-        (stopped, ID, "no connection to 127.0.0.1"),
+        (
+            serve_plain,
+            "hf://org/absent",
+            "has no repository 'org/absent', or it is private.*HF_TOKEN",
+        ),
+        (serve_plain, f"{ID}@v9", "org/model has no revision 'v9'"),
+        (serve_plain, f"{ID}:x.safetensors", "has no file or folder 'x.safetensors'"),
+        (make_private, ID, "has no repository 'org/model', or it is private"),
+        (make_gated, ID, "is gated. Accept its terms"),
+        (answer_with(403), ID, "forbids this"),
+        (answer_with(429), ID, "too many requests"),
+        (answer_with(500), ID, "the hub fails .HTTP 500.. Try again later"),
+        (stop, ID, "no connection to 127.0.0.1"),
     ],
 )
 @pytest.mark.parametrize("token", [None, SECRET])
@@ -75,7 +79,7 @@ def test_what_the_hub_refuses(
         monkeypatch.setenv("HF_TOKEN", token)
     arrange(hub)
     with pytest.raises(HubError, match=message) as caught:
-        local(name)
+        find_or_fetch(name)
     assert "\n" not in str(caught.value)
     assert SECRET not in str(caught.value)
     assert SECRET not in caplog.text
@@ -88,10 +92,10 @@ def test_a_damaged_file_is_refused_and_removed(hub: Hub, name: str) -> None:
     hub.repository("org/model", files_of(weights()))
     hub.damaged = {name}
     with pytest.raises(HubError, match=f"{name} arrived damaged"):
-        local(ID)
-    assert cached(ID) is None
+        find_or_fetch(ID)
+    assert find_cached(ID) is None
     hub.damaged = set()
-    content = (local(ID).parent / name).read_bytes()
+    content = (find_or_fetch(ID).parent / name).read_bytes()
     assert content == files_of(weights())[name]
 
 
@@ -100,10 +104,10 @@ def test_no_room_on_the_disk(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = describe(ID).nbytes
     monkeypatch.setattr(product, "free_space", lambda: needed - 1)
     with pytest.raises(HubError, match="Free some space, or choose another disk with HF_HOME"):
-        local(ID)
+        find_or_fetch(ID)
     assert hub.sent == {}
     monkeypatch.setattr(product, "free_space", lambda: needed)
-    assert local(ID).is_file()
+    assert find_or_fetch(ID).is_file()
 
 
 def test_a_cache_that_cannot_be_written(
@@ -113,7 +117,7 @@ def test_a_cache_that_cannot_be_written(
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file"))
     with pytest.raises(OutputError, match="file could not be written"):
-        local(ID)
+        find_or_fetch(ID)
 
 
 def test_a_file_that_arrives_short_or_is_gone(hub: Hub) -> None:
@@ -122,7 +126,7 @@ def test_a_file_that_arrives_short_or_is_gone(hub: Hub) -> None:
     hub.short = {"model.safetensors"}
     with pytest.raises(HubError, match="a file arrived incomplete"):
         fetch([model])
-    assert cached(ID) is None
+    assert find_cached(ID) is None
     hub.short = set()
     del repository.commits[model.id.revision]["model.safetensors"]
     with pytest.raises(HubError, match="a file of it is gone from the hub"):
@@ -137,10 +141,10 @@ def test_a_disk_that_fills_up(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", full)
     with pytest.raises(OutputError, match=r"The disk is full: .*hub cache"):
-        local(ID)
+        find_or_fetch(ID)
 
 
-def forged(header: bytes) -> bytes:
+def forge(header: bytes) -> bytes:
     return len(header).to_bytes(8, "little") + header
 
 
@@ -148,20 +152,20 @@ def forged(header: bytes) -> bytes:
     ("content", "message"),
     [
         (b"abc", "damaged"),
-        (forged(b"{not json"), "damaged"),
+        (forge(b"{not json"), "damaged"),
         ((2**62).to_bytes(8, "little") + b"{}", "damaged"),
-        (forged(b'{"a": {"dtype": "F32", "shape": [2]}}'), "damaged"),
-        (forged(b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}'), "damaged"),
-        (forged(b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 8]}}'), "damaged"),
-        (forged(b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'), "has dtype 'F4'"),
-        (forged(b'["a"]'), "damaged"),
-        (forged(b"{}"), "holds no tensors"),
+        (forge(b'{"a": {"dtype": "F32", "shape": [2]}}'), "damaged"),
+        (forge(b'{"a": {"dtype": "F32", "shape": [-2], "data_offsets": [0, 8]}}'), "damaged"),
+        (forge(b'{"a": {"dtype": "F32", "shape": ["x"], "data_offsets": [0, 8]}}'), "damaged"),
+        (forge(b'{"a": {"dtype": "F4", "shape": [2], "data_offsets": [0, 1]}}'), "has dtype 'F4'"),
+        (forge(b'["a"]'), "damaged"),
+        (forge(b"{}"), "holds no tensors"),
     ],
 )
 def test_a_forged_header(hub: Hub, content: bytes, message: str) -> None:
     hub.repository("org/model", {"model.safetensors": content})
     with pytest.raises(HubError, match=message):
-        headers(describe(ID))
+        read_headers(describe(ID))
 
 
 @pytest.mark.parametrize(

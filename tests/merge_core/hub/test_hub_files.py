@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from merge_core.errors import HubError
 from merge_core.hub.files import (
     HubId,
-    companions,
     entry_file,
     is_hub_id,
     is_plain_path,
     is_weights,
+    side_files,
 )
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -139,7 +139,7 @@ def test_no_entry(names: list[str], wanted: str | None, message: str) -> None:
         entry_file(names, wanted, "a/b")
 
 
-def test_companions_lie_beside_the_weights() -> None:
+def test_side_files_lie_beside_the_weights() -> None:
     names = ["config.json", "tokenizer.json", "own.py", "x/config.json", "x/run.sh", "x/m.bin"]
-    assert companions(names, "m.safetensors") == ["config.json", "tokenizer.json"]
-    assert companions(names, "x/m.bin") == ["x/config.json"]
+    assert side_files(names, "m.safetensors") == ["config.json", "tokenizer.json"]
+    assert side_files(names, "x/m.bin") == ["x/config.json"]

@@ -15,16 +15,16 @@ from safetensors import safe_open
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import HubError, SuiteError
-from merge_core.hub.models import describe, local
+from merge_core.hub.models import describe, find_or_fetch
 from merge_core.hub.push import push
 from merge_core.merging.recipe import make_recipe
-from merge_core.opening.download import download, headers_only, missing
+from merge_core.opening.download import download, missing_members, with_headers_only
 from merge_core.output.model_card import Result, model_card
 from merge_core.output.model_folder import merge_to_folder
 from merge_core.output.provenance import provenance, read_provenance
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite, load_suite
-from tests.hub_client import files_of, hub, sharded, weights
+from tests.hub_client import files_of, hub, shard_files, weights
 from tests.hub_server import Hub
 
 __all__ = ["hub"]
@@ -35,7 +35,7 @@ SECRET = "hf_WriterToken"
 def suite(hub: Hub, tmp_path: Path) -> Suite:
     """Two experts and their base on the hub: one is sharded, one is pinned to a commit."""
     hub.repository("org/base", files_of(weights(0)))
-    hub.repository("org/digits", sharded(weights(1)))
+    hub.repository("org/digits", shard_files(weights(1)))
     first = hub.repository("org/shapes", files_of(weights(2))).branches["main"]
     hub.repositories["org/shapes"].commit(files_of(weights(9)))
     document = {
@@ -50,7 +50,7 @@ def suite(hub: Hub, tmp_path: Path) -> Suite:
     return load_suite(tmp_path)
 
 
-def merged(suite: Suite, output: Path) -> Path:
+def merge_to(suite: Suite, output: Path) -> Path:
     recipe = make_recipe({"suite": str(suite.path), "method": "task_arithmetic"})
     return merge_to_folder(recipe, suite, output)
 
@@ -66,7 +66,7 @@ def test_a_malformed_name_is_told_at_once(tmp_path: Path, field: str) -> None:
 
 
 def test_nothing_is_downloaded_unasked(suite: Suite, hub: Hub) -> None:
-    names = missing(suite)
+    names = missing_members(suite)
     assert names[:2] == ["hf://org/base@main", "hf://org/digits"]
     assert len(names) == 3
     assert [each.kind for each in preflight(suite).blocking] == ["unreadable"] * 3
@@ -81,12 +81,12 @@ def test_nothing_is_downloaded_unasked(suite: Suite, hub: Hub) -> None:
 def test_headers_are_enough_for_the_report(
     suite: Suite, hub: Hub, suite_of: Callable[..., Suite]
 ) -> None:
-    shown = headers_only(suite, [describe(name) for name in missing(suite)])
+    shown = with_headers_only(suite, [describe(name) for name in missing_members(suite)])
     on_disk = suite_of({"digits": weights(1), "shapes": weights(2)}, base=weights(0))
     assert preflight(shown) == preflight(on_disk)
-    assert missing(suite)  # still not here
+    assert missing_members(suite)  # still not here
     download(suite)
-    assert missing(suite) == []
+    assert missing_members(suite) == []
     assert preflight(suite) == preflight(on_disk)
 
 
@@ -102,18 +102,20 @@ def test_towers_and_heads_are_downloaded_with_the_suite(
     hub.repository("org/clip", files_of(weights(3)))
     hub.repository("org/head", {"two.safetensors": files_of(weights(4))["model.safetensors"]})
     suite = load_suite(suite.path)
-    assert missing(suite) == ["hf://org/clip", "hf://org/head:two.safetensors"]
+    assert missing_members(suite) == ["hf://org/clip", "hf://org/head:two.safetensors"]
     # The members are here: nothing about them is asked of the hub.
-    assert headers_only(suite, [describe(name) for name in missing(suite)]) is suite
+    assert with_headers_only(suite, [describe(name) for name in missing_members(suite)]) is suite
     download(suite)
-    assert missing(suite) == []
-    assert suite.file("hf://org/head:two.safetensors") == local("hf://org/head:two.safetensors")
+    assert missing_members(suite) == []
+    assert suite.file("hf://org/head:two.safetensors") == find_or_fetch(
+        "hf://org/head:two.safetensors"
+    )
 
 
 def test_a_merge_of_downloaded_members(suite: Suite, hub: Hub, tmp_path: Path) -> None:
     download(suite)
     hub.requests.clear()
-    folder = merged(suite, tmp_path / "out")
+    folder = merge_to(suite, tmp_path / "out")
     assert hub.requests == []
     result = Checkpoint(folder)
     scale = make_recipe({"suite": "x", "method": "task_arithmetic"}).parameters["scale"]
@@ -167,7 +169,7 @@ def test_push_and_back(
     suite: Suite, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     download(suite)
-    folder = merged(suite, tmp_path / "out")
+    folder = merge_to(suite, tmp_path / "out")
     (folder / "train.py").write_text("never pushed")
     (folder / "notes.bin").write_bytes(b"never pushed")
     with pytest.raises(HubError, match="needs a token that may write"):
@@ -182,7 +184,7 @@ def test_push_and_back(
     assert pushed["model.safetensors"] == (folder / "model.safetensors").read_bytes()
     # From the hub it comes back as it was, and can be an expert again.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
-    back = Checkpoint(local("hf://me/merged"))
+    back = Checkpoint(find_or_fetch("hf://me/merged"))
     assert back.digest == Checkpoint(folder / "model.safetensors").digest
     assert read_provenance(back.path).sources == read_provenance(folder).sources
     # Again, as a new commit of the same repository.
@@ -253,7 +255,7 @@ def test_the_token_stands_in_no_output(
     monkeypatch.setenv("HF_TOKEN", SECRET)
     hub.writer = SECRET
     download(suite)
-    folder = merged(suite, tmp_path / "out")
+    folder = merge_to(suite, tmp_path / "out")
     push(folder, "me/merged")
     assert set(hub.tokens) == {SECRET}
     with safe_open(folder / "model.safetensors", framework="pt") as file:

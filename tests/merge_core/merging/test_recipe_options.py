@@ -13,7 +13,7 @@ from merge_core.errors import RecipeError, SuiteError
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml
-from merge_core.methods.declaration import settled
+from merge_core.methods.declaration import digest_values
 from merge_core.suites.suite import Suite
 
 TASKS = ("a", "b", "c")
@@ -198,7 +198,7 @@ def test_predictions_from_before_a_parameter_was_added_are_still_known(suite: Su
     """`combine` came to TIES later: at its default the digest is that of a recipe without it."""
     plain = make_recipe({"method": "ties"})
     assert plain.parameters["combine"] == "mean"
-    assert "combine" not in settled(plain.checked_parameters)
+    assert "combine" not in digest_values(plain.checked_parameters)
     other = plain.with_parameters(combine="sum")
-    assert settled(other.checked_parameters)["combine"] == "sum"
+    assert digest_values(other.checked_parameters)["combine"] == "sum"
     assert other.digest(suite) != plain.digest(suite)

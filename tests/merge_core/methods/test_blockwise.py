@@ -15,7 +15,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.methods import blockwise
 from merge_core.methods.blockwise import gram, weighted_sum
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups, ParameterGroup
+from merge_core.task_vectors import TensorGroup, TensorGroups
 from tests.merge_core.float64_reference import Array, states
 
 Make = Callable[..., Suite]
@@ -23,12 +23,12 @@ SHAPES = {"w": (5, 7), "kernel": (2, 3, 2, 2), "scalar": (), "nothing": (0, 3)}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
-def parts(suite: Suite) -> list[tuple[ParameterGroup, Array, Array]]:
+def parts(suite: Suite) -> list[tuple[TensorGroup, Array, Array]]:
     """Each parameter with its experts, T x entries, and its base."""
     experts, base = states(suite)
     return [
         (group, np.stack([e[group.name].ravel() for e in experts]), base[group.name].ravel())
-        for group in Groups(suite, None, FactorStore(), keep=True).members
+        for group in TensorGroups(suite, None, FactorStore(), keep=True).members
     ]
 
 

@@ -35,7 +35,7 @@ def of(suite_of: Make, *vectors: Sequence[float], base: Sequence[float] | None =
     return suite_of(experts, {"w": start.float()})
 
 
-def merged(suite: Suite, method: str, **parameters: object) -> list[float]:
+def merge_values(suite: Suite, method: str, **parameters: object) -> list[float]:
     return merge(suite, method, **parameters)["w"].tolist()
 
 
@@ -43,12 +43,12 @@ class TestSlerp:
     def test_by_hand(self, suite_of: Make) -> None:
         half = np.sqrt(0.5)
         square = of(suite_of, [1.0, 0.0], [0.0, 1.0])
-        assert merged(square, "slerp") == pytest.approx([half, half])
-        assert merged(square, "slerp", t=0.0) == pytest.approx([1, 0])
-        assert merged(square, "slerp", t=1.0) == pytest.approx([0, 1], abs=1e-7)
-        assert merged(square, "slerp", t=1 / 3) == pytest.approx([np.cos(np.pi / 6), 0.5])
+        assert merge_values(square, "slerp") == pytest.approx([half, half])
+        assert merge_values(square, "slerp", t=0.0) == pytest.approx([1, 0])
+        assert merge_values(square, "slerp", t=1.0) == pytest.approx([0, 1], abs=1e-7)
+        assert merge_values(square, "slerp", t=1 / 3) == pytest.approx([np.cos(np.pi / 6), 0.5])
         # Lengths are not made equal: sin 45° of each.
-        assert merged(of(suite_of, [2.0, 0.0], [0.0, 1.0]), "slerp") == pytest.approx(
+        assert merge_values(of(suite_of, [2.0, 0.0], [0.0, 1.0]), "slerp") == pytest.approx(
             [2 * half, half]
         )
 
@@ -57,7 +57,9 @@ class TestSlerp:
         a, b = np.random.default_rng(seed).normal(size=(2, 5))
         a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
         suite = suite_of({"a": {"w": torch.tensor(a)}, "b": {"w": torch.tensor(b)}})
-        assert merged(suite, "slerp", t=t) == pytest.approx(geometric_slerp(a, b, t), abs=1e-12)
+        assert merge_values(suite, "slerp", t=t) == pytest.approx(
+            geometric_slerp(a, b, t), abs=1e-12
+        )
 
     @given(seeds, places)
     def test_follows_its_formula_tensor_by_tensor(
@@ -79,13 +81,13 @@ class TestSlerp:
     def test_is_linear_where_no_arc_is_defined(
         self, suite_of: Make, first: list[float], second: list[float], middle: list[float]
     ) -> None:
-        assert merged(of(suite_of, first, second), "slerp") == pytest.approx(middle)
+        assert merge_values(of(suite_of, first, second), "slerp") == pytest.approx(middle)
 
     def test_keeps_an_arc_just_below_the_limit(self, suite_of: Make) -> None:
         # At a cosine of 0.999 the arc's midpoint is still a unit vector, the chord's is not.
         angle = np.arccos(0.999)
         suite = of(suite_of, [1.0, 0.0], [np.cos(angle), np.sin(angle)])
-        assert np.linalg.norm(merged(suite, "slerp")) == pytest.approx(1, abs=1e-7)
+        assert np.linalg.norm(merge_values(suite, "slerp")) == pytest.approx(1, abs=1e-7)
 
     @pytest.mark.parametrize("T", [1, 3])
     def test_takes_two_experts(self, synthetic_suite: Make, T: int) -> None:
@@ -97,21 +99,23 @@ class TestKarcher:
     def test_by_hand(self, suite_of: Make) -> None:
         third = 1 / np.sqrt(3)
         corners = of(suite_of, [1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [0.0, 0.0, 1.0])
-        assert merged(corners, "karcher") == pytest.approx([third] * 3)
+        assert merge_values(corners, "karcher") == pytest.approx([third] * 3)
         # Mean length 2 at 45°, whichever is longer.
-        assert merged(of(suite_of, [3.0, 0.0], [0.0, 1.0]), "karcher") == pytest.approx(
+        assert merge_values(of(suite_of, [3.0, 0.0], [0.0, 1.0]), "karcher") == pytest.approx(
             [np.sqrt(2), np.sqrt(2)]
         )
         # On a circle the mean direction is the mean angle: 0°, 0° and 90° give 30°.
         twice = of(suite_of, [1.0, 0.0], [1.0, 0.0], [0.0, 1.0])
-        assert merged(twice, "karcher") == pytest.approx([np.cos(np.pi / 6), 0.5])
+        assert merge_values(twice, "karcher") == pytest.approx([np.cos(np.pi / 6), 0.5])
 
     @given(seeds)
     def test_two_of_one_length_give_slerps_midpoint(self, suite_of: Make, seed: int) -> None:
         a, b = np.random.default_rng(seed).normal(size=(2, 6))
         b *= np.linalg.norm(a) / np.linalg.norm(b)
         suite = suite_of({"a": {"w": torch.tensor(a)}, "b": {"w": torch.tensor(b)}})
-        assert merged(suite, "karcher") == pytest.approx(merged(suite, "slerp"), abs=1e-9)
+        assert merge_values(suite, "karcher") == pytest.approx(
+            merge_values(suite, "slerp"), abs=1e-9
+        )
 
     @given(seeds, st.integers(1, 6))
     def test_follows_its_formula_tensor_by_tensor(
@@ -150,15 +154,17 @@ class TestKarcher:
         suite = suite_of({f"t{i}": {"w": torch.tensor(theta)} for i, theta in enumerate(thetas)})
         expected = lengths.mean() * mean.numpy()
         np.testing.assert_allclose(
-            merged(suite, "karcher"), expected, rtol=0, atol=1e-14 * lengths.max()
+            merge_values(suite, "karcher"), expected, rtol=0, atol=1e-14 * lengths.max()
         )
 
     def test_a_zero_tensor_has_a_length_but_no_direction(self, suite_of: Make) -> None:
-        assert merged(of(suite_of, [2.0, 0.0], [0.0, 0.0]), "karcher") == pytest.approx([1, 0])
-        assert merged(of(suite_of, [0.0, 0.0], [0.0, 0.0]), "karcher") == [0, 0]
+        assert merge_values(of(suite_of, [2.0, 0.0], [0.0, 0.0]), "karcher") == pytest.approx(
+            [1, 0]
+        )
+        assert merge_values(of(suite_of, [0.0, 0.0], [0.0, 0.0]), "karcher") == [0, 0]
 
     def test_directions_that_cancel_give_the_average(self, suite_of: Make) -> None:
-        assert merged(of(suite_of, [3.0, 0.0], [-1.0, 0.0]), "karcher") == [1, 0]
+        assert merge_values(of(suite_of, [3.0, 0.0], [-1.0, 0.0]), "karcher") == [1, 0]
 
     def test_iterations_and_tolerance_bound_the_work(self) -> None:
         units = torch.nn.functional.normalize(
@@ -206,7 +212,7 @@ class TestModelStock:
         base = np.array([10.0, -4.0])
         suite = of(suite_of, *[(base + x).tolist() for x in taus], base=base.tolist())
         expected = base + t * np.mean(taus, axis=0)
-        assert merged(suite, "model_stock") == pytest.approx(expected, abs=1e-5)
+        assert merge_values(suite, "model_stock") == pytest.approx(expected, abs=1e-5)
 
     @given(seeds, st.integers(1, 5))
     def test_follows_its_formula_tensor_by_tensor(
@@ -230,7 +236,9 @@ class TestModelStock:
             {"w": torch.tensor(base)},
         )
         weights = np.linalg.lstsq(taus.T, centre, rcond=None)[0]
-        assert merged(suite, "model_stock") == pytest.approx(base + taus.T @ weights, abs=1e-10)
+        assert merge_values(suite, "model_stock") == pytest.approx(
+            base + taus.T @ weights, abs=1e-10
+        )
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -127,7 +127,7 @@ def group(shape: tuple[int, ...], tasks: int, decomposed: bool = True) -> Any:
     return SimpleNamespace(info=info, tasks=("t",) * tasks, decomposed=decomposed)
 
 
-def stored(name: str, member: Any, **parameters: Any) -> int:
+def stored_bytes(name: str, member: Any, **parameters: Any) -> int:
     method = get_method(name)
     assert method.storage is not None
     return method.storage(member, method.parameters(**parameters), Run())
@@ -135,22 +135,22 @@ def stored(name: str, member: Any, **parameters: Any) -> int:
 
 def test_storage_counts_every_number_kept() -> None:
     # 20 x 10 with 4 tasks: the origin, and per task U 20 x k, V 10 x k, S k; two bytes each.
-    assert stored("cart_indexing", group((20, 10), 4), rank=2) == 2 * (200 + 4 * 2 * 31)
-    assert stored("tsv_c", group((20, 10), 4)) == 2 * (200 + 4 * 2 * 31)  # 10 // 4 = 2
-    assert stored("tsv_c", group((20, 10), 3)) == 2 * (200 + 3 * 3 * 31)
+    assert stored_bytes("cart_indexing", group((20, 10), 4), rank=2) == 2 * (200 + 4 * 2 * 31)
+    assert stored_bytes("tsv_c", group((20, 10), 4)) == 2 * (200 + 4 * 2 * 31)  # 10 // 4 = 2
+    assert stored_bytes("tsv_c", group((20, 10), 3)) == 2 * (200 + 3 * 3 * 31)
     # A kernel as o x (i·kh·kw).
-    assert stored("cart_indexing", group((5, 3, 3, 3), 2), rank=1) == 2 * (135 + 2 * 33)
+    assert stored_bytes("cart_indexing", group((5, 3, 3, 3), 2), rank=1) == 2 * (135 + 2 * 33)
     # Factors larger than the matrix are not kept.
-    assert stored("cart_indexing", group((20, 10), 4), rank=1.0) == 2 * (200 + 4 * 200)
+    assert stored_bytes("cart_indexing", group((20, 10), 4), rank=1.0) == 2 * (200 + 4 * 200)
     # The rest is each expert's own: no origin is needed.
     for name in NAMES:
-        assert stored(name, group((7,), 3, decomposed=False)) == 2 * 3 * 7
-        assert stored(name, group((), 3, decomposed=False)) == 2 * 3
+        assert stored_bytes(name, group((7,), 3, decomposed=False)) == 2 * 3 * 7
+        assert stored_bytes(name, group((), 3, decomposed=False)) == 2 * 3
 
 
 def test_eight_percent_of_a_vit_b_takes_what_the_paper_says() -> None:
     shapes = [(2304, 768), (768, 768), (3072, 768), (768, 3072)]
     once = sum(2 * m * n for m, n in shapes)
-    more = [stored("cart_indexing", group(s, 2)) - stored("cart_indexing", group(s, 1))
+    more = [stored_bytes("cart_indexing", group(s, 2)) - stored_bytes("cart_indexing", group(s, 1))
             for s in shapes]  # fmt: skip
     assert sum(more) / once == pytest.approx(0.106, abs=5e-4)

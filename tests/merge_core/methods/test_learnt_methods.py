@@ -41,7 +41,7 @@ def merge(suite: Suite, method: str, learned: Any, **fields: Any) -> dict[str, T
     return MergeSession(suite, None, FactorStore()).merge(recipe, learned=learned)
 
 
-def drawn(seed: int, *shape: int) -> Tensor:
+def draw(seed: int, *shape: int) -> Tensor:
     return torch.from_numpy(np.random.default_rng(seed).uniform(0.1, 2, shape))
 
 
@@ -49,10 +49,10 @@ def some_state(method: str, suite: Suite, seed: int = 0) -> Any:
     """A state of the right form, drawn at random."""
     T = len(suite.tasks)
     if method == "fisher":
-        return {n: drawn(seed, T, *s).float() for n, s in SHAPES.items()}
+        return {n: draw(seed, T, *s).float() for n, s in SHAPES.items()}
     if method.startswith("regmean"):
-        return {MATRIX: drawn(seed, *SHAPES[MATRIX])}
-    values = {name: drawn(seed + i, T).float() for i, name in enumerate(SHAPES)}
+        return {MATRIX: draw(seed, *SHAPES[MATRIX])}
+    values = {name: draw(seed + i, T).float() for i, name in enumerate(SHAPES)}
     return Coefficients(values) if method == "adamerging" else values
 
 
@@ -152,13 +152,13 @@ def test_fisher_refuses_weights_that_leave_no_mean(
 # RegMean
 
 
-def fitted(Ws: list[np.ndarray], Xs: list[np.ndarray], factor: float = 1.0) -> np.ndarray:
+def fit(Ws: list[np.ndarray], Xs: list[np.ndarray], factor: float = 1.0) -> np.ndarray:
     """Average plus update, from weights (m x n) and inputs (rows x n)."""
     mean = np.mean(Ws, axis=0)
     equations = no_equations(*mean.shape)
     for W, X in zip(Ws, Xs, strict=True):
         equations.add(torch.from_numpy(W - mean), torch.from_numpy(X.T @ X), factor)
-    return mean + equations.solved().numpy()
+    return mean + equations.solve().numpy()
 
 
 @given(seeds, st.integers(1, 4), st.integers(1, 5), st.integers(1, 6))
@@ -169,7 +169,7 @@ def test_regmean_is_the_least_squares_fit_of_all_outputs(seed: int, T: int, m: i
     Xs = [source.normal(size=(n + 5 + t, n)) * 10.0 ** source.integers(-3, 3, n) for t in range(T)]
     stacked = np.vstack([X @ W.T for X, W in zip(Xs, Ws, strict=True)])
     expected = np.linalg.lstsq(np.vstack(Xs), stacked, rcond=None)[0].T
-    np.testing.assert_allclose(fitted(Ws, Xs), expected, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(fit(Ws, Xs), expected, rtol=1e-6, atol=1e-6)
 
 
 @given(seeds, st.floats(0, 1))
@@ -178,14 +178,14 @@ def test_regmean_reduces_what_is_off_the_diagonal(seed: int, factor: float) -> N
     Ws, Xs = source.normal(size=(3, 2, 4)), source.normal(size=(3, 9, 4))
     G = np.einsum("tri,trj->tij", Xs, Xs) * (factor + (1 - factor) * np.eye(4))
     expected = np.einsum("tmi,tij->mj", Ws, G) @ np.linalg.inv(G.sum(0))
-    np.testing.assert_allclose(fitted([*Ws], [*Xs], factor), expected, rtol=1e-8, atol=1e-8)
+    np.testing.assert_allclose(fit([*Ws], [*Xs], factor), expected, rtol=1e-8, atol=1e-8)
 
 
 def test_regmean_by_hand() -> None:
     # One output, two inputs. Task 1 sees only the first channel, task 2 both alike:
     # G_1 = diag(4, 0), G_2 = [[1, 1], [1, 1]]; ΣG = [[5, 1], [1, 1]],
     # ΣW_tG_t = (4, 0) + (2, 2) with W_1 = (1, 9), W_2 = (0, 2): W = (6, 2) ΣG⁻¹ = (1, 1).
-    W = fitted([np.array([[1.0, 9.0]]), np.array([[0.0, 2.0]])],
+    W = fit([np.array([[1.0, 9.0]]), np.array([[0.0, 2.0]])],
                [np.array([[2.0, 0.0]]), np.array([[1.0, 1.0]])])  # fmt: skip
     np.testing.assert_allclose(W, [[1, 1]], atol=1e-12)
 
@@ -193,13 +193,13 @@ def test_regmean_by_hand() -> None:
 def test_directions_without_inputs_stay_at_the_average() -> None:
     Ws = [np.array([[1.0, 4.0, 2.0]]), np.array([[3.0, 8.0, 0.0]])]
     silent = np.array([[2.0, 0.0, 0.0], [1.0, 0.0, 0.0]])  # G is singular: two dead channels
-    W = fitted(Ws, [silent, np.sqrt(3) * silent])
+    W = fit(Ws, [silent, np.sqrt(3) * silent])
     np.testing.assert_allclose(W, [[(1 + 3 * 3) / 4, 6, 1]], atol=1e-12)
-    np.testing.assert_allclose(fitted(Ws, [0 * silent] * 2), [[2, 6, 1]])
+    np.testing.assert_allclose(fit(Ws, [0 * silent] * 2), [[2, 6, 1]])
     # The same along a direction that is no channel: rows that always sum to zero.
     centred = np.random.default_rng(0).normal(size=(2, 8, 3))
     centred -= centred.mean(axis=2, keepdims=True)
-    W = fitted(Ws, [*centred])
+    W = fit(Ws, [*centred])
     assert np.isfinite(W).all()
     np.testing.assert_allclose(W.sum(), np.mean(Ws, axis=0).sum(), rtol=1e-9)
 
@@ -207,7 +207,7 @@ def test_directions_without_inputs_stay_at_the_average() -> None:
 def test_equal_layers_give_that_layer() -> None:
     source = np.random.default_rng(1)
     W, Xs = source.normal(size=(3, 4)), source.normal(size=(3, 2, 4))  # rank 2 of 4
-    np.testing.assert_allclose(fitted([W] * 3, [*Xs]), W, rtol=1e-14, atol=1e-15)
+    np.testing.assert_allclose(fit([W] * 3, [*Xs]), W, rtol=1e-14, atol=1e-15)
 
 
 @pytest.mark.parametrize("name", ["regmean", "regmean_plus_plus"])

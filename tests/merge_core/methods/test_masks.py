@@ -18,7 +18,7 @@ from merge_core.methods import blockwise, get_method
 from merge_core.methods.declaration import Run
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 from tests.merge_core.float64_reference import assert_same, merge, states, task_arithmetic
 from tests.merge_core.sparse_reference import INDEXED_REFERENCES, consensus, emr, run, tall
 
@@ -254,7 +254,7 @@ def test_neither_blocks_nor_streaming_change_emr(synthetic_suite: Make, monkeypa
 def test_storage_counts_base_unified_vector_and_masks(synthetic_suite: Make, T: int) -> None:
     shapes = {"a.weight": (5, 3), "b": (), "c": (8,)}
     suite = synthetic_suite(T, shapes=shapes, seed=1)
-    groups = Groups(suite, None, FactorStore())
+    groups = TensorGroups(suite, None, FactorStore())
     bytes_of = {}
     for name in INDEXED:
         method = get_method(name)

@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 from merge_core.executors.base import Executor
 from merge_core.executors.local import Serial, Threads
 from merge_core.factors.store import FactorStore
-from merge_core.merging.engine import merged_tensors
+from merge_core.merging.engine import merge_parameters
 from merge_core.merging.recipe import make_recipe
 from merge_core.methods import blockwise, get_method, methods
 from merge_core.methods.adamerging import Coefficients
@@ -28,7 +28,7 @@ from merge_core.methods.sparse import Limits
 from merge_core.suites.estimates import IMPORTS_BYTES
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 Make = Callable[..., Suite]
 
@@ -129,9 +129,9 @@ def merge(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """The merge as it is written to a file, parameter by parameter."""
     recipe = make_recipe({"method": case.method, **case.fields})
-    groups = Groups(suite, recipe.tasks, FactorStore(Path("absent"), memory_bytes=0))
+    groups = TensorGroups(suite, recipe.tasks, FactorStore(Path("absent"), memory_bytes=0))
     task = groups.tasks[1] if get_method(case.method).indexed else None
-    return merged_tensors(recipe, groups, None, task, learned, executor, names)
+    return merge_parameters(recipe, groups, None, task, learned, executor, names)
 
 
 def peak(case: Case, suite: Suite, names: Collection[str] | None = None) -> int:

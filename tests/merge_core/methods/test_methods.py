@@ -131,7 +131,7 @@ def test_every_registered_method_has_a_reference() -> None:
 
 
 def test_methods_are_listed_in_the_order_of_their_place() -> None:
-    places = [m.place for m in methods().values()]
+    places = [m.order for m in methods().values()]
     assert places == sorted(places)
     assert all(get_method(name).name == name for name in methods())
 

@@ -19,7 +19,7 @@ SHAPE = (6, 7)
 NAME = "w.weight"
 
 
-def drawn(suite_of: Make, T: int, seed: int) -> tuple[Suite, Tensor, list[Tensor]]:
+def draw_suite(suite_of: Make, T: int, seed: int) -> tuple[Suite, Tensor, list[Tensor]]:
     """A suite of one matrix, its base, and its task vectors."""
     source = torch.Generator().manual_seed(seed)
     base = torch.randn(SHAPE, generator=source)
@@ -30,7 +30,7 @@ def drawn(suite_of: Make, T: int, seed: int) -> tuple[Suite, Tensor, list[Tensor
 
 @given(st.integers(0, 999), st.integers(1, 5), st.floats(-2, 2))
 def test_task_arithmetic(suite_of: Make, seed: int, T: int, scale: float) -> None:
-    suite, base, taus = drawn(suite_of, T, seed)
+    suite, base, taus = draw_suite(suite_of, T, seed)
     theirs = base + merge_utils.task_arithmetic(taus, torch.full((T,), scale))
     ours = merge(suite, "task_arithmetic", scale=scale)[NAME]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -38,7 +38,7 @@ def test_task_arithmetic(suite_of: Make, seed: int, T: int, scale: float) -> Non
 
 @given(st.integers(0, 999), st.integers(1, 5), st.sampled_from([0.1, 0.2, 0.5, 0.9, 1.0]))
 def test_ties(suite_of: Make, seed: int, T: int, density: float) -> None:
-    suite, base, taus = drawn(suite_of, T, seed)
+    suite, base, taus = draw_suite(suite_of, T, seed)
     theirs = base + merge_utils.ties(taus, torch.ones(T), density)
     ours = merge(suite, "ties", density=density, trim="tensor")[NAME]
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
@@ -59,7 +59,7 @@ def test_dare_with_the_same_coins(
     drop: float,
 ) -> None:
     """Our coins, read off each expert by itself, are thrown for PEFT too."""
-    suite, base, taus = drawn(suite_of, T, seed=T)
+    suite, base, taus = draw_suite(suite_of, T, seed=T)
     coins = [
         (merge(suite, "dare_task_arithmetic", (task,), drop=drop, scale=1)[NAME] - base).abs()
         > 1e-6

@@ -39,14 +39,14 @@ def of(suite_of: Make, *taus: Matrix, base: float = 0.0) -> Suite:
     )
 
 
-def summed(suite: Suite, post: str, **parameters: float) -> np.ndarray:
+def sum_update(suite: Suite, post: str, **parameters: float) -> np.ndarray:
     """Σ τ of the one matrix after a post-processor."""
     steps = ((post, parameters),)
     merged = chain(suite, "task_arithmetic", *steps, parameters={"scale": 1})["w.weight"]
     return merged.double().numpy()
 
 
-def boosted(update: Array, beta: float) -> Array:
+def boost(update: Array, beta: float) -> Array:
     """Entry by entry down the spectrum, in plain numpy."""
     U, S, Vt = np.linalg.svd(update, full_matrices=False)
     reached, k = S[0], 0
@@ -56,7 +56,7 @@ def boosted(update: Array, beta: float) -> Array:
     return U @ np.diag([max(s, S[k]) for s in S]) @ Vt
 
 
-def calibrated(update: Array, taus: list[Array], floor: float) -> Array:
+def calibrate(update: Array, taus: list[Array], floor: float) -> Array:
     U, S, Vt = np.linalg.svd(update, full_matrices=False)
     total = np.zeros_like(update)
     for r in range(len(S)):
@@ -82,7 +82,7 @@ class TestSubspaceBoosting:
     )
     def test_by_hand(self, suite_of: Make, beta: float, expected: list[float]) -> None:
         suite = of(suite_of, np.diag([4.0, 2, 0, 1]).tolist(), np.diag([0.0, 0, 1, 0]).tolist())
-        result = summed(suite, "subspace_boosting", beta=beta)
+        result = sum_update(suite, "subspace_boosting", beta=beta)
         assert np.linalg.svd(result, compute_uv=False) == pytest.approx(expected, abs=1e-5)
         assert np.count_nonzero(np.abs(result) > 1e-5) == 4  # the directions stay the axes
 
@@ -95,7 +95,7 @@ class TestSubspaceBoosting:
         for name in suite.matrices:
             shape = base[name].shape
             update = (plain[name].numpy() - base[name]).reshape(shape[0], -1)
-            expected = base[name] + boosted(update, beta).reshape(shape)
+            expected = base[name] + boost(update, beta).reshape(shape)
             assert result[name].numpy() == pytest.approx(expected, abs=1e-9), name
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
@@ -117,15 +117,15 @@ class TestSvc:
         # Each direction is of one task: s = (1, 0), so γ = 2 / (1 + 1/2).
         apart = of(suite_of, [[2.0, 0.0], [0.0, 0.0]], [[0.0, 0.0], [0.0, 3.0]])
         expected = np.diag([8 / 3, 4.0])
-        assert summed(apart, "svc") == pytest.approx(expected, abs=1e-5)
+        assert sum_update(apart, "svc") == pytest.approx(expected, abs=1e-5)
         # A floor of 2/T = 1 makes γ = 2 / (1 + 1).
-        assert summed(apart, "svc", floor=2.0) == pytest.approx(np.diag([2.0, 3.0]), abs=1e-5)
+        assert sum_update(apart, "svc", floor=2.0) == pytest.approx(np.diag([2.0, 3.0]), abs=1e-5)
         # One shared direction: Δ = 4, s = (4, 4/3), γ = 2 / (16/3), so 1.5 in place of 4.
         shared = of(suite_of, [[1.0, 0.0], [0.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]])
-        assert summed(shared, "svc") == pytest.approx(np.diag([1.5, 0.0]), abs=1e-5)
+        assert sum_update(shared, "svc") == pytest.approx(np.diag([1.5, 0.0]), abs=1e-5)
         # Opposite ones: Δ = 2, s = (−2, 2/3) counts (1/2, 2/3): γ = 2 / (7/6).
         against = of(suite_of, [[-1.0, 0.0], [0.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]])
-        assert summed(against, "svc") == pytest.approx(np.diag([24 / 7, 0.0]), abs=1e-5)
+        assert sum_update(against, "svc") == pytest.approx(np.diag([24 / 7, 0.0]), abs=1e-5)
 
     @given(seeds, st.integers(1, 4), st.sampled_from([0.5, 1.0, 3.0]))
     def test_follows_its_formula(
@@ -139,7 +139,7 @@ class TestSvc:
             rows = (base[name].shape[0], -1)
             update = (plain[name].numpy() - base[name]).reshape(rows)
             taus = [(e[name] - base[name]).reshape(rows) for e in experts]
-            expected = base[name] + calibrated(update, taus, floor).reshape(base[name].shape)
+            expected = base[name] + calibrate(update, taus, floor).reshape(base[name].shape)
             assert result[name].numpy() == pytest.approx(expected, abs=1e-8), name
 
     def test_task_vectors_are_about_the_recipes_origin(self, synthetic_suite: Make) -> None:
@@ -150,7 +150,7 @@ class TestSvc:
         name = "blocks.0.mlp.fc2.weight"
         mean = sum(e[name] for e in experts) / 3
         centred = [e[name] - mean for e in experts]
-        expected = mean + calibrated(plain[name].numpy() - mean, centred, 1.0)
+        expected = mean + calibrate(plain[name].numpy() - mean, centred, 1.0)
         # CART's factors are float32, so its small directions are not exact.
         assert result[name].numpy() == pytest.approx(expected, abs=1e-4)
 

@@ -18,7 +18,7 @@ from merge_core.methods.declaration import Run
 from merge_core.methods.selection import Passes, kth_largest
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 from tests.merge_core.sparse_reference import SETTINGS, run
 
 Make = Callable[..., Suite]
@@ -44,7 +44,7 @@ def test_signed_order_statistics_are_the_full_sorts(
         {t: {"a": row[:4], "b": row[4:]} for t, row in zip("xy", values, strict=True)},
         {"a": torch.zeros(4), "b": torch.zeros(2)},
     )
-    groups = Groups(suite, None, FactorStore())
+    groups = TensorGroups(suite, None, FactorStore())
     passes = Passes(groups, "base", lambda tau: tau, Progress(), 0, 1)
     got = kth_largest(passes, lambda tau: tau, ranks, "entries")
     descending = np.sort(values.numpy().astype(float), axis=1)[:, ::-1]
@@ -78,7 +78,7 @@ def test_order_statistics_of_a_sampled_model_are_the_full_sorts(
         patch.setattr(blockwise, "BLOCK", 7)
         for name, value in (("SAMPLE", sample), ("DEVIATIONS", deviations)):
             patch.setattr(selection, name, value)
-        groups = Groups(suite, None, FactorStore())
+        groups = TensorGroups(suite, None, FactorStore())
         passes = Passes(groups, "base", lambda tau: tau, Progress(), 0, 1)
         got = kth_largest(passes, lambda tau: tau, ranks, "entries")
     descending = np.sort(values, axis=1)[:, ::-1]
@@ -104,7 +104,7 @@ def test_passes_report_every_parameter_and_can_be_cancelled(
     synthetic_suite: Make, settings: dict[str, Any]
 ) -> None:
     name = "ties" if "trim" in settings else "pcb"
-    method, groups = get_method(name), Groups(synthetic_suite(2), None, FactorStore())
+    method, groups = get_method(name), TensorGroups(synthetic_suite(2), None, FactorStore())
     checked = method.parameters.model_validate(settings)
     seen: list[tuple[int, int]] = []
     assert method.prepare is not None

@@ -188,11 +188,11 @@ def test_the_coins_depend_on_names_alone(suite_of: Make, synthetic_states: State
     # Neither two tasks nor two parameters of one shape share their coins.
     name = "blocks.0.attn.qkv.weight"
     assert not torch.equal(coins["a"][name], coins["b"][name])
-    twins = suite_of(
+    tied = suite_of(
         {"a": {"x": torch.ones(64), "y": torch.ones(64)}},
         {"x": torch.zeros(64), "y": torch.zeros(64)},
     )
-    got = run(twins, "dare_task_arithmetic", **settings)
+    got = run(tied, "dare_task_arithmetic", **settings)
     assert not torch.equal(got["x"], got["y"])
 
 

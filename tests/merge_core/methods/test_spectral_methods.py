@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from merge_core.methods.iso_cts import split
-from merge_core.methods.wudi import descent, normal_equations
+from merge_core.methods.wudi import descend, normal_equations
 from merge_core.suites.suite import Suite
 from tests.merge_core.float64_reference import (
     assert_same,
@@ -44,7 +44,7 @@ def of(suite_of: Make, *taus: Matrix, base: float = 0.0) -> Suite:
     )
 
 
-def merged(suite: Suite, method: str, **parameters: Any) -> np.ndarray:
+def merge_matrix(suite: Suite, method: str, **parameters: Any) -> np.ndarray:
     return merge(suite, method, **parameters)["w.weight"].double().numpy()
 
 
@@ -60,15 +60,15 @@ class TestIsoCts:
     def test_by_hand(self, suite_of: Make) -> None:
         # Σ τ = diag(8, 6, 2, 4): the common half is e1, e2; outside it the tasks keep e3 and e4.
         suite = of(suite_of, np.diag([8.0, 0, 2, 0]).tolist(), np.diag([0.0, 6, 0, 4]).tolist())
-        assert merged(suite, "iso_cts", common=0.5) == pytest.approx(5 * np.eye(4), abs=1e-6)
-        assert merged(suite, "iso_cts", common=0.5, scale=2.0) == pytest.approx(
+        assert merge_matrix(suite, "iso_cts", common=0.5) == pytest.approx(5 * np.eye(4), abs=1e-6)
+        assert merge_matrix(suite, "iso_cts", common=0.5, scale=2.0) == pytest.approx(
             10 * np.eye(4), abs=1e-5
         )
         # Opposite tasks cancel in Σ τ = diag(2, 0, …) but keep their own directions.
         u = np.diag([1.0, 0, 0, 0])
         own = np.diag([0.0, 3, 0, 0])
         suite = of(suite_of, (u + own).tolist(), (u - own).tolist())
-        kept = merged(suite, "iso_cts", common=0.5)
+        kept = merge_matrix(suite, "iso_cts", common=0.5)
         # mean of (2, 0; 3, 3) = 2; ±e2 e2ᵀ of the two tasks cancel again, the zero ones are dropped
         assert kept == pytest.approx(2 * u, abs=1e-6)
 
@@ -84,7 +84,7 @@ class TestIsoCts:
     def test_the_spectrum_is_flat(self, synthetic_suite: Make, seed: int) -> None:
         suite = synthetic_suite(2, shapes={"w.weight": (9, 6)}, seed=seed, dtype=torch.float64)
         base = states(suite)[1]["w.weight"]
-        S = np.linalg.svd(merged(suite, "iso_cts", common=0.5) - base, compute_uv=False)
+        S = np.linalg.svd(merge_matrix(suite, "iso_cts", common=0.5) - base, compute_uv=False)
         assert S.std() < 1e-9 * S.mean()
 
     @pytest.mark.parametrize(
@@ -117,12 +117,12 @@ class TestWudi:
     def test_by_hand(self, suite_of: Make) -> None:
         # Both read the first input only; G is that direction, with weights 2/2 and 9/9.
         taus = [[1.0, 0.0], [1.0, 0.0]], [[3.0, 0.0], [0.0, 0.0]]
-        assert merged(of(suite_of, *taus), "wudi") == pytest.approx(
+        assert merge_matrix(of(suite_of, *taus), "wudi") == pytest.approx(
             np.array([[2, 0], [0.5, 0]]), abs=1e-6
         )
         # Divided by the norm alone, they weigh 2/√2 and 9/3.
         w = np.sqrt(2)
-        assert merged(of(suite_of, *taus), "wudi", norm="plain") == pytest.approx(
+        assert merge_matrix(of(suite_of, *taus), "wudi", norm="plain") == pytest.approx(
             np.array([[w + 9, 0], [w, 0]]) / (w + 3), abs=1e-6
         )
 
@@ -130,21 +130,21 @@ class TestWudi:
         suite = of(suite_of, [[2.0, 0.0], [1.0, 0.0]], [[0.0, 3.0], [0.0, -1.0]], base=5.0)
         expected = 5 + np.array([[2.0, 3.0], [1.0, -1.0]])
         for solver in ("closed", "descent"):
-            assert merged(suite, "wudi", solver=solver) == pytest.approx(expected, abs=1e-5)
+            assert merge_matrix(suite, "wudi", solver=solver) == pytest.approx(expected, abs=1e-5)
 
     def test_the_cut_leaves_weak_inputs_at_the_base(self, suite_of: Make) -> None:
         # One task whose G has eigenvalues of 1 to 0.01.
         suite = of(suite_of, [[1.0, 0.0], [0.0, 0.1]], base=2.0)
         for cut, kept in ((1e-10, 0.1), (0.005, 0.1), (0.02, 0.0)):
             expected = 2 + np.diag([1.0, kept])
-            assert merged(suite, "wudi", cut=cut) == pytest.approx(expected, abs=1e-5)
+            assert merge_matrix(suite, "wudi", cut=cut) == pytest.approx(expected, abs=1e-5)
 
     @given(seeds)
     def test_an_expert_that_is_the_base_changes_nothing(self, suite_of: Make, seed: int) -> None:
         taus = np.random.default_rng(seed).normal(size=(2, 4, 3)).tolist()
         zero = np.zeros((4, 3)).tolist()
-        with_it = merged(of(suite_of, *taus, zero), "wudi")
-        assert with_it == pytest.approx(merged(of(suite_of, *taus), "wudi"), abs=1e-6)
+        with_it = merge_matrix(of(suite_of, *taus, zero), "wudi")
+        assert with_it == pytest.approx(merge_matrix(of(suite_of, *taus), "wudi"), abs=1e-6)
 
     @pytest.mark.parametrize("norm", ["squared", "plain"])
     def test_the_descent_is_the_papers(self, norm: str) -> None:
@@ -159,15 +159,15 @@ class TestWudi:
             (products.square().sum(dim=(1, 2)) / sizes).sum().backward()
             optimiser.step()
         A, B = normal_equations(tau, norm)
-        ours = descent(tau.sum(dim=0), A, B, 1e-2, 25)
+        ours = descend(tau.sum(dim=0), A, B, 1e-2, 25)
         torch.testing.assert_close(ours, X.detach(), rtol=1e-9, atol=1e-11)
 
     @pytest.mark.parametrize("norm", ["squared", "plain"])
     def test_the_closed_form_is_the_limit_of_the_descent(self, norm: str) -> None:
         tau = torch.randn(3, 6, 4, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
         A, B = normal_equations(tau, norm)
-        X = descent(tau.sum(dim=0), A, B, 1e-2, 2000)
-        X = descent(X, A, B, 1e-4, 2000)
+        X = descend(tau.sum(dim=0), A, B, 1e-2, 2000)
+        X = descend(X, A, B, 1e-4, 2000)
         expected = wudi_of(list(tau.numpy()), norm)
         assert X.numpy() == pytest.approx(expected, abs=1e-5)
 
@@ -189,8 +189,8 @@ class TestWudi:
         self, suite_of: Make, seed: int, factor: float
     ) -> None:
         taus = np.random.default_rng(seed).normal(size=(3, 4, 5))
-        plain = merged(of(suite_of, *taus.tolist()), "wudi")
-        scaled = merged(of(suite_of, *(factor * taus).tolist()), "wudi")
+        plain = merge_matrix(of(suite_of, *taus.tolist()), "wudi")
+        scaled = merge_matrix(of(suite_of, *(factor * taus).tolist()), "wudi")
         assert scaled == pytest.approx(factor * plain, rel=1e-4, abs=1e-4 * factor)
 
 
@@ -211,10 +211,10 @@ class TestKnots:
         # [3 0 4 0] = 5 · [.6 0 .8 0]: the tasks hold .6 and .8 of one direction.
         suite = of(suite_of, [[3.0, 0.0], [0.0, 0.0]], [[4.0, 0.0], [0.0, 0.0]])
         for variant in ("paper", "code"):
-            assert merged(suite, "knots", variant=variant) == pytest.approx(
+            assert merge_matrix(suite, "knots", variant=variant) == pytest.approx(
                 np.array([[3.5, 0], [0, 0]]), abs=1e-6
             )
-        summed = merged(suite, "knots", rule="task_arithmetic")
+        summed = merge_matrix(suite, "knots", rule="task_arithmetic")
         assert summed == pytest.approx(np.array([[7.0, 0], [0, 0]]), abs=1e-6)
 
     def test_the_paper_counts_directions_alike_and_the_code_by_their_strength(
@@ -225,10 +225,10 @@ class TestKnots:
         tau = np.array([[4.0, 0], [0, 0.5]]) @ np.array([[c, s], [-s, c]])
         suite = of(suite_of, tau.tolist())
         # Half of V: both cosines. Half of Σ V: both entries of the strong direction.
-        assert merged(suite, "knots", density=0.5) == pytest.approx(
+        assert merge_matrix(suite, "knots", density=0.5) == pytest.approx(
             np.array([[4 * c, 0], [0, 0.5 * c]]), abs=1e-5
         )
-        assert merged(suite, "knots", density=0.5, variant="code") == pytest.approx(
+        assert merge_matrix(suite, "knots", density=0.5, variant="code") == pytest.approx(
             np.array([[4 * c, 4 * s], [0, 0]]), abs=1e-5
         )
 
@@ -240,7 +240,7 @@ class TestKnots:
         second[:, :2] = 0
         suite = of(suite_of, first.tolist(), second.tolist())
         for variant in ("paper", "code"):
-            result = merged(suite, "knots", density=1.0, variant=variant)
+            result = merge_matrix(suite, "knots", density=1.0, variant=variant)
             assert result == pytest.approx(first + second, abs=1e-5)
 
     @given(seeds, experts, scales, st.sampled_from(["paper", "code"]))

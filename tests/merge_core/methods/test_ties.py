@@ -13,11 +13,11 @@ from torch import Tensor
 
 from merge_core.factors.store import FactorStore
 from merge_core.methods.declaration import Run
-from merge_core.methods.selection import kept_count
+from merge_core.methods.selection import count_kept
 from merge_core.methods.sparse import TiesParameters, thresholds
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 from tests.merge_core.float64_reference import assert_same, merge, states, ties_limits
 
 Make = Callable[..., Suite]
@@ -30,7 +30,7 @@ def of_vectors(suite_of: Make, *taus: list[list[float]], base: float = 0.0) -> S
     return suite_of(experts, {"w.weight": start})
 
 
-def merged_matrix(suite: Suite, **parameters: object) -> list[list[float]]:
+def merge_matrix(suite: Suite, **parameters: object) -> list[list[float]]:
     return merge(suite, "ties", **parameters)["w.weight"].tolist()
 
 
@@ -38,33 +38,33 @@ def merged_matrix(suite: Suite, **parameters: object) -> list[list[float]]:
 def test_by_hand_without_trimming(suite_of: Make, trim: str) -> None:
     # entry by entry: (1, 3) agree -> 2; (4, −2) elect + -> 4; (−6, 1) elect − -> −6; (0, 5) -> 5
     suite = of_vectors(suite_of, [[1.0, 4.0], [-6.0, 0.0]], [[3.0, -2.0], [1.0, 5.0]])
-    assert merged_matrix(suite, density=1.0, trim=trim) == [[2.0, 4.0], [-6.0, 5.0]]
-    assert merged_matrix(suite, density=1.0, scale=0.5, trim=trim) == [[1.0, 2.0], [-3.0, 2.5]]
+    assert merge_matrix(suite, density=1.0, trim=trim) == [[2.0, 4.0], [-6.0, 5.0]]
+    assert merge_matrix(suite, density=1.0, scale=0.5, trim=trim) == [[1.0, 2.0], [-3.0, 2.5]]
 
 
 @pytest.mark.parametrize("trim", ["global", "tensor"])
 def test_by_hand_with_half_of_the_entries(suite_of: Make, trim: str) -> None:
     # kept: {4, −6} of the first, {3, 5} of the second; no entry meets another.
     suite = of_vectors(suite_of, [[1.0, 4.0], [-6.0, 0.0]], [[3.0, -2.0], [1.0, 5.0]])
-    assert merged_matrix(suite, density=0.5, trim=trim) == [[3.0, 4.0], [-6.0, 5.0]]
+    assert merge_matrix(suite, density=0.5, trim=trim) == [[3.0, 4.0], [-6.0, 5.0]]
     # 0.7 of 4 is 2.8: the floor keeps two as well.
-    assert merged_matrix(suite, density=0.7, trim=trim) == [[3.0, 4.0], [-6.0, 5.0]]
+    assert merge_matrix(suite, density=0.7, trim=trim) == [[3.0, 4.0], [-6.0, 5.0]]
 
 
 def test_the_sign_is_elected_by_mass_not_by_count(suite_of: Make) -> None:
     suite = of_vectors(suite_of, [[5.0, 1.0]], [[-2.0, 1.0]], [[-2.0, -4.0]])
     # 5 − 2 − 2 > 0 elects + although two of three say −; 1 + 1 − 4 < 0 elects −.
-    assert merged_matrix(suite, density=1.0) == [[5.0, -4.0]]
+    assert merge_matrix(suite, density=1.0) == [[5.0, -4.0]]
 
 
 def test_an_even_vote_changes_nothing(suite_of: Make) -> None:
     suite = of_vectors(suite_of, [[2.0, 1.0]], [[-2.0, 1.0]], base=10.0)
-    assert merged_matrix(suite, density=1.0) == [[10.0, 11.0]]
+    assert merge_matrix(suite, density=1.0) == [[10.0, 11.0]]
 
 
 def test_the_mean_is_over_those_that_agree_not_over_all(suite_of: Make) -> None:
     suite = of_vectors(suite_of, [[2.0]], [[4.0]], [[0.0]], [[-1.0]])
-    assert merged_matrix(suite, density=1.0) == [[3.0]]
+    assert merge_matrix(suite, density=1.0) == [[3.0]]
 
 
 def test_global_and_tensor_trims_differ_where_layers_differ(suite_of: Make) -> None:
@@ -94,7 +94,7 @@ def test_density_one_keeps_every_entry_and_zero_none(
 @pytest.mark.parametrize("trim", ["global", "tensor"])
 def test_a_tiny_density_keeps_the_single_largest_entry(suite_of: Make, trim: str) -> None:
     suite = of_vectors(suite_of, [[1.0, -4.0], [3.0, 2.0]])
-    assert merged_matrix(suite, density=1e-9, trim=trim) == [[0.0, -4.0], [0.0, 0.0]]
+    assert merge_matrix(suite, density=1e-9, trim=trim) == [[0.0, -4.0], [0.0, 0.0]]
 
 
 @pytest.mark.parametrize(
@@ -103,17 +103,17 @@ def test_a_tiny_density_keeps_the_single_largest_entry(suite_of: Make, trim: str
      (1.0, 0, 0), (0.2, 0, 0)],
 )  # fmt: skip
 def test_a_density_keeps_the_floor_and_at_least_one(density: float, total: int, kept: int) -> None:
-    assert kept_count(density, total) == kept
+    assert count_kept(density, total) == kept
 
 
-def found_limits(suite: Suite, density: float) -> list[float]:
-    groups = Groups(suite, None, FactorStore())
+def find_limits(suite: Suite, density: float) -> list[float]:
+    groups = TensorGroups(suite, None, FactorStore())
     state = thresholds(groups, TiesParameters(density=density), Run(), Progress())
     assert state is not None
     return state.tolist()
 
 
-def sorted_limits(suite: Suite, density: float) -> list[float]:
+def sort_limits(suite: Suite, density: float) -> list[float]:
     experts, base = states(suite)
     rows = [
         np.concatenate([(e[n] - base[n]).astype(np.float32).ravel() for n in e]) for e in experts
@@ -143,7 +143,7 @@ def test_the_threshold_is_the_full_sorts(
         for t, row in (("x", values[:6]), ("y", values[6:]))
     }
     suite = suite_of(experts, zero)
-    assert found_limits(suite, density) == sorted_limits(suite, density)
+    assert find_limits(suite, density) == sort_limits(suite, density)
 
 
 @pytest.mark.parametrize("density", [0.0, 1e-9, 0.01, 0.2, 0.5, 0.999, 1.0])
@@ -154,7 +154,7 @@ def test_the_threshold_is_the_full_sorts_on_a_model(
     shapes = {"a.weight": (70, 60), "b.weight": (30, 20, 3), "c": (500,), "d": ()}
     suite = synthetic_suite(3, shapes=shapes, seed=5, dtype=dtype, spread=0.01)
     # float64 differences are rounded once to float32; for narrower weights that is exact.
-    assert found_limits(suite, density) == sorted_limits(suite, density)
+    assert find_limits(suite, density) == sort_limits(suite, density)
 
 
 def test_float64_task_vectors_are_ranked_as_finely_as_float32_allows(suite_of: Make) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.opening.draft import draft
-from merge_core.opening.roles import Found, drafted_suite, heads_for
+from merge_core.opening.roles import FoundModel, heads_for, open_by_headers
 from merge_core.opening.search import MOST_MODELS, find_models, holds_models
 from merge_core.progress import Progress
 from merge_core.suites.preflight import preflight
@@ -59,7 +59,7 @@ def write_adapter(folder: Path) -> None:
     write(folder / "adapter_model.safetensors", tensors)
 
 
-def table(found: tuple[Found, ...]) -> dict[str, tuple[str, str]]:
+def table(found: tuple[FoundModel, ...]) -> dict[str, tuple[str, str]]:
     """Where each was found: its role and task."""
     return {each.shown: (each.role, each.task) for each in found}
 
@@ -200,7 +200,7 @@ def test_a_draft_is_checked_by_what_was_found(tmp_path: Path) -> None:
     found = find_models([str(tmp_path)])
     members = {each.task: each.reference for each in found if each.role == "expert"}
     base = next(each.reference for each in found if each.role == "base")
-    suite = drafted_suite(draft(members, base), tmp_path / "suite.yaml", found)
+    suite = open_by_headers(draft(members, base), tmp_path / "suite.yaml", found)
     report = preflight(suite)
     assert report.blocking == ()
     assert len(report.plan) == 4

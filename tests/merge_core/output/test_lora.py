@@ -27,7 +27,7 @@ from tests.merge_core.adapted_models import (
     State,
     adapter,
     gpt2,
-    shaken,
+    shake,
     state_of,
     write_adapted_suite,
 )
@@ -44,7 +44,7 @@ def merged_state(recipe: Recipe, suite: Suite) -> State:
     return MergeSession(suite, suite.tasks, FactorStore()).merge(recipe)
 
 
-def loaded_by_peft(model: nn.Module, folder: Path) -> State:
+def load_by_peft(model: nn.Module, folder: Path) -> State:
     """The model with the adapter as PEFT loads and merges it; nothing may be left over."""
     with warnings.catch_warnings(record=True) as told:
         adapted = PeftModel.from_pretrained(copy.deepcopy(model), str(folder))
@@ -68,7 +68,7 @@ def of_models(folder: Path, model: nn.Module) -> Suite:
     """A suite of two fully fine-tuned models."""
     for seed, task in enumerate(["a", "b"]):
         tuned = copy.deepcopy(model).requires_grad_()
-        shaken(tuned, seed)
+        shake(tuned, seed)
         folder.mkdir(exist_ok=True)
         save_file(state_of(tuned), folder / f"{task}.safetensors")
     names = {task: f"{task}.safetensors" for task in "ab"}
@@ -98,7 +98,7 @@ def test_a_merge_of_adapters_is_an_adapter_again(tmp_path: Path, fields: dict[st
     assert set(report.ranks.values()) <= {1, 2}
     assert report.energy == pytest.approx(1)
     expected = merged_state(recipe, suite)
-    assert_states(loaded_by_peft(model, tmp_path / "out"), expected)
+    assert_states(load_by_peft(model, tmp_path / "out"), expected)
     assert suite.base is not None
     again = AdaptedCheckpoint(tmp_path / "out", suite.base)
     assert_states({name: again.tensor(name) for name in again}, expected)
@@ -117,7 +117,7 @@ def test_layers_of_gpt2_and_names_of_the_adapters(tmp_path: Path) -> None:
         name if name == "lm_head.weight" else f"transformer.{name}": value
         for name, value in merged_state(recipe, suite).items()
     }
-    assert_states(loaded_by_peft(model, tmp_path / "out"), expected)
+    assert_states(load_by_peft(model, tmp_path / "out"), expected)
 
 
 def roberta() -> nn.Module:
@@ -142,7 +142,7 @@ def test_whole_models_of_transformers(tmp_path: Path, make: Callable[[], nn.Modu
     suite = of_models(tmp_path / "in", model)
     recipe = recipe_of(suite, "average")
     report = merge_to_adapter(recipe, suite, tmp_path / "out", ALL)
-    assert_states(loaded_by_peft(model, tmp_path / "out"), merged_state(recipe, suite))
+    assert_states(load_by_peft(model, tmp_path / "out"), merged_state(recipe, suite))
     assert all(name.endswith("bias") for name in report.in_base)
     assert sum(".h." in name or ".layer." in name for name in report.ranks) in (6, 8)
 
@@ -206,7 +206,7 @@ def test_a_merge_of_whole_models(tmp_path: Path) -> None:
     recipe = recipe_of(suite, "task_arithmetic", parameters={"scale": 0.4})
     report = merge_to_adapter(recipe, suite, tmp_path / "out", ALL)
     expected = merged_state(recipe, suite)
-    assert_states(loaded_by_peft(model, tmp_path / "out"), expected)
+    assert_states(load_by_peft(model, tmp_path / "out"), expected)
     assert {
         f"blocks.{i}.{layer}.weight" for i in (0, 1) for layer in ("square", "wide", "head")
     } == set(report.ranks)
@@ -233,7 +233,7 @@ def test_truncation_is_the_best_of_its_rank(tmp_path: Path, text: str, kept: int
     suite = of_models(tmp_path / "in", model)
     recipe = recipe_of(suite, "task_arithmetic", parameters={"scale": 0.5})
     report = merge_to_adapter(recipe, suite, tmp_path / "out", AdapterRank.parse(text))
-    found, total, left = loaded_by_peft(model, tmp_path / "out"), 0.0, 0.0
+    found, total, left = load_by_peft(model, tmp_path / "out"), 0.0, 0.0
     for name, merged in merged_state(recipe, suite).items():
         start = state_of(model)[name].double()
         U, S, Vh = torch.linalg.svd(merged.double() - start, full_matrices=False)

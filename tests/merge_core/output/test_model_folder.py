@@ -31,10 +31,10 @@ from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, load_recipe, make_recipe
 from merge_core.methods import methods
-from merge_core.output.model_folder import Planned, merge_to_folder, merged_bytes, plan_shards
+from merge_core.output.model_folder import PlannedTensor, merge_to_folder, merged_bytes, plan_shards
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 
 Make = Callable[..., Suite]
 COUNTER = "bn.num_batches_tracked"
@@ -85,7 +85,7 @@ def test_a_streamed_folder_is_bitwise_the_sessions_result(
     expected = session.merge(recipe)
     assert_bitwise(read(folder), expected)
     assert_bitwise(load_file(folder / "model.safetensors"), expected)
-    bytes_ = merged_bytes(recipe, Groups(suite, None, FactorStore()), suite)
+    bytes_ = merged_bytes(recipe, TensorGroups(suite, None, FactorStore()), suite)
     assert_bitwise(load(bytes_), expected)
 
 
@@ -116,7 +116,9 @@ def test_shards_read_back_as_one_model(
 
 
 def test_shards_are_filled_in_order_and_never_empty() -> None:
-    plan = [Planned(str(i), (size,), torch.uint8) for i, size in enumerate([3, 3, 9, 1, 1, 4, 1])]
+    plan = [
+        PlannedTensor(str(i), (size,), torch.uint8) for i, size in enumerate([3, 3, 9, 1, 1, 4, 1])
+    ]
     sizes = [[t.nbytes for t in shard] for shard in plan_shards(plan, 6)]
     assert sizes == [[3, 3], [9], [1, 1, 4], [1]]
     assert [t for shard in plan_shards(plan, 6) for t in shard] == plan
@@ -313,7 +315,7 @@ def test_a_method_that_needs_a_base_says_so_before_any_work(
         runs: list[Callable[[], Any]] = [
             lambda r=recipe, s=suite, n=name: merge_to_folder(r, s, tmp_path / n),
             lambda r=recipe, s=suite: in_memory(s, r),
-            lambda r=recipe, s=suite: merged_bytes(r, Groups(s, None, FactorStore()), s),
+            lambda r=recipe, s=suite: merged_bytes(r, TensorGroups(s, None, FactorStore()), s),
         ]
         for run in runs:
             if method.needs_base():
@@ -326,7 +328,7 @@ def test_a_method_that_needs_a_base_says_so_before_any_work(
 def test_a_download_refuses_experts_that_do_not_fit(suite_of: Make) -> None:
     suite = suite_of({"x": {"a": torch.ones(2), "b": torch.ones(2)}, "y": {"a": torch.ones(2)}})
     with pytest.raises(MergeScopeError, match="'b'"):
-        merged_bytes(recipe_for(suite), Groups(suite, None, FactorStore()), suite)
+        merged_bytes(recipe_for(suite), TensorGroups(suite, None, FactorStore()), suite)
 
 
 def test_a_session_refuses_a_recipe_for_other_tasks(synthetic_suite: Make) -> None:
@@ -354,7 +356,7 @@ def test_a_session_decomposes_once_for_all_ranks_and_scales(
 def test_write_tensor_casts_once_and_in_row_major_order() -> None:
     stream = io.BytesIO()
     turned = torch.arange(6.0).reshape(2, 3).T
-    export.write_tensor(stream, turned, Planned("w", (3, 2), torch.float16))
+    export.write_tensor(stream, turned, PlannedTensor("w", (3, 2), torch.float16))
     assert stream.getvalue() == turned.to(torch.float16).contiguous().numpy().tobytes()
 
 

@@ -23,10 +23,10 @@ from merge_core.output.provenance import (
     differences,
     provenance,
     read_provenance,
-    recipe_again,
+    rebuild_recipe,
 )
 from merge_core.suites.suite import Suite, load_suite
-from merge_core.task_vectors import Groups
+from merge_core.task_vectors import TensorGroups
 from merge_core.yaml_text import dump_yaml
 
 Make = Callable[..., Suite]
@@ -46,7 +46,7 @@ def recipe_for(suite: Suite, **fields: Any) -> Recipe:
     return make_recipe({"suite": str(suite.path), "method": "cart", **fields})
 
 
-def moved(suite: Suite, folder: Path, **fields: Any) -> Suite:
+def move(suite: Suite, folder: Path, **fields: Any) -> Suite:
     """A copy of a suite elsewhere, with some fields of its file changed (None removes)."""
     shutil.copytree(suite.root, folder)
     path = folder / suite.path.name
@@ -62,8 +62,8 @@ def test_it_comes_back_as_it_was_written(synthetic_suite: Make, tmp_path: Path) 
     merge_to_folder(recipe, suite, tmp_path / "out", FactorStore(route="svd"))
     assert read_provenance(tmp_path / "out") == about
     assert read_provenance(tmp_path / "out" / "model.safetensors") == about
-    assert recipe_again(about, suite, str(suite.path)) == recipe
-    content = merged_bytes(recipe, Groups(suite, None, FactorStore()), suite)
+    assert rebuild_recipe(about, suite, str(suite.path)) == recipe
+    content = merged_bytes(recipe, TensorGroups(suite, None, FactorStore()), suite)
     (tmp_path / "download.safetensors").write_bytes(content)
     download = read_provenance(tmp_path / "download.safetensors")
     assert download == about.model_copy(update={"decomposition": "gram"})
@@ -85,13 +85,13 @@ def test_shards_and_folders_of_tasks(synthetic_suite: Make, tmp_path: Path) -> N
     for task in suite.tasks:
         own = read_provenance(tmp_path / "tasks" / task)
         assert own == whole.model_copy(update={"task": task})
-    assert recipe_again(read_provenance(tmp_path / "tasks"), suite, "s.yaml").method == "tsv_c"
+    assert rebuild_recipe(read_provenance(tmp_path / "tasks"), suite, "s.yaml").method == "tsv_c"
 
 
 def test_an_expert_called_base_is_not_the_base(synthetic_suite: Make, tmp_path: Path) -> None:
     suite = synthetic_suite()
     experts = {"base" if t == "task0" else t: {"weights": f"{t}.safetensors"} for t in suite.tasks}
-    odd = moved(suite, tmp_path / "odd", experts=experts)
+    odd = move(suite, tmp_path / "odd", experts=experts)
     about = provenance(recipe_for(odd), odd)
     assert suite.base is not None
     assert about.inputs["base"] == suite.expert("task0").digest != about.base
@@ -105,7 +105,7 @@ def test_an_expert_called_base_is_not_the_base(synthetic_suite: Make, tmp_path: 
 
 def test_without_a_base(synthetic_suite: Make, tmp_path: Path) -> None:
     suite = synthetic_suite()
-    bare = moved(suite, tmp_path / "bare", base=None)
+    bare = move(suite, tmp_path / "bare", base=None)
     about = provenance(recipe_for(bare), bare)
     assert about.base is None
     assert "base" not in json.loads(about.to_header())
@@ -120,7 +120,7 @@ def test_each_difference_is_named(synthetic_suite: Make, tmp_path: Path) -> None
     assert suite.base is not None
     about = provenance(recipe_for(suite, tasks=["task2", "task0"]), suite)
     assert list(about.inputs) == ["task0", "task2"]
-    assert differences(about, moved(suite, tmp_path / "same")) == []
+    assert differences(about, move(suite, tmp_path / "same")) == []
 
     def other(name: str) -> Suite:
         folder = tmp_path / name
@@ -141,18 +141,18 @@ def test_each_difference_is_named(synthetic_suite: Make, tmp_path: Path) -> None
 
     experts = suite.spec.model_dump(exclude_none=True)["experts"]
     fewer = {task: spec for task, spec in experts.items() if task != "task0"}
-    changed = moved(suite, tmp_path / "fewer", experts=fewer)
+    changed = move(suite, tmp_path / "fewer", experts=fewer)
     assert differences(about, changed) == ["expert 'task0': not in the suite now"]
     turned = dict(reversed(experts.items()))
-    changed = moved(suite, tmp_path / "turned", experts=turned)
+    changed = move(suite, tmp_path / "turned", experts=turned)
     (line,) = differences(about, changed)
     assert line == "order of experts: was task0, task2, is task2, task0"
-    changed = moved(suite, tmp_path / "patterns", average=["conv*"])
+    changed = move(suite, tmp_path / "patterns", average=["conv*"])
     (line,) = differences(about, changed)
     assert "'decompose', 'average' or 'vocabulary'" in line
 
     with pytest.raises(RecipeError, match="Put them back, or name the suite") as caught:
-        recipe_again(about, changed, "x")
+        rebuild_recipe(about, changed, "x")
     assert line in str(caught.value)
     assert str(changed.path) in str(caught.value)
 
@@ -162,15 +162,15 @@ def test_experts_that_joined_since_stay_out(synthetic_suite: Make, tmp_path: Pat
     about = provenance(recipe_for(suite), suite)
     assert about.recipe.tasks is None
     experts = suite.spec.model_dump(exclude_none=True)["experts"]
-    more = moved(suite, tmp_path / "more", experts=experts | {"late": experts["task0"]})
-    again = recipe_again(about, more, "elsewhere.yaml")
+    more = move(suite, tmp_path / "more", experts=experts | {"late": experts["task0"]})
+    again = rebuild_recipe(about, more, "elsewhere.yaml")
     assert again.tasks == suite.tasks
     assert again.suite == "elsewhere.yaml"
     assert again.digest(more) == about.digest == recipe_for(suite).digest(suite)
-    assert recipe_again(about, suite, "elsewhere.yaml").tasks is None
+    assert rebuild_recipe(about, suite, "elsewhere.yaml").tasks is None
 
 
-def rewritten(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], Any]) -> Path:
     """The merged file with its note changed."""
     path = folder / "model.safetensors"
     with safe_open(path, "pt") as file:
@@ -201,7 +201,7 @@ def test_notes_that_cannot_be_read(
     suite = synthetic_suite()
     merge_to_folder(recipe_for(suite), suite, tmp_path / "out")
     with pytest.raises(error, match=words):
-        read_provenance(rewritten(tmp_path / "out", change))
+        read_provenance(rewrite(tmp_path / "out", change))
 
 
 def test_foreign_weights(synthetic_suite: Make, tmp_path: Path) -> None:

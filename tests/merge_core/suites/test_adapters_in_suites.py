@@ -18,12 +18,12 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite, load_suite
-from merge_core.task_vectors import Groups, Origin
+from merge_core.task_vectors import Origin, TensorGroups
 from tests.merge_core.adapted_models import (
     Mixed,
     State,
     adapter,
-    rewritten,
+    rewrite,
     state_of,
     two_adapters,
     write_adapted_suite,
@@ -37,7 +37,7 @@ def suite(tmp_path: Path) -> Suite:
     return two_adapters(tmp_path)
 
 
-def merged(suite: Suite, method: str, tasks: list[str], **parameters: Any) -> State:
+def merge_suite(suite: Suite, method: str, tasks: list[str], **parameters: Any) -> State:
     recipe = make_recipe(
         {"suite": str(suite.path), "tasks": tasks, "method": method, "parameters": parameters}
     )
@@ -58,12 +58,12 @@ def test_an_adapter_alone_gives_itself_back(
     suite: Suite, tmp_path: Path, method: str, parameters: dict[str, Any]
 ) -> None:
     expert = suite.expert("digits")
-    for name, value in merged(suite, method, ["digits"], **parameters).items():
+    for name, value in merge_suite(suite, method, ["digits"], **parameters).items():
         torch.testing.assert_close(value, expert.tensor(name), rtol=1e-5, atol=2e-6, msg=name)
 
 
 def test_two_adapters_in_task_arithmetic(suite: Suite) -> None:
-    result = merged(suite, "task_arithmetic", ["digits", "letters"], scale=0.4)
+    result = merge_suite(suite, "task_arithmetic", ["digits", "letters"], scale=0.4)
     base = suite.base
     assert base is not None
     for name, value in result.items():
@@ -88,7 +88,7 @@ def test_thin_matrices_are_not_decomposed_whole(
         adapter(model, tmp_path / task, seed, r=rank, target_modules=layers)
     suite = load_suite(write_adapted_suite(tmp_path, state_of(model), {t: t for t in "abc"}))
     store = FactorStore()
-    groups = {group.name: group for group in Groups(suite, None, store)}
+    groups = {group.name: group for group in TensorGroups(suite, None, store)}
     for name in ("wide.weight", "conv.weight", "square.weight"):
         states = [suite.expert(task).tensor(name).double() for task in suite.tasks]
         about = state_of(model)[name].double() if origin == "base" else sum(states) / 3
@@ -109,7 +109,7 @@ def test_an_adapter_beside_a_whole_model(tmp_path: Path) -> None:
     names = {"a": "a", "b": "b.safetensors"}
     suite = load_suite(write_adapted_suite(tmp_path, state_of(model), names))
     first, second = (suite.expert(task).tensor("wide.weight").double() for task in "ab")
-    for group in Groups(suite, None, FactorStore()):
+    for group in TensorGroups(suite, None, FactorStore()):
         if group.name == "wide.weight":
             values = torch.linalg.svdvals((first - second) / 2).float()
             for found in group.singular_values("average"):
@@ -161,7 +161,7 @@ def test_suites_without_a_base_and_bases_that_are_adapters(suite: Suite) -> None
 def test_files_that_change_are_noticed(suite: Suite) -> None:
     expert = suite.expert("digits")
     expert.check_unchanged()
-    rewritten(suite.root / "digits", lambda s: s.update({A: torch.ones(2, 6)}))
+    rewrite(suite.root / "digits", lambda s: s.update({A: torch.ones(2, 6)}))
     with pytest.raises(CheckpointError, match="has changed since"):
         expert.check_unchanged()
     with pytest.raises(CheckpointError, match="has changed since"):

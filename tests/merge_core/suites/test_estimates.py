@@ -23,8 +23,8 @@ from merge_core.suites.estimates import (
     Job,
     Part,
     Rates,
-    about,
     seconds,
+    time_in_words,
     usual_workers,
 )
 from merge_core.suites.preflight import preflight
@@ -37,7 +37,7 @@ PLAIN = Part(1000, 4)
 MATRIX = Part(1000, 4, (10, 100))
 
 
-def averaged(entries: int) -> Part:
+def averaged_part(entries: int) -> Part:
     return Part(entries, 4)
 
 
@@ -63,7 +63,7 @@ class TestMemory:
 
     def test_results_that_wait(self) -> None:
         sizes = [1000, 10, 2000, 10, 10, 10, 3000, 10]
-        job = Job(tuple(map(averaged, sizes)), tasks=1, workers=2)
+        job = Job(tuple(map(averaged_part, sizes)), tasks=1, workers=2)
         # The largest five in a row, of which two are being worked on.
         assert job.spectral_bytes == IMPORTS_BYTES + 4 * (2000 + 10 + 10 + 10 + 3000)
         alone = replace(job, workers=1)
@@ -113,7 +113,7 @@ class TestDisk:
 
 class TestTime:
     def test_averaging_by_hand(self) -> None:
-        job = Job((averaged(1_000_000_000),), 2, read_bytes=3 * 10**9, written_bytes=4 * 10**9)
+        job = Job((averaged_part(1_000_000_000),), 2, read_bytes=3 * 10**9, written_bytes=4 * 10**9)
         files, reading, writing = 2.002, 2 * 1.3 * 4, 2 * 4
         assert seconds(job, SPEED).entrywise == pytest.approx(files + reading + writing)
         # One thread writes, however many merge.
@@ -170,7 +170,7 @@ class TestTime:
         ],
     )
     def test_in_words(self, taken: float, words: str) -> None:
-        assert about(taken) == words
+        assert time_in_words(taken) == words
 
 
 parts = st.builds(

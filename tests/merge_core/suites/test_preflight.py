@@ -76,7 +76,7 @@ def test_a_base_that_departs_is_told(suite_of: Callable[..., Suite]) -> None:
 
 
 def test_everything_is_told_in_one_report(suite_of: Callable[..., Suite]) -> None:
-    """Not the first fault alone: whoever mends it would meet the next after another long wait."""
+    """Not the first fault alone: whoever repairs it would meet the next after another long wait."""
     good = {"wte.weight": torch.ones(7, 4), "mlp.weight": W, "b": torch.ones(4), "head.weight": W}
     suite = suite_of(
         {
@@ -90,7 +90,7 @@ def test_everything_is_told_in_one_report(suite_of: Callable[..., Suite]) -> Non
         decompose=["mlp*", "nowhere.*"],
     )
     suite.file(suite.spec.experts["gone"].weights).unlink()
-    broken(suite, "damaged")
+    break_file(suite, "damaged")
     report = preflight(suite)
     assert [(d.member, d.parameter, d.kind, d.blocking) for d in report.differences] == [
         ("gone", "", "unreadable", True),
@@ -124,7 +124,7 @@ def test_a_base_that_cannot_be_read_is_told_with_the_rest(suite_of: Callable[...
 
 def test_no_member_can_be_read(suite_of: Callable[..., Suite]) -> None:
     suite = suite_of({"a": {"w": W}})
-    broken(suite, "a")
+    break_file(suite, "a")
     report = preflight(suite)
     assert [d.kind for d in report.blocking] == ["unreadable"]
     assert report.plan == ()
@@ -147,7 +147,7 @@ def test_no_tensor_is_read(
     def refuse(self: Checkpoint, name: str) -> Tensor:
         raise AssertionError(f"{name} was read")
 
-    monkeypatch.setattr(Checkpoint, "unchecked", refuse)
+    monkeypatch.setattr(Checkpoint, "read_unchecked", refuse)
     suite = synthetic_suite()
     assert preflight(suite).plan
     with pytest.raises(AssertionError, match="was read"):
@@ -192,7 +192,7 @@ def test_the_memory_estimate_follows_the_largest_parameter_and_the_experts(
     assert memory(dtype=torch.bfloat16) - memory() == 3 * 64 * 64 * 4
 
 
-def broken(suite: Suite, task: str) -> None:
+def break_file(suite: Suite, task: str) -> None:
     suite.file(suite.spec.experts[task].weights).write_bytes(b"no longer weights")
 
 
@@ -209,7 +209,7 @@ def test_experts_that_are_not_chosen_neither_block_nor_narrow_a_merge(
         for act in ("narrower", "broken"):
             suite = suite_of(states)
             if act == "broken":
-                broken(suite, names[place])
+                break_file(suite, names[place])
             assert preflight(suite, chosen).blocking == ()
             merged = MergeSession(suite, chosen, FactorStore()).merge(recipe)
             assert sorted(merged) == ["b", "mlp.weight"]

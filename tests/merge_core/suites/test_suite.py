@@ -16,7 +16,7 @@ from merge_core.suites.suite import Suite, load_suite
 MINIMAL = "name: s\nexperts:\n  a: {weights: a.safetensors}\n  b: {weights: b.safetensors}\n"
 
 
-def written(folder: Path, text: str | bytes) -> Path:
+def write_suite(folder: Path, text: str | bytes) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "suite.yaml"
     path.write_bytes(text.encode() if isinstance(text, str) else text)
@@ -33,7 +33,7 @@ def test_paths_are_relative_to_the_file_not_to_where_one_stands(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = MINIMAL.replace("a.safetensors", "../weights/a.safetensors")
-    path = written(tmp_path / "suite", text)
+    path = write_suite(tmp_path / "suite", text)
     (tmp_path / "weights").mkdir()
     save_file({"w": torch.ones(1)}, tmp_path / "weights" / "a.safetensors")
     save_file({"w": torch.zeros(1)}, tmp_path / "suite" / "b.safetensors")
@@ -55,7 +55,7 @@ def test_absolute_paths_and_home_folders_are_understood(
     for name, value in (("a", 1.0), ("b", 2.0)):
         save_file({"w": torch.tensor(value)}, tmp_path / f"{name}.safetensors")
     text = MINIMAL.replace("a.safetensors", str(tmp_path / "a.safetensors"))
-    suite = load_suite(written(tmp_path / "s", text.replace("b.saf", "~/b.saf")))
+    suite = load_suite(write_suite(tmp_path / "s", text.replace("b.saf", "~/b.saf")))
     assert [suite.expert(t).tensor("w").item() for t in suite.tasks] == [1.0, 2.0]
 
 
@@ -80,7 +80,7 @@ def test_absolute_paths_and_home_folders_are_understood(
     ],
 )
 def test_the_faulty_field_and_the_file_are_named(tmp_path: Path, text: str, named: str) -> None:
-    path = written(tmp_path, text)
+    path = write_suite(tmp_path, text)
     message = refusal(path)
     assert str(path) in message
     assert named in message
@@ -92,12 +92,12 @@ def test_the_faulty_field_and_the_file_are_named(tmp_path: Path, text: str, name
      "!!python/object/apply:os.system [false]"],
 )  # fmt: skip
 def test_what_is_not_yaml_is_refused_in_words(tmp_path: Path, text: str | bytes) -> None:
-    assert "not valid YAML" in refusal(written(tmp_path, text))
+    assert "not valid YAML" in refusal(write_suite(tmp_path, text))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "just text", "3"])
 def test_yaml_that_is_no_mapping_is_refused(tmp_path: Path, text: str) -> None:
-    assert "not a suite" in refusal(written(tmp_path, text))
+    assert "not a suite" in refusal(write_suite(tmp_path, text))
 
 
 def test_a_missing_file_folder_or_home_is_refused(tmp_path: Path) -> None:
@@ -107,14 +107,14 @@ def test_a_missing_file_folder_or_home_is_refused(tmp_path: Path) -> None:
 
 def test_a_missing_expert_is_named_when_it_is_asked_for(tmp_path: Path) -> None:
     save_file({"w": torch.ones(1)}, tmp_path / "a.safetensors")
-    suite = load_suite(written(tmp_path, MINIMAL))  # opening the suite opens no checkpoint
+    suite = load_suite(write_suite(tmp_path, MINIMAL))  # opening the suite opens no checkpoint
     assert suite.expert("a").tensor("w").item() == 1
     with pytest.raises(CheckpointError, match=r"expert 'b'.*b\.safetensors does not exist"):
         suite.expert("b")
 
 
 def test_a_missing_base_is_named(tmp_path: Path) -> None:
-    suite = load_suite(written(tmp_path, MINIMAL + "base: zero.safetensors\n"))
+    suite = load_suite(write_suite(tmp_path, MINIMAL + "base: zero.safetensors\n"))
     with pytest.raises(CheckpointError, match=r"base.*zero\.safetensors does not exist"):
         _ = suite.base
 
@@ -156,12 +156,12 @@ def test_the_members_digest_tells_every_change_of_members(
 
 
 def test_a_suite_without_base_heads_or_architecture_says_what_it_lacks(tmp_path: Path) -> None:
-    suite = load_suite(written(tmp_path, MINIMAL))
+    suite = load_suite(write_suite(tmp_path, MINIMAL))
     assert suite.base is None
     assert not suite.can_evaluate
     assert suite.why_not_evaluated is not None
     assert "architecture" in suite.why_not_evaluated
-    suite = load_suite(written(tmp_path, MINIMAL + "architecture: {name: vit}\n"))
+    suite = load_suite(write_suite(tmp_path, MINIMAL + "architecture: {name: vit}\n"))
     assert suite.why_not_evaluated is not None
     assert "head" in suite.why_not_evaluated
     assert "a, b" in suite.why_not_evaluated
@@ -169,16 +169,16 @@ def test_a_suite_without_base_heads_or_architecture_says_what_it_lacks(tmp_path:
         suite.data_digest("a")
 
 
-def evaluable(tmp_path: Path, extra: str = "") -> Suite:
+def evaluable_suite(tmp_path: Path, extra: str = "") -> Suite:
     text = (
         "name: s\narchitecture: {name: vit, args: {depth: 2}}\nexperts:\n"
         "  a: {weights: a.safetensors, title: The first, head: h.bin, data: {file: d.npz%s}}\n"
     )
-    return load_suite(written(tmp_path, text % extra))
+    return load_suite(write_suite(tmp_path, text % extra))
 
 
 def test_the_data_digest_follows_files_normalisation_and_architecture(tmp_path: Path) -> None:
-    suite = evaluable(tmp_path)
+    suite = evaluable_suite(tmp_path)
     with pytest.raises(SuiteError, match=r"d\.npz.*'a'.*does not exist"):
         suite.data_digest("a")
     (tmp_path / "d.npz").write_bytes(b"data")
@@ -186,12 +186,12 @@ def test_the_data_digest_follows_files_normalisation_and_architecture(tmp_path: 
     assert suite.can_evaluate
     assert suite.title("a") == "The first"
     first = suite.data_digest("a")
-    assert evaluable(tmp_path).data_digest("a") == first
-    changed = [evaluable(tmp_path, ", mean: [0, 0, 0]").data_digest("a")]
+    assert evaluable_suite(tmp_path).data_digest("a") == first
+    changed = [evaluable_suite(tmp_path, ", mean: [0, 0, 0]").data_digest("a")]
     (tmp_path / "d.npz").write_bytes(b"dota")
-    changed.append(evaluable(tmp_path).data_digest("a"))
+    changed.append(evaluable_suite(tmp_path).data_digest("a"))
     (tmp_path / "h.bin").write_bytes(b"hoad")
-    changed.append(evaluable(tmp_path).data_digest("a"))
+    changed.append(evaluable_suite(tmp_path).data_digest("a"))
     assert len({first, *changed}) == 4
 
 
@@ -201,7 +201,7 @@ def test_only_common_parameters_are_listed(suite_of: Callable[..., Suite]) -> No
     suite = suite_of(experts)
     assert sorted(suite.parameters) == ["b", "w.weight"]
     assert suite.matrices == ("w.weight",)
-    assert sorted(suite.shared(["x"])) == ["b", "own", "w.weight"]
+    assert sorted(suite.merged_names(["x"])) == ["b", "own", "w.weight"]
 
 
 def test_the_bundled_demo_suite_goes_through_the_same_door() -> None:

@@ -20,14 +20,14 @@ from merge_core.merging.recipe import make_recipe
 from merge_core.methods import methods
 from merge_core.suites.suite import load_suite
 from mergescope import cli
-from tests.evaluable import TASKS, by_hand, edit_document, evaluable, state_of
+from tests.evaluable import TASKS, by_hand, copy_evaluable, edit_document, state_of
 
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("COLUMNS", "220")
-    evaluable(tmp_path / "suite")
+    copy_evaluable(tmp_path / "suite")
     return tmp_path / "suite"
 
 

@@ -11,10 +11,10 @@ import yaml
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file
 
-from merge_core.hub.models import cached
+from merge_core.hub.models import find_cached
 from mergescope import cli
-from tests.evaluable import TASKS, by_hand, evaluable
-from tests.hub_client import files_of, hub, sharded, weights
+from tests.evaluable import TASKS, by_hand, copy_evaluable
+from tests.hub_client import files_of, hub, shard_files, weights
 from tests.hub_server import Hub
 
 __all__ = ["hub"]
@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> Any:
 
 
 def test_inspect_a_model_without_download(run: Any, hub: Hub) -> None:
-    made = hub.repository("org/model", sharded(weights(side=400)))
+    made = hub.repository("org/model", shard_files(weights(side=400)))
     code, out, err = run("inspect", "hf://org/model")
     assert (code, err) == (0, "")
     assert made.branches["main"][:12] in out
@@ -49,7 +49,7 @@ def test_inspect_a_model_without_download(run: Any, hub: Hub) -> None:
     assert "encoder.0.weight" in out
     assert "400 x 400" in out
     assert "Task vectors" not in out
-    assert cached("hf://org/model") is None
+    assert find_cached("hf://org/model") is None
 
 
 def test_a_suite_on_the_hub_from_report_to_merge(run: Any, hub: Hub, tmp_path: Path) -> None:
@@ -70,7 +70,7 @@ def test_a_suite_on_the_hub_from_report_to_merge(run: Any, hub: Hub, tmp_path: P
     assert code == 0
     for name in ("one", "two"):
         commit = hub.repositories[f"org/{name}"].branches["main"]
-        assert f"hf://org/{name}@{commit} {cached(f'hf://org/{name}')}" in out
+        assert f"hf://org/{name}@{commit} {find_cached(f'hf://org/{name}')}" in out
     hub.requests.clear()
     assert run(*merge)[0] == 0
     code, out, _ = run("inspect", tmp_path)
@@ -112,7 +112,7 @@ def test_mistakes(run: Any, hub: Hub) -> None:
 
 @pytest.mark.parametrize("method", ["average", "cart_indexing"])
 def test_the_card_learns_the_accuracies(run: Any, tmp_path: Path, method: str) -> None:
-    suite = evaluable(tmp_path / "suite")
+    suite = copy_evaluable(tmp_path / "suite")
     document = {"suite": "suite", "method": method, "tasks": list(TASKS[:2])}
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(document))
     folder = tmp_path / "out"

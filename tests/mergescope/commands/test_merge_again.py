@@ -21,7 +21,7 @@ from merge_core.merging.recipe import load_recipe
 from merge_core.output import provenance
 from merge_core.output.model_folder import merge_to_folder
 from mergescope import cli
-from tests.evaluable import TASKS, edit_arrays, evaluable
+from tests.evaluable import TASKS, copy_evaluable, edit_arrays
 
 Run = Callable[..., tuple[int, str]]
 
@@ -29,7 +29,7 @@ Run = Callable[..., tuple[int, str]]
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
-    evaluable(tmp_path / "suite")
+    copy_evaluable(tmp_path / "suite")
     monkeypatch.chdir(tmp_path)
     return tmp_path / "suite"
 
@@ -102,7 +102,7 @@ def test_what_is_learnt_is_what_the_library_learns(folder: Path, run: Run) -> No
     assert run("merge", path, "-o", "out")[0] == 0
     recipe, suite = load_recipe(path)
     session = MergeSession(suite, None, FactorStore())
-    learned = Evaluator(suite).learned(recipe, session)
+    learned = Evaluator(suite).learn(recipe, session)
     expected = session.merge(recipe, learned=learned)
     merged = load_file("out/model.safetensors")
     assert all(torch.equal(merged[name], value) for name, value in expected.items())

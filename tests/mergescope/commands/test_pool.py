@@ -14,7 +14,7 @@ from PIL import Image
 from analysis.outputs.pool_outputs import PoolEvaluator
 from data.pool_building import RATES
 from data.pool_images import ImageTask
-from data.pool_presets import Request, requested
+from data.pool_presets import Request, plan_request
 from merge_core.suites.pool import load_pool
 from mergescope import cli
 from tests.data.test_vision_datasets import write_cifar100, write_mnist
@@ -85,7 +85,7 @@ def test_the_papers_preset_on_files(
 
 
 def test_the_papers_numbers() -> None:
-    plan, task = requested(Request("x", preset="paper"), blank("cifar100", 32, 3, 100))
+    plan, task = plan_request(Request("x", preset="paper"), blank("cifar100", 32, 3, 100))
     training = plan.training
     assert plan.architecture.name == "linear"
     assert (training.epochs, training.batch, training.rate) == (100, 64, 0.01)
@@ -95,7 +95,7 @@ def test_the_papers_numbers() -> None:
     assert (plan.mean, plan.std) == ((0.0,) * 3, (1.0,) * 3)  # pixels in [0, 1]
     assert task.shipped is None  # all of them, for the stationary template
 
-    plan, _ = requested(Request("x", preset="paper"), blank("folder", 64, 3, 200))
+    plan, _ = plan_request(Request("x", preset="paper"), blank("folder", 64, 3, 200))
     training = plan.training
     assert (training.epochs, training.batch, training.milestones) == (10, 1024, (0.5,))
     assert (plan.mean, plan.std) == ((0.4,) * 3, (0.3,) * 3)  # the dataset's own
@@ -103,12 +103,12 @@ def test_the_papers_numbers() -> None:
 
 def test_the_small_preset() -> None:
     task = blank("cifar10", 32, 3, 10)
-    plan, stored = requested(Request("x", "resnet18", regime="shared", epochs=8), task)
+    plan, stored = plan_request(Request("x", "resnet18", regime="shared", epochs=8), task)
     assert plan.pretraining is not None
     assert (plan.pretraining.epochs, plan.training.epochs) == (2, 8)
     assert len({m.rate for m in plan.members}) == len(set(RATES))
     assert (plan.mean, stored.shipped) == (task.mean, 1000)
-    assert requested(Request("x", "linear"), task)[1].shipped is None
+    assert plan_request(Request("x", "linear"), task)[1].shipped is None
 
 
 def test_mistakes(call: Any, tmp_path: Path, capsys: Any) -> None:

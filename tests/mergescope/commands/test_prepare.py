@@ -20,7 +20,7 @@ from merge_core.errors import SuiteError
 from merge_core.yaml_text import dump_yaml
 from mergescope.cli import app
 from tests.analysis.data_sources.files import write_cifar10, write_mnist
-from tests.evaluable import TASKS, evaluable
+from tests.evaluable import TASKS, copy_evaluable
 
 FIRST = TASKS[0]
 
@@ -31,9 +31,9 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
-def described(tmp_path: Path, **fields: Any) -> Path:
+def describe_suite(tmp_path: Path, **fields: Any) -> Path:
     """A suite whose first task has other fields; None removes one."""
-    suite = evaluable(tmp_path / "suite")
+    suite = copy_evaluable(tmp_path / "suite")
     document = yaml.safe_load(suite.path.read_text())
     document["experts"][FIRST] = {
         name: value
@@ -60,7 +60,7 @@ def row(output: str, task: str) -> list[str]:
 def test_everything_is_read_and_told(tmp_path: Path, cache: Path) -> None:
     write_mnist(tmp_path / "mnist", train=30)
     data = {"kind": "idx", "path": "../mnist", "transform": {"size": 16}, "limit": 10}
-    path = described(tmp_path, data=data, head={"file": f"heads/{FIRST}.safetensors"})
+    path = describe_suite(tmp_path, data=data, head={"file": f"heads/{FIRST}.safetensors"})
     said = run(str(path))
     assert row(said, FIRST)[1:] == ["idx", "16 x 16", "3", "10", "3", "4 x 16"]
     assert row(said, TASKS[1])[1:] == ["numpy", "16 x 16", "20", "20", "4", "4 x 16"]
@@ -69,13 +69,13 @@ def test_everything_is_read_and_told(tmp_path: Path, cache: Path) -> None:
 
 
 def test_what_is_missing_is_told(tmp_path: Path) -> None:
-    path = described(tmp_path, data=None, head=None)
+    path = describe_suite(tmp_path, data=None, head=None)
     assert row(run(str(path)), FIRST)[1:] == ["none", "", "", "", "", "none"]
 
 
 def test_labels_beyond_the_head_are_refused(tmp_path: Path) -> None:
     write_cifar10(tmp_path / "cifar", each=8)
-    path = described(tmp_path, data={"kind": "cifar", "path": "../cifar", "mean": [0, 0, 0]})
+    path = describe_suite(tmp_path, data={"kind": "cifar", "path": "../cifar", "mean": [0, 0, 0]})
     with pytest.raises(SuiteError, match=rf"head of task '{FIRST}' has 4 classes.*labels up to 7"):
         run(str(path), "--tasks", FIRST)
 
@@ -110,7 +110,7 @@ def test_nothing_is_fetched_unasked(
     monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(archive.read_bytes()).hexdigest())
     monkeypatch.setattr(CIFAR10, "__init__", None)  # its class would unpickle
     data = {"kind": "torchvision", "dataset": "CIFAR10", "path": "../own", "mean": [0, 0, 0]}
-    path = described(tmp_path, data=data, head=None)
+    path = describe_suite(tmp_path, data=data, head=None)
     with pytest.raises(SuiteError, match="--download"):
         run(str(path), "--tasks", FIRST)
     assert not (tmp_path / "own").exists()
@@ -125,6 +125,6 @@ def test_what_cannot_be_fetched_says_so(
 ) -> None:
     monkeypatch.setattr(CIFAR100, "url", f"{published}/gone.tar.gz")
     data = {"kind": "torchvision", "dataset": "CIFAR100", "path": "own"}
-    path = described(tmp_path, data=data, head=None)
+    path = describe_suite(tmp_path, data=data, head=None)
     with pytest.raises(SuiteError, match=r"could not fetch CIFAR100.*by hand"):
         run(str(path), "--tasks", FIRST, "--download")

@@ -18,7 +18,7 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import load_recipe
 from merge_core.suites.suite import load_suite
 from mergescope import terminal
-from tests.evaluable import edit_document, evaluable
+from tests.evaluable import copy_evaluable, edit_document
 from tests.mergescope.test_cli import call
 
 AXES = ("--ranks", "0.07,0.26,0.6", "--scales", "0.5,1.5,4")
@@ -34,7 +34,7 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path, kept: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(kept / "command"))
     monkeypatch.setenv("COLUMNS", "160")
-    evaluable(tmp_path / "suite")
+    copy_evaluable(tmp_path / "suite")
     return tmp_path / "suite"
 
 

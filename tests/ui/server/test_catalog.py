@@ -20,8 +20,8 @@ def test_only_the_bundled_ones_by_default(monkeypatch: pytest.MonkeyPatch) -> No
                 monkeypatch.delenv(catalog.variable, raising=False)
             else:
                 monkeypatch.setenv(catalog.variable, value)
-        assert SUITES.offered() == {BUNDLED: BUNDLED_PATH}
-        assert POOLS.offered() == bundled_pools()
+        assert SUITES.list_offered() == {BUNDLED: BUNDLED_PATH}
+        assert POOLS.list_offered() == bundled_pools()
 
 
 def test_round_trip_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,7 +36,7 @@ def test_round_trip_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     environment = SUITES.environment(paths)
     assert list(environment) == [SUITES.variable]
     monkeypatch.setenv(SUITES.variable, environment[SUITES.variable])
-    names = SUITES.offered()
+    names = SUITES.list_offered()
     assert list(names.values()) == [BUNDLED_PATH, *paths]
     assert list(names) == [
         "demo",
@@ -52,8 +52,8 @@ def test_round_trip_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
 def test_suites_and_pools_do_not_mix(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in POOLS.environment([Path("/p/mine/pool.yaml")]).items():
         monkeypatch.setenv(name, value)
-    assert POOLS.offered()["mine"] == Path("/p/mine/pool.yaml")
-    assert "mine" not in SUITES.offered()
+    assert POOLS.list_offered()["mine"] == Path("/p/mine/pool.yaml")
+    assert "mine" not in SUITES.list_offered()
 
 
 def test_a_path_that_cannot_be_carried_is_refused() -> None:

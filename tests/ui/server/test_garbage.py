@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.pages.test_pages import healthy, open_page
+from tests.pages.test_pages import assert_healthy, open_page
 from ui.server import garbage
 
 
@@ -32,21 +32,21 @@ def test_objects_are_hidden_until_a_collection_is_due(monkeypatch: pytest.Monkey
     loop = Loop()
     watched = weakref.ref(loop)
     del loop
-    garbage.spare()
+    garbage.freeze_objects()
     gc.collect()  # as Streamlit does after each run
     assert watched() is not None
     assert gc.get_freeze_count() > 10_000
     now += garbage.INTERVAL_SECONDS
-    garbage.spare()
+    garbage.freeze_objects()
     assert gc.get_freeze_count() == 0
     gc.collect()
     assert watched() is None
-    garbage.spare()
+    garbage.freeze_objects()
     assert gc.get_freeze_count() > 0
 
 
 def test_a_run_of_a_page_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[int] = []
-    monkeypatch.setattr(garbage, "spare", lambda: calls.append(1))
-    healthy(open_page("merge_lab"))
+    monkeypatch.setattr(garbage, "freeze_objects", lambda: calls.append(1))
+    assert_healthy(open_page("merge_lab"))
     assert calls == [1]

@@ -24,7 +24,7 @@ def runner() -> Iterator[JobRunner]:
     runner._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def finished(job: Job) -> Job:
+def wait_finished(job: Job) -> Job:
     """Wait for a job to end."""
     end = time.monotonic() + 20
     while job.finished is None:
@@ -59,7 +59,7 @@ def test_progress_and_result(runner: JobRunner) -> None:
     assert job.result is None
     assert runner.get("k") is job
     gate.open.set()
-    finished(job)
+    wait_finished(job)
     assert (job.state, job.active, job.share, job.error) == ("done", False, 1.0, "")
     assert job.result == {"accuracy": 0.5}
     assert runner.get("other") is None
@@ -76,9 +76,9 @@ def test_equal_keys_share_one_job(runner: JobRunner) -> None:
     again = runner.submit("k", "A", lambda progress: calls.append(1))
     assert again is job
     gate.open.set()
-    finished(job)
+    wait_finished(job)
     assert runner.submit("k", "A", lambda progress: calls.append(1)) is job  # done: kept
-    other = finished(runner.submit("l", "B", lambda progress: "two"))
+    other = wait_finished(runner.submit("l", "B", lambda progress: "two"))
     assert (job.result, other.result, calls) == ("one", "two", [])
 
 
@@ -99,7 +99,7 @@ def test_one_at_a_time_in_the_order_of_arrival(runner: JobRunner) -> None:
 
     submitted = [runner.submit(name, name, work(name)) for name in "abcde"]
     assert submitted[-1].state == "queued"
-    assert all(finished(job).state == "done" for job in submitted)
+    assert all(wait_finished(job).state == "done" for job in submitted)
     assert seen == list("abcde")
 
 
@@ -107,13 +107,15 @@ def test_a_users_mistake_is_told_in_its_own_words(runner: JobRunner) -> None:
     def work(progress: Progress) -> None:
         raise SuiteError("suite.yaml names no base. Add one.")
 
-    job = finished(runner.submit("k", "A", work))
+    job = wait_finished(runner.submit("k", "A", work))
     assert (job.state, job.error, job.result) == (
         "failed",
         "suite.yaml names no base. Add one.",
         None,
     )
-    assert finished(runner.submit("k", "A", lambda progress: 1)).result == 1  # may be tried again
+    assert (
+        wait_finished(runner.submit("k", "A", lambda progress: 1)).result == 1
+    )  # may be tried again
 
 
 def test_the_unexpected_is_told_without_a_traceback(
@@ -122,13 +124,15 @@ def test_the_unexpected_is_told_without_a_traceback(
     def work(progress: Progress) -> None:
         raise ZeroDivisionError("secret /home/someone/path")
 
-    job = finished(runner.submit("k", "The sweep", work))
+    job = wait_finished(runner.submit("k", "The sweep", work))
     assert job.state == "failed"
     assert job.error == (
         "The sweep failed unexpectedly (ZeroDivisionError). The server's log has the details."
     )
     assert "secret /home/someone/path" in caplog.text
-    assert finished(runner.submit("l", "B", lambda progress: 2)).result == 2  # the worker lives
+    assert (
+        wait_finished(runner.submit("l", "B", lambda progress: 2)).result == 2
+    )  # the worker lives
 
 
 def test_cancel_while_running(runner: JobRunner) -> None:
@@ -136,7 +140,7 @@ def test_cancel_while_running(runner: JobRunner) -> None:
     job = runner.submit("k", "A", gate)
     assert gate.running.wait(20)
     runner.cancel("k")
-    assert finished(job).state == "cancelled"
+    assert wait_finished(job).state == "cancelled"
     assert job.error.startswith("Cancelled after 1 of 4")
     assert job.result is None
     runner.cancel("no such key")
@@ -148,8 +152,8 @@ def test_cancel_while_queued(runner: JobRunner) -> None:
     second = runner.submit("l", "B", lambda progress: calls.append(1))
     runner.cancel("l")
     gate.open.set()
-    assert finished(second).state == "cancelled"
-    assert finished(first).state == "done"
+    assert wait_finished(second).state == "cancelled"
+    assert wait_finished(first).state == "done"
     assert calls == []
 
 
@@ -160,8 +164,8 @@ def test_a_wish_after_cancelling_is_a_new_job(runner: JobRunner) -> None:
     runner.cancel("k")
     second = runner.submit("k", "A", lambda progress: "afresh")
     assert second is not first
-    assert finished(first).state == "cancelled"
-    assert (finished(second).state, second.result) == ("done", "afresh")
+    assert wait_finished(first).state == "cancelled"
+    assert (wait_finished(second).state, second.result) == ("done", "afresh")
     assert runner.get("k") is second
 
 
@@ -177,13 +181,13 @@ def test_the_queue_has_an_end(runner: JobRunner) -> None:
     for i in range(QUEUE_LIMIT):
         job = runner.get(str(i))
         assert job is not None
-        assert finished(job).state == "done"
-    assert finished(runner.submit("one more", "X", gate)).state == "done"
+        assert wait_finished(job).state == "done"
+    assert wait_finished(runner.submit("one more", "X", gate)).state == "done"
 
 
 def test_old_jobs_are_forgotten(runner: JobRunner, monkeypatch: pytest.MonkeyPatch) -> None:
     gate = Gate()
-    old = finished(runner.submit("old", "A", lambda progress: 1))
+    old = wait_finished(runner.submit("old", "A", lambda progress: 1))
     running = runner.submit("running", "B", gate)
     monkeypatch.setattr(jobs, "KEPT_SECONDS", 3600.0)
     runner.submit("x", "X", gate)
@@ -199,7 +203,7 @@ def test_old_jobs_are_forgotten(runner: JobRunner, monkeypatch: pytest.MonkeyPat
 def test_the_worker_leaves_a_core_to_the_pages() -> None:
     runner = JobRunner(threads=3)
     try:
-        assert finished(runner.submit("k", "A", lambda p: torch.get_num_threads())).result == 3
+        assert wait_finished(runner.submit("k", "A", lambda p: torch.get_num_threads())).result == 3
     finally:
         runner._pool.shutdown()
         torch.set_num_threads(1)

@@ -55,7 +55,7 @@ def test_no_text_leads_out(tree: Path, parts: list[str]) -> None:
     found: Path | None = None
     refused = ""
     try:
-        found = roots.confined(text, tree)
+        found = roots.confine(text, tree)
     except MergeScopeError as error:
         refused = str(error).replace(repr(text), "")
     if found is None:
@@ -70,7 +70,7 @@ def test_no_text_leads_out(tree: Path, parts: list[str]) -> None:
 
 @pytest.mark.parametrize("text", ["", ".", "a", "a/b/sub", "a/up", "./b"])
 def test_what_is_inside_is_found(tree: Path, text: str) -> None:
-    assert roots.confined(text, tree) == (tree / text).resolve()
+    assert roots.confine(text, tree) == (tree / text).resolve()
 
 
 @pytest.mark.parametrize(
@@ -80,12 +80,12 @@ def test_what_is_inside_is_found(tree: Path, text: str) -> None:
 )  # fmt: skip
 def test_what_is_not_is_refused(tree: Path, text: str) -> None:
     with pytest.raises(MergeScopeError, match="is not a folder below root"):
-        roots.confined(text, tree)
+        roots.confine(text, tree)
 
 
 def test_a_root_may_itself_be_a_link(tree: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tree)
-    assert roots.confined("a", tmp_path / "link") == tree / "a"
+    assert roots.confine("a", tmp_path / "link") == tree / "a"
 
 
 def test_the_list_holds_folders_with_weights_and_follows_no_links(tree: Path) -> None:

@@ -56,7 +56,7 @@ def module(**parts: bytes) -> bytes:
 DATA = torch.arange(6.0).numpy().tobytes()
 
 
-def zipped(pickled: bytes, packing: int = zipfile.ZIP_STORED, **members: bytes) -> bytes:
+def to_zip(pickled: bytes, packing: int = zipfile.ZIP_STORED, **members: bytes) -> bytes:
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w", packing) as archive:
         archive.writestr("m/data.pkl", pickled)
@@ -74,7 +74,7 @@ def legacy(pickled: bytes, tail: bytes) -> bytes:
     return b"".join(pickle.dumps(part, 2) for part in parts) + pickled + tail
 
 
-def nested(inner: bytes) -> bytes:
+def nest(inner: bytes) -> bytes:
     """A bare pickle of a storage that is a file in bytes."""
     return (
         HEAD + b"ctorch.storage\n_load_from_bytes\nB" + struct.pack("<I", len(inner)) + inner

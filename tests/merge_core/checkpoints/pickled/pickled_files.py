@@ -39,7 +39,7 @@ FORMATS: dict[str, Save] = {
 every_format = pytest.mark.parametrize("save", FORMATS.values(), ids=FORMATS.keys())
 
 
-def drawn(*shape: int, seed: int = 0) -> Tensor:
+def draw(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
@@ -68,7 +68,7 @@ def assert_holds(path: Path, state: Mapping[str, Tensor]) -> Checkpoint:
 
 
 @contextmanager
-def importable(module: str, **classes: type) -> Iterator[None]:
+def make_importable(module: str, **classes: type) -> Iterator[None]:
     """Classes that can be imported, and so pickled, only inside the block."""
     parts = module.split(".")
     names = [".".join(parts[: i + 1]) for i in range(len(parts))]

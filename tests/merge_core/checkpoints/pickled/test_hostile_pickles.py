@@ -23,19 +23,19 @@ from tests.merge_core.checkpoints.pickled.pickled_by_hand import (
     is_clear,
     legacy,
     module,
-    nested,
+    nest,
     outcome,
     storage,
     tensor,
     text,
-    zipped,
+    to_zip,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 
 
 def test_the_pickles_made_here_are_good_ones(tmp_path: Path) -> None:
-    (tmp_path / "m.pt").write_bytes(zipped(HEAD + entries(w=tensor()) + b"."))
+    (tmp_path / "m.pt").write_bytes(to_zip(HEAD + entries(w=tensor()) + b"."))
     expected = torch.arange(6.0).reshape(2, 3)
     assert torch.equal(Checkpoint(tmp_path / "m.pt").tensor("w"), expected)
     assert torch.equal(torch.load(tmp_path / "m.pt")["w"], expected)
@@ -145,13 +145,13 @@ def containers(payload: bytes) -> dict[str, bytes]:
     beside = entries(w=tensor(), extra=payload)
     within = b"}" + payload + tensor() + b"s"
     ways = {"alone": payload, "beside": beside, "key": within, "wrapped": entries(model=payload)}
-    files = {f"zip, {way}": zipped(HEAD + content + b".") for way, content in ways.items()}
+    files = {f"zip, {way}": to_zip(HEAD + content + b".") for way, content in ways.items()}
     files["bare"] = HEAD + payload + b"."
     files["protocol 4"] = b"\x80\x04\x95" + struct.pack("<Q", 1 << 60) + payload + b"."
     files["legacy"] = legacy(HEAD + payload + b".", HEAD + b"].")
     files["legacy, in the keys"] = legacy(HEAD + b"}.", HEAD + payload + b".")
     files["legacy, for the version"] = pickle.dumps(MAGIC, 2) + HEAD + payload + b"."
-    files["nested"] = nested(legacy(HEAD + payload + b".", HEAD + b"]."))
+    files["nested"] = nest(legacy(HEAD + payload + b".", HEAD + b"]."))
     return files
 
 
@@ -171,8 +171,8 @@ def test_payloads_stay_inert(name: str, marker: Path) -> None:
         return
     checkpoint = Checkpoint(path)
     assert torch.equal(checkpoint.tensor("w"), torch.arange(6.0).reshape(2, 3))
-    foreign = " ".join(checkpoint.foreign)
-    assert any(module in foreign for module in ("canary", "io.open"))
+    named = " ".join(checkpoint.unsafe_globals)
+    assert any(module in named for module in ("canary", "io.open"))
 
 
 @pytest.mark.parametrize("name", EARNEST)
@@ -186,11 +186,11 @@ def test_foreign_functions_under_the_names_of_torchs_make_no_tensors(tmp_path: P
     mock = b"cforeign\n_rebuild_tensor_v2\n"
     args = tensor()[len(REBUILD) : -1]
     path = tmp_path / "m.pt"
-    path.write_bytes(zipped(HEAD + entries(w=mock + args + b"R", good=tensor()) + b"."))
+    path.write_bytes(to_zip(HEAD + entries(w=mock + args + b"R", good=tensor()) + b"."))
     assert list(Checkpoint(path)) == ["good"]
-    assert Checkpoint(path).foreign == ("foreign._rebuild_tensor_v2",)
+    assert Checkpoint(path).unsafe_globals == ("foreign._rebuild_tensor_v2",)
     typed = b"ctorch._tensor\n_rebuild_from_type_v2\n(" + mock + b"ctorch\nTensor\n" + args + b"}tR"
-    path.write_bytes(zipped(HEAD + entries(w=typed, good=tensor()) + b"."))
+    path.write_bytes(to_zip(HEAD + entries(w=typed, good=tensor()) + b"."))
     with pytest.raises(CheckpointError, match=r"'w' is made by foreign\."):
         Checkpoint(path)
 
@@ -198,20 +198,20 @@ def test_foreign_functions_under_the_names_of_torchs_make_no_tensors(tmp_path: P
 def test_foreign_names_are_fit_to_be_shown(tmp_path: Path) -> None:
     names = b"cforeign\n\x1b[31m\x00bad\n", b"cforeign\n" + b"long" * 10_000 + b"\n"
     content = entries(w=tensor(), a=names[0], b=names[1])
-    (tmp_path / "m.pt").write_bytes(zipped(HEAD + content + b"."))
-    foreign = Checkpoint(tmp_path / "m.pt").foreign
-    assert len(foreign) == 2
-    assert all(name.isprintable() and len(name) <= 120 for name in foreign)
+    (tmp_path / "m.pt").write_bytes(to_zip(HEAD + content + b"."))
+    named = Checkpoint(tmp_path / "m.pt").unsafe_globals
+    assert len(named) == 2
+    assert all(name.isprintable() and len(name) <= 120 for name in named)
 
 
 def test_what_a_nested_pickle_would_import_is_listed_too(tmp_path: Path) -> None:
     inner = legacy(HEAD + b"cforeign\nThing\n0" + storage()[:-2] + b"NtQ.", HEAD + b"]" + text("0")
                    + b"a." + struct.pack("<q", 6) + DATA)  # fmt: skip
-    content = entries(w=tensor(source=nested(inner)[len(HEAD) : -1]))
+    content = entries(w=tensor(source=nest(inner)[len(HEAD) : -1]))
     (tmp_path / "m.pkl").write_bytes(HEAD + content + b".")
     checkpoint = Checkpoint(tmp_path / "m.pkl")
     assert torch.equal(checkpoint.tensor("w"), torch.arange(6.0).reshape(2, 3))
-    assert checkpoint.foreign == ("foreign.Thing",)
+    assert checkpoint.unsafe_globals == ("foreign.Thing",)
 
 
 @pytest.mark.parametrize("name", ATTACKS)

@@ -53,7 +53,7 @@ def samples() -> dict[str, bytes]:
     return made
 
 
-def damaged(good: bytes, source: random.Random) -> bytes:
+def damage(good: bytes, source: random.Random) -> bytes:
     """A good file with bytes changed, cut, doubled, or pieces of pickle put in."""
     data = bytearray(good)
     for _ in range(source.choice([1, 1, 2, 8])):
@@ -86,7 +86,7 @@ def test_damage_anywhere_gives_a_value_or_one_clear_error(tmp_path: Path) -> Non
     for place in range(INPUTS):
         name = list(goods)[place % len(goods)]
         path = tmp_path / f"{name}.pt"  # the last one is left for whoever looks into a failure
-        path.write_bytes(damaged(goods[name], source))
+        path.write_bytes(damage(goods[name], source))
         start = time.process_time()
         message = outcome(path)
         assert time.process_time() - start < SECONDS

@@ -29,13 +29,13 @@ from tests.merge_core.checkpoints.pickled.pickled_by_hand import (
     integer,
     legacy,
     module,
-    nested,
+    nest,
     read_all,
     row,
     storage,
     tensor,
     text,
-    zipped,
+    to_zip,
 )
 
 SECONDS = 2.0  # of processor time; about one on a quiet machine
@@ -46,7 +46,7 @@ MANY = MOST_STEPS - 1000  # as much as is allowed
 DEEP = 200_000
 
 
-def claimed(code: bytes, layout: str, size: int) -> bytes:
+def claim(code: bytes, layout: str, size: int) -> bytes:
     return HEAD + code + struct.pack(layout, size) + b"abc."
 
 
@@ -56,10 +56,10 @@ def shared_modules(depth: int, bottom: bytes) -> bytes:
     for place in range(depth):
         below = b"h" + bytes([place])
         made += module(_modules=entries(a=below, b=below)) + b"\x94"
-    return zipped(HEAD + made + b".")
+    return to_zip(HEAD + made + b".")
 
 
-def patched(data: bytes, **fields: Any) -> bytes:
+def patch(data: bytes, **fields: Any) -> bytes:
     """A zip file with fields of its last directory entry or its end record overwritten."""
     raw = bytearray(data)
     entry, end = raw.rindex(b"PK\x01\x02"), raw.rindex(b"PK\x05\x06")
@@ -90,26 +90,26 @@ def with_64_bits(data: bytes, **fields: int) -> bytes:
 
 def far_entry(data: bytes) -> bytes:
     """A zip file whose last entry lies at 2^64 - 1, as its extra field of 64 bits says."""
-    data = patched(data, header=0xFFFFFFFF)
+    data = patch(data, header=0xFFFFFFFF)
     entry, end = data.rindex(b"PK\x01\x02"), data.rindex(b"PK\x05\x06")
     extra = struct.pack("<HHQ", 1, 8, 2**64 - 1)
     raw = bytearray(data[:end] + extra + data[end:])
     struct.pack_into("<H", raw, entry + 30, len(extra))
-    return patched(bytes(raw), directory_size=end + len(extra) - data.index(b"PK\x01\x02"))
+    return patch(bytes(raw), directory_size=end + len(extra) - data.index(b"PK\x01\x02"))
 
 
 LEGACY_STORAGE = storage()[:-2] + b"NtQ"  # with a view of nothing
-GOOD_ZIP = zipped(HEAD + entries(w=tensor()) + b".")
+GOOD_ZIP = to_zip(HEAD + entries(w=tensor()) + b".")
 LIES: dict[str, Callable[[], bytes]] = {
     # sizes of texts, bytes and numbers
-    "text": lambda: claimed(b"\x8d", "<Q", HUGE),
-    "text of 4 GiB": lambda: claimed(b"X", "<I", 0xFFFFFFFF),
-    "negative text": lambda: claimed(b"T", "<i", -1),
-    "bytes": lambda: claimed(b"\x8e", "<Q", HUGE),
-    "byte array": lambda: claimed(b"\x96", "<Q", 2**64 - 1),
+    "text": lambda: claim(b"\x8d", "<Q", HUGE),
+    "text of 4 GiB": lambda: claim(b"X", "<I", 0xFFFFFFFF),
+    "negative text": lambda: claim(b"T", "<i", -1),
+    "bytes": lambda: claim(b"\x8e", "<Q", HUGE),
+    "byte array": lambda: claim(b"\x96", "<Q", 2**64 - 1),
     "frame": lambda: HEAD + b"\x95" + struct.pack("<Q", HUGE) + b"N.",
-    "number": lambda: claimed(b"\x8b", "<i", 2**31 - 1),
-    "negative number": lambda: claimed(b"\x8b", "<i", -1),
+    "number": lambda: claim(b"\x8b", "<i", 2**31 - 1),
+    "negative number": lambda: claim(b"\x8b", "<i", -1),
     "long line": lambda: HEAD + b"I" + b"9" * 5_000_000 + b"\n.",
     "long name": lambda: HEAD + b"c" + b"a" * 5_000_000 + b"\nb\n.",
     # memo, stack and marks
@@ -157,73 +157,73 @@ LIES: dict[str, Callable[[], bytes]] = {
     "many names": lambda: HEAD + b"".join(b"cf%d\nM\n0" % i for i in range(MANY // 6)) + b".",
     "much text": lambda: HEAD + b"(" + text("\U0001f600" + "a" * 4000) * 20_000 + b"l.",
     "much short text": lambda: HEAD + b"(" + text("\U0001f600" + "a" * 30) * (MANY // 2) + b"l.",
-    "many tensors": lambda: zipped(
+    "many tensors": lambda: to_zip(
         HEAD + tensor() + b"\x940}("
         + b"".join(text(f"{i}") + b"h\x00" for i in range(100_001)) + b"u."
     ),
-    "long names": lambda: zipped(HEAD + entries(**{"n" * 2000: tensor()}) + b"."),
+    "long names": lambda: to_zip(HEAD + entries(**{"n" * 2000: tensor()}) + b"."),
     "one list in many": lambda: HEAD + b"(" + b"N" * 100_000 + b"l\x85\x940("
     + b"ccollections\nOrderedDict\nh\x00R" * 20_000 + b"l.",
-    "one key in many": lambda: zipped(
+    "one key in many": lambda: to_zip(
         HEAD + b"(" + storage()[1:-2] + b"N" * DEEP + b"t\x940(" + b"h\x00Q" * 50_000 + b"l."
     ),
-    "arguments in many": lambda: zipped(
+    "arguments in many": lambda: to_zip(
         HEAD + REBUILD + b"\x940(" + storage() + b"K\x00" + row((2,)) + row((1,)) + b"N" * DEEP
         + b"t\x940(" + b"h\x00h\x01R" * 50_000 + b"l."
     ),
     # storages
-    "storage of 2^62": lambda: zipped(HEAD + entries(w=tensor(source=storage(numel=HUGE))) + b"."),
-    "storage too long": lambda: zipped(HEAD + entries(w=tensor(source=storage(numel=7))) + b"."),
-    "negative storage": lambda: zipped(HEAD + entries(w=tensor(source=storage(numel=-1))) + b"."),
-    "storage of a path": lambda: zipped(
+    "storage of 2^62": lambda: to_zip(HEAD + entries(w=tensor(source=storage(numel=HUGE))) + b"."),
+    "storage too long": lambda: to_zip(HEAD + entries(w=tensor(source=storage(numel=7))) + b"."),
+    "negative storage": lambda: to_zip(HEAD + entries(w=tensor(source=storage(numel=-1))) + b"."),
+    "storage of a path": lambda: to_zip(
         HEAD + entries(w=tensor(source=storage(key="../../../../etc/passwd"))) + b"."
     ),
-    "storage of no kind": lambda: zipped(
+    "storage of no kind": lambda: to_zip(
         HEAD + entries(w=tensor(source=storage(kind=b"ctorch\nEvilStorage\n"))) + b"."
     ),
-    "storage missing": lambda: zipped(HEAD + entries(w=tensor(source=storage(key="9"))) + b"."),
+    "storage missing": lambda: to_zip(HEAD + entries(w=tensor(source=storage(key="9"))) + b"."),
     # tensors
-    "beyond": lambda: zipped(HEAD + entries(w=tensor(offset=1)) + b"."),
-    "far beyond": lambda: zipped(HEAD + entries(w=tensor(offset=HUGE)) + b"."),
-    "negative offset": lambda: zipped(HEAD + entries(w=tensor(offset=-1)) + b"."),
-    "negative stride": lambda: zipped(HEAD + entries(w=tensor(strides=(3, -1))) + b"."),
-    "negative size": lambda: zipped(HEAD + entries(w=tensor(shape=(-2, 3))) + b"."),
-    "stride too long": lambda: zipped(HEAD + entries(w=tensor(strides=(4, 1))) + b"."),
-    "too few strides": lambda: zipped(HEAD + entries(w=tensor(strides=(1,))) + b"."),
-    "repeated without end": lambda: zipped(HEAD + entries(w=tensor((1 << 40,), (0,))) + b"."),
-    "repeated too often": lambda: zipped(HEAD + entries(w=tensor((1 << 23,), (0,))) + b"."),
-    "overflow": lambda: zipped(HEAD + entries(w=tensor((1 << 32, 1 << 32), (0, 0))) + b"."),
-    "empty overflow": lambda: zipped(HEAD + entries(w=tensor((0, HUGE, HUGE), (1, 1, 1))) + b"."),
-    "many dimensions": lambda: zipped(HEAD + entries(w=tensor((1,) * 5000, (1,) * 5000)) + b"."),
-    "size of a text": lambda: zipped(
+    "beyond": lambda: to_zip(HEAD + entries(w=tensor(offset=1)) + b"."),
+    "far beyond": lambda: to_zip(HEAD + entries(w=tensor(offset=HUGE)) + b"."),
+    "negative offset": lambda: to_zip(HEAD + entries(w=tensor(offset=-1)) + b"."),
+    "negative stride": lambda: to_zip(HEAD + entries(w=tensor(strides=(3, -1))) + b"."),
+    "negative size": lambda: to_zip(HEAD + entries(w=tensor(shape=(-2, 3))) + b"."),
+    "stride too long": lambda: to_zip(HEAD + entries(w=tensor(strides=(4, 1))) + b"."),
+    "too few strides": lambda: to_zip(HEAD + entries(w=tensor(strides=(1,))) + b"."),
+    "repeated without end": lambda: to_zip(HEAD + entries(w=tensor((1 << 40,), (0,))) + b"."),
+    "repeated too often": lambda: to_zip(HEAD + entries(w=tensor((1 << 23,), (0,))) + b"."),
+    "overflow": lambda: to_zip(HEAD + entries(w=tensor((1 << 32, 1 << 32), (0, 0))) + b"."),
+    "empty overflow": lambda: to_zip(HEAD + entries(w=tensor((0, HUGE, HUGE), (1, 1, 1))) + b"."),
+    "many dimensions": lambda: to_zip(HEAD + entries(w=tensor((1,) * 5000, (1,) * 5000)) + b"."),
+    "size of a text": lambda: to_zip(
         HEAD + entries(w=REBUILD + b"(" + storage() + b"K\x00" + text("2") * 2 + b"\x89NtR") + b"."
     ),
     # zip
-    "bomb in a storage": lambda: zipped(
+    "bomb in a storage": lambda: to_zip(
         HEAD + entries(w=tensor((1 << 23,), (1,), source=storage(numel=1 << 23))) + b".",
         zipfile.ZIP_DEFLATED, **{"0": bytes(1 << 25)},
     ),
-    "bomb in the pickle": lambda: zipped(
-        claimed(b"\x8d", "<Q", 65 << 20)[:-4] + bytes(65 << 20) + b".", zipfile.ZIP_DEFLATED
+    "bomb in the pickle": lambda: to_zip(
+        claim(b"\x8d", "<Q", 65 << 20)[:-4] + bytes(65 << 20) + b".", zipfile.ZIP_DEFLATED
     ),
-    "entries of the same bytes": lambda: patched(GOOD_ZIP, header=0),
-    "entry beyond": lambda: patched(GOOD_ZIP, header=0xFFFFFFF0),
+    "entries of the same bytes": lambda: patch(GOOD_ZIP, header=0),
+    "entry beyond": lambda: patch(GOOD_ZIP, header=0xFFFFFFF0),
     "entry at 2^64": lambda: far_entry(GOOD_ZIP),
-    "entry too long": lambda: patched(GOOD_ZIP, size=0x7FFFFFFF, packed=0x7FFFFFFF),
-    "entry of two sizes": lambda: patched(GOOD_ZIP, size=4),
-    "entry with a long name": lambda: patched(GOOD_ZIP, name_size=0xFFFF),
-    "encrypted": lambda: patched(GOOD_ZIP, flags=1),
-    "unknown packing": lambda: patched(GOOD_ZIP, method=99),
-    "said to be packed": lambda: patched(GOOD_ZIP, method=8),
-    "sizes elsewhere": lambda: patched(GOOD_ZIP, size=0xFFFFFFFF),
-    "too many entries": lambda: patched(GOOD_ZIP, number=0xFFFE),
-    "directory beyond": lambda: patched(GOOD_ZIP, directory=0x7FFFFFFF),
-    "directory too long": lambda: patched(GOOD_ZIP, directory_size=0x7FFFFFFF),
+    "entry too long": lambda: patch(GOOD_ZIP, size=0x7FFFFFFF, packed=0x7FFFFFFF),
+    "entry of two sizes": lambda: patch(GOOD_ZIP, size=4),
+    "entry with a long name": lambda: patch(GOOD_ZIP, name_size=0xFFFF),
+    "encrypted": lambda: patch(GOOD_ZIP, flags=1),
+    "unknown packing": lambda: patch(GOOD_ZIP, method=99),
+    "said to be packed": lambda: patch(GOOD_ZIP, method=8),
+    "sizes elsewhere": lambda: patch(GOOD_ZIP, size=0xFFFFFFFF),
+    "too many entries": lambda: patch(GOOD_ZIP, number=0xFFFE),
+    "directory beyond": lambda: patch(GOOD_ZIP, directory=0x7FFFFFFF),
+    "directory too long": lambda: patch(GOOD_ZIP, directory_size=0x7FFFFFFF),
     "2^62 entries": lambda: with_64_bits(GOOD_ZIP, number=HUGE),
     "directory of 2^62": lambda: with_64_bits(GOOD_ZIP, size=HUGE),
     "directory at 2^64": lambda: with_64_bits(GOOD_ZIP, start=2**64 - 1),
     "end beyond": lambda: with_64_bits(GOOD_ZIP, place=2**64 - 1),
-    "name twice": lambda: zipped(
+    "name twice": lambda: to_zip(
         HEAD + entries(w=tensor()) + b".", **{"0": DATA, "1": DATA}
     ).replace(b"m/data/1", b"m/data/0"),
     # the legacy format
@@ -255,7 +255,7 @@ LIES: dict[str, Callable[[], bytes]] = {
         HEAD + entries(w=storage()[:-2] + b"(" + text("v") + integer(5) + integer(2) + b"ttQ")
         + b".", HEAD + b"].",
     ),
-    "nested in nested": lambda: nested(nested(nested(HEAD + b"N."))),
+    "nested in nested": lambda: nest(nest(nest(HEAD + b"N."))),
     "nested in itself": lambda: HEAD + b"ctorch.storage\n_load_from_bytes\nC\x05abcde\x85\x94R"
     + b"ctorch.storage\n_load_from_bytes\nh\x00R" * 10_000 + b".",
 }  # fmt: skip

@@ -24,7 +24,7 @@ class Inert:
     def make(self, maker: Any, args: Any) -> Any:
         return args[0] if args else []
 
-    def stored(self, key: Any) -> Any:
+    def persistent_load(self, key: Any) -> Any:
         raise AssertionError
 
 

@@ -29,9 +29,9 @@ from tests.merge_core.checkpoints.pickled.pickled_files import (
     FORMATS,
     Save,
     assert_holds,
-    drawn,
+    draw,
     every_format,
-    importable,
+    make_importable,
 )
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # torch on its own old formats
@@ -54,7 +54,7 @@ def test_every_dtype_comes_back(tmp_path: Path, save: Save) -> None:
 
 @every_format
 def test_views_shared_and_expanded_tensors_come_back(tmp_path: Path, save: Save) -> None:
-    whole = drawn(6, 8)
+    whole = draw(6, 8)
     state = {
         "whole": whole,
         "again": whole,
@@ -66,8 +66,8 @@ def test_views_shared_and_expanded_tensors_come_back(tmp_path: Path, save: Save)
         "empty": torch.zeros(0, 4),
         "repeated": torch.arange(5).expand(1000, -1),
         "parameter": nn.Parameter(whole[1]),
-        "buffer": nn.Buffer(drawn(2)),
-        "channels last": drawn(2, 3, 4, 4).to(memory_format=torch.channels_last),
+        "buffer": nn.Buffer(draw(2)),
+        "channels last": draw(2, 3, 4, 4).to(memory_format=torch.channels_last),
     }
     save(state, tmp_path / "m.pt")
     assert_holds(tmp_path / "m.pt", state)
@@ -93,11 +93,11 @@ def test_a_state_dict_is_read_without_its_other_entries(tmp_path: Path) -> None:
         def __init__(self) -> None:
             self.rate, self.weights = 0.1, torch.ones(2)
 
-    with importable("training", Settings=Settings):
-        content = {"state_dict": {"w": drawn(2)}, "args": Settings(), "path": Path("/data")}
+    with make_importable("training", Settings=Settings):
+        content = {"state_dict": {"w": draw(2)}, "args": Settings(), "path": Path("/data")}
         torch.save(content, tmp_path / "m.ckpt")
-    checkpoint = assert_holds(tmp_path / "m.ckpt", {"w": drawn(2)})
-    assert checkpoint.foreign == ("pathlib.PosixPath", "training.Settings")
+    checkpoint = assert_holds(tmp_path / "m.ckpt", {"w": draw(2)})
+    assert checkpoint.unsafe_globals == ("pathlib.PosixPath", "training.Settings")
 
 
 @every_format
@@ -105,10 +105,10 @@ def test_a_state_dict_may_be_of_a_foreign_class(tmp_path: Path, save: Save) -> N
     class Weights(OrderedDict[str, Any]):
         pass
 
-    with importable("elsewhere", Weights=Weights):
-        save({"net": Weights(w=drawn(2), b=drawn(3))}, tmp_path / "m.pt")
-    checkpoint = assert_holds(tmp_path / "m.pt", {"w": drawn(2), "b": drawn(3)})
-    assert checkpoint.foreign == ("elsewhere.Weights",)
+    with make_importable("elsewhere", Weights=Weights):
+        save({"net": Weights(w=draw(2), b=draw(3))}, tmp_path / "m.pt")
+    checkpoint = assert_holds(tmp_path / "m.pt", {"w": draw(2), "b": draw(3)})
+    assert checkpoint.unsafe_globals == ("elsewhere.Weights",)
 
 
 def test_a_state_dict_of_plain_tensors_meets_no_foreign_class(tmp_path: Path) -> None:
@@ -116,11 +116,11 @@ def test_a_state_dict_of_plain_tensors_meets_no_foreign_class(tmp_path: Path) ->
     for place, save in enumerate(FORMATS.values()):
         path = tmp_path / f"{place}.pt"
         save({"state_dict": model.state_dict(), "half": torch.ones(1).bfloat16()}, path)
-        assert Checkpoint(path).foreign == ()
+        assert Checkpoint(path).unsafe_globals == ()
 
 
 def test_a_view_that_torch_negates_when_it_reads_it_is_refused(tmp_path: Path) -> None:
-    value = torch.complex(drawn(3), drawn(3)).conj().imag
+    value = torch.complex(draw(3), draw(3)).conj().imag
     assert value.is_neg()
     torch.save({"w": value}, tmp_path / "m.pt")
     with pytest.raises(CheckpointError, match=r"'w'.*negated"):
@@ -138,7 +138,7 @@ def test_a_bare_pickle_of_protocol_2_is_refused(tmp_path: Path) -> None:
     "keys", [[0, 1], ["0", 1], [True, "x"]], ids=["numbers", "mixed", "booleans"]
 )
 def test_keys_that_are_no_texts_are_written_as_texts(tmp_path: Path, keys: list[Any]) -> None:
-    state = {key: drawn(2, seed=i) for i, key in enumerate(keys)}
+    state = {key: draw(2, seed=i) for i, key in enumerate(keys)}
     torch.save(state, tmp_path / "m.pt")
     assert_holds(tmp_path / "m.pt", {str(key): value for key, value in state.items()})
 
@@ -164,10 +164,10 @@ class Block(nn.Module):
 
     def __init__(self, width: int, children: int) -> None:
         super().__init__()
-        self.scale = nn.Parameter(drawn(width, seed=width))
+        self.scale = nn.Parameter(draw(width, seed=width))
         self.register_parameter("absent", None)
-        self.register_buffer("mean", drawn(width, seed=width + 1))
-        self.register_buffer("hidden", drawn(3), persistent=False)
+        self.register_buffer("mean", draw(width, seed=width + 1))
+        self.register_buffer("hidden", draw(3), persistent=False)
         self.register_buffer("missing", None)
         self.norm = nn.BatchNorm1d(width)
         self.nothing = None
@@ -184,7 +184,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "parallel": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.Sequential(nn.GRU(2, 2))),
     "parametrised": lambda: nn.utils.weight_norm(nn.Linear(2, 3)),
     "dictionaries": lambda: nn.ModuleDict(
-        {"a": nn.ParameterList([nn.Parameter(drawn(2))]), "b": nn.Embedding(3, 2)}
+        {"a": nn.ParameterList([nn.Parameter(draw(2))]), "b": nn.Embedding(3, 2)}
     ),
 }
 
@@ -195,13 +195,15 @@ def test_a_pickled_module_has_the_names_of_its_state_dict(
     tmp_path: Path, save: Save, model: Callable[[], nn.Module]
 ) -> None:
     module = model().train(False)
-    with importable("elsewhere.blocks", Block=Block):
+    with make_importable("elsewhere.blocks", Block=Block):
         save(module, tmp_path / "m.pt")
     checkpoint = assert_holds(tmp_path / "m.pt", module.state_dict())
     assert list(PickledTensors(tmp_path / "m.pt").stored) == list(module.state_dict())
     kinds = {type(m) for m in module.modules()}
     classes = {f"{kind.__module__}.{kind.__qualname__}" for kind in kinds}
-    assert {name for name in classes if "Parametrized" not in name} <= set(checkpoint.foreign)
+    assert {name for name in classes if "Parametrized" not in name} <= set(
+        checkpoint.unsafe_globals
+    )
 
 
 @given(data=st.data())
@@ -216,9 +218,9 @@ def test_any_tree_of_modules_has_the_names_of_its_state_dict(
         for name in data.draw(st.lists(names, unique=True, max_size=4)):
             kind = data.draw(st.sampled_from("pbhcs" if depth else "pbh"))
             if kind == "p":
-                module.register_parameter(name, nn.Parameter(drawn(2, seed=len(made))))
+                module.register_parameter(name, nn.Parameter(draw(2, seed=len(made))))
             elif kind in "bh":
-                module.register_buffer(name, drawn(1, 2), persistent=kind == "b")
+                module.register_buffer(name, draw(1, 2), persistent=kind == "b")
             else:
                 shared = data.draw(st.sampled_from(made)) if kind == "s" else grown(depth - 1)
                 module.add_module(name, shared)
@@ -254,11 +256,11 @@ def test_the_encoders_of_the_vision_benchmark_open_without_their_code(tmp_path: 
         def __init__(self) -> None:
             super().__init__()
             self.conv1 = nn.Conv2d(3, 4, 2, bias=False)
-            self.class_embedding = nn.Parameter(drawn(4))
+            self.class_embedding = nn.Parameter(draw(4))
             self.transformer = nn.Sequential(
                 OrderedDict(attn=nn.MultiheadAttention(4, 2), act=nn.GELU())
             )
-            self.proj = nn.Parameter(drawn(4, 2))
+            self.proj = nn.Parameter(draw(4, 2))
 
     class CLIP(nn.Module):
         def __init__(self) -> None:
@@ -277,9 +279,9 @@ def test_the_encoders_of_the_vision_benchmark_open_without_their_code(tmp_path: 
     encoder = ImageEncoder()
     for save in FORMATS.values():
         with (
-            importable("src.modeling", ImageEncoder=ImageEncoder),
-            importable("clip.model", CLIP=CLIP, VisualTransformer=VisualTransformer),
-            importable("vision", Compose=Compose, Resize=Resize, Interpolation=Interpolation),
+            make_importable("src.modeling", ImageEncoder=ImageEncoder),
+            make_importable("clip.model", CLIP=CLIP, VisualTransformer=VisualTransformer),
+            make_importable("vision", Compose=Compose, Resize=Resize, Interpolation=Interpolation),
         ):
             save(encoder, tmp_path / "finetuned.pt")
         checkpoint = assert_holds(tmp_path / "finetuned.pt", encoder.state_dict())
@@ -288,7 +290,7 @@ def test_the_encoders_of_the_vision_benchmark_open_without_their_code(tmp_path: 
             "src.modeling.ImageEncoder", "clip.model.CLIP", "clip.model.VisualTransformer",
             "vision.Compose", "vision.Resize", "vision.Interpolation", "functools.partial",
             "torch.nn.modules.conv.Conv2d",
-        } <= set(checkpoint.foreign)  # fmt: skip
+        } <= set(checkpoint.unsafe_globals)  # fmt: skip
 
 
 def test_a_scripted_model_gives_its_parameters_and_buffers(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """Files that stand beside weights."""
 
 # Files that the libraries read besides weights. None is code, and none is a pickle.
-COMPANIONS = (
+SIDE_FILES = (
     "config.json",
     "open_clip_config.json",
     "generation_config.json",
