@@ -152,7 +152,7 @@ def paired_differences(hits: Mapping[str, Hits]) -> pd.DataFrame:
 
     Example:
         >>> all_right, half = np.full(50, True), np.arange(50) % 2 == 0
-        >>> pairs = paired({"CART": {"digits": all_right}, "average": {"digits": half}})
+        >>> pairs = paired_differences({"CART": {"digits": all_right}, "average": {"digits": half}})
         >>> pairs[["first", "second", "difference", "real"]].values.tolist()
         [['CART', 'average', 0.5, True]]
     """

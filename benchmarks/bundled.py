@@ -119,7 +119,7 @@ def search(seeds: int, step: int) -> list[dict[str, float]]:
 
     Args:
         seeds: how many searches.
-        step: take every so manieth rank and scale.
+        step: stride of the ranks and scales that are taken.
     """
     suite, space = load_suite("demo"), search_space("cart", "demo")
     space = replace(space, ranks=space.ranks[::step], scales=space.scales[::step])

@@ -8,7 +8,7 @@ BUFFER = 1 << 22
 
 
 def copy(files: list[str], output: str, written: int) -> None:
-    """Read all files, and write so many bytes of the last one: what no merge can beat."""
+    """Read all files, and write `written` bytes of the last one: a bound that no merge can beat."""
     view = memoryview(bytearray(BUFFER))
     with Path(output).open("wb", buffering=0) as target:
         for i, file in enumerate(files):

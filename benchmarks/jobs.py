@@ -31,7 +31,7 @@ from merge_core.task_vectors import TensorGroups
 
 
 def idle() -> None:
-    """Nothing: what a process takes that has only imported everything."""
+    """Do nothing, to measure a process that has only imported everything."""
 
 
 def merge(

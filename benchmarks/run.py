@@ -65,14 +65,14 @@ PLANS = {
 
 
 def models_to_remove(name: str, chosen: Sequence[str]) -> str:
-    """What no later part needs any more once a part is done."""
+    """The models that no later part needs once a part is done."""
     uses = PLANS[name].uses
     later = chosen[chosen.index(name) + 1 :]
     return "" if any(PLANS[other].uses == uses for other in later) else uses
 
 
 def measure_part(laboratory: Laboratory, name: str) -> Part:
-    """One part, as far as it comes."""
+    """One part's rows, or the reason why it could not be measured."""
     print(f"{name} …", flush=True)
     sheet, start, failed = Sheet(name), time.perf_counter(), ""
     try:

@@ -106,7 +106,7 @@ def decoder(
 
 
 def plain(side: int, layers: int) -> Model:
-    """So many square matrices and biases, for measuring how cost grows."""
+    """A model of square matrices and biases, for measuring how cost grows."""
     shapes: Shapes = {}
     for i in range(layers):
         shapes[f"blocks.{i}.fc.weight"] = (side, side)
@@ -172,7 +172,7 @@ def task_vector(
 
     A matrix is one dense matrix per shape and task with its rows permuted and the signs of rows and
     columns flipped: orthogonal maps, so that the spectrum is exact and making it is cheap, while
-    the singular vectors of two layers are as foreign to each other as random ones.
+    the singular vectors of two layers are as unrelated as random ones.
     """
     source = _source("task", name, task, seed)
     size = torch.Size(shape).numel()

@@ -262,7 +262,7 @@ def build(output: Path, scale: Scale, seed: int = 0, workers: int = WORKERS) -> 
 
 
 def _build_all(folder: Path, scale: Scale, seed: int, workers: int) -> Iterator[tuple[str, float]]:
-    """Build all pools in so many processes (with one: in this); yields name and seconds."""
+    """Build all pools in `workers` processes (one: in this process); yields name and seconds."""
     if workers == 1:
         yield from (build_one(job, folder, scale, seed) for job in jobs())
         return

@@ -95,7 +95,7 @@ def check_disjoint(task: ImageTask) -> None:
 
 
 def subset(split: Split, most: int | None, rng: np.random.Generator) -> Split:
-    """At most so many images of a split, drawn at random, in their old order."""
+    """At most `most` images of a split, drawn at random, in their old order."""
     images, labels = split
     if most is None or most >= len(labels):
         return split

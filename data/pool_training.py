@@ -31,7 +31,7 @@ class Training:
         schedule: ``cosine`` rises over the first twentieth and falls to zero; ``steps``
             multiplies by 0.1 at each milestone.
         milestones: shares of the epochs.
-        shift: training images are moved by up to so many pixels in each direction.
+        shift: training images are moved by up to this many pixels in each direction.
         clip: most norm of a step's gradient; none when infinite.
     """
 

@@ -73,7 +73,7 @@ def load_vision_dataset(
             ``val/val_annotations.txt``) or with one folder of images per class in ``train/`` and
             ``val/``. Its ``val`` is used as test split.
         seed: of the validation split.
-        limit: at most so many images of each split, drawn from all of it.
+        limit: the largest number of images of each split, drawn from all of it.
         size: of images from folders, which are resized to ``size x size`` where they differ.
         download: let torchvision fetch what is missing (not for ``folder``).
 

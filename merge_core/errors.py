@@ -12,7 +12,7 @@ class MergeScopeError(Exception):
 
 
 class CheckpointError(MergeScopeError):
-    """A weight file is missing, damaged, foreign or holds non-finite values."""
+    """A weight file is missing, damaged, of another format, or holds non-finite values."""
 
 
 class HubError(CheckpointError):

@@ -1,4 +1,4 @@
-"""Places on disk: the cache folder, content digests, and writes that are whole or absent."""
+"""Files: the cache folder, content digests, and writes that succeed whole or leave nothing."""
 
 from __future__ import annotations
 
@@ -274,7 +274,7 @@ def write_folder_atomically(output: Path, key: str | None = None) -> Iterator[Pa
     Args:
         output: the folder to appear (absent or empty before); its parents are made.
         key: what tells this content from any other, in letters and digits; None for a folder that
-            nobody can take up again.
+            is never continued.
 
     Raises:
         OutputError: `output` exists and is not empty, cannot be written, or is being written by
@@ -286,7 +286,7 @@ def write_folder_atomically(output: Path, key: str | None = None) -> Iterator[Pa
         target = output.resolve()  # through a link, and for "."
         target.parent.mkdir(parents=True, exist_ok=True)
         with _lock_output(target, output):
-            check_output(output)  # whoever held the lock before may have finished
+            check_output(output)  # the last holder of the lock may have finished
             staging = _staging(target, key)
             yield staging
             # The staging folder is private; the result gets what any new folder has.
@@ -317,7 +317,7 @@ def _staging(target: Path, key: str | None) -> Path:
     with suppress(FileExistsError):
         staging.mkdir(mode=0o700)
     found = staging.lstat()
-    # In a folder that many may write to, somebody else could have put something there.
+    # In a folder that many users may write to, another one could have put something there.
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
         raise OutputError(f"{staging} is in the way and not yours. Choose another folder.")
     return staging

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-# Results that an executor has under way for each worker, before whoever takes them.
+# Results that an executor has under way for each worker, ahead of the consumer.
 AHEAD = 2
 # Files whose digests are taken side by side.
 HASHED_AT_ONCE = 4

@@ -42,11 +42,11 @@ def predicted_gap(
         evaluator: of the pool.
         members: member numbers.
         split: which images.
-        limit: so many of them (see :func:`analysis.averaging.gaps.sample_indices`).
+        limit: the number of images (see :func:`analysis.averaging.gaps.sample_indices`).
         progress: told after each member.
 
     Returns:
-        One row per image and class: image (its place in the split), class, measured, predicted
+        One row per image and class: image (its index in the split), class, measured, predicted
         (logits).
 
     Raises:

@@ -1,4 +1,4 @@
-"""Averaging weights, logits, probabilities or features: what each rule makes of a pool's members.
+"""Averages of a pool's weights, logits, probabilities or features, and how accurate each is.
 
 φ is the input of the last linear layer, W and b are that layer. Members' outputs come from the
 evaluator's store, so that only soups need a forward pass. Sums are float64. An image without
@@ -52,7 +52,7 @@ ENSEMBLES: tuple[Rule, ...] = tuple(rule for rule in RULES if "ensemble" in rule
 
 
 class _Sums:
-    """What ensembles need of the members so far, so that one more costs no second look."""
+    """Running sums over members, so that an ensemble of one more member reads only that one."""
 
     def __init__(self, evaluator: PoolEvaluator, split: PoolSplit) -> None:
         self._evaluator = evaluator

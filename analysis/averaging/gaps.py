@@ -90,10 +90,10 @@ def covariance_frame(
         evaluator: of the pool.
         members: member numbers.
         split: which images.
-        limit: so many of them (see :func:`sample_indices`).
+        limit: the number of images (see :func:`sample_indices`).
 
     Returns:
-        One row per image and class: image (its place in the split), class, logit_ensemble,
+        One row per image and class: image (its index in the split), class, logit_ensemble,
         averaged_head, measured (their difference), predicted (the covariance term).
 
     Raises:
@@ -167,12 +167,12 @@ def _measure_difference(
 
 
 def sample_indices(count: int, limit: int) -> Tensor:
-    """Places of at most `limit` of `count` images, drawn once for all and sorted.
+    """Sorted indices of at most `limit` of `count` images, the same in every call.
 
-    Drawn, because the images may be sorted by class.
+    They are drawn, because the images may be sorted by class.
 
     Example:
-        >>> len(sampled(500, 20)), sampled(3, 20)
+        >>> len(sample_indices(500, 20)), sample_indices(3, 20)
         (20, tensor([0, 1, 2]))
     """
     drawn = torch.randperm(count, generator=torch.Generator().manual_seed(0))[:limit]
@@ -183,11 +183,11 @@ def frame_by_image(indices: Tensor, values: dict[str, Tensor]) -> pd.DataFrame:
     """A row per image and class from tensors images x classes.
 
     Args:
-        indices: the images' places in their split.
+        indices: the images' indices in their split.
         values: column to tensor.
 
     Example:
-        >>> by_image(torch.tensor([4, 7]), {"logit": torch.zeros(2, 3)}).values.tolist()[-1]
+        >>> frame_by_image(torch.tensor([4, 7]), {"logit": torch.zeros(2, 3)}).values.tolist()[-1]
         [7.0, 2.0, 0.0]
     """
     images, classes = next(iter(values.values())).shape

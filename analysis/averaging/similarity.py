@@ -91,7 +91,7 @@ def cka_frame(
         evaluator: of the pool.
         members: member numbers.
         split: which images.
-        limit: so many of them (see :func:`analysis.averaging.gaps.sample_indices`).
+        limit: the number of images (see :func:`analysis.averaging.gaps.sample_indices`).
         progress: told after each member.
 
     Returns:
@@ -141,7 +141,7 @@ def cka_frame(
 def _activations(
     evaluator: PoolEvaluator, member: int, layers: Sequence[str], images: Tensor
 ) -> dict[str, Tensor]:
-    """Outputs of inner layers; the evaluator's own network gets no hooks, others may run it."""
+    """Outputs of inner layers, of a copy of the network: other threads may run the evaluator's."""
     weights = evaluator.weights(member)
     network = copy.deepcopy(evaluator.network.module)
     network.load_state_dict({name: weights[name] for name in network.state_dict()})

@@ -160,7 +160,7 @@ def reestimate_batchnorm(evaluator: PoolEvaluator, weights: State) -> dict[str, 
         >>> from merge_core.suites.pool import load_pool
         >>> evaluator = PoolEvaluator(load_pool("digits-mlp-shared"))
         >>> weights = evaluator.weights(0)
-        >>> reestimated(evaluator, weights).keys() == weights.keys()
+        >>> reestimate_batchnorm(evaluator, weights).keys() == weights.keys()
         True
     """
     evaluator.network.check(weights)
@@ -251,7 +251,7 @@ def predict_classes(logits: Tensor) -> np.ndarray:
         logits: N x classes.
 
     Example:
-        >>> predicted(torch.tensor([[0.0, 2.0], [1.0, 0.0], [float("nan"), 1.0]])).tolist()
+        >>> predict_classes(torch.tensor([[0.0, 2.0], [1.0, 0.0], [float("nan"), 1.0]])).tolist()
         [1, 0, -1]
     """
     classes = logits.argmax(dim=1)
@@ -280,7 +280,7 @@ def rank_by_validation(evaluator: PoolEvaluator, members: Sequence[int]) -> list
     Example:
         >>> from merge_core.suites.pool import load_pool
         >>> evaluator = PoolEvaluator(load_pool("digits-linear"))
-        >>> (_, first), (_, second) = by_validation(evaluator, [0, 11])
+        >>> (_, first), (_, second) = rank_by_validation(evaluator, [0, 11])
         >>> first >= second
         True
     """
@@ -372,7 +372,7 @@ def restore_norms(weights: State, norms: Mapping[str, float]) -> dict[str, Tenso
             does a tensor of zeros.
 
     Example:
-        >>> norm_restored({"weight": torch.tensor([3.0, 4.0])}, {"weight": 10.0})
+        >>> restore_norms({"weight": torch.tensor([3.0, 4.0])}, {"weight": 10.0})
         {'weight': tensor([6., 8.])}
     """
     restored = dict(weights)

@@ -33,7 +33,7 @@ def suggest_recipe(
     Example:
         >>> suite = load_suite("demo")
         >>> session = MergeSession(suite, ["digits", "dots"], FactorStore())
-        >>> recipe, chosen_on_validation = suggested("cart", "demo", session, Evaluator(suite))
+        >>> recipe, chosen_on_validation = suggest_recipe("cart", "demo", session, Evaluator(suite))
         >>> recipe.parameters["rank"], chosen_on_validation  # the default: nothing is stored
         (0.08, False)
     """

@@ -57,7 +57,7 @@ def published_results() -> pd.DataFrame:
         high (percent; equal unless authors report different figures).
 
     Example:
-        >>> frame = published()
+        >>> frame = published_results()
         >>> frame[(frame["method"] == "CART") & (frame["model"] == "ViT-L/14")]["tasks"].tolist()
         [8, 14, 20]
     """

@@ -68,7 +68,7 @@ def usable_methods(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
 
     Example:
         >>> suite = load_suite("demo")
-        >>> "slerp" in usable(suite, suite.tasks), "slerp" in usable(suite, suite.tasks[:2])
+        >>> "slerp" in usable_methods(suite, suite.tasks), "slerp" in usable_methods(suite, suite.tasks[:2])
         (False, True)
     """
     return {
@@ -86,7 +86,7 @@ def adapt_recipe(recipe: Recipe, reference: str, tasks: Sequence[str]) -> Recipe
         RecipeError: it gives a weight to another task.
 
     Example:
-        >>> adapted(make_recipe({"method": "cart"}), "demo", ["digits", "dots"]).tasks
+        >>> adapt_recipe(make_recipe({"method": "cart"}), "demo", ["digits", "dots"]).tasks
         ('digits', 'dots')
     """
     return make_recipe({**recipe.model_dump(), "suite": reference, "tasks": tuple(tasks)})

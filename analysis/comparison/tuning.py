@@ -127,7 +127,7 @@ def depends_on_seed(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) 
     Example:
         >>> suite = load_suite("demo")
         >>> dare, average = (make_recipe({"method": name}) for name in ("dare_ties", "average"))
-        >>> [seed_counts(recipe, Evaluator(suite), suite.tasks) for recipe in (dare, average)]
+        >>> [depends_on_seed(recipe, Evaluator(suite), suite.tasks) for recipe in (dare, average)]
         [True, False]
     """
     if not recipe.declaration.draws:
@@ -140,7 +140,7 @@ def repeat_with_seeds(recipe: Recipe, seeds: int) -> list[Recipe]:
     """The recipe under several seeds, from its own one on.
 
     Example:
-        >>> [recipe.seed for recipe in seeded(make_recipe({"method": "dare_ties", "seed": 5}), 3)]
+        >>> [recipe.seed for recipe in repeat_with_seeds(make_recipe({"method": "dare_ties", "seed": 5}), 3)]
         [5, 6, 7]
     """
     document = recipe.model_dump()

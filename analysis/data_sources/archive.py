@@ -83,7 +83,7 @@ def read_split(
         what: whose data these are, for messages.
         error: what is raised.
         channels: the number of colour channels expected.
-        limit: only the first so many images.
+        limit: only this many images, from the first on.
         labelled: whether labels must be there; else they are :data:`UNLABELLED` where missing.
 
     Raises:

@@ -136,7 +136,7 @@ def _read_pickled(path: Path, _: int, what: str) -> tuple[np.ndarray, np.ndarray
 
 
 class _InertMaker:
-    """What stands for imports and calls: their names and arguments, of the few that are needed."""
+    """Records the names and arguments of imports and calls in place of running them."""
 
     def find(self, module: str, name: str) -> Global:
         found = Global(module, name)

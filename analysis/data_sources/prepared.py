@@ -111,7 +111,7 @@ def class_names(data: DataSpec, resolve: Resolve, what: str) -> tuple[str, ...] 
 
 
 def _read_cached(images: Path, labels: Path) -> PreparedSplit | None:
-    """What lies under these names; None where it is missing or damaged."""
+    """The split that is stored in these files; None where one is missing or damaged."""
     with suppress(OSError, EOFError, ValueError, LookupError, TypeError):
         about = json.loads(labels.read_bytes())
         mapped = np.load(images, mmap_mode="r", allow_pickle=False)
@@ -152,7 +152,7 @@ def _prepare(
 def _classes(
     source: Source, data: DataSpec, resolve: Resolve, what: str
 ) -> tuple[Callable[[int], int], tuple[str, ...]]:
-    """What gives a label its number among the classes, and their names.
+    """A function from a label to its class index, and the classes' names.
 
     The function raises ValueError for a label that is no class.
     """

@@ -28,7 +28,7 @@ class Records(Protocol):
         """An image, decoded, and its label (:data:`UNLABELLED` without one)."""
 
     def where(self, number: int) -> str:
-        """The file of an image, or its place in one, for messages."""
+        """The file of an image, or its index in one, for messages."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Source:
 
 @dataclass(frozen=True)
 class Request:
-    """What a source is opened for.
+    """What is needed to open a source.
 
     Attributes:
         data: what suite.yaml says.

@@ -75,7 +75,7 @@ def choose(data: DataSpec, names: Collection[str], what: str) -> Choice:
 def draw_rows(data: DataSpec, choice: Choice, for_test: bool, count: int, what: str) -> np.ndarray:
     """Numbers of the images that are used, in an order drawn by the seed.
 
-    The order is shuffled, so that the first so many are a fair sample, and a larger `limit` adds
+    The order is shuffled, so that the first ones are a fair sample, and a larger `limit` adds
     to a smaller one. Validation and test images never overlap.
 
     Args:
@@ -91,7 +91,7 @@ def draw_rows(data: DataSpec, choice: Choice, for_test: bool, count: int, what: 
     Example:
         >>> data = DataSpec(kind="folder", path="images", val_share=0.2)
         >>> choice = choose(data, ["all"], "images")
-        >>> parts = [rows(data, choice, test, 10, "images").tolist() for test in (False, True)]
+        >>> parts = [draw_rows(data, choice, test, 10, "images").tolist() for test in (False, True)]
         >>> [len(part) for part in parts], sorted(sum(parts, []))
         ([2, 8], [0, 1, 2, 3, 4, 5, 6, 7, 8, 9])
     """

@@ -109,7 +109,7 @@ def geometric_transform(transform: TransformSpec | None) -> Callable[[Image.Imag
         transform: written out; None leaves the size as it is.
 
     Example:
-        >>> squared = geometry(None)
+        >>> squared = geometric_transform(None)
         >>> squared(Image.new("L", (4, 2))).shape
         (2, 4, 3)
     """

@@ -30,7 +30,7 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
     Example:
         >>> from analysis.accuracy import accuracy_frame
         >>> frame = accuracy_frame({"digits": np.array([True, False])}).assign(model="CART")
-        >>> per_task(frame, "How good is it?").data[0].name
+        >>> dots_per_task(frame, "How good is it?").data[0].name
         'CART'
     """
     tasks = list(dict.fromkeys(frame["task"]))

@@ -19,7 +19,7 @@ from analysis.figures.style import (
 )
 
 MOST_ON_RADAR = 6
-# Names of methods are broken into two lines of so many letters, which leaves room on a phone.
+# Names of methods are broken into two lines of this many letters, which leaves room on a phone.
 LETTERS = 26
 ROW = 30  # pixels, which hold two lines
 
@@ -32,7 +32,7 @@ def _break_lines(text: str) -> str:
 def method_dots(
     summary: pd.DataFrame, title: str, references: dict[str, float] | None = None
 ) -> go.Figure:
-    """Mean accuracy of each method with its interval, best at the top; numbers are places.
+    """Mean accuracy of each method with its interval, best at the top; numbers are positions.
 
     Args:
         summary: of :func:`analysis.comparison.run.summarise`.

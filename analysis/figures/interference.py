@@ -149,7 +149,7 @@ def curves_over_rank(
 
 
 def _uncrowded_labels(x: np.ndarray, y: np.ndarray, gap: float = 0.15) -> set[int]:
-    """Places along a curve, drawn in the unit square, whose labels do not cover each other."""
+    """Indices of points on a curve, in the unit square, whose labels do not cover each other."""
     chosen: list[int] = []
     for i in range(len(x)):
         if all(np.hypot(x[i] - x[j], y[i] - y[j]) >= gap for j in chosen):

@@ -159,7 +159,7 @@ def _set_y_axis(figure: go.Figure, quantity: str, **cell: int) -> None:
 
 
 def _set_axes(figure: go.Figure, frame: pd.DataFrame, chosen: float | None, every: int = 1) -> None:
-    """A log axis with ticks at every so many powers of ten, m = 1 among them, and the chosen m."""
+    """A log axis with a tick at every n-th power of ten, m = 1 among them, and the chosen m."""
     powers = np.log10(frame["magnitude"].to_numpy(dtype=float))
     low, high = float(powers.min()), float(powers.max())
     ticks = np.arange(np.ceil(low - 1e-9), np.floor(high + 1e-9) + 1)

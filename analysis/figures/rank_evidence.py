@@ -27,7 +27,7 @@ from analysis.figures.style import (
     share_axis,
 )
 
-# Regrets beyond so many points are drawn at the edge: settings that destroy the model would
+# Regrets beyond this many points are drawn at the edge: settings that destroy the model would
 # otherwise leave no room for the differences that matter.
 REGRET_SPAN = 12.0
 ROW = 28  # pixels, which hold a name in two lines

@@ -26,7 +26,7 @@ from analysis.figures.style import (
     layout,
 )
 
-# Colours end so many points below the best: settings that destroy the model would otherwise
+# Colours end this many points below the best: settings that destroy the model would otherwise
 # take the whole scale and leave none for the differences that matter.
 MAP_SPAN = 15.0
 # Pixels between cells that were judged on part of the images: they are drawn smaller.
@@ -176,7 +176,7 @@ def _add_overlay(
     scales: Sequence[float],
     told: Mapping[tuple[float, float], str],
 ) -> None:
-    """What can be hovered and clicked: a transparent marker in each cell."""
+    """Transparent markers, one a cell, that can be hovered and clicked."""
     cells = [(i, j, r, s) for i, r in enumerate(ranks) for j, s in enumerate(scales)]
     figure.add_scatter(
         x=[i for i, _, _, _ in cells],
@@ -219,7 +219,7 @@ def _add_picks_to_map(
 def _cell_positions(
     values: Sequence[float] | np.ndarray, axis: Sequence[float], logarithmic: bool = False
 ) -> np.ndarray:
-    """Where values lie among the equally spaced cells of an axis; its ends hold what is beyond."""
+    """Positions of values among the equally spaced cells of an axis, clipped to its ends."""
     change = np.log if logarithmic else np.asarray
     return np.interp(change(values), change(np.asarray(axis)), np.arange(len(axis)))
 

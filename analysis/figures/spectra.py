@@ -27,7 +27,7 @@ from analysis.figures.style import (
 )
 from merge_core.checkpoints.parameter_roles import block_of, matrix_kind
 
-# Column of a spectral summary: what it is called, its unit, and how it is written in a cell.
+# Column of a spectral summary: its title, unit, and number format in a cell.
 SUMMARY_VALUES: dict[str, tuple[str, str, str]] = {
     "frobenius": ("Frobenius norm ‖A‖<sub>F</sub>", "weight units", ".3g"),
     "spectral_norm": ("Spectral norm σ<sub>1</sub>", "weight units", ".3g"),

@@ -69,7 +69,7 @@ def percent(share: float) -> str:
 
 
 def thin_indices(count: int, most: int) -> np.ndarray:
-    """At most `most` of the places 0..count−1, evenly spread, both ends among them."""
+    """At most `most` of the indices 0..count−1, evenly spread, both ends among them."""
     return np.unique(np.linspace(0, count - 1, min(count, most)).round().astype(int))
 
 

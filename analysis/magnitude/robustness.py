@@ -202,7 +202,7 @@ def corrupt(images: np.ndarray, corruption: Corruption, severity: int, seed: int
         images: uint8, N x H x W x channels.
         corruption: see :data:`CORRUPTIONS`.
         severity: 0 (the clean images) to 5; strengths in :data:`LEVELS`.
-        seed: of noise, places and directions.
+        seed: of noise, positions and directions.
 
     Returns:
         uint8, of the same shape.
@@ -214,7 +214,7 @@ def corrupt(images: np.ndarray, corruption: Corruption, severity: int, seed: int
     for images of some 20 pixels.
 
     Example:
-        >>> corrupted(np.full((1, 2, 2, 1), 100, np.uint8), "brightness", 1).ravel().tolist()
+        >>> corrupt(np.full((1, 2, 2, 1), 100, np.uint8), "brightness", 1).ravel().tolist()
         [126, 126, 126, 126]
     """
     if corruption not in LEVELS or not 0 <= severity < len(LEVELS[corruption]):

@@ -1,4 +1,4 @@
-"""Models whose weights are multiplied by m: what stays of their predictions.
+"""Predictions of models whose weights are multiplied by m.
 
 All in evaluation mode. At m = 1 members' cached outputs are used; where scaling by m is exactly a
 power of m in the logits (:func:`analysis.magnitude.homogeneity.exact_degree`), so are they at every
@@ -103,7 +103,7 @@ def choose_scaled(members: Sequence[int], who: Who) -> tuple[int, ...]:
         PoolError: none would be left, or no members were given.
 
     Example:
-        >>> chosen([4, 5, 6], "all_but_last")
+        >>> choose_scaled([4, 5, 6], "all_but_last")
         (4, 5)
     """
     slices = {"all": slice(None), "first": slice(1), "last": slice(-1, None)}
@@ -115,7 +115,7 @@ def choose_scaled(members: Sequence[int], who: Who) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _Subjects:
-    """Whose logits are wanted: float64, N x C, at any m.
+    """The subjects of a sweep, as functions that give logits (float64, N x C) at any m.
 
     Attributes:
         member: those of a scaled member, by number and m.

@@ -178,7 +178,7 @@ def natural_sort_key(name: str) -> list[tuple[int, int | str]]:
     """A sort key by which ``layer1.10`` comes after ``layer1.2``.
 
     Example:
-        >>> sorted(["layer1.10", "layer1.2"], key=natural)
+        >>> sorted(["layer1.10", "layer1.2"], key=natural_sort_key)
         ['layer1.2', 'layer1.10']
     """
     return [

@@ -73,7 +73,7 @@ class Tiles:
     gap: int
 
     def centre(self, index: int) -> tuple[float, float]:
-        """The middle (x, y) of a tile, in pixels of the PNG, by its place in reading order."""
+        """The middle (x, y) of a tile, in pixels of the PNG, by its index in reading order."""
         row, column = divmod(index, self.columns)
         height, width = self.tile
         return (
@@ -87,7 +87,7 @@ def tile_png(images: np.ndarray | Sequence[np.ndarray | None], columns: int) -> 
 
     Args:
         images: each H x W x C with C = 1 (grey) or 3 (RGB), all of one shape; uint8, or floats
-            in [0, 1]. None leaves a place empty.
+            in [0, 1]. None leaves a tile empty.
         columns: tiles in a row, at least 1.
 
     Returns:
@@ -148,7 +148,7 @@ def block_means(matrix: np.ndarray, most: int) -> np.ndarray:
         float64, min(m, most) x min(n, most).
 
     Example:
-        >>> pooled(np.arange(16.0).reshape(4, 4), most=2).tolist()
+        >>> block_means(np.arange(16.0).reshape(4, 4), most=2).tolist()
         [[2.5, 4.5], [10.5, 12.5]]
     """
     result = np.asarray(matrix, dtype=np.float64)
@@ -172,7 +172,7 @@ def stitch(maps: np.ndarray, columns: int, gap: int = 1) -> np.ndarray:
         float64; NaN, which a heat map leaves out, between maps and in empty places.
 
     Example:
-        >>> stitched(np.ones((2, 1, 2)), columns=2)
+        >>> stitch(np.ones((2, 1, 2)), columns=2)
         array([[ 1.,  1., nan,  1.,  1.]])
     """
     count, m, n = maps.shape

@@ -208,7 +208,7 @@ def centre_templates(images: np.ndarray) -> np.ndarray:
         images: classes x H x W x C.
 
     Example:
-        >>> centred(np.array([1.0, 3.0]).reshape(2, 1, 1, 1)).ravel().tolist()
+        >>> centre_templates(np.array([1.0, 3.0]).reshape(2, 1, 1, 1)).ravel().tolist()
         [-1.0, 1.0]
     """
     return images - images.mean(axis=0)

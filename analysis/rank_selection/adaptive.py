@@ -32,7 +32,7 @@ from merge_core.progress import Progress
 LEVELS = (0.08, 0.28, 0.6, 1.0)
 """Shares of a task's images, each level holding the one before."""
 STRIDE = 4
-"""At first, every so manieth scale of each rank (fewer where that takes half of the budget)."""
+"""Stride of the scales that each rank begins with (larger where they take half of the budget)."""
 PROMOTED = 8
 """Settings promoted at once."""
 SHARE = 1 / 8

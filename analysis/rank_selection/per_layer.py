@@ -33,7 +33,7 @@ def ranks_per_layer(
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> groups = Groups(load_suite("demo"), ["digits", "letters", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("demo"), ["digits", "letters", "dots"], FactorStore())
         >>> groups.members = [g for g in groups.members if g.name == "blocks.0.attn.proj.weight"]
         >>> frame = ranks_per_layer(groups, search_space("cart", "demo", groups.tasks), share=0.08)
         >>> frame[frame["kind"] == "budget"]["rank"].tolist()  # one matrix takes the whole budget

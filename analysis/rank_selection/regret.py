@@ -348,7 +348,7 @@ def recommend_proxy(mode: str, method: str | None = None, table: pd.DataFrame | 
     Source: minimax regret, Savage, JASA 46 (1951), 55.
 
     Example:
-        >>> recommended_proxy("labels")
+        >>> recommend_proxy("labels")
         'accuracy'
     """
     table = evidence() if table is None else table

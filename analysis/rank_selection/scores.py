@@ -1,4 +1,4 @@
-"""What settings are judged by: one number per image, the higher the better."""
+"""Scores of settings: one number per image, the higher the better."""
 
 from __future__ import annotations
 

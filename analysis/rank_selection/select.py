@@ -1,4 +1,4 @@
-"""The one door to rank and scale: from labels, from inputs alone, or from weights alone."""
+"""Choice of rank and scale: from labels, from inputs alone, or from weights alone."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class SelectionOptions:
 
 @dataclass(frozen=True)
 class Selection:
-    """A recommended rank and scale, and everything that speaks for it.
+    """A recommended rank and scale, with the evidence for it.
 
     Attributes:
         mode: what was looked at.
@@ -127,7 +127,7 @@ def selectable_methods(suite: Suite, tasks: Sequence[str]) -> dict[str, str]:
 
     Example:
         >>> suite = load_suite("demo")
-        >>> selectable(suite, suite.tasks)["cart"]
+        >>> selectable_methods(suite, suite.tasks)["cart"]
         'CART'
     """
     return {
@@ -227,7 +227,7 @@ def stored_selection(
         >>> suite = load_suite("demo")
         >>> session, evaluator = MergeSession(suite, ["dots"], FactorStore()), Evaluator(suite)
         >>> space = search_space("ties", "demo", ["dots"], scales=[0.5])
-        >>> known_selection(space, session, evaluator, SelectionOptions("labels")) is None
+        >>> stored_selection(space, session, evaluator, SelectionOptions("labels")) is None
         True
     """
     stored = None if evaluator is None else evaluator.stored_only()

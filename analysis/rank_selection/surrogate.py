@@ -106,7 +106,7 @@ class Surrogate:
         return self.centre + both @ gap, covariance, expected, np.sqrt(np.maximum(left, 0))
 
     def _fit_deviation(self, first: np.ndarray, measured: np.ndarray, images: int) -> np.ndarray:
-        """K by maximum likelihood over so many images, then moved to the measured covariance."""
+        """K by maximum likelihood over `images` images, then moved to the measured covariance."""
         step = max(len(first) // FITTED_SETTINGS, 1)
         some = self.places[first][::step]
         target = measured[::step, ::step]

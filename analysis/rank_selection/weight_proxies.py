@@ -181,7 +181,7 @@ def proxy_curves(
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> groups = Groups(load_suite("demo"), ["digits", "letters", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("demo"), ["digits", "letters", "dots"], FactorStore())
         >>> groups.members = [g for g in groups.members if g.name == "blocks.0.attn.proj.weight"]
         >>> frame = proxy_curves(groups, search_space("cart", "demo", groups.tasks))
         >>> kept = frame[frame["proxy"] == "energy"]["value"]

@@ -24,7 +24,7 @@ from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 @dataclass(frozen=True)
 class Spectrum:
-    """What a rule looks at: one task's vector in one matrix.
+    """The spectrum of one task vector in one matrix, as a rule reads it.
 
     Attributes:
         S: its r singular values, descending.

@@ -50,7 +50,7 @@ def cosine_similarity(
         Cancelled: by `progress`.
 
     Example:
-        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
         >>> cosine_similarity(groups, "average", "cls_token")["cosine"].round(3).tolist()
         [1.0, -1.0, -1.0, 1.0]
     """
@@ -175,7 +175,7 @@ def interference_pairs(
     Example:
         >>> suite = load_suite("demo")
         >>> name = "blocks.0.attn.proj.weight"
-        >>> group = ParameterGroup(suite, suite.tasks[:2], name, FactorStore())
+        >>> group = TensorGroup(suite, suite.tasks[:2], name, FactorStore())
         >>> frame = interference_pairs(group, "base", k=8)
         >>> frame["first"].tolist(), bool(frame["interference"].between(0, 1).all())
         (['digits', 'digits', 'letters', 'letters'], True)
@@ -216,7 +216,7 @@ def interference_over_rank(
     Example:
         >>> suite = load_suite("demo")
         >>> name = "blocks.0.attn.proj.weight"
-        >>> group = ParameterGroup(suite, suite.tasks[:2], name, FactorStore())
+        >>> group = TensorGroup(suite, suite.tasks[:2], name, FactorStore())
         >>> interference_over_rank(group, "base", [0.08, 1.0])["k"].tolist()
         [20, 256]
     """
@@ -269,7 +269,7 @@ def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
     Example:
         >>> suite = load_suite("demo")
         >>> names = [f"blocks.{i}.attn.proj.weight" for i in (0, 1)]
-        >>> groups = (ParameterGroup(suite, suite.tasks[:2], name, FactorStore()) for name in names)
+        >>> groups = (TensorGroup(suite, suite.tasks[:2], name, FactorStore()) for name in names)
         >>> frame = pd.concat([interference_over_rank(group, "base", [0.08]) for group in groups])
         >>> both, whole = frame["energy"], mean_over_layers(frame)["energy"]
         >>> len(both), len(whole), np.isclose(both.sum(), whole.sum()).item()
@@ -311,7 +311,7 @@ def principal_angles(
     Example:
         >>> suite = load_suite("demo")
         >>> name = "blocks.0.attn.proj.weight"
-        >>> group = ParameterGroup(suite, suite.tasks[:2], name, FactorStore())
+        >>> group = TensorGroup(suite, suite.tasks[:2], name, FactorStore())
         >>> principal_angles(group, "base", k=3)["index"].tolist()
         [1, 2, 3]
     """
@@ -397,7 +397,7 @@ def sign_conflict(
     Source: the sign conflicts of TIES, arXiv:2306.01708, section 3, weighted by magnitude.
 
     Example:
-        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
         >>> sign_conflict(groups, "average", "cls_token")["conflict"].round(3).tolist()
         [1.0]
     """

@@ -69,7 +69,7 @@ class Checkpoint:
         ties: sets of names that pickled files keep one tensor under.
 
     Raises:
-        CheckpointError: missing, empty, truncated or foreign file; shards that do not match
+        CheckpointError: missing, empty, truncated file or another format; shards that do not match
             their index.
     """
 
@@ -162,10 +162,10 @@ class Checkpoint:
         return value
 
     def read_unchecked(self, name: str) -> Tensor:
-        """As :meth:`tensor`, for callers who look at all entries anyway and so see bad ones.
+        """As :meth:`tensor`, without its check for NaN and infinity, which callers make later.
 
         Raises:
-            CheckpointError: as there, but for NaN or infinite entries.
+            CheckpointError: as :meth:`tensor`, except for NaN or infinite entries.
         """
         self.check_unchanged()
         try:
@@ -193,7 +193,7 @@ class Checkpoint:
             )
 
     def may_differ(self, name: str) -> bool:
-        """Whether a tensor may differ from the base's (of an adapter, not all do)."""
+        """Whether a tensor may differ from the base's; an adapter changes only some of them."""
         return name in self
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:  # noqa: ARG002
@@ -248,7 +248,7 @@ class Checkpoint:
 
 
 def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """What tells one state of a file from another: size, modification time and inode."""
+    """Size, modification time and inode of a file, which change when it is replaced."""
     try:
         stat = path.stat()
     except (OSError, ValueError):  # absent, or a name that no file can have

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Dtype:
-    """What the entries of a stored tensor are.
+    """The dtype of a stored tensor's entries.
 
     Attributes:
         name: as in torch, such as ``float32``.
@@ -25,13 +25,13 @@ class Dtype:
 
     @classmethod
     def of(cls, value: torch_dtype) -> Dtype:
-        """The same of torch's."""
+        """The record of one of torch's dtypes."""
         name = str(value).removeprefix("torch.")
         return cls(name, value.itemsize, value.is_floating_point)
 
     @property
     def torch(self) -> torch_dtype:
-        """Torch's own, which is imported for it.
+        """The dtype of torch, which is imported for it.
 
         Raises:
             AttributeError: the installed torch does not know it.

@@ -1,4 +1,4 @@
-"""What headers and shard indexes may claim: bounds that no real model meets, checked before use.
+"""Bounds on what headers and shard indexes claim, checked before use; no real model exceeds them.
 
 The safetensors library checks that tensors fill the file without holes or overlaps; this adds
 what would cost minutes and gigabytes, or what could not be named in a message or an output.
@@ -28,7 +28,7 @@ def check_safetensors_header(path: Path) -> None:
     Whatever else is wrong with the file, the safetensors library says.
 
     Raises:
-        CheckpointError: it is.
+        CheckpointError: the header is too long or names a tensor twice.
         OSError: the file cannot be read.
     """
     with path.open("rb") as stream:

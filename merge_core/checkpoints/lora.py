@@ -49,8 +49,8 @@ class Update:
         parameter: the base's name of it.
         a: key of A in the adapter's file (r x n; r x i x kh x kw for a kernel).
         b: key of B (m x r; o x r x 1 x 1 for a kernel).
-        rank: r.
-        scale: s.
+        rank: r, the number of columns of B.
+        scale: s, the factor of the product.
         stored_transposed: whether the parameter is stored transposed (in x out), as embeddings
             are and the layers of GPT-2.
         embedding: whether the layer is an embedding.
@@ -167,7 +167,7 @@ class AdaptedCheckpoint(Checkpoint):
 
     @property
     def summary(self) -> str:
-        """What it is, for people: kind, ranks, α and what it changes."""
+        """A sentence that describes the adapter: kind, ranks, α and what it changes."""
         ranks = sorted({update.rank for update in self.updates.values()}) or [0]
         span = f"{ranks[0]}" if len(ranks) == 1 else f"{ranks[0]} to {ranks[-1]}"
         kind = "rank-stabilised LoRA" if self.config.use_rslora else "LoRA"
@@ -217,11 +217,11 @@ class AdaptedCheckpoint(Checkpoint):
         return value
 
     def read_unchecked(self, name: str) -> Tensor:
-        """As :meth:`tensor`, which looks at what it reads."""
+        """As :meth:`tensor`, which checks the entries in any case."""
         return self.tensor(name)
 
     def may_differ(self, name: str) -> bool:
-        """Whether a tensor differs from the base's; False means: by exactly nothing."""
+        """Whether a tensor differs from the base's; False means that both are equal, bit by bit."""
         return name in self.updates or name in self._whole or name in self._biases
 
     def low_rank(self, name: str) -> tuple[Tensor, Tensor] | None:
@@ -270,10 +270,10 @@ class AdaptedCheckpoint(Checkpoint):
         self.base.check_unchanged()
 
     def _are_unchanged(self, names: Sequence[str]) -> bool:
-        """Whether tensors that the base ties are all as they are there.
+        """Whether the adapter leaves all tensors that the base ties unchanged.
 
         Raises:
-            CheckpointError: some are not: libraries disagree on what becomes of the others.
+            CheckpointError: it changes some of them, which libraries handle differently.
         """
         touched = [name for name in names if self.may_differ(name)]
         if touched and len(touched) < len(names):
@@ -291,7 +291,7 @@ class AdaptedCheckpoint(Checkpoint):
         return (A.T, B.T) if update.stored_transposed else (B, A)
 
     def _add(self, layer: str, embedding: bool, parts: dict[str, str]) -> None:
-        """Take up one adapted layer, checked against the base's shapes."""
+        """Add the update of one adapted layer after checking its shapes against the base's."""
         missing = {"A", "B"} - set(parts)
         if missing:
             raise CheckpointError(

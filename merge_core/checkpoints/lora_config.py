@@ -44,7 +44,7 @@ Matches = list[tuple[re.Pattern[str], float]]
 
 
 class AdapterConfig(BaseModel):
-    """What of ``adapter_config.json`` determines the update.
+    """The fields of ``adapter_config.json`` that determine the update.
 
     Attributes:
         r: rank of the update of a layer that `rank_pattern` does not match.

@@ -21,7 +21,7 @@ Table = tuple[tuple[str, tuple[str, ...]], ...]
 
 
 def _table(text: str) -> Table:
-    """Lines of a kind, a colon and patterns; further lines of patterns go on where one stopped."""
+    """Parse lines of a kind, a colon and patterns; lines without a colon continue the last."""
     rows: list[tuple[str, tuple[str, ...]]] = []
     for line in text.strip().splitlines():
         kind, colon, patterns = line.strip().rpartition(":")
@@ -273,7 +273,7 @@ def _is_matrix(info: TensorInfo) -> bool:
 
 
 def _is_patch_kernel(info: TensorInfo) -> bool:
-    """A kernel on an image's channels with an even side, of 4 at least, cuts it into patches."""
+    """Whether a kernel embeds patches: it reads RGB, with an even side of 4 or more."""
     shape = info.shape
     side = shape[-1] if len(shape) == 4 and shape[1] == 3 and shape[2] == shape[3] else 0
     return side >= 4 and side % 2 == 0

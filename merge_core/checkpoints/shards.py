@@ -33,7 +33,7 @@ class TensorInfo:
 
     @classmethod
     def of(cls, tensor: Tensor) -> TensorInfo:
-        """Those of a tensor at hand."""
+        """Shape and dtype of a tensor in memory."""
         return cls(tuple(tensor.shape), Dtype.of(tensor.dtype))
 
     @property
@@ -53,7 +53,7 @@ class TensorInfo:
 
     @property
     def is_floating(self) -> bool:
-        """Whether the entries are weights (counters and masks are integers or booleans)."""
+        """Whether the entries are real numbers (counters and masks are integers or booleans)."""
         return self.dtype.is_floating_point
 
 
@@ -168,7 +168,7 @@ def open_shard(path: Path) -> Shard:
     """A file of weights, by its ending.
 
     Raises:
-        CheckpointError: missing, empty, truncated or foreign.
+        CheckpointError: missing, empty, truncated or of another format.
     """
     try:
         exists = path.is_file()

@@ -1,4 +1,4 @@
-"""Tensors that stand under several names: merged once, and written as the input had them.
+"""Tensors with several names: merged once, and written under the names that the input has.
 
 A pickle keeps both names over one storage. Safetensors files of transformers keep one of them,
 or both where ``tie_word_embeddings`` of ``config.json`` says that they are one.
@@ -90,7 +90,7 @@ def _is_weight(name: str) -> bool:
 
 
 def _join(sets: set[frozenset[str]]) -> list[frozenset[str]]:
-    """Sets with a name in common made one."""
+    """Join sets that have a name in common."""
     joined: list[frozenset[str]] = []
     for names in sets:
         overlapping = [other for other in joined if other & names]

@@ -24,9 +24,9 @@ def longest_shape(shapes: Sequence[tuple[int, ...]]) -> tuple[int, ...] | None:
 
 
 def filler(experts: Sequence[Tensor], base: Tensor | None, rows: int) -> Tensor:
-    """What stands for a row that a member lacks: the base's, else the mean of those that have it.
+    """Rows for members that lack them: the base's, else the mean over the experts that have them.
 
-    So an expert without a token counts as one that left the token as it was.
+    An expert without a token so counts as one that did not change the token.
 
     Args:
         experts: each with at most `rows` rows.

@@ -19,7 +19,7 @@ def choose_executor(text: str) -> Executor:
         ExecutorError: an unknown name or number, or a cluster that does not answer.
 
     Example:
-        >>> list(executor("threads:2").map(abs, [-1, 2, -3]))
+        >>> list(choose_executor("threads:2").map(abs, [-1, 2, -3]))
         [1, 2, 3]
     """
     if text.startswith("ray://"):

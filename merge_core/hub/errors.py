@@ -1,4 +1,4 @@
-"""What goes wrong between here and the hub, in words that say what to do.
+"""Errors of the hub and the network, in words that say what to do.
 
 The hub's own texts are left out: they hold addresses, some of them signed.
 """

@@ -227,7 +227,7 @@ def check_space(models: Sequence[HubModel]) -> None:
 
 
 def resolve_revision(text: str) -> str | None:
-    """The name with the commit that is in the cache in place of a branch; None if none is.
+    """The name with the cached commit in place of its branch; None if no commit is cached.
 
     Raises:
         HubError: not a name on the hub.
@@ -238,7 +238,7 @@ def resolve_revision(text: str) -> str | None:
 
 
 def cache_path(text: str) -> Path:
-    """Where a model lies in the cache; where the cache keeps its repository if it does not.
+    """Where a model lies in the cache; if it is not there, the folder of its repository.
 
     Raises:
         HubError: not a name on the hub.

@@ -1,4 +1,4 @@
-"""A merged model onto the Hugging Face Hub."""
+"""Upload of a merged model to the Hugging Face Hub."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def push(folder: Path, name: str, public: bool = False) -> str:
     Args:
         folder: as :func:`merge_core.output.model_folder.merge_to_folder` wrote it.
         name: ``org/name`` on the hub; made if it is not there.
-        public: whether everybody may see it.
+        public: whether the repository is public.
 
     Returns:
         Its address.

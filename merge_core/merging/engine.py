@@ -123,9 +123,9 @@ def merge_parameters(
         Cancelled: between two parameters.
 
     Example:
-        >>> groups = Groups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
         >>> recipe = make_recipe({"method": "average", "tasks": groups.tasks})
-        >>> [name for name, _ in merged_tensors(recipe, groups, names=["cls_token"])]
+        >>> [name for name, _ in merge_parameters(recipe, groups, names=["cls_token"])]
         ['cls_token']
     """
     progress = progress or Progress()
@@ -279,7 +279,7 @@ class MergeSession:
         if self.suite.select(recipe.tasks) != self.groups.tasks:
             raise SuiteError("The recipe's tasks are not the ones that this session holds.")
         check_recipe(self.suite, recipe)
-        # Copies: what is only averaged would otherwise be the very tensor that the session holds.
+        # Copies: an averaged tensor would otherwise share memory with one that the session holds.
         # A small model is merged before a second thread has begun.
         where = Serial() if self.groups.keep else Threads()
         tensors = merge_parameters(recipe, self.groups, progress, task, learned, where)

@@ -214,7 +214,7 @@ class Recipe(StrictModel):
 
 
 def _rules_of_suite(suite: Suite) -> list[Any]:
-    """What a suite says of its parameters; a rule that is not used leaves no trace."""
+    """A suite's rules for its parameters, for digests; unused rules are left out."""
     spec = suite.spec
     rule = [] if spec.vocabulary == "refuse" else [spec.vocabulary]
     return [spec.decompose, spec.average, *rule]
@@ -227,7 +227,7 @@ def check_parameters(method: Method | Postprocessor, given: Any) -> MethodParame
         RecipeError: not a mapping, an unknown name, or a value out of range.
 
     Example:
-        >>> checked_parameters(get_method("cart"), {"rank": 16})
+        >>> check_parameters(get_method("cart"), {"rank": 16})
         CartParameters(rank=16, scale=...)
     """
     if not isinstance(given, dict):

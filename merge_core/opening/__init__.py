@@ -1,1 +1,1 @@
-"""From what somebody has to a suite: finding models, naming tasks, presets."""
+"""Making suites of models at hand: finding models, naming tasks, presets."""

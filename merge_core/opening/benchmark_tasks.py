@@ -97,7 +97,7 @@ class VisionTask:
         test: images of the test split.
         hub: the data set on the hub.
         templates: prompts of the zero-shot head, ``{}`` for the class.
-        class_names: in the order of the labels, where prompts say it otherwise than the data.
+        class_names: in the order of the labels, where prompts use other names than the data.
         local: the data of the TALL-masks protocol.
     """
 

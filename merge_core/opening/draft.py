@@ -85,7 +85,7 @@ def strip_common_words(labels: Sequence[str]) -> list[str]:
     """Labels without the whole words that all of them begin and end with.
 
     Example:
-        >>> without_common(["vit-b-sun397", "vit-b-cars"])
+        >>> strip_common_words(["vit-b-sun397", "vit-b-cars"])
         ['sun397', 'cars']
     """
     words = [SEPARATORS.split(label) for label in labels]

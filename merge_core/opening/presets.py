@@ -88,7 +88,7 @@ CLIP_MODELS = (
 
 @dataclass(frozen=True)
 class PresetTask:
-    """What a benchmark says of one task.
+    """A task of a benchmark: its names and sizes.
 
     Attributes:
         name: as in the suite.

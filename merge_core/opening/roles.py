@@ -41,7 +41,7 @@ class FoundModel:
     Attributes:
         reference: its absolute path, or its hub id.
         label: what its name says, such as ``Cars`` of ``Cars/finetuned.pt``.
-        long_label: its name with its folder's, where that alone is not told from others'.
+        long_label: its name with its folder's, where the name alone is not unique.
         shown: the reference as people know it (relative to the place where it was found).
         kind: ``model``, ``adapter`` or ``head`` (a bare classifier).
         checkpoint: its headers; None where they cannot be read, or only with a base.
@@ -80,8 +80,8 @@ def open_by_headers(spec: SuiteSpec, path: Path, found: Sequence[FoundModel]) ->
         found: its members, and perhaps others.
 
     Example:
-        >>> found = (Found("/models/cars", "cars", "cars", "cars", task="cars"),)
-        >>> drafted_suite(drafted(found, "mine"), Path("/models/suite.yaml"), found).tasks
+        >>> found = (FoundModel("/models/cars", "cars", "cars", "cars", task="cars"),)
+        >>> open_by_headers(draft_suite(found, "mine"), Path("/models/suite.yaml"), found).tasks
         ('cars',)
     """
     known = {each.reference: each.checkpoint for each in found if each.checkpoint is not None}
@@ -142,14 +142,14 @@ def _misfits(models: Sequence[FoundModel]) -> Iterator[tuple[int, str]]:
 
 
 def with_base(found: Sequence[FoundModel], base: str | None) -> tuple[FoundModel, ...]:
-    """The same with another base, or none; what was taken for the base before is left out.
+    """The models with another base, or none; the former base is left out.
 
     Args:
         found: models.
         base: reference of one of them.
 
     Example:
-        >>> found = [Found(f"/models/{name}", name, name, name) for name in ("cars", "start")]
+        >>> found = [FoundModel(f"/models/{name}", name, name, name) for name in ("cars", "start")]
         >>> [each.role for each in with_base(found, "/models/start")]
         ['expert', 'base']
     """
@@ -163,7 +163,7 @@ def with_base(found: Sequence[FoundModel], base: str | None) -> tuple[FoundModel
 
 
 def with_tasks(found: Sequence[FoundModel], named: Mapping[str, str]) -> tuple[FoundModel, ...]:
-    """The same with the task names that people gave, whatever was suggested.
+    """The models with the task names that users gave in place of the suggested ones.
 
     Args:
         found: models.
@@ -173,7 +173,7 @@ def with_tasks(found: Sequence[FoundModel], named: Mapping[str, str]) -> tuple[F
         SuiteError: another expert has that name.
 
     Example:
-        >>> found = [Found("/models/a", "a", "a", "a", task="a", role="left out")]
+        >>> found = [FoundModel("/models/a", "a", "a", "a", task="a", role="left out")]
         >>> [(each.task, each.role) for each in with_tasks(found, {"cars": "/models/a"})]
         [('cars', 'expert')]
     """
@@ -205,8 +205,8 @@ def draft_suite(
 
     Example:
         >>> names = ("cars", "dtd")
-        >>> found = [Found(f"/models/{name}", name, name, name, task=name) for name in names]
-        >>> list(drafted(with_base(found, "/models/dtd"), "mine").experts)
+        >>> found = [FoundModel(f"/models/{name}", name, name, name, task=name) for name in names]
+        >>> list(draft_suite(with_base(found, "/models/dtd"), "mine").experts)
         ['cars']
     """
     experts = {each.task: each for each in found if each.role == "expert"}
@@ -228,12 +228,12 @@ def draft_suite(
 
 
 def apply_preset(found: Sequence[FoundModel], preset: SuiteSpec) -> tuple[FoundModel, ...]:
-    """A preset's models with the names and roles that it gives them, whatever was suggested.
+    """The models of a preset with the names and roles that it gives them.
 
     Example:
         >>> preset = draft({"cars": "hf://org/vit-cars"}, base="hf://org/vit")
-        >>> found = [Found(f"hf://org/{name}", name, name, name) for name in ("vit", "vit-cars")]
-        >>> [(each.task, each.role) for each in of_preset(found, preset)]
+        >>> found = [FoundModel(f"hf://org/{name}", name, name, name) for name in ("vit", "vit-cars")]
+        >>> [(each.task, each.role) for each in apply_preset(found, preset)]
         [('', 'base'), ('cars', 'expert')]
     """
     tasks = {expert.weights: task for task, expert in preset.experts.items()}
@@ -246,10 +246,10 @@ def apply_preset(found: Sequence[FoundModel], preset: SuiteSpec) -> tuple[FoundM
 
 
 def mistakes(found: Sequence[FoundModel]) -> list[str]:
-    """What keeps models with these roles and names from being a suite, in words.
+    """Reasons, in words, why models with these roles and names do not make a suite.
 
     Example:
-        >>> mistakes([Found("/models/a", "a", "a", "a", task="a", role="base")])
+        >>> mistakes([FoundModel("/models/a", "a", "a", "a", task="a", role="base")])
         ['Choose at least one model as an expert.']
     """
     experts = [each for each in found if each.role == "expert"]

@@ -1,4 +1,4 @@
-"""Models in folders, among files and on the hub: what there is, read from headers alone."""
+"""Search for models in folders, among files and on the hub, from headers alone."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def find_models(
 
 
 def _find_at(place: str, alone: bool) -> Iterator[FoundModel]:
-    """What lies at one place; of a model's own folder, other models only if it stands alone."""
+    """The models at one place; below a model's own folder only if no other place is searched."""
     if is_hub_id(place):
         asked = HubId.parse(place)
         inner = Path(asked.file or "").parts
@@ -178,7 +178,7 @@ def _says_nothing(name: str) -> bool:
 
 
 def _open(found: FoundModel, inside: Path | None) -> FoundModel:
-    """The same with its headers, or with why they cannot be read."""
+    """The model with its headers, or with the reason why they cannot be read."""
     try:
         if is_hub_id(found.reference):
             return _open_on_hub(found)

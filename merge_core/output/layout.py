@@ -52,7 +52,7 @@ class Layout:
         return tuple(p for p in found if p.is_file() and p.stat().st_size <= SIDE_FILE_BYTES)
 
     def copy_side_files(self, folder: Path) -> None:
-        """Copy them into a folder; a configuration tells the output's number of tokens.
+        """Copy them into a folder; ``vocab_size`` becomes the output's number of tokens.
 
         Raises:
             OSError: one cannot be read or written.
@@ -98,7 +98,7 @@ def _vocabulary(
 
 
 def _with_vocabulary(document: Any, old: int, new: int) -> Any:
-    """A configuration whose ``vocab_size``, also that of a part, tells the new number."""
+    """A configuration with ``vocab_size``, also in nested parts, set to the new number."""
     if not isinstance(document, dict):
         return document
     changed = {name: _with_vocabulary(value, old, new) for name, value in document.items()}

@@ -46,7 +46,7 @@ from merge_core.suites.suite import Suite
 from merge_core.task_vectors import TensorGroups
 
 ENERGY = "energy:"
-# A weighted mean of equal numbers may differ from them in the last bits: by so many ε.
+# A weighted mean of equal numbers may differ from them in the last bits: by this many ε.
 SAME = 8.0
 
 
@@ -83,7 +83,7 @@ class AdapterRank:
             ) from error
 
     def of(self, S: Tensor, r: int) -> int:
-        """Directions kept of a matrix.
+        """The number of directions kept of a matrix.
 
         Args:
             S: its singular values that are more than rounding, descending.
@@ -274,7 +274,7 @@ class _Draft:
             self._keep_directions(name, merged, base, layer)
 
     def _layer(self, name: str, info: TensorInfo) -> _Layer | None:
-        """The layer that a low-rank update of a parameter is made for; None if none is sure."""
+        """The layer that a low-rank update of a parameter belongs to; None if that is unclear."""
         for adapter in self._adapters:
             if update := adapter.updates.get(name):
                 return _Layer(update.stored_transposed, update.embedding)
@@ -358,7 +358,7 @@ class _Draft:
     def _place_whole(
         self, state: dict[str, Tensor], saved: list[str], adapted: Iterable[str]
     ) -> bool:
-        """Add the tensors that are stored whole; whether any is the bias of an adapted layer."""
+        """Add the tensors that are stored whole; True if any is the bias of an adapted layer."""
         biases = {f"{layer}.bias": f"{layer}.base_layer.bias" for layer in adapted}
         in_base = []
         for name in self._base:
@@ -376,7 +376,7 @@ class _Draft:
         return any(self._naming.to_adapter(name) in biases for name in in_base)
 
     def _saved_layers(self, adapted: Iterable[str]) -> list[str]:
-        """Layers that PEFT keeps as whole copies: those of changed tensors, where it can.
+        """Layers with changed tensors that PEFT can keep as whole copies.
 
         A layer qualifies if it holds tensors only, is not adapted, and its name is the end of no
         other's (PEFT matches ends).

@@ -132,7 +132,7 @@ def _accuracies(suite: Suite, results: Sequence[Result]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; what stands in a cell cannot end it."""
+    """A table in Markdown; bars inside a cell are escaped."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "".join(
         "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines

@@ -46,7 +46,7 @@ class PlannedTensor:
         name: in the file.
         shape, dtype: in the file.
         parameter: its name in the suite.
-        merged: or else copied from the base.
+        merged: whether it is merged; otherwise it is copied from the base.
     """
 
     name: str
@@ -202,7 +202,7 @@ def merge_to_folder(
     groups = TensorGroups(suite, tasks, store)
     where = _layout(groups)
     about = provenance(recipe, suite, store.route)
-    # What a killed run left is taken up by a run that would write the very same bytes. What is
+    # What a killed run left is taken up by a run that would write the same bytes. What is
     # learnt afresh may differ in its last bits, and takes longer than all the rest.
     key = None
     if learned is None:
@@ -293,7 +293,7 @@ class _Shard:
                 write_tensor(stream, tensor, planned)
 
     def _size(self) -> int:
-        """Size of what an earlier run wrote; 0 if it meant to write something else."""
+        """Size of what an earlier run wrote; 0 if that run was to write another file."""
         with suppress(FileNotFoundError), self.path.open("rb") as stream:
             if stream.read(len(self._header)) == self._header:
                 return os.fstat(stream.fileno()).st_size
@@ -353,7 +353,7 @@ def merged_bytes(recipe: Recipe, groups: TensorGroups, suite: Suite, learned: An
     Example:
         >>> suite = load_suite("demo")
         >>> recipe = make_recipe({"method": "average", "tasks": ("digits", "dots")})
-        >>> data = merged_bytes(recipe, Groups(suite, recipe.tasks, FactorStore()), suite)
+        >>> data = merged_bytes(recipe, TensorGroups(suite, recipe.tasks, FactorStore()), suite)
         >>> len(data) > suite.expert("digits").nbytes
         True
     """

@@ -50,7 +50,7 @@ class Provenance(StrictModel):
     task: str | None = None
 
     def to_header(self) -> str:
-        """As JSON, for a safetensors header."""
+        """The record as JSON, for a safetensors header."""
         document = self.model_dump(mode="json", exclude_none=True)
         for field in ("data", "sources"):
             if not document[field]:
@@ -59,7 +59,7 @@ class Provenance(StrictModel):
 
 
 def versions() -> dict[str, str]:
-    """Versions of what computes a merge.
+    """Versions of MergeScope, torch and Python.
 
     Example:
         >>> sorted(versions())
@@ -73,7 +73,7 @@ def versions() -> dict[str, str]:
 
 
 def provenance(recipe: Recipe, suite: Suite, route: Route = "gram") -> Provenance:
-    """What a merge of these inputs is made of.
+    """Recipe, digests of the inputs and versions of a merge.
 
     Args:
         recipe: what is done.
@@ -149,7 +149,7 @@ def read_provenance(path: Path) -> Provenance:
 
 
 def differences(about: Provenance, suite: Suite) -> list[str]:
-    """What stands between a suite as it is now and the same merge; empty if nothing does.
+    """Reasons why a suite, as it is now, would not give the same merge; empty if it would.
 
     Raises:
         CheckpointError, SuiteError: an input is missing or unreadable.
@@ -197,7 +197,7 @@ def rebuild_recipe(about: Provenance, suite: Suite, reference: str) -> Recipe:
 
     Example:
         >>> suite, recipe = load_suite("demo"), make_recipe({"method": "average"})
-        >>> recipe_again(provenance(recipe, suite), suite, "demo") == recipe
+        >>> rebuild_recipe(provenance(recipe, suite), suite, "demo") == recipe
         True
     """
     found = differences(about, suite)

@@ -1,7 +1,6 @@
 """What ``suite.yaml`` says about a task's evaluation data and its head.
 
-Where they lie is :mod:`merge_core.suites.data_files`'s business, how each kind of data is read that
-of :mod:`analysis.data_sources`.
+:mod:`merge_core.suites.data_files` finds them, :mod:`analysis.data_sources` reads each kind.
 """
 
 from __future__ import annotations
@@ -126,7 +125,7 @@ class DataSpec(StrictModel):
         test: the source's own split to report on.
         val_share: the part of a split that is held out for validation where that has no split of
             its own.
-        limit: at most so many images of each split, drawn by the seed.
+        limit: the largest number of images of each split, drawn by the seed.
         seed: of what is drawn.
         transform: from a stored image to the network's input.
         mean: where there is no transform: subtracted from pixels in [0, 1] (0.5).

@@ -64,7 +64,7 @@ class Part:
         sides: m and n of the matrix that is decomposed; None for what is averaged.
         copied: whether what is read becomes a copy in memory (another dtype, an adapter), rather
             than pages of the file.
-        thin: directions of all adapters' updates together; None where they are not adapters.
+        thin: the summed ranks of all adapters' updates; None where experts are no adapters.
     """
 
     entries: int
@@ -81,7 +81,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Job:
-    """A merge as far as its cost goes.
+    """The sizes of a merge that determine its cost.
 
     Attributes:
         parts: the merged parameters, in the order in which they are merged.
@@ -184,7 +184,7 @@ def _copied_bytes(part: Part, members: int) -> int:
 
 
 def _kept_bytes(block: int) -> int:
-    """Memory that a block takes which comes and goes; more for a larger one."""
+    """Memory that a temporary block takes, with what the allocator keeps of it."""
     return max(block, int(KEPT * min(block, KEPT_BELOW)))
 
 
@@ -289,7 +289,7 @@ def time_in_words(taken: float) -> str:
         taken: in seconds.
 
     Example:
-        >>> about(0.2), about(47.0), about(400.0)
+        >>> time_in_words(0.2), time_in_words(47.0), time_in_words(400.0)
         ('under 1 s', 'about 50 s', 'about 7 min')
     """
     if taken < 1:

@@ -42,7 +42,7 @@ class PoolDataSpec(StrictModel):
 
 
 class SnapshotSpec(StrictModel):
-    """A member as it was after so many epochs."""
+    """A member as it was after a number of epochs."""
 
     epoch: float = Field(ge=0)
     weights: str

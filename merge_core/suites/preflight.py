@@ -90,7 +90,7 @@ class Preflight:
         differences: of all members, those that cannot be read first.
         plan: one row per merged parameter.
         notes: further findings in sentences: tied tensors, patterns that match nothing.
-        unsafe_globals: names of what pickled files would import, sorted; none of it is.
+        unsafe_globals: names that pickled files would import, sorted; none is imported.
         job: what a merge costs (see :mod:`merge_core.suites.estimates`).
     """
 
@@ -272,7 +272,7 @@ def _info(suite: Suite, name: str, tasks: tuple[str, ...]) -> TensorInfo:
 
 
 def _is_base_of(member: Checkpoint, adapted: Checkpoint) -> bool:
-    """Whether an expert is an adapter over a member: then its dtype is a choice of the reader."""
+    """Whether an expert is an adapter over a member, so that its dtype is the reader's choice."""
     return isinstance(adapted, AdaptedCheckpoint) and adapted.base is member
 
 

@@ -62,7 +62,7 @@ class Suite:
         return self.spec.experts[task].title or task
 
     def select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
-        """The named tasks in the suite's own order (all when None), so that order never matters.
+        """The named tasks in the suite's order (all when None), in whatever order they are named.
 
         Raises:
             SuiteError: an unknown task, or none at all.
@@ -160,7 +160,7 @@ class Suite:
         return self.merged_names(self.tasks)
 
     def merged_names(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Names of what is merged of the chosen experts, in the first one's order.
+        """Names of the parameters that are merged of the chosen experts, in the first one's order.
 
         That is what they all have, and the base, each tensor under one name, without heads whose
         shapes differ and what is kept as it is in the base (``vocabulary: base``).
@@ -172,7 +172,7 @@ class Suite:
         return tuple(name for name in names if not are_own_heads(name, members))
 
     def kept_names(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Names of what the output has as it is in the base (``vocabulary: base``).
+        """Names of the parameters that the output copies from the base (``vocabulary: base``).
 
         Args:
             tasks: chosen experts.
@@ -249,7 +249,7 @@ class Suite:
             raise CheckpointError(f"Suite {self.name!r}, {what}: {error}") from error
 
     def _base_of_adapter(self, path: Path, what: str) -> Checkpoint:
-        """What an adapter is applied to.
+        """The checkpoint that an adapter is applied to.
 
         Raises:
             CheckpointError: the suite names no base.

@@ -71,7 +71,7 @@ def _needs(method: Method) -> str:
 
 
 def _properties(method: Method) -> list[tuple[str, str]]:
-    """What a method says of itself besides what post-processors say too."""
+    """Properties that methods have and post-processors have not."""
     origins = ", ".join(method.origins) or "none (it takes no task vectors)"
     return [
         ("needs", _needs(method)),

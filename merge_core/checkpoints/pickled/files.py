@@ -61,7 +61,7 @@ class PickledTensors:
 
     @property
     def ties(self) -> tuple[tuple[str, ...], ...]:
-        """Sets of names that stand for the same bytes of the file, seen as the same tensor."""
+        """Sets of names that share bytes, dtype, shape and strides, so that they are one tensor."""
         places: dict[tuple[object, ...], list[str]] = {}
         for name, place in self.stored.items():
             if isinstance(place, StoredTensor) and place.extent:

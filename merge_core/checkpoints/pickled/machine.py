@@ -34,12 +34,12 @@ class PickleFileError(Exception):
 
     @classmethod
     def damaged(cls, what: str) -> PickleFileError:
-        """A fault that another copy of the file may not have."""
+        """The error for a damaged file, of which another copy may be sound."""
         return cls(f"{what}. Copy or download it again.")
 
 
 class Global(NamedTuple):
-    """A name that the pickle would import: never imported."""
+    """A name that the pickle would import; it is never imported."""
 
     module: str
     name: str
@@ -68,7 +68,7 @@ class Pairs(list[Any]):
 
 @dataclass(slots=True, eq=False)
 class Record:
-    """An object not made: what would have made it, from what, and the state it would be given."""
+    """An object that was not made: its constructor, the arguments and the state it would get."""
 
     maker: Any
     args: Any
@@ -91,7 +91,7 @@ class Maker(Protocol):
 
 @dataclass(slots=True)
 class Budget:
-    """How much all pickles of one file may still take."""
+    """The steps and bytes of text that all pickles of one file may still take."""
 
     steps: int = MOST_STEPS
     text: int = MOST_TEXT
@@ -220,7 +220,7 @@ U8, U16, I32, U32, U64, F64 = (struct.Struct(code) for code in ("<B", "<H", "<i"
 
 
 def _without_surrogates(text: str) -> str:
-    """Without lone surrogates, which would break whoever writes the text to a file."""
+    """The text without lone surrogates, which cannot be written to a file."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 

@@ -191,7 +191,7 @@ def _elements(collection: Any) -> list[Any]:
 
 
 def _tensor(value: Any) -> NamedTensor | None:
-    """A value if it is a tensor, of today's torch or as a parameter was pickled before 0.4."""
+    """The value if it is a tensor, also in the form of parameters that torch before 0.4 pickled."""
     for _ in range(2):
         match value:
             case StoredTensor() | Unreadable():
@@ -209,7 +209,7 @@ def _tensor(value: Any) -> NamedTensor | None:
 
 
 def _kind(value: Any) -> str:
-    """What a value is, in a word for a message."""
+    """A word for a value's kind, for messages."""
     match value:
         case StoredTensor() | Unreadable():
             return "Tensor"
