@@ -68,8 +68,8 @@ def usable_methods(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
 
     Example:
         >>> suite = load_suite("demo")
-        >>> "slerp" in usable_methods(suite, suite.tasks), "slerp" in usable_methods(suite, suite.tasks[:2])
-        (False, True)
+        >>> ["slerp" in usable_methods(suite, suite.tasks[:count]) for count in (2, 8)]
+        [True, False]
     """
     return {
         name: method

@@ -140,7 +140,8 @@ def repeat_with_seeds(recipe: Recipe, seeds: int) -> list[Recipe]:
     """The recipe under several seeds, from its own one on.
 
     Example:
-        >>> [recipe.seed for recipe in repeat_with_seeds(make_recipe({"method": "dare_ties", "seed": 5}), 3)]
+        >>> recipe = make_recipe({"method": "dare_ties", "seed": 5})
+        >>> [each.seed for each in repeat_with_seeds(recipe, 3)]
         [5, 6, 7]
     """
     document = recipe.model_dump()

@@ -222,7 +222,8 @@ def spectral_summary(
         Cancelled: by `progress`.
 
     Example:
-        >>> frame = spectral_summary(TensorGroups(load_suite("demo"), ["digits"], FactorStore()), "base")
+        >>> groups = TensorGroups(load_suite("demo"), ["digits"], FactorStore())
+        >>> frame = spectral_summary(groups, "base")
         >>> len(frame), bool((frame["stable_rank"] <= frame["effective_rank"]).all())
         (8, True)
     """

@@ -174,7 +174,7 @@ def describe(name: str, info: TensorInfo) -> Role:
 
     Example:
         >>> describe("blocks.3.attn.qkv.weight", TensorInfo.of(torch.zeros(18, 6)))
-        Role(kind='attention qkv', block=(3,), parts=('q', 'k', 'v'), in_by_out=False)
+        Role(kind='attention qkv', block=(3,), parts=('q', 'k', 'v'), stored_transposed=False)
     """
     path, own = layer_of(name)
     if not info.is_floating:

@@ -232,7 +232,8 @@ def apply_preset(found: Sequence[FoundModel], preset: SuiteSpec) -> tuple[FoundM
 
     Example:
         >>> preset = draft({"cars": "hf://org/vit-cars"}, base="hf://org/vit")
-        >>> found = [FoundModel(f"hf://org/{name}", name, name, name) for name in ("vit", "vit-cars")]
+        >>> names = ("vit", "vit-cars")
+        >>> found = [FoundModel(f"hf://org/{name}", name, name, name) for name in names]
         >>> [(each.task, each.role) for each in apply_preset(found, preset)]
         [('', 'base'), ('cars', 'expert')]
     """
