@@ -217,8 +217,7 @@ def compare_with_uniform(
         [['uniform', 0.0]]
     """
     progress = progress or Progress()
-    inner = Progress(cancel=progress.cancel)
-    groups = session.groups
+    inner, groups = Progress(cancel=progress.cancel), session.groups
     origin = space.base.run(groups.tasks).origin
     z = norm.ppf(0.5 + CONFIDENCE / 2)
     total, done, rows = len(shares) * (len(rules) + 1) * len(scales), 0, []

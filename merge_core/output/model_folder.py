@@ -212,27 +212,31 @@ def merge_to_folder(
             folder = staging if task is None else staging / task
             folder.mkdir(exist_ok=True)
             own = about.model_copy(update={"task": task})
-            notes = {"format": "pt", HEADER_KEY: own.to_header()}
-            shards = _shards(
-                folder, plan_shards(output_plan(recipe, groups, where), shard_bytes), notes
-            )
+            plans = plan_shards(output_plan(recipe, groups, where), shard_bytes)
+            shards = _shards(folder, plans, {"format": "pt", HEADER_KEY: own.to_header()})
             _check_space(folder, shards)
             wanted = {t.parameter for shard in shards for t in shard.missing if t.merged}
-            merged = merge_parameters(
-                recipe, groups, progress, task, learned, executor or Threads(), wanted
-            )
-            for shard in shards:
-                shard.finish(_order_tensors(shard.missing, merged, where.reference))
-            for _ in merged:  # to the end, so that the last progress event is sent
-                pass
-            _write_index(folder, shards)
-            where.copy_side_files(folder)
+            workers = executor or Threads()
+            merged = merge_parameters(recipe, groups, progress, task, learned, workers, wanted)
+            _write_weights(folder, shards, merged, where)
         (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
         (staging / "README.md").write_text(model_card(recipe, suite, about), encoding="utf-8")
         for member in (suite.base, *(suite.expert(task) for task in tasks)):
             if member is not None:
                 member.check_unchanged()
     return output
+
+
+def _write_weights(
+    folder: Path, shards: Sequence[_Shard], merged: Iterator[tuple[str, Tensor]], where: Layout
+) -> None:
+    """Write merged parameters as they come, with the index and the files beside them."""
+    for shard in shards:
+        shard.finish(_order_tensors(shard.missing, merged, where.reference))
+    for _ in merged:  # to the end, so that the last progress event is sent
+        pass
+    _write_index(folder, shards)
+    where.copy_side_files(folder)
 
 
 def _layout(groups: TensorGroups) -> Layout:
