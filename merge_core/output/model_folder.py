@@ -198,7 +198,7 @@ def merge_to_folder(
     check_fits(suite, tasks)
     check_recipe(suite, recipe)
     recipe = make_portable(recipe, suite)
-    store = store or FactorStore()
+    store, workers = store or FactorStore(), executor or Threads()
     groups = TensorGroups(suite, tasks, store)
     where = _layout(groups)
     about = provenance(recipe, suite, store.route)
@@ -216,7 +216,6 @@ def merge_to_folder(
             shards = _shards(folder, plans, {"format": "pt", HEADER_KEY: own.to_header()})
             _check_space(folder, shards)
             wanted = {t.parameter for shard in shards for t in shard.missing if t.merged}
-            workers = executor or Threads()
             merged = merge_parameters(recipe, groups, progress, task, learned, workers, wanted)
             _write_weights(folder, shards, merged, where)
         (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
