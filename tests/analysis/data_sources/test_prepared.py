@@ -274,7 +274,7 @@ def test_large_splits_are_normalised_a_batch_at_a_time(
         return normalise_for_task(images, *rest)
 
     monkeypatch.setattr(outputs_module, "normalise_for_task", watched)
-    monkeypatch.setattr(outputs_module, "BATCH", 6)
+    monkeypatch.setattr(outputs_module, "READ", 6)
     streamed = Evaluator(as_folders(suite))
     assert streamed.experts([task])["correct"].tolist() == expected
     assert max(sizes) == 6
