@@ -141,7 +141,7 @@ def run_comparison(
     mine = {label_of(each): each for each in (adapt_recipe(r, reference, tasks) for r in own)}
     for recipe in (*starts.values(), *mine.values()):
         check_recipe(session.suite, recipe)
-    entries = _tuned_entries(starts, session, evaluator, budget, seeds, limit, progress)
+    entries = _tune_entries(starts, session, evaluator, budget, seeds, limit, progress)
     entries |= {label: Entry(recipe, "your recipe") for label, recipe in mine.items()}
     listener = progress.listener
 
@@ -169,7 +169,7 @@ def run_comparison(
     )
 
 
-def _tuned_entries(
+def _tune_entries(
     starts: Mapping[str, Recipe],
     session: MergeSession,
     evaluator: Evaluator,

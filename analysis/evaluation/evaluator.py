@@ -241,14 +241,16 @@ class Evaluator:
                     "be chosen without labels."
                 )
             if int(labels.max()) >= len(self.outputs.head(task).weight):
-                raise SuiteError(self.outputs.misfit(task, f"labels up to {int(labels.max())}"))
+                raise SuiteError(
+                    self.outputs.misfit_message(task, f"labels up to {int(labels.max())}")
+                )
             hits[task] = outputs[task][CLASSES] == labels
         return hits
 
     def _has_outputs(
         self, digest: str, tasks: Sequence[str], split: Split, limit: int | None
     ) -> bool:
-        return self.outputs.known(digest, self.outputs.images(tasks, split, limit), split)
+        return self.outputs.is_stored(digest, self.outputs.images(tasks, split, limit), split)
 
     def _digest(self, recipe: Recipe, session: MergeSession) -> str:
         """Of what determines the merged weights: data, too, where the method learns from them."""

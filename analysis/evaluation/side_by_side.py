@@ -49,7 +49,7 @@ def evaluate_side_by_side(
     unknown = [
         recipe
         for recipe in recipes
-        if not evaluator.outputs.known(recipe.digest(evaluator.suite), images, split, measures)
+        if not evaluator.outputs.is_stored(recipe.digest(evaluator.suite), images, split, measures)
     ]
     evaluate = _Evaluate(StoredGroups.of(session.groups), tuple(measures), split)
     results = executor.map(evaluate, unknown, progress.cancel)

@@ -71,11 +71,11 @@ class LearningContext:
             MergeScopeError: unreadable or unfit weights.
         """
         checkpoint = self.suite.expert(task)
-        return self.fitting(
+        return self.check_fit(
             {n: checkpoint.tensor(n) for n in checkpoint if n in self.names}, [task]
         )
 
-    def fitting(self, weights: State, tasks: Sequence[str]) -> dict[str, Tensor]:
+    def check_fit(self, weights: State, tasks: Sequence[str]) -> dict[str, Tensor]:
         """Weights as the network takes them, once one image of each task has passed it.
 
         Raises:

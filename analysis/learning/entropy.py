@@ -68,7 +68,7 @@ def learn_adamerging(context: LearningContext) -> Coefficients:
     start = torch.empty(len(keys), len(context.tasks))
     for name, row in rows.items():
         start[row] = settings[name].start
-    family = Family(context.fitting(origin, context.tasks), moved, rows)
+    family = Family(context.check_fit(origin, context.tasks), moved, rows)
     values = minimise_entropy(context, family, start, bounds=(0.0, 1.0))
     return Coefficients({name: values[row] for name, row in rows.items()}, found)
 
@@ -94,7 +94,7 @@ def learn_cart_adaptive(context: LearningContext) -> dict[str, Tensor]:
     if not names:
         return {}
     rows = {name: row for row, name in enumerate(names)}
-    family = Family(context.fitting(origin, context.tasks), moved, rows)
+    family = Family(context.check_fit(origin, context.tasks), moved, rows)
     values = minimise_entropy(context, family, torch.tensor(start))
     return {name: values[row] for name, row in rows.items()}
 
@@ -166,14 +166,14 @@ def minimise_entropy(
     values = start.clone().requires_grad_()
     adam = torch.optim.Adam([values], lr=parameters.learning_rate)
 
-    def used() -> Tensor:
+    def coefficients_in_use() -> Tensor:
         return values if bounds is None else values.clamp(*bounds)
 
     with torch.enable_grad():
         for step in range(parameters.steps):
             context.progress.step(step, parameters.steps, "adapting to unlabelled images")
             batches = [next(stream) for stream in streams]
-            _, slope = entropy_gradient(context, family, used(), batches)
-            values.grad = torch.autograd.grad(used(), values, slope)[0]
+            _, slope = entropy_gradient(context, family, coefficients_in_use(), batches)
+            values.grad = torch.autograd.grad(coefficients_in_use(), values, slope)[0]
             adam.step()
-    return used().detach()
+    return coefficients_in_use().detach()

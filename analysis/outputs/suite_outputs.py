@@ -190,7 +190,7 @@ class SuiteOutputs:
         """
         progress = progress or Progress()
         weights = cache(weights)
-        keys, vectors = self._known(digest, images, split, measures)
+        keys, vectors = self._look_up(digest, images, split, measures)
         unknown = _find_unknown(vectors, images)
         total, done = sum(len(wanted) for wanted in unknown.values()), 0
         if total and self._stored_only:
@@ -202,7 +202,7 @@ class SuiteOutputs:
                 outputs = self._run(weights(), batch, split)
                 for task, part in batch.items():
                     for name, values in vectors[task].items():
-                        values[part] = self._measured(name, outputs[task], task, split, part)
+                        values[part] = self._measure_part(name, outputs[task], task, split, part)
                 touched.update(batch)
                 done += sum(len(part) for part in batch.values())
         finally:
@@ -225,13 +225,13 @@ class SuiteOutputs:
         """
         for task, values in measured.items():
             mine = {task: images[task]}
-            keys, vectors = self._known(digest, mine, split, list(values))
+            keys, vectors = self._look_up(digest, mine, split, list(values))
             for name, given in values.items():
                 vectors[task][name][images[task]] = given
             self.predictions.put({key: vectors[t][name] for (t, name), key in keys.items()})
             self.forward_images += len(images[task])
 
-    def known(
+    def is_stored(
         self,
         digest: str,
         images: Images,
@@ -239,10 +239,10 @@ class SuiteOutputs:
         measures: Collection[str] = (CLASSES,),
     ) -> bool:
         """Whether :meth:`measure` would run nothing."""
-        _, vectors = self._known(digest, images, split, measures)
+        _, vectors = self._look_up(digest, images, split, measures)
         return not any(map(len, _find_unknown(vectors, images).values()))
 
-    def _known(
+    def _look_up(
         self, digest: str, images: Images, split: Split, measures: Collection[str]
     ) -> tuple[dict[tuple[str, str], str], Measurements]:
         """Keys by task and measure, and what is stored: as far as the last image at least."""
@@ -258,7 +258,7 @@ class SuiteOutputs:
             vectors[task][name] = fill_missing(stored[key], empty) if key in stored else empty
         return keys, vectors
 
-    def _measured(
+    def _measure_part(
         self, name: str, outputs: Outputs, task: str, split: Split, part: np.ndarray
     ) -> np.ndarray:
         measure = MEASURES[name]
@@ -289,7 +289,7 @@ class SuiteOutputs:
         for task, mine in zip(images, features.split(sizes), strict=True):
             head = self.head(task)
             if mine.shape[-1] != head.weight.shape[1]:
-                raise SuiteError(self.misfit(task, f"features of width {mine.shape[-1]}"))
+                raise SuiteError(self.misfit_message(task, f"features of width {mine.shape[-1]}"))
             outputs[task] = Outputs(mine, head.logits(mine))
             if not bool(torch.isfinite(outputs[task].logits).all()):
                 raise SuiteError(
@@ -298,7 +298,7 @@ class SuiteOutputs:
         self.forward_images += len(features)
         return outputs
 
-    def misfit(self, task: str, what: str) -> str:
+    def misfit_message(self, task: str, what: str) -> str:
         """The message that a task's head does not fit."""
         head = self.head(task)
         return (
