@@ -219,7 +219,7 @@ def is_clear(S: Tensor, floor: float) -> bool:
     return live.numel() == 0 or float(live[-1]) > GRAM_CLEAR * float(S[0])
 
 
-def gram(B: Tensor, block: int = 192) -> Tensor:
+def gram(B: Tensor, block: int = 96) -> Tensor:
     """BᵀB, n x n, computed on and below the diagonal only and mirrored.
 
     Args:

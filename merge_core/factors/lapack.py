@@ -1,7 +1,7 @@
 """LAPACK's eigensolver for symmetric matrices, side by side on several threads.
 
-scipy's own call holds Python's lock while it works and torch's finds all eigenvectors; this one
-does neither, which makes a whole CART merge 1.5 times as fast as the better of the two.
+scipy's own call holds Python's lock while it works, for seconds at 4,096, and torch's finds all
+eigenvectors, which costs a CART merge of eight ViT-B/32 a fifth more processor time.
 """
 
 from __future__ import annotations

@@ -64,6 +64,7 @@ class Truncations:
         shape: m, n.
         tall: gives rows of A, or of Aᵀ where the short side is U.
         whole: whether the vectors are all that A has.
+        long: A, or Aᵀ where the short side is U, times the first vectors, where it is at hand.
     """
 
     def __init__(
@@ -73,13 +74,14 @@ class Truncations:
         shape: tuple[int, int],
         tall: Callable[[slice], Tensor],
         whole: bool,
+        long: Tensor | None = None,
     ) -> None:
         self.shape = shape
         self.whole = whole
         self._vectors = vectors
         self._errors = errors
         self._tall = tall
-        self._long: Tensor | None = None
+        self._long = long
 
     @property
     def rank(self) -> int:

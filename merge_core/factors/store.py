@@ -120,8 +120,8 @@ class FactorStore:
             count = next((r // share for share in LEADING_SHARES if k < r // share), None)
             if count is not None:
                 with suppress(ArithmeticError):
-                    part = self._get(matrix, f"leading-{count}")
-                    terms = Truncations(part.vectors, part.errors, matrix.shape, tall, False)
+                    part, long = self._lead(matrix, count, k)
+                    terms = Truncations(part.vectors, part.errors, matrix.shape, tall, False, long)
                     if terms.error(k) <= TOLERANCE:
                         return terms
         side = side or self._get(matrix, self.route)
@@ -156,11 +156,22 @@ class FactorStore:
         Raises:
             ArithmeticError: LAPACK fails.
         """
+        return self._find(matrix, kind) or self._make(matrix, kind, matrix.whole())
+
+    def _lead(self, matrix: TaskMatrix, count: int, k: int) -> tuple[Side, Tensor | None]:
+        """Leading directions; the long side of the first k too, while the matrix is at hand."""
+        kind = f"leading-{count}"
         side = self._find(matrix, kind)
-        if side is None:
-            side = self._keep(self._key(matrix, kind), _decompose(matrix, kind))
-            with self._lock:
-                self.decompositions += 1
+        if side is not None:
+            return side, None
+        B = matrix.whole()
+        side = self._make(matrix, kind, B)
+        return side, product(B.__getitem__, len(B), side.vectors[:k].T)
+
+    def _make(self, matrix: TaskMatrix, kind: str, B: Tensor) -> Side:
+        side = self._keep(self._key(matrix, kind), _decompose(B, kind))
+        with self._lock:
+            self.decompositions += 1
         return side
 
     def _find(self, matrix: TaskMatrix, kind: str) -> Side | None:
@@ -221,12 +232,11 @@ class FactorStore:
             self._memory[key] = side
 
 
-def _decompose(matrix: TaskMatrix, kind: str) -> Side:
+def _decompose(B: Tensor, kind: str) -> Side:
     """A decomposition of one kind: of all directions by a route, of leading ones, or values."""
-    B = matrix.whole()
     if kind.startswith("leading-"):
         return leading_side(B, int(kind.removeprefix("leading-")))
-    if min(matrix.shape) >= SMALL and torch.cuda.is_available():
+    if B.shape[1] >= SMALL and torch.cuda.is_available():
         B = B.cuda()
     if kind == "values":
         S = singular_values(B).float().cpu()
