@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from benchmarks import larger, scaling, vision
-from benchmarks.bundled import bundled
 from benchmarks.measure import FailedError, Laboratory
-from benchmarks.neighbour import beside_a_neighbour
+from benchmarks.parts import larger, scaling, vision
+from benchmarks.parts.bundled import bundled
+from benchmarks.parts.neighbour import beside_a_neighbour
 from benchmarks.record import Part, Results, Sheet, load, machine
 
 HERE = Path(__file__).resolve().parent
@@ -41,7 +41,7 @@ class Plan:
 
 def dashboard(laboratory: Laboratory, sheet: Sheet) -> None:
     """The dashboard's part, for which playwright must be installed."""
-    from benchmarks.dashboard import dashboard as all_pages
+    from benchmarks.parts.dashboard import dashboard as all_pages
 
     all_pages(laboratory, sheet)
 

@@ -113,7 +113,7 @@ def growth(laboratory: Laboratory, sheet: Sheet) -> None:
         "repeats": [1 if laboratory.quick or m.side > 2048 else 2 for m in merges],
     }
     laboratory.fresh_cache()
-    answers = iter(laboratory.run("benchmarks.scaling:merge_times", arguments).answer)
+    answers = iter(laboratory.run("benchmarks.parts.scaling:merge_times", arguments).answer)
     for name, (x, points, expected) in measured.items():
         y = []
         for value, _ in zip(x, points, strict=True):
@@ -136,7 +136,7 @@ def executors(laboratory: Laboratory, sheet: Sheet) -> None:
         "repeats": [1 if laboratory.quick else 2] * count,
     }
     laboratory.fresh_cache()
-    answer = laboratory.run("benchmarks.scaling:merge_times", arguments).answer
+    answer = laboratory.run("benchmarks.parts.scaling:merge_times", arguments).answer
     serial = min(answer[0]["seconds"])
     for name, found in zip(EXECUTORS, answer, strict=True):
         starts = "" if name in ("serial", "threads:2") else "its workers' start included"

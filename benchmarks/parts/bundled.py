@@ -148,7 +148,7 @@ def bundled(laboratory: Laboratory, sheet: Sheet) -> None:
     quick = laboratory.quick
     laboratory.fresh_cache()
     merges = laboratory.run(
-        "benchmarks.bundled:one_more_setting", {"repeats": 1 if quick else 5}
+        "benchmarks.parts.bundled:one_more_setting", {"repeats": 1 if quick else 5}
     ).answer
     names = {
         "new rank": "CART at a new rank, factors stored",
@@ -160,14 +160,15 @@ def bundled(laboratory: Laboratory, sheet: Sheet) -> None:
         sheet.add(name, 1000 * merges[key], "ms", "lower")
     sheet.speedup("a new rank against the SVDs again", merges["again"] / merges["new rank"])
     rates = laboratory.run(
-        "benchmarks.bundled:many_settings", {"points": 3 if quick else 20}
+        "benchmarks.parts.bundled:many_settings", {"points": 3 if quick else 20}
     ).answer
     sheet.add("evaluating settings", rates["sweep"], "images/s", "higher")
     sheet.add("forward passes alone", rates["alone"], "images/s", "higher")
     overhead = 100 * (rates["alone"] / rates["sweep"] - 1)
     sheet.add("overhead of a setting", overhead, "%", "lower")
     searches = laboratory.run(
-        "benchmarks.bundled:search", {"seeds": 1, "step": 7} if quick else {"seeds": 3, "step": 1}
+        "benchmarks.parts.bundled:search",
+        {"seeds": 1, "step": 7} if quick else {"seeds": 3, "step": 1},
     ).answer
     sheet.seconds("adaptive search, nothing stored", [one["seconds"] for one in searches])
     share = 100 * max(one["share"] for one in searches)

@@ -68,8 +68,8 @@ def beside_a_neighbour(laboratory: Laboratory, sheet: Sheet) -> None:
     parameters = {"rank": RANK, "scale": SCALE}
     merge = {"suite": suite, "method": "cart", "parameters": parameters, "output": str(output)}
     jobs: dict[str, tuple[str, dict[str, Any]]] = {
-        "rank from weights": ("benchmarks.neighbour:rank_from_weights", {"suite": suite}),
-        "interference": ("benchmarks.neighbour:interference", {"suite": suite}),
+        "rank from weights": ("benchmarks.parts.neighbour:rank_from_weights", {"suite": suite}),
+        "interference": ("benchmarks.parts.neighbour:interference", {"suite": suite}),
         "CART": ("benchmarks.jobs:merge", merge),
     }
 

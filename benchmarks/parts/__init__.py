@@ -1,0 +1,1 @@
+"""What is measured: one file a part, or several that share their models."""
