@@ -292,6 +292,7 @@ def _adapter_notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
 
 
 def _notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
+    yield from suite.notes(tasks)
     yield from _adapter_notes(suite, tasks)
     for name, others in suite.tied_names(tasks).items():
         yield f"{name} is also {', '.join(others)}: merged once, written under each name"

@@ -154,6 +154,17 @@ class Suite:
         experts = [self.expert(task) for task in tasks]
         return experts if self.base is None else [*experts, self.base]
 
+    def notes(self, tasks: Sequence[str] | None = None) -> tuple[str, ...]:
+        """What was chosen where a member's file leaves a choice, in sentences that name it.
+
+        Args:
+            tasks: chosen experts (all when None).
+        """
+        members = [(task, self.expert(task)) for task in self.select(tasks)]
+        if self.base is not None:
+            members.append(("base", self.base))
+        return tuple(f"{who}: {note}" for who, member in members for note in member.notes)
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names common to all experts (and the base), in the first expert's order."""

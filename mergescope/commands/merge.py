@@ -74,6 +74,8 @@ def merge(
         len(members.select(loaded.tasks)), loaded.checked_parameters
     ):
         typer.echo(f"note: {warning}", err=True)
+    for note in members.notes(loaded.tasks):
+        typer.echo(f"note: {note}", err=True)
     store = FactorStore(route=route)
     learned = _learn(loaded, members, store) if loaded.declaration.learns else None
     bar = progress_bar("merging")
