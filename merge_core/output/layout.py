@@ -1,6 +1,6 @@
 """How the input lies on disk, so that the output opens where the input did.
 
-The base's files set the layout, or the first expert's where there is no base.
+The base's files set the layout, or those of the manifest's reference where there is no base.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.checkpoints.members import longest_vocabulary, names_in_all
 from merge_core.checkpoints.parameter_roles import describe
 from merge_core.checkpoints.side_files import SIDE_FILES
-from merge_core.suites.suite import Suite
+from merge_core.checkpoints.tied import declares_tied
+from merge_core.suites.manifest import Manifest
+from merge_core.task_vectors import TensorGroups
 
 # One of these, and in it one of those fields, makes a folder a library's own.
 CONFIGS = ("config.json", "open_clip_config.json")
@@ -32,11 +33,14 @@ class Layout:
         reference: the member whose layout it is.
         kept: parameters that only the base has, in its order: written as they are there.
         vocabulary: tokens of the reference and of the output, where these differ.
+        unties: whether the output's language head is not its embedding, as the reference's is, or
+            may be.
     """
 
     reference: Checkpoint
     kept: tuple[str, ...]
     vocabulary: tuple[int, int] | None = None
+    unties: bool = False
 
     def stored_name(self, name: str) -> str:
         """A parameter's name in the reference's files, wrappers' prefixes included."""
@@ -52,7 +56,9 @@ class Layout:
         return tuple(p for p in found if p.is_file() and p.stat().st_size <= SIDE_FILE_BYTES)
 
     def copy_side_files(self, folder: Path) -> None:
-        """Copy them into a folder; ``vocab_size`` becomes the output's number of tokens.
+        """Copy them into a folder; ``config.json`` then says what holds for the output.
+
+        That is its number of tokens, and that its head is not tied where it is not.
 
         Raises:
             OSError: one cannot be read or written.
@@ -62,37 +68,32 @@ class Layout:
             with path.open("rb") as source, (folder / path.name).open("wb") as stream:
                 shutil.copyfileobj(source, stream)
         config = folder / "config.json"
-        if self.vocabulary is not None and config.is_file():
-            document = _with_vocabulary(json.loads(config.read_text("utf-8")), *self.vocabulary)
-            config.write_text(json.dumps(document, indent=2), encoding="utf-8")
+        if not config.is_file() or not (self.vocabulary or self.unties):
+            return
+        document = json.loads(config.read_text("utf-8"))
+        if self.vocabulary is not None:
+            document = _with_vocabulary(document, *self.vocabulary)
+        if self.unties:
+            document = _untied(document)
+        config.write_text(json.dumps(document, indent=2), encoding="utf-8")
 
 
-def layout(suite: Suite, tasks: tuple[str, ...], merged: frozenset[str]) -> Layout:
-    """The layout of a suite's base, or of the first chosen expert where there is none.
+def layout(groups: TensorGroups) -> Layout:
+    """The layout of a merge's output, that of its manifest's reference.
 
     Args:
-        suite: the suite.
-        tasks: chosen tasks.
-        merged: names of the parameters that are merged.
-
-    Raises:
-        CheckpointError: the member cannot be opened.
+        groups: the parameters that are merged.
     """
-    reference = suite.expert(tasks[0]) if suite.base is None else suite.base
-    kept = () if suite.base is None else tuple(name for name in suite.base if name not in merged)
-    return Layout(reference, kept, _vocabulary(suite, tasks, merged, reference))
+    manifest = groups.manifest
+    unties = manifest.keeps_head_apart and declares_tied(manifest.reference) is not False
+    return Layout(manifest.reference, manifest.copied, _vocabulary(manifest), unties)
 
 
-def _vocabulary(
-    suite: Suite, tasks: tuple[str, ...], merged: frozenset[str], reference: Checkpoint
-) -> tuple[int, int] | None:
+def _vocabulary(manifest: Manifest) -> tuple[int, int] | None:
     """Tokens of the reference and of the output, where these differ."""
-    if suite.spec.vocabulary != "common":
-        return None
-    members = suite.members(tasks)
-    for name in sorted(merged.intersection(names_in_all(members))):
-        own, info = reference.info(name), longest_vocabulary(name, members)
-        if info is not None and describe(name, own).kind == "token embedding":
+    for name in sorted(manifest.completed):
+        own, info = manifest.reference.info(name), manifest.infos[name]
+        if describe(name, own).kind == "token embedding":
             return None if own.shape == info.shape else (own.shape[0], info.shape[0])
     return None
 
@@ -103,6 +104,15 @@ def _with_vocabulary(document: Any, old: int, new: int) -> Any:
         return document
     changed = {name: _with_vocabulary(value, old, new) for name, value in document.items()}
     return changed | ({"vocab_size": new} if document.get("vocab_size") == old else {})
+
+
+def _untied(document: Any) -> Any:
+    """A configuration, also in nested parts, that no longer ties the head to the embedding."""
+    if not isinstance(document, dict):
+        return document
+    changed = {name: _untied(value) for name, value in document.items()}
+    own = "tie_word_embeddings" in changed or "model_type" in changed
+    return changed | ({"tie_word_embeddings": False} if own else {})
 
 
 def _describes_model(path: Path) -> bool:

@@ -57,6 +57,7 @@ def merge(
     from merge_core.merging.recipe import load_recipe
     from merge_core.output.lora import AdapterRank, merge_to_adapter
     from merge_core.output.model_folder import merge_to_folder
+    from merge_core.suites.preflight import merge_notes
 
     where = executor_named(executor)
     rank = None if as_adapter is None else AdapterRank.parse(as_adapter)
@@ -74,6 +75,8 @@ def merge(
         len(members.select(loaded.tasks)), loaded.checked_parameters
     ):
         typer.echo(f"note: {warning}", err=True)
+    for note in merge_notes(members, members.select(loaded.tasks)):
+        typer.echo(f"note: {note}", err=True)
     store = FactorStore(route=route)
     learned = _learn(loaded, members, store) if loaded.declaration.learns else None
     bar = progress_bar("merging")
