@@ -39,7 +39,6 @@ from merge_core.merging.recipe import Recipe
 from merge_core.methods.declaration import Rank
 from merge_core.methods.spectral import energy_rank
 from merge_core.output.model_card import model_card
-from merge_core.output.model_folder import make_portable
 from merge_core.output.provenance import HEADER_KEY, provenance
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
@@ -192,7 +191,6 @@ def merge_to_adapter(
         )
     check_fits(suite, tasks)
     check_recipe(suite, recipe)
-    recipe = make_portable(recipe, suite)
     store = store or FactorStore()
     groups = TensorGroups(suite, tasks, store)
     with write_folder_atomically(output) as staging, torch.no_grad(), one_thread():
@@ -205,7 +203,7 @@ def merge_to_adapter(
         notes = {"format": "pt", HEADER_KEY: about.to_header()}
         (staging / WEIGHT_FILES[0]).write_bytes(save(state, notes))
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        (staging / "recipe.yaml").write_text(recipe.publish(suite).to_yaml(), encoding="utf-8")
         card = (
             f"{model_card(recipe, suite, about)}\n## Adapter\n\nA LoRA adapter of the base: "
             f"{draft.report.sentences()}\n\n"
