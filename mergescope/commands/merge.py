@@ -57,7 +57,8 @@ def merge(
     from merge_core.executors.choose import choose_executor as executor_named
     from merge_core.factors.store import FactorStore
     from merge_core.merging.recipe import load_recipe
-    from merge_core.output.lora import AdapterRank, merge_to_adapter
+    from merge_core.output.adapter_draft import AdapterRank
+    from merge_core.output.lora import merge_to_adapter
     from merge_core.output.model_folder import merge_to_folder
 
     where = executor_named(executor)
