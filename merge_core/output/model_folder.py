@@ -26,11 +26,12 @@ from merge_core.factors.store import FactorStore
 from merge_core.files import check_output, digest_of, write_folder_atomically
 from merge_core.merging.engine import check_fits, check_recipe, merge_parameters, written_dtype
 from merge_core.merging.recipe import Recipe
+from merge_core.output.config_files import Written
 from merge_core.output.layout import Layout, layout
 from merge_core.output.model_card import model_card
-from merge_core.output.provenance import HEADER_KEY, provenance
+from merge_core.output.provenance import HEADER_KEY, Provenance, provenance
 from merge_core.progress import Progress
-from merge_core.suites.suite import BUNDLED, Suite
+from merge_core.suites.suite import Suite
 from merge_core.task_vectors import TensorGroups
 
 DTYPE_NAMES = {dtype.torch: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -137,13 +138,6 @@ def output_plan(recipe: Recipe, groups: TensorGroups, where: Layout) -> list[Pla
     return plan
 
 
-def make_portable(recipe: Recipe, suite: Suite) -> Recipe:
-    """The recipe with the suite's path made absolute, so that it runs from anywhere."""
-    if recipe.suite == BUNDLED:
-        return recipe
-    return recipe.model_copy(update={"suite": str(suite.path)})
-
-
 def merge_to_folder(
     recipe: Recipe,
     suite: Suite,
@@ -197,7 +191,6 @@ def merge_to_folder(
     tasks = suite.select(recipe.tasks)
     check_fits(suite, tasks)
     check_recipe(suite, recipe)
-    recipe = make_portable(recipe, suite)
     store, workers = store or FactorStore(), executor or Threads()
     groups = TensorGroups(suite, tasks, store)
     where = layout(groups)
@@ -212,13 +205,13 @@ def merge_to_folder(
             folder = staging if task is None else staging / task
             folder.mkdir(exist_ok=True)
             own = about.model_copy(update={"task": task})
-            plans = plan_shards(output_plan(recipe, groups, where), shard_bytes)
-            shards = _shards(folder, plans, {"format": "pt", HEADER_KEY: own.to_header()})
+            shards = _shards(folder, output_plan(recipe, groups, where), own, where, shard_bytes)
             _check_space(folder, shards)
             wanted = {t.parameter for shard in shards for t in shard.missing if t.merged}
             merged = merge_parameters(recipe, groups, progress, task, learned, workers, wanted)
             _write_weights(folder, shards, merged, where)
-        (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        published = recipe.publish(suite).to_yaml()
+        (staging / "recipe.yaml").write_text(published, encoding="utf-8")
         (staging / "README.md").write_text(model_card(recipe, suite, about), encoding="utf-8")
         for member in (suite.base, *(suite.expert(task) for task in tasks)):
             if member is not None:
@@ -235,7 +228,8 @@ def _write_weights(
     for _ in merged:  # to the end, so that the last progress event is sent
         pass
     _write_index(folder, shards)
-    where.copy_side_files(folder)
+    if where.side_files:
+        where.copy_side_files(folder, Written.of(Checkpoint(folder)))
 
 
 def _order_tensors(
@@ -298,15 +292,23 @@ class _Shard:
         return 0
 
 
-def _shards(folder: Path, plans: list[list[PlannedTensor]], notes: dict[str, str]) -> list[_Shard]:
-    """The files of a model, named as the Hugging Face libraries expect."""
+def _shards(
+    folder: Path,
+    plan: Sequence[PlannedTensor],
+    about: Provenance,
+    where: Layout,
+    shard_bytes: int,
+) -> list[_Shard]:
+    """The files of a model, named as the libraries that read the input expect."""
+    plans = plan_shards(plan, shard_bytes) if where.may_be_sharded else [plan]
     count = len(plans)
     names = (
-        ["model.safetensors"]
+        [where.weights_name]
         if count == 1
         else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     )
-    return [_Shard(folder / name, plan, notes) for name, plan in zip(names, plans, strict=True)]
+    notes = {"format": "pt", HEADER_KEY: about.to_header()}
+    return [_Shard(folder / name, own, notes) for name, own in zip(names, plans, strict=True)]
 
 
 def _check_space(folder: Path, shards: Sequence[_Shard]) -> None:
@@ -359,7 +361,7 @@ def merged_bytes(recipe: Recipe, groups: TensorGroups, suite: Suite, learned: An
     check_recipe(suite, recipe)
     where = layout(groups)
     plan = output_plan(recipe, groups, where)
-    about = provenance(make_portable(recipe, suite), suite)
+    about = provenance(recipe, suite)
     stream = io.BytesIO()
     stream.write(safetensors_header(plan, {"format": "pt", HEADER_KEY: about.to_header()}))
     tensors = merge_parameters(recipe, groups, learned=learned)
