@@ -364,10 +364,17 @@ def _working_dtype(dtype: Dtype) -> Dtype:
     return DTYPES["float32"] if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
+class _AdapterFile(Checkpoint):
+    """The tensors of an adapter, which are no model by themselves."""
+
+    def _check_kind(self, *_: object) -> None:
+        """Factors are what is expected here."""
+
+
 def _open_weights(folder: Path) -> Checkpoint:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
-            return Checkpoint(folder / name)
+            return _AdapterFile(folder / name)
     raise CheckpointError(
         f"The adapter {folder} holds no {WEIGHT_FILES[0]}. Copy or download it again."
     )

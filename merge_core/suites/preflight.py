@@ -198,6 +198,7 @@ def _adapter_notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
 
 
 def _notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
+    yield from suite.notes(tasks)
     yield from _adapter_notes(suite, tasks)
     yield from _prefix_notes(suite, tasks)
     manifest = suite.manifest(tasks)

@@ -242,6 +242,17 @@ class Suite:
             self._manifests[key] = make_manifest(experts, self.base, self.spec.vocabulary)
         return self._manifests[key]
 
+    def notes(self, tasks: Sequence[str] | None = None) -> tuple[str, ...]:
+        """What was chosen where a member's file leaves a choice, in sentences that name it.
+
+        Args:
+            tasks: chosen experts (all when None).
+        """
+        members = [(task, self.expert(task)) for task in self.select(tasks)]
+        if self.base is not None:
+            members.append(("base", self.base))
+        return tuple(f"{who}: {note}" for who, member in members for note in member.notes)
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
         """Names of the parameters that a merge of all experts has, sorted."""

@@ -74,7 +74,8 @@ def merge(
         len(members.select(loaded.tasks)), loaded.checked_parameters
     ):
         typer.echo(f"note: {warning}", err=True)
-    for note in merge_notes(members, members.select(loaded.tasks)):
+    notes = (*members.notes(loaded.tasks), *merge_notes(members, members.select(loaded.tasks)))
+    for note in notes:
         typer.echo(f"note: {note}", err=True)
     store = FactorStore(route=route)
     learned = _learn(loaded, members, store) if loaded.declaration.learns else None
