@@ -175,7 +175,10 @@ def _print_found(out: Console, found: Sequence[FoundModel]) -> None:
 
 
 def _print_fit(out: Console, suite: Suite) -> None:
+    from merge_core.compatibility.compare import compare_companions
+    from merge_core.compatibility.kinship import measure_kinship
     from merge_core.suites.preflight import preflight
+    from mergescope.compatibility_report import print_findings, print_kinships
     from mergescope.preflight_report import print_preflight
 
     report = preflight(suite)
@@ -192,7 +195,11 @@ def _print_fit(out: Console, suite: Suite) -> None:
         [[fit.member, "yes" if fit.fits else "no", fit.differences] for fit in fits],
     )
     print_preflight(out, report)
-    if report.blocking:
+    findings = compare_companions(suite)
+    print_findings(out, findings)
+    if not report.blocking:
+        print_kinships(out, measure_kinship(suite))
+    if report.blocking or any(finding.level == "refused" for finding in findings):
         typer.echo(
             "note: not all of these can be merged as they are. Correct their roles with --base and "
             "--task, or take members out of the file.",
