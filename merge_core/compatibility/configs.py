@@ -32,7 +32,6 @@ from merge_core.compatibility.findings import (
 )
 
 MODEL_CONFIG = "config.json"
-# Where fields count by the table; absent ones mean nothing but in the model's own.
 CONFIG_FILES = (
     MODEL_CONFIG,
     "open_clip_config.json",
@@ -40,6 +39,8 @@ CONFIG_FILES = (
     "image_processor_config.json",
     "processor_config.json",
 )
+# In files of networks an absent field has a meaning; in those of inputs it says nothing.
+WITH_DEFAULTS = CONFIG_FILES[:2]
 MOST_FIELDS = 2000
 MOST_NOTED = 8
 SMALL_EPS = 1e-5
@@ -84,7 +85,7 @@ def compare_documents(file: str, documents: Mapping[str, dict[str, Any]]) -> lis
     names = sorted(set().union(*fields.values()))[:MOST_FIELDS]
     found, noted = [], []
     for name in names:
-        said = _resolve(name, fields, file == MODEL_CONFIG)
+        said = _resolve(name, fields, file in WITH_DEFAULTS)
         rule = _judge(name, said, fields)
         if rule is None:
             continue

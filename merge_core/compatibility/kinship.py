@@ -144,7 +144,10 @@ def measure_kinship(suite: Suite, tasks: Sequence[str] | None = None) -> Kinship
     sample = _take_sample(names, members, _choose_matrices(suite, chosen, members))
     if sample is None:
         return None
-    rows = tuple(_row(sample, i, len(chosen)) for i in range(len(chosen)))
+    rows = tuple(
+        _row(sample, i, len(chosen), isinstance(members[i], AdaptedCheckpoint))
+        for i in range(len(chosen))
+    )
     warnings = _warn(sample, rows, members)
     return Kinships(rows, sample.entries, sample.matrices, BASE in names, tuple(warnings))
 
@@ -211,7 +214,8 @@ def _read_rows(member: Checkpoint, name: str) -> Tensor:
     return value
 
 
-def _row(sample: _Sample, i: int, experts: int) -> Kinship:
+def _row(sample: _Sample, i: int, experts: int, is_adapter: bool) -> Kinship:
+    """How the expert of that place stands to the others."""
     member, names = sample.members[i], sample.members
     others = [j for j in range(experts) if j != i]
     with_base = names[-1] == BASE
@@ -220,7 +224,9 @@ def _row(sample: _Sample, i: int, experts: int) -> Kinship:
         origin = math.sqrt(sample.gram[-1][-1])
         distance = math.sqrt(sample.updates[i][i]) / origin if origin else math.inf
         cosine = sample.cosine(i, len(names) - 1)
-        verdict: str = _verdict(distance, cosine, limit)
+        verdict = _verdict(distance, cosine, limit)
+        if verdict == "stranger" and is_adapter:  # which holds no other network, only an update
+            verdict = "far from the base"
         if (member, BASE) in sample.same:
             verdict = "no difference"
     else:
