@@ -169,7 +169,7 @@ def _rotary_part(part: Fields) -> Fields:
         name if name in ROTARY or name.startswith("rope_") else f"rope_{name}": value
         for name, value in rest.items()
     }
-    return {"rope_type": kind, **named}
+    return named if kind == "default" else {"rope_type": kind, **named}
 
 
 def _settle_activation(config: Fields) -> Fields:
