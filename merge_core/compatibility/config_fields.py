@@ -132,7 +132,7 @@ DERIVED = _names(
     layer_norm_eps_cross rope_attention_factor rope_original_max_position_embeddings
     rope_mscale rope_mscale_all_dim rope_beta_fast rope_beta_slow rope_factor rope_mrope_section
     rope_short_factor rope_long_factor rope_low_freq_factor rope_high_freq_factor rope_alpha
-    num_decoder_layers d_kv is_causal
+    num_decoder_layers d_kv is_causal scale_decoder_outputs
     """
 )
 # What an absent field means where the library's class does not say.
@@ -156,7 +156,7 @@ DEFAULTS: dict[str, object] = {
     "use_alibi": False,
     "use_bidirectional_attention": False,
 }
-# Of these, what classes differ in: they are asked first, which takes a second.
+# Of these, what classes differ in, so that they are asked first (which takes a second).
 CLASS_DECIDES = frozenset({"rope_theta", "sliding_window", "partial_rotary_factor"})
 # Under which names libraries know the same function.
 ACTIVATIONS = {
@@ -183,6 +183,7 @@ MODEL_TYPES = {
     "camembert": "roberta",
     "mistral": "llama",
     "mt5": "t5",
+    "gpt-sw3": "gpt2",
 }
 # Objects within a configuration whose fields count like its own.
 PARTS = ("_config", "_cfg")

@@ -109,8 +109,6 @@ def normalise(name: str, value: object) -> object:
         >>> normalise("eos_token_id", [2]) == normalise("eos_token_id", 2)
         True
     """
-    if name == "model_type" and isinstance(value, str):
-        return MODEL_TYPES.get(value, value)
     if name in ACTIVATION_FIELDS and isinstance(value, str):
         return ACTIVATIONS.get(value.lower(), value.lower())
     if name.endswith("token_id") and isinstance(value, list):

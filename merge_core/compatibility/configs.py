@@ -13,6 +13,7 @@ from merge_core.compatibility.config_fields import (
     DEFAULTS,
     DERIVED,
     EPS_FIELDS,
+    MODEL_TYPES,
     RULES,
     SILENT,
     Rule,
@@ -125,17 +126,30 @@ def _resolve(name: str, fields: Mapping[str, Fields], with_defaults: bool) -> di
     said = {member: _Value(own[name]) for member, own in fields.items() if name in own}
     if leaf in DERIVED or leaf not in RULES or not with_defaults:
         return said
+    usual = DEFAULTS.get(leaf)
+    is_usual = leaf in DEFAULTS and all(are_equal(leaf, v.value, usual) for v in said.values())
     for member, own in fields.items():
         if name in own:
             continue
-        kind = own.get("model_type")
-        if leaf in DEFAULTS and leaf not in CLASS_DECIDES:
-            said[member] = _Value(DEFAULTS[leaf], True)
-        elif isinstance(kind, str) and name in class_defaults(kind):
-            said[member] = _Value(class_defaults(kind)[name], True)
+        if is_usual and leaf not in CLASS_DECIDES:
+            said[member] = _Value(usual, True)
+        elif (found := _class_default(name, own)) is not None:
+            said[member] = found
         elif leaf in DEFAULTS:
-            said[member] = _Value(DEFAULTS[leaf], True)
+            said[member] = _Value(usual, True)
     return said
+
+
+def _class_default(name: str, own: Fields) -> _Value | None:
+    """What the library's class takes for an absent field; of a part, also the part's own class."""
+    parts = name.split(".")
+    for depth in range(len(parts)):
+        kind = own.get(".".join([*parts[:depth], "model_type"]))
+        defaults = class_defaults(kind) if isinstance(kind, str) else {}
+        path = ".".join(parts[depth:])
+        if path in defaults:
+            return _Value(defaults[path], True)
+    return None
 
 
 def _judge(name: str, said: Mapping[str, _Value], fields: Mapping[str, Fields]) -> Rule | None:
@@ -153,6 +167,8 @@ def _rule_of_differing(
     name: str, leaf: str, values: Sequence[Any], fields: Mapping[str, Fields]
 ) -> Rule | None:
     """What it means that a field has these values; None where they are all one."""
+    if leaf == "model_type":
+        values = [MODEL_TYPES.get(v, v) if isinstance(v, str) else v for v in values]
     if all(are_equal(leaf, values[0], value) for value in values[1:]):
         return None
     if leaf == "model_type":

@@ -75,7 +75,7 @@ def compare_templates(members: Mapping[str, Companions]) -> list[Finding]:
     templates = {
         member: (chat_template(files) or "").strip()
         for member, files in members.items()
-        if any(files.digest(name) for name in (*TEMPLATE_FILES, "tokenizer.json"))
+        if any(files.vocabulary_key) or any(files.digest(name) for name in TEMPLATE_FILES)
     }
     digests = {member: digest_of(text) if text else "" for member, text in templates.items()}
     groups = group_members(digests)
