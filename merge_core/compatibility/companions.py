@@ -14,7 +14,11 @@ from typing import Any
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import AdaptedCheckpoint
+from merge_core.errors import MergeScopeError
 from merge_core.files import file_digest
+from merge_core.hub.client import fetch_file
+from merge_core.hub.headers import HubHeaders
+from merge_core.hub.models import HubModel, path_beside
 
 CONFIG_BYTES = 4 << 20
 TOKENIZER_BYTES = 64 << 20
@@ -90,19 +94,52 @@ class Companions:
         return document if isinstance(document, dict) else None
 
     def _read(self, name: str, most_bytes: int) -> bytes | None:
-        path = self.folder / name
-        try:
-            if not path.is_file():
-                return None
-            with path.open("rb") as stream:
-                data = stream.read(most_bytes + 1)
-        except (OSError, ValueError, RuntimeError):
+        return read_bounded(self.folder / name, most_bytes)
+
+
+def read_bounded(path: Path, most_bytes: int) -> bytes | None:
+    """A regular file's content; None for anything else, and for what is larger."""
+    try:
+        if not path.is_file():
             return None
-        return data if len(data) <= most_bytes else None
+        with path.open("rb") as stream:
+            data = stream.read(most_bytes + 1)
+    except (OSError, ValueError, RuntimeError):
+        return None
+    return data if len(data) <= most_bytes else None
+
+
+class HubCompanions(Companions):
+    """The files beside weights on the hub, of which only those that differ are fetched.
+
+    Args:
+        model: a model that is not downloaded.
+    """
+
+    def __init__(self, model: HubModel) -> None:
+        super().__init__(Path(model.entry).parent)
+        self._model = model
+
+    def digest(self, name: str) -> str:
+        """The hash by which the hub knows a file; empty where there is none."""
+        file = self._model.files.get(path_beside(self._model.entry, name))
+        return "" if file is None else file.sha256 or file.git_sha1 or ""
+
+    def _read(self, name: str, most_bytes: int) -> bytes | None:
+        path = path_beside(self._model.entry, name)
+        file = self._model.files.get(path)
+        if file is None or file.size > most_bytes:
+            return None
+        try:
+            return read_bounded(fetch_file(self._model.id, path), most_bytes)
+        except MergeScopeError:  # said where weights are asked for
+            return None
 
 
 def companions_of(member: Checkpoint) -> Companions | None:
-    """The files beside a member's weights (an adapter's own); None for headers on the hub."""
+    """The files beside a member's weights (an adapter's own); None where it has no place."""
+    if isinstance(member, HubHeaders):
+        return HubCompanions(member.model)
     if isinstance(member, AdaptedCheckpoint):
         return Companions(member.path)
     return Companions(member.files[0].parent) if member.files else None

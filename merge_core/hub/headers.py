@@ -46,6 +46,9 @@ class HubHeaders(Checkpoint):
         model: what it consists of.
         owners: the header that holds each tensor, by its stored name.
 
+    Attributes:
+        model: what it consists of.
+
     Raises:
         HubError: it holds no tensors.
     """
@@ -53,6 +56,7 @@ class HubHeaders(Checkpoint):
     def __init__(self, model: HubModel, owners: dict[str, _HeaderShard]) -> None:
         if not owners:
             raise HubError(f"{model.asked} holds no tensors. Name the file with its weights.")
+        self.model = model
         self.path = Path(model.entry)
         self.files = ()
         self.metadata = {}
