@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_core.compatibility.compare import refuse_incompatible
 from merge_core.errors import RecipeError, SuiteError
 from merge_core.executors.base import Executor, one_thread
 from merge_core.executors.local import Serial, Threads
@@ -29,7 +30,7 @@ def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
     """Refuse experts that do not fit together.
 
     Raises:
-        SuiteError: keys missing, or shapes that differ.
+        SuiteError: keys missing, shapes that differ, or another network under the same shapes.
 
     Example:
         >>> check_fits(load_suite("demo"), ("digits", "letters"))
@@ -44,6 +45,7 @@ def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
             f"{first.parameter!r}: {first.kind}, {first.detail}{more}. All members must come "
             "from one architecture; see 'mergescope inspect'."
         )
+    refuse_incompatible(suite, tasks)
 
 
 def check_recipe(suite: Suite, recipe: Recipe) -> None:
