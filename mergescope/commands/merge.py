@@ -70,9 +70,7 @@ def merge(
         )
     else:
         loaded, members = load_recipe(recipe)
-    for warning in loaded.declaration.warnings(
-        len(members.select(loaded.tasks)), loaded.checked_parameters
-    ):
+    for warning in loaded.warnings(members.select(loaded.tasks)):
         typer.echo(f"note: {warning}", err=True)
     store = FactorStore(route=route)
     learned = _learn(loaded, members, store) if loaded.declaration.learns else None
