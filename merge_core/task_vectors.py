@@ -1,6 +1,8 @@
 """Task vectors about either origin, one parameter at a time.
 
-τ_t = θ_t − θ_0 about the base, C_t = θ_t − θ_avg about the average of the chosen experts.
+τ_t = θ_t − θ_0 about the base, C_t = θ_t − θ_avg about the average of the chosen experts. The
+stored numbers are taken as exact: C_t is about the mean before it is rounded to a weight, so that
+Σ_t C_t = 0 and, of two experts, C_1 = −C_2.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from merge_core.checkpoints.checkpoint import Checkpoint, is_finite
 from merge_core.checkpoints.vocabulary import complete_rows, filler
 from merge_core.errors import SuiteError
 from merge_core.factors.low_rank import (
+    ROWS,
     Directions,
     Truncations,
     as_matrix,
@@ -132,6 +135,17 @@ class TensorGroup:
         made: Tensor | None = self.__dict__.get("average")  # while they were read
         return mean(members) if made is None else made
 
+    @lazy
+    def _rest(self) -> Tensor:
+        """shape: the mean of the experts less the average as it is rounded."""
+        flat, mean = [member.reshape(-1) for member in self.members], self.average.reshape(-1)
+        rest = torch.empty_like(mean)
+        for start in range(0, len(rest), PIECE):
+            part = slice(start, start + PIECE)
+            first = flat[0][part].double()
+            rest[part] = (first - mean[part]) + mean_offset([member[part] for member in flat])
+        return rest.reshape(self.info.shape)
+
     @property
     def is_buffer(self) -> bool:
         """Whether it is copied rather than merged: integers, or a constant of the architecture."""
@@ -169,7 +183,13 @@ class TensorGroup:
 
     def task_vectors(self, origin: Origin) -> Tensor:
         """T x shape: θ_t − origin."""
-        return self.experts - self.origin(origin)
+        if origin == "base":
+            return self.experts - self.base
+        vectors = torch.empty_like(self.experts, memory_format=torch.contiguous_format)
+        flat = vectors.reshape(len(self.tasks), -1)
+        for part, centred in self.blocks(origin, PIECE):
+            flat[:, part] = centred
+        return vectors
 
     def blocks(
         self,
@@ -178,6 +198,7 @@ class TensorGroup:
         stride: int = 1,
         first: int = 0,
         dtype: torch.dtype | None = None,
+        task: int | None = None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """The task vectors, or the experts, in blocks, so that no copy of all of them is made.
 
@@ -186,18 +207,25 @@ class TensorGroup:
             size: entries of a block, at most.
             stride: of the entries that are taken.
             first: the first of them.
-            dtype: in which differences are taken and given; the widest of all when None.
+            dtype: in which differences from the base are taken and given; the widest of all when
+                None. About the average they are in float64.
+            task: the place of a task whose vector alone is wanted; all when None.
 
         Yields:
-            The place of a block among the parameter's entries, and the block, T x n.
+            The place of a block among the parameter's entries, and the block, T x n (1 x n of one
+            task).
         """
-        about = None if origin is None else self.origin(origin).reshape(-1)
-        dtype = dtype or self.widest_dtype(origin)
-        flat = [member.reshape(-1) for member in self.members]
+        about = self.base.reshape(-1) if origin == "base" else None
+        dtype = torch.float64 if origin == "average" else dtype or self.widest_dtype(origin)
+        chosen = slice(None) if task is None else slice(task, task + 1)
+        needed = self.members if origin == "average" else self.members[chosen]
+        flat = [member.reshape(-1) for member in needed]
         for start in range(first, self.info.numel, size * stride):
             part = slice(start, min(start + size * stride, self.info.numel), stride)
             block = torch.stack([member[part] for member in flat]).to(dtype)
-            yield part, block if about is None else block.sub_(about[part])
+            if about is not None:
+                block.sub_(about[part])
+            yield part, centre(block)[chosen] if origin == "average" else block
 
     def singular_values(self, origin: Origin) -> list[Tensor]:
         """All r singular values of each task vector as a matrix, float32, in the tasks' order.
@@ -290,7 +318,7 @@ class TensorGroup:
             about = self._suite.base.digest
         else:
             members = [self._suite.expert(task) for task in self.tasks]
-            about = digest_of("average", *sorted(each.digest for each in members))
+            about = digest_of("exact average", *sorted(each.digest for each in members))
         stored = member.info(self.name).dtype.torch
         return TaskMatrix(
             (member.digest, about, self.name),
@@ -322,14 +350,23 @@ class TensorGroup:
         """
         wide = operator.le(*self.info.matrix_shape)
 
-        def rows(tensor: Tensor) -> Tensor:
+        def rows(tensor: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
             matrix = as_matrix(tensor)
             return (matrix.T if wide else matrix)[part].to(dtype)
 
-        dtype = torch.promote_types(dtype, self.members[index].dtype)
-        # Exact: near numbers are subtracted, and the average is the point that is merged about,
-        # as rounded as every weight is.
-        return rows(self.members[index]) - rows(self.origin(origin))
+        member, exact = self.members[index], torch.float64
+        dtype = torch.promote_types(dtype, member.dtype)
+        if origin == "base":
+            return rows(member, part, dtype) - rows(self.base, part, dtype)
+        start, stop, _ = part.indices(max(self.info.matrix_shape))
+        result = torch.empty(stop - start, min(self.info.matrix_shape), dtype=dtype)
+        for row in range(start, stop, ROWS):
+            few = slice(row, min(row + ROWS, stop))
+            # Near numbers are subtracted, which is exact; the second term is what rounding the
+            # mean to a weight left.
+            centred = rows(member, few, exact) - rows(self.average, few, exact)
+            result[row - start : few.stop - start] = centred - rows(self._rest, few, exact)
+        return result
 
     def sum_of_truncations(self, origin: Origin, k: int) -> Tensor:
         """shape: Σ_t SVD_k(task vector t), kept until another k is asked for."""
@@ -350,7 +387,7 @@ class TensorGroup:
 
     def release(self) -> None:
         """Forget what was read; it is read again when asked for."""
-        for name in ("members", "experts", "base", "average", "buffer", "_filler"):
+        for name in ("members", "experts", "base", "average", "buffer", "_rest", "_filler"):
             self.__dict__.pop(name, None)
         for known in (self._sums, self._spectra, self._truncations, self._directions):
             known.clear()
@@ -398,6 +435,41 @@ def mean(members: Sequence[Tensor]) -> Tensor:
             total += member[part]
         total /= len(flat)
     return result
+
+
+def mean_offset(members: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors less the first of them, float64.
+
+    Differences of near numbers are exact, so that what rounding leaves is measured by them and
+    not by the numbers.
+
+    Args:
+        members: T tensors of one shape and floating dtype.
+
+    Example:
+        >>> mean_offset([torch.tensor([1.0]), torch.tensor([2.0])])
+        tensor([0.5000], dtype=torch.float64)
+    """
+    first = members[0].double()
+    total = torch.zeros_like(first)
+    for member in members[1:]:
+        total += member.double() - first
+    return total / len(members)
+
+
+def centre(members: Tensor) -> Tensor:
+    """Each of T tensors less their mean, T x shape, float64.
+
+    Args:
+        members: T x shape, floating.
+
+    Example:
+        >>> centre(torch.tensor([[1.0], [2.0]]))
+        tensor([[-0.5000],
+                [ 0.5000]], dtype=torch.float64)
+    """
+    offset = mean_offset(members.unbind())
+    return (members.double() - members[0].double()).sub_(offset)
 
 
 class TensorGroups:

@@ -72,9 +72,7 @@ def merge(
         route = "svd" if full_svd else made_by
     else:
         loaded, members = load_recipe(recipe, suite)
-    for warning in loaded.declaration.warnings(
-        len(members.select(loaded.tasks)), loaded.checked_parameters
-    ):
+    for warning in loaded.warnings(members.select(loaded.tasks)):
         typer.echo(f"note: {warning}", err=True)
     check_fits(members, members.select(loaded.tasks))
     notes = (*members.notes(loaded.tasks), *merge_notes(members, members.select(loaded.tasks)))
