@@ -15,6 +15,8 @@ from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.members import longest_vocabulary, names_in_all
 from merge_core.checkpoints.parameter_roles import describe
 from merge_core.checkpoints.side_files import SIDE_FILES
+from merge_core.errors import OutputError
+from merge_core.input_files import belongs_beside
 from merge_core.suites.suite import Suite
 
 # One of these, and in it one of those fields, makes a folder a library's own.
@@ -42,22 +44,32 @@ class Layout:
         """A parameter's name in the reference's files, wrappers' prefixes included."""
         return self.reference.stored_name(name) if name in self.reference else name
 
-    @property
-    def side_files(self) -> tuple[Path, ...]:
-        """Configuration and tokenizer files beside the reference's weights."""
+    def list_side_files(self) -> tuple[Path, ...]:
+        """Configuration and tokenizer files beside the reference's weights.
+
+        Raises:
+            OutputError: one is a link to a place outside; see :func:`.belongs_beside`.
+        """
         folder = self.reference.files[0].parent
         if not any(_describes_model(folder / name) for name in CONFIGS):
             return ()
-        found = (folder / name for name in SIDE_FILES)
-        return tuple(p for p in found if p.is_file() and p.stat().st_size <= SIDE_FILE_BYTES)
+        found = [path for name in SIDE_FILES if (path := folder / name).is_file()]
+        for path in found:
+            if not belongs_beside(path, self.reference.files[0]):
+                raise OutputError(
+                    f"{path} is a link to a place outside its folder, and would be copied into "
+                    "the output. Put the file itself there, or remove the link."
+                )
+        return tuple(path for path in found if path.stat().st_size <= SIDE_FILE_BYTES)
 
     def copy_side_files(self, folder: Path) -> None:
         """Copy them into a folder; ``vocab_size`` becomes the output's number of tokens.
 
         Raises:
             OSError: one cannot be read or written.
+            OutputError: one is a link to a place outside its folder.
         """
-        for path in self.side_files:
+        for path in self.list_side_files():
             # Their content alone: the hub's cache holds links.
             with path.open("rb") as source, (folder / path.name).open("wb") as stream:
                 shutil.copyfileobj(source, stream)
