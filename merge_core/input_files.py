@@ -109,6 +109,12 @@ def find_outside(path: Path, root: Path) -> Path | None:
 
     Raises:
         OSError: a folder cannot be read.
+
+    Example:
+        >>> Path("models").mkdir()
+        >>> Path("models/out").symlink_to("/")
+        >>> find_outside(Path("models"), Path("models"))
+        PosixPath('models/out')
     """
     if not stays_inside(path, root):
         return path
