@@ -111,10 +111,10 @@ def find_outside(path: Path, root: Path) -> Path | None:
         OSError: a folder cannot be read.
 
     Example:
-        >>> Path("models").mkdir()
-        >>> Path("models/out").symlink_to("/")
-        >>> find_outside(Path("models"), Path("models"))
-        PosixPath('models/out')
+        >>> Path("root").mkdir()
+        >>> Path("root/out").symlink_to("/")
+        >>> find_outside(Path("root"), Path("root"))
+        PosixPath('root/out')
     """
     if not stays_inside(path, root):
         return path
