@@ -20,6 +20,7 @@ from analysis.spectral.interference import (
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
+from ui.plain_text import code
 from ui.server import resources
 from ui.server.resources import View
 from ui.widgets import SHARES, choice, share_label, share_slider
@@ -194,8 +195,8 @@ def draw_pairs(view: View, k: int, side: Side) -> None:
         columns=len(pairs),
         how_to_read=charts.HowToRead(
             f"Each cell compares the leading {k} {side} directions of two tasks in "
-            f"`{view.layer}`, weighted by their singular values: 0 means that they share none, 1 "
-            "that they share all of their strength. A merge adds all tasks up, so what is shared "
+            f"{code(view.layer)}, weighted by their singular values: 0 means that they share none, "
+            "1 that they share all of their strength. A merge adds all tasks up, so what is shared "
             f"is what gets mixed. {describe_centring(pairs)}",
             r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\qquad S_i = "
             r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)",

@@ -28,6 +28,7 @@ from merge_core.files import digest_of
 from merge_core.methods import get_method
 from merge_core.progress import Progress
 from ui import charts, shell
+from ui.plain_text import plain, show_warning
 from ui.progress import run_job
 from ui.sections.rank_evidence import evidence_section, more_tasks_section
 from ui.sections.rank_layers import layers_section
@@ -211,7 +212,7 @@ def answer(selection: Selection) -> None:
             delta_arrow="off",
             help="Of the recommended setting alone, looked at after choosing.",
         )
-    st.markdown(selection.why)
+    st.markdown(plain(selection.why))
 
 
 def interval(mean: pd.Series) -> str:
@@ -367,7 +368,7 @@ def page() -> None:
         shell.explain_no_evaluation(view)
     method, mode, full_grid = choose(view)
     for warning in get_method(method).warnings(len(view.tasks), None):
-        st.warning(warning)
+        show_warning(warning)
     selection = find_selection(view, method, mode, full_grid)
     if selection is None:
         st.subheader("What the rules have lost so far", anchor=False)

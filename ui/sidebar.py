@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import streamlit as st
 
 from merge_core.suites.pool import REGIMES, Pool
+from ui.plain_text import plain
 from ui.server import pool_resources, resources, session_files
 from ui.server.pool_resources import PoolView
 from ui.server.resources import View
@@ -28,6 +29,7 @@ def choose_suite() -> View:
         suite.tasks,
         selection_mode="multi",
         default=suite.tasks,
+        format_func=plain,
         key="tasks",
         bind="query-params",
         help="Which experts take part. CART needs three or more: with two it equals the average.",

@@ -20,6 +20,8 @@ from merge_core.checkpoints.side_files import (
     is_tokenizer_file,
     read_json,
 )
+from merge_core.errors import OutputError
+from merge_core.input_files import belongs_beside
 from merge_core.output.config_files import Written, is_configuration, true_configuration
 from merge_core.task_vectors import TensorGroups
 
@@ -81,6 +83,9 @@ class Layout:
         Configurations are those of :attr:`description`. The tokenizer is of the member whose
         vocabulary the output has; else it lies beside the configuration, else with the first
         expert that has one.
+
+        Raises:
+            OutputError: one is a link to a place outside; see :func:`.belongs_beside`.
         """
         if self.description is None:
             return {}
@@ -92,10 +97,18 @@ class Layout:
         if self.longest is not None:
             candidates.insert(0, _files_beside(self.longest))
         tokenizer = next((files for files in candidates if has_tokenizer(files)), own)
-        return {
+        chosen = {
             **{name: path for name, path in own.items() if not is_tokenizer_file(name)},
             **{name: path for name, path in tokenizer.items() if is_tokenizer_file(name)},
         }
+        beside = {path: member.files[0] for member in found for path in found[member].values()}
+        for path in chosen.values():
+            if not belongs_beside(path, beside[path]):
+                raise OutputError(
+                    f"{path} is a link to a place outside its folder, and would be copied into "
+                    "the output. Put the file itself there, or remove the link."
+                )
+        return chosen
 
     def copy_side_files(self, folder: Path, written: Written) -> None:
         """Copy them into a folder; configurations say what is written there.
@@ -106,6 +119,7 @@ class Layout:
 
         Raises:
             OSError: one cannot be read or written.
+            OutputError: one is a link to a place outside its folder.
         """
         for name, path in self.side_files.items():
             copy_side_file(path, folder / name)
@@ -144,7 +158,7 @@ def layout(groups: TensorGroups) -> Layout:
 
 
 def _files_beside(member: Checkpoint) -> dict[str, Path]:
-    return find_side_files(folder_of(member), member.files)
+    return find_side_files(folder_of(member))
 
 
 def _vocabulary(groups: TensorGroups) -> tuple[tuple[int, int] | None, Checkpoint | None]:

@@ -194,6 +194,7 @@ def merge_to_folder(
     store, workers = store or FactorStore(), executor or Threads()
     groups = TensorGroups(suite, tasks, store)
     where = layout(groups)
+    _ = where.side_files  # refuses links to the outside before any work
     about = provenance(recipe, suite, store.route)
     # What a killed run left is taken up by a run that would write the same bytes. What is
     # learnt afresh may differ in its last bits, and takes longer than all the rest.
