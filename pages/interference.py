@@ -20,9 +20,10 @@ from analysis.spectral.interference import (
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
+from ui.controls import choice, toggle
 from ui.server import resources
 from ui.server.resources import View
-from ui.widgets import SHARES, choice, share_label, share_slider
+from ui.widgets import SHARES, share_label, share_slider
 
 shell.enter()
 
@@ -292,11 +293,10 @@ def draw_cosines(view: View, layer: str | None) -> None:
 def draw_angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
     """Two further looks at the same question, computed only when asked for."""
     st.subheader("Angles between subspaces, clashes of signs", anchor=False)
-    more = st.toggle(
+    more = toggle(
         "Show angles and signs",
-        key="more",
-        bind="query-params",
-        help="Principal angles ignore how strong a direction is; signs are what TIES elects.",
+        "more",
+        "Principal angles ignore how strong a direction is; signs are what TIES elects.",
     )
     if not more:
         return
