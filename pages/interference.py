@@ -246,8 +246,8 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
         how_to_read=charts.HowToRead(
             f"A higher rank always leaves less of each task out. {describe_rank(curves)} "
             "Down and to the left on the trade-off curve is better: little left out, little "
-            "shared. The size of the centred update is zero at full rank, because the centred task vectors cancel: "
-            "that is why CART at full rank is the plain average.",
+            "shared. The size of the centred update is zero at full rank, because the centred task "
+            "vectors cancel: that is why CART at full rank is the plain average.",
             r"\text{overlap: } \frac{1}{T(T-1)}\sum_{i\ne j} \frac{I_{ij}}{\sqrt{I_{ii} I_{jj}}},"
             r"\qquad \text{trade-off: } \frac{\sum_{i\ne j} I_{ij}(k)}{T(T-1)} \text{ against } "
             r"\frac{R(k)}{R(0)},\quad R(k) = \sum_t \sum_{i>k} \sigma_{t,i}^2",
