@@ -21,6 +21,8 @@ from merge_core.lazy import lazy
 if TYPE_CHECKING:
     from torch import Tensor
 
+COMPARED_BYTES = 1 << 22
+
 
 def is_finite(value: Tensor) -> bool:
     """Whether no entry is NaN or infinite: one pass, without a temporary."""
@@ -50,7 +52,8 @@ class Checkpoint:
         notes: what was chosen where a file leaves a choice, in sentences.
         unsafe_globals: full names of the classes and functions that pickled files would import,
             sorted.
-        ties: sets of names that pickled files keep one tensor under.
+        ties: sets of names that pickled files keep one tensor under, and those of `aliases`.
+        aliases: names that are in no file (see :meth:`with_alias`).
 
     Raises:
         CheckpointError: missing, empty, truncated file or another format; shards that do not match
@@ -58,6 +61,7 @@ class Checkpoint:
     """
 
     ties: tuple[tuple[str, ...], ...] = ()
+    aliases: frozenset[str] = frozenset()
     notes: tuple[str, ...] = ()
     _part = ""
 
@@ -125,19 +129,50 @@ class Checkpoint:
     def stored_name(self, name: str) -> str:
         """A tensor's name in the file, wrappers' prefixes (``module.``) included.
 
+        Of an alias it is the name that a file would have.
+
         Raises:
             CheckpointError: there is no tensor of that name.
         """
         self._owner(name)
-        return self._stored[name]
+        if name not in self.aliases:
+            return self._stored[name]
+        tied = next(n for names in self.ties if name in names for n in names if n != name)
+        stored = self._stored[tied]
+        if tied.endswith(stored):
+            return name.removeprefix(tied.removesuffix(stored))
+        return stored.removesuffix(tied) + name if stored.endswith(tied) else name
 
-    def with_prefix(self, prefix: str) -> Checkpoint:
-        """The same tensors with a prefix before their names, such as ``transformer.``."""
-        if not prefix:
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same tensors under other names.
+
+        Args:
+            names: the new name by the name here; what is not among them keeps its own.
+        """
+        if not names:
             return self
-        renamed = copy.copy(self)
-        renamed._stored = {prefix + name: stored for name, stored in self._stored.items()}
-        return renamed
+        other = copy.copy(self)
+        other._stored = {names.get(name, name): key for name, key in self._stored.items()}
+        other.ties = tuple(tuple(names.get(n, n) for n in group) for group in self.ties)
+        other.aliases = frozenset(names.get(name, name) for name in self.aliases)
+        return other
+
+    def with_alias(self, alias: str, name: str) -> Checkpoint:
+        """The same tensors, one of them under a second name, tied to its own.
+
+        Args:
+            alias: the second name, which is in no file.
+            name: of the tensor.
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
+        self._owner(name)
+        other = copy.copy(self)
+        other._stored = {**self._stored, alias: self._stored[name]}
+        other.ties = (*self.ties, (name, alias))
+        other.aliases = self.aliases | {alias}
+        return other
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor, without reading it.
@@ -188,6 +223,23 @@ class Checkpoint:
                 f"{self.path}: tensor {name!r} has {bad:,} NaN or infinite entries of "
                 f"{value.numel():,}. Such weights cannot be merged; train or export again."
             )
+
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same entries, bit by bit; reading ends where they differ.
+
+        Args:
+            first, second: tensors of one shape and dtype.
+
+        Raises:
+            CheckpointError: as :meth:`read_unchecked`.
+        """
+        import torch
+
+        a, b = (self.read_unchecked(name).reshape(-1).view(torch.uint8) for name in (first, second))
+        return all(
+            torch.equal(a[start : start + COMPARED_BYTES], b[start : start + COMPARED_BYTES])
+            for start in range(0, len(a), COMPARED_BYTES)
+        )
 
     def may_differ(self, name: str) -> bool:
         """Whether a tensor may differ from the base's; an adapter changes only some of them."""

@@ -220,6 +220,18 @@ class AdaptedCheckpoint(Checkpoint):
         """As :meth:`tensor`, which checks the entries in any case."""
         return self.tensor(name)
 
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal as stored: both in the base, or both in the adapter.
+
+        Raises:
+            CheckpointError: unreadable.
+        """
+        names = (first, second)
+        if not any(map(self.may_differ, names)):
+            return self.base.are_equal(*names)
+        whole = all(n in self._whole and n not in self.updates for n in names)
+        return whole and self._adapter.are_equal(*(self._whole[name] for name in names))
+
     def may_differ(self, name: str) -> bool:
         """Whether a tensor differs from the base's; False means that both are equal, bit by bit."""
         return name in self.updates or name in self._whole or name in self._biases

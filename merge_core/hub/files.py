@@ -12,7 +12,7 @@ from pathlib import PurePosixPath
 
 from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES
 from merge_core.checkpoints.shards import PICKLE_SUFFIXES
-from merge_core.checkpoints.side_files import SIDE_FILES
+from merge_core.checkpoints.side_files import is_side_file
 from merge_core.checkpoints.stored.entry import (
     FOLDER_CANDIDATES,
     explain_no_single,
@@ -25,7 +25,8 @@ from merge_core.errors import HubError
 
 SCHEME = "hf://"
 MAIN = "main"
-BESIDE = (*SIDE_FILES, CONFIG_FILE, "README.md")
+CARD = "README.md"
+BESIDE = (CONFIG_FILE, CARD)  # besides what any model has
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"hf://(?P<repo>{_PART}(?:/{_PART})?)(?:@(?P<revision>[^:]*))?(?::(?P<file>.*))?")
@@ -154,6 +155,12 @@ def is_weights(name: str) -> bool:
 
 
 def side_files(names: Collection[str], entry: str) -> list[str]:
-    """The configuration, tokenizer and card beside the weights, as far as they are there."""
-    beside = (str(PurePosixPath(entry).with_name(name)) for name in BESIDE)
-    return [path for path in beside if path in names]
+    """The configuration, tokenizer, licence and card beside the weights.
+
+    Args:
+        names: the files of the repository.
+        entry: the file by which its weights open.
+    """
+    folder = str(PurePosixPath(entry).parent / "x")[:-1]
+    below = ((name, name.removeprefix(folder)) for name in sorted(names) if name.startswith(folder))
+    return [name for name, own in below if own in BESIDE or is_side_file(own)]

@@ -44,6 +44,9 @@ class HubHeaders(Checkpoint):
         owners: the header that holds each tensor, by its stored name.
         notes: what is to be said of them, in sentences.
 
+    Attributes:
+        model: what it consists of.
+
     Raises:
         CheckpointError: it holds no tensors, or none that are weights by themselves.
     """
@@ -53,6 +56,7 @@ class HubHeaders(Checkpoint):
     ) -> None:
         if not owners:
             raise HubError(f"{model.asked} holds no tensors. Name the file with its weights.")
+        self.model = model
         self.path = Path(model.entry)
         self.files = ()
         self.metadata = {}

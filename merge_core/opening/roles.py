@@ -51,6 +51,7 @@ class FoundModel:
         task: suggested task name.
         role: suggested role.
         note: why it is left out, or what to know.
+        refused: whether it may take part in no role: its files lie where they may not.
     """
 
     reference: str
@@ -64,6 +65,7 @@ class FoundModel:
     task: str = ""
     role: Role = "expert"
     note: str = ""
+    refused: bool = False
 
     @cached_property
     def layout(self) -> Layout:
@@ -282,6 +284,8 @@ def mistakes(found: Sequence[FoundModel]) -> list[str]:
         )
     if twice := [task for task, count in Counter(e.task for e in experts).items() if count > 1]:
         said.append(f"Each task needs a name of its own; twice there: {', '.join(twice)}.")
+    if refused := [each for each in found if each.refused and each.role != "left out"]:
+        said.append(f"{refused[0].shown} must be left out: {refused[0].note}")
     if len(bases) > 1:
         said.append(f"There is one base at most; chosen are {', '.join(b.shown for b in bases)}.")
     if not bases and any(each.kind == "adapter" for each in experts):

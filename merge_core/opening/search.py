@@ -22,9 +22,10 @@ from merge_core.checkpoints.stored.entry import (
     split_part,
     weight_files,
 )
-from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
+from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.files import absolute_path
 from merge_core.hub.files import HubId, is_hub_id
+from merge_core.input_files import stays_inside
 from merge_core.opening.draft import Layout
 from merge_core.opening.roles import FoundModel, Kind, suggest_roles
 from merge_core.progress import Progress
@@ -201,7 +202,8 @@ def _open(found: FoundModel, inside: Path | None) -> FoundModel:
             return _open_on_hub(found)
         path, _ = split_part(Path(found.reference))
         if inside is not None and (outside := _find_outside(path, inside)) is not None:
-            raise CheckpointError(f"{outside.name} is a link to a place outside the folder.")
+            note = f"{outside.name} is a link to a place outside the folder."
+            return replace(found, role="left out", refused=True, note=note)
         if found.kind == "adapter":
             of = read_adapter_config(path / CONFIG_FILE).base_model_name_or_path
             size = sum(
@@ -246,8 +248,9 @@ def _with_checkpoint(found: FoundModel, checkpoint: Checkpoint) -> FoundModel:
 def _find_outside(path: Path, inside: Path) -> Path | None:
     """A file of the model that lies outside the folder, by a symbolic link, if there is one."""
     beside = path if path.is_dir() else path.parent
-    files = [path, *beside.iterdir()] if path.is_dir() or path.suffix == ".json" else [path]
-    return next((f for f in files if not f.resolve().is_relative_to(inside.resolve())), None)
+    lone = path.is_file() and not (path.suffix == ".json" or SHARD.search(path.stem))
+    files = [path] if lone else [path, *beside.iterdir()]
+    return next((file for file in files if not stays_inside(file, inside)), None)
 
 
 def _is_head(layout: Layout) -> bool:

@@ -176,24 +176,31 @@ def _print_found(out: Console, found: Sequence[FoundModel]) -> None:
 
 
 def _print_fit(out: Console, suite: Suite) -> None:
+    from merge_core.compatibility.compare import compare_companions
+    from merge_core.compatibility.kinship import measure_kinship
     from merge_core.suites.preflight import preflight
+    from mergescope.compatibility_report import print_findings, print_kinships
     from mergescope.preflight_report import print_preflight
 
-    report = preflight(suite)
-    if not report.plan:
+    report, findings = preflight(suite), compare_companions(suite)
+    refused = bool(report.blocking) or any(finding.level == "refused" for finding in findings)
+    if report.plan:
+        members = [*suite.tasks, *([] if suite.spec.base is None else ["base"])]
+        fits = [report.fit(member) for member in members]
+        print_table(
+            out,
+            "What fits",
+            ["member", "fits", "differences"],
+            [[fit.member, "yes" if fit.fits else "no", fit.differences] for fit in fits],
+        )
+        print_preflight(out, report)
+    else:
         reason = next((d.detail for d in report.blocking), "nothing is common to all")
         out.print(f"what fits is not known yet: {reason}")
-        return
-    members = [*suite.tasks, *([] if suite.spec.base is None else ["base"])]
-    fits = [report.fit(member) for member in members]
-    print_table(
-        out,
-        "What fits",
-        ["member", "fits", "differences"],
-        [[fit.member, "yes" if fit.fits else "no", fit.differences] for fit in fits],
-    )
-    print_preflight(out, report)
-    if report.blocking:
+    print_findings(out, findings)
+    if not report.blocking:
+        print_kinships(out, measure_kinship(suite))
+    if refused and report.plan:
         typer.echo(
             "note: not all of these can be merged as they are. Correct their roles with --base and "
             "--task, or take members out of the file.",
