@@ -143,8 +143,7 @@ def read_provenance(path: Path) -> Provenance:
         below = sorted(path.glob("*/*.safetensors"))
         if below and not any(path.glob("*.safetensors")):
             where = below[0].parent
-    # Every shard carries the header; an index has none.
-    header = Checkpoint(Checkpoint(where).files[0]).metadata.get(HEADER_KEY)
+    header = Checkpoint(where).metadata.get(HEADER_KEY)
     if header is None:
         raise CheckpointError(
             f"{path} does not say how it was made: no recipe is in its header. Give a model that "
