@@ -119,7 +119,7 @@ def _check_no_factors(names: Collection[str], where: str) -> None:
 
 def _packed(infos: Mapping[str, Info]) -> tuple[str, str] | None:
     """The format of packed weights and a tensor that shows it, or None; the surest sign first."""
-    for sign in (_own_names, _beside, _scaled, _integers):
+    for sign in (_own_names, _beside, _scaled):
         found = next(sign(infos), None)
         if found is not None:
             return found
@@ -147,14 +147,6 @@ def _scaled(infos: Mapping[str, Info]) -> Iterator[tuple[str, str]]:
         if info.dtype.itemsize == 1 and info.dtype.name != "bool" and len(info.shape) > 1:
             family = "fp8" if info.dtype.is_floating_point else info.dtype.name
             yield from ((f"{family} with scales", n) for n in _scales(name) if n in infos)
-
-
-def _integers(infos: Mapping[str, Info]) -> Iterator[tuple[str, str]]:
-    """Weights of layers that are integers; counters, masks and positions are no weights."""
-    for name, info in infos.items():
-        whole = not info.dtype.is_floating_point and info.dtype.name != "bool"
-        if whole and len(info.shape) > 1 and name.rpartition(".")[2] == "weight":
-            yield f"{info.dtype.name} numbers", name
 
 
 def _scales(name: str) -> Iterator[str]:

@@ -125,7 +125,6 @@ PACKED: dict[str, tuple[str, State]] = {
         "uint8 with scales",
         {f"{LAYER}.weight": of(U8, 4, 32), f"{LAYER}.weight_scale": of(F32, 1)},
     ),
-    "integers alone": ("int8 numbers", {f"{LAYER}.weight": of(I8, 16, 32)}),
     "FSDP, flattened": ("FSDP", {"_fsdp_wrapped_module._flat_param": of(F32, 512)}),
 }
 
