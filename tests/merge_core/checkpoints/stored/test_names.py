@@ -124,6 +124,7 @@ def test_names_that_become_one_are_refused(tmp_path: Path) -> None:
         {"a.step": (), "a.weight": (2, 2)},
         {"n_averaged": ()},
         {"base_model.weight": (2, 2), "base_model.model": (2, 2)},
+        {"base_layer.0.weight": (2, 2), "level0.0.weight": (2, 2)},  # timm's DLA
         # Layer scale, and norms of other libraries, are called gamma and stay so.
         {"stages.0.blocks.0.gamma": (4,), "stages.0.blocks.0.norm.weight": (4,)},
         {"layernorm.gamma": (4,), "layernorm.beta": (4,), "ls_1.gamma": (4,)},
@@ -164,6 +165,16 @@ def test_lightning_puts_one_attribute_before_all_names(tmp_path: Path) -> None:
     several = {**Trainer(net()).state_dict(), "head.weight": torch.ones(2, 2)}
     torch.save({**marks, "state_dict": several}, tmp_path / "m.ckpt")
     assert_reads_as(tmp_path / "m.ckpt", several)
+
+
+def test_a_base_within_an_adapters_wrapper(tmp_path: Path) -> None:
+    from peft import LoraConfig, get_peft_model
+
+    wrapped = get_peft_model(net(), LoraConfig(target_modules=["0"]))  # type: ignore[arg-type]
+    state = {name: value for name, value in wrapped.state_dict().items() if "lora" not in name}
+    assert any("base_layer" in name for name in state)
+    torch.save(state, tmp_path / "m.pt")
+    assert_reads_as(tmp_path / "m.pt", net().state_dict())
 
 
 def old_bert(seed: int) -> tuple[State, State]:
