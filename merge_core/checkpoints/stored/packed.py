@@ -2,7 +2,7 @@
 
 A merge of their entries would be neither model. They are told by the names and dtypes that the
 libraries which write them use: bitsandbytes, GPTQ and AWQ, compressed-tensors, fp8 with scales,
-HQQ, Quanto, AQLM, MXFP4; PEFT, kohya's sd-scripts, diffusers and LyCORIS.
+HQQ, torchao, Quanto, AQLM, MXFP4 and others; PEFT, kohya's sd-scripts, diffusers and LyCORIS.
 """
 
 from __future__ import annotations
@@ -30,6 +30,9 @@ FORMATS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("GPTQ or AWQ", "qweight", ("qzeros", "scales")),
     ("compressed-tensors", ".weight_packed", (".weight_scale", ".weight_shape")),
     ("HQQ", ".W_q", (".scale", ".zero", ".meta", ".nbits", ".group_size", ".shape")),
+    ("torchao", "_weight_qdata", ("_weight_scale", "_weight_scale_and_zero")),
+    ("VPTQ", ".indices", (".centroids.weight",)),
+    ("SpQR", ".dense_weights", (".row_offsets", ".col_vals")),
     ("Quanto", ".weight._data", (".weight._scale",)),
     ("AQLM", ".codes", (".codebooks",)),
     ("QuIP#", ".Qidxs", (".SU", ".SV")),
