@@ -219,7 +219,7 @@ def lab() -> None:
     left, right = st.columns([1, 2], gap="large")
     with left:
         recipe = choose_recipe(view)
-        for warning in recipe.declaration.warnings(len(view.tasks), recipe.checked_parameters):
+        for warning in recipe.warnings(view.tasks):
             show_warning(warning)
         st.button(
             "Pin this recipe for comparison",

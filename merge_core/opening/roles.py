@@ -31,6 +31,7 @@ Kind = Literal["model", "adapter", "head"]
 Role = Literal["expert", "base", "head", "left out"]
 
 ORDER: tuple[Role, ...] = ("base", "expert", "head", "left out")
+SHOWN_REASONS = 8
 HEAD_WORDS = re.compile(r"(^|[-_.])(head|heads|classifier)([-_.]|$)", re.IGNORECASE)
 
 
@@ -203,7 +204,7 @@ def draft_suite(
         preset: the suite that they come from, whose heads, data and architecture they keep.
 
     Raises:
-        SuiteError: no expert, or a name that is not allowed.
+        SuiteError: no expert, or none that can be read, and why; a name that is not allowed.
 
     Example:
         >>> names = ("cars", "dtd")
@@ -213,6 +214,8 @@ def draft_suite(
     """
     experts = {each.task: each for each in found if each.role == "expert"}
     base = next((each for each in found if each.role == "base"), None)
+    if not experts and (told := _reasons(found)):
+        raise SuiteError(f"None of these can be an expert: {told}.")
     if preset is not None:
         of = {expert.weights: expert for expert in preset.experts.values()}
         kept = {task: of[each.reference] for task, each in experts.items()}
@@ -227,6 +230,13 @@ def draft_suite(
         shapes[0] if same else None,
         heads_for(found, list(experts)),
     )
+
+
+def _reasons(found: Sequence[FoundModel]) -> str:
+    """Why models are left out, each in words."""
+    said = [f"{each.shown}: {each.note.rstrip('.')}" for each in found if each.note]
+    more = [f"and {len(said) - SHOWN_REASONS} more"] if len(said) > SHOWN_REASONS else []
+    return "; ".join([*said[:SHOWN_REASONS], *more])
 
 
 def apply_preset(found: Sequence[FoundModel], preset: SuiteSpec) -> tuple[FoundModel, ...]:

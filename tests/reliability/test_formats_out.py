@@ -212,7 +212,11 @@ def test_open_clip(tmp_path: Path) -> None:
         save_file(model.state_dict(), folder / "open_clip_model.safetensors")
         document = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
         (folder / "open_clip_config.json").write_text(json.dumps(document))
-    out = merge_folder(tmp_path, ["m0", "m1"])
+    out = merge_folder(tmp_path, ["m0", "m1"], shard_bytes=5000)
+    # What open_clip looks for on the hub (hf-hub:org/name), in one file whatever its size.
+    from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+
+    assert names(out) == {HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, "README.md", "recipe.yaml"}
     loaded = open_clip.create_model(f"local-dir:{out}")
     assert_same(loaded.state_dict(), average([model.state_dict() for model in models]))
 
@@ -273,7 +277,9 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").symlink_to(tmp_path / "blobs" / "2")
     out = merge_folder(tmp_path, ["m"])
     assert not (out / "config.json").is_symlink()
-    assert json.loads((out / "config.json").read_text()) == {"model_type": "bert"}
+    # The dtype of the weights is said where the input left it to the reader.
+    found = json.loads((out / "config.json").read_text())
+    assert found == {"model_type": "bert", "dtype": "float32"}
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "chat_template.jinja"])

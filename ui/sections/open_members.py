@@ -15,6 +15,7 @@ from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite
 from ui import charts
 from ui.plain_text import plain, show_info, show_warning
+from ui.sections.compatibility import compatibility_section
 
 # What people choose from, and what it means.
 ROLES: dict[str, Role] = {
@@ -143,6 +144,7 @@ def fit_section(suite: Suite) -> None:
             "differences": st.column_config.TextColumn("Differences", width="large"),
         },
     )
+    compatibility_section(suite, not report.blocking)
     if report.differences:
         with st.expander("Every difference", icon=":material/difference:"):
             st.dataframe(pd.DataFrame([asdict(d) for d in report.differences]), hide_index=True)
