@@ -15,6 +15,7 @@ from merge_core.opening.roles import draft_suite, mistakes, open_by_headers
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.suites.suite_spec import SuiteSpec
 from ui import charts, shell
+from ui.controls import choice, text
 from ui.plain_text import plain, show_warning
 from ui.progress import run_job
 from ui.sections.open_members import fit_section, members_table
@@ -27,7 +28,6 @@ from ui.sections.open_sources import (
     from_uploads,
 )
 from ui.server import session_files
-from ui.widgets import choice
 
 shell.enter()
 
@@ -37,9 +37,6 @@ SOURCES = {"folder": "Folder", "hub": "Hugging Face Hub", "preset": "Benchmark",
 def open_suite(name: str, path: Path) -> None:
     """Offer a suite to this session and go to it."""
     offered = session_files.offer(task_name(name), path)
-    for key in ("tasks", "layer"):  # another suite has others
-        st.session_state.pop(key, None)
-    st.session_state["suite"] = offered
     st.switch_page(shell.page("overview"), query_params={"suite": offered})
 
 
@@ -103,8 +100,12 @@ def suite_section(collection: Collection) -> None:
         for sentence in said:
             show_warning(sentence)
         return
-    name = st.text_input(
-        "Name of the suite", collection.name, key=f"name_{collection.key}", max_chars=80
+    name = text(
+        "Name of the suite",
+        "name",
+        rest=collection.name,
+        most=80,
+        slot=f"name of {collection.key}",
     )
     spec = draft_suite(found, name.strip() or collection.name, collection.preset)
     suite = open_by_headers(spec, collection.path, found)

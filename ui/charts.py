@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, repeat
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from ui import kept
 from ui.plain_text import plain_figure
 
 CARD = 130  # pixels: half a phone's width
@@ -194,8 +194,5 @@ def table(frame: pd.DataFrame, name: str, key: str, words: Mapping[str, str] | N
 
 def link() -> str:
     """The address of the current view."""
-    query = urlencode(
-        [(name, value) for name in st.query_params for value in st.query_params.get_all(name)]
-    )
-    base = st.context.url or ""
+    base, query = st.context.url or "", kept.address()
     return f"{base}?{query}" if query else base

@@ -20,6 +20,7 @@ from merge_core.opening.roles import FoundModel, apply_preset
 from merge_core.opening.search import MOST_ENTRIES, find_models
 from merge_core.suites.suite import load_suite
 from merge_core.suites.suite_spec import SuiteSpec
+from ui.controls import optional_selectbox, selectbox, text
 from ui.plain_text import plain, show_info, show_warning
 from ui.progress import run_job
 from ui.server import roots, session_files, uploads
@@ -59,27 +60,26 @@ def from_folder(open_suite: Callable[[str, Path], None]) -> Collection | None:
     allowed = roots.roots()
     root = allowed[0]
     if len(allowed) > 1:
-        root = st.selectbox("Below", allowed, format_func=str, key="open_root")
+        root = selectbox("Below", allowed, "open_root")
     options, complete = _folders(str(root))
-    text = st.selectbox(
+    typed = optional_selectbox(
         f"Folder below {plain(root)}",
         options,
-        index=None,
-        format_func=lambda option: "(the folder itself)" if option == "." else option,
+        "open_folder",
+        words=lambda option: "(the folder itself)" if option == "." else option,
         placeholder="Choose a folder, or type its path",
-        accept_new_options=True,
-        key="open_folder",
+        typed=True,
         help="Folders that hold weight files, sharded or not, Hugging Face or adapter folders. "
         "Folders below the chosen one are searched too, one level deep. Start with "
         "`mergescope app --root FOLDER` to choose below another folder.",
     )
     if not complete:
         st.info("There are many folders here, and not all were looked into: type the path.")
-    if text is None:
+    if typed is None:
         if not options and complete:
             show_info(f"No weight files were found below {root}, {roots.DEPTH} levels deep.")
         return None
-    place = roots.confine(_interpret(text, options), root)
+    place = roots.confine(_interpret(typed, options), root)
     existing = place / FILE
     if existing.is_file():
         _offer_existing(existing, root, open_suite)
@@ -135,14 +135,15 @@ def _offer_existing(path: Path, root: Path, open_suite: Callable[[str, Path], No
 
 def from_hub() -> Collection | None:
     """Models that are named by their hub ids."""
-    text = st.text_area(
+    lines = text(
         "Hub ids, one a line",
-        key="open_ids",
+        "open_ids",
+        lines=True,
         placeholder="hf://org/base-model\nhf://org/first-expert\nhf://org/second-expert",
         help="hf://org/name, hf://org/name@revision or hf://org/name@revision:file. Private and "
         "gated models need HF_TOKEN in the server's environment.",
     )
-    ids = [line.strip() for line in text.splitlines() if line.strip()]
+    ids = [line.strip() for line in lines.splitlines() if line.strip()]
     if not ids:
         return None
     places = [line if "://" in line else f"hf://{line}" for line in ids]
@@ -155,13 +156,12 @@ def from_hub() -> Collection | None:
 def from_preset() -> Collection | None:
     """A published benchmark."""
     known = presets()
-    name = st.selectbox(
+    name = optional_selectbox(
         "Benchmark",
-        list(known),
-        index=None,
-        format_func=lambda name: f"{known[name].title} ({known[name].protocol})",
+        known,
+        "open_preset",
+        words=lambda name: f"{known[name].title} ({known[name].protocol})",
         placeholder="Choose one",
-        key="open_preset",
     )
     if name is None:
         return None

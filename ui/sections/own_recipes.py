@@ -8,6 +8,8 @@ from analysis.comparison.run import adapt_recipe, label_of, usable_methods
 from merge_core.errors import MergeScopeError
 from merge_core.merging.engine import check_recipe
 from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml
+from ui.controls import selectbox
+from ui.controls import text as text_control
 from ui.plain_text import code, plain, show_warning
 from ui.server.resources import View
 from ui.widgets import controls
@@ -97,13 +99,8 @@ def _upload(key: str) -> None:
 def _pick(view: View) -> None:
     """A method and its parameters, to be added."""
     offered = usable_methods(view.suite, view.tasks)
-    name = st.selectbox(
-        "Method",
-        list(offered),
-        index=list(offered).index("cart"),
-        format_func=lambda key: offered[key].title,
-        key="own_method",
-        bind="query-params",
+    name = selectbox(
+        "Method", offered, "own_method", rest="cart", words=lambda name: offered[name].title
     )
     method = offered[name]
     recipe = make_recipe(
@@ -121,17 +118,17 @@ def _pick(view: View) -> None:
 
 def _list_entered(view: View) -> list[Recipe]:
     """The recipes in the text, each with a button that removes it."""
-    text = st.text_area(
+    text = text_control(
         "In the comparison, one a line",
-        key=KEY,
-        bind="query-params",
+        KEY,
+        lines=True,
         height=100,
         placeholder="method=cart&rank=0.16&scale=3",
         help="A recipe as a link's query, as the Merge lab's link to this page gives it, or a "
         "recipe's YAML. It is compared as it is, on the suite and tasks chosen here.",
     )
     found: dict[str, Recipe] = {}
-    for place, (part, recipe) in enumerate(parse_recipes(text or "")):
+    for place, (part, recipe) in enumerate(parse_recipes(text)):
         label, problem = part[:60], ""
         try:
             if isinstance(recipe, MergeScopeError):
