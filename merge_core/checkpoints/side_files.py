@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
@@ -80,15 +80,14 @@ def describes_model(folder: Path) -> bool:
     return any(_is_description(read_json(folder / name)) for name in CONFIGS)
 
 
-def find_side_files(folder: Path, weights: Sequence[Path] = ()) -> dict[str, Path]:
+def find_side_files(folder: Path) -> dict[str, Path]:
     """The side files of a model's folder, by their paths in it.
+
+    Links are among them: whoever copies one asks :func:`merge_core.input_files.belongs_beside`.
 
     Args:
         folder: of the model.
-        weights: its weight files: where their links lead, links of side files may lead too, as in
-            the hub's cache. A link that leads elsewhere is none of the model's files.
     """
-    roots = [folder.resolve(), *{file.resolve().parent for file in weights}]
     found = [path for path in sorted(folder.iterdir()) if path.is_file()]
     for below in sorted(path for path in folder.iterdir() if path.is_dir()):
         # A folder that describes a model of its own is another model, not a part of this one.
@@ -97,7 +96,7 @@ def find_side_files(folder: Path, weights: Sequence[Path] = ()) -> dict[str, Pat
         elif not _is_description(read_json(below / "config.json")):
             found.append(below / "config.json")
     named = {path.relative_to(folder).as_posix(): path for path in found}
-    kept = [name for name, path in named.items() if is_side_file(name) and _is_own(path, roots)]
+    kept = [name for name, path in named.items() if is_side_file(name) and _is_bounded(path)]
     return {name: named[name] for name in kept[:MOST_FILES]}
 
 
@@ -120,14 +119,9 @@ def _is_description(document: Any) -> bool:
     return isinstance(document, dict) and any(field in document for field in CONFIG_FIELDS)
 
 
-def _is_own(path: Path, roots: Sequence[Path]) -> bool:
-    """Whether a path, links followed, is a file of bounded size below one of the roots."""
+def _is_bounded(path: Path) -> bool:
+    """Whether a path, links followed, is a file of bounded size."""
     try:
-        target = path.resolve()
-        return (
-            target.is_file()
-            and target.stat().st_size <= SIDE_FILE_BYTES
-            and any(target.is_relative_to(root) for root in roots)
-        )
-    except (OSError, RuntimeError):  # a circle of links
+        return path.is_file() and path.stat().st_size <= SIDE_FILE_BYTES
+    except OSError:  # a circle of links
         return False

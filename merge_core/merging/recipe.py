@@ -160,6 +160,36 @@ class Recipe(StrictModel):
             seed=self.seed,
         )
 
+    def warnings(self, tasks: Sequence[str]) -> list[str]:
+        """What a user should know before merging, in sentences: of the method, and of the chain.
+
+        Args:
+            tasks: the chosen tasks.
+
+        Example:
+            >>> recipe = make_recipe({"method": "iso_c", "then": [{"method": "svc"}]})
+            >>> [text.split(":")[0] for text in recipe.warnings(["digits", "dots"])]
+            ['SVC after Iso-C is not determined']
+        """
+        method = self.declaration
+        found = method.warnings(len(tasks), self.checked_parameters, self.run(tasks))
+        leveller = method.title if method.isotropic else None
+        for step in self.then:
+            post = get_postprocessor(step.method)
+            if post.along_directions and leveller is not None:
+                found.append(
+                    f"{post.title} after {leveller} is not determined: {leveller} makes singular "
+                    f"values equal, and {post.title} treats singular directions one by one, which "
+                    "then depend on rounding. Another machine, or a scale changed by a millionth, "
+                    "can move the update by a quarter. Leave one of the two out for a merge that "
+                    "can be repeated."
+                )
+            if post.along_directions:
+                leveller = None  # the values differ again
+            elif post.isotropic(check_parameters(post, step.parameters)):
+                leveller = post.title
+        return found
+
     def to_yaml(self) -> str:
         """The recipe as YAML; :func:`recipe_from_yaml` gives an equal recipe back."""
         document = self.model_dump(mode="json", exclude_none=True)
@@ -223,7 +253,13 @@ class Recipe(StrictModel):
             self.dtype,
             # Added later: recipes without them keep the digests that their predictions are under.
             *(json.dumps(part, sort_keys=True) for part in self._later() if part),
+            *self._revision(),
         )
+
+    def _revision(self) -> list[str]:
+        """Of the method's results about this origin; nothing where they never changed."""
+        revision = self.declaration.revisions.get(self.run(()).origin)
+        return [] if revision is None else [f"revision {revision}"]
 
     def _later(self) -> list[Any]:
         document = self.model_dump(mode="json")

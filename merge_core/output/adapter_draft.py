@@ -151,6 +151,9 @@ class AdapterDraft:
         self.report = AdapterReport()
         self._base, self._base_reference = suite.base, suite.spec.base or ""
         self._base_source = suite.source(None)
+        # Of a tensor that the base holds once, the names that other members have besides are none
+        # of its files.
+        self._names = [name for name in self._base if name not in self._base.aliases]
         self._rank, self._recipe = rank, recipe
         members = [suite.expert(task) for task in tasks]
         self._adapters = [m for m in members if isinstance(m, AdaptedCheckpoint)]
@@ -277,7 +280,7 @@ class AdapterDraft:
         """Add the tensors that are stored whole; True if any is the bias of an adapted layer."""
         biases = {f"{layer}.bias": f"{layer}.base_layer.bias" for layer in adapted}
         in_base = []
-        for name in self._base:
+        for name in dict.fromkeys([*self._names, *self._whole]):
             own = self._naming.to_adapter(name)
             changed = self._whole.get(name)
             inside = any(own.startswith(f"{layer}.") for layer in saved)
@@ -304,7 +307,7 @@ class AdapterDraft:
         other's (PEFT matches ends). Of a tensor with several names each gets a copy: PEFT's own
         way of tying them (``ensure_weight_tying``) makes a head of every name, embeddings included.
         """
-        names = [self._naming.to_adapter(name) for name in self._base]
+        names = [self._naming.to_adapter(name) for name in self._names]
         layers = {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
         parents = {layer.rpartition(".")[0] for layer in layers}
         adapted = set(adapted)
@@ -335,7 +338,7 @@ class AdapterDraft:
         """
         if self._class.ties is not None:
             return bool(self._class.twins(self._naming.to_adapter(name)))
-        kinds = {describe(each, self._base.info(each)).kind for each in self._base}
+        kinds = {describe(each, self._base.info(each)).kind for each in self._names}
         own = describe(name, self._base.info(name)).kind
         return own == "token embedding" and not kinds & {"language head", "head"}
 
@@ -347,7 +350,7 @@ class AdapterDraft:
             for first in ties.values()
             if first.startswith(prefix) and first.removeprefix(prefix) in self._base
         ]
-        if bare and not any(name in self._base for name in (*ties, *ties.values())):
+        if bare and not {*ties, *ties.values()}.intersection(self._names):
             return Naming(dropped=prefix)
         return Naming()
 

@@ -15,9 +15,6 @@ from typing import Any
 
 import yaml
 
-from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.checkpoints.members import are_own_heads, names_in_all
-from merge_core.checkpoints.parameter_roles import describe
 from merge_core.checkpoints.side_files import describes_model, read_json
 from merge_core.output.layout import OPEN_CLIP_CONFIG, folder_of
 from merge_core.suites.suite import Suite
@@ -63,6 +60,7 @@ def card_facts(suite: Suite, tasks: Sequence[str]) -> CardFacts:
     Raises:
         CheckpointError: a member cannot be opened.
     """
+    manifest = suite.manifest(tasks)
     members = {task: suite.expert(task) for task in tasks}
     if suite.base is not None:
         members = {BASE: suite.base, **members}
@@ -77,7 +75,7 @@ def card_facts(suite: Suite, tasks: Sequence[str]) -> CardFacts:
         pipeline_tag=base_tag or (tags[0] if len(set(tags)) == 1 else None),
         licence=first if agree else {},
         licences={} if agree else {name: each["license"] for name, each in licences.items()},
-        heads=_own_heads(list(members.values())),
+        heads=tuple(sorted({d.parameter for d in manifest.differences if d.kind == "head"})),
     )
 
 
@@ -126,15 +124,3 @@ def _library(folders: Sequence[Path]) -> str | None:
 
 def _of_network(suite: Suite) -> str | None:
     return suite.spec.architecture.library if suite.spec.architecture else None
-
-
-def _own_heads(members: Sequence[Checkpoint]) -> tuple[str, ...]:
-    """Heads that are not merged: of other shapes in each, or in some members only."""
-    common = names_in_all(members)
-    own = [name for name in common if are_own_heads(name, members)]
-    known = set(common)
-    for member in members:
-        lone = [name for name in member if name not in known]
-        own += [name for name in lone if describe(name, member.info(name)).kind == "head"]
-        known.update(lone)
-    return tuple(own)

@@ -1,6 +1,6 @@
 """How the input lies on disk, so that the output opens where the input did.
 
-The base's files set the layout, or the first expert's where there is no base.
+The base's files set the layout, or those of the manifest's reference where there is no base.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from functools import cached_property
 from pathlib import Path
 
 from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.checkpoints.members import longest_vocabulary, names_in_all
 from merge_core.checkpoints.parameter_roles import describe
 from merge_core.checkpoints.side_files import (
     copy_side_file,
@@ -21,8 +20,10 @@ from merge_core.checkpoints.side_files import (
     is_tokenizer_file,
     read_json,
 )
+from merge_core.errors import OutputError
+from merge_core.input_files import belongs_beside
 from merge_core.output.config_files import Written, is_configuration, true_configuration
-from merge_core.suites.suite import Suite
+from merge_core.task_vectors import TensorGroups
 
 WEIGHTS = "model.safetensors"
 # open_clip looks for this name on the hub, and reads no shards.
@@ -82,6 +83,9 @@ class Layout:
         Configurations are those of :attr:`description`. The tokenizer is of the member whose
         vocabulary the output has; else it lies beside the configuration, else with the first
         expert that has one.
+
+        Raises:
+            OutputError: one is a link to a place outside; see :func:`.belongs_beside`.
         """
         if self.description is None:
             return {}
@@ -93,10 +97,20 @@ class Layout:
         if self.longest is not None:
             candidates.insert(0, _files_beside(self.longest))
         tokenizer = next((files for files in candidates if has_tokenizer(files)), own)
-        return {
+        chosen = {
             **{name: path for name, path in own.items() if not is_tokenizer_file(name)},
             **{name: path for name, path in tokenizer.items() if is_tokenizer_file(name)},
         }
+        beside = {path: member.files[0] for member in found for path in found[member].values()}
+        for name, path in chosen.items():
+            # A folder between may be the link.
+            parts = {path, path.parent} if "/" in name else {path}
+            if not all(belongs_beside(part, beside[path]) for part in parts):
+                raise OutputError(
+                    f"{path} is a link to a place outside its folder, and would be copied into "
+                    "the output. Put the file itself there, or remove the link."
+                )
+        return chosen
 
     def copy_side_files(self, folder: Path, written: Written) -> None:
         """Copy them into a folder; configurations say what is written there.
@@ -107,6 +121,7 @@ class Layout:
 
         Raises:
             OSError: one cannot be read or written.
+            OutputError: one is a link to a place outside its folder.
         """
         for name, path in self.side_files.items():
             copy_side_file(path, folder / name)
@@ -129,40 +144,32 @@ def describes_model_of_transformers(folder: Path) -> bool:
     return isinstance(document, dict) and "model_type" in document
 
 
-def layout(suite: Suite, tasks: tuple[str, ...], merged: frozenset[str]) -> Layout:
-    """The layout of a suite's base, or of the first chosen expert where there is none.
+def layout(groups: TensorGroups) -> Layout:
+    """The layout of a merge's output: that of its manifest's reference.
 
     Args:
-        suite: the suite.
-        tasks: chosen tasks.
-        merged: names of the parameters that are merged.
+        groups: the parameters that are merged.
 
     Raises:
-        CheckpointError: the member cannot be opened.
+        CheckpointError: a member cannot be opened.
     """
-    reference = suite.expert(tasks[0]) if suite.base is None else suite.base
-    kept = () if suite.base is None else tuple(name for name in suite.base if name not in merged)
-    experts = tuple(suite.expert(task) for task in tasks)
-    vocabulary, longest = _vocabulary(suite, tasks, merged, reference)
-    return Layout(reference, kept, vocabulary, experts, longest)
+    manifest = groups.manifest
+    experts = tuple(groups.suite.expert(task) for task in sorted(groups.tasks))
+    vocabulary, longest = _vocabulary(groups)
+    return Layout(manifest.reference, manifest.copied, vocabulary, experts, longest)
 
 
 def _files_beside(member: Checkpoint) -> dict[str, Path]:
-    return find_side_files(folder_of(member), member.files)
+    return find_side_files(folder_of(member))
 
 
-def _vocabulary(
-    suite: Suite, tasks: tuple[str, ...], merged: frozenset[str], reference: Checkpoint
-) -> tuple[tuple[int, int] | None, Checkpoint | None]:
+def _vocabulary(groups: TensorGroups) -> tuple[tuple[int, int] | None, Checkpoint | None]:
     """Tokens of the reference and of the output where these differ, and whose they are."""
-    if suite.spec.vocabulary != "common":
-        return None, None
-    members = suite.members(tasks)
-    for name in sorted(merged.intersection(names_in_all(members))):
-        own, info = reference.info(name), longest_vocabulary(name, members)
-        if info is not None and describe(name, own).kind == "token embedding":
-            if own.shape == info.shape:
-                return None, None
+    manifest = groups.manifest
+    for name in sorted(manifest.completed):
+        own, info = manifest.reference.info(name), manifest.infos[name]
+        if describe(name, own).kind == "token embedding" and own.shape != info.shape:
+            members = groups.suite.members(sorted(groups.tasks))
             longest = next(each for each in members if each.info(name).shape == info.shape)
             return (own.shape[0], info.shape[0]), longest
     return None, None

@@ -129,7 +129,7 @@ def output_plan(recipe: Recipe, groups: TensorGroups, where: Layout) -> list[Pla
             name,
         )
         for group in groups.members
-        for name in (group.name, *groups.tied_names.get(group.name, ()))
+        for name in (group.name, *groups.manifest.also_written.get(group.name, ()))
     ]
     for name in where.kept:
         info = where.reference.info(name)
@@ -157,7 +157,7 @@ def merge_to_folder(
     the same merge to the same place goes on where that run stood (from the start if its method
     learns from data).
 
-    Names are those of the base's files (the first expert's where there is no base); what only
+    Names are those of the base's files (of the manifest's reference without a base); what only
     the base has is written unchanged; configuration and tokenizer files beside it come along. So
     a folder of timm, open_clip or transformers gives a folder that opens there.
 
@@ -193,7 +193,8 @@ def merge_to_folder(
     check_recipe(suite, recipe)
     store, workers = store or FactorStore(), executor or Threads()
     groups = TensorGroups(suite, tasks, store)
-    where = _layout(groups)
+    where = layout(groups)
+    _ = where.side_files  # refuses links to the outside before any work
     about = provenance(recipe, suite, store.route)
     # What a killed run left is taken up by a run that would write the same bytes. What is
     # learnt afresh may differ in its last bits, and takes longer than all the rest.
@@ -230,11 +231,6 @@ def _write_weights(
     _write_index(folder, shards)
     if where.side_files:
         where.copy_side_files(folder, Written.of(Checkpoint(folder)))
-
-
-def _layout(groups: TensorGroups) -> Layout:
-    merged = {group.name for group in groups.members}.union(*groups.tied_names.values())
-    return layout(groups.suite, groups.tasks, frozenset(merged))
 
 
 def _order_tensors(
@@ -364,7 +360,7 @@ def merged_bytes(recipe: Recipe, groups: TensorGroups, suite: Suite, learned: An
     """
     check_fits(suite, groups.tasks)
     check_recipe(suite, recipe)
-    where = _layout(groups)
+    where = layout(groups)
     plan = output_plan(recipe, groups, where)
     about = provenance(recipe, suite)
     stream = io.BytesIO()

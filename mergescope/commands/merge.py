@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from mergescope.compatibility_report import echo_warnings
 from mergescope.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -56,10 +57,12 @@ def merge(
     """Merge as a recipe says, into a folder with weights, recipe and model card."""
     from merge_core.executors.choose import choose_executor as executor_named
     from merge_core.factors.store import FactorStore
+    from merge_core.merging.engine import check_fits
     from merge_core.merging.recipe import load_recipe
     from merge_core.output.adapter_draft import AdapterRank
     from merge_core.output.lora import merge_to_adapter
     from merge_core.output.model_folder import merge_to_folder
+    from merge_core.suites.preflight import merge_notes
 
     where = executor_named(executor)
     rank = None if as_adapter is None else AdapterRank.parse(as_adapter)
@@ -69,10 +72,13 @@ def merge(
         route = "svd" if full_svd else made_by
     else:
         loaded, members = load_recipe(recipe, suite)
-    for warning in loaded.declaration.warnings(
-        len(members.select(loaded.tasks)), loaded.checked_parameters
-    ):
+    for warning in loaded.warnings(members.select(loaded.tasks)):
         typer.echo(f"note: {warning}", err=True)
+    check_fits(members, members.select(loaded.tasks))
+    notes = (*members.notes(loaded.tasks), *merge_notes(members, members.select(loaded.tasks)))
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    echo_warnings(members, loaded.tasks)
     store = FactorStore(route=route)
     learned = _learn(loaded, members, store) if loaded.declaration.learns else None
     bar = progress_bar("merging")
