@@ -91,9 +91,10 @@ def test_configurations_within_it_name_it_too(tmp_path: Path) -> None:
         for part in ("text_config", "vision_config"):
             inner = read_config(tmp_path / name)[part] | {"torch_dtype": "float16"}
             edit_config(tmp_path / name, **{part: inner})
+        edit_config(tmp_path / name, torch_dtype={"text_config": "float16", "": "float16"})
     out = merge(suite_at(tmp_path, {"a": "a", "b": "b"}), dtype="float32")
     found = read_config(out)
-    assert found["dtype"] == "float32"
+    assert found["dtype"] == found["torch_dtype"] == "float32"
     assert {found[part]["torch_dtype"] for part in ("text_config", "vision_config")} == {"float32"}
     assert transformers.CLIPModel.from_pretrained(out).dtype == torch.float32
 
