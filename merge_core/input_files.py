@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from merge_core.errors import MergeScopeError
 
@@ -16,6 +17,7 @@ from merge_core.errors import MergeScopeError
 HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
 # Where git-annex and DVC keep content, from the top of a repository.
 CONTENT_STORES = (Path(".git", "annex", "objects"), Path(".dvc", "cache"))
+MOST_HOPS = 40  # from link to link, as Linux counts
 MOST_ENTRIES = 2_000_000  # ImageNet has 1.4 million files
 
 Stamp = tuple[int, int, int, int]
@@ -66,15 +68,21 @@ def stays_inside(path: Path, root: Path) -> bool:
         False
     """
     try:
-        top, target = root.resolve(), path.resolve()
-        if target.is_relative_to(top):
+        top = root.resolve()
+        if path.resolve() == top:
             return True
-        place = path.parent.resolve()
+        for _ in range(MOST_HOPS):
+            place = path.parent.resolve()
+            if not place.is_relative_to(top):
+                return False
+            if not path.is_symlink():
+                return (place / path.name).resolve().is_relative_to(top)
+            path = place / path.readlink()  # what lies beside it may be read as well
+            if any(path.resolve().is_relative_to(blobs) for blobs in _hub_blobs(place)):
+                return True
     except (OSError, ValueError, RuntimeError):  # links in a circle
         return False
-    return place.is_relative_to(top) and any(
-        target.is_relative_to(blobs) for blobs in _hub_blobs(place)
-    )
+    return False
 
 
 def belongs_beside(path: Path, weights: Path) -> bool:
@@ -85,11 +93,13 @@ def belongs_beside(path: Path, weights: Path) -> bool:
     it may lead to what its maker could not read: a private key under the name ``vocab.txt``.
 
     Args:
-        path: of the file, in the folder of the weights.
+        path: of the file, in the folder of the weights or below it.
         weights: a file of weights, as it was named.
     """
     try:
         target, place = path.resolve(), path.parent.resolve()
+        if not place.is_relative_to(weights.parent.resolve()):
+            return False  # a folder in the folder is a link
         places = [place, *_hub_blobs(place), *_content_stores(place)]
         return target.parent == weights.resolve().parent or any(map(target.is_relative_to, places))
     except (OSError, ValueError, RuntimeError):  # links in a circle
@@ -197,6 +207,27 @@ def read_bounded(path: Path, most: int) -> bytes:
     if len(content) > most:
         raise ValueError(f"longer than {most:,} bytes")
     return content
+
+
+def read_json(path: Path, most_bytes: int, most_values: int) -> Any:
+    """What a JSON file of a stranger says, with bounds on its bytes and on what they hold.
+
+    A value that takes two bytes in the file may take a hundred in memory.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: it is no JSON, too long, or holds too many values.
+        RecursionError: it is too deep.
+
+    Example:
+        >>> _ = Path("index.json").write_text('{"weight_map": {}}')
+        >>> read_json(Path("index.json"), 1000, 10)
+        {'weight_map': {}}
+    """
+    content = read_bounded(path, most_bytes)
+    if sum(map(content.count, (b",", b"[", b"{"))) > most_values:
+        raise ValueError(f"more than {most_values:,} values")
+    return json.loads(content)
 
 
 def file_stamp(path: Path) -> Stamp | None:

@@ -240,7 +240,7 @@ def _run_page(page: Any, entry: PageEntry) -> None:
     page.run()
     if unread := kept.take_unread():
         note.warning(
-            f"This link asks for something that is not on offer here ({', '.join(unread)}). "
+            f"This link asks for something that is not on offer here ({plain(', '.join(unread))}). "
             "The usual choice is shown instead."
         )
 
