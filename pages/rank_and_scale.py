@@ -232,7 +232,7 @@ def offer_selection(view: View, selection: Selection) -> None:
     )
     middle.download_button(
         "Recipe (YAML)",
-        data=selection.recipe.to_yaml(),
+        data=lambda: selection.recipe.publish(view.suite).to_yaml(),
         file_name=f"{view.name}_{selection.recipe.method}.yaml",
         mime="text/yaml",
         on_click="ignore",

@@ -32,6 +32,7 @@ from merge_core.hub.files import is_hub_id
 from merge_core.hub.models import cache_path, require_cached, resolve_revision
 from merge_core.suites.data_files import data_identity, head_identity
 from merge_core.suites.manifest import Manifest, make_manifest
+from merge_core.suites.mergekit import explain_mergekit
 from merge_core.suites.suite_spec import SuiteSpec
 from merge_core.work_sizes import HASHED_AT_ONCE
 
@@ -358,6 +359,8 @@ def load_suite(reference: str | Path) -> Suite:
         SuiteError,
         f"{BUNDLED!r} for the bundled suite",
     )
+    if foreign := explain_mergekit(document):
+        raise SuiteError(f"{path} is {foreign}")
     try:
         spec = SuiteSpec.model_validate(document)
     except ValidationError as error:
