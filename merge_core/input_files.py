@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from merge_core.errors import MergeScopeError
-
 # A repository in the hub's cache: snapshots/<revision>/ holds links to blobs/.
 HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
 # Where git-annex and DVC keep content, from the top of a repository.
@@ -21,34 +19,6 @@ MOST_HOPS = 40  # from link to link, as Linux counts
 MOST_ENTRIES = 2_000_000  # ImageNet has 1.4 million files
 
 Stamp = tuple[int, int, int, int]
-
-
-def resolve_path(path: str | Path, error: type[MergeScopeError], root: Path | None = None) -> Path:
-    """A path that somebody wrote, absolute and with its links followed.
-
-    Args:
-        path: as written; ``~`` is the home folder.
-        error: what is raised.
-        root: where relative paths start; the working folder if None.
-
-    Raises:
-        MergeScopeError: of the given kind: links in a circle, no such home, or no path at all.
-
-    Example:
-        >>> resolve_path("experts/../base", MergeScopeError, Path("/models"))
-        PosixPath('/models/base')
-        >>> resolve_path("~nobody-of-that-name/base", MergeScopeError)
-        Traceback (most recent call last):
-        ...
-        merge_core.errors.MergeScopeError: '~nobody-of-that-name/base' is not a path (...)...
-    """
-    try:
-        found = ((root or Path()) / Path(path).expanduser()).resolve()
-        found.exists()  # a name may be too long for the system
-    except (OSError, ValueError, RuntimeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else fault
-        raise error(f"{str(path)!r:.80} is not a path ({reason!s:.160}). Correct it.") from fault
-    return found
 
 
 def stays_inside(path: Path, root: Path) -> bool:

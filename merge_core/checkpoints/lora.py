@@ -26,6 +26,7 @@ from merge_core.checkpoints.lora_config import (
 )
 from merge_core.checkpoints.lora_ties import INSTEAD, check_tied, spread_whole, with_own_head
 from merge_core.checkpoints.shards import TensorInfo
+from merge_core.checkpoints.stored.entry import link_hops
 from merge_core.checkpoints.tied import ties
 from merge_core.errors import CheckpointError
 from merge_core.files import digest_of
@@ -86,13 +87,24 @@ class Naming:
         return self.dropped + name.removeprefix(self.added)
 
 
+def adapter_folder(path: Path) -> Path | None:
+    """The folder of a PEFT adapter that a path names, by itself or by its weight file.
+
+    A link may be the weight file's under another name.
+    """
+    try:
+        for hop in link_hops(path):
+            folder = hop.parent if hop.name in WEIGHT_FILES else hop
+            if (folder / CONFIG_FILE).is_file():
+                return folder
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
+        return None
+    return None
+
+
 def is_adapter(path: Path) -> bool:
     """Whether a path is a PEFT adapter's folder, or its weight file."""
-    folder = path.parent if path.name in WEIGHT_FILES else path
-    try:
-        return (folder / CONFIG_FILE).is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+    return adapter_folder(path) is not None
 
 
 def is_stored_transposed(model: Checkpoint, name: str) -> bool | None:
@@ -143,7 +155,7 @@ class AdaptedCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path, base: Checkpoint) -> None:
-        self.path = path.parent if path.name in WEIGHT_FILES else path
+        self.path = adapter_folder(path) or path
         self.config: AdapterConfig = read_adapter_config(self.path / CONFIG_FILE)
         self._adapter = _open_weights(self.path)
         self.files = (*base.files, *self._adapter.files, self.path / CONFIG_FILE)

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.checkpoints.naming import missing_prefix
 from merge_core.errors import SuiteError
 from merge_core.opening.download import SuiteByHeaders
 from merge_core.opening.draft import (
@@ -94,8 +95,8 @@ def open_by_headers(spec: SuiteSpec, path: Path, found: Sequence[FoundModel]) ->
 def suggest_roles(found: Sequence[FoundModel]) -> tuple[FoundModel, ...]:
     """Task names and roles for what was found and read, sorted by role.
 
-    What shares fewer than half of its parameters, by name and shape, with the largest group of
-    models is left out; so are further models that look like a base.
+    What shares fewer than half of its parameters, by name (but for a prefix) and shape, with the
+    largest group of models is left out; so are further models that look like a base.
     """
     models = [i for i, f in enumerate(found) if f.kind != "head" and f.role == "expert"]
     result = list(found)
@@ -127,16 +128,17 @@ def _misfits(models: Sequence[FoundModel]) -> Iterator[tuple[int, str]]:
     def overlap(a: Layout, b: Layout) -> int:
         return sum(b.get(name) == shape for name, shape in a.items())
 
-    def are_related(a: Layout, b: Layout) -> bool:
-        return 2 * overlap(a, b) >= max(len(a), len(b))
+    def are_related(a: FoundModel, b: FoundModel) -> bool:
+        if 2 * overlap(a.layout, b.layout) >= max(len(a.layout), len(b.layout)):
+            return True
+        one, other = a.checkpoint, b.checkpoint  # a suite adds a prefix that one of them lacks
+        return bool(one and other and (missing_prefix(one, other) or missing_prefix(other, one)))
 
     if not read:
         return
-    _, most = max(
-        read, key=lambda item: sum(are_related(item[1].layout, m.layout) for _, m in read)
-    )
+    _, most = max(read, key=lambda item: sum(are_related(item[1], other) for _, other in read))
     for i, model in read:
-        if not are_related(model.layout, most.layout):
+        if not are_related(model, most):
             yield (
                 i,
                 f"another network: {overlap(model.layout, most.layout)} of its {len(model.layout)} "

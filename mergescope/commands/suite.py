@@ -124,15 +124,10 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
 
 def _reference(place: str) -> str:
     """A path made absolute; a hub id as it is."""
-    from merge_core.files import absolute_path
+    from merge_core.files import path_below
     from merge_core.hub.files import is_hub_id
 
-    if is_hub_id(place):
-        return place
-    try:
-        return str(absolute_path(Path(place).expanduser()))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SuiteError(f"{place!r} is not a path ({error}). Check it.") from error
+    return place if is_hub_id(place) else str(path_below(Path(), place, SuiteError))
 
 
 def _output(places: Sequence[str], output: Path | None) -> Path:
