@@ -33,6 +33,7 @@ from merge_core.compatibility.findings import (
 )
 
 MODEL_CONFIG = "config.json"
+GENERATION = "generation_config.json"
 CONFIG_FILES = (
     MODEL_CONFIG,
     "open_clip_config.json",
@@ -203,14 +204,13 @@ def compare_generation(members: Mapping[str, Companions]) -> list[Finding]:
 
     How texts are sampled is noted.
     """
-    file = "generation_config.json"
-    if agree(members, (file,)):
+    if agree(members, (GENERATION,)):
         return []
-    documents = dict(documents_of(members, file))
+    documents = dict(documents_of(members, GENERATION))
     names = set().union(*documents.values()) if documents else set()
     tokens = {name for name in names if name.endswith(("token_id", "token_ids", "_tokens"))}
     whole = {
         member: dict.fromkeys(tokens) | document  # an absent token is none
         for member, document in documents.items()
     }
-    return compare_documents(file, whole)
+    return compare_documents(GENERATION, whole)

@@ -14,13 +14,13 @@ from pydantic import TypeAdapter, ValidationError
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import SuiteError
+from merge_core.opening.architectures import name_architecture
 from merge_core.opening.download import SuiteByHeaders
 from merge_core.opening.draft import (
     LONGEST,
     Layout,
     base_candidates,
     draft,
-    guess_architecture,
     task_name,
     task_names,
 )
@@ -216,13 +216,12 @@ def draft_suite(
         kept = {task: of[each.reference] for task, each in experts.items()}
         reference = None if base is None else base.reference
         return preset.model_copy(update={"name": name, "base": reference, "experts": kept})
-    shapes = [guess_architecture(e.layout) for e in (*experts.values(), *([base] if base else []))]
-    same = bool(shapes) and all(shape == shapes[0] for shape in shapes)
+    members = [*experts.values(), *([base] if base else [])]
     return draft(
         {task: each.reference for task, each in experts.items()},
         None if base is None else base.reference,
         name,
-        shapes[0] if same else None,
+        name_architecture([m.layout for m in members], [m.checkpoint for m in members]),
         heads_for(found, list(experts)),
     )
 
