@@ -420,3 +420,16 @@ def test_what_is_no_file_counts_as_absent(tmp_path: Path) -> None:
     (tmp_path / "expert0" / "config.json").mkdir()
     (tmp_path / "expert0" / "tokenizer.json").symlink_to(tmp_path / "expert0" / "tokenizer.json")
     assert compare_companions(suite) == ()
+
+
+def test_links_are_followed_within_the_folder_and_where_the_weights_lead(tmp_path: Path) -> None:
+    suite_of(tmp_path, configs({}, {"rope_theta": 1e6}))
+    config = tmp_path / "expert1" / "config.json"
+    (tmp_path / "elsewhere").mkdir()
+    away = config.rename(tmp_path / "elsewhere" / "config.json")
+    config.symlink_to(away)
+    assert compare_companions(load_suite(tmp_path)) == ()
+    # A cache or a store of models, to which the weights are linked as well.
+    weights = tmp_path / "expert1" / "model.safetensors"
+    weights.symlink_to(weights.rename(tmp_path / "elsewhere" / "weights.safetensors"))
+    assert [f.field for f in compare_companions(load_suite(tmp_path))] == ["rope_theta"]
