@@ -52,7 +52,7 @@ def compare_companions(suite: Suite, tasks: Sequence[str] | None = None) -> tupl
     chosen = suite.select(tasks)
     members, adapters = collect_companions(suite, chosen), _collect_adapters(suite, chosen)
     whole = {member: files for member, files in members.items() if member not in adapters}
-    kept = bool(suite.kept_names(chosen)) if suite.spec.vocabulary == "base" else False
+    kept = bool(suite.manifest(chosen).kept) if suite.spec.vocabulary == "base" else False
     return sort_findings(
         [
             *compare_configs(whole),

@@ -158,7 +158,7 @@ def _choose_matrices(
     """Weight matrices of equal shapes in all members, evenly over their order in the network."""
     names = [
         name
-        for name in suite.merged_names(tasks)
+        for name in suite.manifest(tasks).names
         if suite.treatment(name, tasks[0]).decomposed
         and len({member.info(name).shape for member in members}) == 1
         and members[0].info(name).numel

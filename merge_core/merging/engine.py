@@ -116,7 +116,7 @@ def merge_parameters(
 
     Yields:
         Name and merged tensor, in the working dtype (float32, or float64 for such weights);
-        integer buffers as they are in the base, else in the first expert.
+        buffers as they are in the base, else in most experts.
 
     Raises:
         RecipeError: a task where there is one model for all, or none where there is one each;
@@ -147,7 +147,7 @@ def merge_parameters(
     where = executor or Serial()
 
     def output_names(group: TensorGroup) -> list[str]:
-        under = (group.name, *groups.tied_names.get(group.name, ()))
+        under = (group.name, *groups.manifest.also_written.get(group.name, ()))
         return [name for name in under if names is None or name in names]
 
     wanted = [group for group in groups.members if output_names(group)]
@@ -175,7 +175,7 @@ def _merge_parameter(
 ) -> Tensor:
     """One parameter of the output; what was read for it is forgotten unless `keep`."""
     try:
-        if not group.info.is_floating:
+        if group.is_buffer:
             return group.buffer
         merge = _rule(recipe, group.tasks, task)
         return _postprocess(recipe, group, merge(group, recipe.parameters_of(group.name), run), run)
@@ -253,9 +253,8 @@ class MergeSession:
         self.suite = suite
         chosen = suite.select(tasks)
         check_fits(suite, chosen)
-        first = suite.expert(chosen[0])
         members = len(chosen) + (suite.base is not None)
-        size = 4 * members * sum(first.info(name).numel for name in first)
+        size = 4 * members * sum(info.numel for info in suite.manifest(chosen).infos.values())
         self.groups = TensorGroups(suite, chosen, store, keep=size <= HELD_BYTES)
 
     @torch.no_grad()
@@ -287,6 +286,6 @@ class MergeSession:
         tensors = merge_parameters(recipe, self.groups, progress, task, learned, where)
         merged = {name: value.clone() for name, value in tensors}
         if self.suite.base is not None:
-            for name in self.suite.kept_names(self.groups.tasks):
+            for name in self.groups.manifest.kept:
                 merged[name] = self.suite.base.tensor(name).float()
         return merged

@@ -92,8 +92,8 @@ def init(
         found = with_tasks(found, named)
         if base is not None:
             found = with_base(found, further[0] if further else None)
-        spec = draft_suite(found, path.resolve().parent.name or "suite")
         _print_found(out, found)
+        spec = draft_suite(found, path.resolve().parent.name or "suite")
     _print_fit(out, open_by_headers(spec, path, found))
     write_suite(spec, path, overwrite)
     out.print(f"written: {path}")
@@ -124,12 +124,13 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
 
 def _reference(place: str) -> str:
     """A path made absolute; a hub id as it is."""
+    from merge_core.files import absolute_path
     from merge_core.hub.files import is_hub_id
 
     if is_hub_id(place):
         return place
     try:
-        return str(Path(place).expanduser().resolve())
+        return str(absolute_path(Path(place).expanduser()))
     except (OSError, RuntimeError, ValueError) as error:
         raise SuiteError(f"{place!r} is not a path ({error}). Check it.") from error
 

@@ -14,6 +14,7 @@ from merge_core.compatibility.kinship import Kinships, measure_kinship
 from merge_core.errors import CheckpointError
 from merge_core.files import digest_of
 from merge_core.suites.suite import Suite
+from ui.plain_text import show_error, show_warning
 from ui.server.resources import stamp
 
 STRANGERS = (
@@ -35,7 +36,7 @@ def compatibility_section(suite: Suite, fits: bool) -> None:
         try:
             _show_kinships(_measure(suite, state))
         except CheckpointError as error:
-            st.error(str(error), icon=":material/error:")
+            show_error(error)
 
 
 def findings_frame(findings: tuple[Finding, ...]) -> pd.DataFrame:
@@ -56,7 +57,7 @@ def _show_findings(findings: tuple[Finding, ...]) -> None:
     elif counts["warned"]:
         st.warning(
             "The files beside the weights differ; the merged model has those of the base, or of "
-            "the first expert.",
+            "an expert.",
             icon=":material/warning:",
         )
     columns = st.column_config
@@ -101,7 +102,7 @@ def _show_kinships(found: Kinships | None) -> None:
     if found is None:
         return
     for warning in found.warnings:
-        st.warning(f"{warning[0].upper()}{warning[1:]}.", icon=":material/warning:")
+        show_warning(f"{warning[0].upper()}{warning[1:]}.")
     what = "base" if found.has_base else "mean"
     columns = st.column_config
     st.dataframe(
