@@ -26,7 +26,7 @@ from merge_core.compatibility.tokens import (
     compare_templates,
 )
 from merge_core.compatibility.vocabularies import compare_vocabularies
-from merge_core.errors import CheckpointError, SuiteError
+from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
 from merge_core.suites.suite import Suite
 
 COMPARED = (*CONFIG_FILES, GENERATION, *VOCABULARY_FILES, *SETTINGS, *TEMPLATE_FILES[:2])
@@ -52,12 +52,11 @@ def compare_companions(suite: Suite, tasks: Sequence[str] | None = None) -> tupl
     chosen = suite.select(tasks)
     members, adapters = collect_companions(suite, chosen), _collect_adapters(suite, chosen)
     whole = {member: files for member, files in members.items() if member not in adapters}
-    kept = bool(suite.manifest(chosen).kept) if suite.spec.vocabulary == "base" else False
     return sort_findings(
         [
             *compare_configs(whole),
             *compare_generation(whole),
-            *compare_vocabularies(members, kept),
+            *compare_vocabularies(members, _keeps_embeddings(suite, chosen)),
             *compare_settings(members),
             *compare_templates(members),
             *_compare_bases(adapters),
@@ -106,6 +105,16 @@ def collect_companions(suite: Suite, tasks: Sequence[str]) -> dict[str, Companio
             if files is not None:
                 members[task] = files
     return members
+
+
+def _keeps_embeddings(suite: Suite, tasks: Sequence[str]) -> bool:
+    """Whether the output has the base's embeddings as they are (``vocabulary: base``)."""
+    if suite.spec.vocabulary != "base":
+        return False
+    try:
+        return bool(suite.manifest(tasks).kept)
+    except MergeScopeError:  # members that cannot be read, or do not fit: said by the pre-flight
+        return False
 
 
 def _collect_adapters(suite: Suite, tasks: Sequence[str]) -> dict[str, AdaptedCheckpoint]:

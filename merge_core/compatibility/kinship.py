@@ -162,6 +162,7 @@ def _choose_matrices(
         if suite.treatment(name, tasks[0]).decomposed
         and len({member.info(name).shape for member in members}) == 1
         and members[0].info(name).numel
+        and all(member.info(name).is_floating for member in members)
     ]
     # Adapters leave most of their base as it is.
     changed = [n for n in names if any(member.may_differ(n) for member in members[: len(tasks)])]

@@ -22,7 +22,7 @@ from merge_core.compatibility.findings import (
 FIELD = "vocabulary"
 # Rows that stand for no word until somebody takes them for one.
 SPARE = re.compile(
-    r"[\[<].*(unused|reserved|extra_id|placeholder|dummy|special).*[\]>]|madeupword\d+",
+    r"[\[<].*(unused|reserved|extra_id|extra_\d|placeholder|dummy|special).*[\]>]|madeupword\d+",
     re.IGNORECASE,
 )
 LONGEST_SPARE = 64
@@ -198,7 +198,7 @@ def _compare_pair(
     ]
     if steps and not ordinary:
         values = f"not the same in {there} and {here}"
-        meaning = "texts are cut into other tokens"
+        meaning = "texts may be cut into other tokens"
         found.append(Finding("warned", "tokenizer", ", ".join(steps), values, meaning))
     return found
 
