@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.checkpoints.naming import missing_prefix
 from merge_core.errors import SuiteError
 from merge_core.opening.architectures import name_architecture
 from merge_core.opening.download import SuiteByHeaders
@@ -127,16 +128,21 @@ def _misfits(models: Sequence[FoundModel]) -> Iterator[tuple[int, str]]:
     def overlap(a: Layout, b: Layout) -> int:
         return sum(b.get(name) == shape for name, shape in a.items())
 
-    def are_related(a: Layout, b: Layout) -> bool:
-        return 2 * overlap(a, b) >= max(len(a), len(b))
+    def are_related(one: FoundModel, other: FoundModel) -> bool:
+        longest = max(len(one.layout), len(other.layout))
+        if 2 * overlap(one.layout, other.layout) >= longest:
+            return True
+        pair = one.checkpoint, other.checkpoint
+        if pair[0] is None or pair[1] is None:
+            return False
+        # A backbone saved alone lacks a prefix that it has under a head.
+        return bool(missing_prefix(pair[0], pair[1]) or missing_prefix(pair[1], pair[0]))
 
     if not read:
         return
-    _, most = max(
-        read, key=lambda item: sum(are_related(item[1].layout, m.layout) for _, m in read)
-    )
+    _, most = max(read, key=lambda item: sum(are_related(item[1], m) for _, m in read))
     for i, model in read:
-        if not are_related(model.layout, most.layout):
+        if not are_related(model, most):
             yield (
                 i,
                 f"another network: {overlap(model.layout, most.layout)} of its {len(model.layout)} "

@@ -39,6 +39,11 @@ def compatibility_section(suite: Suite, fits: bool) -> None:
             show_error(error)
 
 
+def are_one_network(suite: Suite) -> bool:
+    """Whether the files beside the weights let members be merged."""
+    return not any(f.level == "refused" for f in _compare(suite, _state(suite)))
+
+
 def findings_frame(findings: tuple[Finding, ...]) -> pd.DataFrame:
     """One row a finding: ``level``, ``file``, ``field``, ``values``, ``meaning``."""
     return pd.DataFrame([asdict(finding) for finding in findings])

@@ -82,3 +82,14 @@ def test_members_that_say_different_things_name_nothing(tmp_path: Path) -> None:
 def test_strangers_files_name_nothing_that_cannot_be_run(config: dict[str, Any]) -> None:
     told = of_config(json.loads(json.dumps(config)))
     assert told is None or (told.name, told.args) == ("clip_vision_model", {})
+
+
+def test_a_backbone_saved_alone_is_the_base_of_classifiers(tmp_path: Path) -> None:
+    """Its names lack the prefix that they have under a head."""
+    config = CONFIGS["roberta"]()
+    transformers.RobertaModel(config).save_pretrained(tmp_path / "base")
+    for name in ("mood", "news"):
+        transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / name)
+    transformers.GPT2Model(CONFIGS["gpt2"]()).save_pretrained(tmp_path / "other")
+    found = {each.label: each.role for each in find_models([str(tmp_path)])}
+    assert found == {"base": "base", "mood": "expert", "news": "expert", "other": "left out"}
