@@ -25,6 +25,7 @@ TOKENIZER_BYTES = 64 << 20
 # What reading takes follows from the number of values rather than of bytes.
 MOST_VALUES = 5_000_000
 MOST_CONTAINERS = 2_000_000
+MOST_NESTED = 32
 VOCABULARY_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -96,7 +97,7 @@ class Companions:
             document = json.loads(data)
         except (ValueError, RecursionError):
             return None
-        return document if isinstance(document, dict) else None
+        return document if isinstance(document, dict) and is_shallow(document) else None
 
     def _read(self, name: str, most_bytes: int) -> bytes | None:
         path = self._find(name)
@@ -114,6 +115,22 @@ class Companions:
             return None
         within = target.is_relative_to(self.folder.resolve())
         return path if within or target.parent in places else None
+
+
+def is_shallow(document: dict[str, Any]) -> bool:
+    """Whether objects and lists are nested as files of libraries nest them.
+
+    Example:
+        >>> is_shallow({"rope_scaling": {"factor": [1, 2]}})
+        True
+    """
+    layer: list[Any] = [document]
+    for _ in range(MOST_NESTED):
+        within = [part.values() if isinstance(part, dict) else part for part in layer]
+        layer = [value for part in within for value in part if isinstance(value, dict | list)]
+        if not layer:
+            return True
+    return False
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes | None:

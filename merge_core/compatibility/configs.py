@@ -84,7 +84,8 @@ def compare_documents(file: str, documents: Mapping[str, dict[str, Any]]) -> lis
         return []
     aligned = align_types(documents)
     fields = {member: flatten(aligned[member]) for member in sort_members(aligned)}
-    names = sorted(set().union(*fields.values()))[:MOST_FIELDS]
+    every = set().union(*fields.values())
+    names = sorted(every, key=lambda name: (_leaf(name) not in RULES, name))[:MOST_FIELDS]
     found, noted = [], []
     for name in names:
         said = _resolve(name, fields, file in WITH_DEFAULTS)

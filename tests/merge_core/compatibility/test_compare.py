@@ -393,6 +393,8 @@ def test_merges_and_normalizers_are_warned_of(tmp_path: Path) -> None:
         '{"rope_theta": 1' + "0" * 5000 + "}",
         "[1, 2]",
         '"text"',
+        '{"hidden_act":' + "[" * 900 + "]" * 900 + "}",
+        '{"model": {"vocab": {"a": 0}}, "normalizer":' + '{"a":' * 400 + "1" + "}" * 400 + "}",
         '{"model_type": ["llama"], "rope_theta": {"a": 1}, "hidden_act": null}',
         '{"model": 3, "added_tokens": 7, "chat_template": 5, "eos_token": [[]]}',
         '{"model": {"vocab": [1, [], ["a"]], "merges": [1, [2]]}, "added_tokens": [1, {"id": []}]}',
@@ -480,3 +482,8 @@ def test_another_order_mixes_no_rows_where_the_base_keeps_its_embeddings(tmp_pat
             save_file(state, tmp_path / name / "model.safetensors")
         found = compare_companions(load_suite(tmp_path))
         assert [(f.field, f.level) for f in found] == [("vocabulary", level)]
+
+
+def test_many_fields_do_not_hide_the_one_that_counts(tmp_path: Path) -> None:
+    many = {f"a{i}": i for i in range(5000)}
+    assert levels(tmp_path, configs({"rope_theta": 1e6, **many})) == {"rope_theta": "refused"}
