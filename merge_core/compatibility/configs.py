@@ -27,6 +27,7 @@ from merge_core.compatibility.config_values import (
 )
 from merge_core.compatibility.findings import (
     Finding,
+    name_members,
     shorten,
     sort_members,
     tell_values,
@@ -50,6 +51,7 @@ FEW_TIMES = 10
 ANOTHER = Rule("refused", "another architecture")
 OTHER_POSITIONS = Rule("refused", "there are other positions for the same rows")
 SMALL = Rule("warned", "norms divide by a slightly different number")
+UNREAD = "damaged or too large: not compared"
 NOTED = Rule("noted", "no other function of the weights")
 # timm: resolution and source of the weights, which change no layer.
 TIMM_ENDINGS = re.compile(r"(\.[\w-]+|_in2[12]k|_in1k|_\d{3})+$")
@@ -63,8 +65,14 @@ def compare_configs(members: Mapping[str, Companions]) -> list[Finding]:
     """
     found = []
     for file in CONFIG_FILES:
-        if not agree(members, (file,)):
-            found += compare_documents(file, dict(documents_of(members, file)))
+        if agree(members, (file,)):
+            continue
+        documents = dict(documents_of(members, file))
+        found += compare_documents(file, documents)
+        unread = [m for m, files in members.items() if m not in documents and files.digest(file)]
+        if unread:
+            values = f"cannot be read in {name_members(sort_members(unread))}"
+            found.append(Finding("warned", file, "the whole file", values, UNREAD))
     return found
 
 

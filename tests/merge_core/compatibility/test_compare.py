@@ -487,3 +487,14 @@ def test_another_order_mixes_no_rows_where_the_base_keeps_its_embeddings(tmp_pat
 def test_many_fields_do_not_hide_the_one_that_counts(tmp_path: Path) -> None:
     many = {f"a{i}": i for i in range(5000)}
     assert levels(tmp_path, configs({"rope_theta": 1e6, **many})) == {"rope_theta": "refused"}
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    good = {"config.json": LLAMA, "tokenizer.json": fast(WORDS)}
+    members = {"base": good, "a": good, "b": {"config.json": "{", "tokenizer.json": "[]"}}
+    found = compare_companions(suite_of(tmp_path, members))
+    assert [(f.level, f.file) for f in found] == [
+        ("warned", "config.json"),
+        ("warned", "tokenizer"),
+    ]
+    assert all("cannot be read in b" in f.values for f in found)
