@@ -58,7 +58,7 @@ def init(
         bool, typer.Option("--overwrite", help="Replace the file if it exists.")
     ] = False,
 ) -> None:
-    """Find models, say what fits, and write suite.yaml. Only headers are read."""
+    """Find models, say what fits, and write suite.yaml. Of weights only a sample is read."""
     from merge_core.opening.draft import write_suite
     from merge_core.opening.roles import (
         apply_preset,
