@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
-from analysis.accuracy import CONFIDENCE, Hits, difference
+from analysis.accuracy import Hits, difference
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search, exhaustive_search
@@ -402,12 +401,11 @@ def _mean(hits: Hits) -> float:
 
 
 def _loss(best: Hits, pick: Hits, prefix: str) -> dict[str, float]:
-    loss, error = difference(best, pick)
-    half = norm.ppf(0.5 + CONFIDENCE / 2) * error
+    loss = difference(best, pick)
     return {
-        f"{prefix}regret": loss,
-        f"{prefix}low": loss - half,
-        f"{prefix}high": loss + half,
+        f"{prefix}regret": loss.gap,
+        f"{prefix}low": loss.low,
+        f"{prefix}high": loss.high,
     }
 
 
