@@ -15,7 +15,7 @@ from glob import escape
 import numpy as np
 import pandas as pd
 
-from analysis.accuracy import accuracy_frame, difference, mean_accuracy
+from analysis.accuracy import Difference, accuracy_frame, difference, mean_accuracy
 from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
@@ -29,6 +29,7 @@ from merge_core.progress import Progress
 from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 UNIFORM = "uniform"
+NO_GAIN = Difference(0.0, 0.0, 0.0, 1.0)  # of a rule over itself
 
 
 def _energy(S: np.ndarray) -> np.ndarray:
@@ -235,7 +236,7 @@ def compare_with_uniform(
                 done += 1
             _, scale, hits = max(tried, key=lambda entry: entry[0])
             uniform_hits = uniform_hits or hits
-            gain = difference(hits, uniform_hits)
+            gain = NO_GAIN if rule == UNIFORM else difference(hits, uniform_hits)
             (measured,) = mean_accuracy(accuracy_frame(hits)).to_dict("records")
             rows.append(
                 {
