@@ -140,7 +140,13 @@ class TestTsvM:
         values, Q = np.linalg.eigh(v.T @ v)
         right = v @ (Q / np.sqrt(values)) @ Q.T
         assert resolved[0, :2] == pytest.approx(right @ u, abs=1e-5)
-        assert not np.allclose(merge_matrix(suite, "tsv_m", directions="all"), resolved, atol=1e-3)
+        # In general those without weight turn the others.
+        source = np.random.default_rng(0)
+        taus = [np.outer(*source.normal(size=(2, 8))).tolist() for _ in range(2)]
+        found = [
+            merge_matrix(of(suite_of, *taus), "tsv_m", directions=d) for d in ("all", "resolved")
+        ]
+        assert not np.allclose(*found, atol=1e-2)
 
 
 class TestWudi:
