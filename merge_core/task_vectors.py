@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from merge_core.checkpoints.checkpoint import Checkpoint, is_finite
-from merge_core.checkpoints.members import longest_vocabulary
 from merge_core.checkpoints.vocabulary import complete_rows, filler
 from merge_core.errors import SuiteError
 from merge_core.factors.low_rank import (
@@ -31,10 +30,11 @@ from merge_core.factors.low_rank import (
 from merge_core.factors.store import TOLERANCE, FactorStore, TaskMatrix
 from merge_core.files import digest_of
 from merge_core.lazy import lazy
+from merge_core.means import PIECE, centre, mean, mean_offset
+from merge_core.suites.manifest import BASE
 from merge_core.suites.suite import Suite
 
 Origin = Literal["base", "average"]
-PIECE = 1 << 17
 
 
 class TensorGroup:
@@ -49,6 +49,9 @@ class TensorGroup:
         name: the parameter.
         store: where factors are kept.
 
+    Raises:
+        SuiteError: the members do not have it in common, or not in one shape.
+
     Attributes:
         info: shape and dtype, of what is merged.
         decomposed: whether spectral methods decompose it.
@@ -59,14 +62,16 @@ class TensorGroup:
     def __init__(self, suite: Suite, tasks: Sequence[str], name: str, store: FactorStore) -> None:
         self.name = name
         self.tasks = tuple(tasks)
-        longest = None
-        if suite.spec.vocabulary == "common":
-            longest = longest_vocabulary(name, suite.members(self.tasks))
-        self.info = longest or suite.expert(self.tasks[0]).info(name)
+        manifest = suite.manifest(self.tasks)
+        if name not in manifest.infos:
+            raise SuiteError(f"Suite {suite.name!r}: {manifest.why_not_merged(name)}")
+        self.info = manifest.infos[name]
+        self._givers = manifest.buffers.get(name, ())
+        self._lengths_differ = name in manifest.completed
         # Factors are kept by the members' content, which does not tell how long a vocabulary is.
-        self.decomposed = longest is None and suite.treatment(name, self.tasks[0]).decomposed
-        self.stored_transposed = suite.is_stored_transposed(name, self.tasks[0])
-        self._lengths_differ = longest is not None
+        merged = not self._lengths_differ and not self._givers
+        self.decomposed = merged and suite.treatment(name, self.tasks[0]).decomposed
+        self.stored_transposed = merged and suite.is_stored_transposed(name, self.tasks[0])
         self._suite = suite
         self._store = store
         self._sums: dict[Origin, tuple[int, Tensor]] = {}
@@ -82,6 +87,8 @@ class TensorGroup:
             SuiteError: the experts' shapes differ.
             CheckpointError: unreadable, or NaN or infinite entries.
         """
+        if self.is_buffer:
+            return [self.buffer] * len(self.tasks)
         members = [self._with_all_rows(member) for member in self._parts]
         if members[0].dtype.is_floating_point:
             # One pass for both: what is not finite in a member is not finite in the average.
@@ -105,11 +112,13 @@ class TensorGroup:
 
     @lazy
     def base(self) -> Tensor:
-        """shape: the parameter of the base.
+        """shape: the parameter of the base; of a buffer the one value that all are given.
 
         Raises:
             SuiteError: the suite names no base, or its shape differs.
         """
+        if self.is_buffer:
+            return self.buffer
         if self._suite.base is None:
             raise SuiteError(
                 f"The suite {self._suite.name!r} names no base, which this needs. "
@@ -138,9 +147,28 @@ class TensorGroup:
         return rest.reshape(self.info.shape)
 
     @property
+    def is_buffer(self) -> bool:
+        """Whether it is copied rather than merged: integers, or a constant of the architecture."""
+        return bool(self._givers)
+
+    @lazy
     def buffer(self) -> Tensor:
-        """An integer parameter as it is in the base, else in the first expert."""
-        return self.members[0] if self._suite.base is None else self.base
+        """shape: the base's value; where it has none, the one that most experts have.
+
+        Raises:
+            CheckpointError: unreadable.
+        """
+        found: dict[bytes, list[Tensor]] = {}
+        for who in self._givers:
+            giver = self._suite.base if who == BASE else self._suite.expert(who)
+            assert giver is not None
+            value = giver.read_unchecked(self.name)
+            content = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            found.setdefault(content, []).append(value)
+        # Of values that as many have, always the same, whatever the experts' order.
+        content = max(found, key=lambda each: (len(found[each]), each))
+        value = found[content][0]
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
     def origin(self, origin: Origin) -> Tensor:
         """shape: the base or the average."""
@@ -359,7 +387,7 @@ class TensorGroup:
 
     def release(self) -> None:
         """Forget what was read; it is read again when asked for."""
-        for name in ("members", "experts", "base", "average", "_rest", "_filler"):
+        for name in ("members", "experts", "base", "average", "buffer", "_rest", "_filler"):
             self.__dict__.pop(name, None)
         for known in (self._sums, self._spectra, self._truncations, self._directions):
             known.clear()
@@ -386,62 +414,11 @@ class TensorGroup:
             raise SuiteError(
                 f"Suite {self._suite.name!r}: parameter {self.name!r} has shape "
                 f"{tuple(value.shape)} in the {who} ({checkpoint.path}) but {self.info.shape} in "
-                f"the expert {self.tasks[0]!r}. All members must come from one architecture."
+                "others. All members must come from one architecture."
             )
         if not value.dtype.is_floating_point:
             return value
         return value if value.dtype == torch.float64 else value.float()
-
-
-def mean(members: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors of one shape and floating dtype (T of them; a single one itself)."""
-    if len(members) == 1:
-        return members[0]
-    result = torch.empty_like(members[0], memory_format=torch.contiguous_format)
-    flat, whole = [member.reshape(-1) for member in members], result.view(-1)
-    # In pieces that stay in the processor's cache while all members are added to them.
-    for start in range(0, whole.numel(), PIECE):
-        part = slice(start, start + PIECE)
-        total = torch.add(flat[0][part], flat[1][part], out=whole[part])
-        for member in flat[2:]:
-            total += member[part]
-        total /= len(flat)
-    return result
-
-
-def mean_offset(members: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors less the first of them, float64.
-
-    Differences of near numbers are exact, so that what rounding leaves is measured by them and
-    not by the numbers.
-
-    Args:
-        members: T tensors of one shape and floating dtype.
-
-    Example:
-        >>> mean_offset([torch.tensor([1.0]), torch.tensor([2.0])])
-        tensor([0.5000], dtype=torch.float64)
-    """
-    first = members[0].double()
-    total = torch.zeros_like(first)
-    for member in members[1:]:
-        total += member.double() - first
-    return total / len(members)
-
-
-def centre(members: Tensor) -> Tensor:
-    """Each of T tensors less their mean, T x shape, float64.
-
-    Args:
-        members: T x shape, floating.
-
-    Example:
-        >>> centre(torch.tensor([[1.0], [2.0]]))
-        tensor([[-0.5000],
-                [ 0.5000]], dtype=torch.float64)
-    """
-    offset = mean_offset(members.unbind())
-    return (members.double() - members[0].double()).sub_(offset)
 
 
 class TensorGroups:
@@ -459,7 +436,7 @@ class TensorGroups:
 
     Attributes:
         members: the parameters, each tensor under one name.
-        tied_names: further names of the output, by the name that is merged.
+        manifest: what the merge consists of, and under which names it is written.
 
     Raises:
         SuiteError: unknown tasks.
@@ -472,9 +449,8 @@ class TensorGroups:
         self.tasks = suite.select(tasks)
         self.store = store
         self.keep = keep
-        names = suite.merged_names(self.tasks)
-        tied = suite.tied_names(self.tasks)
-        self.tied_names = {name: tied[name] for name in names if name in tied}
+        self.manifest = suite.manifest(self.tasks)
+        names = self.manifest.names
         self.members = [TensorGroup(suite, self.tasks, name, store) for name in names]
 
     def __len__(self) -> int:
@@ -486,10 +462,10 @@ class TensorGroups:
         found = {
             name: group.info.dtype.torch
             for group in self.members
-            for name in (group.name, *self.tied_names.get(group.name, ()))
+            for name in (group.name, *self.manifest.also_written.get(group.name, ()))
         }
         if self.suite.base is not None:
-            for name in self.suite.kept_names(self.tasks):
+            for name in self.manifest.kept:
                 found[name] = self.suite.base.info(name).dtype.torch
         return found
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import streamlit as st
 
 from analysis import accuracy
@@ -11,11 +13,11 @@ from analysis.figures import compare as figures
 from merge_core.files import digest_of
 from merge_core.merging.recipe import Recipe
 from ui import charts, shell
+from ui.controls import choice, multiselect, tabs
 from ui.progress import run_job
 from ui.sections.own_recipes import own_recipes
 from ui.server import resources
 from ui.server.resources import View
-from ui.widgets import choice
 
 shell.enter()
 
@@ -27,13 +29,12 @@ def choose(view: View) -> tuple[list[str], int]:
     """Methods and how they are set."""
     offered = usable_methods(view.suite, view.tasks)
     quick = [name for name, method in offered.items() if method.learns is None]
-    names = st.multiselect(
+    names = multiselect(
         "Methods",
-        list(offered),
-        default=quick,
-        format_func=lambda name: offered[name].title,
-        key="methods",
-        bind="query-params",
+        offered,
+        "methods",
+        rest=quick,
+        words=lambda name: offered[name].title,
         help="Those that learn from data take longest; add them when you have minutes.",
     )
     budget = choice(
@@ -105,12 +106,8 @@ def table(result: Comparison) -> None:
 def tasks(result: Comparison) -> None:
     """Per task, as a radar and as a table."""
     order = result.summary["label"].tolist()
-    chosen = st.multiselect(
-        "Drawn (at most six)",
-        order,
-        default=order[:4],
-        max_selections=figures.MOST_ON_RADAR,
-        key="drawn",
+    chosen = multiselect(
+        "Drawn (at most six)", order, "drawn", rest=order[:4], most=figures.MOST_ON_RADAR
     )
     left, right = st.columns(2)
     charts.panel(
@@ -198,12 +195,16 @@ def page() -> None:
         st.subheader("What papers report", anchor=False)
         published_figures()
         return
-    places = st.tabs(["Ranking", "Table", "Tasks", "Costs", "Published"])
-    for place, draw in zip(places, (ranking, table, tasks, costs), strict=False):
+    for place, draw in zip(tabs(TABS, "show"), TABS.values(), strict=True):
         with place:
             draw(job.result)
-    with places[-1]:
-        published_figures()
 
 
+TABS: dict[str, Callable[[Comparison], None]] = {
+    "Ranking": ranking,
+    "Table": table,
+    "Tasks": tasks,
+    "Costs": costs,
+    "Published": lambda _: published_figures(),
+}
 page()

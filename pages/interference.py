@@ -11,18 +11,27 @@ from analysis.spectral.interference import (
     Side,
     cosine_similarity,
     interference_over_rank,
-    interference_pairs,
     mean_angles,
     mean_over_layers,
     principal_angles,
     sign_conflict,
 )
+from analysis.spectral.overlap import mean_overlap_pairs, overlap_over_rank, overlap_pairs
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
+from ui.controls import choice, toggle
+from ui.plain_text import plain
+from ui.sections.interference_words import (
+    describe_centring,
+    describe_cosines,
+    describe_level,
+    describe_rank,
+    different,
+)
 from ui.server import resources
 from ui.server.resources import View
-from ui.widgets import SHARES, choice, share_label, share_slider
+from ui.widgets import SHARES, share_label, share_slider
 
 shell.enter()
 
@@ -46,21 +55,36 @@ def cosine_frame(
 
 @st.cache_data(max_entries=256, show_spinner=False)
 def pairs_frame(
-    key: str, tasks: tuple[str, ...], layer: str, origin: Origin, k: int, side: Side, _view: View
+    key: str,
+    tasks: tuple[str, ...],
+    layer: str | None,
+    origin: Origin,
+    share: float,
+    side: Side,
+    _view: View,
 ) -> pd.DataFrame:
-    """Interference of each pair at one rank."""
-    return interference_pairs(resources.group(_view), origin, k, side)
+    """Overlap of each pair at one rank, in one layer or averaged over all (layer None)."""
+    if layer is not None:
+        group = resources.group(_view)
+        k = count_directions(share, min(as_matrix(group.average).shape))
+        return overlap_pairs(group, origin, k, side)
+    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
+    return mean_overlap_pairs(groups, origin, share, side)
 
 
 @st.cache_data(max_entries=32, show_spinner="Measuring interference over rank …")
 def over_rank_frame(
     key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, side: Side, _view: View
 ) -> pd.DataFrame:
-    """I(k) and R(k) over the offered ranks, of one layer or averaged over all."""
-    if layer is not None:
-        return interference_over_rank(resources.group(_view), origin, SHARES, side)
-    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
-    return mean_over_layers(interference_over_rank(groups, origin, SHARES, side))
+    """I(k), R(k) and overlap over the offered ranks, of one layer or averaged over all."""
+    looked = resources.group(_view) if layer is not None else None
+    groups = looked or TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
+    curves = interference_over_rank(groups, origin, SHARES, side)
+    overlap = overlap_over_rank(groups, origin, SHARES, side)
+    if layer is None:
+        curves = mean_over_layers(curves)
+        overlap = overlap.groupby(["origin", "share"], as_index=False).mean(numeric_only=True)
+    return curves.merge(overlap)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -78,40 +102,6 @@ def sign_frame(key: str, tasks: tuple[str, ...], _view: View) -> pd.DataFrame:
         TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite)), "base"
     )
     return frame[frame["parameter"].isin(_view.suite.matrices)]
-
-
-def describe_centring(pairs: list[pd.DataFrame]) -> str:
-    """What centring does to the mean interference here, as measured."""
-    if len(pairs) < 2:
-        return "The suite names no base, so only centred task vectors can be shown."
-    centred, original = (
-        frame[frame["first"] != frame["second"]]["interference"].mean() for frame in pairs
-    )
-    if abs(centred - original) < 0.05 * original:
-        return (
-            f"In this layer centring hardly changes it (mean {centred:.3f} against "
-            f"{original:.3f}): the tasks have little in common here that it could take away."
-        )
-    if centred < original:
-        return (
-            f"In this layer centring lowers it (mean {centred:.3f} against {original:.3f}): it "
-            "takes away the part that all tasks have in common."
-        )
-    return (
-        f"In this layer centring raises it (mean {centred:.3f} against {original:.3f}): the "
-        "average holds a part of every task, which taking it away puts into all the others."
-    )
-
-
-def rank_effect(curves: pd.DataFrame) -> str:
-    """What raising the rank does to the mean interference here, as measured."""
-    centred = curves[curves["origin"] == "average"].sort_values("share")
-    low, high = (float(centred["interference_normalised"].iloc[i]) for i in (0, -1))
-    verb = "raises" if high > 1.05 * low else "lowers" if high < 0.95 * low else "hardly changes"
-    return (
-        f"Here going from the lowest to the full rank {verb} the mean interference of the centred "
-        f"vectors ({low:.3f} to {high:.3f})."
-    )
 
 
 def controls(view: View) -> tuple[str | None, float, Side]:
@@ -152,7 +142,7 @@ def section() -> None:
         return
     layer, share, side = controls(view)
     k = count_directions(share, min(as_matrix(resources.group(view).average).shape))
-    draw_pairs(view, k, side)
+    draw_pairs(view, layer, share, side)
     draw_curves(view, layer, share, side)
     draw_cosines(view, layer)
     draw_angles_and_signs(view, share, k, side)
@@ -163,44 +153,51 @@ def place_of(layer: str | None) -> str:
     return "whole model" if layer is None else short_name(layer)
 
 
-def draw_pairs(view: View, k: int, side: Side) -> None:
-    """Interference of each pair of tasks at one rank, about each origin."""
+def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
+    """Overlap of each pair of tasks at one rank, about each origin."""
     st.subheader("Do two tasks use the same directions?", anchor=False)
+    where = place_of(layer)
     pairs = [
-        pairs_frame(view.key, view.tasks, view.layer, origin, k, side, view)
+        pairs_frame(view.key, view.tasks, layer, origin, share, side, view)
         for origin in origins(view)
     ]
-    # One colour range for both maps, so that they can be compared.
-    top = max(float(frame["interference"].max()) for frame in pairs)
+    ranks = sorted(set(pairs[0]["k"]))
+    rank = f"k = {ranks[0]:.0f}" if float(ranks[0]).is_integer() else share_label(share)
 
     def chart(origin: Origin, frame: pd.DataFrame) -> charts.Chart:
-        different = frame[frame["first"] != frame["second"]]["interference"]
+        mean = different(frame)["overlap"].mean()
+        figure = figures.pair_map(
+            frame,
+            "overlap",
+            title=f"{SHORT[origin]}, {where}: mean {mean:.3f} at {rank}",
+            zmin=0,
+            zmax=1,
+        )
+        alt = f"{side.capitalize()}-space overlap of each pair of tasks, {LABELS[origin]}, in "
         return charts.Chart(
-            figures.pair_map(
-                frame,
-                "interference",
-                title=f"{SHORT[origin]}: mean {different.mean():.3f} at k = {k}",
-                zmin=0,
-                zmax=top,
-            ),
+            figure,
             key=f"pairs_{origin}",
-            alt=f"{side}-space interference of each pair of tasks in {view.layer}, k = {k}",
+            alt=f"{alt}{layer or where} at {rank}: mean {mean:.3f}",
             height=480,
         )
 
+    st.markdown(describe_level(pairs))
     charts.panel(
         *(chart(origin, frame) for origin, frame in zip(origins(view), pairs, strict=True)),
         key="pairs",
         columns=len(pairs),
         how_to_read=charts.HowToRead(
-            f"Each cell compares the leading {k} {side} directions of two tasks in "
-            f"`{view.layer}`, weighted by their singular values: 0 means that they share none, 1 "
-            "that they share all of their strength. A merge adds all tasks up, so what is shared "
-            f"is what gets mixed. {describe_centring(pairs)}",
-            r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\qquad S_i = "
-            r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)",
+            f"Each cell compares the leading {side} directions ({rank}) of two tasks, weighted by "
+            f"their singular values: 0 means that they share none, 1 that they have the same ones "
+            "with the same relative strengths, as a task has with itself. Where several matrices "
+            "are looked at, it is the mean over them. A merge adds all tasks up, so what is shared "
+            f"is what gets mixed. {describe_centring(pairs, plain(where))}",
+            r"\frac{I_{ij}(k)}{\sqrt{I_{ii}(k)\,I_{jj}(k)}},\qquad "
+            r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\quad S_i = "
+            r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)"
+            r",\qquad \text{random: } \frac{1}{\sqrt{n\,I_{ii}\,I_{jj}}}",
         ),
-        numbers=charts.Numbers(pd.concat(pairs, ignore_index=True), f"interference_pairs_k{k}"),
+        numbers=charts.Numbers(pd.concat(pairs, ignore_index=True), "interference_pairs"),
     )
 
 
@@ -220,9 +217,9 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
     charts.panel(
         chart(
             "over_rank",
-            "interference_normalised",
-            f"Interference, {where}",
-            f"Mean pairwise interference over rank in {where}",
+            "overlap",
+            f"Overlap of two tasks, {where}",
+            f"Mean overlap of two tasks over rank in {where}",
         ),
         chart(
             "reconstruction",
@@ -231,26 +228,29 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
             f"Reconstruction error over rank in {where}",
         ),
         charts.Chart(
-            figures.trade_off(curves, title="The trade-off along the rank", chosen_share=share),
+            figures.trade_off(
+                curves, title=f"The trade-off along the rank, {where}", chosen_share=share
+            ),
             key="trade_off",
-            alt="Interference against reconstruction error, one curve per origin",
+            alt=f"Interference against reconstruction error in {where}, one curve per origin",
             height=400,
         ),
         chart(
             "update_norm",
             "update_norm",
             f"Size of the merged update, {where}",
-            "Norm of the summed truncated task vectors over rank",
+            f"Norm of the summed truncated task vectors over rank in {where}",
         ),
         key="curves",
         columns=2,
         how_to_read=charts.HowToRead(
-            f"A higher rank always leaves less of each task out. {rank_effect(curves)} Down and to "
-            "the left on the trade-off curve is better: little left out, little shared. The size "
-            "of the centred update is zero at full rank, because the centred task vectors cancel: "
-            "that is why CART at full rank is the plain average.",
-            r"I(k) = \sum_{i\ne j} I_{ij}(k) \in [0, T(T-1)],\qquad "
-            r"R(k) = \sum_t \sum_{i>k} \sigma_{t,i}^2",
+            f"A higher rank always leaves less of each task out. {describe_rank(curves)} "
+            "Down and to the left on the trade-off curve is better: little left out, little "
+            "shared. The size of the centred update is zero at full rank, because the centred task "
+            "vectors cancel: that is why CART at full rank is the plain average.",
+            r"\text{overlap: } \frac{1}{T(T-1)}\sum_{i\ne j} \frac{I_{ij}}{\sqrt{I_{ii} I_{jj}}},"
+            r"\qquad \text{trade-off: } \frac{\sum_{i\ne j} I_{ij}(k)}{T(T-1)} \text{ against } "
+            r"\frac{R(k)}{R(0)},\quad R(k) = \sum_t \sum_{i>k} \sigma_{t,i}^2",
         ),
         numbers=charts.Numbers(curves, "interference_over_rank"),
     )
@@ -260,14 +260,16 @@ def draw_cosines(view: View, layer: str | None) -> None:
     """Cosines of whole task vectors, about each origin."""
     st.subheader("Do whole task vectors point the same way?", anchor=False)
     cosines = [cosine_frame(view.key, view.tasks, layer, origin, view) for origin in origins(view)]
-    expected = -1 / (len(view.tasks) - 1)
-    centred = cosines[0]
-    mean = centred[centred["first"] != centred["second"]]["cosine"].mean()
     charts.panel(
         *(
             charts.Chart(
                 figures.pair_map(
-                    frame, "cosine", title=LABELS[origin], diverging=True, zmin=-1, zmax=1
+                    frame,
+                    "cosine",
+                    title=f"{LABELS[origin]}, {place_of(layer)}",
+                    diverging=True,
+                    zmin=-1,
+                    zmax=1,
                 ),
                 key=f"cosine_{origin}",
                 alt=f"Cosine similarity of task vectors in {place_of(layer)}, {LABELS[origin]}",
@@ -278,10 +280,7 @@ def draw_cosines(view: View, layer: str | None) -> None:
         key="cosines",
         columns=len(cosines),
         how_to_read=charts.HowToRead(
-            "Original task vectors share a common direction, so their cosines are positive. "
-            "Centred ones sum to zero, so their mean cosine lies near −1/(T−1) = "
-            f"{expected:.3f} by construction (here {mean:.3f}); only the pattern around that "
-            "value carries meaning.",
+            describe_cosines(cosines),
             r"\cos(\tau_i, \tau_j) = \frac{\langle \tau_i, \tau_j\rangle}"
             r"{\|\tau_i\|\,\|\tau_j\|}",
         ),
@@ -292,11 +291,10 @@ def draw_cosines(view: View, layer: str | None) -> None:
 def draw_angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
     """Two further looks at the same question, computed only when asked for."""
     st.subheader("Angles between subspaces, clashes of signs", anchor=False)
-    more = st.toggle(
+    more = toggle(
         "Show angles and signs",
-        key="more",
-        bind="query-params",
-        help="Principal angles ignore how strong a direction is; signs are what TIES elects.",
+        "more",
+        "Principal angles ignore how strong a direction is; signs are what TIES elects.",
     )
     if not more:
         return
@@ -314,9 +312,15 @@ def draw_angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
         )
     charts.panel(
         charts.Chart(
-            figures.pair_map(angles, "angle", title=f"{SHORT[origin]}: angles at k = {k}", zmax=90),
+            figures.pair_map(
+                angles,
+                "angle",
+                title=f"{SHORT[origin]}, {short_name(view.layer)}: angles at k = {k}",
+                zmax=90,
+            ),
             key="angles",
-            alt=f"Mean principal angle of each pair of tasks in {view.layer}, k = {k}",
+            alt=f"Mean principal angle of each pair of tasks, {LABELS[origin]}, in "
+            f"{view.layer}, k = {k}",
             height=480,
             numbers=charts.Numbers(angles, f"principal_angles_k{k}"),
         ),

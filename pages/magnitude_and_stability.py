@@ -26,11 +26,11 @@ from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.files import digest_of
 from merge_core.progress import Progress
 from ui import charts, shell
+from ui.controls import choice, selectbox, steps
 from ui.progress import run_job
 from ui.sections.norms import norms_section
 from ui.server import pool_resources
 from ui.server.pool_resources import PoolView
-from ui.widgets import choice
 
 shell.enter()
 
@@ -91,7 +91,7 @@ def choose(view: PoolView, evaluator: PoolEvaluator) -> tuple[Who, What, str | N
     layer = None
     if what == "layer":
         options = sweep.layer_names(evaluator.network.module)
-        layer = st.selectbox("Layer", options, key="scaled", bind="query-params")
+        layer = selectbox("Layer", options, "scaled")
     return who, what, layer
 
 
@@ -152,15 +152,15 @@ def scaling_section() -> None:
 def choose_factor(known: Iterable[Law]) -> tuple[float, Law]:
     """The marked m, and one of the laws that predict the sweep here."""
     left, right = st.columns([3, 2], vertical_alignment="bottom")
-    m = left.select_slider(
-        "m",
-        MAGNITUDES,
-        value=MAGNITUDES[8],
-        format_func=factor_label,
-        key="m",
-        bind="query-params",
-        help="The marked factor; 1 leaves the members as they are.",
-    )
+    with left:
+        m = steps(
+            "m",
+            MAGNITUDES,
+            "m",
+            rest=MAGNITUDES[8],
+            words=factor_label,
+            help="The marked factor; 1 leaves the members as they are.",
+        )
     with right:
         law: Law = choice(
             "Prediction drawn over it",
@@ -308,12 +308,11 @@ def chart_noise(view: PoolView) -> charts.Chart | None:
 def chart_corruption(view: PoolView) -> charts.Chart | None:
     """Accuracy on corrupted images, once it has been measured."""
     evaluator = pool_resources.evaluator(view)
-    corruption: Corruption = st.selectbox(
+    corruption: Corruption = selectbox(
         "Corruption of the images",
-        list(CORRUPTIONS),
-        format_func=lambda name: CORRUPTIONS[name].split(" (")[0].capitalize(),
-        key="corruption",
-        bind="query-params",
+        CORRUPTIONS,
+        "corruption",
+        words=lambda name: CORRUPTIONS[name].split(" (")[0].capitalize(),
     )
     job = run_job(
         digest_of("corruption", view.key, names(view), corruption),

@@ -17,12 +17,15 @@ from merge_core.output.model_card import Result, model_card
 from merge_core.output.model_folder import merged_bytes
 from merge_core.output.provenance import provenance
 from ui import charts, shell
+from ui.controls import choice, selectbox
+from ui.controls import text as text_control
+from ui.plain_text import plain, show_warning
 from ui.progress import run_job
 from ui.sections.own_recipes import link_form
 from ui.sections.recipe_options import recipe_options
 from ui.server import resources
 from ui.server.resources import View
-from ui.widgets import choice, controls, share_label
+from ui.widgets import controls, share_label
 
 shell.enter()
 
@@ -45,13 +48,12 @@ def is_mergeable(view: View, method: Method) -> bool:
 def choose_recipe(view: View) -> Recipe:
     """Method and parameters from widgets that the declaration makes."""
     available = [name for name, method in methods().items() if is_mergeable(view, method)]
-    name = st.selectbox(
+    name = selectbox(
         "Method",
         available,
-        index=available.index("cart"),
-        format_func=lambda key: get_method(key).title,
-        key="method",
-        bind="query-params",
+        "method",
+        rest="cart",
+        words=lambda name: get_method(name).title,
         help="Methods that need a base are listed only where the suite names one, those for two "
         "experts only while two tasks are chosen.",
     )
@@ -60,11 +62,10 @@ def choose_recipe(view: View) -> Recipe:
     parameters = controls(method)
     with st.expander("More of the recipe", icon=":material/tune:"):
         options = recipe_options(view, method)
-    dtype = st.selectbox(
+    dtype = selectbox(
         "Number format of the file",
         DTYPES,
-        key="dtype",
-        bind="query-params",
+        "dtype",
         help="'input' keeps each parameter's own; the merge itself is computed in float32.",
     )
     with st.expander("Formula and source", icon=":material/function:"):
@@ -102,10 +103,9 @@ def references(key: str, tasks: tuple[str, ...], split: Split, _view: View) -> p
 
 def pinned_recipe(view: View) -> Recipe | None:
     """The recipe to compare with, from the text field (and so from the link)."""
-    text = st.text_input(
+    text = text_control(
         "Compare with",
-        key="pin",
-        bind="query-params",
+        "pin",
         placeholder="Pin the current recipe, or paste one",
         help="A recipe written as a link's query, such as method=average. Pinning fills it in.",
     ).strip()
@@ -114,10 +114,10 @@ def pinned_recipe(view: View) -> Recipe | None:
     try:
         recipe = recipe_from_query(text)
     except RecipeError as error:
-        st.warning(f"The pinned recipe cannot be read: {error}")
+        show_warning(f"The pinned recipe cannot be read: {error}")
         return None
     recipe = recipe.model_copy(update={"suite": view.name, "tasks": view.tasks})
-    st.caption(f"Pinned: {title_of(recipe)}")
+    st.caption(f"Pinned: {plain(title_of(recipe))}")
     return recipe
 
 
@@ -191,7 +191,7 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> li
         help="Each task's accuracy over its expert's, mean.",
     )
     worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
-    cards.metric(f"Worst task: {worst['task']}", f"{worst['accuracy']:.1%}")
+    cards.metric(f"Worst task: {plain(worst['task'])}", f"{worst['accuracy']:.1%}")
     drawn = pd.concat(frames, ignore_index=True)
     charts.panel(
         charts.Chart(
@@ -219,7 +219,7 @@ def lab() -> None:
     with left:
         recipe = choose_recipe(view)
         for warning in recipe.warnings(view.tasks):
-            st.warning(warning)
+            show_warning(warning)
         st.button(
             "Pin this recipe for comparison",
             on_click=pin_current,

@@ -18,11 +18,12 @@ from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import PoolError
 from merge_core.suites.pool import Pool
 from ui import charts, shell
+from ui.controls import choice, multiselect, selectbox, steps
+from ui.plain_text import show_info
 from ui.sections import filters
 from ui.sections.blend import blend_section
 from ui.sections.filters import NORMALISATIONS
 from ui.server import pool_resources
-from ui.widgets import choice
 
 shell.enter()
 
@@ -92,38 +93,40 @@ def choose_classifier(key: str, pool: Pool) -> Classifier:
     evaluator = pool_resources.pool_evaluator(key, pool)
     members = pool.spec.members
     decays = sorted({member.weight_decay or 0.0 for member in members})
-    decay = left.select_slider(
-        "Weight decay",
-        decays,
-        value=decays[-1],
-        format_func=lambda value: f"{value:g}",
-        key="decay",
-        bind="query-params",
-        help="Pulls all weights towards zero; what does not lower the loss vanishes.",
-    )
+    with left:
+        decay = steps(
+            "Weight decay",
+            decays,
+            "decay",
+            rest=decays[-1],
+            words=lambda value: f"{value:g}",
+            help="Pulls all weights towards zero; what does not lower the loss vanishes.",
+        )
     numbers = [i for i, member in enumerate(members) if (member.weight_decay or 0.0) == decay]
-    number = middle.selectbox(
-        "Model",
-        numbers,
-        format_func=lambda i: f"seed {members[i].seed}",
-        key=f"model_{decays.index(decay)}",
-        help="Classifiers that differ in their random start and in the order of the images.",
-    )
+    with middle:
+        number = selectbox(
+            "Model",
+            numbers,
+            "model",
+            words=lambda i: f"seed {members[i].seed}",
+            help="Classifiers that differ in their random start and in the order of the images.",
+            slot=f"model of {pool.name}, {decay:g}",
+        )
     label = f"decay {decay:g}, seed {members[number].seed}"
     snapshots = members[number].trajectory
     if len(snapshots) < 2:
         right.caption("No snapshots of this model's training are kept (see another seed).")
         return Classifier(key, evaluator, number, pool.member(number), label)
     epochs = [snapshot.epoch for snapshot in snapshots]
-    epoch = right.select_slider(
-        "Epoch",
-        epochs,
-        value=epochs[-1],
-        format_func=lambda value: f"{value:g}",
-        key="epoch",
-        bind="query-params",
-        help="The classifier as it was after so many passes over the training images.",
-    )
+    with right:
+        epoch = steps(
+            "Epoch",
+            epochs,
+            "epoch",
+            rest=epochs[-1],
+            words=lambda value: f"{value:g}",
+            help="The classifier as it was after so many passes over the training images.",
+        )
     checkpoint = pool.snapshot(number, epochs.index(epoch))
     return Classifier(key, evaluator, number, checkpoint, f"{label}, epoch {epoch:g}")
 
@@ -133,13 +136,13 @@ def choose_classes(names: tuple[str, ...]) -> list[int]:
     every = list(range(len(names)))
     if len(names) <= MOST_CLASSES:
         return every
-    return st.multiselect(
+    return multiselect(
         "Classes",
         every,
-        default=every[:MOST_CLASSES],
-        format_func=names.__getitem__,
-        max_selections=2 * MOST_CLASSES,
-        key="classes",
+        "classes",
+        rest=every[:MOST_CLASSES],
+        words=names.__getitem__,
+        most=2 * MOST_CLASSES,
     )
 
 
@@ -158,9 +161,8 @@ def classifier_section() -> None:
         return
     st.subheader("What does a linear classifier look for?", anchor=False)
     left, right = st.columns([2, 3])
-    title = left.selectbox(
-        "Linear classifiers of", list(pools), key="classifiers", bind="query-params"
-    )
+    with left:
+        title = selectbox("Linear classifiers of", pools, "classifiers")
     with right:
         kind = choice(
             "Grey levels",
@@ -308,12 +310,11 @@ def chart_cosines(classifier: Classifier, rows: dict[str, np.ndarray]) -> charts
 
 def chart_measurement(classifier: Classifier) -> charts.Chart | None:
     """A measurement over weight decay or over training, where snapshots are kept."""
-    value = st.selectbox(
+    value = selectbox(
         "Measurement",
-        list(MEASUREMENTS),
-        format_func=MEASUREMENTS.__getitem__,
-        key="measure",
-        bind="query-params",
+        MEASUREMENTS,
+        "measure",
+        words=MEASUREMENTS.__getitem__,
         help="Roughness compares neighbouring pixels: 0 is smooth, 1 is noise (Geary's C).",
     )
     axes = {"weight_decay": "Over weight decay", "epoch": "Over training"}
@@ -322,7 +323,7 @@ def chart_measurement(classifier: Classifier) -> charts.Chart | None:
         measure = measure_over_training if axis == "epoch" else measure_over_decay
         measured = measure(classifier.key, classifier.evaluator)
     except PoolError as error:
-        st.info(str(error))
+        show_info(error)
         return None
     return charts.Chart(
         figures.dominance_lines(

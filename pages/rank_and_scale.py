@@ -28,13 +28,15 @@ from merge_core.files import digest_of
 from merge_core.methods import get_method
 from merge_core.progress import Progress
 from ui import charts, shell
+from ui.controls import choice, selectbox, tabs, toggle
+from ui.plain_text import plain, show_warning
 from ui.progress import run_job
 from ui.sections.rank_evidence import evidence_section, more_tasks_section
 from ui.sections.rank_layers import layers_section
 from ui.sections.rank_settings import settings_section
 from ui.server import resources
 from ui.server.resources import View
-from ui.widgets import choice, share_label
+from ui.widgets import share_label
 
 shell.enter()
 
@@ -61,15 +63,15 @@ def choose(view: View) -> tuple[str, Mode, bool]:
     if not view.suite.can_evaluate:
         offered = {name: title for name, title in offered.items() if name in PROPORTIONAL}
     left, middle, right = st.columns([3, 5, 2])
-    method = left.selectbox(
-        "Method",
-        list(offered),
-        index=list(offered).index("cart"),
-        format_func=offered.__getitem__,
-        key="method",
-        bind="query-params",
-        help="Methods with a rank or a scale that make one model from weights alone.",
-    )
+    with left:
+        method = selectbox(
+            "Method",
+            offered,
+            "method",
+            rest="cart",
+            words=offered.__getitem__,
+            help="Methods with a rank or a scale that make one model from weights alone.",
+        )
     modes = {
         mode: words
         for mode, words in MODES.items()
@@ -213,7 +215,7 @@ def answer(selection: Selection) -> None:
         )
     if selection.at_edge:
         st.info(selection.at_edge)
-    st.markdown(selection.why)
+    st.markdown(plain(selection.why))
 
 
 def interval(mean: pd.Series) -> str:
@@ -271,12 +273,10 @@ def curve_and_map(selection: Selection, view: View) -> None:
     other = None
     if method in selectable_methods(view.suite, view.tasks) and mode == "labels":
         other = stored_choice(view.key, view.tasks, method, mode, selection.full_grid, False, view)
-    if view.suite.can_evaluate and st.toggle(
+    if view.suite.can_evaluate and toggle(
         "Mark every rule's pick",
-        key="marks",
-        bind="query-params",
-        help="Rules that read weights are marked anyway; those that read inputs take a search "
-        "each.",
+        "marks",
+        "Rules that read weights are marked anyway; those that read inputs take a search each.",
     ):
         selection = add_every_pick(selection, view)
     settings_section(selection, other, view)
@@ -330,11 +330,10 @@ def tasks(selection: Selection, view: View) -> None:
     axis = "rank" if selection.space.ranks else "scale"
     if selection.score == "accuracy" and len(selection.curve):
         frame = task_curves(selection, resources.session(view), resources.evaluator(view))
-        relative = st.toggle(
+        relative = toggle(
             "As a share of each expert's accuracy",
-            key="relative",
-            bind="query-params",
-            help="Divides by the expert's own accuracy, so that hard and easy tasks compare.",
+            "relative",
+            "Divides by the expert's own accuracy, so that hard and easy tasks compare.",
         )
         charts.panel(
             charts.Chart(
@@ -369,7 +368,7 @@ def page() -> None:
         shell.explain_no_evaluation(view)
     method, mode, full_grid = choose(view)
     for warning in get_method(method).warnings(len(view.tasks), None):
-        st.warning(warning)
+        show_warning(warning)
     selection = find_selection(view, method, mode, full_grid)
     if selection is None:
         st.subheader("What the rules have lost so far", anchor=False)
@@ -378,8 +377,7 @@ def page() -> None:
     answer(selection)
     offer_selection(view, selection)
     # Only what is looked at is computed and sent.
-    tabs = st.tabs(list(TABS), key="show", bind="query-params")
-    for tab, draw in zip(tabs, TABS.values(), strict=True):
+    for tab, draw in zip(tabs(TABS, "show"), TABS.values(), strict=True):
         if tab.open:
             with tab:
                 draw(selection, view)

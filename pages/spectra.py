@@ -12,9 +12,10 @@ from analysis.spectral.spectra import Part, cuts, parts_of, spectral_summary, sp
 from merge_core.checkpoints.parameter_roles import describe
 from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
+from ui.controls import choice, selectbox
 from ui.server import resources
 from ui.server.resources import View
-from ui.widgets import choice, share_label, share_slider
+from ui.widgets import share_label, share_slider
 
 shell.enter()
 
@@ -188,12 +189,11 @@ def map_section() -> None:
             shown = {"whole": "Fused", "apart": "Apart"}
             apart = choice("Query, key and value", shown, "fused", FUSED_HELP) == "apart"
     with right:
-        quantity = st.selectbox(
+        quantity = selectbox(
             "Quantity",
-            list(QUANTITIES),
-            format_func=QUANTITIES.__getitem__,
-            key="quantity",
-            bind="query-params",
+            QUANTITIES,
+            "quantity",
+            words=QUANTITIES.__getitem__,
             help="Ranks count directions: stable rank ‖A‖²_F/σ₁², effective rank the exponential "
             "of the spectrum's entropy, participation ratio (Σσ²)²/Σσ⁴.",
         )

@@ -16,10 +16,10 @@ from analysis.outputs.inputs import SPLIT_NAMES, Split
 from merge_core.files import digest_of
 from merge_core.progress import Progress
 from ui import charts, shell
+from ui.controls import choice
 from ui.progress import run_job
 from ui.server import pool_resources
 from ui.server.pool_resources import PoolView
-from ui.widgets import choice
 
 shell.enter()
 

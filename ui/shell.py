@@ -19,11 +19,13 @@ import streamlit as st
 
 from merge_core.errors import MergeScopeError
 from merge_core.merging.recipe import Recipe
-from ui import sidebar
+from ui import history, kept, sidebar
+from ui.plain_text import code, plain, show_error
 from ui.server import garbage, session_files
+from ui.server.catalog import POOLS, SUITES
 from ui.server.pool_resources import PoolView
 from ui.server.resources import View
-from ui.widgets import share_label
+from ui.widgets import RANK_UNITS, share_words
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNNING = "_shell_is_running"
@@ -125,8 +127,15 @@ def _page(entry: PageEntry) -> Any:
         title=entry.title,
         icon=entry.icon,
         help=entry.help,
-        default=entry is PAGES[0],
+        default=entry is first_page(),
     )
+
+
+def first_page() -> PageEntry:
+    """What is shown first: pools that were named at the start, else the overview of a suite."""
+    if POOLS.opened() and not SUITES.opened():
+        return next(entry for entry in PAGES if entry.subject == "pool")
+    return PAGES[0]
 
 
 def page(name: str) -> Any:
@@ -138,15 +147,15 @@ def explain_no_evaluation(view: View) -> None:
     """Say what a suite lacks for evaluation, and what can be done with it all the same."""
     if view.suite.can_evaluate:
         st.info(
-            f"The images of the suite **{view.name}** have no labels, so no accuracy can be "
+            f"The images of the suite **{plain(view.name)}** have no labels, so no accuracy can be "
             "measured. Add `val_labels` and `test_labels` to its data to see accuracies here; "
             "Rank and scale chooses both from inputs without labels."
         )
         return
     st.info(
-        f"The suite **{view.name}** can be analysed and merged but not evaluated: "
-        f"{view.suite.why_not_evaluated}. Add it to `{view.suite.path.name}` to see accuracies "
-        "here; Spectra, Interference and the Merge lab's download work without it."
+        f"The suite **{plain(view.name)}** can be analysed and merged but not evaluated: "
+        f"{plain(view.suite.why_not_evaluated)}. Add it to {code(view.suite.path.name)} to see "
+        "accuracies here; Spectra, Interference and the Merge lab's download work without it."
     )
 
 
@@ -158,7 +167,12 @@ def lab_query(recipe: Recipe) -> dict[str, str | list[str]]:
         query["tasks"] = list(recipe.tasks)
     for spec in method.specs:
         value = recipe.parameters[spec.name]
-        query[spec.name] = share_label(value) if spec.kind == "rank" else str(value)
+        if spec.kind != "rank":
+            query[spec.name] = str(value)
+        elif isinstance(value, int):
+            query |= {f"{spec.name}_unit": RANK_UNITS["count"], f"{spec.name}_count": str(value)}
+        else:
+            query[spec.name] = share_words(value)
     return query
 
 
@@ -170,6 +184,8 @@ def run() -> None:
     groups = {title: [_page(e) for e in entries] for title, entries in SECTIONS.items()}
     page = st.navigation(groups)
     entry = next(entry for entry in PAGES if entry.title == page.title)
+    history.keep_one_entry_a_page([first_page().name, *(each.name for each in PAGES)])
+    kept.enter(entry.name)
     st.session_state[RUNNING] = True
     try:
         _explain_errors(lambda: _run_page(page, entry))
@@ -215,12 +231,18 @@ def fragment(function: Callable[..., None] | None = None, *, run_every: float | 
 
 
 def _run_page(page: Any, entry: PageEntry) -> None:
+    note = st.container()
     with st.sidebar:
         if entry.subject == "suite":
             st.session_state[VIEW] = sidebar.choose_suite()
         elif entry.subject == "pool":
             st.session_state[POOL_VIEW] = sidebar.choose_pool(entry.opened)
     page.run()
+    if unread := kept.take_unread():
+        note.warning(
+            f"This link asks for something that is not on offer here ({plain(', '.join(unread))}). "
+            "The usual choice is shown instead."
+        )
 
 
 def _explain_errors(body: Callable[[], None]) -> None:
@@ -228,11 +250,10 @@ def _explain_errors(body: Callable[[], None]) -> None:
     try:
         body()
     except MergeScopeError as error:
-        st.error(str(error), icon=":material/error:")
+        show_error(error)
     except Exception as error:
         log.exception("page failed")
-        st.error(
+        show_error(
             f"This view failed unexpectedly ({type(error).__name__}). The server's log has the "
-            "details; other pages still work.",
-            icon=":material/error:",
+            "details; other pages still work."
         )

@@ -7,44 +7,45 @@ from collections.abc import Mapping
 import streamlit as st
 
 from merge_core.suites.pool import REGIMES, Pool
+from ui import kept
+from ui.controls import pills, radio, selectbox
 from ui.server import pool_resources, resources, session_files
+from ui.server.catalog import POOLS, SUITES
 from ui.server.pool_resources import PoolView
 from ui.server.resources import View
 
 
 def choose_suite() -> View:
     """Suite, tasks and layer, kept across pages and in the link."""
-    name = st.selectbox(
+    name = selectbox(
         "Suite",
-        list(session_files.list_offered()),
-        key="suite",
-        bind="query-params",
+        session_files.list_offered(),
+        "suite",
+        rest=SUITES.opened(),
         help="Experts fine-tuned from one base. The page Open checkpoints adds your own.",
     )
     key = resources.suite_key(name)
     suite = resources.open_suite(name, key)
-    chosen = st.pills(
+    chosen = pills(
         "Tasks to merge",
         suite.tasks,
-        selection_mode="multi",
-        default=suite.tasks,
-        key="tasks",
-        bind="query-params",
-        help="Which experts take part. CART needs three or more: with two it equals the average.",
+        "tasks",
+        "Which experts take part. CART needs three or more: with two it equals the average.",
+        slot=f"tasks of {name}",
     )
     if not chosen:
         st.info("Choose at least one task.")
         st.stop()
-    layer = st.selectbox(
-        "Layer",
-        suite.matrices,
-        key="layer",
-        bind="query-params",
-        help="The weight matrix that Spectra and Interference look into.",
-    )
-    if layer is None:
+    if not suite.matrices:
         st.warning("This suite has no weight matrix to decompose.")
         st.stop()
+    layer = selectbox(
+        "Layer",
+        suite.matrices,
+        "layer",
+        help="The weight matrix that Spectra and Interference look into.",
+        slot=f"layer of {name}",
+    )
     return View(name, key, suite, suite.select(chosen), layer)
 
 
@@ -59,36 +60,35 @@ def choose_pool(opened: str) -> PoolView:
         st.warning("There is no pool. Build one with `mergescope pool build`.")
         st.stop()
     groups = group_pools(pools)
-    label = st.selectbox(
+    opened = POOLS.opened() or opened
+    answer_to_name(groups, pools)
+    label = selectbox(
         "Pool",
-        list(groups),
-        index=next((i for i, starts in enumerate(groups.values()) if opened in starts.values()), 0),
-        key="pool",
-        bind="query-params",
-        on_change=choose_all_members,
+        groups,
+        "pool",
+        rest=next((label for label, starts in groups.items() if opened in starts.values()), None),
         help="Models of one architecture trained on one task. Start with "
         "`mergescope app my/pool.yaml` to see your own.",
     )
     starts = groups[label]
-    start = st.radio(
+    start = radio(
         "Where training began",
-        list(starts),
-        key="start",
-        bind="query-params",
+        starts,
+        "start",
+        rest=next((start for start, name in starts.items() if name == opened), None),
         help="Shared: every member goes on from the same short pre-training. "
         "Independent: every member has initial weights of its own.",
+        slot=f"start of {label}",
     )
     name = starts[start]
     key, pool = pool_resources.open_pool(pools[name])
     numbers = range(len(pool))
-    chosen = st.pills(
+    chosen = pills(
         "Members",
         numbers,
-        selection_mode="multi",
-        default=list(numbers),
-        key="members",
-        bind="query-params",
-        help="Which models take part, in the order in which they are added.",
+        "members",
+        "Which models take part, in the order in which they are added.",
+        slot=f"members of {name}",
     )
     if not chosen:
         st.info("Choose at least one member.")
@@ -96,9 +96,17 @@ def choose_pool(opened: str) -> PoolView:
     return PoolView(name, key, pool, pool.select(chosen))
 
 
-def choose_all_members() -> None:
-    """Another pool has other members: choose all of them again."""
-    st.session_state.pop("members", None)
+def answer_to_name(groups: Mapping[str, Mapping[str, str]], pools: Mapping[str, Pool]) -> None:
+    """A link may name a pool as its file or its folder does, instead of its group and start."""
+    asked = kept.asked("pool")
+    if not asked or asked in groups:
+        return
+    for label, starts in groups.items():
+        for start, name in starts.items():
+            if asked in (name, pools[name].spec.name):
+                kept.answer("pool", label)
+                kept.answer("start", start)
+                return
 
 
 def group_pools(pools: Mapping[str, Pool]) -> dict[str, dict[str, str]]:

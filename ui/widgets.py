@@ -1,13 +1,11 @@
-"""Widgets whose values stand in the link, and those made from a method's declaration."""
+"""Controls that are made from a method's declaration, and ranks as shares of directions."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, TypeVar
-
-import streamlit as st
+from typing import Any
 
 from merge_core.methods.declaration import Method, ParameterSpec, Postprocessor
+from ui.controls import choice, count, grid, slider
 
 # Shares of min(m, n) that a slider offers: finer where the published ranks lie.
 SHARES = (
@@ -15,7 +13,6 @@ SHARES = (
     0.7, 0.8, 0.9, 1.0,
 )  # fmt: skip
 RANK_UNITS = {"share": "Share", "count": "Number"}
-Value = TypeVar("Value")
 
 
 def share_label(share: float) -> str:
@@ -23,52 +20,39 @@ def share_label(share: float) -> str:
     return f"{100 * share:.3g} %"
 
 
-def shares_including(key: str) -> list[float]:
-    """:data:`SHARES` and the share that the link gives, which may be any."""
-    asked = st.query_params.get(key, "").removesuffix("%")
-    try:
-        # As many digits as the label has: the value stands in the link by its label.
-        share = round(float(asked) / 100, 6)
-    except ValueError:
-        return list(SHARES)
-    return sorted({*SHARES, share} if 0 < share <= 1 else SHARES)
+def share_words(share: float) -> str:
+    """A share of directions in words with all its digits, as it stands in an address."""
+    return f"{round(100 * share, 10):.12g} %"
 
 
-def choice(label: str, options: Mapping[Value, str], key: str, help: str | None = None) -> Value:
-    """One of a few options side by side; the first is the default.
+def share_of_words(words: str) -> float:
+    """The share that words say.
 
-    Args:
-        label: above the control.
-        options: value to what is written on it.
-        key: name in the link.
-        help: tooltip.
+    Raises:
+        ValueError: they are no number.
     """
-    values = list(options)
-    chosen: Value = st.segmented_control(
+    return round(float(words.removesuffix("%")) / 100, 14)
+
+
+def share_slider(
+    label: str,
+    name: str,
+    help: str,
+    rest: float = 0.08,
+    options: tuple[float, ...] = SHARES,
+    slot: str = "",
+) -> float:
+    """A rank as a share of min(m, n): one of a grid, or whatever a link says."""
+    return grid(
         label,
-        values,
-        default=values[0],
-        required=True,
-        format_func=options.__getitem__,
-        key=key,
-        bind="query-params",
+        options,
+        name,
+        rest=rest,
+        high=1.0,
+        words=share_words,
+        number=share_of_words,
         help=help,
-    )
-    return chosen
-
-
-def share_slider(label: str, key: str, help: str, default: float = 0.08) -> float:
-    """A rank as a share of min(m, n): one of :data:`SHARES`, or the link's own."""
-    return float(
-        st.select_slider(
-            label,
-            shares_including(key),
-            value=default,
-            format_func=share_label,
-            key=key,
-            bind="query-params",
-            help=help,
-        )
+        slot=slot,
     )
 
 
@@ -76,58 +60,52 @@ def controls(method: Method | Postprocessor, prefix: str = "") -> dict[str, Any]
     """One widget per declared parameter, named in the link as in recipes.
 
     Args:
-        method: what declares them.
+        method: what declares them; each method keeps values of its own.
         prefix: of the names in the link, where two declarations stand on one page.
 
     Returns:
         Values by parameter name, ready for a recipe.
     """
-    return {spec.name: _widget(spec, prefix + spec.name) for spec in method.specs}
+    return {
+        spec.name: _widget(spec, prefix + spec.name, f"{prefix}{method.title}: {spec.name}")
+        for spec in method.specs
+    }
 
 
-def _widget(spec: ParameterSpec, key: str) -> Any:
+def _widget(spec: ParameterSpec, name: str, slot: str) -> Any:
     help = spec.help + (f" Typical: {spec.typical}." if spec.typical else "")
     label = spec.name.replace("_", " ").capitalize()
     if spec.kind == "rank":
-        return _rank(spec, label, help, key)
+        return _rank(spec, label, help, name, slot)
     if spec.kind == "choice":
         ordered = sorted(spec.choices, key=lambda option: option != spec.default)
-        return choice(label, {option: option for option in ordered}, key, help)
-    span = spec.high - spec.low
+        return choice(label, {option: option for option in ordered}, name, help, slot)
     if spec.kind == "integer":
-        return st.slider(
-            label,
-            int(spec.low),
-            int(spec.high),
-            int(spec.default),
-            key=key,
-            bind="query-params",
-            help=help,
-        )
-    return st.slider(
+        low, high, rest = int(spec.low), int(spec.high), int(spec.default)
+        return int(slider(label, low, high, name, rest=rest, step=1, help=help, slot=slot))
+    step = 0.05 if spec.high - spec.low > 1 else 0.01
+    return slider(
         label,
-        spec.low,
-        spec.high,
-        float(spec.default),
-        step=0.05 if span > 1 else 0.01,
-        key=key,
-        bind="query-params",
+        float(spec.low),
+        float(spec.high),
+        name,
+        rest=float(spec.default),
+        step=step,
         help=help,
+        slot=slot,
     )
 
 
-def _rank(spec: ParameterSpec, label: str, help: str, key: str) -> float | int:
+def _rank(spec: ParameterSpec, label: str, help: str, name: str, slot: str) -> float | int:
     """A rank as a share (a float) or as a number of directions (an integer)."""
-    if choice(f"{label} given as", RANK_UNITS, f"{key}_unit") == "share":
-        return share_slider(f"{label} (share of directions)", key, help, spec.default)
-    return int(
-        st.number_input(
-            f"{label} (directions)",
-            min_value=1,
-            value=16,
-            step=1,
-            key=f"{key}_count",
-            bind="query-params",
-            help=f"{help} Matrices with fewer directions keep all of theirs.",
-        )
+    unit = choice(f"{label} given as", RANK_UNITS, f"{name}_unit", slot=f"{slot}, unit")
+    if unit == "share":
+        return share_slider(f"{label} (share of directions)", name, help, spec.default, slot=slot)
+    return count(
+        f"{label} (directions)",
+        1,
+        f"{name}_count",
+        rest=16,
+        help=f"{help} Matrices with fewer directions keep all of theirs.",
+        slot=f"{slot}, number",
     )

@@ -31,6 +31,7 @@ from analysis.figures.style import (
 VALUES = {
     "cosine": "Cosine (−1 to 1)",
     "interference": "Interference I(k) (sum over pairs)",
+    "overlap": "Overlap of two tasks (0 to 1)",
     "interference_normalised": "Mean interference of a pair (0 to 1)",
     "reconstruction": "Reconstruction error R(k) (squared weight units)",
     "reconstruction_share": "Reconstruction error, share of Σσ² lost (0 to 1)",
@@ -140,12 +141,26 @@ def curves_over_rank(
             hovertemplate=f"{head}{VALUES[value]}: %{{y:.6g}}<extra></extra>",
         )
         named.add(origin)
+        if value == "overlap" and len(curves) <= 2:
+            add_random_level(figure, origin, part)
     layout(figure, title, x="Share of directions kept, k / r (%, log scale)", y=VALUES[value])
     figure.update_xaxes(**share_axis(frame["share"].to_numpy()))
     figure.update_yaxes(rangemode="tozero")
     if chosen_share is not None:
         mark_share(figure, chosen_share)
     return figure
+
+
+def add_random_level(figure: go.Figure, origin: str, part: pd.DataFrame) -> None:
+    """The overlap that directions turned at random would have, as a thin line."""
+    figure.add_scatter(
+        x=part["share"].to_numpy(),
+        y=part["random"].to_numpy(),
+        mode="lines",
+        name=f"random directions, {ORIGIN_NAMES[origin]}",
+        line={"color": ORIGIN_COLOURS[origin], "dash": "dot", "width": 1.5},
+        hovertemplate="random directions: %{y:.6g}<extra></extra>",
+    )
 
 
 def _uncrowded_labels(x: np.ndarray, y: np.ndarray, gap: float = 0.15) -> set[int]:

@@ -146,7 +146,7 @@ def pair_interference(
     return pairs
 
 
-def _stored_side(group: TensorGroup, side: Side) -> Side:
+def stored_side(group: TensorGroup, side: Side) -> Side:
     """The side of the stored matrix that a side of the layer's is: others in GPT-2's in x out."""
     if not group.stored_transposed:
         return side
@@ -181,7 +181,7 @@ def interference_pairs(
         (['digits', 'digits', 'letters', 'letters'], True)
     """
     k = min(k, *group.info.matrix_shape)
-    pairs = pair_interference(group.directions(origin, k), _stored_side(group, side), k)[:, :, -1]
+    pairs = pair_interference(group.directions(origin, k), stored_side(group, side), k)[:, :, -1]
     return _ordered_pairs(group.tasks, origin, {"k": k, "interference": pairs})
 
 
@@ -230,7 +230,7 @@ def _over_rank(
 ) -> list[dict[str, object]]:
     """One matrix's rows of :func:`interference_over_rank`."""
     T, r = len(group.tasks), min(group.info.matrix_shape)
-    pairs = pair_interference(group.directions(origin), _stored_side(group, side), r)
+    pairs = pair_interference(group.directions(origin), stored_side(group, side), r)
     interference = pairs.sum(axis=(0, 1)) - np.trace(pairs)
     # Summed from the small end, so that what little is lost near full rank stays exact.
     squares = np.sum([S.double().numpy() ** 2 for S in group.singular_values(origin)], axis=0)
@@ -317,7 +317,7 @@ def principal_angles(
     """
     subspaces = []
     for f in group.directions(origin, k):
-        span = f.V if _stored_side(group, side) == "row" else f.U
+        span = f.V if stored_side(group, side) == "row" else f.U
         # Stored in float32, orthonormal to 1e-7 only.
         subspaces.append(torch.linalg.qr(span.double()).Q)
     frames = []

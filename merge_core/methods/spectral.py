@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_core.factors.low_rank import as_matrix
-from merge_core.task_vectors import Origin, TensorGroup, centre
+from merge_core.means import centre
+from merge_core.task_vectors import Origin, TensorGroup
 
 AVERAGED = (
     "everything but the weights of attention, MLP and other inner linear layers, and convolution "

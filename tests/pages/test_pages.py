@@ -17,6 +17,7 @@ import yaml
 from streamlit.components.v2.component_manager import BidiComponentManager
 from streamlit.testing.v1 import AppTest
 
+from analysis.figures.spectra import short_name
 from merge_core.factors.low_rank import as_matrix
 from merge_core.methods import methods
 from merge_core.suites.suite import load_suite
@@ -188,8 +189,32 @@ def test_the_interference_map_is_the_definition() -> None:
     (_, s_a, v_a), (_, s_b, v_b) = factors[0], factors[3]
     s_a, s_b = s_a[:k] / np.linalg.norm(s_a[:k]), s_b[:k] / np.linalg.norm(s_b[:k])
     expected = np.linalg.norm(np.diag(s_a) @ v_a[:k] @ v_b[:k].T @ np.diag(s_b))
+    most = np.sqrt(np.linalg.norm(s_a**2) * np.linalg.norm(s_b**2))  # of I_ij: √(I_ii I_jj)
     drawn = array(trace(figures(at)[0], type="heatmap")["z"])
-    assert drawn[0, 3] == pytest.approx(expected, rel=1e-3)
+    assert drawn[0, 3] == pytest.approx(expected / most, rel=1e-3)
+    assert np.diag(drawn) == pytest.approx(np.ones(len(drawn)))
+
+
+def test_the_whole_model_is_in_all_figures_that_say_so() -> None:
+    query = {"layer": "blocks.0.mlp.fc2.weight", "share": "16 %"}
+    one = assert_healthy(open_page("interference", **query))
+    whole = assert_healthy(open_page("interference", **query, scope="Whole model"))
+    for at, where in ((one, short_name(query["layer"])), (whole, "whole model")):
+        titles = [f["layout"]["title"]["text"].replace("<br>", " ") for f in figures(at)]
+        assert all(where in title for title in titles), titles
+        alts = [chart.proto.alt for chart in at.get("plotly_chart")]
+        assert len(set(alts)) == len(alts)
+    maps = [array(trace(figures(at)[0], type="heatmap")["z"]) for at in (one, whole)]
+    expected = []
+    for name in load_suite("demo").matrices:
+        stacked = weights(name)
+        k = int(0.16 * min(stacked.shape[1:]))
+        factors = [np.linalg.svd(m, full_matrices=False) for m in stacked - stacked.mean(axis=0)]
+        P = [(v[:k].T * (s[:k] ** 2 / (s[:k] ** 2).sum())) @ v[:k] for _, s, v in factors[:2]]
+        square = (P[0] * P[1]).sum() / np.linalg.norm(P[0]) / np.linalg.norm(P[1])
+        expected.append(np.sqrt(square))
+    assert maps[1][0, 1] == pytest.approx(np.mean(expected), rel=1e-3)
+    assert maps[0][0, 1] != pytest.approx(maps[1][0, 1], rel=1e-3)
 
 
 def test_centred_cosines_have_the_mean_that_their_sum_forces() -> None:

@@ -15,7 +15,7 @@ from analysis.outputs.pool_outputs import PoolEvaluator
 from analysis.patterns import blending, templates
 from analysis.patterns.images import Normalisation
 from ui import charts
-from ui.widgets import choice
+from ui.controls import choice, selectbox, steps
 
 LAMBDAS = tuple(float(lam) for lam in np.linspace(0, 1, 21))
 
@@ -54,26 +54,27 @@ def blend_section(
         del ways["models"]
     way = choice("Blend", ways, "blend")
     left, middle, right = st.columns(3)
-    first = left.selectbox(
-        "First class" if way == "classes" else "Class",
-        range(len(evaluator.class_names)),
-        format_func=evaluator.class_names.__getitem__,
-        key="first",
-    )
+    with left:
+        first = selectbox(
+            "First class" if way == "classes" else "Class",
+            range(len(evaluator.class_names)),
+            "first",
+            words=evaluator.class_names.__getitem__,
+        )
     with middle:
         if way == "classes":
             blend = blend_classes(evaluator, weights, first)
         else:
             blend = blend_models(evaluator, weights, first, number)
-    lam = right.select_slider(
-        "λ",
-        LAMBDAS,
-        value=0.5,
-        format_func=lambda value: f"{value:g}",
-        key="lam",
-        bind="query-params",
-        help="1 is the first template alone, 0 the second.",
-    )
+    with right:
+        lam = steps(
+            "λ",
+            LAMBDAS,
+            "lam",
+            rest=0.5,
+            words=lambda value: f"{value:g}",
+            help="1 is the first template alone, 0 the second.",
+        )
     blend.figure.add_vline(x=lam, line={"color": "#888888", "dash": "dot", "width": 1.5})
     strip = figures.blend_strip(
         *blend.pair,
@@ -108,12 +109,13 @@ def blend_section(
 def blend_classes(evaluator: PoolEvaluator, weights: dict[str, Tensor], first: int) -> Blend:
     """The templates of two classes of one model."""
     names = evaluator.class_names
-    second = st.selectbox(
+    others = [i for i in range(len(names)) if i != first]
+    second = selectbox(
         "Second class",
-        [i for i in range(len(names)) if i != first],
-        format_func=names.__getitem__,
-        index=min(4, len(names) - 2),
-        key=f"second_{first}",
+        others,
+        "second",
+        rest=others[min(4, len(others) - 1)],
+        words=names.__getitem__,
     )
     images = templates.pool_templates(evaluator, weights)
     labels = (names[first], names[second])
@@ -131,11 +133,11 @@ def blend_models(
 ) -> Blend:
     """The templates of one class of this member and of another one."""
     members = evaluator.pool.spec.members
-    other = st.selectbox(
+    other = selectbox(
         "Other model",
         [i for i in range(len(members)) if i != number],
-        format_func=lambda i: f"decay {members[i].weight_decay or 0:g}, seed {members[i].seed}",
-        key=f"other_{number}",
+        "other",
+        words=lambda i: f"decay {members[i].weight_decay or 0:g}, seed {members[i].seed}",
     )
     others = evaluator.weights(other)
     labels = ("this model", "other model")

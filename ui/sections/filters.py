@@ -12,8 +12,8 @@ from analysis.figures import patterns as figures
 from analysis.patterns import filters as patterns
 from analysis.patterns.images import Normalisation
 from ui import charts, shell
+from ui.controls import choice, selectbox
 from ui.sections.pictured import AVERAGE, Source, open_source, pictured_tensors, source_names
-from ui.widgets import choice
 
 NORMALISATIONS: dict[Normalisation, str] = {
     "symmetric": "Symmetric (grey is zero)",
@@ -60,13 +60,19 @@ def filters_section() -> None:
     st.subheader("What do deeper networks hold in their first layers?", anchor=False)
     sources = source_names()
     left, middle, right = st.columns(3)
-    label = left.selectbox("Models of", list(sources), key="source", bind="query-params")
+    with left:
+        label = selectbox("Models of", sources, "source")
     source = open_source(sources[label])
     place = list(sources).index(label)
-    first = middle.selectbox("Model", source.models, index=1, key=f"shown_{place}")
-    second = right.selectbox(
-        "Compared with", source.models, index=source.models.index(AVERAGE), key=f"compared_{place}"
-    )
+    with middle:
+        first = selectbox("Model", source.models, f"shown_{place}", rest=source.models[1])
+    with right:
+        second = selectbox(
+            "Compared with",
+            source.models,
+            f"compared_{place}",
+            rest=AVERAGE,
+        )
     one = pictured_tensors(source.key, first, source)
     two = pictured_tensors(source.key, second, source)
     shown = {first: one, second: two, f"{first} − {second}": patterns.difference(one, two)}
@@ -163,7 +169,7 @@ def draw_heads(source: Source, shown: dict[str, dict[str, Tensor]]) -> None:
     if not layers:
         st.info("These two models share no attention layer. Compare other models.")
         return
-    layer = st.selectbox("Attention layer", layers, key="attention", bind="query-params")
+    layer = selectbox("Attention layer", layers, "attention")
     charts.panel(
         *(
             charts.Chart(

@@ -11,9 +11,9 @@ import streamlit as st
 from analysis.figures import regularisation as figures
 from analysis.magnitude.norms import TOTAL, histogram_frame, identity_frame, norms_frame
 from ui import charts, shell
+from ui.controls import choice, selectbox
 from ui.server import pool_resources
 from ui.server.pool_resources import PoolView
-from ui.widgets import choice
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -102,10 +102,12 @@ def draw_norms(norms: pd.DataFrame, view: PoolView) -> None:
 def draw_entries(identity: pd.DataFrame, norms: pd.DataFrame, view: PoolView) -> None:
     """The entries of one parameter, and the identity of norms for it."""
     weights = norms[norms["weight"]]["parameter"].tolist()
-    parameter = st.selectbox(
-        "Parameter", weights + [p for p in norms["parameter"] if p not in weights],
-        key="parameter", bind="query-params",
-    )  # fmt: skip
+    parameter = selectbox(
+        "Parameter",
+        weights + [p for p in norms["parameter"] if p not in weights],
+        "parameter",
+        slot=f"parameter of {view.name}",
+    )
     charts.panel(
         charts.Chart(
             figures.weight_histogram(

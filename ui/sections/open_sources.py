@@ -20,6 +20,8 @@ from merge_core.opening.roles import FoundModel, apply_preset
 from merge_core.opening.search import MOST_ENTRIES, find_models
 from merge_core.suites.suite import load_suite
 from merge_core.suites.suite_spec import SuiteSpec
+from ui.controls import optional_selectbox, selectbox, text
+from ui.plain_text import plain, show_info, show_warning
 from ui.progress import run_job
 from ui.server import roots, session_files, uploads
 from ui.server.resources import stamp
@@ -58,27 +60,26 @@ def from_folder(open_suite: Callable[[str, Path], None]) -> Collection | None:
     allowed = roots.roots()
     root = allowed[0]
     if len(allowed) > 1:
-        root = st.selectbox("Below", allowed, format_func=str, key="open_root")
+        root = selectbox("Below", allowed, "open_root")
     options, complete = _folders(str(root))
-    text = st.selectbox(
-        f"Folder below {root}",
+    typed = optional_selectbox(
+        f"Folder below {plain(root)}",
         options,
-        index=None,
-        format_func=lambda option: "(the folder itself)" if option == "." else option,
+        "open_folder",
+        words=lambda option: "(the folder itself)" if option == "." else option,
         placeholder="Choose a folder, or type its path",
-        accept_new_options=True,
-        key="open_folder",
+        typed=True,
         help="Folders that hold weight files, sharded or not, Hugging Face or adapter folders. "
         "Folders below the chosen one are searched too, one level deep. Start with "
         "`mergescope app --root FOLDER` to choose below another folder.",
     )
     if not complete:
         st.info("There are many folders here, and not all were looked into: type the path.")
-    if text is None:
+    if typed is None:
         if not options and complete:
-            st.info(f"No weight files were found below {root}, {roots.DEPTH} levels deep.")
+            show_info(f"No weight files were found below {root}, {roots.DEPTH} levels deep.")
         return None
-    place = roots.confine(_interpret(text, options), root)
+    place = roots.confine(_interpret(typed, options), root)
     existing = place / FILE
     if existing.is_file():
         _offer_existing(existing, root, open_suite)
@@ -134,14 +135,15 @@ def _offer_existing(path: Path, root: Path, open_suite: Callable[[str, Path], No
 
 def from_hub() -> Collection | None:
     """Models that are named by their hub ids."""
-    text = st.text_area(
+    lines = text(
         "Hub ids, one a line",
-        key="open_ids",
+        "open_ids",
+        lines=True,
         placeholder="hf://org/base-model\nhf://org/first-expert\nhf://org/second-expert",
         help="hf://org/name, hf://org/name@revision or hf://org/name@revision:file. Private and "
         "gated models need HF_TOKEN in the server's environment.",
     )
-    ids = [line.strip() for line in text.splitlines() if line.strip()]
+    ids = [line.strip() for line in lines.splitlines() if line.strip()]
     if not ids:
         return None
     places = [line if "://" in line else f"hf://{line}" for line in ids]
@@ -154,18 +156,17 @@ def from_hub() -> Collection | None:
 def from_preset() -> Collection | None:
     """A published benchmark."""
     known = presets()
-    name = st.selectbox(
+    name = optional_selectbox(
         "Benchmark",
-        list(known),
-        index=None,
-        format_func=lambda name: f"{known[name].title} ({known[name].protocol})",
+        known,
+        "open_preset",
+        words=lambda name: f"{known[name].title} ({known[name].protocol})",
         placeholder="Choose one",
-        key="open_preset",
     )
     if name is None:
         return None
     spec = known[name].spec
-    st.markdown(spec.description)
+    st.markdown(plain(spec.description))
     members = [*([spec.base] if spec.base else []), *(e.weights for e in spec.experts.values())]
     found = _headers(members)
     return None if found is None else _in_session(apply_preset(found, spec), name, spec)
@@ -186,9 +187,10 @@ def _headers(ids: Sequence[str]) -> tuple[FoundModel, ...] | None:
         return None
     found: tuple[FoundModel, ...] = job.result
     if unread := _list_unread(found):
-        # A cell of the table would cut these sentences off.
-        notes = "\n".join(f"- {each.note}" for each in unread[:MOST_SAID])
-        st.warning(f"{len(unread)} of {len(found)} could not be read:\n\n{notes}")
+        st.warning(
+            f"{len(unread)} of {len(found)} could not be read:\n\n"
+            + "\n".join(f"- {plain(each.note)}" for each in unread[:MOST_SAID])
+        )
         st.button("Ask the hub again", icon=":material/refresh:", on_click=_try_again)
     return found
 
@@ -219,7 +221,7 @@ def from_uploads() -> Collection | None:
         "the server.",
     )
     for sentence in st.session_state.get("open_refused", []):
-        st.warning(sentence)
+        show_warning(sentence)
     if not any(folder.glob(f"*{uploads.SUFFIX}")):
         return None
     st.button("Remove all uploads", icon=":material/delete:", on_click=_remove, args=(folder,))

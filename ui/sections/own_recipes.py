@@ -8,6 +8,9 @@ from analysis.comparison.run import adapt_recipe, label_of, usable_methods
 from merge_core.errors import MergeScopeError
 from merge_core.merging.engine import check_recipe
 from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml
+from ui.controls import selectbox
+from ui.controls import text as text_control
+from ui.plain_text import code, plain, show_warning
 from ui.server.resources import View
 from ui.widgets import controls
 
@@ -96,13 +99,8 @@ def _upload(key: str) -> None:
 def _pick(view: View) -> None:
     """A method and its parameters, to be added."""
     offered = usable_methods(view.suite, view.tasks)
-    name = st.selectbox(
-        "Method",
-        list(offered),
-        index=list(offered).index("cart"),
-        format_func=lambda key: offered[key].title,
-        key="own_method",
-        bind="query-params",
+    name = selectbox(
+        "Method", offered, "own_method", rest="cart", words=lambda name: offered[name].title
     )
     method = offered[name]
     recipe = make_recipe(
@@ -120,17 +118,17 @@ def _pick(view: View) -> None:
 
 def _list_entered(view: View) -> list[Recipe]:
     """The recipes in the text, each with a button that removes it."""
-    text = st.text_area(
+    text = text_control(
         "In the comparison, one a line",
-        key=KEY,
-        bind="query-params",
+        KEY,
+        lines=True,
         height=100,
         placeholder="method=cart&rank=0.16&scale=3",
         help="A recipe as a link's query, as the Merge lab's link to this page gives it, or a "
         "recipe's YAML. It is compared as it is, on the suite and tasks chosen here.",
     )
     found: dict[str, Recipe] = {}
-    for place, (part, recipe) in enumerate(parse_recipes(text or "")):
+    for place, (part, recipe) in enumerate(parse_recipes(text)):
         label, problem = part[:60], ""
         try:
             if isinstance(recipe, MergeScopeError):
@@ -143,9 +141,9 @@ def _list_entered(view: View) -> list[Recipe]:
             problem = str(error)
         words, button = st.columns([3, 1], vertical_alignment="center")
         if problem:
-            words.warning(f"`{label}` is left out. {problem}")
+            words.warning(f"{code(label)} is left out. {plain(problem)}")
         else:
-            words.markdown(label)
+            words.markdown(plain(label))
         button.button("Remove", key=f"own_remove_{place}", on_click=_remove, args=(place,))
     key = f"own_files_{st.session_state.get(UPLOADS, 0)}"
     st.file_uploader(
@@ -158,5 +156,5 @@ def _list_entered(view: View) -> list[Recipe]:
         max_upload_size=UPLOAD_MB,
     )
     for problem in st.session_state.pop(PROBLEMS, []):
-        st.warning(problem)
+        show_warning(problem)
     return list(found.values())

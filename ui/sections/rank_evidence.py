@@ -10,7 +10,7 @@ from analysis.rank_selection.scores import SCORES
 from analysis.rank_selection.weight_proxies import PROXIES
 from merge_core.methods import get_method
 from ui import charts, shell
-from ui.widgets import choice
+from ui.controls import choice, selectbox
 
 EXPLAINED = charts.HowToRead(
     "**Regret** is what one loses by trusting a rule: accuracy at the best setting of the full "
@@ -37,14 +37,14 @@ def evidence_section(method: str) -> None:
     table = evidence()
     measured = list(dict.fromkeys(table["method"]))
     left, right = st.columns(2)
-    shown = left.selectbox(
-        "Measured for",
-        measured,
-        index=measured.index(method) if method in measured else 0,
-        format_func=lambda name: get_method(name).title,
-        key="measured",
-        bind="query-params",
-    )
+    with left:
+        shown = selectbox(
+            "Measured for",
+            measured,
+            "measured",
+            rest=method if method in measured else None,
+            words=lambda name: get_method(name).title,
+        )
     with right:
         split = choice("Regret on the", SPLITS, "regret_on")
     # What was found by evaluating everything stands in the table; drawn is what one would run.

@@ -15,6 +15,7 @@ from merge_core.files import digest_of
 from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 from ui import charts, shell
+from ui.controls import multiselect
 from ui.progress import run_job
 from ui.server import resources
 from ui.server.resources import View
@@ -50,9 +51,7 @@ def layers_section(selection: Selection, view: View) -> None:
     method = selection.recipe.method
     frame = layers_frame(view.key, view.tasks, method, selection.rank, selection, view)
     rules = list(dict.fromkeys(frame["rule"]))
-    chosen = st.multiselect(
-        "Rules", rules, default=rules[:SHOWN], key="layer_rules", bind="query-params"
-    )
+    chosen = multiselect("Rules", rules, "layer_rules", rest=rules[:SHOWN])
     left, right = st.columns(2)
     charts.panel(
         charts.Chart(

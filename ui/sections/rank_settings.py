@@ -12,9 +12,10 @@ from analysis.figures import rank_map
 from analysis.figures import rank_selection as figures
 from analysis.rank_selection.select import Selection
 from ui import charts, shell
+from ui.controls import grid
 from ui.server import resources
 from ui.server.resources import View
-from ui.widgets import share_label
+from ui.widgets import share_label, share_slider
 
 EXPLAINED = (
     "At rank 100 % the centred vectors cancel and CART is the plain average. Where accuracy rises "
@@ -53,28 +54,33 @@ def nearest_option(value: float, options: Sequence[float]) -> float:
 def setting_sliders(selection: Selection) -> dict[str, float]:
     """One slider per axis, at the recommended setting until it is moved."""
     space = selection.space
+    slot = f"chosen of {selection.recipe.method}"
     chosen = {}
     columns = st.columns(2)
     if space.ranks:
         ranks = [float(rank) for rank in space.ranks]
-        chosen["rank"] = columns[0].select_slider(
-            "Rank (share of directions)",
-            ranks,
-            value=nearest_option(selection.rank, ranks),
-            format_func=share_label,
-            key="at_rank",
-            bind="query-params",
-            help="Directions kept of each task vector, as a share of min(m, n) of each matrix.",
-        )
+        with columns[0]:
+            chosen["rank"] = share_slider(
+                "Rank (share of directions)",
+                "at_rank",
+                "Directions kept of each task vector, as a share of min(m, n) of each matrix.",
+                nearest_option(selection.rank, ranks),
+                tuple(ranks),
+                slot=f"{slot}, rank",
+            )
     if space.scales:
-        chosen["scale"] = columns[1].select_slider(
-            "Scaling coefficient λ",
-            space.scales,
-            value=nearest_option(selection.scale, space.scales),
-            key="at_scale",
-            bind="query-params",
-            help="How strongly the kept directions are added.",
-        )
+        with columns[1]:
+            chosen["scale"] = grid(
+                "Scaling coefficient λ",
+                space.scales,
+                "at_scale",
+                rest=nearest_option(selection.scale, space.scales),
+                high=max(space.scales),
+                words=lambda scale: f"{scale:.12g}",
+                number=float,
+                help="How strongly the kept directions are added.",
+                slot=f"{slot}, scale",
+            )
     return chosen
 
 

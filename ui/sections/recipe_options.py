@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import streamlit as st
 import yaml
 
 from merge_core.errors import RecipeError
@@ -12,8 +11,10 @@ from merge_core.methods import postprocessors
 from merge_core.methods.declaration import Method
 from merge_core.task_vectors import Origin
 from merge_core.yaml_text import load_yaml
+from ui.controls import choice, multiselect
+from ui.controls import text as text_control
 from ui.server.resources import View
-from ui.widgets import choice, controls
+from ui.widgets import controls
 
 ORIGINS: dict[Origin, str] = {"base": "The base", "average": "The average"}
 
@@ -43,19 +44,17 @@ def recipe_options(view: View, method: Method) -> dict[str, Any]:
         if origin != method.origins[0]:
             found["origin"] = origin
     if method.weighted:
-        text = st.text_input(
+        text = text_control(
             "Per-task weights",
-            key="weights",
-            bind="query-params",
+            "weights",
             placeholder=", ".join(f"{task}=1" for task in view.tasks[:2]),
             help="A factor for each task's vector; tasks that are not named count 1.",
         )
         if weights := parse_weights(text):
             found["weights"] = weights
-    text = st.text_input(
+    text = text_control(
         "Other values for some layers",
-        key="overrides",
-        bind="query-params",
+        "overrides",
         placeholder="blocks.0.*: {rank: 0.2}" if "rank" in method.parameters.model_fields else "",
         help="Pattern and parameters, such as `blocks.0.*: {scale: 2}`; several are separated by "
         "semicolons, and the last one that matches a layer counts.",
@@ -64,12 +63,11 @@ def recipe_options(view: View, method: Method) -> dict[str, Any]:
     if method.specs and (overrides := parse_overrides(text)):
         found["overrides"] = overrides
     known = postprocessors()
-    chosen = st.multiselect(
+    chosen = multiselect(
         "Then",
-        list(known),
-        format_func=lambda name: known[name].title,
-        key="then",
-        bind="query-params",
+        known,
+        "then",
+        words=lambda name: known[name].title,
         help="Post-processors of the merged update of each weight matrix, in this order.",
     )
     if chosen:

@@ -42,6 +42,13 @@ class Catalog:
                 )
         return {self.variable: os.pathsep.join(str(path) for path in paths)}
 
+    def opened(self) -> str | None:
+        """The name of the first one that was named at the start, if any was."""
+        named = [text for text in os.environ.get(self.variable, "").split(os.pathsep) if text]
+        if not named:
+            return None
+        return next((n for n, path in self.list_offered().items() if path == Path(named[0])), None)
+
     def list_offered(self) -> dict[str, Path]:
         """Name to path; the bundled ones first."""
         found = self.bundled()

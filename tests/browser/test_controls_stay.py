@@ -1,0 +1,206 @@
+"""Every control of every page keeps its value: over pages, back, reload, and in a link.
+
+The controls are found on the page itself, whatever draws them, so that one which another
+mechanism draws would be found to lose its value.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any, NamedTuple
+
+import pytest
+from playwright.sync_api import BrowserContext, Locator, Page
+
+from tests.browser.conftest import Server
+
+pytestmark = pytest.mark.browser
+
+FOUND = """
+() => {
+    const kinds = ["stSelectbox", "stMultiSelect", "stButtonGroup", "stSlider", "stNumberInput",
+                   "stTextInput", "stTextArea", "stCheckbox", "stRadio", "stTabs"];
+    const words = (e) => e.textContent.trim();
+    const value = {
+        stSelectbox: (e) => e.querySelector("input").value,
+        stMultiSelect: (e) => [...e.querySelectorAll("[data-testid=stMultiSelectTag]")].map(words),
+        stButtonGroup: (e) => [...e.querySelectorAll("button[data-selected=true]")].map(words),
+        stSlider: (e) => e.querySelector("input").getAttribute("aria-valuetext"),
+        stCheckbox: (e) => e.querySelector("input").checked,
+        stRadio: (e) => [...e.querySelectorAll("[data-selected=true] p")].map(words),
+        stTabs: (e) => [...e.querySelectorAll("[role=tab][aria-selected=true]")].map(words),
+    };
+    const typed = (e) => e.querySelector("input, textarea").value;
+    return kinds.flatMap((kind) => {
+        const all = [...document.querySelectorAll(`[data-testid=${kind}]`)];
+        return all.map((e, place) => {
+            const label = e.querySelector("[data-testid=stWidgetLabel] p");
+            return [kind, place, label ? words(label) : kind, (value[kind] ?? typed)(e)];
+        });
+    });
+}
+"""
+# Tabs are opened by the links below. Replacing a file is confirmed each time.
+LEFT = re.compile("stTabs|Replace the")
+# What is drawn only after something else was chosen is opened by its link.
+LINKS = {
+    "": "",
+    "open_checkpoints": "from=Benchmark",
+    "spectra": "",
+    "interference": "share=11.3+%25",
+    "rank_and_scale": "at_rank=11.3+%25&at_scale=5.63&search=Full+grid",
+    "rank_and_scale?tasks": "show=Tasks",
+    "rank_and_scale?layers": "show=Layers",
+    "rank_and_scale?evidence": "show=Evidence",
+    "merge_lab": "rank=11.3+%25&scale=5.63&then=SVC",
+    "merge_lab?slider": "method=TIES&scale=1.234567",
+    "compare": "",
+    "patterns": "",
+    "weights_or_features": "",
+    "magnitude_and_stability": "what=One+layer",
+}
+
+
+class Found(NamedTuple):
+    """A control on the page."""
+
+    kind: str
+    place: int
+    label: str
+    value: Any
+
+
+def controls(page: Page) -> list[Found]:
+    return [Found(*each) for each in page.evaluate(FOUND)]
+
+
+def values(page: Page) -> dict[str, Any]:
+    """Label to value of all controls."""
+    return {f"{each.kind} {each.label}": each.value for each in controls(page)}
+
+
+def rest(page: Page, milliseconds: int = 250) -> None:
+    """Wait until no script has run for a while."""
+    page.wait_for_function(
+        """(quiet) => {
+            const app = document.querySelector('[data-testid=stApp]');
+            const idle = app?.dataset.testScriptState === 'notRunning';
+            const loading = document.querySelector('[data-testid=stSkeleton]');
+            if (!idle || loading) window.since = undefined;
+            else window.since ??= performance.now();
+            return window.since !== undefined && performance.now() - window.since > quiet;
+        }""",
+        arg=milliseconds,
+    )
+    page.evaluate("window.since = undefined")
+
+
+def change(page: Page, found: Found) -> None:
+    """Set a control to another value, as a person does."""
+    control = page.get_by_test_id(found.kind).nth(found.place)
+    if found.kind == "stSelectbox":
+        control.get_by_role("combobox").click()
+        options = page.get_by_role("option")
+        others = [each for each in options.all() if each.inner_text() != found.value]
+        (others[-1] if others else options.first).click()
+    elif found.kind == "stMultiSelect":
+        control.get_by_role("combobox").click()
+        if found.value:
+            page.keyboard.press("Backspace")
+        else:
+            page.get_by_role("option").first.click()
+        page.keyboard.press("Escape")
+    elif found.kind == "stButtonGroup":
+        chosen = "true" if many(control) else "false"
+        control.locator(f"button[data-selected={chosen}]").last.click()
+    elif found.kind == "stSlider":
+        slider = control.get_by_role("slider")
+        at_end = slider.get_attribute("value") == slider.get_attribute("max")
+        slider.focus()
+        page.keyboard.press("ArrowLeft" if at_end else "ArrowRight")
+        page.wait_for_timeout(250)  # Streamlit waits for further keys
+    elif found.kind == "stCheckbox":
+        control.locator("label").first.click()
+    elif found.kind == "stRadio":
+        control.locator("[data-testid=stRadioOption]:not([data-selected=true])").last.click()
+    else:
+        field = control.locator("input, textarea")
+        number = found.kind == "stNumberInput"
+        field.fill("17" if number else field.get_attribute("placeholder") or "abc")
+        field.press("Control+Enter" if found.kind == "stTextArea" else "Enter")
+    rest(page)
+
+
+def many(control: Locator) -> bool:
+    """Whether several buttons of a group are chosen."""
+    return control.locator("button[data-selected=true]").count() > 1
+
+
+def open_folds(page: Page) -> None:
+    """Open what folds controls away."""
+    for fold in page.get_by_test_id("stExpander").all():
+        if fold.locator("input").count() and fold.locator("details[open]").count() == 0:
+            fold.locator("summary").click()
+    rest(page)
+
+
+def change_all(page: Page) -> set[str]:
+    """Change every control once, and those that come to be by that; returns their labels."""
+    done: set[str] = set()
+    while True:
+        open_folds(page)
+        names = {f"{each.kind} {each.label}": each for each in controls(page)}
+        left = [name for name in names if name not in done and not LEFT.search(name)]
+        if not left:
+            return done
+        done.add(left[0])
+        change(page, names[left[0]])
+
+
+def visit(page: Page, title: str) -> None:
+    """Go to a page by the navigation."""
+    page.get_by_test_id("stSidebarNavLink").filter(has_text=title).click()
+    page.wait_for_timeout(150)
+    rest(page)
+
+
+TITLES = {
+    "": "Overview", "open_checkpoints": "Open checkpoints", "spectra": "Spectra",
+    "interference": "Interference", "rank_and_scale": "Rank and scale", "merge_lab": "Merge lab",
+    "compare": "Compare", "patterns": "Patterns", "weights_or_features": "Weights or features",
+    "magnitude_and_stability": "Magnitude",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", LINKS)
+def test_every_control_keeps_its_value(place: str, server: Server, context: BrowserContext) -> None:
+    name = place.partition("?")[0]
+    page = context.new_page()
+    page.goto(f"{server.url}/{name}?{LINKS[place]}".removesuffix("?"))
+    rest(page, 500)
+    linked, address = values(page), page.url
+    other = "Open checkpoints" if name != "open_checkpoints" else "Patterns"
+    visit(page, other)
+    visit(page, TITLES[name])
+    assert values(page) == linked  # what a link says, on a control's grid or not
+    assert page.url == address
+    changed = change_all(page)
+    shown, address = values(page), page.url
+    assert len(changed) >= 1
+    visit(page, other)
+    page.go_back()
+    page.wait_for_timeout(150)
+    rest(page, 400)
+    assert values(page) == shown
+    assert page.url == address
+    visit(page, other)
+    visit(page, TITLES[name])
+    assert values(page) == shown
+    page.reload()
+    rest(page, 500)
+    assert values(page) == shown
+    stranger = context.new_page()
+    stranger.goto(address)
+    rest(stranger, 500)
+    assert values(stranger) == shown
+    assert stranger.url == page.url == address
