@@ -1,4 +1,4 @@
-"""Means of tensors: as weights are rounded, and exactly, as the point that task vectors are about."""
+"""Means of tensors: rounded as weights are, and exact, as what task vectors are taken about."""
 
 from __future__ import annotations
 
