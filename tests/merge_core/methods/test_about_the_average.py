@@ -211,6 +211,7 @@ class TestWarnings:
 
     def test_every_method_can_be_asked(self) -> None:
         for name, method in methods().items():
+            assert isinstance(method.warnings(2, None), list)  # before parameters are chosen
             for origin in (None, *method.origins):
                 recipe = make_recipe({"method": name, "origin": origin})
                 assert isinstance(recipe.warnings(["a", "b"]), list)
