@@ -22,7 +22,7 @@ class FisherParameters(MethodParameters):
 
     examples: int = parameter(
         256,
-        "Images of each task's validation split, drawn by the seed, over which the Fisher "
+        "Images (or texts) of each task's validation split, drawn by the seed, over which the Fisher "
         "information is averaged. More of them steady it and take longer.",
         minimum=1,
         maximum=100_000,
@@ -92,7 +92,7 @@ METHOD = Method(
     title="Fisher merging",
     order=50,
     summary="An average of the experts in which every entry of a weight counts by how much its "
-    "expert's predictions depend on it, measured on unlabelled validation images.",
+    "expert's predictions depend on it, measured on unlabelled validation inputs.",
     formula=r"\theta = \sum_t w_t F_t \theta_t \Big/ \sum_t w_t F_t,\quad F_t = \frac{1}{N} "
     r"\sum_x \sum_y p_{\theta_t}(y|x) \big(\nabla_\theta \log p_{\theta_t}(y|x)\big)^2",
     source="Matena and Raffel, Merging models with Fisher-weighted averaging, arXiv:2111.09832",
@@ -110,5 +110,5 @@ METHOD = Method(
     "expert; their code floors the first model's only unless told otherwise, and divides each "
     "Fisher by its L2 norm by default: normalise = norm. The authors search the w_t on validation "
     "data; here they are 1 unless the recipe gives them. The "
-    "images come from the validation split, not the training data.",
+    "inputs come from the validation split, not the training data.",
 )

@@ -29,7 +29,8 @@ class RegmeanParameters(MethodParameters):
     )
     examples: int = parameter(
         256,
-        "Images of each task's validation split, drawn by the seed, whose activations are used.",
+        "Images (or texts) of each task's validation split, drawn by the seed, whose activations "
+        "are used.",
         minimum=1,
         maximum=100_000,
         typical="256",
@@ -37,7 +38,7 @@ class RegmeanParameters(MethodParameters):
     )
     gram: Literal["sum", "mean"] = parameter(
         "sum",
-        "A task's Gram matrix: XᵀX (the paper), in which a task with more images counts more, or "
+        "A task's Gram matrix: XᵀX (the paper), in which a task with more inputs counts more, or "
         "XᵀX over the number of its rows (the authors' code), in which every task counts alike.",
         later=True,
     )
@@ -115,7 +116,7 @@ AVERAGED = (
     "patch embedding too), attention in one module of PyTorch's own, GPT-2's layers (Conv1D)"
 )
 DATA = (
-    "The images come from the validation split, not the training data. Directions in which no "
+    "The inputs come from the validation split, not the training data. Directions in which no "
     "input lies, for which the formula has no inverse, stay at the average. The authors' code "
     "divides each Gram matrix by its rows: gram = mean."
 )
