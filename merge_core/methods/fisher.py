@@ -22,8 +22,8 @@ class FisherParameters(MethodParameters):
 
     examples: int = parameter(
         256,
-        "Images (or texts) of each task's validation split, drawn by the seed, over which the Fisher "
-        "information is averaged. More of them steady it and take longer.",
+        "Images (or texts) of each task's validation split, drawn by the seed, over which the "
+        "Fisher information is averaged. More of them steady it and take longer.",
         minimum=1,
         maximum=100_000,
         typical="256 to 2048",
