@@ -9,9 +9,8 @@ from merge_core.means import centre
 from merge_core.task_vectors import Origin, TensorGroup
 
 AVERAGED = (
-    "everything but the weights of attention, MLP and other inner linear layers, and convolution "
-    "kernels: biases, norms, embeddings (the patch embedding too), projections to CLIP's common "
-    "space, poolers, heads that all share; `decompose` and `average` in suite.yaml choose otherwise"
+    "everything but the weights of inner linear layers (attention, MLP, …) and convolution "
+    "kernels; the patch embedding is averaged too"
 )
 CHOSEN = (
     "Which tensors are decomposed is the suite's choice (`decompose`, `average`): convolution "
