@@ -213,6 +213,8 @@ def answer(selection: Selection) -> None:
             delta_arrow="off",
             help="Of the recommended setting alone, looked at after choosing.",
         )
+    if selection.at_edge:
+        st.info(selection.at_edge)
     st.markdown(plain(selection.why))
 
 
@@ -316,7 +318,7 @@ def proxies(selection: Selection, view: View) -> None:
         )
     charts.panel(over_rank, picked, columns=2)
     charts.table(
-        selection.picks[["title", "mode", "rank", "scale", "accuracy", "why", "source"]],
+        selection.picks[["title", "mode", "rank", "scale", "at_edge", "accuracy", "why", "source"]],
         "picks",
         key="picks",
     )
