@@ -16,7 +16,7 @@ from analysis.spectral.interference import (
     principal_angles,
     sign_conflict,
 )
-from analysis.spectral.overlap import mean_overlap_pairs, overlap_over_rank, overlap_pairs
+from analysis.spectral.overlap_maps import mean_overlap_pairs, overlap_pairs
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
@@ -76,14 +76,10 @@ def over_rank_frame(
     key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, side: Side, _view: View
 ) -> pd.DataFrame:
     """I(k), R(k) and overlap over the offered ranks, of one layer or averaged over all."""
-    looked = resources.group(_view) if layer is not None else None
-    groups = looked or TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
-    curves = interference_over_rank(groups, origin, SHARES, side)
-    overlap = overlap_over_rank(groups, origin, SHARES, side)
-    if layer is None:
-        curves = mean_over_layers(curves)
-        overlap = overlap.groupby(["origin", "share"], as_index=False).mean(numeric_only=True)
-    return curves.merge(overlap)
+    if layer is not None:
+        return interference_over_rank(resources.group(_view), origin, SHARES, side)
+    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
+    return mean_over_layers(interference_over_rank(groups, origin, SHARES, side))
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -245,8 +241,8 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
         how_to_read=charts.HowToRead(
             f"A higher rank always leaves less of each task out. {describe_rank(curves)} "
             "Down and to the left on the trade-off curve is better: little left out, little "
-            "shared. The size of the centred update is zero at full rank, because the centred task vectors cancel: "
-            "that is why CART at full rank is the plain average.",
+            "shared. The size of the centred update is zero at full rank, because the centred task "
+            "vectors cancel: that is why CART at full rank is the plain average.",
             r"\text{overlap: } \frac{1}{T(T-1)}\sum_{i\ne j} \frac{I_{ij}}{\sqrt{I_{ii} I_{jj}}},"
             r"\qquad \text{trade-off: } \frac{\sum_{i\ne j} I_{ij}(k)}{T(T-1)} \text{ against } "
             r"\frac{R(k)}{R(0)},\quad R(k) = \sum_t \sum_{i>k} \sigma_{t,i}^2",

@@ -22,6 +22,7 @@ ROLES: dict[str, Role] = {
     "classifier": "head",
     "leave out": "left out",
 }
+FEWEST = 2  # experts that make a merge
 LABELS = {role: label for label, role in ROLES.items()}
 
 
@@ -128,6 +129,12 @@ def fit_section(suite: Suite) -> None:
             f"These do not fit {suite.tasks[0]}: {', '.join(unfit)}. Leave them out, or choose "
             "other roles.",
             icon=":material/error:",
+        )
+    elif len(suite.tasks) < FEWEST:
+        st.warning(
+            f"Only one model takes part as an expert: **{suite.tasks[0]}**. A merge needs two or "
+            "more. Add another one, or choose the role 'expert' for one that is left out.",
+            icon=":material/warning:",
         )
     else:
         st.success(f"All {len(members)} models fit together.", icon=":material/check_circle:")
