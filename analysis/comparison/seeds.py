@@ -16,7 +16,8 @@ def titles_without_seeds(recipes: Mapping[str, Recipe]) -> dict[str, str]:
         recipes: of :class:`analysis.comparison.run.Comparison`.
 
     Example:
-        >>> seeds = {f"DARE, seed {i}": make_recipe({"method": "dare_ties", "seed": i}) for i in (0, 1)}
+        >>> pair = [make_recipe({"method": "dare_ties", "seed": seed}) for seed in (0, 1)]
+        >>> seeds = {f"DARE, seed {recipe.seed}": recipe for recipe in pair}
         >>> titles_without_seeds(seeds)
         {'DARE, seed 0': 'DARE', 'DARE, seed 1': 'DARE'}
     """
@@ -36,7 +37,8 @@ def join_seeds(summary: pd.DataFrame, recipes: Mapping[str, Recipe]) -> pd.DataF
         number), least and most (accuracy over seeds; the accuracy itself where there is one).
 
     Example:
-        >>> seeds = {f"DARE, seed {i}": make_recipe({"method": "dare_ties", "seed": i}) for i in (0, 1)}
+        >>> pair = [make_recipe({"method": "dare_ties", "seed": seed}) for seed in (0, 1)]
+        >>> seeds = {f"DARE, seed {recipe.seed}": recipe for recipe in pair}
         >>> columns = {"accuracy": [0.5, 0.7], "worst": [0.3, 0.2], "worst_task": ["dots", "cars"]}
         >>> frame = join_seeds(pd.DataFrame({"label": list(seeds), **columns}), seeds)
         >>> frame[["label", "seeds", "least", "most", "worst_task"]].values.tolist()

@@ -283,7 +283,8 @@ def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per origin and share: origin, share, interference, interference_normalised,
         overlap and random (means over matrices), reconstruction and energy (sums),
-        reconstruction_share (of the sums), update_norm (root of the sum of squares: the norm of the whole update).
+        reconstruction_share (of the sums), update_norm (root of the sum of squares: the norm of
+        the whole update).
 
     Example:
         >>> suite = load_suite("demo")
