@@ -154,6 +154,25 @@ def read_yaml(
     return document, path
 
 
+def absolute_path(path: Path) -> Path:
+    """A path made absolute, the links of its folders followed, but not its own.
+
+    A file of weights that is a link has the name and the neighbours of the link: in the Hugging
+    Face cache, git-annex and DVC, links lead to files that are named by their content.
+
+    Raises:
+        OSError, RuntimeError: links of folders in a circle.
+
+    Example:
+        >>> Path("model.safetensors").symlink_to("blobs-4d7a")
+        >>> absolute_path(Path("model.safetensors")).name
+        'model.safetensors'
+    """
+    if path.name and path.is_symlink():
+        return path.parent.resolve() / path.name
+    return path.resolve()
+
+
 def path_below(root: Path, text: str, error: type[MergeScopeError]) -> Path:
     """A path that a file names, made absolute; relative ones start at the file's folder.
 
@@ -166,7 +185,7 @@ def path_below(root: Path, text: str, error: type[MergeScopeError]) -> Path:
         MergeScopeError: of the given kind: no path can be so long, or there is no such home.
     """
     try:
-        path = (root / Path(text).expanduser()).resolve()
+        path = absolute_path(root / Path(text).expanduser())
         path.exists()
     except (OSError, ValueError, RuntimeError) as fault:
         reason = fault.strerror if isinstance(fault, OSError) else str(fault)

@@ -1,6 +1,8 @@
 """Task vectors about either origin, one parameter at a time.
 
-τ_t = θ_t − θ_0 about the base, C_t = θ_t − θ_avg about the average of the chosen experts.
+τ_t = θ_t − θ_0 about the base, C_t = θ_t − θ_avg about the average of the chosen experts. The
+stored numbers are taken as exact: C_t is about the mean before it is rounded to a weight, so that
+Σ_t C_t = 0 and, of two experts, C_1 = −C_2.
 """
 
 from __future__ import annotations
@@ -14,10 +16,10 @@ import torch
 from torch import Tensor
 
 from merge_core.checkpoints.checkpoint import Checkpoint, is_finite
-from merge_core.checkpoints.members import longest_vocabulary
 from merge_core.checkpoints.vocabulary import complete_rows, filler
 from merge_core.errors import SuiteError
 from merge_core.factors.low_rank import (
+    ROWS,
     Directions,
     Truncations,
     as_matrix,
@@ -28,6 +30,7 @@ from merge_core.factors.low_rank import (
 from merge_core.factors.store import TOLERANCE, FactorStore, TaskMatrix
 from merge_core.files import digest_of
 from merge_core.lazy import lazy
+from merge_core.suites.manifest import BASE
 from merge_core.suites.suite import Suite
 
 Origin = Literal["base", "average"]
@@ -46,6 +49,9 @@ class TensorGroup:
         name: the parameter.
         store: where factors are kept.
 
+    Raises:
+        SuiteError: the members do not have it in common, or not in one shape.
+
     Attributes:
         info: shape and dtype, of what is merged.
         decomposed: whether spectral methods decompose it.
@@ -56,14 +62,16 @@ class TensorGroup:
     def __init__(self, suite: Suite, tasks: Sequence[str], name: str, store: FactorStore) -> None:
         self.name = name
         self.tasks = tuple(tasks)
-        longest = None
-        if suite.spec.vocabulary == "common":
-            longest = longest_vocabulary(name, suite.members(self.tasks))
-        self.info = longest or suite.expert(self.tasks[0]).info(name)
+        manifest = suite.manifest(self.tasks)
+        if name not in manifest.infos:
+            raise SuiteError(f"Suite {suite.name!r}: {manifest.why_not_merged(name)}")
+        self.info = manifest.infos[name]
+        self._givers = manifest.buffers.get(name, ())
+        self._lengths_differ = name in manifest.completed
         # Factors are kept by the members' content, which does not tell how long a vocabulary is.
-        self.decomposed = longest is None and suite.treatment(name, self.tasks[0]).decomposed
-        self.stored_transposed = suite.is_stored_transposed(name, self.tasks[0])
-        self._lengths_differ = longest is not None
+        merged = not self._lengths_differ and not self._givers
+        self.decomposed = merged and suite.treatment(name, self.tasks[0]).decomposed
+        self.stored_transposed = merged and suite.is_stored_transposed(name, self.tasks[0])
         self._suite = suite
         self._store = store
         self._sums: dict[Origin, tuple[int, Tensor]] = {}
@@ -79,6 +87,8 @@ class TensorGroup:
             SuiteError: the experts' shapes differ.
             CheckpointError: unreadable, or NaN or infinite entries.
         """
+        if self.is_buffer:
+            return [self.buffer] * len(self.tasks)
         members = [self._with_all_rows(member) for member in self._parts]
         if members[0].dtype.is_floating_point:
             # One pass for both: what is not finite in a member is not finite in the average.
@@ -102,11 +112,13 @@ class TensorGroup:
 
     @lazy
     def base(self) -> Tensor:
-        """shape: the parameter of the base.
+        """shape: the parameter of the base; of a buffer the one value that all are given.
 
         Raises:
             SuiteError: the suite names no base, or its shape differs.
         """
+        if self.is_buffer:
+            return self.buffer
         if self._suite.base is None:
             raise SuiteError(
                 f"The suite {self._suite.name!r} names no base, which this needs. "
@@ -123,10 +135,40 @@ class TensorGroup:
         made: Tensor | None = self.__dict__.get("average")  # while they were read
         return mean(members) if made is None else made
 
+    @lazy
+    def _rest(self) -> Tensor:
+        """shape: the mean of the experts less the average as it is rounded."""
+        flat, mean = [member.reshape(-1) for member in self.members], self.average.reshape(-1)
+        rest = torch.empty_like(mean)
+        for start in range(0, len(rest), PIECE):
+            part = slice(start, start + PIECE)
+            first = flat[0][part].double()
+            rest[part] = (first - mean[part]) + mean_offset([member[part] for member in flat])
+        return rest.reshape(self.info.shape)
+
     @property
+    def is_buffer(self) -> bool:
+        """Whether it is copied rather than merged: integers, or a constant of the architecture."""
+        return bool(self._givers)
+
+    @lazy
     def buffer(self) -> Tensor:
-        """An integer parameter as it is in the base, else in the first expert."""
-        return self.members[0] if self._suite.base is None else self.base
+        """shape: the base's value; where it has none, the one that most experts have.
+
+        Raises:
+            CheckpointError: unreadable.
+        """
+        found: dict[bytes, list[Tensor]] = {}
+        for who in self._givers:
+            giver = self._suite.base if who == BASE else self._suite.expert(who)
+            assert giver is not None
+            value = giver.read_unchecked(self.name)
+            content = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+            found.setdefault(content, []).append(value)
+        # Of values that as many have, always the same, whatever the experts' order.
+        content = max(found, key=lambda each: (len(found[each]), each))
+        value = found[content][0]
+        return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
     def origin(self, origin: Origin) -> Tensor:
         """shape: the base or the average."""
@@ -141,7 +183,13 @@ class TensorGroup:
 
     def task_vectors(self, origin: Origin) -> Tensor:
         """T x shape: θ_t − origin."""
-        return self.experts - self.origin(origin)
+        if origin == "base":
+            return self.experts - self.base
+        vectors = torch.empty_like(self.experts, memory_format=torch.contiguous_format)
+        flat = vectors.reshape(len(self.tasks), -1)
+        for part, centred in self.blocks(origin, PIECE):
+            flat[:, part] = centred
+        return vectors
 
     def blocks(
         self,
@@ -150,6 +198,7 @@ class TensorGroup:
         stride: int = 1,
         first: int = 0,
         dtype: torch.dtype | None = None,
+        task: int | None = None,
     ) -> Iterator[tuple[slice, Tensor]]:
         """The task vectors, or the experts, in blocks, so that no copy of all of them is made.
 
@@ -158,18 +207,25 @@ class TensorGroup:
             size: entries of a block, at most.
             stride: of the entries that are taken.
             first: the first of them.
-            dtype: in which differences are taken and given; the widest of all when None.
+            dtype: in which differences from the base are taken and given; the widest of all when
+                None. About the average they are in float64.
+            task: the place of a task whose vector alone is wanted; all when None.
 
         Yields:
-            The place of a block among the parameter's entries, and the block, T x n.
+            The place of a block among the parameter's entries, and the block, T x n (1 x n of one
+            task).
         """
-        about = None if origin is None else self.origin(origin).reshape(-1)
-        dtype = dtype or self.widest_dtype(origin)
-        flat = [member.reshape(-1) for member in self.members]
+        about = self.base.reshape(-1) if origin == "base" else None
+        dtype = torch.float64 if origin == "average" else dtype or self.widest_dtype(origin)
+        chosen = slice(None) if task is None else slice(task, task + 1)
+        needed = self.members if origin == "average" else self.members[chosen]
+        flat = [member.reshape(-1) for member in needed]
         for start in range(first, self.info.numel, size * stride):
             part = slice(start, min(start + size * stride, self.info.numel), stride)
             block = torch.stack([member[part] for member in flat]).to(dtype)
-            yield part, block if about is None else block.sub_(about[part])
+            if about is not None:
+                block.sub_(about[part])
+            yield part, centre(block)[chosen] if origin == "average" else block
 
     def singular_values(self, origin: Origin) -> list[Tensor]:
         """All r singular values of each task vector as a matrix, float32, in the tasks' order.
@@ -262,7 +318,7 @@ class TensorGroup:
             about = self._suite.base.digest
         else:
             members = [self._suite.expert(task) for task in self.tasks]
-            about = digest_of("average", *sorted(each.digest for each in members))
+            about = digest_of("exact average", *sorted(each.digest for each in members))
         stored = member.info(self.name).dtype.torch
         return TaskMatrix(
             (member.digest, about, self.name),
@@ -294,14 +350,23 @@ class TensorGroup:
         """
         wide = operator.le(*self.info.matrix_shape)
 
-        def rows(tensor: Tensor) -> Tensor:
+        def rows(tensor: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
             matrix = as_matrix(tensor)
             return (matrix.T if wide else matrix)[part].to(dtype)
 
-        dtype = torch.promote_types(dtype, self.members[index].dtype)
-        # Exact: near numbers are subtracted, and the average is the point that is merged about,
-        # as rounded as every weight is.
-        return rows(self.members[index]) - rows(self.origin(origin))
+        member, exact = self.members[index], torch.float64
+        dtype = torch.promote_types(dtype, member.dtype)
+        if origin == "base":
+            return rows(member, part, dtype) - rows(self.base, part, dtype)
+        start, stop, _ = part.indices(max(self.info.matrix_shape))
+        result = torch.empty(stop - start, min(self.info.matrix_shape), dtype=dtype)
+        for row in range(start, stop, ROWS):
+            few = slice(row, min(row + ROWS, stop))
+            # Near numbers are subtracted, which is exact; the second term is what rounding the
+            # mean to a weight left.
+            centred = rows(member, few, exact) - rows(self.average, few, exact)
+            result[row - start : few.stop - start] = centred - rows(self._rest, few, exact)
+        return result
 
     def sum_of_truncations(self, origin: Origin, k: int) -> Tensor:
         """shape: Σ_t SVD_k(task vector t), kept until another k is asked for."""
@@ -322,7 +387,7 @@ class TensorGroup:
 
     def release(self) -> None:
         """Forget what was read; it is read again when asked for."""
-        for name in ("members", "experts", "base", "average", "_filler"):
+        for name in ("members", "experts", "base", "average", "buffer", "_rest", "_filler"):
             self.__dict__.pop(name, None)
         for known in (self._sums, self._spectra, self._truncations, self._directions):
             known.clear()
@@ -349,7 +414,7 @@ class TensorGroup:
             raise SuiteError(
                 f"Suite {self._suite.name!r}: parameter {self.name!r} has shape "
                 f"{tuple(value.shape)} in the {who} ({checkpoint.path}) but {self.info.shape} in "
-                f"the expert {self.tasks[0]!r}. All members must come from one architecture."
+                "others. All members must come from one architecture."
             )
         if not value.dtype.is_floating_point:
             return value
@@ -372,6 +437,41 @@ def mean(members: Sequence[Tensor]) -> Tensor:
     return result
 
 
+def mean_offset(members: Sequence[Tensor]) -> Tensor:
+    """The mean of tensors less the first of them, float64.
+
+    Differences of near numbers are exact, so that what rounding leaves is measured by them and
+    not by the numbers.
+
+    Args:
+        members: T tensors of one shape and floating dtype.
+
+    Example:
+        >>> mean_offset([torch.tensor([1.0]), torch.tensor([2.0])])
+        tensor([0.5000], dtype=torch.float64)
+    """
+    first = members[0].double()
+    total = torch.zeros_like(first)
+    for member in members[1:]:
+        total += member.double() - first
+    return total / len(members)
+
+
+def centre(members: Tensor) -> Tensor:
+    """Each of T tensors less their mean, T x shape, float64.
+
+    Args:
+        members: T x shape, floating.
+
+    Example:
+        >>> centre(torch.tensor([[1.0], [2.0]]))
+        tensor([[-0.5000],
+                [ 0.5000]], dtype=torch.float64)
+    """
+    offset = mean_offset(members.unbind())
+    return (members.double() - members[0].double()).sub_(offset)
+
+
 class TensorGroups:
     """All parameters that the members of a suite share, one :class:`TensorGroup` each.
 
@@ -387,7 +487,7 @@ class TensorGroups:
 
     Attributes:
         members: the parameters, each tensor under one name.
-        tied_names: further names of the output, by the name that is merged.
+        manifest: what the merge consists of, and under which names it is written.
 
     Raises:
         SuiteError: unknown tasks.
@@ -400,9 +500,8 @@ class TensorGroups:
         self.tasks = suite.select(tasks)
         self.store = store
         self.keep = keep
-        names = suite.merged_names(self.tasks)
-        tied = suite.tied_names(self.tasks)
-        self.tied_names = {name: tied[name] for name in names if name in tied}
+        self.manifest = suite.manifest(self.tasks)
+        names = self.manifest.names
         self.members = [TensorGroup(suite, self.tasks, name, store) for name in names]
 
     def __len__(self) -> int:
@@ -414,10 +513,10 @@ class TensorGroups:
         found = {
             name: group.info.dtype.torch
             for group in self.members
-            for name in (group.name, *self.tied_names.get(group.name, ()))
+            for name in (group.name, *self.manifest.also_written.get(group.name, ()))
         }
         if self.suite.base is not None:
-            for name in self.suite.kept_names(self.tasks):
+            for name in self.manifest.kept:
                 found[name] = self.suite.base.info(name).dtype.torch
         return found
 

@@ -43,7 +43,7 @@ def print_preflight(
     every = full or len(report.differences) <= MOST_DIFFERENCES
     print_table(
         out,
-        "Differences from the first expert",
+        "Differences between the members",
         ["member", "parameter", "kind", "detail"],
         [[d.member, d.parameter, d.kind, d.detail] for d in report.differences]
         if every

@@ -21,6 +21,7 @@ from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
 from ui.controls import choice, toggle
+from ui.plain_text import plain
 from ui.sections.interference_words import (
     describe_centring,
     describe_cosines,
@@ -186,7 +187,7 @@ def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
             f"their singular values: 0 means that they share none, 1 that they have the same ones "
             "with the same relative strengths, as a task has with itself. Where several matrices "
             "are looked at, it is the mean over them. A merge adds all tasks up, so what is shared "
-            f"is what gets mixed. {describe_centring(pairs, where)}",
+            f"is what gets mixed. {describe_centring(pairs, plain(where))}",
             r"\frac{I_{ij}(k)}{\sqrt{I_{ii}(k)\,I_{jj}(k)}},\qquad "
             r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\quad S_i = "
             r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)"

@@ -19,6 +19,7 @@ from merge_core.output.provenance import provenance
 from ui import charts, shell
 from ui.controls import choice, selectbox
 from ui.controls import text as text_control
+from ui.plain_text import plain, show_warning
 from ui.progress import run_job
 from ui.sections.own_recipes import link_form
 from ui.sections.recipe_options import recipe_options
@@ -113,10 +114,10 @@ def pinned_recipe(view: View) -> Recipe | None:
     try:
         recipe = recipe_from_query(text)
     except RecipeError as error:
-        st.warning(f"The pinned recipe cannot be read: {error}")
+        show_warning(f"The pinned recipe cannot be read: {error}")
         return None
     recipe = recipe.model_copy(update={"suite": view.name, "tasks": view.tasks})
-    st.caption(f"Pinned: {title_of(recipe)}")
+    st.caption(f"Pinned: {plain(title_of(recipe))}")
     return recipe
 
 
@@ -190,7 +191,7 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> li
         help="Each task's accuracy over its expert's, mean.",
     )
     worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
-    cards.metric(f"Worst task: {worst['task']}", f"{worst['accuracy']:.1%}")
+    cards.metric(f"Worst task: {plain(worst['task'])}", f"{worst['accuracy']:.1%}")
     drawn = pd.concat(frames, ignore_index=True)
     charts.panel(
         charts.Chart(
@@ -217,8 +218,8 @@ def lab() -> None:
     left, right = st.columns([1, 2], gap="large")
     with left:
         recipe = choose_recipe(view)
-        for warning in recipe.declaration.warnings(len(view.tasks), recipe.checked_parameters):
-            st.warning(warning)
+        for warning in recipe.warnings(view.tasks):
+            show_warning(warning)
         st.button(
             "Pin this recipe for comparison",
             on_click=pin_current,

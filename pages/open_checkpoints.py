@@ -16,6 +16,7 @@ from merge_core.suites.suite import Suite, load_suite
 from merge_core.suites.suite_spec import SuiteSpec
 from ui import charts, shell
 from ui.controls import choice, text
+from ui.plain_text import plain, show_warning
 from ui.progress import run_job
 from ui.sections.open_members import fit_section, members_table
 from ui.sections.open_sources import (
@@ -73,7 +74,7 @@ def waiting_suites() -> None:
         try:
             suite = load_suite(path)
             if download.missing_members(suite):
-                st.subheader(f"The suite {name} is not downloaded yet", anchor=False)
+                st.subheader(f"The suite {plain(name)} is not downloaded yet", anchor=False)
                 offer_download(suite, f"Download {name}")
         except MergeScopeError:  # said where it is opened
             continue
@@ -97,7 +98,7 @@ def suite_section(collection: Collection) -> None:
     found = members_table(collection.found, collection.key)
     if said := mistakes(found):
         for sentence in said:
-            st.warning(sentence)
+            show_warning(sentence)
         return
     name = text(
         "Name of the suite",
@@ -112,10 +113,9 @@ def suite_section(collection: Collection) -> None:
     fit_section(suite)
     if spec.architecture is not None:
         lacking = suite.why_not_evaluated
-        st.markdown(
-            f"Network: **{spec.architecture.name}** of {spec.architecture.library}. "
-            + ("Accuracies can be measured." if lacking is None else f"For accuracies: {lacking}.")
-        )
+        told = "Accuracies can be measured" if lacking is None else f"For accuracies: {lacking}"
+        network = f"**{plain(spec.architecture.name)}** of {plain(spec.architecture.library)}"
+        st.markdown(f"Network: {network}. {plain(told)}.")
     st.subheader("Open it", anchor=False)
     chosen = [each.download for each in found if each.role in ("expert", "base")]
     if offer_download(suite, nbytes=sum(chosen)):
@@ -132,7 +132,7 @@ def suite_section(collection: Collection) -> None:
         st.markdown("The suite is seen in this session alone, and is gone with it.")
         if not session_files.has_uploads(suite):
             offer_file(spec, collection.path)
-    if st.button(label, type="primary", icon=":material/folder_open:"):
+    if st.button(plain(label), type="primary", icon=":material/folder_open:"):
         write_suite(spec, collection.path, overwrite)
         open_suite(spec.name, collection.path)
 

@@ -22,6 +22,7 @@ from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import Preflight, preflight
 from merge_core.suites.suite import BUNDLED
 from ui import charts, shell
+from ui.plain_text import code, plain
 from ui.progress import run_job
 from ui.server import resources
 from ui.server.resources import View
@@ -156,8 +157,8 @@ def card_section(view: View) -> None:
     report = preflight(suite, view.tasks)
     for difference in report.blocking[:MOST_WARNINGS]:
         st.warning(
-            f"**{difference.member}**, `{difference.parameter}`: {difference.kind}, "
-            f"{difference.detail}. These experts cannot be merged."
+            f"**{plain(difference.member)}**, {code(difference.parameter)}: "
+            f"{plain(difference.kind)}, {plain(difference.detail)}. These experts cannot be merged."
         )
     label, icon = "Pre-flight: what a merge will do and take", ":material/checklist:"
     with st.expander(label, icon=icon, key="preflight", on_change="rerun") as opened:
@@ -185,7 +186,7 @@ def preflight_report(report: Preflight) -> None:
         "average everything else."
     )
     for note in report.notes:
-        st.markdown(f"- `{note}`")
+        st.markdown(f"- {code(note)}")
     plan = pd.DataFrame([asdict(row) for row in report.plan])
     st.dataframe(plan, hide_index=True)
     if report.differences:
@@ -211,7 +212,8 @@ def tasks_section(view: View) -> None:
             source = "data:image/png;base64," + base64.b64encode(image).decode()
             st.image(source, width="stretch", alt=f"Sample images of {task}: {names}")
             known = f"{classes} classes" if classes else "no labels"
-            st.markdown(f"**{view.suite.title(task)}**  \n{known}, {images} validation images")
+            title = plain(view.suite.title(task))
+            st.markdown(f"**{title}**  \n{known}, {images} validation images")
 
 
 def page() -> None:
@@ -221,8 +223,8 @@ def page() -> None:
         "Why does averaging fine-tuned models work, and how can it work better?",
         "MergeScope looks inside a merge of fine-tuned models: how many directions each task "
         "needs, where tasks get into each other's way, and which rank and scale merge best. "
-        f"You are looking at the suite **{view.name}**"
-        + (f": {about}" if (about := view.suite.spec.description) else "."),
+        f"You are looking at the suite **{plain(view.name)}**"
+        + (f": {plain(about)}" if (about := view.suite.spec.description) else "."),
     )
     first_section(view)
     st.subheader("The suite", anchor=False)

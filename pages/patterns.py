@@ -19,6 +19,7 @@ from merge_core.errors import PoolError
 from merge_core.suites.pool import Pool
 from ui import charts, shell
 from ui.controls import choice, multiselect, selectbox, steps
+from ui.plain_text import show_info
 from ui.sections import filters
 from ui.sections.blend import blend_section
 from ui.sections.filters import NORMALISATIONS
@@ -322,7 +323,7 @@ def chart_measurement(classifier: Classifier) -> charts.Chart | None:
         measure = measure_over_training if axis == "epoch" else measure_over_decay
         measured = measure(classifier.key, classifier.evaluator)
     except PoolError as error:
-        st.info(str(error))
+        show_info(error)
         return None
     return charts.Chart(
         figures.dominance_lines(

@@ -29,6 +29,7 @@ from merge_core.methods import get_method
 from merge_core.progress import Progress
 from ui import charts, shell
 from ui.controls import choice, selectbox, tabs, toggle
+from ui.plain_text import plain, show_warning
 from ui.progress import run_job
 from ui.sections.rank_evidence import evidence_section, more_tasks_section
 from ui.sections.rank_layers import layers_section
@@ -212,7 +213,7 @@ def answer(selection: Selection) -> None:
             delta_arrow="off",
             help="Of the recommended setting alone, looked at after choosing.",
         )
-    st.markdown(selection.why)
+    st.markdown(plain(selection.why))
 
 
 def interval(mean: pd.Series) -> str:
@@ -365,7 +366,7 @@ def page() -> None:
         shell.explain_no_evaluation(view)
     method, mode, full_grid = choose(view)
     for warning in get_method(method).warnings(len(view.tasks), None):
-        st.warning(warning)
+        show_warning(warning)
     selection = find_selection(view, method, mode, full_grid)
     if selection is None:
         st.subheader("What the rules have lost so far", anchor=False)

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from analysis.networks.pool_network import pool_network
+from analysis.networks.build import build_network
+from merge_core.errors import PoolError
 from merge_core.suites.pool import Pool, load_pool
 from merge_core.yaml_text import dump_yaml
 
@@ -94,7 +95,8 @@ def fresh_state(pool: Pool, seed: int) -> dict[str, Tensor]:
     """Random weights of the pool's architecture, with biases, norms and statistics not trivial."""
     torch.manual_seed(seed)
     state = {}
-    for name, value in pool_network(pool).module.state_dict().items():
+    network = build_network(pool.spec.architecture, pool.path, PoolError)
+    for name, value in network.state_dict().items():
         if not value.is_floating_point():
             state[name] = value.clone()
         elif name.endswith("running_var"):

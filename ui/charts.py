@@ -15,6 +15,7 @@ import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
 from ui import kept
+from ui.plain_text import plain_figure
 
 CARD = 130  # pixels: half a phone's width
 # Columns that many tables have: shares, shown in percent, and those with a unit.
@@ -126,7 +127,7 @@ def _draw(chart: Chart) -> None:
         clicked = partial(_pass_on, chart.key, chart.on_click)
         options = {"on_select": clicked, "selection_mode": "points"}
     st.plotly_chart(
-        chart.figure,
+        plain_figure(chart.figure),
         key=chart.key,
         alt=chart.alt,
         config={"toImageButtonOptions": image, "displaylogo": False},
@@ -144,7 +145,8 @@ def _pass_on(key: str, on_click: Callable[[Sequence[Any]], None]) -> None:
     if points:
         data = points[0]["customdata"]
         # Streamlit gives what was drawn from an array as a dictionary by place.
-        on_click(data if isinstance(data, list) else [data[str(i)] for i in range(len(data))])
+        values = data if isinstance(data, list) else [data[str(i)] for i in range(len(data))]
+        on_click([v.replace("&lt;", "<") if isinstance(v, str) else v for v in values])
 
 
 def _explain(how_to_read: HowToRead, key: str) -> None:

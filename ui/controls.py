@@ -15,6 +15,7 @@ import streamlit as st
 from streamlit.elements.lib.mutable_tab_container import TabContainer
 
 from ui.kept import Control, stand
+from ui.plain_text import plain
 
 Value = TypeVar("Value")
 
@@ -136,7 +137,7 @@ def radio(
     offered = list(options)
 
     def draw(_: str) -> str:
-        chosen: str = st.radio(label, offered, key=name, help=help)
+        chosen: str = st.radio(label, offered, format_func=plain, key=name, help=help)
         return chosen
 
     return stand(
@@ -152,7 +153,10 @@ def pills(
     control = _any_of(label, offered, name, offered, str, len(offered), slot)
 
     def draw(_: list[Value]) -> list[Value]:
-        chosen = st.pills(label, offered, selection_mode="multi", key=name, help=help)
+        # Labels of pills are Markdown, and tasks have the names that strangers gave.
+        chosen = st.pills(
+            label, offered, selection_mode="multi", format_func=plain, key=name, help=help
+        )
         return sorted(chosen, key=offered.index)
 
     return stand(control, draw)

@@ -9,6 +9,7 @@ import streamlit as st
 
 from merge_core.progress import Progress
 from ui import shell
+from ui.plain_text import plain, show_error, show_info
 from ui.server import resources
 from ui.server.jobs import Job
 
@@ -45,7 +46,7 @@ def run_job(
         return job
     if job is None or not job.active:
         if job is not None and job.error:
-            (st.info if job.state == "cancelled" else st.error)(job.error)
+            (show_info if job.state == "cancelled" else show_error)(job.error)
         st.markdown(note)
         st.button(
             button,
@@ -72,7 +73,7 @@ def _watch(key: str) -> None:
         return
     left, right = st.columns([5, 1], vertical_alignment="center")
     count = f"{job.done} of {job.total}" if job.total else "waiting for another job to end"
-    left.progress(job.share, text=f"{job.title}: {count} ({job.label or 'starting'})")
+    left.progress(job.share, text=f"{job.title}: {count} ({plain(job.label or 'starting')})")
     right.button(
         "Cancel",
         key=f"cancel_{job.title}",

@@ -20,6 +20,7 @@ import streamlit as st
 from merge_core.errors import MergeScopeError
 from merge_core.merging.recipe import Recipe
 from ui import history, kept, sidebar
+from ui.plain_text import code, plain, show_error
 from ui.server import garbage, session_files
 from ui.server.catalog import POOLS, SUITES
 from ui.server.pool_resources import PoolView
@@ -146,15 +147,15 @@ def explain_no_evaluation(view: View) -> None:
     """Say what a suite lacks for evaluation, and what can be done with it all the same."""
     if view.suite.can_evaluate:
         st.info(
-            f"The images of the suite **{view.name}** have no labels, so no accuracy can be "
+            f"The images of the suite **{plain(view.name)}** have no labels, so no accuracy can be "
             "measured. Add `val_labels` and `test_labels` to its data to see accuracies here; "
             "Rank and scale chooses both from inputs without labels."
         )
         return
     st.info(
-        f"The suite **{view.name}** can be analysed and merged but not evaluated: "
-        f"{view.suite.why_not_evaluated}. Add it to `{view.suite.path.name}` to see accuracies "
-        "here; Spectra, Interference and the Merge lab's download work without it."
+        f"The suite **{plain(view.name)}** can be analysed and merged but not evaluated: "
+        f"{plain(view.suite.why_not_evaluated)}. Add it to {code(view.suite.path.name)} to see "
+        "accuracies here; Spectra, Interference and the Merge lab's download work without it."
     )
 
 
@@ -239,7 +240,7 @@ def _run_page(page: Any, entry: PageEntry) -> None:
     page.run()
     if unread := kept.take_unread():
         note.warning(
-            f"This link asks for something that is not on offer here ({', '.join(unread)}). "
+            f"This link asks for something that is not on offer here ({plain(', '.join(unread))}). "
             "The usual choice is shown instead."
         )
 
@@ -249,11 +250,10 @@ def _explain_errors(body: Callable[[], None]) -> None:
     try:
         body()
     except MergeScopeError as error:
-        st.error(str(error), icon=":material/error:")
+        show_error(error)
     except Exception as error:
         log.exception("page failed")
-        st.error(
+        show_error(
             f"This view failed unexpectedly ({type(error).__name__}). The server's log has the "
-            "details; other pages still work.",
-            icon=":material/error:",
+            "details; other pages still work."
         )

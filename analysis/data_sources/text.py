@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -12,9 +14,23 @@ from analysis.data_sources.hugging_face import read_tables
 from analysis.data_sources.source import UNLABELLED, Request
 from analysis.data_sources.splits import choose, draw_rows
 from merge_core.errors import SuiteError
+from merge_core.input_files import check_regular, read_bounded
 from merge_core.suites.data_files import Resolve, locate_data, tokenizer_path
 from merge_core.suites.data_spec import DataSpec
 
+# What transformers reads of a tokenizer's folder.
+FILES = (
+    "config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+)
+FILE_BYTES = 100_000_000
+MOST_LABELS = 1_000_000
 PADDING = -1  # no token has this number, so that none is taken for it
 
 
@@ -51,7 +67,7 @@ def read_texts(
             )
     chosen = table.select(draw_rows(data, choice, split == "test", len(table), what))
     tokens = _encode(
-        _tokenizer(tokenizer_path(data, resolve)),
+        open_tokenizer(tokenizer_path(data, resolve)),
         [[str(text) for text in chosen[name]] for name in data.text_columns],
         data.length,
     )
@@ -69,7 +85,12 @@ def read_texts(
 
 
 @lru_cache(maxsize=4)
-def _tokenizer(folder: Path) -> Any:
+def open_tokenizer(folder: Path) -> Any:
+    """A tokenizer of transformers; no code of its folder is run, and nothing is fetched.
+
+    Raises:
+        SuiteError: there is none, its files are too large, or transformers is not installed.
+    """
     try:
         from transformers import AutoTokenizer
     except ImportError as fault:
@@ -77,10 +98,28 @@ def _tokenizer(folder: Path) -> Any:
             "Texts need the package transformers: pip install 'mergescope[text]'."
         ) from fault
     try:
+        _check_files(folder)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as fault:  # files of another form make the library raise almost anything
         reason = " ".join(str(fault).split())
         raise SuiteError(f"{folder} holds no tokenizer of transformers: {reason:.200}") from fault
+
+
+def _check_files(folder: Path) -> None:
+    """Refuse files of a tokenizer that are no files, too large, or have a name for each of many.
+
+    Raises:
+        ValueError, OSError: there is one.
+    """
+    for name in FILES:
+        if (folder / name).exists() and check_regular(folder / name).st_size > FILE_BYTES:
+            raise ValueError(f"{name} is larger than {FILE_BYTES:,} bytes")
+    with suppress(FileNotFoundError):
+        config = json.loads(read_bounded(folder / FILES[0], FILE_BYTES))
+        # The library makes a name for each, whoever asks for the tokenizer alone.
+        labels = config.get("num_labels", 0)
+        if not isinstance(labels, int) or labels > MOST_LABELS:
+            raise ValueError(f"config.json says num_labels: {labels!r:.40}")
 
 
 def _encode(tokenizer: Any, columns: list[list[str]], length: int) -> np.ndarray:

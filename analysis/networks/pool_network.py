@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from analysis.networks.build import build_network
+from analysis.networks.limits import Size
 from analysis.networks.stateless import StatelessNetwork
 from merge_core.errors import PoolError
 from merge_core.suites.pool import Pool
@@ -17,6 +18,7 @@ def pool_network(pool: Pool) -> StatelessNetwork:
 
     Raises:
         PoolError: it cannot be built, or does not end in one linear layer.
+        CheckpointError: the first member, by whose size it is bounded, cannot be opened.
 
     Example:
         >>> from merge_core.suites.pool import load_pool
@@ -25,7 +27,7 @@ def pool_network(pool: Pool) -> StatelessNetwork:
         ('head', 10)
     """
     architecture = pool.spec.architecture
-    module: Any = build_network(architecture, pool.path, PoolError)
+    module: Any = build_network(architecture, pool.path, PoolError, size=Size.of(pool.member(0)))
     head = module.get_classifier() if hasattr(module, "get_classifier") else None
     if not isinstance(head, nn.Linear) or not hasattr(module, "forward_head"):
         raise PoolError(

@@ -15,7 +15,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from analysis.networks.build import build_network
+from analysis.networks.build import build_error, build_network
+from analysis.networks.limits import Size, build_within, find_fetching
 from analysis.networks.stateless import StatelessNetwork
 from merge_core.errors import SuiteError
 from merge_core.executors.base import one_thread
@@ -129,13 +130,16 @@ def suite_network(suite: Suite) -> StatelessNetwork:
             f"The suite {suite.name!r} names no architecture, so its models cannot be run. "
             "Add 'architecture: {name: ..., args: {...}}' to suite.yaml."
         )
-    names = frozenset(suite.expert(suite.tasks[0]))
+    expert = suite.expert(suite.tasks[0])
+    names, size = frozenset(expert), Size.of(expert)
     if architecture.library == "timm":
-        network = build_network(architecture, suite.path, SuiteError, num_classes=0)
-    elif architecture.library == "open_clip":
-        network = _build_open_clip(architecture, suite.path)
+        network = build_network(architecture, suite.path, SuiteError, num_classes=0, size=size)
     else:
-        network = _build_transformers(architecture, suite.path, names)
+        _check_arguments(architecture, suite.path)
+        if architecture.library == "open_clip":
+            network = _build_open_clip(architecture, suite.path, size)
+        else:
+            network = _build_transformers(architecture, suite.path, names, size)
     prefix = common_prefix(network.state_dict(), names)
     if prefix:
         network = _Nested(prefix[:-1].split("."), network)
@@ -180,58 +184,101 @@ def _copy_from_base(network: nn.Module, suite: Suite, names: Collection[str]) ->
     return frozenset({PROJECTION})
 
 
-def _build_open_clip(architecture: ArchitectureSpec, path: Path) -> nn.Module:
+def _check_arguments(architecture: ArchitectureSpec, path: Path) -> None:
+    """Refuse a name or arguments by which the library would fetch or open something.
+
+    Raises:
+        SuiteError: there is one.
+    """
+    name = architecture.name
+    if architecture.library == "open_clip":
+        name = name.replace("/", "-")  # the old way of writing, as in ViT-B/32
+    if (fetching := find_fetching(name, architecture.args)) is not None:
+        raise SuiteError(
+            f"{path}: architecture: {fetching} would have {architecture.library} fetch or open "
+            "files. Give its plain name there and arguments of its shape; the weights come from "
+            "the suite."
+        )
+
+
+def _build_open_clip(architecture: ArchitectureSpec, path: Path, size: Size) -> nn.Module:
     """A visual tower of open_clip; arguments replace those of the named configuration."""
     open_clip = _import_library("open_clip", path)
-    known = open_clip.get_model_config(architecture.name)
+    known = open_clip_config(open_clip, architecture.name)
     if known is None:
         near = [name for name in open_clip.list_models() if name[:6] == architecture.name[:6]]
         raise SuiteError(
-            f"{path}: open_clip knows no architecture {architecture.name!r}."
+            f"{path}: open_clip knows no architecture {architecture.name!r:.80}."
             + (f" Similar: {', '.join(near[:4])}." if near else "")
         )
     args = dict(architecture.args)
     try:
         vision = {**known.pop("vision_cfg"), **args.pop("vision_cfg", {})}
-        if vision.get("timm_model_pretrained") or vision.get("hf_model_pretrained"):
-            raise ValueError("weights are not fetched")
+        vision.pop("timm_model_pretrained", None)  # weights are not fetched
+        _check_trunk(vision.get("timm_model_name"))
         whole = {key: known[key] for key in ("embed_dim", "quick_gelu") if key in known} | args
-        clip = open_clip.CLIP(
-            vision_cfg=open_clip.CLIPVisionCfg(**vision),
-            # The text half is not used: as small as it can be.
-            text_cfg=open_clip.CLIPTextCfg(
-                context_length=1, vocab_size=1, width=8, heads=1, layers=1
-            ),
-            **whole,
-        )
+
+        def build() -> nn.Module:
+            clip = open_clip.CLIP(
+                vision_cfg=open_clip.CLIPVisionCfg(**vision),
+                # The text half is not used: as small as it can be.
+                text_cfg=open_clip.CLIPTextCfg(
+                    context_length=1, vocab_size=1, width=8, heads=1, layers=1
+                ),
+                **whole,
+            )
+            visual: nn.Module = clip.visual
+            return visual
+
+        return build_within(size, [vision, whole], build)
     except Exception as fault:  # wrong arguments raise almost anything, from deep inside
-        raise _build_error(architecture, path, fault) from fault
-    visual: nn.Module = clip.visual
-    return visual
+        raise build_error(architecture, path, fault, SuiteError) from fault
+
+
+def open_clip_config(open_clip: Any, name: str) -> dict[str, Any] | None:
+    """A configuration that comes with open_clip; None for any other name, which it would fetch."""
+    plain = name.replace("/", "-")
+    if plain not in open_clip.list_models():
+        return None
+    config: dict[str, Any] | None = open_clip.get_model_config(plain)
+    return config
+
+
+def _check_trunk(name: Any) -> None:
+    """Refuse a trunk of timm that is none of its own: it would be fetched.
+
+    Raises:
+        ValueError: it is not.
+    """
+    import timm
+
+    if name is not None and not timm.is_model(name):
+        raise ValueError(f"timm knows no model {name!r:.80}")
 
 
 def _build_transformers(
-    architecture: ArchitectureSpec, path: Path, names: Collection[str]
+    architecture: ArchitectureSpec, path: Path, names: Collection[str], size: Size
 ) -> nn.Module:
     """A model of transformers, in the layout of the names."""
     transformers = _import_library("transformers", path)
     name = architecture.name
     if name not in MODELS:
         raise SuiteError(
-            f"{path}: of transformers, {', '.join(MODELS)} can be run, not {name!r}. Leave the "
+            f"{path}: of transformers, {', '.join(MODELS)} can be run, not {name!r:.80}. Leave the "
             "architecture out: merging and analysis of the weights need none."
         )
     kind = MODELS[name]
-    configure = getattr(transformers, kind.config)
-    unknown = [argument for argument in architecture.args if not hasattr(configure(), argument)]
-    if unknown:
+    configure, args = getattr(transformers, kind.config), architecture.args
+    fields = configure().to_dict()
+    if unknown := [argument for argument in args if argument not in fields]:
         raise SuiteError(
-            f"{path}: a {kind.config} of transformers has no {unknown[0]!r}. Correct the args."
+            f"{path}: a {kind.config} of transformers has no {unknown[0]!r:.80}. Correct the args."
         )
+    make = getattr(transformers, kind.model)
     try:
-        whole = getattr(transformers, kind.model)(configure(**architecture.args), **kind.more)
+        whole: Any = build_within(size, args, lambda: make(configure(**args), **kind.more))
     except Exception as fault:  # wrong arguments raise almost anything, from deep inside
-        raise _build_error(architecture, path, fault) from fault
+        raise build_error(architecture, path, fault, SuiteError) from fault
     if kind.token is not None:
         return _TextFeatures(kind.within, whole, kind.token)
     vision, projection = whole.vision_model, whole.visual_projection
@@ -250,14 +297,6 @@ def _build_bare(vision_model: nn.Module, projection: nn.Module) -> nn.Module:
     vision_model.add_module("visual_projection", projection)
     vision_model.__class__ = Bare
     return vision_model
-
-
-def _build_error(architecture: ArchitectureSpec, path: Path, fault: Exception) -> SuiteError:
-    return SuiteError(
-        f"{path}: {architecture.library} cannot build {architecture.name!r} with "
-        f"{architecture.args} ({type(fault).__name__}: {' '.join(str(fault).split()):.200}). "
-        "Correct the args."
-    )
 
 
 def _import_library(name: str, path: Path) -> Any:

@@ -7,6 +7,7 @@ Source: Radford et al., arXiv:2103.00020, section 3.1.4, and the code released w
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,9 +17,13 @@ import torch
 from torch import Tensor
 
 from analysis.data_sources.prepared import class_names
+from analysis.data_sources.text import open_tokenizer
+from analysis.networks.limits import Size, build_within, find_fetching
+from analysis.networks.towers import open_clip_config
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, SuiteError
 from merge_core.files import cache_dir, digest_of, write_atomically
+from merge_core.input_files import read_bounded
 from merge_core.suites.data_files import head_identity, read_names, tower_path
 from merge_core.suites.data_spec import HeadSpec, ZeroShotSpec
 from merge_core.suites.suite import Suite
@@ -26,6 +31,7 @@ from merge_core.suites.suite import Suite
 FORMAT = "zero-shot-1"
 MARK = "{}"
 SCALE = "logit_scale"
+CONFIG_BYTES = 10_000_000
 
 # From texts to their features, texts x width.
 Encode = Callable[[Sequence[str]], Tensor]
@@ -121,19 +127,19 @@ def _tower(made: ZeroShotSpec, path: Path, what: str) -> tuple[Encode, float]:
 
 def _transformers_encoder(path: Path, checkpoint: Checkpoint, what: str) -> Encode:
     try:
-        from transformers import AutoTokenizer, CLIPConfig, CLIPTextModelWithProjection
+        from transformers import CLIPTextConfig, CLIPTextModelWithProjection
     except ImportError as fault:
         raise SuiteError(
             "A text tower of transformers needs that package: pip install 'mergescope[text]'."
         ) from fault
     try:
-        whole: Any = CLIPConfig.from_pretrained(path, local_files_only=True)
-        config = whole.text_config
-        config.projection_dim = whole.projection_dim
-        tokenizer = AutoTokenizer.from_pretrained(
-            path, local_files_only=True, trust_remote_code=False
-        )
-        model = CLIPTextModelWithProjection(config).eval()
+        fields = _text_fields(path / "config.json", CLIPTextConfig().to_dict())
+        tokenizer = open_tokenizer(path)
+        model: Any = build_within(
+            Size.of(checkpoint),
+            fields,
+            lambda: CLIPTextModelWithProjection(CLIPTextConfig(**fields)),
+        ).eval()
     except Exception as fault:  # files of another form make the library raise almost anything
         raise _misfit_error(path, what, fault) from fault
     _fill(model, checkpoint, path, what)
@@ -148,6 +154,26 @@ def _transformers_encoder(path: Path, checkpoint: Checkpoint, what: str) -> Enco
     return encode
 
 
+def _text_fields(path: Path, known: Mapping[str, Any]) -> dict[str, Any]:
+    """The text half of a CLIP's configuration: numbers and names alone, of those that are known.
+
+    Raises:
+        ValueError, OSError: it cannot be read, or names something to fetch.
+    """
+    whole = json.loads(read_bounded(path, CONFIG_BYTES))
+    given = whole.get("text_config_dict") or whole.get("text_config") or {}  # old files have both
+    fields = {
+        name: value
+        for name, value in given.items()
+        if name in known
+        and not name.startswith("_")
+        and isinstance(value, bool | int | float | str)
+    }
+    if (fetching := find_fetching("clip", fields)) is not None:
+        raise ValueError(f"{fetching} would fetch files")
+    return fields | {"projection_dim": whole.get("projection_dim", known["projection_dim"])}
+
+
 def _open_clip_encoder(name: str, path: Path, checkpoint: Checkpoint, what: str) -> Encode:
     try:
         import open_clip
@@ -156,16 +182,22 @@ def _open_clip_encoder(name: str, path: Path, checkpoint: Checkpoint, what: str)
             "A text tower of open_clip needs the package open_clip_torch: "
             "pip install 'mergescope[clip]'."
         ) from fault
-    config = open_clip.get_model_config(name)
+    config = open_clip_config(open_clip, name)
     if config is None:
-        raise SuiteError(f"The {what}: open_clip knows no model {name!r}.")
+        raise SuiteError(f"The {what}: open_clip knows no model {name!r:.80}.")
     if any(key.startswith("hf_") for key in config["text_cfg"]):
         raise SuiteError(
             f"The {what}: the text tower of {name!r} is one of the hub's, which would be "
             "fetched. Give a CLIP with a text tower of its own."
         )
     try:
-        model = open_clip.create_model(name, load_weights=False).eval()
+        model: Any = build_within(
+            Size.of(checkpoint),
+            [],
+            lambda: open_clip.create_model(
+                name, load_weights=False, device=torch.get_default_device()
+            ),
+        ).eval()
         tokenizer = open_clip.get_tokenizer(name)
     except Exception as fault:  # as above
         raise _misfit_error(path, what, fault) from fault

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError
 
 from merge_core.checkpoints.header_checks import read_index
-from merge_core.checkpoints.shards import TORCH_SUFFIXES, Shard, TensorInfo, open_shard
+from merge_core.checkpoints.shards import Shard, TensorInfo, open_shard, owners_by_index
+from merge_core.checkpoints.stored.entry import find_entry, is_index, split_part
+from merge_core.checkpoints.stored.names import public_names
+from merge_core.checkpoints.stored.packed import check_plain
 from merge_core.errors import CheckpointError
 from merge_core.files import digest_of, file_digest
 from merge_core.lazy import lazy
@@ -18,26 +21,7 @@ from merge_core.lazy import lazy
 if TYPE_CHECKING:
     from torch import Tensor
 
-PREFIXES = ("module.", "_orig_mod.")
-FOLDER_CANDIDATES = (
-    "model.safetensors.index.json",
-    "model.safetensors",
-    "pytorch_model.bin.index.json",
-    "pytorch_model.bin",
-)
-
-
-def strip_prefixes(names: list[str]) -> dict[str, str]:
-    """Map the public name of each tensor to the stored one, common wrapper prefixes removed."""
-    public = {name: name for name in names}
-    changed = True
-    while changed and public:
-        changed = False
-        for prefix in PREFIXES:
-            if all(name.startswith(prefix) for name in public):
-                public = {name[len(prefix) :]: stored for name, stored in public.items()}
-                changed = True
-    return public
+COMPARED_BYTES = 1 << 22
 
 
 def is_finite(value: Tensor) -> bool:
@@ -57,61 +41,78 @@ class Checkpoint:
     Args:
         path: a ``.safetensors`` file, a ``*.index.json``, a file of ``torch.save`` or
             ``pickle.dump`` (``.pt``, ``.pth``, ``.bin``, ``.ckpt``, ``.pkl``, ``.pth.tar``; a state
-            dict or a whole module, read as data: nothing in it is imported or run), or a folder
-            holding one of these.
+            dict, a whole module or a trainer's checkpoint, read as data: nothing in it is imported
+            or run), or a folder holding one of these. A key after ``#`` says which of several sets
+            of weights in a pickled file is meant: ``net.pth#params``.
 
     Attributes:
         path: as given.
         files: the files that hold tensors.
         metadata: the texts in a safetensors file's header.
+        notes: what was chosen where a file leaves a choice, in sentences.
         unsafe_globals: full names of the classes and functions that pickled files would import,
             sorted.
-        ties: sets of names that pickled files keep one tensor under.
+        ties: sets of names that pickled files keep one tensor under, and those of `aliases`.
+        aliases: names that are in no file (see :meth:`with_alias`).
 
     Raises:
         CheckpointError: missing, empty, truncated file or another format; shards that do not match
-            their index.
+            their index; packed or scaled weights, or factors of an adapter.
     """
 
     ties: tuple[tuple[str, ...], ...] = ()
+    aliases: frozenset[str] = frozenset()
+    notes: tuple[str, ...] = ()
+    _part = ""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        entry = _resolve_folder(self.path)
-        owners: dict[str, Shard] = {}
+        file, part = split_part(self.path)
+        entry = find_entry(file)
         self.files: tuple[Path, ...]
         self.metadata: dict[str, str] = {}
-        if entry.name.endswith(".index.json"):
+        if is_index(entry.name):
             weight_map = read_index(entry)
             self.files = tuple(entry.parent / name for name in sorted(set(weight_map.values())))
             self._stamps = {file: _stamp(file) for file in self.files}
             shards = {file.name: open_shard(file) for file in self.files}
-            for name, file in weight_map.items():
-                if name not in shards[file].infos:
-                    raise CheckpointError(
-                        f"{entry} says that {name!r} is in {file}, but it is not there. "
-                        "Copy or download all shards again."
-                    )
-                owners[name] = shards[file]
+            owners, self.notes = owners_by_index(entry, weight_map, shards)
         else:
             self.files = (entry,)
             self._stamps = {entry: _stamp(entry)}
-            shard = open_shard(entry)
+            shard = open_shard(entry, part)
             self.metadata = getattr(shard, "metadata", {})
             owners = dict.fromkeys(shard.infos, shard)
+            self.notes, self._part = shard.notes, shard.part
         if not owners:
             raise CheckpointError(f"{entry} holds no tensors. Give a file with model weights.")
-        self._stored = strip_prefixes(sorted(owners))
-        self._owners = owners
-        met = set().union(*(shard.unsafe_globals for shard in set(owners.values())))
+        self._own(owners, str(entry), entry.parent)
+
+    def _own(self, owners: Mapping[str, Shard], where: str, folder: Path | None = None) -> None:
+        """Name the tensors that shards hold, after a look at whether they are weights.
+
+        Raises:
+            CheckpointError: they are packed, scaled or factors, or two get one name.
+        """
+        infos = {name: owner.infos[name] for name, owner in owners.items()}
+        self._check_kind(infos, where, folder)
+        shards = dict.fromkeys(owners.values())
+        lightning = any(shard.lightning for shard in shards)
+        shapes = {name: infos[name].shape for name in sorted(infos)}
+        self._stored = public_names(shapes, where, lightning)
+        self._owners = dict(owners)
+        met = set().union(*(shard.unsafe_globals for shard in shards))
         self.unsafe_globals: tuple[str, ...] = tuple(sorted(met))
         public = {stored: name for name, stored in self._stored.items()}
         self.ties = tuple(
             tuple(public[name] for name in names)
-            for shard in set(owners.values())
+            for shard in shards
             for names in shard.ties
             if all(name in public for name in names)
         )
+
+    def _check_kind(self, infos: Mapping[str, TensorInfo], where: str, folder: Path | None) -> None:
+        check_plain(infos, where, folder)
 
     def __repr__(self) -> str:
         return f"Checkpoint({str(self.path)!r}, {len(self)} tensors)"
@@ -128,19 +129,50 @@ class Checkpoint:
     def stored_name(self, name: str) -> str:
         """A tensor's name in the file, wrappers' prefixes (``module.``) included.
 
+        Of an alias it is the name that a file would have.
+
         Raises:
             CheckpointError: there is no tensor of that name.
         """
         self._owner(name)
-        return self._stored[name]
+        if name not in self.aliases:
+            return self._stored[name]
+        tied = next(n for names in self.ties if name in names for n in names if n != name)
+        stored = self._stored[tied]
+        if tied.endswith(stored):
+            return name.removeprefix(tied.removesuffix(stored))
+        return stored.removesuffix(tied) + name if stored.endswith(tied) else name
 
-    def with_prefix(self, prefix: str) -> Checkpoint:
-        """The same tensors with a prefix before their names, such as ``transformer.``."""
-        if not prefix:
+    def renamed(self, names: Mapping[str, str]) -> Checkpoint:
+        """The same tensors under other names.
+
+        Args:
+            names: the new name by the name here; what is not among them keeps its own.
+        """
+        if not names:
             return self
-        renamed = copy.copy(self)
-        renamed._stored = {prefix + name: stored for name, stored in self._stored.items()}
-        return renamed
+        other = copy.copy(self)
+        other._stored = {names.get(name, name): key for name, key in self._stored.items()}
+        other.ties = tuple(tuple(names.get(n, n) for n in group) for group in self.ties)
+        other.aliases = frozenset(names.get(name, name) for name in self.aliases)
+        return other
+
+    def with_alias(self, alias: str, name: str) -> Checkpoint:
+        """The same tensors, one of them under a second name, tied to its own.
+
+        Args:
+            alias: the second name, which is in no file.
+            name: of the tensor.
+
+        Raises:
+            CheckpointError: there is no tensor of that name.
+        """
+        self._owner(name)
+        other = copy.copy(self)
+        other._stored = {**self._stored, alias: self._stored[name]}
+        other.ties = (*self.ties, (name, alias))
+        other.aliases = self.aliases | {alias}
+        return other
 
     def info(self, name: str) -> TensorInfo:
         """Shape and dtype of a tensor, without reading it.
@@ -192,6 +224,23 @@ class Checkpoint:
                 f"{value.numel():,}. Such weights cannot be merged; train or export again."
             )
 
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors have the same entries, bit by bit; reading ends where they differ.
+
+        Args:
+            first, second: tensors of one shape and dtype.
+
+        Raises:
+            CheckpointError: as :meth:`read_unchecked`.
+        """
+        import torch
+
+        a, b = (self.read_unchecked(name).reshape(-1).view(torch.uint8) for name in (first, second))
+        return all(
+            torch.equal(a[start : start + COMPARED_BYTES], b[start : start + COMPARED_BYTES])
+            for start in range(0, len(a), COMPARED_BYTES)
+        )
+
     def may_differ(self, name: str) -> bool:
         """Whether a tensor may differ from the base's; an adapter changes only some of them."""
         return name in self
@@ -212,12 +261,15 @@ class Checkpoint:
     def digest(self) -> str:
         """SHA-256 (hex) of the BLAKE3 of all files, in the order of their names.
 
+        Where a file holds several sets of weights, the chosen one's key is part of it.
+
         Raises:
             CheckpointError: a file vanished, changed since it was opened, or cannot be read.
         """
         self.check_unchanged()
         try:
-            return digest_of(*(file_digest(file) for file in self.files))
+            part = [f"part:{self._part}"] if self._part else []
+            return digest_of(*(file_digest(file) for file in self.files), *part)
         except OSError as error:
             raise CheckpointError(f"{self.path} cannot be read: {error.strerror}.") from error
 
@@ -254,33 +306,3 @@ def _stamp(path: Path) -> tuple[int, int, int] | None:
     except (OSError, ValueError):  # absent, or a name that no file can have
         return None
     return stat.st_size, stat.st_mtime_ns, stat.st_ino
-
-
-def _resolve_folder(path: Path) -> Path:
-    try:
-        return _entry(path)
-    except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check it.") from error
-
-
-def _entry(path: Path) -> Path:
-    """The file that says what a checkpoint holds: the path itself, or one in its folder."""
-    if not path.exists():
-        raise CheckpointError(f"{path} does not exist. Check the path.")
-    if not path.is_dir():
-        return path
-    if (path / "adapter_config.json").is_file():
-        raise CheckpointError(
-            f"{path} is an adapter, which is no model without its base. Make it an expert of a "
-            "suite whose 'base:' is what it was trained on."
-        )
-    for candidate in FOLDER_CANDIDATES:
-        if (path / candidate).is_file():
-            return path / candidate
-    weights = sorted(
-        file for file in path.iterdir() if file.name.endswith((".safetensors", *TORCH_SUFFIXES))
-    )
-    if len(weights) == 1:
-        return weights[0]
-    what = "no weight file" if not weights else f"{len(weights)} weight files and no index"
-    raise CheckpointError(f"The folder {path} holds {what}. Name the file itself.")

@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from merge_core.checkpoints.stored.placeholders import check_content
 from merge_core.errors import CheckpointError
 
 HEADER_BYTES = 10_000_000  # of one file: some 70,000 tensors
@@ -80,6 +81,7 @@ def read_index(path: Path) -> dict[str, str]:
         CheckpointError: not such an index, or it names a file outside its folder.
     """
     try:
+        check_content(path)
         if path.stat().st_size > INDEX_BYTES:
             raise ValueError("too large")
         weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]

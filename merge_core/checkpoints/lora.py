@@ -220,6 +220,18 @@ class AdaptedCheckpoint(Checkpoint):
         """As :meth:`tensor`, which checks the entries in any case."""
         return self.tensor(name)
 
+    def are_equal(self, first: str, second: str) -> bool:
+        """Whether two tensors are equal as stored: both in the base, or both in the adapter.
+
+        Raises:
+            CheckpointError: unreadable.
+        """
+        names = (first, second)
+        if not any(map(self.may_differ, names)):
+            return self.base.are_equal(*names)
+        whole = all(n in self._whole and n not in self.updates for n in names)
+        return whole and self._adapter.are_equal(*(self._whole[name] for name in names))
+
     def may_differ(self, name: str) -> bool:
         """Whether a tensor differs from the base's; False means that both are equal, bit by bit."""
         return name in self.updates or name in self._whole or name in self._biases
@@ -352,10 +364,17 @@ def _working_dtype(dtype: Dtype) -> Dtype:
     return DTYPES["float32"] if dtype.is_floating_point and dtype.itemsize < 4 else dtype
 
 
+class _AdapterFile(Checkpoint):
+    """The tensors of an adapter, which are no model by themselves."""
+
+    def _check_kind(self, *_: object) -> None:
+        """Factors are what is expected here."""
+
+
 def _open_weights(folder: Path) -> Checkpoint:
     for name in WEIGHT_FILES:
         if (folder / name).is_file():
-            return Checkpoint(folder / name)
+            return _AdapterFile(folder / name)
     raise CheckpointError(
         f"The adapter {folder} holds no {WEIGHT_FILES[0]}. Copy or download it again."
     )

@@ -58,6 +58,9 @@ MATRICES = _table(
 # Ends of the paths of what is averaged; the first match counts, after the table above.
 OTHERS = _table(
     """
+    constant: *position_ids *token_type_ids attn.masked attn_mask *relative_position_index
+        *relative_coords_table cos_cached sin_cached n_averaged num_batches_tracked
+    rotary frequencies: *inv_freq
     norm statistics: running_mean running_var
     norm: *norm *norm[0-9] *Norm *[nN]orm.gamma *[nN]orm.beta layernorm_* ln ln_* *_ln bn bn[0-9]
     patch embedding: *patch_embed* conv_proj
@@ -71,7 +74,6 @@ OTHERS = _table(
     projection: visual_projection text_projection visual.proj
     layer scale: gamma gamma_[0-9] gamma[0-9] layer_scale* lambda_[0-9]
     logit scale: logit_scale logit
-    rotary frequencies: inv_freq
     """
 )
 # Modules outside numbered blocks that belong to a task rather than to the backbone; ``fc`` only
@@ -87,6 +89,9 @@ VOCABULARY = ("token embedding", "language head")
 MATRIX, CONVOLUTION = "weight matrix", "convolution kernel, as o x (i·kh·kw)"
 NO_MATRIX = "not a matrix"
 BUFFER = "integer buffer, kept as it is"
+ROTARY = "rotary frequencies"
+CONSTANTS = (BUFFER, "constant", ROTARY)
+MASK = "attn.bias"  # GPT-2's causal mask, 1 x 1 x n x n
 # Thirds of a fused matrix's outputs are queries, keys and values; but GPT-NeoX, BLOOM and Falcon
 # (query_key_value) and timm's MaxViT interleave the heads, and others may share keys among queries.
 _GROUPED = ("*.qkv_proj", "*.Wqkv", "*.c_attn")
@@ -116,6 +121,11 @@ class Role:
     def is_matrix(self) -> bool:
         """Whether spectral methods decompose it."""
         return self.kind in _DECOMPOSED
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether it belongs to the architecture or counts, so that it is copied, not merged."""
+        return self.kind in CONSTANTS
 
     @property
     def is_vocabulary(self) -> bool:

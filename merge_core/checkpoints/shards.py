@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from safetensors import SafetensorError, safe_open
 
@@ -13,6 +14,7 @@ from merge_core.checkpoints.dtypes import SAFETENSORS_DTYPES, Dtype
 from merge_core.checkpoints.header_checks import check_safetensors_header, check_tensors
 from merge_core.checkpoints.pickled.files import PickledTensors
 from merge_core.checkpoints.pickled.tensors import StoredTensor, Unreadable
+from merge_core.checkpoints.stored.placeholders import check_content
 from merge_core.errors import CheckpointError
 from merge_core.lazy import lazy
 
@@ -64,21 +66,37 @@ class Shard(Protocol):
         infos: shape and dtype by name.
         unsafe_globals: full names of what a pickled file would import.
         ties: sets of names that a pickled file keeps one tensor under.
+        part: the keys under which a pickled file holds them, where others could have been taken.
+        notes: what was chosen there, in sentences.
+        lightning: whether PyTorch Lightning wrote it.
     """
 
     infos: dict[str, TensorInfo]
     unsafe_globals: tuple[str, ...]
     ties: tuple[tuple[str, ...], ...]
+    part: str
+    notes: tuple[str, ...]
+    lightning: bool
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored."""
 
 
-class SafetensorsShard:
-    """A safetensors file; see :class:`Shard`."""
+S = TypeVar("S", bound=Shard)
+
+
+class PlainShard:
+    """What a file of tensors alone is, which has nothing else in it; see :class:`Shard`."""
 
     unsafe_globals: tuple[str, ...] = ()
     ties: tuple[tuple[str, ...], ...] = ()
+    part = ""
+    notes: tuple[str, ...] = ()
+    lightning = False
+
+
+class SafetensorsShard(PlainShard):
+    """A safetensors file; see :class:`Shard`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -121,12 +139,14 @@ def _safe_open(path: Path, framework: str) -> Any:
 class TorchShard:
     """A pickled file, read as data; see :class:`Shard`."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: str = "") -> None:
         if path.stat().st_size == 0:
             raise CheckpointError(f"{path} is empty (0 bytes). Copy or download it again.")
-        self._file = PickledTensors(path)
+        self._file = PickledTensors(path, part)
         self.unsafe_globals = self._file.unsafe_globals
         self.ties = self._file.ties
+        self.part, self.notes = self._file.part, self._file.notes
+        self.lightning = self._file.lightning
         self.infos = {
             name: _plain_info(path, name, stored) for name, stored in self._file.stored.items()
         }
@@ -164,26 +184,71 @@ def _reason(path: Path, error: Exception) -> str:
     )
 
 
-def open_shard(path: Path) -> Shard:
+def open_shard(path: Path, part: str = "") -> Shard:
     """A file of weights, by its ending.
 
+    Args:
+        path: the file.
+        part: keys joined by dots under which a pickled file holds them; the usual ones if empty.
+
     Raises:
-        CheckpointError: missing, empty, truncated or of another format.
+        CheckpointError: missing, empty, truncated or of another format; a part of what has none.
     """
     try:
         exists = path.is_file()
+        if exists:
+            check_content(path)
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}. Check it.") from error
     if not exists:
         raise CheckpointError(f"{path} does not exist. Copy or download all shards again.")
     if path.suffix == ".safetensors":
+        if part:
+            raise CheckpointError(
+                f"{path} holds one set of weights and no {part!r:.80}. Leave out what stands after "
+                "'#'."
+            )
         return _check_names(path, SafetensorsShard(path))
     if path.name.endswith(PICKLE_SUFFIXES):
-        return _check_names(path, TorchShard(path))
+        return _check_names(path, TorchShard(path, part))
     raise CheckpointError(
         f"{path} has an unknown ending. Known: .safetensors, .index.json, "
         f"{', '.join(PICKLE_SUFFIXES)}."
     )
+
+
+def owners_by_index(
+    entry: Path, weight_map: Mapping[str, str], shards: Mapping[str, S]
+) -> tuple[dict[str, S], tuple[str, ...]]:
+    """Which shard each tensor is read from, and what is to be said of it.
+
+    Args:
+        entry: the index, for messages.
+        weight_map: shard by tensor, as the index says.
+        shards: by name. What they hold beside the index's tensors belongs to the model too, as
+            transformers reads them.
+
+    Raises:
+        CheckpointError: a tensor is not where the index says.
+    """
+    owners: dict[str, S] = {}
+    for name, file in weight_map.items():
+        if name not in shards[file].infos:
+            raise CheckpointError(
+                f"{entry} says that {name!r} is in {file}, but it is not there. "
+                "Copy or download all shards again."
+            )
+        owners[name] = shards[file]
+    further = {name: shard for shard in shards.values() for name in shard.infos}
+    unlisted = [name for name in further if name not in owners]
+    owners |= {name: further[name] for name in unlisted}
+    if not unlisted:
+        return owners, ()
+    note = (
+        f"{len(unlisted)} tensors that {entry.name} does not list (such as {unlisted[0]!r}) are "
+        "read from its shards"
+    )
+    return owners, (note,)
 
 
 def _check_names(path: Path, shard: Shard) -> Shard:

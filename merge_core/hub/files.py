@@ -10,17 +10,23 @@ from collections.abc import Collection
 from dataclasses import dataclass, replace
 from pathlib import PurePosixPath
 
-from merge_core.checkpoints.checkpoint import FOLDER_CANDIDATES
 from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES
-from merge_core.checkpoints.shards import PICKLE_SUFFIXES, TORCH_SUFFIXES
-from merge_core.checkpoints.side_files import SIDE_FILES
+from merge_core.checkpoints.shards import PICKLE_SUFFIXES
+from merge_core.checkpoints.side_files import is_side_file
+from merge_core.checkpoints.stored.entry import (
+    FOLDER_CANDIDATES,
+    explain_no_single,
+    is_index,
+    shard_number,
+    usual_file,
+    weight_files,
+)
 from merge_core.errors import HubError
 
 SCHEME = "hf://"
 MAIN = "main"
-BESIDE = (*SIDE_FILES, CONFIG_FILE, "README.md")
-# A trainer leaves these beside the weights, under endings that weights have too.
-NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")
+CARD = "README.md"
+BESIDE = (CONFIG_FILE, CARD)  # besides what any model has
 
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"hf://(?P<repo>{_PART}(?:/{_PART})?)(?:@(?P<revision>[^:]*))?(?::(?P<file>.*))?")
@@ -102,7 +108,8 @@ def is_plain_path(path: str) -> bool:
 def entry_file(names: Collection[str], wanted: str | None, repo: str) -> str:
     """The file by which a model's weights open: a file, an index, or an adapter's weights.
 
-    Safetensors come before pickles; a pickle is taken only where there is nothing else.
+    Safetensors come before pickles, then the order is that of transformers
+    (:func:`merge_core.checkpoints.stored.entry.usual_file`).
 
     Args:
         names: the files of the repository.
@@ -125,23 +132,17 @@ def entry_file(names: Collection[str], wanted: str | None, repo: str) -> str:
     )
     if wanted is not None and not here:
         raise HubError(f"{repo} has no file or folder {wanted!r}. Check the name after the colon.")
-    safe = [name for name in here if name.endswith(".safetensors")]
-    torch_files = [
-        name for name in here if name.endswith(TORCH_SUFFIXES) and not name.startswith(NOT_WEIGHTS)
-    ]
-    usual = [name for name in FOLDER_CANDIDATES if name in here]
-    if CONFIG_FILE in here:
-        usual += [name for name in WEIGHT_FILES if name in here]
-    first = [name for name in usual if "safetensors" in name]
-    if not first and len(safe) == 1:
-        first = safe
-    if not first and not safe:
-        first = usual or (torch_files if len(torch_files) == 1 else [])
-    if first:
-        return str(folder / first[0])
-    found = safe or torch_files
+    adapter = next((name for name in WEIGHT_FILES if name in here), None)
+    first = usual_file([name for name in here if ".safetensors" in name]) or usual_file(here)
+    if adapter and CONFIG_FILE in here and first not in FOLDER_CANDIDATES:
+        first = adapter
+    if first is not None:
+        return str(folder / first)
+    found = weight_files(here)
     if not found:
         raise HubError(f"{repo} holds no weights. Name another repository or folder.")
+    if any(map(shard_number, found)):
+        raise HubError(f"{repo} holds {explain_no_single(here)}")
     raise HubError(
         f"{repo} holds several weight files ({', '.join(found[:4])}…) and no index. "
         f"Name one: {SCHEME}{repo}:{folder / found[0]}."
@@ -150,10 +151,16 @@ def entry_file(names: Collection[str], wanted: str | None, repo: str) -> str:
 
 def is_weights(name: str) -> bool:
     """Whether a file's ending is one that weights, or their index, have."""
-    return name.endswith((".safetensors", ".index.json", *PICKLE_SUFFIXES))
+    return is_index(name) or name.endswith((".safetensors", *PICKLE_SUFFIXES))
 
 
 def side_files(names: Collection[str], entry: str) -> list[str]:
-    """The configuration, tokenizer and card beside the weights, as far as they are there."""
-    beside = (str(PurePosixPath(entry).with_name(name)) for name in BESIDE)
-    return [path for path in beside if path in names]
+    """The configuration, tokenizer, licence and card beside the weights.
+
+    Args:
+        names: the files of the repository.
+        entry: the file by which its weights open.
+    """
+    folder = str(PurePosixPath(entry).parent / "x")[:-1]
+    below = ((name, name.removeprefix(folder)) for name in sorted(names) if name.startswith(folder))
+    return [name for name, own in below if own in BESIDE or is_side_file(own)]

@@ -7,10 +7,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from merge_core.checkpoints.checkpoint import Checkpoint, strip_prefixes
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.dtypes import SAFETENSORS_DTYPES
 from merge_core.checkpoints.header_checks import check_tensors, read_index
-from merge_core.checkpoints.shards import TensorInfo
+from merge_core.checkpoints.shards import PlainShard, TensorInfo, owners_by_index
 from merge_core.errors import HubError
 from merge_core.hub.client import MEGABYTE, api, cache_folder, fetch_file
 from merge_core.hub.errors import explain_hub_errors
@@ -25,11 +25,8 @@ HEADERS_AT_ONCE = 8
 NO_HEADER = (AttributeError, TypeError, ValueError, RecursionError)  # JSON that is none, or no JSON
 
 
-class _HeaderShard:
+class _HeaderShard(PlainShard):
     """What the header of one file says; its tensors are refused, since they are not here."""
-
-    unsafe_globals: tuple[str, ...] = ()
-    ties: tuple[tuple[str, ...], ...] = ()
 
     def __init__(self, infos: dict[str, TensorInfo], asked: HubId) -> None:
         self.infos = infos
@@ -45,22 +42,28 @@ class HubHeaders(Checkpoint):
     Args:
         model: what it consists of.
         owners: the header that holds each tensor, by its stored name.
+        notes: what is to be said of them, in sentences.
+
+    Attributes:
+        model: what it consists of.
 
     Raises:
-        HubError: it holds no tensors.
+        CheckpointError: it holds no tensors, or none that are weights by themselves.
     """
 
-    def __init__(self, model: HubModel, owners: dict[str, _HeaderShard]) -> None:
+    def __init__(
+        self, model: HubModel, owners: dict[str, _HeaderShard], notes: tuple[str, ...] = ()
+    ) -> None:
         if not owners:
             raise HubError(f"{model.asked} holds no tensors. Name the file with its weights.")
+        self.model = model
         self.path = Path(model.entry)
         self.files = ()
         self.metadata = {}
-        self.unsafe_globals = ()
+        self.notes = notes
         self._stamps = {}
-        self._stored = strip_prefixes(sorted(owners))
-        self._owners = {**owners}
         self._name = str(model.asked)
+        self._own(owners, self._name)
 
     def __repr__(self) -> str:
         return f"HubHeaders({self._name!r}, {len(self)} tensors)"
@@ -106,14 +109,9 @@ def read_headers(model: HubModel, progress: Progress | None = None) -> HubHeader
             shards[name] = shard
     if not model.entry.endswith(".index.json"):
         return HubHeaders(model, dict.fromkeys(shards[model.entry].infos, shards[model.entry]))
-    owners = {}
     index = read_index(fetch_file(model.id, model.entry))
-    for name, file in index.items():
-        shard = shards[path_beside(model.entry, file)]
-        if name not in shard.infos:
-            raise HubError(f"{model.asked}: the index says that {name!r} is in {file}; it is not.")
-        owners[name] = shard
-    return HubHeaders(model, owners)
+    beside = {file: shards[path_beside(model.entry, file)] for file in index.values()}
+    return HubHeaders(model, *owners_by_index(Path(model.entry), index, beside))
 
 
 def _header(model: HubModel, name: str) -> dict[str, TensorInfo]:

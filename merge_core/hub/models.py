@@ -17,6 +17,7 @@ from pathlib import Path, PurePosixPath
 from merge_core.checkpoints.header_checks import read_index
 from merge_core.checkpoints.lora import is_adapter
 from merge_core.checkpoints.lora_config import WEIGHT_FILES
+from merge_core.checkpoints.side_files import MOST_FILES, SIDE_FILE_BYTES
 from merge_core.errors import Cancelled, CheckpointError, HubError
 from merge_core.hub.client import (
     MEGABYTE,
@@ -109,7 +110,8 @@ def describe(text: str) -> HubModel:
         raise HubError(f"The hub names no commit for {asked}. Try again later.")
     entry = entry_file(found, asked.file, asked.repo)
     weights = [entry]
-    beside = side_files(found, entry)
+    small = [name for name, file in found.items() if file.size <= SIDE_FILE_BYTES]
+    beside = side_files(small, entry)[:MOST_FILES]
     if entry.endswith(".index.json"):
         beside.append(entry)
         weights = _shards(entry, fetch_file(fixed, entry))

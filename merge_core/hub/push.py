@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from glob import escape
+from pathlib import Path, PurePosixPath
 
+from merge_core.checkpoints.side_files import is_side_file
 from merge_core.errors import HubError
 from merge_core.hub.client import api, token
 from merge_core.hub.errors import explain_hub_errors
 from merge_core.hub.files import BESIDE, MAIN, SCHEME, HubId, is_hub_id
 
 RECIPE = "recipe.yaml"
-# As a merge writes them, at the root or in a folder per task; never code, never pickles.
-PUSHED = (
-    "*.safetensors",
-    "*.index.json",
-    *(n for f in (RECIPE, *BESIDE) for n in (f, f"*/{f}")),
-)
 
 
 def push(folder: Path, name: str, public: bool = False) -> str:
@@ -56,7 +52,24 @@ def push(folder: Path, name: str, public: bool = False) -> str:
         client.upload_folder(
             repo_id=made.repo_id,
             folder_path=folder,
-            allow_patterns=list(PUSHED),
+            allow_patterns=[escape(name) for name in pushed_files(folder)],
             commit_message="Model merged with MergeScope",
         )
     return str(made)
+
+
+def pushed_files(folder: Path) -> list[str]:
+    """What of a merge is uploaded: as it wrote them, at the root or in a folder a task.
+
+    Never code, never pickles.
+    """
+    paths = [path.relative_to(folder).as_posix() for path in sorted(folder.rglob("*"))]
+
+    def is_pushed(path: str) -> bool:
+        name = PurePosixPath(path).name
+        if name.endswith((".safetensors", ".index.json")) or name in (RECIPE, *BESIDE):
+            return path.count("/") <= 1
+        _, _, below = path.partition("/")  # a task's folder
+        return is_side_file(path) or is_side_file(below)
+
+    return [path for path in paths if (folder / path).is_file() and is_pushed(path)]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from merge_core.compatibility.compare import refuse_incompatible
 from merge_core.errors import RecipeError, SuiteError
 from merge_core.executors.base import Executor, one_thread
 from merge_core.executors.local import Serial, Threads
@@ -29,7 +30,7 @@ def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
     """Refuse experts that do not fit together.
 
     Raises:
-        SuiteError: keys missing, or shapes that differ.
+        SuiteError: keys missing, shapes that differ, or another network under the same shapes.
 
     Example:
         >>> check_fits(load_suite("demo"), ("digits", "letters"))
@@ -44,6 +45,7 @@ def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
             f"{first.parameter!r}: {first.kind}, {first.detail}{more}. All members must come "
             "from one architecture; see 'mergescope inspect'."
         )
+    refuse_incompatible(suite, tasks)
 
 
 def check_recipe(suite: Suite, recipe: Recipe) -> None:
@@ -114,7 +116,7 @@ def merge_parameters(
 
     Yields:
         Name and merged tensor, in the working dtype (float32, or float64 for such weights);
-        integer buffers as they are in the base, else in the first expert.
+        buffers as they are in the base, else in most experts.
 
     Raises:
         RecipeError: a task where there is one model for all, or none where there is one each;
@@ -145,7 +147,7 @@ def merge_parameters(
     where = executor or Serial()
 
     def output_names(group: TensorGroup) -> list[str]:
-        under = (group.name, *groups.tied_names.get(group.name, ()))
+        under = (group.name, *groups.manifest.also_written.get(group.name, ()))
         return [name for name in under if names is None or name in names]
 
     wanted = [group for group in groups.members if output_names(group)]
@@ -173,7 +175,7 @@ def _merge_parameter(
 ) -> Tensor:
     """One parameter of the output; what was read for it is forgotten unless `keep`."""
     try:
-        if not group.info.is_floating:
+        if group.is_buffer:
             return group.buffer
         merge = _rule(recipe, group.tasks, task)
         return _postprocess(recipe, group, merge(group, recipe.parameters_of(group.name), run), run)
@@ -251,9 +253,8 @@ class MergeSession:
         self.suite = suite
         chosen = suite.select(tasks)
         check_fits(suite, chosen)
-        first = suite.expert(chosen[0])
         members = len(chosen) + (suite.base is not None)
-        size = 4 * members * sum(first.info(name).numel for name in first)
+        size = 4 * members * sum(info.numel for info in suite.manifest(chosen).infos.values())
         self.groups = TensorGroups(suite, chosen, store, keep=size <= HELD_BYTES)
 
     @torch.no_grad()
@@ -285,6 +286,6 @@ class MergeSession:
         tensors = merge_parameters(recipe, self.groups, progress, task, learned, where)
         merged = {name: value.clone() for name, value in tensors}
         if self.suite.base is not None:
-            for name in self.suite.kept_names(self.groups.tasks):
+            for name in self.groups.manifest.kept:
                 merged[name] = self.suite.base.tensor(name).float()
         return merged

@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from merge_core.errors import RecipeError, explain_validation
 from merge_core.files import digest_of, path_below
+from merge_core.merging.inputs import Inputs, find_suite, name_suite
 from merge_core.methods import get_method, get_postprocessor
 from merge_core.methods.declaration import (
     Method,
@@ -23,7 +24,7 @@ from merge_core.methods.declaration import (
     digest_values,
 )
 from merge_core.strict_model import StrictModel
-from merge_core.suites.suite import BUNDLED, Suite, load_suite
+from merge_core.suites.suite import BUNDLED, BUNDLED_PATH, Suite, load_suite
 from merge_core.task_vectors import Origin
 from merge_core.yaml_text import dump_yaml, load_yaml, read_text_file
 
@@ -65,7 +66,7 @@ class Recipe(StrictModel):
     """Everything that determines a merge.
 
     Attributes:
-        suite: path of a suite.yaml, or ``demo``.
+        suite: path of a suite.yaml, or ``demo``; of a published recipe, the suite's name.
         tasks: chosen tasks (all when None); their order does not matter.
         method: name of a method.
         parameters: its parameters; defaults are filled in.
@@ -75,6 +76,7 @@ class Recipe(StrictModel):
         then: post-processors of the merged update, in order.
         seed: for methods that draw random numbers.
         dtype: of the output; ``input`` keeps each parameter's own.
+        inputs: of a published recipe, the members that it was written for.
     """
 
     suite: Text = BUNDLED
@@ -87,6 +89,7 @@ class Recipe(StrictModel):
     then: tuple[Step, ...] = ()
     seed: int = Field(default=0, ge=0)
     dtype: Dtype = "input"
+    inputs: Inputs | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -156,12 +159,44 @@ class Recipe(StrictModel):
             seed=self.seed,
         )
 
+    def warnings(self, tasks: Sequence[str]) -> list[str]:
+        """What a user should know before merging, in sentences: of the method, and of the chain.
+
+        Args:
+            tasks: the chosen tasks.
+
+        Example:
+            >>> recipe = make_recipe({"method": "iso_c", "then": [{"method": "svc"}]})
+            >>> [text.split(":")[0] for text in recipe.warnings(["digits", "dots"])]
+            ['SVC after Iso-C is not determined']
+        """
+        method = self.declaration
+        found = method.warnings(len(tasks), self.checked_parameters, self.run(tasks))
+        leveller = method.title if method.isotropic else None
+        for step in self.then:
+            post = get_postprocessor(step.method)
+            if post.along_directions and leveller is not None:
+                found.append(
+                    f"{post.title} after {leveller} is not determined: {leveller} makes singular "
+                    f"values equal, and {post.title} treats singular directions one by one, which "
+                    "then depend on rounding. Another machine, or a scale changed by a millionth, "
+                    "can move the update by a quarter. Leave one of the two out for a merge that "
+                    "can be repeated."
+                )
+            if post.along_directions:
+                leveller = None  # the values differ again
+            elif post.isotropic(check_parameters(post, step.parameters)):
+                leveller = post.title
+        return found
+
     def to_yaml(self) -> str:
         """The recipe as YAML; :func:`recipe_from_yaml` gives an equal recipe back."""
         document = self.model_dump(mode="json", exclude_none=True)
         for field in ("weights", "overrides", "then"):  # what is not used is not written
             if not document[field]:
                 del document[field]
+        if self.inputs is not None:
+            document["inputs"] = self.inputs.model_dump(mode="json", exclude_defaults=True)
         return dump_yaml(document, flow=None, width=100)
 
     def to_query(self) -> str:
@@ -178,6 +213,23 @@ class Recipe(StrictModel):
             pairs.append(("origin", self.origin))
         pairs += [("seed", str(self.seed)), ("dtype", self.dtype)]
         return urlencode(pairs, quote_via=quote, safe=",/")
+
+    def publish(self, suite: Suite) -> Recipe:
+        """The recipe as anybody may read it, who can run it with the same suite.
+
+        It names the suite, and its members by content and by their names on the hub, but no place
+        on this machine. Where the suite lies is remembered here (:func:`.inputs.find_suite`).
+
+        Raises:
+            SuiteError, CheckpointError: a member is missing or unreadable.
+        """
+        name = name_suite(suite)
+        if suite.path == BUNDLED_PATH:
+            return self.model_copy(update={"suite": name, "inputs": None})
+        learns = self.declaration.learns is not None
+        inputs = Inputs.of(suite, suite.select(self.tasks), with_data=learns)
+        inputs.remember(suite)
+        return self.model_copy(update={"suite": name, "inputs": inputs})
 
     def digest(self, suite: Suite) -> str:
         """Digest (hex) of what determines the merged weights: content of the inputs included.
@@ -200,7 +252,13 @@ class Recipe(StrictModel):
             self.dtype,
             # Added later: recipes without them keep the digests that their predictions are under.
             *(json.dumps(part, sort_keys=True) for part in self._later() if part),
+            *self._revision(),
         )
+
+    def _revision(self) -> list[str]:
+        """Of the method's results about this origin; nothing where they never changed."""
+        revision = self.declaration.revisions.get(self.run(()).origin)
+        return [] if revision is None else [f"revision {revision}"]
 
     def _later(self) -> list[Any]:
         document = self.model_dump(mode="json")
@@ -340,11 +398,18 @@ def read_recipe(path: str | Path) -> Recipe:
     return recipe_from_yaml(text, str(path))
 
 
-def load_recipe(path: str | Path) -> tuple[Recipe, Suite]:
+def load_recipe(path: str | Path, reference: str | None = None) -> tuple[Recipe, Suite]:
     """Read a recipe file and the suite it names (relative to the file).
 
+    Args:
+        path: of the recipe.
+        reference: where the suite of a published recipe lies.
+
+    Returns:
+        The recipe, and its suite. A published one is given as the recipe of that suite.
+
     Raises:
-        RecipeError: missing or wrong recipe.
+        RecipeError: missing or wrong recipe, or a suite other than it was written for.
         SuiteError: missing or wrong suite, or tasks that it does not have.
 
     Example:
@@ -354,9 +419,20 @@ def load_recipe(path: str | Path) -> tuple[Recipe, Suite]:
         ('average', 8)
     """
     recipe = read_recipe(path)
-    path = Path(path).expanduser()
+    folder, inputs = Path(path).expanduser().parent, recipe.inputs
+    if inputs is not None:
+        suite = find_suite(recipe.suite, inputs, reference, folder)
+        inputs.check(suite)
+        joined = recipe.tasks is None and set(suite.tasks) != set(inputs.experts)
+        tasks = tuple(inputs.experts) if joined else recipe.tasks
+        return recipe.model_copy(update={"inputs": None, "tasks": tasks}), suite
+    if reference is not None:
+        raise RecipeError(
+            "--suite goes with a merged model, or with the recipe that lies beside one. This "
+            "recipe names its own: edit 'suite:'."
+        )
     suite = load_suite(
-        BUNDLED if recipe.suite == BUNDLED else path_below(path.parent, recipe.suite, RecipeError)
+        BUNDLED if recipe.suite == BUNDLED else path_below(folder, recipe.suite, RecipeError)
     )
     suite.select(recipe.tasks)
     return recipe, suite

@@ -14,10 +14,33 @@ from merge_core.methods.declaration import Run
 from merge_core.task_vectors import Origin, TensorGroup
 
 BLOCK = 1 << 14  # entries of each expert: T of them stay near the cache, in float64 too
+# A vote's total below this share of its largest entry is what float64 leaves of an even one: each
+# of T entries is off by some 2⁻⁵³ of the largest, times 1/(1 − p) ≤ 1000 where DARE rescales.
+EVEN = 1e-10
+
+
+def elect_sign(votes: Tensor, task_vectors: Tensor | None = None) -> Tensor:
+    """n: the sign of the sum over tasks, 0 where the vote is even.
+
+    The stored numbers are taken as exact: a total that is zero but for the rounding of float64
+    elects nobody.
+
+    Args:
+        votes: T x n.
+        task_vectors: T x n, what the votes were taken from, where entries were dropped.
+    """
+    total = votes.sum(dim=0, dtype=torch.float64)
+    largest = votes.abs().amax(dim=0)
+    if task_vectors is not None:
+        largest = torch.maximum(largest, task_vectors.abs().amax(dim=0))
+    return torch.where(total.abs() > EVEN * largest, total.sign(), 0)
 
 
 def merge_entrywise(
-    group: TensorGroup, run: Run, update: Callable[[Tensor, slice], Tensor]
+    group: TensorGroup,
+    run: Run,
+    update: Callable[[Tensor, slice], Tensor],
+    dtype: torch.dtype | None = None,
 ) -> Tensor:
     """Origin + update of one parameter, where each entry of it depends on that entry alone.
 
@@ -26,6 +49,7 @@ def merge_entrywise(
         run: the task vectors' origin and weights.
         update: of a block of task vectors (T x n) and its place among the parameter's entries,
             the block's update (n).
+        dtype: of the task vectors, as :meth:`TensorGroup.blocks` has it.
 
     Returns:
         The shape of one expert.
@@ -33,7 +57,7 @@ def merge_entrywise(
     origin = group.origin(run.origin)
     merged = torch.empty(origin.shape, dtype=group.widest_dtype(run.origin))
     whole, flat = merged.view(-1), origin.ravel()
-    for part, tau in group.blocks(run.origin, BLOCK):
+    for part, tau in group.blocks(run.origin, BLOCK, dtype=dtype):
         whole[part] = flat[part] + update(run.apply_weights(tau), part)
     return merged
 

@@ -39,7 +39,7 @@ def merge(group: TensorGroup, parameters: CartParameters, run: Run) -> Tensor:
     return torch.add(group.average, update, alpha=parameters.scale)
 
 
-def warnings(tasks: int, parameters: CartParameters) -> list[str]:
+def warnings(tasks: int, parameters: CartParameters | None, run: Run | None = None) -> list[str]:
     """CART with two tasks is the average: C_1 = −C_2, and so are their truncations."""
     if tasks == 2:
         return [

@@ -58,7 +58,9 @@ def merge(group: TensorGroup, parameters: CartAdaptiveParameters, run: Run) -> T
     return group.average + torch.tensordot(values, truncations(group, parameters), dims=1)
 
 
-def warnings(tasks: int, parameters: CartAdaptiveParameters) -> list[str]:
+def warnings(
+    tasks: int, parameters: CartAdaptiveParameters | None, run: Run | None = None
+) -> list[str]:
     """With one or two tasks the centred task vectors leave little to adapt."""
     if tasks == 1:
         return ["With one task this gives the expert itself: there is nothing to merge."]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, get_args
 
@@ -121,8 +121,12 @@ def _spec(name: str, info: FieldInfo) -> ParameterSpec:
     )
 
 
-def _no_warnings(tasks: int, parameters: MethodParameters) -> list[str]:
+def _no_warnings(tasks: int, parameters: Any, run: Run | None = None) -> list[str]:
     return []
+
+
+def _never(parameters: Any) -> bool:
+    return False
 
 
 @dataclass(frozen=True)
@@ -147,6 +151,11 @@ class Run:
             return stacked
         values = torch.tensor(self.weights, dtype=stacked.dtype)
         return stacked * values.reshape(-1, *[1] * (stacked.ndim - 1))
+
+    @property
+    def cancels(self) -> bool:
+        """Whether the task vectors under their weights sum to zero: about the average, alike."""
+        return self.origin == "average" and len(set(self.weights)) <= 1
 
     def task_vectors(self, group: TensorGroup) -> Tensor:
         """T x shape: the task vectors about the run's origin under the recipe's weights."""
@@ -182,7 +191,12 @@ class Method:
         averaged: which parameters it only averages, in words.
         deviations: where it differs from the paper or the authors' code, in words.
         prepare: a pass over the whole model before merging, for methods that need one.
-        warnings: what a user should know about these parameters and tasks.
+        isotropic: whether all singular values of its update are equal, so that single directions
+            of it mean nothing.
+        revisions: by origin, the number of times that its results were corrected; it enters the
+            digests of recipes, so that what was stored before is not shown.
+        warnings: what a user should know, of the number of tasks, the parameters (None where they
+            are not chosen yet) and the run.
     """
 
     name: str
@@ -205,7 +219,9 @@ class Method:
     averaged: str = "nothing"
     deviations: str = "none known"
     prepare: Callable[[TensorGroups, Any, Run, Progress], Any] | None = None
-    warnings: Callable[[int, Any], list[str]] = field(default=_no_warnings)
+    isotropic: bool = False
+    revisions: Mapping[Origin, int] = field(default_factory=dict)
+    warnings: Callable[..., list[str]] = field(default=_no_warnings)
 
     @property
     def specs(self) -> tuple[ParameterSpec, ...]:
@@ -244,6 +260,9 @@ class Postprocessor:
             origin), the checked parameters and the run, the new update. What is not a weight
             matrix passes unchanged.
         deviations: where it differs from the paper or the authors' code, in words.
+        along_directions: whether it treats each singular direction of the update by itself, which
+            needs distinct singular values.
+        isotropic: whether, with these parameters, it makes singular values equal.
     """
 
     name: str
@@ -255,8 +274,18 @@ class Postprocessor:
     parameters: type[MethodParameters]
     apply: Callable[[TensorGroup, Tensor, Any, Run], Tensor]
     deviations: str = "none known"
+    along_directions: bool = False
+    isotropic: Callable[[Any], bool] = field(default=_never)
 
     @property
     def specs(self) -> tuple[ParameterSpec, ...]:
         """The declared parameters in order."""
         return tuple(_spec(name, f) for name, f in self.parameters.model_fields.items())
+
+
+def warn_unmoved(title: str, why: str) -> str:
+    """What is said where the exact answer of a method is the average itself."""
+    return (
+        f"{title} about the average gives the weight average here: {why}. Take the base as origin "
+        "if something is to be added."
+    )

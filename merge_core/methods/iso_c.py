@@ -45,5 +45,6 @@ METHOD = Method(
     parameters=IsoCParameters,
     merge=merge,
     origins=("base",),
+    isotropic=True,
     averaged="everything but the weight matrices of attention and MLP",
 )

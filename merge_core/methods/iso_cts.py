@@ -84,6 +84,7 @@ METHOD = Method(
     parameters=IsoCtsParameters,
     merge=merge,
     origins=("base",),
+    isotropic=True,
     averaged=AVERAGED,
     deviations="The number of directions of each task is rounded as in the authors' code, so the "
     "common share can differ a little from the one asked for. Directions of zero weight are left "

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_core.methods.blockwise import merge_entrywise
+from merge_core.methods.blockwise import elect_sign, merge_entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.selection import Passes, sum_pairs
 from merge_core.progress import Progress
@@ -113,7 +113,7 @@ def unify(tau: Tensor) -> tuple[Tensor, Tensor]:
     Per entry the sign of the sum over tasks, and the largest magnitude among the tasks that have
     it; a task's mask says where it has it.
     """
-    sign = tau.double().sum(dim=0).sign().to(tau.dtype)
+    sign = elect_sign(tau).to(tau.dtype)
     masks = tau.sign() == sign
     return sign * torch.where(masks, tau.abs(), 0).amax(dim=0), masks
 
@@ -129,7 +129,7 @@ def measure_rescaling(
         run: the task vectors' origin.
         progress: reports each parameter.
     """
-    passes = Passes(groups, run.origin, run.apply_weights, progress, 1)
+    passes = Passes(groups, run.origin, run.apply_weights, progress, 1, dtype=torch.float64)
     own = torch.zeros(passes.tasks, dtype=torch.float64)
     common = torch.zeros_like(own)
 
@@ -154,7 +154,7 @@ def emr_model(group: TensorGroup, parameters: EmrParameters, run: Run, index: in
         vector, masks = unify(tau)
         return factor * torch.where(masks[index], vector, 0)
 
-    return merge_entrywise(group, run, update)
+    return merge_entrywise(group, run, update, torch.float64)
 
 
 def emr_storage(group: TensorGroup, parameters: EmrParameters, run: Run) -> int:

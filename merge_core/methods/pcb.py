@@ -13,11 +13,12 @@ from torch import Tensor
 from merge_core.errors import RecipeError
 from merge_core.methods.blockwise import merge_entrywise
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import Passes, count_kept, kth_largest, sum_pairs
+from merge_core.methods.selection import Passes, as_it_is, count_kept, kth_largest, sum_pairs
 from merge_core.progress import Progress
 from merge_core.task_vectors import TensorGroup, TensorGroups
 
 TAIL = 1e-4  # the share that the authors' code clips at either end of the magnitudes
+TIED = 2.0**-48  # scores that differ by less, relative to the threshold, are rounding apart
 
 
 class PcbParameters(MethodParameters):
@@ -56,7 +57,8 @@ class Balance:
 
     Attributes:
         variant, density: of the recipe.
-        score: of a block of task vectors (T x n, float64), how each entry competes (float32).
+        score: of a block of task vectors (T x n), how each entry competes; all in float64, as an
+            outlier among the entries leaves the scores of the others close together.
         threshold, most: T scores: the smallest kept, and the largest.
         alive: T, whether a task vector is not zero; one that is takes no part.
         clip: T x 2, the magnitudes between which the code's variant clips; None for the paper's.
@@ -101,14 +103,13 @@ def _paper_score(tau: Tensor, low: Tensor, high: Tensor, intra: Tensor, inter: T
         (own / intra[i]) * (pairs / inter[i, :, None]).sum(dim=0)
         for i, (own, pairs) in enumerate(_exponentials(tau, low, high))
     ]
-    return torch.stack(balance).float()
+    return torch.stack(balance)
 
 
 def _code_score(tau: Tensor, clip: Tensor) -> Tensor:
     """exp(T · minmax(|τ|)² − T) · tanh(τ_i Σ_j τ_j) of a block, with clipped magnitudes."""
     own = _unit(_clip(tau, clip).abs(), clip[:, 0], clip[:, 1])
-    balance = (len(tau) * (own**2 - 1)).exp() * (tau * tau.sum(dim=0)).tanh()
-    return balance.float()
+    return (len(tau) * (own**2 - 1)).exp() * (tau * tau.sum(dim=0)).tanh()
 
 
 def _clip(tau: Tensor, clip: Tensor) -> Tensor:
@@ -151,7 +152,7 @@ def _code_balance(passes: Passes, density: float) -> Balance:
     count = passes.entries
     # The authors' places in ascending order, turned into ranks from the largest.
     positions = (int(count * TAIL), int(count * (1 - TAIL) - 1), count - 1)
-    found = kth_largest(passes, torch.abs, [count - p for p in positions], "magnitudes").double()
+    found = kth_largest(passes, torch.abs, [count - p for p in positions], "magnitudes")
     clip, greatest = found[:, :2], found[:, 2]
     score = partial(_code_score, clip=clip)
     ranks = (count - min(int(count * (1 - density)), count - 1), 1)
@@ -172,21 +173,21 @@ def measure(
     """
     paper = parameters.variant == "paper"
     plain, selections = (2, 1) if paper else (0, 2)
-    passes = Passes(groups, run.origin, Tensor.double, progress, plain, selections)
+    passes = Passes(groups, run.origin, as_it_is, progress, plain, selections, torch.float64)
     return (_paper_balance if paper else _code_balance)(passes, parameters.density)
 
 
 def _merge_block(tau: Tensor, balance: Balance, run: Run) -> Tensor:
     """Σ λ_t β_t τ_t / Σ β_t of a block: T x n to n; zero where no entry is kept."""
     score = balance.score(tau)
-    kept = score >= balance.threshold[:, None]
+    kept = score >= (balance.threshold - TIED * balance.threshold.abs())[:, None]
     if balance.clip is None:
-        weight, least = torch.where(kept, score.double(), 0), torch.finfo(torch.float64).tiny
+        weight, least = torch.where(kept, score, 0), torch.finfo(torch.float64).tiny
     else:
         tau, least = _clip(tau, balance.clip), 1e-12  # the authors' floor
-        above = _unit(score.double(), balance.threshold.double(), balance.most.double())
+        above = _unit(score, balance.threshold, balance.most)
         tied = (balance.most == balance.threshold)[:, None]  # a single entry is kept, or equals
-        weight = torch.where(tied, kept.double(), above.clamp_min(0))
+        weight = torch.where(tied, kept.to(score.dtype), above.clamp_min(0))
     weight = weight * balance.alive[:, None]
     return (run.apply_weights(tau) * weight).sum(dim=0) / weight.sum(dim=0).clamp_min(least)
 
@@ -201,11 +202,10 @@ def merge(group: TensorGroup, parameters: PcbParameters, run: Run) -> Tensor:
         )
 
     def update(tau: Tensor, _: slice) -> Tensor:
-        # Weights come in after the balancing.
-        block = _merge_block(tau.double(), balance, run)
-        return parameters.scale * block.to(tau.dtype)
+        return parameters.scale * _merge_block(tau, balance, run)
 
-    return merge_entrywise(group, replace(run, weights=()), update)
+    # Weights come in after the balancing.
+    return merge_entrywise(group, replace(run, weights=()), update, torch.float64)
 
 
 METHOD = Method(
@@ -228,7 +228,10 @@ METHOD = Method(
     deviations="Softmax, Norm and top r run over all parameters of the model as one vector; Norm "
     "is min-max, as in the authors' code. The variant 'code' is their pcb-merging.py: "
     "β = exp(T·minmax(|τ|)²)·tanh(τ_t Σ_s τ_s), magnitudes clipped at 0.01 % of either end, "
-    "weights minmax(max(β, threshold)); its tanh depends on the unit of the weights. Per-task "
-    "weights are given, not searched. A zero task vector takes no part (0/0 in their code).",
+    "weights minmax(max(β, threshold)); its tanh depends on the unit of the weights. Scores are "
+    "computed and ranked in float64 (float32 in their code), and equal to the smallest kept one "
+    "are kept too. Per-task weights are given, not searched. A zero task vector takes no part (0/0 "
+    "in their code).",
     prepare=measure,
+    revisions={"base": 1},
 )

@@ -33,6 +33,11 @@ def count_kept(density: float, total: int) -> int:
     return min(total, max(1, int(density * total + 1e-9)))
 
 
+def as_it_is(tau: Tensor) -> Tensor:
+    """A view of a block of task vectors that changes nothing."""
+    return tau
+
+
 class Passes:
     """A planned number of passes over the floating parameters of a model, several at once.
 
@@ -43,6 +48,7 @@ class Passes:
         progress: reports each parameter of each pass.
         plain: how many calls of :meth:`run` there will be.
         selections: how many calls of :func:`kth_largest`.
+        dtype: of the task vectors, as :meth:`TensorGroup.blocks` has it.
     """
 
     def __init__(
@@ -53,10 +59,11 @@ class Passes:
         progress: Progress,
         plain: int,
         selections: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self.tasks = len(groups.tasks)
         self.entries = sum(g.info.numel for g in groups.members if g.info.is_floating)
-        self._groups, self._origin, self._view = groups, origin, view
+        self._groups, self._origin, self._view, self._dtype = groups, origin, view, dtype
         # Odd, so that it does not walk along the columns of matrices whose sides are powers of 2.
         self.stride = max(1, self.entries // SAMPLE) | 1
         self._count = plain + selections * (1 if self.stride == 1 else 2)
@@ -84,7 +91,7 @@ class Passes:
             try:
                 if not group.info.is_floating:
                     return None
-                blocks = group.blocks(self._origin, blockwise.BLOCK, stride, first)
+                blocks = group.blocks(self._origin, blockwise.BLOCK, stride, first, self._dtype)
                 parts = [look(self._view(tau)) for _, tau in blocks]
                 return fold(parts) if parts else None
             finally:
@@ -129,23 +136,19 @@ def kth_largest(
         label: what the values are, for the progress.
 
     Returns:
-        T x ranks: the values at these ranks, float32.
+        T x ranks: the values at these ranks, in their own dtype.
 
     Source: Floyd and Rivest, Communications of the ACM 18 (1975), 165, on selection by sampling.
     """
     stride = passes.stride
     if passes.entries == 0:
         return torch.zeros(passes.tasks, len(ranks))
-
-    def take_kth(tau: Tensor) -> Tensor:
-        return values(tau).float()
-
     while True:
-        sample = torch.cat(list(passes.run(label, take_kth, partial(torch.cat, dim=1), stride)), 1)
+        sample = torch.cat(list(passes.run(label, values, partial(torch.cat, dim=1), stride)), 1)
         if stride == 1:
             return torch.stack([_kth_of_rows(sample, rank) for rank in ranks], dim=1)
         bounds = [_bounds(sample, rank / passes.entries) for rank in ranks]
-        look = partial(_counts, values=take_kth, bounds=bounds)
+        look = partial(_counts, values=values, bounds=bounds)
         counted = _sum_counts(list(passes.run(f"thresholds: {label}", look, _sum_counts)))
         found = [
             [
@@ -155,7 +158,7 @@ def kth_largest(
             for cells, limits, rank in zip(counted, bounds, ranks, strict=True)
         ]
         if not any(value is None for column in found for value in column):
-            return torch.tensor(found).T
+            return torch.tensor(found, dtype=sample.dtype).T
         stride = (stride // 16) | 1
 
 
@@ -184,7 +187,7 @@ def _bounds(sample: Tensor, share: float) -> Bounds:
     size = sample.shape[1]
     around = DEVIATIONS * (share * (1 - share) * size) ** 0.5 + DEVIATIONS
     above, below = int(share * size - around), int(share * size + around) + 1
-    none = torch.full((len(sample),), torch.inf)
+    none = sample.new_full((len(sample),), torch.inf)
     return (
         _kth_of_rows(sample, below) if below <= size else -none,
         _kth_of_rows(sample, above) if above >= 1 else none,

@@ -16,8 +16,14 @@ from torch import Tensor
 
 from merge_core.errors import RecipeError
 from merge_core.files import digest_of
-from merge_core.methods.blockwise import merge_entrywise
-from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
+from merge_core.methods.blockwise import BLOCK, elect_sign, merge_entrywise
+from merge_core.methods.declaration import (
+    Method,
+    MethodParameters,
+    Run,
+    parameter,
+    warn_unmoved,
+)
 from merge_core.methods.selection import Passes, count_kept, kth_in_place, kth_largest
 from merge_core.progress import Progress
 from merge_core.task_vectors import TensorGroup, TensorGroups
@@ -140,7 +146,7 @@ def thresholds(
     """
     if parameters.trim == "tensor":
         return None
-    passes = Passes(groups, run.origin, run.apply_weights, progress, 0, selections=1)
+    passes = Passes(groups, run.origin, run.apply_weights, progress, 0, 1, torch.float64)
     keep = count_kept(parameters.density, passes.entries)
     if keep == 0:
         return torch.full((passes.tasks,), torch.inf)
@@ -164,16 +170,16 @@ def _magnitude(tau: Tensor) -> Tensor:
     return tau.float().abs()
 
 
-def _kth_in_tensor(group: TensorGroup, run: Run, ks: Sequence[int]) -> list[Tensor]:
+def _kth_in_tensor(
+    group: TensorGroup, run: Run, ks: Sequence[int], dtype: torch.dtype | None = None
+) -> list[Tensor]:
     """For each k, T values: the k-th largest magnitude of each task's tensor, infinite for 0."""
     found = [torch.full((len(group.tasks),), torch.inf) for _ in ks]
-    origin = group.origin(run.origin)
-    tau = torch.empty(origin.shape, dtype=group.widest_dtype(run.origin))  # of one task at a time
-    for t, member in enumerate(group.members):
-        torch.sub(member.to(tau.dtype), origin, out=tau)
-        if run.weights:
-            tau *= run.weights[t]
-        magnitude = tau.float().abs_().reshape(-1)  # as _magnitude has it, in place
+    magnitude = torch.empty(group.info.numel)  # of one task at a time
+    for t in range(len(group.tasks)):
+        weight = run.weights[t] if run.weights else 1.0
+        for part, tau in group.blocks(run.origin, BLOCK, dtype=dtype, task=t):
+            magnitude[part] = _magnitude(tau[0] if weight == 1 else tau[0] * weight)
         for limits, k in zip(found, ks, strict=True):
             if k:
                 limits[t] = kth_in_place(magnitude, k)
@@ -184,7 +190,7 @@ def keep_largest(group: TensorGroup, parameters: TiesParameters, run: Run) -> Sp
     """The entries of largest magnitude, over the model or in this tensor."""
     if parameters.trim == "tensor":
         keep = count_kept(parameters.density, group.info.numel)
-        (limit,) = _kth_in_tensor(group, run, [keep])
+        (limit,) = _kth_in_tensor(group, run, [keep], torch.float64)
     else:
         found = run.state
         if found.values is None or found.density != parameters.density:
@@ -237,9 +243,9 @@ def keep_middle(group: TensorGroup, parameters: BreadcrumbsParameters, run: Run)
     return keep
 
 
-def elect_signs(tau: Tensor) -> Tensor:
-    """T x n: entries whose sign is that of the sum over tasks, others zero."""
-    return torch.where(tau.sign() == tau.sum(dim=0).sign(), tau, 0)
+def elect_signs(votes: Tensor, task_vectors: Tensor | None = None) -> Tensor:
+    """T x n: entries of the elected sign (see :func:`elect_sign`), others zero."""
+    return torch.where(votes.sign() == elect_sign(votes, task_vectors), votes, 0)
 
 
 def combine(tau: Tensor, how: Combine) -> Tensor:
@@ -256,17 +262,21 @@ class Row:
         sparsify: which entries stay.
         elect: whether only entries of the elected sign stay, and `combine` is a parameter;
             otherwise what stays is summed, as in Task Arithmetic.
+        alike: whether what stays of a vector stays of its negative too.
+        keeps_all: whether, with these parameters, every entry stays.
     """
 
     sparsify: Callable[[TensorGroup, Any, Run], Sparsified]
     elect: bool
+    alike: bool
+    keeps_all: Callable[[Any], bool]
 
 
 FAMILY = {
-    "ties": Row(keep_largest, elect=True),
-    "dare_task_arithmetic": Row(keep_random, elect=False),
-    "dare_ties": Row(keep_random, elect=True),
-    "breadcrumbs": Row(keep_middle, elect=False),
+    "ties": Row(keep_largest, True, True, lambda p: p.density == 1),
+    "dare_task_arithmetic": Row(keep_random, False, False, lambda p: p.drop == 0),
+    "dare_ties": Row(keep_random, True, False, lambda p: p.drop == 0),
+    "breadcrumbs": Row(keep_middle, False, True, lambda p: p.drop_small == p.drop_large == 0),
 }
 
 
@@ -277,10 +287,22 @@ def merge(row: Row, group: TensorGroup, parameters: Any, run: Run) -> Tensor:
     def update(tau: Tensor, part: slice) -> Tensor:
         kept = stays(tau, part)
         if row.elect:
-            return parameters.scale * combine(elect_signs(kept), parameters.combine)
+            return parameters.scale * combine(elect_signs(kept, tau), parameters.combine)
         return parameters.scale * combine(kept, "sum")
 
-    return merge_entrywise(group, run, update)
+    return merge_entrywise(group, run, update, torch.float64 if row.elect else None)
+
+
+def warnings(row: Row, title: str, tasks: int, parameters: Any, run: Run | None) -> list[str]:
+    """About the average the task vectors sum to zero, and of two one is the other's negative."""
+    if run is None or parameters is None or not run.cancels:
+        return []
+    everything = row.keeps_all(parameters)
+    if tasks == 2 and (everything or row.alike):
+        return [warn_unmoved(title, "the two centred task vectors are each other's negative")]
+    if everything:
+        return [warn_unmoved(title, "every entry is kept, and the task vectors sum to zero")]
+    return []
 
 
 ELECTED = (
@@ -300,10 +322,14 @@ METHODS = (
         source="Yadav et al., TIES-Merging, arXiv:2306.01708, algorithm 1",
         parameters=TiesParameters,
         merge=partial(merge, FAMILY["ties"]),
+        warnings=partial(warnings, FAMILY["ties"], "TIES"),
+        revisions={"average": 1},
         origins=("base", "average"),
         weighted=True,
-        deviations="An even vote changes nothing (the authors' code then takes the sign that most "
-        "entries of the model have). Entries as large as the smallest kept one are kept too.",
+        deviations="An even vote, zero but for the rounding of float64, changes nothing (the "
+        "authors' code then takes the sign that most entries of the model have). Entries as large "
+        "as the smallest kept one are kept too. About the average the task vectors sum to zero, so "
+        "that two experts, or all entries kept, give the average.",
         prepare=_limits,
     ),
     Method(
@@ -316,6 +342,7 @@ METHODS = (
         source="Yu et al., Language models are super Mario, arXiv:2311.03099, section 3",
         parameters=DareTaskArithmeticParameters,
         merge=partial(merge, FAMILY["dare_task_arithmetic"]),
+        warnings=partial(warnings, FAMILY["dare_task_arithmetic"], "DARE with Task Arithmetic"),
         origins=("base", "average"),
         weighted=True,
         draws="which entries are dropped",
@@ -331,6 +358,8 @@ METHODS = (
         "sign election of TIES-Merging, arXiv:2306.01708",
         parameters=DareTiesParameters,
         merge=partial(merge, FAMILY["dare_ties"]),
+        warnings=partial(warnings, FAMILY["dare_ties"], "DARE with TIES"),
+        revisions={"average": 1},
         origins=("base", "average"),
         weighted=True,
         draws="which entries are dropped",
@@ -348,6 +377,7 @@ METHODS = (
         source="Davari and Belilovsky, Model Breadcrumbs, arXiv:2312.06795, section 3",
         parameters=BreadcrumbsParameters,
         merge=partial(merge, FAMILY["breadcrumbs"]),
+        warnings=partial(warnings, FAMILY["breadcrumbs"], "Breadcrumbs"),
         origins=("base", "average"),
         weighted=True,
         deviations="Shares are of each tensor, as in the paper; the authors' code takes them of "

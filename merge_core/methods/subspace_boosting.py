@@ -55,6 +55,7 @@ POSTPROCESSOR = Postprocessor(
     source="Skorobogat et al., Subspace-boosted model merging, arXiv:2506.16506",
     parameters=SubspaceBoostingParameters,
     apply=apply,
+    isotropic=lambda parameters: parameters.beta < 1,
     deviations="Singular values at the level of the weights' rounding (ε·rms(θ)·(√m + √n)) are not "
     "raised, so the update of a low-rank method keeps its rank. One β for all matrices, and a "
     "fused qkv is one matrix.",

@@ -76,8 +76,11 @@ POSTPROCESSOR = Postprocessor(
     source="Li et al., When shared knowledge hurts, arXiv:2602.05536",
     parameters=SvcParameters,
     apply=apply,
-    deviations="The paper's rule. The authors' code divides by max(α, mean of s_t) instead, and "
-    "only along directions where every s_t is positive. A task without any part along a direction "
-    "(below the weights' rounding) counts with the floor. τ_t is about the recipe's origin, under "
-    "its weights.",
+    deviations="The paper's rule, which is also the live one of the authors' code (another, a "
+    "division by max(α, mean of s_t), stands there commented out). A task without any part along a "
+    "direction (below the weights' rounding) counts with the floor. τ_t is about the recipe's "
+    "origin, under its weights. Where singular values are equal (after Iso-C, Iso-CTS or Subspace "
+    "Boosting) the directions, and with them the result, depend on rounding, in the authors' code "
+    "too: recipes that do so are warned of.",
+    along_directions=True,
 )

@@ -6,7 +6,13 @@ import torch
 from torch import Tensor
 
 from merge_core.factors.low_rank import DIRECTION_NOISE, orthogonalize
-from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
+from merge_core.methods.declaration import (
+    Method,
+    MethodParameters,
+    Run,
+    parameter,
+    warn_unmoved,
+)
 from merge_core.task_vectors import TensorGroup
 
 
@@ -41,6 +47,19 @@ def merge(group: TensorGroup, parameters: TsvMParameters, run: Run) -> Tensor:
     return origin + parameters.scale * update
 
 
+def warnings(tasks: int, parameters: TsvMParameters | None, run: Run | None = None) -> list[str]:
+    """About the average two tasks have the same directions, with opposite signs."""
+    if tasks == 2 and run is not None and run.cancels:
+        return [
+            warn_unmoved(
+                "TSV-M",
+                "the two centred task vectors are each other's negative, and so "
+                "are their directions",
+            )
+        ]
+    return []
+
+
 METHOD = Method(
     name="tsv_m",
     title="TSV-M",
@@ -55,4 +74,6 @@ METHOD = Method(
     merge=merge,
     origins=("base", "average"),
     averaged="everything but the weight matrices of attention and MLP",
+    revisions={"average": 1},
+    warnings=warnings,
 )

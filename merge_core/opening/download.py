@@ -27,6 +27,9 @@ class SuiteByHeaders(Suite):
         super().__init__(spec, path)
         self._known = known
 
+    def _is_adapter(self, relative: str) -> bool:
+        return relative not in self._known and super()._is_adapter(relative)
+
     def _open(self, relative: str, what: str) -> Checkpoint:
         known = self._known.get(relative)
         return super()._open(relative, what) if known is None else known

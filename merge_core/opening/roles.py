@@ -31,6 +31,7 @@ Kind = Literal["model", "adapter", "head"]
 Role = Literal["expert", "base", "head", "left out"]
 
 ORDER: tuple[Role, ...] = ("base", "expert", "head", "left out")
+SHOWN_REASONS = 8
 HEAD_WORDS = re.compile(r"(^|[-_.])(head|heads|classifier)([-_.]|$)", re.IGNORECASE)
 
 
@@ -50,6 +51,7 @@ class FoundModel:
         task: suggested task name.
         role: suggested role.
         note: why it is left out, or what to know.
+        refused: whether it may take part in no role: its files lie where they may not.
     """
 
     reference: str
@@ -63,6 +65,7 @@ class FoundModel:
     task: str = ""
     role: Role = "expert"
     note: str = ""
+    refused: bool = False
 
     @cached_property
     def layout(self) -> Layout:
@@ -201,7 +204,7 @@ def draft_suite(
         preset: the suite that they come from, whose heads, data and architecture they keep.
 
     Raises:
-        SuiteError: no expert, or a name that is not allowed.
+        SuiteError: no expert, or none that can be read, and why; a name that is not allowed.
 
     Example:
         >>> names = ("cars", "dtd")
@@ -211,6 +214,8 @@ def draft_suite(
     """
     experts = {each.task: each for each in found if each.role == "expert"}
     base = next((each for each in found if each.role == "base"), None)
+    if not experts and (told := _reasons(found)):
+        raise SuiteError(f"None of these can be an expert: {told}.")
     if preset is not None:
         of = {expert.weights: expert for expert in preset.experts.values()}
         kept = {task: of[each.reference] for task, each in experts.items()}
@@ -225,6 +230,13 @@ def draft_suite(
         shapes[0] if same else None,
         heads_for(found, list(experts)),
     )
+
+
+def _reasons(found: Sequence[FoundModel]) -> str:
+    """Why models are left out, each in words."""
+    said = [f"{each.shown}: {each.note.rstrip('.')}" for each in found if each.note]
+    more = [f"and {len(said) - SHOWN_REASONS} more"] if len(said) > SHOWN_REASONS else []
+    return "; ".join([*said[:SHOWN_REASONS], *more])
 
 
 def apply_preset(found: Sequence[FoundModel], preset: SuiteSpec) -> tuple[FoundModel, ...]:
@@ -272,6 +284,8 @@ def mistakes(found: Sequence[FoundModel]) -> list[str]:
         )
     if twice := [task for task, count in Counter(e.task for e in experts).items() if count > 1]:
         said.append(f"Each task needs a name of its own; twice there: {', '.join(twice)}.")
+    if refused := [each for each in found if each.refused and each.role != "left out"]:
+        said.append(f"{refused[0].shown} must be left out: {refused[0].note}")
     if len(bases) > 1:
         said.append(f"There is one base at most; chosen are {', '.join(b.shown for b in bases)}.")
     if not bases and any(each.kind == "adapter" for each in experts):

@@ -9,18 +9,29 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
-from merge_core.checkpoints.checkpoint import FOLDER_CANDIDATES, Checkpoint
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import is_adapter
 from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES, read_adapter_config
 from merge_core.checkpoints.shards import TORCH_SUFFIXES
-from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
-from merge_core.hub.files import NOT_WEIGHTS, HubId, is_hub_id
+from merge_core.checkpoints.stored.entry import (
+    FOLDER_CANDIDATES,
+    INDEX,
+    SHARD,
+    is_index,
+    shard_number,
+    split_part,
+    weight_files,
+)
+from merge_core.errors import MergeScopeError, SuiteError
+from merge_core.files import absolute_path
+from merge_core.hub.files import HubId, is_hub_id
+from merge_core.input_files import stays_inside
 from merge_core.opening.draft import Layout
 from merge_core.opening.roles import FoundModel, Kind, suggest_roles
 from merge_core.progress import Progress
 
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")
+SNAPSHOT = re.compile(r"models--(?:.*--)?(.+)/snapshots/[^/]+")
 # File names that say nothing about the task: the folder's name does.
 SAYS_NOTHING = re.compile(
     r"^(model|pytorch_model|adapter_model|adapter|finetuned|nonlinear_finetuned|fine_tuned|"
@@ -88,8 +99,8 @@ def _find_at(place: str, alone: bool) -> Iterator[FoundModel]:
         yield FoundModel(place, "-".join(told), re.sub(r"[/@:]", "-", shown), shown)
         return
     try:
-        path = Path(place).expanduser().resolve()
-        if path.is_file():
+        path = absolute_path(Path(place).expanduser())
+        if split_part(path)[0].is_file():
             yield _file(path, path.parent)
             return
         if not path.is_dir():
@@ -141,24 +152,31 @@ def _is_model(folder: Path) -> bool:
 
 def _folder(path: Path, root: Path) -> FoundModel:
     kind: Kind = "adapter" if is_adapter(path) else "model"
-    return FoundModel(str(path), path.name, path.name, path.relative_to(root).as_posix(), kind)
+    cached = SNAPSHOT.search(path.as_posix())  # the hub's cache names folders by commits
+    label = cached[1] if cached else path.name
+    return FoundModel(str(path), label, label, path.relative_to(root).as_posix(), kind)
 
 
 def _files(folder: Path, root: Path) -> Iterator[FoundModel]:
-    """Each weight file of a folder, a sharded index standing for its shards."""
-    for path in _entries(folder):
-        is_weights = path.name.endswith(WEIGHT_SUFFIXES) and not SHARD.search(path.stem)
-        if (
-            (is_weights or path.name.endswith(".index.json"))
-            and not path.name.startswith(NOT_WEIGHTS)
-            and path.is_file()
-        ):
-            yield _file(path, root)
+    """Each weight file of a folder, an index standing for its shards, or the folder itself.
+
+    The folder stands for shards without an index, so that what is missing is said.
+    """
+    names = [path.name for path in _entries(folder) if path.is_file()]
+    files = weight_files(names)
+    indexed = any(is_index(name) for name in files)
+    for name in files:
+        if not (SHARD.search(name) if indexed else shard_number(name)):
+            yield _file(folder / name, root)
+    if not indexed and any(map(shard_number, files)):
+        shown = folder.name if folder == root else folder.relative_to(root).as_posix()
+        yield FoundModel(str(folder), folder.name, folder.name, shown)
 
 
 def _file(path: Path, root: Path) -> FoundModel:
-    nothing = _says_nothing(path.name) and path.parent != root
-    stem = _stem(path.name)
+    file, part = split_part(path)
+    nothing = _says_nothing(file.name) and file.parent != root
+    stem = "-".join(filter(None, (_stem(file.name), part)))
     label = path.parent.name if nothing else stem
     return FoundModel(
         str(path), label, f"{path.parent.name}-{stem}", path.relative_to(root).as_posix()
@@ -167,7 +185,7 @@ def _file(path: Path, root: Path) -> FoundModel:
 
 def _stem(name: str) -> str:
     """A weight file's name without its endings."""
-    stem = name.removesuffix(".index.json")
+    stem = INDEX.sub("", name)
     while Path(stem).suffix in (*WEIGHT_SUFFIXES, ".tar"):
         stem = Path(stem).stem
     return stem
@@ -182,16 +200,17 @@ def _open(found: FoundModel, inside: Path | None) -> FoundModel:
     try:
         if is_hub_id(found.reference):
             return _open_on_hub(found)
-        path = Path(found.reference)
+        path, _ = split_part(Path(found.reference))
         if inside is not None and (outside := _find_outside(path, inside)) is not None:
-            raise CheckpointError(f"{outside.name} is a link to a place outside the folder.")
+            note = f"{outside.name} is a link to a place outside the folder."
+            return replace(found, role="left out", refused=True, note=note)
         if found.kind == "adapter":
             of = read_adapter_config(path / CONFIG_FILE).base_model_name_or_path
             size = sum(
                 (path / name).stat().st_size for name in WEIGHT_FILES if (path / name).exists()
             )
             return replace(found, nbytes=size, note=f"an adapter of {of or 'an unnamed base'}")
-        return _with_checkpoint(found, Checkpoint(path))
+        return _with_checkpoint(found, Checkpoint(found.reference))
     except MergeScopeError as error:
         note = str(error).replace(found.reference, found.shown)
         return replace(found, role="left out", note=note)
@@ -220,20 +239,18 @@ def _open_on_hub(found: FoundModel) -> FoundModel:
 
 def _with_checkpoint(found: FoundModel, checkpoint: Checkpoint) -> FoundModel:
     named = ", ".join(checkpoint.unsafe_globals)
-    known = replace(
-        found,
-        checkpoint=checkpoint,
-        nbytes=checkpoint.nbytes,
-        note=f"a pickle that names {named}; nothing of it is run" if named else found.note,
-    )
+    said = [f"a pickle that names {named}; nothing of it is run"] if named else []
+    note = "; ".join([*said, *checkpoint.notes]) or found.note
+    known = replace(found, checkpoint=checkpoint, nbytes=checkpoint.nbytes, note=note)
     return replace(known, kind="head") if _is_head(known.layout) else known
 
 
 def _find_outside(path: Path, inside: Path) -> Path | None:
     """A file of the model that lies outside the folder, by a symbolic link, if there is one."""
     beside = path if path.is_dir() else path.parent
-    files = [path, *beside.iterdir()] if path.is_dir() or path.suffix == ".json" else [path]
-    return next((f for f in files if not f.resolve().is_relative_to(inside.resolve())), None)
+    lone = path.is_file() and not (path.suffix == ".json" or SHARD.search(path.stem))
+    files = [path] if lone else [path, *beside.iterdir()]
+    return next((file for file in files if not stays_inside(file, inside)), None)
 
 
 def _is_head(layout: Layout) -> bool:

@@ -79,7 +79,7 @@ def model_card(
         f"# {title}\n\n"
         f"{method.summary}\n\n$$ {method.formula} $$\n\nSource: {method.source}\n\n"
         f"{_accuracies(suite, results)}"
-        f"## Recipe\n\n```yaml\n{recipe.to_yaml()}```\n\n"
+        f"## Recipe\n\n```yaml\n{about.recipe.to_yaml()}```\n\n"
         "Run it again with `mergescope merge recipe.yaml --output FOLDER`.\n\n"
         f"## Inputs\n\n{_table(columns, rows)}\n"
         f"Made with MergeScope {metadata.version('mergescope')}, torch {torch.__version__}. "
@@ -110,7 +110,7 @@ def _metadata(suite: Suite, about: Provenance, title: str, results: Sequence[Res
         library_name=suite.spec.architecture.library if suite.spec.architecture else None,
         model_name=title,
         eval_results=measured or None,
-        tags=["model-merging", "mergescope"],
+        tags=["merge", "mergescope", about.recipe.method],
         **relation,
     ).to_yaml()
 

@@ -26,11 +26,12 @@ from merge_core.factors.store import FactorStore
 from merge_core.files import check_output, digest_of, write_folder_atomically
 from merge_core.merging.engine import check_fits, check_recipe, merge_parameters, written_dtype
 from merge_core.merging.recipe import Recipe
+from merge_core.output.config_files import Written
 from merge_core.output.layout import Layout, layout
 from merge_core.output.model_card import model_card
-from merge_core.output.provenance import HEADER_KEY, provenance
+from merge_core.output.provenance import HEADER_KEY, Provenance, provenance
 from merge_core.progress import Progress
-from merge_core.suites.suite import BUNDLED, Suite
+from merge_core.suites.suite import Suite
 from merge_core.task_vectors import TensorGroups
 
 DTYPE_NAMES = {dtype.torch: name for name, dtype in SAFETENSORS_DTYPES.items()}
@@ -128,20 +129,13 @@ def output_plan(recipe: Recipe, groups: TensorGroups, where: Layout) -> list[Pla
             name,
         )
         for group in groups.members
-        for name in (group.name, *groups.tied_names.get(group.name, ()))
+        for name in (group.name, *groups.manifest.also_written.get(group.name, ()))
     ]
     for name in where.kept:
         info = where.reference.info(name)
         dtype = written_dtype(recipe, info.dtype.torch)
         plan.append(PlannedTensor(where.stored_name(name), info.shape, dtype, name, merged=False))
     return plan
-
-
-def make_portable(recipe: Recipe, suite: Suite) -> Recipe:
-    """The recipe with the suite's path made absolute, so that it runs from anywhere."""
-    if recipe.suite == BUNDLED:
-        return recipe
-    return recipe.model_copy(update={"suite": str(suite.path)})
 
 
 def merge_to_folder(
@@ -163,7 +157,7 @@ def merge_to_folder(
     the same merge to the same place goes on where that run stood (from the start if its method
     learns from data).
 
-    Names are those of the base's files (the first expert's where there is no base); what only
+    Names are those of the base's files (of the manifest's reference without a base); what only
     the base has is written unchanged; configuration and tokenizer files beside it come along. So
     a folder of timm, open_clip or transformers gives a folder that opens there.
 
@@ -197,10 +191,10 @@ def merge_to_folder(
     tasks = suite.select(recipe.tasks)
     check_fits(suite, tasks)
     check_recipe(suite, recipe)
-    recipe = make_portable(recipe, suite)
     store, workers = store or FactorStore(), executor or Threads()
     groups = TensorGroups(suite, tasks, store)
-    where = _layout(groups)
+    where = layout(groups)
+    _ = where.side_files  # refuses links to the outside before any work
     about = provenance(recipe, suite, store.route)
     # What a killed run left is taken up by a run that would write the same bytes. What is
     # learnt afresh may differ in its last bits, and takes longer than all the rest.
@@ -212,13 +206,13 @@ def merge_to_folder(
             folder = staging if task is None else staging / task
             folder.mkdir(exist_ok=True)
             own = about.model_copy(update={"task": task})
-            plans = plan_shards(output_plan(recipe, groups, where), shard_bytes)
-            shards = _shards(folder, plans, {"format": "pt", HEADER_KEY: own.to_header()})
+            shards = _shards(folder, output_plan(recipe, groups, where), own, where, shard_bytes)
             _check_space(folder, shards)
             wanted = {t.parameter for shard in shards for t in shard.missing if t.merged}
             merged = merge_parameters(recipe, groups, progress, task, learned, workers, wanted)
             _write_weights(folder, shards, merged, where)
-        (staging / "recipe.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+        published = recipe.publish(suite).to_yaml()
+        (staging / "recipe.yaml").write_text(published, encoding="utf-8")
         (staging / "README.md").write_text(model_card(recipe, suite, about), encoding="utf-8")
         for member in (suite.base, *(suite.expert(task) for task in tasks)):
             if member is not None:
@@ -235,12 +229,8 @@ def _write_weights(
     for _ in merged:  # to the end, so that the last progress event is sent
         pass
     _write_index(folder, shards)
-    where.copy_side_files(folder)
-
-
-def _layout(groups: TensorGroups) -> Layout:
-    merged = {group.name for group in groups.members}.union(*groups.tied_names.values())
-    return layout(groups.suite, groups.tasks, frozenset(merged))
+    if where.side_files:
+        where.copy_side_files(folder, Written.of(Checkpoint(folder)))
 
 
 def _order_tensors(
@@ -303,15 +293,23 @@ class _Shard:
         return 0
 
 
-def _shards(folder: Path, plans: list[list[PlannedTensor]], notes: dict[str, str]) -> list[_Shard]:
-    """The files of a model, named as the Hugging Face libraries expect."""
+def _shards(
+    folder: Path,
+    plan: Sequence[PlannedTensor],
+    about: Provenance,
+    where: Layout,
+    shard_bytes: int,
+) -> list[_Shard]:
+    """The files of a model, named as the libraries that read the input expect."""
+    plans = plan_shards(plan, shard_bytes) if where.may_be_sharded else [plan]
     count = len(plans)
     names = (
-        ["model.safetensors"]
+        [where.weights_name]
         if count == 1
         else [f"model-{i:05d}-of-{count:05d}.safetensors" for i in range(1, count + 1)]
     )
-    return [_Shard(folder / name, plan, notes) for name, plan in zip(names, plans, strict=True)]
+    notes = {"format": "pt", HEADER_KEY: about.to_header()}
+    return [_Shard(folder / name, own, notes) for name, own in zip(names, plans, strict=True)]
 
 
 def _check_space(folder: Path, shards: Sequence[_Shard]) -> None:
@@ -362,9 +360,9 @@ def merged_bytes(recipe: Recipe, groups: TensorGroups, suite: Suite, learned: An
     """
     check_fits(suite, groups.tasks)
     check_recipe(suite, recipe)
-    where = _layout(groups)
+    where = layout(groups)
     plan = output_plan(recipe, groups, where)
-    about = provenance(make_portable(recipe, suite), suite)
+    about = provenance(recipe, suite)
     stream = io.BytesIO()
     stream.write(safetensors_header(plan, {"format": "pt", HEADER_KEY: about.to_header()}))
     tensors = merge_parameters(recipe, groups, learned=learned)

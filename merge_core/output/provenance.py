@@ -14,25 +14,26 @@ from pydantic import Field, ValidationError
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, RecipeError, explain_validation
 from merge_core.factors.decomposition import Route
+from merge_core.merging.inputs import RULES_DIFFER, Inputs, Rules, name_suite
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.strict_model import StrictModel
 from merge_core.suites.suite import Suite
 
 HEADER_KEY = "mergescope"
-SHOWN_DIGITS = 12
 
 
 class Provenance(StrictModel):
     """Recipe, content of all inputs, and versions.
 
     Attributes:
-        recipe: what was done.
+        recipe: what was done; it names the suite, and no place on a machine.
         digest: the recipe's digest with these inputs.
         inputs: digest of each merged expert, in the suite's order.
         base: digest of the base, where the suite has one: integer buffers come from it.
         data: digest of each task's data and head, for methods that learn from them.
         sources: of each expert that came from the hub, its name there and its commit.
         base_source: the same of the base.
+        rules: what the suite says of its parameters.
         decomposition: how matrices were decomposed.
         versions: of MergeScope, torch and Python.
         task: whose model the file is, of a method that gives one per task.
@@ -45,6 +46,7 @@ class Provenance(StrictModel):
     data: dict[str, str] = Field(default_factory=dict)
     sources: dict[str, str] = Field(default_factory=dict)
     base_source: str | None = None
+    rules: Rules = Field(default_factory=Rules)
     decomposition: Route = "gram"
     versions: dict[str, str]
     task: str | None = None
@@ -55,7 +57,21 @@ class Provenance(StrictModel):
         for field in ("data", "sources"):
             if not document[field]:
                 del document[field]
+        if self.rules == Rules():
+            del document["rules"]
         return json.dumps(document)
+
+    @property
+    def members(self) -> Inputs:
+        """The merged members, by content and by their names on the hub."""
+        return Inputs(
+            experts=self.inputs,
+            base=self.base,
+            data=self.data,
+            sources=self.sources,
+            base_source=self.base_source,
+            rules=self.rules,
+        )
 
 
 def versions() -> dict[str, str]:
@@ -88,17 +104,17 @@ def provenance(recipe: Recipe, suite: Suite, route: Route = "gram") -> Provenanc
         >>> len(about.inputs), about.recipe.method
         (8, 'average')
     """
-    tasks = suite.select(recipe.tasks)
     learns = recipe.declaration.learns is not None
-    sources = {task: suite.source(task) for task in tasks}
+    members = Inputs.of(suite, suite.select(recipe.tasks), with_data=learns)
     return Provenance(
-        recipe=recipe,
+        recipe=recipe.model_copy(update={"suite": name_suite(suite), "inputs": None}),
         digest=recipe.digest(suite),
-        inputs={task: suite.expert(task).digest for task in tasks},
-        base=None if suite.base is None else suite.base.digest,
-        data={task: suite.data_digest(task) for task in tasks} if learns else {},
-        sources={task: name for task, name in sources.items() if name is not None},
-        base_source=suite.source(None),
+        inputs=members.experts,
+        base=members.base,
+        data=members.data,
+        sources=members.sources,
+        base_source=members.base_source,
+        rules=members.rules,
         decomposition=route,
         versions=versions(),
     )
@@ -124,7 +140,7 @@ def read_provenance(path: Path) -> Provenance:
     """
     where = path
     if path.is_dir():
-        below = sorted(path.glob("*/model*.safetensors"))
+        below = sorted(path.glob("*/*.safetensors"))
         if below and not any(path.glob("*.safetensors")):
             where = below[0].parent
     # Every shard carries the header; an index has none.
@@ -162,24 +178,12 @@ def differences(about: Provenance, suite: Suite) -> list[str]:
         >>> differences(about.model_copy(update={"base": "0" * 64}), suite)
         ['base: digest was 000000000000, is ...']
     """
-    gone = [task for task in about.inputs if task not in suite.tasks]
-    if gone:
-        return [f"expert {task!r}: not in the suite now" for task in gone]
-    found = [
-        _difference(f"expert {task!r}", digest, suite.expert(task).digest)
-        for task, digest in about.inputs.items()
-    ]
-    found.append(_difference("base", about.base, suite.base.digest if suite.base else None))
-    found += [
-        _difference(f"data of task {task!r}", digest, suite.data_digest(task))
-        for task, digest in about.data.items()
-    ]
-    known = [each for each in found if each]
-    order = suite.select(tuple(about.inputs))
+    known = about.members.differences(suite)
+    order = () if known else suite.select(tuple(about.inputs))
     if not known and order != tuple(about.inputs):
         return [f"order of experts: was {', '.join(about.inputs)}, is {', '.join(order)}"]
     if not known and _with_tasks(about).digest(suite) != about.digest:
-        return ["'decompose', 'average' or 'vocabulary' of suite.yaml: not as at that time"]
+        return [RULES_DIFFER]
     return known
 
 
@@ -214,10 +218,3 @@ def rebuild_recipe(about: Provenance, suite: Suite, reference: str) -> Recipe:
 def _with_tasks(about: Provenance) -> Recipe:
     """The recipe with its tasks named, whatever else the suite holds."""
     return about.recipe.model_copy(update={"tasks": tuple(about.inputs)})
-
-
-def _difference(what: str, then: str | None, now: str | None) -> str:
-    if then == now:
-        return ""
-    was, is_ = (digest[:SHOWN_DIGITS] if digest else "none" for digest in (then, now))
-    return f"{what}: digest was {was}, is {is_}"

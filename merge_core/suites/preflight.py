@@ -10,50 +10,24 @@ from fnmatch import fnmatchcase
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import AdaptedCheckpoint
-from merge_core.checkpoints.members import longest_vocabulary
 from merge_core.checkpoints.parameter_roles import describe
 from merge_core.checkpoints.shards import TensorInfo
-from merge_core.checkpoints.tied import declares_tied, ties
-from merge_core.checkpoints.vocabulary import longest_shape
+from merge_core.checkpoints.tied import declares_tied
 from merge_core.errors import CheckpointError
 from merge_core.suites.estimates import Job, Part, usual_workers
+from merge_core.suites.manifest import Difference, Manifest, summarise
 from merge_core.suites.suite import Suite
 
-OWN_HEAD = "left out of the merge: each task keeps its own"
-VOCABULARY_RULES = {
-    "refuse": "'vocabulary: common' or 'vocabulary: base' in suite.yaml says what to do",
-    "base": "written as it is in the base",
-    "common": "merged row by row at the length of the longest",
-}
 NO_JOB = Job()
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One way in which a member departs from the first expert.
-
-    Attributes:
-        member: a task, or ``base``.
-        parameter: its name; empty for a member that cannot be read.
-        kind: unreadable, missing, extra, head, tied, vocabulary, shape or dtype.
-        detail: in words.
-        blocking: whether a merge is refused.
-    """
-
-    member: str
-    parameter: str
-    kind: str
-    detail: str
-    blocking: bool = False
-
-
-@dataclass(frozen=True)
 class MemberFit:
-    """How one member fits the first expert.
+    """How one member fits the others.
 
     Attributes:
         member: a task, or ``base``.
-        fits: whether it can be merged with the first expert.
+        fits: whether it can be merged with them.
         differences: in words, such as ``2 missing, 1 dtype``, or why it cannot be read; empty
             where there are none.
     """
@@ -129,7 +103,7 @@ class Preflight:
         return tuple(d for d in self.differences if d.blocking)
 
     def fit(self, member: str) -> MemberFit:
-        """How a member (a task, or ``base``) fits the first expert."""
+        """How a member (a task, or ``base``) fits the others."""
         own = [difference for difference in self.differences if difference.member == member]
         kinds = Counter(difference.kind for difference in own if difference.parameter)
         unread = [difference.detail for difference in own if not difference.parameter]
@@ -158,22 +132,14 @@ def preflight(suite: Suite, tasks: Sequence[str] | None = None) -> Preflight:
     suite, chosen, differences = _drop_unreadable(suite, suite.select(tasks))
     if not chosen:
         return Preflight(tuple(differences))
-    first = suite.expert(chosen[0])
-    others = [(task, suite.expert(task)) for task in chosen[1:]]
-    if suite.base is not None:
-        others.append(("base", suite.base))
-    for who, member in others:
-        differences += _differences(suite, who, member, chosen[0], first)
-    bad = {difference.parameter for difference in differences if difference.blocking}
-    plan = [row for row in _plan(suite, chosen) if row.name not in bad]
-    unsafe_globals = set(first.unsafe_globals).union(
-        *(member.unsafe_globals for _, member in others)
-    )
+    manifest = suite.manifest(chosen)
+    members = suite.members(chosen)
+    plan = tuple(_plan(suite, chosen))
     return Preflight(
-        tuple(differences),
-        tuple(plan),
+        (*differences, *manifest.differences),
+        plan,
         tuple(_notes(suite, chosen)),
-        tuple(sorted(unsafe_globals)),
+        tuple(sorted(set().union(*(member.unsafe_globals for member in members)))),
         _job(suite, chosen, plan),
     )
 
@@ -199,81 +165,21 @@ def _drop_unreadable(
     return suite, tuple(chosen), problems
 
 
-def _differences(
-    suite: Suite, who: str, member: Checkpoint, reference: str, first: Checkpoint
-) -> Iterator[Difference]:
-    """How a member departs from the first expert."""
-    tied = {name: names for each in (first, member) for names in ties(each) for name in names}
-    for name in first:
-        there = first.info(name)
-        role = describe(name, there)
-        if name not in member:
-            other_name = next((n for n in tied.get(name, ()) if n in member), None)
-            if other_name is not None:
-                yield Difference(who, name, "tied", f"kept once here, as {other_name}")
-            elif role.kind == "head":
-                yield Difference(who, name, "head", f"absent, {reference} has one; {OWN_HEAD}")
-            else:
-                yield Difference(who, name, "missing", f"present in {reference}", True)
-            continue
-        here = member.info(name)
-        shapes = f"{here.shape}, {reference} has {there.shape}"
-        if here.shape == there.shape:
-            if here.dtype != there.dtype and not _is_base_of(member, first):
-                detail = f"{_dtype(here)}, {reference} has {_dtype(there)}"
-                yield Difference(who, name, "dtype", detail)
-        elif role.kind == "head":
-            yield Difference(who, name, "head", f"{shapes}; {OWN_HEAD}")
-        elif role.is_vocabulary and longest_shape([here.shape, there.shape]) is not None:
-            yield _vocabulary(suite, who, name, here, f"{reference} has {there.shape[0]:,}")
-        else:
-            yield Difference(who, name, "shape", shapes, True)
-    for name in member:
-        if name not in first:
-            other_name = next((n for n in tied.get(name, ()) if n in first), None)
-            if other_name is not None:
-                yield Difference(who, name, "tied", f"kept once in {reference}, as {other_name}")
-            elif who == "base":
-                yield Difference(who, name, "extra", f"not in {reference}; written as it is here")
-            else:
-                yield Difference(who, name, "extra", f"not in {reference}; left out of the merge")
-
-
-def _vocabulary(suite: Suite, who: str, name: str, here: TensorInfo, there: str) -> Difference:
-    rule = suite.spec.vocabulary
-    blocking = rule == "refuse" or (rule == "base" and suite.base is None)
-    what = VOCABULARY_RULES[rule]
-    if rule == "base" and suite.base is None:
-        what = "'vocabulary: base' needs a base"
-    detail = f"{here.shape[0]:,} rows, {there}; {what}"
-    return Difference(who, name, "vocabulary", detail, blocking)
-
-
 def _plan(suite: Suite, tasks: tuple[str, ...]) -> Iterator[ParameterPlan]:
-    first = suite.expert(tasks[0])
-    for name in suite.merged_names(tasks):
-        info, rule = _info(suite, name, tasks), suite.treatment(name, tasks[0])
-        lengths_differ = info.shape != first.info(name).shape
-        kind = describe(name, first.info(name)).kind
+    manifest = suite.manifest(tasks)
+    for name, info in manifest.infos.items():
+        role = describe(name, info)
+        if name in manifest.buffers:
+            reason = role.kind if role.is_constant else "a buffer, kept as it is"
+            yield ParameterPlan(name, info.shape, info.dtype.name, reason, False, reason)
+            continue
+        rule = suite.treatment(name, tasks[0])
         reason = rule.reason
         if suite.is_stored_transposed(name, tasks[0]):
             reason += ", stored in x out"
-        # See TensorGroup: a vocabulary of several lengths is not decomposed.
-        decomposed = rule.decomposed and not lengths_differ
-        yield ParameterPlan(name, info.shape, _dtype(info), kind, decomposed, reason)
-
-
-def _info(suite: Suite, name: str, tasks: tuple[str, ...]) -> TensorInfo:
-    """Shape and dtype of a merged parameter."""
-    longest_one = None
-    if suite.spec.vocabulary == "common":
-        longest_one = longest_vocabulary(name, suite.members(tasks))
-    return longest_one or suite.expert(tasks[0]).info(name)
-
-
-def _is_base_of(member: Checkpoint, adapted: Checkpoint) -> bool:
-    """Whether an expert is an adapter over a member, so that its dtype is the reader's choice."""
-    return isinstance(adapted, AdaptedCheckpoint) and adapted.base is member
+        # A vocabulary of several lengths is not decomposed.
+        decomposed = rule.decomposed and name not in manifest.completed
+        yield ParameterPlan(name, info.shape, info.dtype.name, role.kind, decomposed, reason)
 
 
 def _adapter_notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
@@ -292,30 +198,62 @@ def _adapter_notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
 
 
 def _notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:
+    yield from suite.notes(tasks)
     yield from _adapter_notes(suite, tasks)
-    for name, others in suite.tied_names(tasks).items():
+    yield from _prefix_notes(suite, tasks)
+    manifest = suite.manifest(tasks)
+    for name, others in manifest.also_written.items():
         yield f"{name} is also {', '.join(others)}: merged once, written under each name"
-    reference = suite.expert(tasks[0]) if suite.base is None else suite.base
-    if declares_tied(reference) and not suite.tied_names(tasks):
+    if declares_tied(manifest.reference) and not (
+        manifest.also_written or manifest.keeps_head_apart
+    ):
         yield "config.json ties the head to the embedding, which is kept once: merged once"
-    for name in suite.kept_names(tasks):
+    for name in manifest.kept:
         yield f"{name} is written as it is in the base (vocabulary: base)"
+    known = {*manifest.names, *(each.parameter for each in manifest.differences)}
     for field in ("decompose", "average"):
         for pattern in getattr(suite.spec, field):
-            if not any(fnmatchcase(name, pattern) for name in suite.merged_names(tasks)):
+            if not any(fnmatchcase(name, pattern) for name in known):
                 yield f"{pattern!r} under {field!r} in suite.yaml matches no parameter"
+
+
+def merge_notes(suite: Suite, tasks: Sequence[str]) -> Iterator[str]:
+    """What a merge settles by itself where members differ, in sentences.
+
+    Args:
+        suite: the suite.
+        tasks: chosen experts.
+
+    Raises:
+        CheckpointError: a member is missing or unreadable.
+
+    Example:
+        >>> list(merge_notes(load_suite("demo"), ("digits", "dots")))
+        []
+    """
+    yield from _prefix_notes(suite, tasks)
+    differences = suite.manifest(tasks).differences
+    if not any(each.blocking for each in differences):
+        yield from summarise(differences)
+
+
+def _prefix_notes(suite: Suite, tasks: Sequence[str]) -> Iterator[str]:
+    for member, prefix in suite.prefixes.items():
+        if member == "base" or member in tasks:
+            yield f"the names of {member} lack {prefix!r}, which others have: read as with it"
 
 
 def _job(suite: Suite, tasks: tuple[str, ...], plan: Sequence[ParameterPlan]) -> Job:
     members = suite.members(tasks)
-    infos = {row.name: _info(suite, row.name, tasks) for row in plan}
+    manifest = suite.manifest(tasks)
+    infos = dict(manifest.infos)
     # Of an adapter little more is read than its base, which is a member.
     whole = [member for member in members if not isinstance(member, AdaptedCheckpoint)]
     return Job(
         tuple(_part(infos[row.name], row, members[: len(tasks)]) for row in plan),
         len(tasks),
         sum(member.nbytes for member in whole),
-        _disk_bytes(suite, tasks, infos),
+        _disk_bytes(suite, manifest),
         usual_workers(),
     )
 
@@ -325,7 +263,8 @@ def _part(info: TensorInfo, row: ParameterPlan, experts: Sequence[Checkpoint]) -
     adapters = [expert for expert in experts if isinstance(expert, AdaptedCheckpoint)]
     computed = max(4, info.dtype.itemsize) if info.is_floating else info.dtype.itemsize
     as_stored = computed == info.dtype.itemsize and not adapters
-    pages = as_stored and all(expert.info(row.name).shape == info.shape for expert in experts)
+    held = [expert for expert in experts if row.name in expert]  # but for some buffers, all
+    pages = as_stored and all(expert.info(row.name).shape == info.shape for expert in held)
     sides = info.matrix_shape if row.decomposed else None
     thin = None
     if sides is not None and len(adapters) == len(experts):
@@ -335,15 +274,12 @@ def _part(info: TensorInfo, row: ParameterPlan, experts: Sequence[Checkpoint]) -
     return Part(info.numel, computed, sides, not pages, thin if small else None)
 
 
-def _disk_bytes(suite: Suite, tasks: tuple[str, ...], infos: dict[str, TensorInfo]) -> int:
+def _disk_bytes(suite: Suite, manifest: Manifest) -> int:
     """Bytes of all tensors of the output: what only the base has is written as well."""
-    tied_names = suite.tied_names(tasks)
-    total = sum(info.nbytes * (1 + len(tied_names.get(name, ()))) for name, info in infos.items())
+    total = sum(
+        info.nbytes * (1 + len(manifest.also_written.get(name, ())))
+        for name, info in manifest.infos.items()
+    )
     if suite.base is not None:
-        written = set(infos).union(*tied_names.values())
-        total += sum(suite.base.info(n).nbytes for n in suite.base if n not in written)
+        total += sum(suite.base.info(name).nbytes for name in manifest.copied)
     return total
-
-
-def _dtype(info: TensorInfo) -> str:
-    return info.dtype.name

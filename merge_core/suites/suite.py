@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 
@@ -14,15 +15,22 @@ from pydantic import ValidationError
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import AdaptedCheckpoint, is_adapter, is_stored_transposed
-from merge_core.checkpoints.members import are_own_heads, longest_vocabulary, names_in_all
+from merge_core.checkpoints.naming import add_prefix, align_names
 from merge_core.checkpoints.parameter_roles import Treatment, treatment
 from merge_core.checkpoints.parameter_roles import describe as describe_parameter
-from merge_core.checkpoints.tied import tied_names
-from merge_core.errors import CheckpointError, HubError, SuiteError, explain_validation
+from merge_core.checkpoints.tied import with_aliases
+from merge_core.errors import (
+    CheckpointError,
+    HubError,
+    MergeScopeError,
+    SuiteError,
+    explain_validation,
+)
 from merge_core.files import digest_of, path_below, read_yaml
 from merge_core.hub.files import is_hub_id
 from merge_core.hub.models import cache_path, require_cached, resolve_revision
 from merge_core.suites.data_files import data_identity, head_identity
+from merge_core.suites.manifest import Manifest, make_manifest
 from merge_core.suites.suite_spec import SuiteSpec
 from merge_core.work_sizes import HASHED_AT_ONCE
 
@@ -42,7 +50,7 @@ class Suite:
         self.spec = spec
         self.path = path
         self.root = path.parent
-        self._experts: dict[str, Checkpoint] = {}
+        self._manifests: dict[tuple[str, ...], Manifest] = {}
 
     def __repr__(self) -> str:
         return f"Suite({self.spec.name!r}, {len(self.tasks)} tasks)"
@@ -80,21 +88,86 @@ class Suite:
         return tuple(task for task in self.tasks if task in tasks)
 
     def expert(self, task: str) -> Checkpoint:
-        """The expert's checkpoint.
+        """The expert's checkpoint, under names that all members share.
 
         Raises:
             CheckpointError: its file is missing or unreadable.
+            HubError: it is not downloaded.
         """
-        if task not in self._experts:
-            self._experts[task] = self._open(self.spec.experts[task].weights, f"expert {task!r}")
-        return self._experts[task]
+        found = self._members.get(task)
+        # What could not be opened says why when it is opened again.
+        return self._open_expert(task, self.base) if found is None else found
 
     @cached_property
     def base(self) -> Checkpoint | None:
-        """The base's checkpoint, or None where the suite names none."""
+        """The base's checkpoint, or None where the suite names none.
+
+        Raises:
+            CheckpointError: its file is missing or unreadable.
+            HubError: it is not downloaded.
+        """
         if self.spec.base is None:
             return None
-        return self._open(self.spec.base, "base").with_prefix(self.spec.base_prefix)
+        found = self._members.get(None)
+        return self._open(self.spec.base, "base") if found is None else found
+
+    @cached_property
+    def prefixes(self) -> dict[str, str]:
+        """By member (``base``, or a task) the prefix that its names lack to be those of others.
+
+        The suite's `base_prefix` is not among them.
+        """
+        _ = self._members
+        return self._prefixes
+
+    @cached_property
+    def _members(self) -> dict[str | None, Checkpoint]:
+        """What can be opened, the base as None, under names that all share."""
+        models: dict[str | None, Checkpoint] = {}
+        adapters: list[str] = []
+        with suppress(MergeScopeError):  # told when it is asked for
+            if self.spec.base is not None:
+                models[None] = self._open(self.spec.base, "base")
+        for task in self.tasks:
+            with suppress(MergeScopeError):
+                if self._is_adapter(self.spec.experts[task].weights):
+                    adapters.append(task)
+                else:
+                    models[task] = self._open_expert(task, None)
+        models = self._align(models)
+        adapted = self._adapt(adapters, models.get(None))
+        if len(models) + len(adapted) > 1:
+            models = {
+                key: model
+                for key, model in with_aliases({**models, **adapted}).items()
+                if key in models
+            }
+        return models | self._adapt(adapters, models.get(None))
+
+    def _align(self, models: dict[str | None, Checkpoint]) -> dict[str | None, Checkpoint]:
+        """Whole models with the prefixes that they lack."""
+        given = self.spec.base_prefix
+        if given and None in models:
+            base = models[None]
+            models = {**models, None: base.renamed({name: given + name for name in base})}
+        prefixes = align_names(models)
+        if given:
+            prefixes.pop(None, None)
+        self._prefixes = {task or "base": prefix for task, prefix in prefixes.items()}
+        return {
+            key: add_prefix(model, prefixes[key], {k: m for k, m in models.items() if k != key})
+            if key in prefixes
+            else model
+            for key, model in models.items()
+        }
+
+    def _adapt(self, tasks: Sequence[str], base: Checkpoint | None) -> dict[str | None, Checkpoint]:
+        """Adapters over the base, those that can be opened."""
+        found: dict[str | None, Checkpoint] = {}
+        for task in tasks:
+            with suppress(MergeScopeError):
+                found[task] = self._open_expert(task, base)
+        return found
 
     def file(self, relative: str) -> Path:
         """A path of the suite file, made absolute; of a name on the hub, its place in the cache.
@@ -154,53 +227,43 @@ class Suite:
         experts = [self.expert(task) for task in tasks]
         return experts if self.base is None else [*experts, self.base]
 
+    def manifest(self, tasks: Sequence[str]) -> Manifest:
+        """Which tensors a merge of the chosen experts has, and how the members depart from it.
+
+        Args:
+            tasks: chosen experts.
+
+        Raises:
+            CheckpointError: a member is missing or unreadable.
+        """
+        key = tuple(tasks)
+        if key not in self._manifests:
+            experts = {task: self.expert(task) for task in key}
+            self._manifests[key] = make_manifest(experts, self.base, self.spec.vocabulary)
+        return self._manifests[key]
+
+    def notes(self, tasks: Sequence[str] | None = None) -> tuple[str, ...]:
+        """What was chosen where a member's file leaves a choice, in sentences that name it.
+
+        Args:
+            tasks: chosen experts (all when None).
+        """
+        members = [(task, self.expert(task)) for task in self.select(tasks)]
+        if self.base is not None:
+            members.append(("base", self.base))
+        return tuple(f"{who}: {note}" for who, member in members for note in member.notes)
+
     @cached_property
     def parameters(self) -> tuple[str, ...]:
-        """Names common to all experts (and the base), in the first expert's order."""
-        return self.merged_names(self.tasks)
-
-    def merged_names(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Names of the parameters that are merged of the chosen experts, in the first one's order.
-
-        That is what they all have, and the base, each tensor under one name, without heads whose
-        shapes differ and what is kept as it is in the base (``vocabulary: base``).
-        """
-        members = self.members(tasks)
-        left_out = {name for names in self.tied_names(tasks).values() for name in names}
-        left_out.update(self.kept_names(tasks))
-        names = (name for name in names_in_all(members) if name not in left_out)
-        return tuple(name for name in names if not are_own_heads(name, members))
-
-    def kept_names(self, tasks: Sequence[str]) -> tuple[str, ...]:
-        """Names of the parameters that the output copies from the base (``vocabulary: base``).
-
-        Args:
-            tasks: chosen experts.
-        """
-        if self.spec.vocabulary != "base" or self.base is None:
-            return ()
-        members = self.members(tasks)
-        return tuple(n for n in names_in_all(members) if longest_vocabulary(n, members) is not None)
-
-    def tied_names(self, tasks: Sequence[str]) -> dict[str, tuple[str, ...]]:
-        """Further names under which the output keeps tensors (:mod:`merge_core.checkpoints.tied`).
-
-        Args:
-            tasks: chosen experts.
-
-        Returns:
-            By the name that is merged, the names that the base's files (the first expert's where
-            there is no base) keep it under besides.
-        """
-        members = self.members(tasks)
-        return tied_names(members[0] if self.base is None else self.base, members)
+        """Names of the parameters that a merge of all experts has, sorted."""
+        return self.manifest(self.tasks).names
 
     @cached_property
     def matrices(self) -> tuple[str, ...]:
         """Names of the parameters that spectral methods decompose."""
-        members = self.members(self.tasks)
-        names = (name for name in self.parameters if self.treatment(name).decomposed)
-        return tuple(name for name in names if longest_vocabulary(name, members) is None)
+        lengths_differ = self.manifest(self.tasks).completed
+        names = (name for name in self.parameters if name not in lengths_differ)
+        return tuple(name for name in names if self.treatment(name).decomposed)
 
     def members_digest(self, tasks: Sequence[str], with_base: bool) -> str:
         """Digest (hex) of the content of the chosen experts, and of the base where it counts."""
@@ -237,29 +300,38 @@ class Suite:
             parts.append(self.base.digest)  # its projection stands in for what experts lack
         return digest_of(*parts)
 
-    def _open(self, relative: str, what: str) -> Checkpoint:
+    def _path(self, relative: str, what: str) -> Path:
         try:
-            path = require_cached(relative) if is_hub_id(relative) else self.file(relative)
+            return require_cached(relative) if is_hub_id(relative) else self.file(relative)
         except HubError as error:
             raise HubError(f"Suite {self.name!r}, {what}: {error}") from error
-        base = self._base_of_adapter(path, what) if is_adapter(path) and what != "base" else None
+
+    def _is_adapter(self, relative: str) -> bool:
+        return is_adapter(self._path(relative, "expert"))
+
+    def _open(self, relative: str, what: str) -> Checkpoint:
+        """A whole model."""
+        path = self._path(relative, what)
         try:
-            return Checkpoint(path) if base is None else AdaptedCheckpoint(path, base)
+            return Checkpoint(path)
         except CheckpointError as error:
             raise CheckpointError(f"Suite {self.name!r}, {what}: {error}") from error
 
-    def _base_of_adapter(self, path: Path, what: str) -> Checkpoint:
-        """The checkpoint that an adapter is applied to.
-
-        Raises:
-            CheckpointError: the suite names no base.
-        """
-        if self.base is None:
+    def _open_expert(self, task: str, base: Checkpoint | None) -> Checkpoint:
+        """An expert; an adapter over the base."""
+        weights, what = self.spec.experts[task].weights, f"expert {task!r}"
+        if not self._is_adapter(weights):
+            return self._open(weights, what)
+        path = self._path(weights, what)
+        if base is None:
             raise CheckpointError(
                 f"Suite {self.name!r}, {what}: {path} is an adapter, which is no model without "
                 "its base. Add 'base:' to suite.yaml: the model that it was trained on."
             )
-        return self.base
+        try:
+            return AdaptedCheckpoint(path, base)
+        except CheckpointError as error:
+            raise CheckpointError(f"Suite {self.name!r}, {what}: {error}") from error
 
 
 def load_suite(reference: str | Path) -> Suite:

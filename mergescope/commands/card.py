@@ -14,18 +14,19 @@ def card(
     folder: Annotated[Path, typer.Argument(help="A merged model, as a merge wrote it.")],
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     suite: Annotated[
-        str | None, typer.Option(help="Where its suite lies now, if that has moved.")
+        str | None,
+        typer.Option(help="Where its suite lies, if it was merged elsewhere or has moved."),
     ] = None,
     limit: LimitOption = None,
 ) -> None:
     """Evaluate a merged model and write its model card anew, with the accuracies."""
     from analysis.evaluation.model_card import write_card
+    from merge_core.merging.inputs import find_suite
     from merge_core.output.provenance import read_provenance
-    from merge_core.suites.suite import load_suite
 
     part = parse_split(split)
     about = read_provenance(folder)
-    members = load_suite(suite or about.recipe.suite)
+    members = find_suite(about.recipe.suite, about.members, suite)
     frame = write_card(folder, about, members, part, limit)
     columns = ["task", "accuracy", "low", "high", "correct", "images"]
     print_frame(console(), f"Accuracy on the {part} split, with 95 % intervals", frame[columns])

@@ -8,6 +8,7 @@ import typer
 
 from merge_core.errors import MergeScopeError
 from mergescope.commands.hub import suite_or_model, with_headers
+from mergescope.compatibility_report import print_findings, print_kinships
 from mergescope.preflight_report import print_preflight
 from mergescope.terminal import TasksOption, console, print_frame, progress_bar, split_names
 
@@ -34,6 +35,8 @@ def inspect(
     ] = False,
 ) -> None:
     """Pre-flight of a suite, and norms and ranks of its task vectors."""
+    from merge_core.compatibility.compare import compare_companions
+    from merge_core.compatibility.kinship import measure_kinship
     from merge_core.suites.preflight import preflight
 
     given = suite_or_model(suite)
@@ -46,16 +49,19 @@ def inspect(
     lacking = loaded.why_not_evaluated
     out.print(f"evaluation: {'ready' if lacking is None else 'not possible, ' + lacking}")
     print_preflight(out, report, full, timed=not headers_only)
+    findings = compare_companions(loaded, split_names(tasks))
+    print_findings(out, findings)
     if not headers_only and not report.blocking:
+        print_kinships(out, measure_kinship(loaded, split_names(tasks)))
         print_frame(
             out,
             "Task vectors: norm, stable and effective rank (means over matrices)",
             _norms(loaded, split_names(tasks)),
         )
-    if report.blocking:
+    refused = [finding for finding in findings if finding.level == "refused"]
+    if count := len(report.blocking) + len(refused):
         raise MergeScopeError(
-            f"A merge is impossible; differences that prevent it: {len(report.blocking)} "
-            "(see the table above)."
+            f"A merge is impossible; differences that prevent it: {count} (see the table above)."
         )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from merge_core.errors import MergeScopeError, SuiteError
+from mergescope.compatibility_report import echo_warnings
 from mergescope.terminal import progress_bar
 
 if TYPE_CHECKING:
@@ -26,7 +26,10 @@ def merge(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
     suite: Annotated[
         str | None,
-        typer.Option(help="Where the suite of a merged model lies now, if it has moved."),
+        typer.Option(
+            help="Where the suite of a merged model, or of the recipe beside one, lies: where it "
+            "was merged elsewhere, or has moved."
+        ),
     ] = None,
     shard_size: Annotated[
         float, typer.Option(min=0.001, max=1e6, help="Largest shard in GB.")
@@ -54,9 +57,12 @@ def merge(
     """Merge as a recipe says, into a folder with weights, recipe and model card."""
     from merge_core.executors.choose import choose_executor as executor_named
     from merge_core.factors.store import FactorStore
+    from merge_core.merging.engine import check_fits
     from merge_core.merging.recipe import load_recipe
-    from merge_core.output.lora import AdapterRank, merge_to_adapter
+    from merge_core.output.adapter_draft import AdapterRank
+    from merge_core.output.lora import merge_to_adapter
     from merge_core.output.model_folder import merge_to_folder
+    from merge_core.suites.preflight import merge_notes
 
     where = executor_named(executor)
     rank = None if as_adapter is None else AdapterRank.parse(as_adapter)
@@ -64,16 +70,15 @@ def merge(
     if _is_model(recipe):
         loaded, members, made_by = _recipe_of_model(recipe, suite)
         route = "svd" if full_svd else made_by
-    elif suite is not None:
-        raise MergeScopeError(
-            "--suite goes with a merged model. A recipe's YAML file names its own: edit 'suite:'."
-        )
     else:
-        loaded, members = load_recipe(recipe)
-    for warning in loaded.declaration.warnings(
-        len(members.select(loaded.tasks)), loaded.checked_parameters
-    ):
+        loaded, members = load_recipe(recipe, suite)
+    for warning in loaded.warnings(members.select(loaded.tasks)):
         typer.echo(f"note: {warning}", err=True)
+    check_fits(members, members.select(loaded.tasks))
+    notes = (*members.notes(loaded.tasks), *merge_notes(members, members.select(loaded.tasks)))
+    for note in notes:
+        typer.echo(f"note: {note}", err=True)
+    echo_warnings(members, loaded.tasks)
     store = FactorStore(route=route)
     learned = _learn(loaded, members, store) if loaded.declaration.learns else None
     bar = progress_bar("merging")
@@ -96,17 +101,12 @@ def _is_model(path: Path) -> bool:
 
 def _recipe_of_model(path: Path, reference: str | None) -> tuple[Recipe, Suite, Route]:
     """Recipe, suite and decomposition that give a merged model again."""
+    from merge_core.merging.inputs import find_suite
     from merge_core.output.provenance import read_provenance, rebuild_recipe, versions
-    from merge_core.suites.suite import load_suite
 
     about = read_provenance(path)
-    where = reference or about.recipe.suite
-    try:
-        suite = load_suite(where)
-    except SuiteError as error:
-        hint = "" if reference else " If the suite has moved, say where it is with --suite."
-        raise SuiteError(f"{error}{hint}") from error
-    recipe = rebuild_recipe(about, suite, where)
+    suite = find_suite(about.recipe.suite, about.members, reference)
+    recipe = rebuild_recipe(about, suite, str(suite.path))
     now = versions()
     others = [
         f"{name} {v} (now {now.get(name)})"

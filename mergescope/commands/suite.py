@@ -92,8 +92,8 @@ def init(
         found = with_tasks(found, named)
         if base is not None:
             found = with_base(found, further[0] if further else None)
-        spec = draft_suite(found, path.resolve().parent.name or "suite")
         _print_found(out, found)
+        spec = draft_suite(found, path.resolve().parent.name or "suite")
     _print_fit(out, open_by_headers(spec, path, found))
     write_suite(spec, path, overwrite)
     out.print(f"written: {path}")
@@ -124,12 +124,13 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
 
 def _reference(place: str) -> str:
     """A path made absolute; a hub id as it is."""
+    from merge_core.files import absolute_path
     from merge_core.hub.files import is_hub_id
 
     if is_hub_id(place):
         return place
     try:
-        return str(Path(place).expanduser().resolve())
+        return str(absolute_path(Path(place).expanduser()))
     except (OSError, RuntimeError, ValueError) as error:
         raise SuiteError(f"{place!r} is not a path ({error}). Check it.") from error
 
@@ -175,24 +176,31 @@ def _print_found(out: Console, found: Sequence[FoundModel]) -> None:
 
 
 def _print_fit(out: Console, suite: Suite) -> None:
+    from merge_core.compatibility.compare import compare_companions
+    from merge_core.compatibility.kinship import measure_kinship
     from merge_core.suites.preflight import preflight
+    from mergescope.compatibility_report import print_findings, print_kinships
     from mergescope.preflight_report import print_preflight
 
-    report = preflight(suite)
-    if not report.plan:
+    report, findings = preflight(suite), compare_companions(suite)
+    refused = bool(report.blocking) or any(finding.level == "refused" for finding in findings)
+    if report.plan:
+        members = [*suite.tasks, *([] if suite.spec.base is None else ["base"])]
+        fits = [report.fit(member) for member in members]
+        print_table(
+            out,
+            "What fits",
+            ["member", "fits", "differences"],
+            [[fit.member, "yes" if fit.fits else "no", fit.differences] for fit in fits],
+        )
+        print_preflight(out, report)
+    else:
         reason = next((d.detail for d in report.blocking), "nothing is common to all")
         out.print(f"what fits is not known yet: {reason}")
-        return
-    members = [*suite.tasks, *([] if suite.spec.base is None else ["base"])]
-    fits = [report.fit(member) for member in members]
-    print_table(
-        out,
-        "What fits",
-        ["member", "fits", "differences"],
-        [[fit.member, "yes" if fit.fits else "no", fit.differences] for fit in fits],
-    )
-    print_preflight(out, report)
-    if report.blocking:
+    print_findings(out, findings)
+    if not report.blocking:
+        print_kinships(out, measure_kinship(suite))
+    if refused and report.plan:
         typer.echo(
             "note: not all of these can be merged as they are. Correct their roles with --base and "
             "--task, or take members out of the file.",

@@ -62,7 +62,7 @@ def browser() -> Iterator[Browser]:
 class Server:
     """A dashboard on a free port of the loopback interface."""
 
-    def __init__(self, folder: Path, suites: tuple[Path, ...] = ()) -> None:
+    def __init__(self, folder: Path, suites: tuple[Path, ...] = (), script: str = "app.py") -> None:
         with closing(socket.socket()) as probe:
             probe.bind(("127.0.0.1", 0))
             self.port: int = probe.getsockname()[1]
@@ -70,10 +70,11 @@ class Server:
         self.log = folder / "server.log"
         environment = {
             **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "MERGESCOPE_CACHE": str(folder / "cache"),
             "MERGESCOPE_SUITES": os.pathsep.join(map(str, suites)),
         }
-        command = [sys.executable, "-m", "streamlit", "run", "app.py", "--server.headless=true"]
+        command = [sys.executable, "-m", "streamlit", "run", script, "--server.headless=true"]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 [*command, f"--server.port={self.port}"],

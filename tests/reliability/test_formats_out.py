@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.errors import OutputError
 from merge_core.factors.store import FactorStore
 from merge_core.merging.recipe import make_recipe
 from merge_core.output.model_folder import merge_to_folder, merged_bytes
@@ -211,7 +212,11 @@ def test_open_clip(tmp_path: Path) -> None:
         save_file(model.state_dict(), folder / "open_clip_model.safetensors")
         document = {"model_cfg": config, "preprocess_cfg": {"mean": [0.5] * 3, "std": [0.5] * 3}}
         (folder / "open_clip_config.json").write_text(json.dumps(document))
-    out = merge_folder(tmp_path, ["m0", "m1"])
+    out = merge_folder(tmp_path, ["m0", "m1"], shard_bytes=5000)
+    # What open_clip looks for on the hub (hf-hub:org/name), in one file whatever its size.
+    from open_clip.constants import HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME
+
+    assert names(out) == {HF_CONFIG_NAME, HF_SAFE_WEIGHTS_NAME, "README.md", "recipe.yaml"}
     loaded = open_clip.create_model(f"local-dir:{out}")
     assert_same(loaded.state_dict(), average([model.state_dict() for model in models]))
 
@@ -272,4 +277,25 @@ def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
     (tmp_path / "m" / "config.json").symlink_to(tmp_path / "blobs" / "2")
     out = merge_folder(tmp_path, ["m"])
     assert not (out / "config.json").is_symlink()
-    assert json.loads((out / "config.json").read_text()) == {"model_type": "bert"}
+    # The dtype of the weights is said where the input left it to the reader.
+    found = json.loads((out / "config.json").read_text())
+    assert found == {"model_type": "bert", "dtype": "float32"}
+
+
+@pytest.mark.parametrize("name", ["vocab.txt", "tokenizer.json", "chat_template.jinja"])
+def test_no_link_brings_a_foreign_file_into_the_output(tmp_path: Path, name: str) -> None:
+    """A downloaded folder could otherwise have a private key published as its vocabulary."""
+    secret = tmp_path / "id_rsa"
+    secret.write_text("PRIVATE KEY")
+    for number in (0, 1):
+        folder = tmp_path / "models" / f"e{number}"
+        folder.mkdir(parents=True)
+        save_file({"weight": torch.full((2, 2), float(number))}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps({"model_type": "vit"}))
+    (tmp_path / "models" / "e0" / name).symlink_to(secret)
+    with pytest.raises(OutputError, match=f"{name} is a link to a place outside"):
+        merge_folder(tmp_path / "models", ["e0", "e1"])
+    assert not [path for path in tmp_path.rglob("*") if path.is_dir() and "out" in path.name]
+    (tmp_path / "models" / "e0" / name).unlink()
+    (tmp_path / "models" / "e0" / name).write_text("own")
+    assert (merge_folder(tmp_path / "models", ["e0", "e1"]) / name).read_text() == "own"

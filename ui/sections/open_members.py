@@ -14,6 +14,8 @@ from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite
 from ui import charts
+from ui.plain_text import plain, show_info, show_warning
+from ui.sections.compatibility import compatibility_section
 
 # What people choose from, and what it means.
 ROLES: dict[str, Role] = {
@@ -90,7 +92,7 @@ def fit_section(suite: Suite) -> None:
     report = preflight(suite)
     if not report.plan:
         reason = next((d.detail for d in report.blocking), "nothing is common to all.")
-        st.warning(f"What fits is not known yet: {reason}")
+        show_warning(f"What fits is not known yet: {reason}")
         return
     cards = charts.cards(3)
     cards.metric("Experts", len(suite.tasks), border=True)
@@ -126,8 +128,8 @@ def fit_section(suite: Suite) -> None:
     unfit = frame.loc[~frame["fits"], "member"].tolist()
     if unfit:
         st.error(
-            f"These do not fit {suite.tasks[0]}: {', '.join(unfit)}. Leave them out, or choose "
-            "other roles.",
+            f"These do not fit {plain(suite.tasks[0])}: {plain(', '.join(unfit))}. Leave them out, "
+            "or choose other roles.",
             icon=":material/error:",
         )
     elif len(suite.tasks) < FEWEST:
@@ -139,7 +141,7 @@ def fit_section(suite: Suite) -> None:
     else:
         st.success(f"All {len(members)} models fit together.", icon=":material/check_circle:")
     for note in report.notes:
-        st.info(note)
+        show_info(note)
     st.dataframe(
         frame.assign(fits=frame["fits"].map({True: "yes", False: "no"})),
         hide_index=True,
@@ -149,6 +151,7 @@ def fit_section(suite: Suite) -> None:
             "differences": st.column_config.TextColumn("Differences", width="large"),
         },
     )
+    compatibility_section(suite, not report.blocking)
     if report.differences:
         with st.expander("Every difference", icon=":material/difference:"):
             st.dataframe(pd.DataFrame([asdict(d) for d in report.differences]), hide_index=True)

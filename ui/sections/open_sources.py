@@ -21,6 +21,7 @@ from merge_core.opening.search import MOST_ENTRIES, find_models
 from merge_core.suites.suite import load_suite
 from merge_core.suites.suite_spec import SuiteSpec
 from ui.controls import optional_selectbox, selectbox, text
+from ui.plain_text import plain, show_info, show_warning
 from ui.progress import run_job
 from ui.server import roots, session_files, uploads
 from ui.server.resources import stamp
@@ -62,7 +63,7 @@ def from_folder(open_suite: Callable[[str, Path], None]) -> Collection | None:
         root = selectbox("Below", allowed, "open_root")
     options, complete = _folders(str(root))
     typed = optional_selectbox(
-        f"Folder below {root}",
+        f"Folder below {plain(root)}",
         options,
         "open_folder",
         words=lambda option: "(the folder itself)" if option == "." else option,
@@ -76,7 +77,7 @@ def from_folder(open_suite: Callable[[str, Path], None]) -> Collection | None:
         st.info("There are many folders here, and not all were looked into: type the path.")
     if typed is None:
         if not options and complete:
-            st.info(f"No weight files were found below {root}, {roots.DEPTH} levels deep.")
+            show_info(f"No weight files were found below {root}, {roots.DEPTH} levels deep.")
         return None
     place = roots.confine(_interpret(typed, options), root)
     existing = place / FILE
@@ -165,7 +166,7 @@ def from_preset() -> Collection | None:
     if name is None:
         return None
     spec = known[name].spec
-    st.markdown(spec.description)
+    st.markdown(plain(spec.description))
     members = [*([spec.base] if spec.base else []), *(e.weights for e in spec.experts.values())]
     found = _headers(members)
     return None if found is None else _in_session(apply_preset(found, spec), name, spec)
@@ -186,9 +187,10 @@ def _headers(ids: Sequence[str]) -> tuple[FoundModel, ...] | None:
         return None
     found: tuple[FoundModel, ...] = job.result
     if unread := _list_unread(found):
-        # A cell of the table would cut these sentences off.
-        notes = "\n".join(f"- {each.note}" for each in unread[:MOST_SAID])
-        st.warning(f"{len(unread)} of {len(found)} could not be read:\n\n{notes}")
+        st.warning(
+            f"{len(unread)} of {len(found)} could not be read:\n\n"
+            + "\n".join(f"- {plain(each.note)}" for each in unread[:MOST_SAID])
+        )
         st.button("Ask the hub again", icon=":material/refresh:", on_click=_try_again)
     return found
 
@@ -219,12 +221,12 @@ def from_uploads() -> Collection | None:
         "the server.",
     )
     for sentence in st.session_state.get("open_refused", []):
-        st.warning(sentence)
+        show_warning(sentence)
     kept = sorted(folder.glob(f"*{uploads.SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
     if not kept:
         return None
     if alike := st.session_state.get("open_alike"):
-        st.warning(alike)
+        show_warning(alike)
     st.button("Remove all uploads", icon=":material/delete:", on_click=_remove, args=(folder,))
     # File by file: a folder with a model.safetensors would be taken for one model.
     found = find_models([str(path) for path in kept], inside=folder)

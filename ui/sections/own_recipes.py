@@ -10,6 +10,7 @@ from merge_core.merging.engine import check_recipe
 from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query, recipe_from_yaml
 from ui.controls import selectbox
 from ui.controls import text as text_control
+from ui.plain_text import code, plain, show_warning
 from ui.server.resources import View
 from ui.widgets import controls
 
@@ -140,9 +141,9 @@ def _list_entered(view: View) -> list[Recipe]:
             problem = str(error)
         words, button = st.columns([3, 1], vertical_alignment="center")
         if problem:
-            words.warning(f"`{label}` is left out. {problem}")
+            words.warning(f"{code(label)} is left out. {plain(problem)}")
         else:
-            words.markdown(label)
+            words.markdown(plain(label))
         button.button("Remove", key=f"own_remove_{place}", on_click=_remove, args=(place,))
     key = f"own_files_{st.session_state.get(UPLOADS, 0)}"
     st.file_uploader(
@@ -155,5 +156,5 @@ def _list_entered(view: View) -> list[Recipe]:
         max_upload_size=UPLOAD_MB,
     )
     for problem in st.session_state.pop(PROBLEMS, []):
-        st.warning(problem)
+        show_warning(problem)
     return list(found.values())

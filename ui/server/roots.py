@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from merge_core.errors import MergeScopeError
+from merge_core.input_files import find_outside
 from merge_core.opening.search import holds_models
 
 VARIABLE = "MERGESCOPE_ROOTS"
@@ -98,6 +99,9 @@ def folders(root: Path) -> tuple[list[str], bool]:
 def names_outside(document: object, folder: Path, root: Path) -> str | None:
     """A text in a suite's document that names an existing file outside a root, if there is one.
 
+    A folder is outside also by a link anywhere below it, but those of a Hugging Face cache to its
+    own content.
+
     Args:
         document: what a suite.yaml says.
         folder: where it lies; relative paths start here.
@@ -111,11 +115,15 @@ def names_outside(document: object, folder: Path, root: Path) -> str | None:
         return next((part for part in parts if part is not None), None)
     if isinstance(document, str):
         try:
-            path = (folder / Path(document).expanduser()).resolve()
-            if not path.is_relative_to(root.resolve()) and path.exists():
-                return document
+            path = folder / Path(document).expanduser()
+            if not path.exists():
+                return None
         except (OSError, RuntimeError, ValueError):  # no path at all
             return None
+        try:
+            return None if find_outside(path, root) is None else document
+        except OSError:  # what cannot be looked into is not known to be inside
+            return document
     return None
 
 

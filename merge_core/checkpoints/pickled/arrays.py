@@ -1,16 +1,17 @@
 """Numpy arrays in pickled state dicts, as the places of their bytes.
 
 Source: numpy's ``ndarray.__reduce_ex__``: ``_reconstruct`` and a state up to protocol 4,
-``_frombuffer`` from protocol 5 on. Neither is called.
+``_frombuffer`` from protocol 5 on; ``pickle``'s ``save_bytes`` before protocol 3. None is called.
 """
 
 from __future__ import annotations
 
+import math
 from itertools import accumulate
 from typing import Any
 
 from merge_core.checkpoints.dtypes import DTYPES, Dtype
-from merge_core.checkpoints.pickled.machine import Blob, Global, Record
+from merge_core.checkpoints.pickled.machine import Blob, Global, PickleFileError, Record
 from merge_core.checkpoints.pickled.tensors import Region, Storage, StoredTensor, count, view
 
 CODES = {
@@ -25,42 +26,101 @@ CODES = {
     "b1": DTYPES["bool"],
 }
 RECONSTRUCT = ("numpy.core.multiarray._reconstruct", "numpy._core.multiarray._reconstruct")
+ENCODE = "_codecs.encode"
 FROM_BUFFER = ("numpy.core.numeric._frombuffer", "numpy._core.numeric._frombuffer")
 
 
-def stored_array(value: Any) -> StoredTensor | None:
-    """A numpy array of numbers as a place in the stream that its pickle was read from.
+class ArrayReader:
+    """Makes tensors of the numpy arrays in one pickle.
 
     Args:
-        value: what :func:`merge_core.checkpoints.pickled.machine.read_pickle` put for it.
+        unpacked: the pickle's bytes where they are compressed in the file, else None.
+    """
 
-    Returns:
-        None for anything else, and for arrays of texts, objects or big-endian numbers, and those
-        that protocols 0 to 2 write as text.
+    def __init__(self, unpacked: bytes | None = None) -> None:
+        self._unpacked = unpacked
+
+    def stored(self, value: Any) -> StoredTensor | None:
+        """A numpy array of numbers, as the place of its bytes.
+
+        Args:
+            value: what :func:`merge_core.checkpoints.pickled.machine.read_pickle` put for it.
+
+        Returns:
+            None for anything else, and for arrays of texts, objects or big-endian numbers.
+
+        Raises:
+            PickleFileError: sizes that no array has, or more than its bytes hold.
+        """
+        match value:
+            case Record(
+                maker=Global() as maker, state=(_, shape, dtype, bool() as fortran, data)
+            ) if str(maker) in RECONSTRUCT:
+                return self._array(data, dtype, shape, fortran)
+            case Record(maker=Global() as maker, args=(data, dtype, shape, str() as order)) if (
+                str(maker) in FROM_BUFFER
+            ):
+                return self._array(data, dtype, shape, order == "F")
+        return None
+
+    def _array(self, data: Any, kind: Any, shape: Any, fortran: bool) -> StoredTensor | None:
+        dtype = _dtype(kind)
+        if dtype is None or not isinstance(shape, tuple):
+            return None
+        sizes = [count(size) for size in shape]
+        region = self._region(data, math.prod(sizes) * dtype.itemsize)
+        if region is None:
+            return None
+        ordered = sizes if fortran else sizes[::-1]
+        steps = list(accumulate(ordered, lambda a, b: a * b, initial=1))[:-1]
+        storage = Storage(region, dtype, 0, region.size)
+        return view(storage, 0, shape, steps if fortran else steps[::-1])
+
+    def _region(self, data: Any, size: int) -> Region | None:
+        """The place of an array's bytes: in the file, or, where that holds them otherwise, here.
+
+        Protocols 0 to 2 have no bytes: numpy gives them as a text of Latin-1, which the pickle
+        keeps in UTF-8, one byte or two for each.
+        """
+        match data:
+            case Blob():
+                if self._unpacked is None:
+                    return Region(data.size, data.start)
+                return _inline(self._unpacked[data.start : data.start + data.size])
+            case Record(maker=Global() as maker, args=(str() as text, "latin1")) if (
+                str(maker) == ENCODE
+            ):
+                return _inline(text.encode("latin-1")) if _is_latin(text) else None
+            case Record(maker=Global() as maker, args=(Blob() as text, "latin1")) if (
+                str(maker) == ENCODE and size <= text.size
+            ):
+                if self._unpacked is None:
+                    return Region(size, text.start, packed=text.size, is_text=True)
+                return _inline(decode(self._unpacked[text.start : text.start + text.size], size))
+        return None
+
+
+def decode(text: bytes | bytearray, size: int) -> bytes:
+    """The bytes that a text of Latin-1 stands for, which is given in UTF-8.
 
     Raises:
-        PickleFileError: sizes that no array has, or more than its bytes hold.
+        PickleFileError: it stands for another number of them, or for none.
     """
-    match value:
-        case Record(
-            maker=Global() as maker, state=(_, shape, dtype, bool() as fortran, Blob() as data)
-        ) if str(maker) in RECONSTRUCT:
-            return _array(data, dtype, shape, fortran)
-        case Record(
-            maker=Global() as maker, args=(Blob() as data, dtype, shape, str() as order)
-        ) if str(maker) in FROM_BUFFER:
-            return _array(data, dtype, shape, order == "F")
-    return None
+    try:
+        data = text.decode("utf-8").encode("latin-1")
+    except UnicodeError as error:
+        raise PickleFileError.damaged("an array in it is damaged") from error
+    if len(data) != size:
+        raise PickleFileError.damaged("an array in it has another size than it says")
+    return data
 
 
-def _array(data: Blob, kind: Any, shape: Any, fortran: bool) -> StoredTensor | None:
-    dtype = _dtype(kind)
-    if dtype is None or not isinstance(shape, tuple):
-        return None
-    sizes = [count(size) for size in shape]
-    steps = list(accumulate(sizes if fortran else sizes[::-1], lambda a, b: a * b, initial=1))[:-1]
-    storage = Storage(Region(data.size, data.start), dtype, 0, data.size)
-    return view(storage, 0, shape, steps if fortran else steps[::-1])
+def _inline(data: bytes) -> Region:
+    return Region(len(data), 0, data=data)
+
+
+def _is_latin(text: str) -> bool:
+    return not text or max(text) <= "\xff"
 
 
 def _dtype(kind: Any) -> Dtype | None:

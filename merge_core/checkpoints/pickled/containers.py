@@ -47,12 +47,12 @@ class Contents:
         content: the pickled object, read as data.
         unsafe_globals: full names of the classes and functions in it that are not torch's
             own, sorted.
-        in_file: whether the pickle's bytes are the file's own, rather than compressed there.
+        unpacked: the pickle's bytes where they are compressed in the file, else None.
     """
 
     content: Any
     unsafe_globals: tuple[str, ...]
-    in_file: bool = True
+    unpacked: bytes | None = None
 
 
 def read_contents(stream: BinaryIO, size: int) -> Contents:
@@ -129,7 +129,10 @@ def _read_zip(stream: BinaryIO, file_size: int) -> Contents:
     content = read_pickle(source, end, maker, Budget())
     for path, region in maker.regions.items():
         locate(stream, file_size, entries[path], region)
-    return Contents(content, tuple(sorted(maker.unsafe_globals)), source is stream)
+    unpacked = (
+        source.getvalue() if isinstance(source, io.BytesIO) and source is not stream else None
+    )
+    return Contents(content, tuple(sorted(maker.unsafe_globals)), unpacked)
 
 
 def _member(

@@ -3,7 +3,8 @@
 ``torch.save(model)`` writes a pickle that names the model's classes, and opening it as Python
 does imports and runs whatever it names. Here it is read as data (:mod:`pickle_machine`), torch's
 reconstructors are recognised (:mod:`pickle_tensors`) in each of torch's formats
-(:mod:`pickle_containers`), and tensors get the names of ``state_dict()`` (:mod:`pickle_names`).
+(:mod:`pickle_containers`), the model's weights are found among what a trainer keeps
+(:mod:`sets`), and tensors get the names of ``state_dict()`` (:mod:`names`).
 Nothing is imported or called on the file's behalf.
 """
 
@@ -12,9 +13,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from merge_core.checkpoints.pickled.arrays import ArrayReader, decode
 from merge_core.checkpoints.pickled.containers import read_contents
 from merge_core.checkpoints.pickled.machine import PickleFileError
-from merge_core.checkpoints.pickled.names import NamedTensor, named_tensors
+from merge_core.checkpoints.pickled.names import NamedTensor
+from merge_core.checkpoints.pickled.sets import find_model
 from merge_core.checkpoints.pickled.tensors import Region, StoredTensor, Unreadable
 from merge_core.checkpoints.pickled.zips import inflate
 from merge_core.errors import CheckpointError
@@ -33,10 +36,14 @@ class PickledTensors:
 
     Args:
         path: the file.
+        part: keys joined by dots under which its weights lie; the usual ones if empty.
 
     Attributes:
         stored: shape, dtype and place of each tensor, or what it is instead of a plain array,
             by its name in ``state_dict()``.
+        part: the keys under which they lie, where others could have been taken; else empty.
+        notes: what was chosen among several sets of weights, in sentences.
+        lightning: whether PyTorch Lightning wrote it.
         unsafe_globals: full names of the classes and functions that the file would import
             besides torch's own.
 
@@ -44,18 +51,20 @@ class PickledTensors:
         CheckpointError: no such file, a damaged or a hostile one, or no model in it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, part: str = "") -> None:
         self.path = path
         try:
             with path.open("rb") as stream:
                 self._size = stream.seek(0, 2)
                 stream.seek(0)
                 contents = read_contents(stream, self._size)
-            self.stored: dict[str, NamedTensor] = named_tensors(contents.content, contents.in_file)
+            found = find_model(contents.content, ArrayReader(contents.unpacked), part)
         except PickleFileError as fault:
             raise CheckpointError(f"{path} cannot be read as a torch file: {fault}") from fault
         except OSError as error:
             raise CheckpointError(f"{path} cannot be read: {error.strerror}.") from error
+        self.stored: dict[str, NamedTensor] = found.tensors
+        self.part, self.notes, self.lightning = found.part, found.notes, found.lightning
         self.unsafe_globals = contents.unsafe_globals
         self._unpacked: tuple[Region, UntypedStorage] | None = None
 
@@ -110,8 +119,10 @@ class PickledTensors:
         region, begin, end = place.region, place.begin, place.begin + place.extent
         if begin == end:
             return UntypedStorage(0)
+        if region.data is not None:
+            return _storage_of(bytearray(region.data[begin:end]))
         if region.packed is not None:
-            return self._inflate(region)[begin:end]
+            return self._unpack(region)[begin:end]
         assert region.start is not None
         if self._whole is None:
             return _storage_of(self._read(region.start + begin, end - begin))
@@ -119,14 +130,16 @@ class PickledTensors:
         # Only torch's zip format keeps storages at addresses that suit their dtype.
         return found.clone() if (region.start + begin) % place.dtype.itemsize else found
 
-    def _inflate(self, region: Region) -> UntypedStorage:
-        """A compressed storage; the last one is kept, for the tensors that share it."""
+    def _unpack(self, region: Region) -> UntypedStorage:
+        """A compressed storage, or a text's; the last is kept, for the tensors that share it."""
         known = self._unpacked
         if known is not None and known[0] is region:
             return known[1]
         assert region.start is not None
         assert region.packed is not None
-        storage = _storage_of(inflate(self._read(region.start, region.packed), region.size))
+        packed = self._read(region.start, region.packed)
+        unpack = decode if region.is_text else inflate
+        storage = _storage_of(bytearray(unpack(packed, region.size)))
         self._unpacked = (region, storage)
         return storage
 

@@ -10,14 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from merge_core.checkpoints.pickled.arrays import stored_array
 from merge_core.checkpoints.pickled.machine import Blob, Global, Pairs, PickleFileError, Record
 from merge_core.checkpoints.pickled.tensors import Storage, StoredTensor, Unreadable, view
 
 NamedTensor = StoredTensor | Unreadable
 
-WRAPPERS = ("state_dict", "model_state_dict", "model", "module", "net")
-MOST_WRAPPERS = 4
 MOST_NAMES = 100_000
 MOST_VISITS = 500_000
 LONGEST_NAME = 1 << 10
@@ -25,53 +22,18 @@ SCRIPTED = "__torch__"
 LEGACY_PARAMETERS = ("torch.nn.parameter.Parameter", "torch.autograd.variable.Variable")
 
 
-def named_tensors(content: Any, arrays: bool = True) -> dict[str, NamedTensor]:
-    """The tensors of a pickled state dict or module, inside the usual wrappers or bare.
-
-    Args:
-        content: what :func:`merge_core.checkpoints.pickled.machine.read_pickle` returned.
-        arrays: whether numpy arrays count, whose bytes lie inside the pickle.
-
-    Returns:
-        Tensors by name, in the order of ``state_dict()``.
-
-    Raises:
-        PickleFileError: neither a dictionary nor a module, or more names than any model has.
-    """
-    walk = _Walk()
-    for _ in range(MOST_WRAPPERS):
-        if walk.is_module(content) or not _is_mapping(content):
-            break
-        entries = dict(walk.items(content))
-        candidates = (entries.get(key) for key in WRAPPERS)
-        inner = next((v for v in candidates if _is_mapping(v) or walk.is_module(v)), None)
-        if inner is None:
-            break
-        content = inner
-    if walk.is_module(content):
-        walk.module(content)
-    elif _is_mapping(content):
-        for name, value in walk.items(content):
-            if found := _tensor(value) or (stored_array(value) if arrays else None):
-                walk.add(name, found)
-    else:
-        raise PickleFileError(
-            f"it holds a {_kind(content)}, not a model or a dictionary of named tensors. Save "
-            "model.state_dict() instead."
-        )
-    return walk.tensors
-
-
-class _Walk:
+class Walk:
     """Collects tensors, and gives up on structures that no model has.
 
     A module inside itself has endless names, and a few hundred that share their children have
     astronomically many: every entry looked at counts.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, before: Walk | None = None) -> None:
         self.tensors: dict[str, NamedTensor] = {}
-        self._visits = 0
+        self._visits: list[int] = (
+            [0] if before is None else before._visits
+        )  # shared: one file, one bound
 
     def add(self, name: str, tensor: NamedTensor) -> None:
         self.tensors[name] = tensor
@@ -81,8 +43,16 @@ class _Walk:
                 f"{LONGEST_NAME:,} characters. Save the weights of one model."
             )
 
-    def items(self, mapping: Any) -> Iterator[tuple[str, Any]]:
-        """The entries of a dictionary (or of nothing) whose keys are texts or small numbers."""
+    def items(self, mapping: Any, strict: bool = True) -> Iterator[tuple[str, Any]]:
+        """The entries of a dictionary (or of nothing) whose keys are texts or small numbers.
+
+        Args:
+            mapping: what may be a dictionary.
+            strict: whether tensors under other keys are refused rather than left out.
+
+        Raises:
+            PickleFileError: such a tensor, or a damaged dictionary.
+        """
         pairs: Any = ()
         if isinstance(mapping, Pairs):
             pairs = zip(mapping[::2], mapping[1::2], strict=True)
@@ -99,7 +69,7 @@ class _Walk:
                 yield key, value
             elif isinstance(key, int) and abs(key) < 1 << 63:
                 yield str(key), value
-            elif _tensor(value):
+            elif strict and tensor_of(value):
                 raise PickleFileError(
                     "a tensor in it is named by something that is no text. Rename it."
                 )
@@ -109,7 +79,7 @@ class _Walk:
         if not isinstance(value, Record):
             return False
         return _is_scripted(value) or any(
-            name == "_modules" for name, _ in self.items(_attributes(value))
+            name == "_modules" for name, _ in self.items(_attributes(value), strict=False)
         )
 
     def module(self, top: Record) -> None:
@@ -144,19 +114,19 @@ class _Walk:
         for part in ("_parameters", "_buffers"):
             for name, value in self.items(parts.get(part)):
                 if value is not None and not (part == "_buffers" and name in hidden):
-                    yield name, _tensor(value) or Unreadable(_kind(value))
+                    yield name, tensor_of(value) or Unreadable(kind_of(value))
         yield from self.items(parts.get("_modules"))
 
     def _visit(self) -> None:
-        self._visits += 1
-        if self._visits > MOST_VISITS:
+        self._visits[0] += 1
+        if self._visits[0] > MOST_VISITS:
             raise PickleFileError(
                 "it holds more parameters or modules than any model, or modules nested without "
                 "end. Save the weights of one model."
             )
 
 
-def _is_mapping(value: Any) -> bool:
+def is_mapping(value: Any) -> bool:
     return isinstance(value, Pairs) or (
         isinstance(value, Record) and (value.pairs is not None or _is_ordered_dict(value))
     )
@@ -190,7 +160,7 @@ def _elements(collection: Any) -> list[Any]:
     return []
 
 
-def _tensor(value: Any) -> NamedTensor | None:
+def tensor_of(value: Any) -> NamedTensor | None:
     """The value if it is a tensor, also in the form of parameters that torch before 0.4 pickled."""
     for _ in range(2):
         match value:
@@ -208,7 +178,7 @@ def _tensor(value: Any) -> NamedTensor | None:
     return value if isinstance(value, StoredTensor | Unreadable) else None
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
     """A word for a value's kind, for messages."""
     match value:
         case StoredTensor() | Unreadable():

@@ -90,12 +90,16 @@ class Region:
     Attributes:
         size: its bytes, decompressed.
         start: where it begins; None until that is known.
-        packed: its bytes in the file where it is compressed (deflate), else None.
+        packed: its bytes in the file where it is compressed (deflate) or a text, else None.
+        is_text: whether it is a text of Latin-1 in UTF-8, in place of compressed bytes.
+        data: the bytes themselves, where they are not kept as they are in the file.
     """
 
     size: int
     start: int | None = None
     packed: int | None = None
+    is_text: bool = False
+    data: bytes | None = None
 
 
 @dataclass(slots=True, eq=False)

@@ -163,7 +163,7 @@ def test_activations_of_openai_are_not_those_of_gelu(
         ({**TOWER, "args": {"vision_cfg": {"layer": 3}}}, "cannot build.*Correct the args"),
         (
             {**TOWER, "args": {"vision_cfg": {"timm_model_pretrained": True}}},
-            "weights are not fetched",
+            "'timm_model_pretrained' would have open_clip fetch",
         ),
     ],
 )

@@ -145,7 +145,7 @@ def test_what_does_not_fit_is_said(tmp_path: Path) -> None:
         ("no_such_net", {}, "timm knows no architecture"),
         ("mlp", {"img_size": 12, "wheels": 4}, "MergeScope cannot build 'mlp'"),
         ("resnet18", {"pretrained": True}, "would fetch files"),
-        ("resnet18", {"num_classes": 0}, "does not end in one linear layer"),
+        ("mlp", {"in_chans": 1, "img_size": 12}, "does not end in one linear layer"),
     ],
 )
 def test_architectures_that_cannot_be_run(

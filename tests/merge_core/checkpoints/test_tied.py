@@ -15,7 +15,7 @@ from torch import Tensor
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import AdaptedCheckpoint
-from merge_core.checkpoints.tied import declares_tied, tied_names, ties
+from merge_core.checkpoints.tied import declares_tied, tied_tensors, ties
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession, merge_parameters
 from merge_core.merging.recipe import make_recipe
@@ -82,7 +82,7 @@ def test_it_is_merged_once_and_written_under_both_names(three: Suite, tmp_path: 
     names = [group.name for group in groups.members]
     assert WTE in names
     assert HEAD not in names
-    assert groups.tied_names == {WTE: (HEAD,)}
+    assert groups.manifest.also_written == {WTE: (HEAD,)}
     assert f"{WTE} is also {HEAD}: merged once, written under each name" in preflight(three).notes
     # DARE draws its coins by name: merged apart, the two would no longer be one.
     recipe = make_recipe({"method": "dare_task_arithmetic"})
@@ -124,18 +124,16 @@ def test_members_may_keep_it_once_or_twice(tmp_path: Path) -> None:
     twice = pickle_file(tmp_path, "twice", two.state_dict())
     assert HEAD not in Checkpoint(tmp_path / once)
     mean = (one.state_dict()[WTE] + two.state_dict()[WTE]) / 2
-    for first, second, both in ((once, twice, False), (twice, once, True)):
+    for first, second in ((once, twice), (twice, once)):
         suite = suite_at(tmp_path, a=first, b=second)
         report = preflight(suite)
         assert report.blocking == ()
         assert [(d.member, d.parameter, d.kind) for d in report.differences] == [
-            ("b", HEAD, "tied")
+            ("a" if first is once else "b", HEAD, "tied")
         ]
         merged = MergeSession(suite, None, FactorStore()).merge(make_recipe({"method": "average"}))
         torch.testing.assert_close(merged[WTE], mean)
-        assert (HEAD in merged) == both
-        if both:
-            torch.testing.assert_close(merged[HEAD], mean)
+        assert HEAD not in merged  # as in the folder whose configuration the output has
 
 
 def test_what_one_member_keeps_apart_is_merged_apart(tmp_path: Path) -> None:
@@ -144,7 +142,7 @@ def test_what_one_member_keeps_apart_is_merged_apart(tmp_path: Path) -> None:
     suite = suite_at(
         tmp_path, a=pickle_file(tmp_path, "a", tied), b=pickle_file(tmp_path, "b", apart)
     )
-    assert suite.tied_names(suite.tasks) == {}
+    assert suite.manifest(suite.tasks).also_written == {}
     merged = MergeSession(suite, None, FactorStore()).merge(make_recipe({"method": "average"}))
     torch.testing.assert_close(merged[HEAD], (tied[HEAD] + apart[HEAD]) / 2)
     torch.testing.assert_close(merged[WTE], (tied[WTE] + apart[WTE]) / 2)
@@ -155,13 +153,13 @@ def test_what_one_member_keeps_apart_is_merged_apart(tmp_path: Path) -> None:
     [
         ({"tie_word_embeddings": True}, True),
         ({"tie_word_embeddings": False}, False),
-        ({}, False),
-        ([], False),
-        (None, False),
+        ({}, None),
+        ([], None),
+        (None, None),
     ],
 )
-def test_a_configuration_tells_what_safetensors_cannot(
-    tmp_path: Path, config: object, tied: bool
+def test_equal_copies_are_tied_whatever_the_configuration_says(
+    tmp_path: Path, config: object, tied: bool | None
 ) -> None:
     state = gpt2(0).state_dict()
     save_file(
@@ -172,8 +170,9 @@ def test_a_configuration_tells_what_safetensors_cannot(
     model = Checkpoint(tmp_path)
     assert model.ties == ()
     assert declares_tied(model) == tied
-    assert ties(model) == (((HEAD, WTE),) if tied else ())
-    assert tied_names(model, [model]) == ({WTE: (HEAD,)} if tied else {})
+    assert ties(model) == ((HEAD, WTE),)
+    (tie,) = tied_tensors(model, [model])
+    assert (tie.merged, tie.also_written, tie.names) == (WTE, (HEAD,), {WTE, HEAD})
 
 
 def test_a_tied_head_that_is_kept_once_is_told(tmp_path: Path) -> None:

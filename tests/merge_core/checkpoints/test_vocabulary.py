@@ -202,7 +202,7 @@ def test_the_plan_of_the_output_names_everything_once(suite_of: Make) -> None:
     for rule in ("common", "base"):
         suite = suite_of(EXPERTS, BASE, vocabulary=rule)
         groups = TensorGroups(suite, None, FactorStore())
-        where = layout(suite, suite.tasks, frozenset(g.name for g in groups.members))
+        where = layout(groups)
         plan = output_plan(make_recipe({"method": "average"}), groups, where)
         assert sorted(each.name for each in plan) == sorted(BASE)
 

@@ -17,7 +17,8 @@ from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import HubError, SuiteError
 from merge_core.hub.models import describe, find_or_fetch
 from merge_core.hub.push import push
-from merge_core.merging.recipe import make_recipe
+from merge_core.merging.inputs import find_suite
+from merge_core.merging.recipe import load_recipe, make_recipe
 from merge_core.opening.download import download, missing_members, with_headers_only
 from merge_core.output.model_card import Result, model_card
 from merge_core.output.model_folder import merge_to_folder
@@ -262,3 +263,27 @@ def test_the_token_stands_in_no_output(
         assert SECRET not in json.dumps(file.metadata())
     for path in (p for p in tmp_path.rglob("*") if p.is_file()):
         assert SECRET.encode() not in path.read_bytes(), path
+
+
+def test_a_published_recipe_of_hub_members_runs_elsewhere(
+    suite: Suite, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever has the recipe has the names of its members: the suite's file is not needed."""
+    document = yaml.safe_load(suite.path.read_text()) | {"average": ["encoder.0.*"]}
+    suite.path.write_text(yaml.safe_dump(document))
+    suite = load_suite(suite.path)
+    download(suite)
+    folder = merge_to(suite, tmp_path / "out")
+    suite.path.unlink()
+    monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "another machine"))
+    recipe, found = load_recipe(folder / "recipe.yaml")
+    assert found.spec.average == ["encoder.0.*"]
+    again = merge_to_folder(recipe, found, tmp_path / "again")
+    for name in ("recipe.yaml", "model.safetensors", "README.md"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes()
+    about = read_provenance(folder)
+    assert find_suite(about.recipe.suite, about.members).spec == found.spec
+    # Where they are not downloaded, the message says how to.
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
+    with pytest.raises(HubError, match="mergescope download hf://org/digits@"):
+        load_recipe(folder / "recipe.yaml")

@@ -17,6 +17,7 @@ from tests.merge_core.sparse_reference import (
     matrix,
     of_vectors,
     pcb,
+    pcb_weights,
     run,
 )
 
@@ -108,3 +109,25 @@ def test_a_task_that_changed_nothing_takes_no_part_in_pcb(
         assert_same(got, {k: v.double().numpy() for k, v in members["a"].items()}, 1e-5)
     assert all(torch.isfinite(value).all() for value in got.values())
     assert any(not torch.equal(got[key], base[key]) for key in base)
+
+
+@pytest.mark.parametrize("tail", ["outlier", "student"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_an_outlier_leaves_the_ranks_right(suite_of: Make, variant: str, tail: str) -> None:
+    # Norm's range is the outlier's, so that all other scores lie within some 1e-4 of each other.
+    source = np.random.default_rng(5)
+    if tail == "outlier":
+        taus = source.normal(size=(3, 300, 300))
+        taus[:, 0, 0] = 100
+    else:
+        taus = source.standard_t(2, size=(3, 300, 300))
+    base = torch.tensor(source.normal(size=(300, 300)), dtype=torch.float32)
+    members = {f"t{i}": {"w.weight": base + torch.tensor(t).float()} for i, t in enumerate(taus)}
+    suite = suite_of(members, {"w.weight": base})
+    # Differences in float64: in the reference's float32 ones the ranks are others.
+    exact = np.stack([(e["w.weight"].double() - base.double()).ravel() for e in members.values()])
+    beta, whole = pcb_weights(exact, 0.1, variant)
+    expected = (beta * whole).sum(axis=0) / np.maximum(beta.sum(axis=0), 1e-300)
+    got = merge(suite, "pcb", variant=variant, density=0.1, scale=1.0)["w.weight"] - base
+    error = np.linalg.norm(got.double().numpy().ravel() - expected) / np.linalg.norm(expected)
+    assert error < 1e-6  # of two roundings to float32; a single entry more is 1e-3 and up

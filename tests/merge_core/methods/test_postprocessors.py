@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
+from merge_core.methods import get_method, methods
 from merge_core.suites.suite import Suite
 from tests.merge_core.float64_reference import Array, assert_same, merge, states
 
@@ -243,3 +244,42 @@ def test_a_chain_is_applied_in_its_order(suite_of: Make) -> None:
     # Boosted to 8 and 8 first: along e2 s = (8, 0), γ = 2 / 8.5.
     second = chain(suite, "task_arithmetic", boost, svc, **one)["w.weight"]
     assert second.numpy() == pytest.approx(np.diag([4.0, 16 / 8.5]), abs=1e-5)
+
+
+class TestEqualSingularValues:
+    """Where singular values are equal, single directions mean nothing, and a recipe says so."""
+
+    @staticmethod
+    def said(method: str, *steps: tuple[str, dict[str, float]]) -> list[str]:
+        then = [{"method": name, "parameters": parameters} for name, parameters in steps]
+        return make_recipe({"method": method, "then": then}).warnings(["a", "b", "c"])
+
+    def test_the_declaration_is_true(self, synthetic_suite: Make) -> None:
+        # Every method whose updates come out with one singular value says that they do.
+        suite = synthetic_suite(3, seed=5)
+        base = states(suite)[1][KERNEL]
+        for name, method in methods().items():
+            if method.learns or method.indexed or method.tasks or not method.origins:
+                continue
+            update = (merge(suite, name)[KERNEL].numpy() - base).reshape(len(base), -1)
+            S = np.linalg.svd(update, compute_uv=False)
+            live = S[S > 1e-4 * S[0]]
+            assert (live[-1] > 0.999 * live[0]) == method.isotropic, name
+
+    @pytest.mark.parametrize("method", ["iso_c", "iso_cts"])
+    def test_a_method_that_makes_them_equal(self, method: str) -> None:
+        (text,) = self.said(method, ("svc", {}))
+        assert get_method(method).title in text
+        assert "SVC" in text
+
+    def test_a_step_that_makes_them_equal(self) -> None:
+        boost = ("subspace_boosting", {"beta": 0.01})
+        assert "Subspace Boosting" in self.said("task_arithmetic", boost, ("svc", {}))[0]
+        assert "Subspace Boosting" in self.said("iso_c", boost, ("svc", {}))[0]
+        assert self.said("task_arithmetic", ("subspace_boosting", {"beta": 1.0}), ("svc", {})) == []
+
+    def test_what_is_well_posed_is_not_warned_of(self) -> None:
+        assert self.said("iso_c", ("subspace_boosting", {})) == []
+        assert self.said("tsv_m", ("svc", {})) == []
+        assert self.said("iso_c") == []
+        assert len(self.said("iso_c", ("svc", {}), ("svc", {}))) == 1  # γ tells them apart again

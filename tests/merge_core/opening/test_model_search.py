@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.opening.draft import draft
-from merge_core.opening.roles import FoundModel, heads_for, open_by_headers
+from merge_core.opening.roles import FoundModel, heads_for, mistakes, open_by_headers
 from merge_core.opening.search import MOST_MODELS, find_models, holds_models
 from merge_core.progress import Progress
 from merge_core.suites.preflight import preflight
@@ -259,6 +260,7 @@ def test_links_to_the_outside_are_not_opened(tmp_path: Path) -> None:
         if shown not in opened:
             assert each.role == "left out"
             assert "outside" in each.note
+            assert mistakes([replace(each, role="expert", task="t")])  # whatever a browser says
             assert str(outside) not in each.note
 
 

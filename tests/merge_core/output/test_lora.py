@@ -20,7 +20,8 @@ from merge_core.errors import OutputError, RecipeError, SuiteError
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
-from merge_core.output.lora import AdapterRank, AdapterReport, merge_to_adapter
+from merge_core.output.adapter_draft import AdapterRank, AdapterReport
+from merge_core.output.lora import merge_to_adapter
 from merge_core.suites.suite import Suite, load_suite
 from tests.merge_core.adapted_models import (
     Mixed,

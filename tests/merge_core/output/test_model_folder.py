@@ -134,7 +134,8 @@ def test_the_file_says_what_it_was_made_of(synthetic_suite: Make, tmp_path: Path
     about = json.loads(notes["mergescope"])
     assert about["recipe"]["parameters"] == recipe.parameters
     assert recipe.parameters["density"] == 0.5
-    assert make_recipe(about["recipe"]) == recipe
+    assert about["recipe"]["suite"] == suite.name
+    assert make_recipe({**about["recipe"], "suite": str(suite.path)}) == recipe
     assert about["digest"] == recipe.digest(suite)
     assert suite.base is not None
     assert about["inputs"] == {
@@ -147,7 +148,7 @@ def test_the_file_says_what_it_was_made_of(synthetic_suite: Make, tmp_path: Path
     card = (folder / "README.md").read_text()
     for word in ("TIES", suite.name, suite.base.digest, "density: 0.5", "arXiv:2306.01708"):
         assert word in card
-    assert yaml.safe_load(card.split("---")[1])["tags"] == ["model-merging", "mergescope"]
+    assert yaml.safe_load(card.split("---")[1])["tags"] == ["merge", "mergescope", "ties"]
 
 
 def test_the_recipe_in_the_folder_runs_again_from_anywhere(
@@ -162,6 +163,7 @@ def test_the_recipe_in_the_folder_runs_again_from_anywhere(
     second = merge_to_folder(again, loaded, tmp_path / "second", FactorStore(tmp_path / "empty"))
     for name in ("model.safetensors", "recipe.yaml", "README.md"):
         assert (first / name).read_bytes() == (second / name).read_bytes()
+        assert str(suite.root).encode() not in (first / name).read_bytes()
 
 
 @pytest.mark.parametrize("dtype", ["float64", "float32", "float16", "bfloat16"])

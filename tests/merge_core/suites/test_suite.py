@@ -201,7 +201,7 @@ def test_only_common_parameters_are_listed(suite_of: Callable[..., Suite]) -> No
     suite = suite_of(experts)
     assert sorted(suite.parameters) == ["b", "w.weight"]
     assert suite.matrices == ("w.weight",)
-    assert sorted(suite.merged_names(["x"])) == ["b", "own", "w.weight"]
+    assert sorted(suite.manifest(["x"]).names) == ["b", "own", "w.weight"]
 
 
 def test_the_bundled_demo_suite_goes_through_the_same_door() -> None:

@@ -113,7 +113,7 @@ def test_many_differences_of_a_kind_are_one_row(
     assert code == 0
     assert row(text, f"blocks.0.attn.qkv.bias and {len(STATE) - 1} more")[2] == "dtype"
     code, text = printed(suite, "--full")
-    assert text.count("float16, a has float32") == len(STATE)
+    assert text.count("float16, others have float32") == len(STATE)
 
 
 def test_a_member_that_is_missing_does_not_hide_the_rest(

@@ -87,10 +87,17 @@ def test_the_same_bits(
     recipe = write_recipe(folder, **fields)
     assert run("merge", recipe, "-o", "out")[0] == 0
     recipe.unlink()
-    monkeypatch.setenv("MERGESCOPE_CACHE", str(folder.parent / "another cache"))
     (model,) = sorted(Path("out").rglob("*.safetensors"))[:1]
-    for name, source in (("by file", model), ("by folder", "out")):
-        assert run("merge", source, "-o", name) == (0, "")
+    assert run("merge", model, "-o", "here") == (0, "")
+    assert content(Path("here")) == content(Path("out"))
+    # On another machine nothing is remembered of where the suite lies.
+    monkeypatch.setenv("MERGESCOPE_CACHE", str(folder.parent / "another cache"))
+    sources = {"by file": model, "by folder": "out", "by recipe": "out/recipe.yaml"}
+    code, error = run("merge", "out", "-o", "x")
+    assert (code, error.count("\n")) == (2, 1)
+    assert "Say where its suite.yaml is with --suite" in error
+    for name, source in sources.items():
+        assert run("merge", source, "-o", name, "--suite", "suite") == (0, "")
         assert content(Path(name)) == content(Path("out"))
     other = write_recipe(folder, method="task_arithmetic", parameters={"scale": 0.123})
     assert run("merge", other, "-o", "other")[0] == 0  # the comparison can tell
@@ -214,4 +221,47 @@ def test_what_is_not_a_merged_model(folder: Path, run: Run) -> None:
     code, error = run("merge", write_recipe(folder), "-o", "x", "--suite", folder)
     assert code == 2
     assert "--suite goes with a merged model" in error
+    assert "edit 'suite:'" in error
+    assert not Path("x").exists()
+
+
+def test_no_file_names_a_place_on_this_machine(folder: Path, run: Run) -> None:
+    for name, options in (("out", []), ("thin", ["--as-adapter", "2"])):
+        assert run("merge", write_recipe(folder), "-o", name, *options)[0] == 0
+    assert run("merge", write_recipe(folder, method="cart_indexing"), "-o", "each")[0] == 0
+    assert run("card", "out", "--limit", 8) == (0, "")
+    for output in ("out", "thin", "each"):
+        for name, data in content(Path(output)).items():
+            for place in (folder.parent, Path.home(), Path.cwd()):
+                assert str(place).encode() not in data, (output, name)
+            assert b"../" not in data, (output, name)
+
+
+def test_a_published_recipe_with_another_suite(folder: Path, run: Run) -> None:
+    """It is run where its suite lies, by whatever way that is told, and on nothing else."""
+    assert run("merge", write_recipe(folder), "-o", "out")[0] == 0
+    published = yaml.safe_load(Path("out/recipe.yaml").read_text())
+    assert published["suite"] == yaml.safe_load((folder / "suite.yaml").read_text())["name"]
+    about = provenance.read_provenance(Path("out"))
+    assert published["inputs"]["experts"] == about.inputs
+    assert published["inputs"]["base"] == about.base
+    shutil.copytree("out", "sent")
+    shutil.copytree(folder, "sent/suite")
+    Path("sent/recipe.yaml").write_text(yaml.safe_dump({**published, "suite": "suite"}))
+    shutil.move(folder, "elsewhere")
+    assert run("merge", "sent/recipe.yaml", "-o", "again") == (0, "")
+    assert content(Path("again")) == content(Path("out"))
+    add_one(Path("elsewhere/experts/lines.safetensors"))
+    code, error = run("merge", "out/recipe.yaml", "-o", "x", "--suite", "elsewhere")
+    assert code == 2
+    assert "expert 'lines': digest was " in error
+    assert "remove 'inputs:' from the recipe" in error
+    document = yaml.safe_load(Path("elsewhere/suite.yaml").read_text())
+    Path("sent/suite/suite.yaml").write_text(yaml.safe_dump({**document, "average": ["norm*"]}))
+    code, error = run("merge", "sent/recipe.yaml", "-o", "x")
+    assert code == 2
+    assert "'decompose', 'average' or 'vocabulary' of suite.yaml: not as at that time" in error
+    del published["inputs"]
+    Path("own.yaml").write_text(yaml.safe_dump({**published, "suite": "elsewhere"}))
+    assert run("merge", "own.yaml", "-o", "other")[0] == 0
     assert not Path("x").exists()

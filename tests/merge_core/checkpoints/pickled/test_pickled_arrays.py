@@ -65,18 +65,42 @@ def test_arrays_beside_tensors(tmp_path: Path, zipped: bool) -> None:
     assert np.array_equal(model.tensor("mean").numpy(), NUMBERS)
 
 
-def test_what_is_written_as_text_or_compressed_is_left_out(tmp_path: Path) -> None:
-    state = {"w": torch.ones(2), "mean": NUMBERS}
+@pytest.mark.parametrize("protocol", [0, 1, 2])
+def test_arrays_come_back_from_the_text_of_old_protocols(tmp_path: Path, protocol: int) -> None:
+    path = tmp_path / "m.pkl"
+    small = {name: value for name, value in ARRAYS.items() if name != "large" or protocol}
+    path.write_bytes(pickle.dumps({**small, **OTHERS}, protocol=protocol))
+    model = Checkpoint(path)
+    assert sorted(model) == sorted(small)
+    for name, value in small.items():
+        assert np.array_equal(model.tensor(name).numpy(), value)
+
+
+def test_arrays_in_text_or_compressed_count_as_those_in_bytes(tmp_path: Path) -> None:
+    state = {"w": torch.ones(2), "mean": NUMBERS, "large": ARRAYS["large"]}
     torch.save(state, tmp_path / "text.pt")  # protocol 2 writes bytes as text
-    assert list(Checkpoint(tmp_path / "text.pt")) == ["w"]
     torch.save(state, tmp_path / "stored.pt", pickle_protocol=4)
-    with (
-        zipfile.ZipFile(tmp_path / "stored.pt") as source,
-        zipfile.ZipFile(tmp_path / "packed.pt", "w", zipfile.ZIP_DEFLATED) as target,
-    ):
-        for name in source.namelist():
-            target.writestr(name, source.read(name))
-    assert list(Checkpoint(tmp_path / "packed.pt")) == ["w"]
+    for source_name, name in (("stored.pt", "packed.pt"), ("text.pt", "packed_text.pt")):
+        with (
+            zipfile.ZipFile(tmp_path / source_name) as source,
+            zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as target,
+        ):
+            for member in source.namelist():
+                target.writestr(member, source.read(member))
+    for name in ("text.pt", "packed.pt", "packed_text.pt"):
+        model = Checkpoint(tmp_path / name)
+        assert sorted(model) == sorted(state)
+        assert np.array_equal(model.tensor("mean").numpy(), NUMBERS)
+        assert np.array_equal(model.tensor("large").numpy(), ARRAYS["large"])
+
+
+def test_a_text_that_is_no_array_of_its_size_is_refused(tmp_path: Path) -> None:
+    data = pickle.dumps({"w": np.full((40, 40), 0.3)}, protocol=2)
+    start = data.index(b"\xc3")  # one of two bytes that stand for one
+    damaged = data[:start] + b"aa" + data[start + 2 :]
+    (tmp_path / "m.pkl").write_bytes(damaged)
+    with pytest.raises(CheckpointError, match="another size"):
+        Checkpoint(tmp_path / "m.pkl").tensor("w")
 
 
 def test_an_array_larger_than_its_bytes_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""What lies on disk as the weights of one model: files, names in them, and what is refused."""

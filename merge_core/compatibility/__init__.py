@@ -1,0 +1,1 @@
+"""Whether models belong together: by the files beside their weights, and by the weights."""
