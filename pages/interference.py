@@ -22,16 +22,16 @@ from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
 from ui.controls import choice, toggle
 from ui.plain_text import plain
-from ui.sections.interference_words import (
+from ui.server import resources
+from ui.server.resources import View
+from ui.widgets import SHARES, share_label, share_slider
+from ui.words.interference import (
     describe_centring,
     describe_cosines,
     describe_level,
     describe_rank,
     different,
 )
-from ui.server import resources
-from ui.server.resources import View
-from ui.widgets import SHARES, share_label, share_slider
 
 shell.enter()
 

@@ -35,16 +35,16 @@ from ui.progress import run_job
 from ui.sections.rank_evidence import evidence_section, more_tasks_section
 from ui.sections.rank_layers import layers_section
 from ui.sections.rank_settings import settings_section
-from ui.sections.rank_words import (
+from ui.server import resources
+from ui.server.resources import View
+from ui.widgets import share_label
+from ui.words.rank_selection import (
     MOST,
     candidates,
     describe_evidence,
     describe_spread,
     setting_in_words,
 )
-from ui.server import resources
-from ui.server.resources import View
-from ui.widgets import share_label
 
 shell.enter()
 
@@ -200,9 +200,12 @@ def answer(selection: Selection) -> None:
         cards.metric(name, words)
     if selection.accuracy is not None:
         mean = selection.accuracy
-        cards.metric(
+        charts.accuracy_card(
+            cards,
             "Validation accuracy",
             f"{mean['accuracy']:.1%}",
+            "validation",
+            "tuned on these" if selection.mode == "labels" else "labels not used",
             delta=interval(mean),
             delta_color="off",
             delta_arrow="off",
@@ -216,9 +219,12 @@ def answer(selection: Selection) -> None:
         )
     if selection.report is not None:
         test = mean_accuracy(selection.report).iloc[0]
-        cards.metric(
+        charts.accuracy_card(
+            cards,
             "Test accuracy",
             f"{test['accuracy']:.1%}",
+            "test",
+            "tuned on validation" if selection.mode == "labels" else "labels not used",
             delta=interval(test),
             delta_color="off",
             delta_arrow="off",

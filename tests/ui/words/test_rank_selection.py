@@ -7,7 +7,7 @@ import math
 import pandas as pd
 
 from analysis.rank_selection.regret import evidence
-from ui.sections.rank_words import candidates, describe_evidence, describe_spread
+from ui.words.rank_selection import candidates, describe_evidence, describe_spread
 
 
 def picks(*rows: tuple[str, float, float]) -> pd.DataFrame:
