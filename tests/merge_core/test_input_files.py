@@ -92,6 +92,9 @@ def test_side_files_are_of_the_same_model(tmp_path: Path) -> None:
         ("d", "d"), ("e", tmp_path / "repo" / ".git" / "config"),
     ]:  # fmt: skip
         assert not belongs_beside(link(model / name, target), weights)
+    folder = link(model / "additional_chat_templates", put(tmp_path / "keys" / "a.jinja").parent)
+    assert not belongs_beside(folder / "a.jinja", weights)
+    assert belongs_beside(put(model / "sub" / "config.json"), weights)
 
 
 def test_a_tree_is_looked_through_also_through_its_own_links(tmp_path: Path) -> None:
@@ -104,6 +107,17 @@ def test_a_tree_is_looked_through_also_through_its_own_links(tmp_path: Path) -> 
     assert find_outside(root / "a", root) == root / "a" / "up" / "c" / "d" / bad.name
     assert find_outside(root / "a" / "b", root) is None
     assert find_outside(link(root / "out", secret.parent), root) == root / "out"
+
+
+def test_no_way_leads_out_and_back(tmp_path: Path) -> None:
+    """What lies beside a link on the way may be read as a model's description or shards."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    weights = put(root / "b" / "model.safetensors")
+    way = link(root / "a.safetensors", link(outside / "model.safetensors", weights))
+    assert way.resolve() == weights
+    assert not stays_inside(way, root)
+    assert stays_inside(link(root / "c", link(root / "d", weights)), root)
+    assert stays_inside(root / "b" / ".." / "b", root)
 
 
 def test_a_tree_beyond_counting_is_not_taken_for_inside(
