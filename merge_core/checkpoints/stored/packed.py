@@ -15,6 +15,7 @@ from typing import Protocol
 
 from merge_core.checkpoints.dtypes import Dtype
 from merge_core.errors import CheckpointError
+from merge_core.input_files import read_bounded
 
 CONFIG_BYTES = 10_000_000
 UNPACK = (
@@ -174,11 +175,10 @@ def _has_bytes(infos: Mapping[str, Info]) -> bool:
 
 def _quantisation(folder: Path | None) -> str:
     """The method of quantisation that ``config.json`` names, in words fit for a message."""
-    path = None if folder is None else folder / "config.json"
+    if folder is None:
+        return ""
     try:
-        if path is None or not path.is_file() or path.stat().st_size > CONFIG_BYTES:
-            return ""
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_bounded(folder / "config.json", CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return ""
     settings = document.get("quantization_config") if isinstance(document, dict) else None
