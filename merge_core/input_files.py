@@ -304,6 +304,10 @@ def file_stamp(path: Path) -> Stamp | None:
     Returns:
         Size, times of modification and of change, and inode. No tool can set the time of change
         back.
+
+    Example:
+        >>> file_stamp(Path("nothing here")) is None
+        True
     """
     try:
         return stamp_of(path.stat())
