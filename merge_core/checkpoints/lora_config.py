@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from merge_core.checkpoints.name_patterns import NamePatterns
+from merge_core.checkpoints.stored.placeholders import check_content
 from merge_core.errors import CheckpointError, explain_validation
 from merge_core.input_files import read_json
 
@@ -148,6 +149,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         CheckpointError: not readable, not JSON, or an adapter that is no low-rank update.
     """
     try:
+        check_content(path)
         document = read_json(path, MOST_BYTES, MOST_VALUES)
         if not isinstance(document, dict):
             raise TypeError

@@ -24,8 +24,8 @@ from merge_core.checkpoints.stored.entry import (
 )
 from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.files import path_below
-from merge_core.hub.files import HubId, is_hub_id
-from merge_core.input_files import stays_inside
+from merge_core.hub.files import COMMIT, HubId, is_hub_id
+from merge_core.input_files import read_bounded, stays_inside
 from merge_core.opening.draft import Layout
 from merge_core.opening.roles import FoundModel, Kind, suggest_roles
 from merge_core.progress import Progress
@@ -38,6 +38,7 @@ SAYS_NOTHING = re.compile(
     r"checkpoint|ckpt|weights|best|last|final|encoder|image_encoder)$",
     re.IGNORECASE,
 )
+COMMIT_BYTES = 100
 MOST_MODELS = 200
 MOST_ENTRIES = 5000
 AT_ONCE = 8  # asking the hub is mostly waiting
@@ -108,6 +109,7 @@ def _find_at(place: str, alone: bool) -> Iterator[FoundModel]:
             return
         if not path.is_dir():
             raise SuiteError(f"{place} does not exist. Check the path.")
+        path = _snapshot(path) or path
         if _is_model(path):
             yield _folder(path, path.parent)
             if not alone:
@@ -122,6 +124,16 @@ def _find_at(place: str, alone: bool) -> Iterator[FoundModel]:
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle, impossible names
         reason = getattr(error, "strerror", None) or error
         raise SuiteError(f"{place} cannot be read ({reason}). Check the path.") from error
+
+
+def _snapshot(folder: Path) -> Path | None:
+    """The files of a repository in the hub's cache, as its main branch is there."""
+    main = folder / "refs" / "main"
+    if not folder.name.startswith("models--") or not main.is_file():
+        return None
+    commit = read_bounded(main, COMMIT_BYTES).decode().strip()
+    snapshot = folder / "snapshots" / commit
+    return snapshot if COMMIT.fullmatch(commit) and snapshot.is_dir() else None
 
 
 def holds_models(folder: Path) -> bool:

@@ -230,8 +230,12 @@ def test_a_snapshot_of_the_hub_is_called_by_its_repository(tmp_path: Path) -> No
     for name in ("net-cars", "net-dtd"):
         folder = tmp_path / f"models--org--{name}" / "snapshots" / ("4d" * 20)
         write(folder / "model.safetensors")
-    places = [str(path.parent) for path in sorted(tmp_path.rglob("*.safetensors"))]
-    assert [each.task for each in find_models(places)] == ["cars", "dtd"]
+        (folder.parent.parent / "refs").mkdir()
+        (folder.parent.parent / "refs" / "main").write_text("4d" * 20)
+    snapshots = [str(path.parent) for path in sorted(tmp_path.rglob("*.safetensors"))]
+    repositories = [str(path) for path in sorted(tmp_path.iterdir())]
+    for places in (snapshots, repositories):
+        assert [each.task for each in find_models(places)] == ["cars", "dtd"]
 
 
 def test_adapters_by_their_files_and_by_links(tmp_path: Path) -> None:

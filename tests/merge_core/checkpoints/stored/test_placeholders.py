@@ -9,8 +9,10 @@ import torch
 from safetensors.torch import save_file
 
 from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.checkpoints.lora import AdaptedCheckpoint
 from merge_core.checkpoints.shards import PICKLE_SUFFIXES
 from merge_core.errors import CheckpointError
+from tests.merge_core.adapted_models import Mixed, adapter, state_of
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "4d" * 32 + "\nsize 123456\n"
 OLD_LFS = LFS.replace("git-lfs", "hawser")
@@ -49,6 +51,16 @@ def test_a_pointer_among_shards_is_named(tmp_path: Path) -> None:
     index.write_text('{"weight_map": {"a": "one.safetensors", "b": "two.safetensors"}}')
     with pytest.raises(CheckpointError, match=r"two\.safetensors is a Git LFS pointer"):
         Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_pointer_in_an_adapter_is_named(tmp_path: Path, name: str) -> None:
+    adapter(Mixed(), tmp_path / "lora", 0, r=1, target_modules=["square"])
+    (tmp_path / "lora" / name).write_text(LFS)
+    save_file(state_of(Mixed()), tmp_path / "base.safetensors")
+    base = Checkpoint(tmp_path / "base.safetensors")
+    with pytest.raises(CheckpointError, match=rf"{name} is a Git LFS pointer"):
+        AdaptedCheckpoint(tmp_path / "lora", base)
 
 
 def test_weights_that_begin_like_a_text_are_read(tmp_path: Path) -> None:
