@@ -186,6 +186,18 @@ def test_heads_are_spoken_of_only_where_each_task_keeps_one(tmp_path: Path) -> N
         assert ("`head.weight`" in text) == (place == "own")
 
 
+def test_modules_with_weights_of_their_own_are_told(tmp_path: Path) -> None:
+    modules = [{"path": path} for path in ("", "1_Pooling", "2_Dense", "../x")]
+    for name in ("base", "a", "b"):
+        member(tmp_path / name, configs={**CONFIGS["transformers"], "modules.json": modules})
+        for below in ("1_Pooling", "2_Dense"):
+            (tmp_path / name / below).mkdir()
+    suite = suite_at(tmp_path)
+    assert "Modules with weights" not in card_of(suite).text
+    save_file({"w": torch.ones(1)}, tmp_path / "base" / "2_Dense" / "model.safetensors")
+    assert "Modules with weights of their own (2_Dense) are not part" in card_of(suite).text
+
+
 def test_the_hub_names_of_members_are_the_base_models(
     synthetic_suite: Callable[..., Suite],
 ) -> None:
