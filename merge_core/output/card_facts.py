@@ -30,6 +30,7 @@ _FORMS = {
         r"https://[A-Za-z0-9][A-Za-z0-9./%_~+-]{0,300}|LICEN[CS]E[A-Z.a-z]*"
     ),
     "pipeline_tag": re.compile(r"[a-z0-9]+(-[a-z0-9]+){0,8}"),
+    "library_name": re.compile("transformers|timm|open_clip|sentence-transformers"),
 }
 _FOLDER = re.compile(r"[A-Za-z0-9_]{1,60}")
 MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -72,13 +73,11 @@ def card_facts(suite: Suite, tasks: Sequence[str]) -> CardFacts:
     licences = {name: _licence(card) for name, card in told.items() if "license" in card}
     first = next(iter(licences.values()), {})
     agree = all(each == first for each in licences.values())
-    tags = [card["pipeline_tag"] for card in told.values() if "pipeline_tag" in card]
-    base_tag = told.get(BASE, {}).get("pipeline_tag")
     folders = [folder_of(member) for member in members.values()]
     described = next((folder for folder in folders if describes_model(folder)), None)
     return CardFacts(
-        library=_library(described) or _of_network(suite),
-        pipeline_tag=base_tag or (tags[0] if len(set(tags)) == 1 else None),
+        library=_library(described) or _of_network(suite) or _agreed("library_name", told),
+        pipeline_tag=_agreed("pipeline_tag", told),
         licence=first if agree else {},
         licences={} if agree else {name: each["license"] for name, each in licences.items()},
         heads=tuple(sorted({d.parameter for d in manifest.differences if d.kind == "head"})),
@@ -103,6 +102,12 @@ def read_card(folder: Path) -> dict[str, str]:
         for name, value in found.items()
         if isinstance(value, str) and _FORMS[name].fullmatch(value)
     }
+
+
+def _agreed(name: str, told: Mapping[str, Mapping[str, str]]) -> str | None:
+    """A field as the base's card has it, else as all cards that have it do."""
+    values = {card[name] for card in told.values() if name in card}
+    return told.get(BASE, {}).get(name) or (values.pop() if len(values) == 1 else None)
 
 
 def _single(value: Any) -> Any:

@@ -78,6 +78,14 @@ def test_without_description_the_suites_network_says_the_library(tmp_path: Path)
     assert card_of(suite_at(tmp_path, architecture=network)).data.library_name == "open_clip"
 
 
+def test_the_base_s_card_says_the_library_where_nothing_else_does(tmp_path: Path) -> None:
+    member(tmp_path / "base", front(library_name="timm"))
+    member(tmp_path / "a", front(library_name="transformers", pipeline_tag="fill-mask"))
+    member(tmp_path / "b", front(library_name="<b>", pipeline_tag="fill-mask"))
+    data = card_of(suite_at(tmp_path)).data
+    assert (data.library_name, data.pipeline_tag) == ("timm", "fill-mask")
+
+
 def test_an_adapter_is_one_of_peft(tmp_path: Path) -> None:
     for name in ("base", "a", "b"):
         member(tmp_path / name, configs=CONFIGS["transformers"])
