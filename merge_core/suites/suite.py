@@ -139,11 +139,7 @@ class Suite:
         models = self._align(models)
         adapted = self._adapt(adapters, models.get(None))
         if len(models) + len(adapted) > 1:
-            models = {
-                key: model
-                for key, model in with_aliases({**models, **adapted}).items()
-                if key in models
-            }
+            models = with_aliases(models, list(adapted.values()))
         return models | self._adapt(adapters, models.get(None))
 
     def _align(self, models: dict[str | None, Checkpoint]) -> dict[str | None, Checkpoint]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from merge_core.errors import MergeScopeError
+from merge_core.files import path_below
 from merge_core.input_files import (
     belongs_beside,
     check_regular,
@@ -18,7 +19,6 @@ from merge_core.input_files import (
     find_outside,
     open_regular,
     read_bounded,
-    resolve_path,
     stays_inside,
 )
 
@@ -179,14 +179,14 @@ def test_bounded_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["~nobody-of-that-name/x", "a\0b", "a" * 5000, "\udcff\0"])
 def test_what_is_no_path_is_said(text: str, tmp_path: Path) -> None:
     with pytest.raises(MergeScopeError, match="is not a path"):
-        resolve_path(text, MergeScopeError, tmp_path)
+        path_below(tmp_path, text, MergeScopeError)
 
 
 def test_a_circle_of_links_is_said(tmp_path: Path) -> None:
     link(tmp_path / "a", "b")
     link(tmp_path / "b", "a")
     with pytest.raises(MergeScopeError, match="is not a path"):
-        resolve_path("a/model", MergeScopeError, tmp_path)
+        path_below(tmp_path, "a/model", MergeScopeError)
 
 
 def test_a_change_in_place_with_its_time_restored_is_seen(tmp_path: Path) -> None:
