@@ -109,3 +109,21 @@ def test_tasks_that_joined_since_are_not_merged(synthetic_suite: Make, tmp_path:
     found, loaded = load_recipe(tmp_path / "recipe.yaml")
     assert found.tasks == suite.tasks
     assert "late" in loaded.tasks
+
+
+@pytest.mark.parametrize(
+    ("experts", "sources"),
+    [
+        ({"a": "0"}, {"a": "/etc/passwd"}),
+        ({"a": "0"}, {"a": "hf://a/b@../c"}),
+        ({"a b": "0"}, {"a b": "hf://org/name"}),
+        ({"a": "0", "b": "1"}, {"a": "hf://org/name"}),
+    ],
+)
+def test_a_strangers_recipe_that_names_no_members_on_the_hub(
+    experts: dict[str, str], sources: dict[str, str]
+) -> None:
+    inputs = Inputs(experts=experts, sources=sources)
+    assert inputs.hub_suite is None
+    with pytest.raises(SuiteError, match="is not known"):
+        find_suite("s", inputs)
