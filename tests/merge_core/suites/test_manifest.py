@@ -176,7 +176,7 @@ def test_weights_of_integers_are_refused(suite_of: Make, tmp_path: Path) -> None
     said = in_every_order(suite_of, {"a": packed, "b": network(2)}, network(0), tmp_path)
     assert isinstance(said, str)
     assert "'a'" in said
-    assert "packed or scaled" in said
+    assert "packed or quantised" in said
     bias = {**network(1), "norm.bias": torch.ones(4, dtype=torch.int32)}
     plain = {"norm.bias": torch.ones(4)}
     experts = {"a": bias, "b": network(2, **plain)}
