@@ -51,7 +51,7 @@ FEW_TIMES = 10
 ANOTHER = Rule("refused", "another architecture")
 OTHER_POSITIONS = Rule("refused", "there are other positions for the same rows")
 SMALL = Rule("warned", "norms divide by a slightly different number")
-UNREAD = "damaged or too large: not compared"
+UNREAD = "damaged, too large or out of reach: not compared"
 NOTED = Rule("noted", "no other function of the weights")
 # timm: resolution and source of the weights, which change no layer.
 TIMM_ENDINGS = re.compile(r"(\.[\w-]+|_in2[12]k|_in1k|_\d{3})+$")

@@ -212,7 +212,7 @@ def _tell_unread(members: Mapping[str, Companions]) -> list[Finding]:
     if not unread:
         return []
     values = f"cannot be read in {name_members(sort_members(unread))}"
-    meaning = "damaged or too large: rows may be other tokens"
+    meaning = "damaged, too large or out of reach: rows may be other tokens"
     return [Finding("warned", "tokenizer", FIELD, values, meaning)]
 
 
