@@ -101,11 +101,12 @@ def compare_documents(file: str, documents: Mapping[str, dict[str, Any]]) -> lis
         if rule is None:
             continue
         if rule.level == "noted":
-            noted.append(name)
+            noted.append(shorten(name))
             continue
         shown = {member: value.shown for member, value in said.items()}
         lacking = {member: "nothing said" for member in fields if member not in said}
-        found.append(Finding(rule.level, file, name, tell_values(shown | lacking), rule.meaning))
+        values = tell_values(shown | lacking)
+        found.append(Finding(rule.level, file, shorten(name), values, rule.meaning))
     if noted:
         more = f" and {len(noted) - MOST_NOTED} more" if len(noted) > MOST_NOTED else ""
         listed = ", ".join(noted[:MOST_NOTED]) + more
