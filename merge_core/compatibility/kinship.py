@@ -159,7 +159,7 @@ def _choose_matrices(
     names = [
         name
         for name in suite.manifest(tasks).names
-        if suite.treatment(name, tasks[0]).decomposed
+        if suite.treatment(name, tasks).decomposed
         and len({member.info(name).shape for member in members}) == 1
         and members[0].info(name).numel
         and all(member.info(name).is_floating for member in members)

@@ -95,8 +95,8 @@ def open_by_headers(spec: SuiteSpec, path: Path, found: Sequence[FoundModel]) ->
 def suggest_roles(found: Sequence[FoundModel]) -> tuple[FoundModel, ...]:
     """Task names and roles for what was found and read, sorted by role.
 
-    What shares fewer than half of its parameters, by name and shape, with the largest group of
-    models is left out; so are further models that look like a base.
+    What shares fewer than half of its parameters, by name (but for a prefix) and shape, with the
+    largest group of models is left out; so are further models that look like a base.
     """
     models = [i for i, f in enumerate(found) if f.kind != "head" and f.role == "expert"]
     result = list(found)
