@@ -69,9 +69,8 @@ class TensorGroup:
         self._givers = manifest.buffers.get(name, ())
         self._lengths_differ = name in manifest.completed
         # Factors are kept by the members' content, which does not tell how long a vocabulary is.
-        merged = not self._lengths_differ and not self._givers
-        self.decomposed = merged and suite.treatment(name, self.tasks[0]).decomposed
-        self.stored_transposed = merged and suite.is_stored_transposed(name, self.tasks[0])
+        self.decomposed = suite.treatment(name, self.tasks).decomposed
+        self.stored_transposed = suite.is_stored_transposed(name, self.tasks[0])
         self._suite = suite
         self._store = store
         self._sums: dict[Origin, tuple[int, Tensor]] = {}

@@ -103,7 +103,7 @@ def select(
     _print(console(), result)
     write_csv(result.points, csv)
     if output is not None:
-        write_atomically(output, result.recipe.to_yaml().encode())
+        write_atomically(output, result.recipe.publish(loaded).to_yaml().encode())
 
 
 def _parse_mode(text: str | None, can_evaluate: bool) -> Mode:

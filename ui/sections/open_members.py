@@ -15,7 +15,7 @@ from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite
 from ui import charts
 from ui.plain_text import plain, show_info, show_warning
-from ui.sections.compatibility import compatibility_section
+from ui.sections.compatibility import are_one_network, compatibility_section
 
 # What people choose from, and what it means.
 ROLES: dict[str, Role] = {
@@ -24,6 +24,7 @@ ROLES: dict[str, Role] = {
     "classifier": "head",
     "leave out": "left out",
 }
+FEWEST = 2  # experts that make a merge
 LABELS = {role: label for label, role in ROLES.items()}
 
 
@@ -131,7 +132,13 @@ def fit_section(suite: Suite) -> None:
             "or choose other roles.",
             icon=":material/error:",
         )
-    else:
+    elif len(suite.tasks) < FEWEST:
+        st.warning(
+            f"Only one model takes part as an expert: **{plain(suite.tasks[0])}**. A merge needs two "
+            "or more. Add another one, or choose the role 'expert' for one that is left out.",
+            icon=":material/warning:",
+        )
+    elif are_one_network(suite):
         st.success(f"All {len(members)} models fit together.", icon=":material/check_circle:")
     for note in report.notes:
         show_info(note)

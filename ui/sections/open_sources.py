@@ -14,6 +14,7 @@ import streamlit as st
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
 from merge_core.hub.files import HubId
+from merge_core.input_files import stays_inside
 from merge_core.opening.draft import task_name
 from merge_core.opening.presets import presets
 from merge_core.opening.roles import FoundModel, apply_preset
@@ -121,7 +122,7 @@ def _offer_existing(path: Path, root: Path, open_suite: Callable[[str, Path], No
     left, right = st.columns([3, 1], vertical_alignment="center")
     left.markdown(f"This folder has a **{FILE}** already.")
     if right.button("Open it as it is", icon=":material/open_in_new:", width="stretch"):
-        if not path.resolve().is_relative_to(root):
+        if not stays_inside(path, root):
             raise SuiteError(f"This {FILE} is a link to a place outside the allowed folders.")
         suite = load_suite(path)
         document = suite.spec.model_dump(mode="json")
@@ -222,16 +223,23 @@ def from_uploads() -> Collection | None:
     )
     for sentence in st.session_state.get("open_refused", []):
         show_warning(sentence)
-    if not any(folder.glob(f"*{uploads.SUFFIX}")):
+    kept = sorted(folder.glob(f"*{uploads.SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+    if not kept:
         return None
+    if alike := st.session_state.get("open_alike"):
+        show_warning(alike)
     st.button("Remove all uploads", icon=":material/delete:", on_click=_remove, args=(folder,))
-    found = find_models([str(folder)], inside=folder)
+    # File by file: a folder with a model.safetensors would be taken for one model.
+    found = find_models([str(path) for path in kept], inside=folder)
     return Collection(found, "uploads", _key(found), folder / FILE)
 
 
 def _take_uploads(folder: Path, turn: int) -> None:
     """Move what was uploaded from the server's memory into the folder, and empty the widget."""
     sent = st.session_state.get(f"open_upload_{turn}") or []
+    before = [path.stem for path in folder.glob(f"*{uploads.SUFFIX}")]
+    if alike := uploads.say_alike([upload.name for upload in sent], before):
+        st.session_state["open_alike"] = alike
     st.session_state["open_refused"] = uploads.keep(sent, folder)
     session_files.forget_uploads(sent)
     st.session_state["open_turn"] = turn + 1
@@ -242,6 +250,7 @@ def _remove(folder: Path) -> None:
         if path.is_file():
             path.unlink(missing_ok=True)
     st.session_state["open_refused"] = []
+    st.session_state.pop("open_alike", None)
 
 
 def _in_session(
