@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from merge_core.errors import MergeScopeError
 
@@ -23,13 +24,39 @@ MOST_ENTRIES = 2_000_000  # ImageNet has 1.4 million files
 Stamp = tuple[int, int, int, int]
 
 
-def resolve_path(path: str | Path, error: type[MergeScopeError], root: Path | None = None) -> Path:
+def expand_path(path: str | Path, error: type[MergeScopeError], what: str = "") -> Path:
+    """A path that somebody wrote, with ``~`` made the home folder.
+
+    Args:
+        path: as written.
+        error: what is raised.
+        what: where it is written, for the message.
+
+    Raises:
+        MergeScopeError: of the given kind: no such home, or no path at all.
+
+    Example:
+        >>> expand_path("models/base", MergeScopeError)
+        PosixPath('models/base')
+    """
+    try:
+        found = Path(path).expanduser()
+        found.exists()  # a name may be too long for the system
+    except (OSError, ValueError, RuntimeError) as fault:
+        raise _path_error(path, error, what, fault) from fault
+    return found
+
+
+def resolve_path(
+    path: str | Path, error: type[MergeScopeError], root: Path | None = None, what: str = ""
+) -> Path:
     """A path that somebody wrote, absolute and with its links followed.
 
     Args:
         path: as written; ``~`` is the home folder.
         error: what is raised.
         root: where relative paths start; the working folder if None.
+        what: where it is written, for the message.
 
     Raises:
         MergeScopeError: of the given kind: links in a circle, no such home, or no path at all.
@@ -42,13 +69,19 @@ def resolve_path(path: str | Path, error: type[MergeScopeError], root: Path | No
         ...
         merge_core.errors.MergeScopeError: '~nobody-of-that-name/base' is not a path (...)...
     """
+    expanded = expand_path(path, error, what)
     try:
-        found = ((root or Path()) / Path(path).expanduser()).resolve()
-        found.exists()  # a name may be too long for the system
+        return ((root or Path()) / expanded).resolve()
     except (OSError, ValueError, RuntimeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else fault
-        raise error(f"{str(path)!r:.80} is not a path ({reason!s:.160}). Correct it.") from fault
-    return found
+        raise _path_error(path, error, what, fault) from fault
+
+
+def _path_error(
+    path: str | Path, error: type[MergeScopeError], what: str, fault: Exception
+) -> MergeScopeError:
+    reason = fault.strerror if isinstance(fault, OSError) else fault
+    place = f"{what}: " if what else ""
+    return error(f"{place}{str(path)!r:.80} is not a path ({reason!s:.160}). Correct it.")
 
 
 def stays_inside(path: Path, root: Path) -> bool:
@@ -147,6 +180,41 @@ def find_outside(path: Path, root: Path) -> Path | None:
     return None
 
 
+def list_files(folder: Path) -> Iterator[Path]:
+    """What is no folder in a folder, at any depth; links are followed, but never in a circle.
+
+    Raises:
+        OSError: a folder cannot be read, or there are more than :data:`MOST_ENTRIES` entries.
+    """
+    entries = 0
+    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
+    while waiting:
+        place, above = waiting.pop()
+        state = place.stat()
+        if (own := (state.st_dev, state.st_ino)) in above:
+            continue
+        with os.scandir(place) as listing:
+            for entry in listing:
+                entries += 1
+                if entries > MOST_ENTRIES:
+                    raise OSError(errno.E2BIG, f"more than {MOST_ENTRIES:,} files", str(folder))
+                if entry.is_dir():
+                    waiting.append((Path(entry.path), above | {own}))
+                else:
+                    yield Path(entry.path)
+
+
+def check_all_regular(folder: Path) -> None:
+    """Refuse a folder for a library that opens what it finds, and would wait at a pipe for ever.
+
+    Raises:
+        OSError: there is something other than files and folders in it, at any depth.
+    """
+    for path in list_files(folder):
+        if path.exists():
+            check_regular(path)
+
+
 def _hub_blobs(place: Path) -> Iterator[Path]:
     """Where the hub's cache keeps the content of a snapshot that a folder is, or lies in."""
     for folder in (place, *place.parents):
@@ -173,7 +241,7 @@ def check_regular(path: Path) -> os.stat_result:
     return state
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """A regular file, opened for reading; opening never waits for another process.
 
     Raises:
@@ -238,7 +306,11 @@ def file_stamp(path: Path) -> Stamp | None:
         back.
     """
     try:
-        state = path.stat()
+        return stamp_of(path.stat())
     except (OSError, ValueError, RuntimeError):  # absent, or a name that no file can have
         return None
+
+
+def stamp_of(state: os.stat_result) -> Stamp:
+    """The stamp of a file in that state; see :func:`file_stamp`."""
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino

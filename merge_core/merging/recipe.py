@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from merge_core.errors import RecipeError, explain_validation
 from merge_core.files import digest_of, path_below
+from merge_core.input_files import expand_path
 from merge_core.merging.inputs import Inputs, find_suite, name_suite
 from merge_core.methods import get_method, get_postprocessor
 from merge_core.methods.declaration import (
@@ -385,11 +386,10 @@ def read_recipe(path: str | Path) -> Recipe:
         >>> read_recipe("recipe.yaml").method
         'average'
     """
-    path = Path(path)
+    path = expand_path(path, RecipeError)
     try:
-        path = path.expanduser()
         text = read_text_file(path)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~someone without a home
+    except (OSError, ValueError) as error:
         told = "not a text file" if isinstance(error, ValueError) else str(error)
         reason = getattr(error, "strerror", None) or told
         raise RecipeError(
@@ -419,7 +419,7 @@ def load_recipe(path: str | Path, reference: str | None = None) -> tuple[Recipe,
         ('average', 8)
     """
     recipe = read_recipe(path)
-    folder, inputs = Path(path).expanduser().parent, recipe.inputs
+    folder, inputs = expand_path(path, RecipeError).parent, recipe.inputs
     if inputs is not None:
         suite = find_suite(recipe.suite, inputs, reference, folder)
         inputs.check(suite)

@@ -25,7 +25,7 @@ from merge_core.checkpoints.stored.entry import (
 from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.files import absolute_path
 from merge_core.hub.files import HubId, is_hub_id
-from merge_core.input_files import stays_inside
+from merge_core.input_files import expand_path, stays_inside
 from merge_core.opening.draft import Layout
 from merge_core.opening.roles import FoundModel, Kind, suggest_roles
 from merge_core.progress import Progress
@@ -98,8 +98,9 @@ def _find_at(place: str, alone: bool) -> Iterator[FoundModel]:
         shown = place.removeprefix("hf://")
         yield FoundModel(place, "-".join(told), re.sub(r"[/@:]", "-", shown), shown)
         return
+    expanded = expand_path(place, SuiteError)
     try:
-        path = absolute_path(Path(place).expanduser())
+        path = absolute_path(expanded)
         if split_part(path)[0].is_file():
             yield _file(path, path.parent)
             return
