@@ -150,43 +150,36 @@ def read_yaml(
     return document, path
 
 
-def absolute_path(path: Path) -> Path:
-    """A path made absolute, the links of its folders followed, but not its own.
-
-    A file of weights that is a link has the name and the neighbours of the link: in the Hugging
-    Face cache, git-annex and DVC, links lead to files that are named by their content.
-
-    Raises:
-        OSError, RuntimeError: links of folders in a circle.
-
-    Example:
-        >>> Path("model.safetensors").symlink_to("blobs-4d7a")
-        >>> absolute_path(Path("model.safetensors")).name
-        'model.safetensors'
-    """
-    if path.name and path.is_symlink():
-        return path.parent.resolve() / path.name
-    return path.resolve()
-
-
 def path_below(root: Path, text: str, error: type[MergeScopeError]) -> Path:
-    """A path that a file names, made absolute; relative ones start at the file's folder.
+    """A path that somebody wrote, made absolute, the links of its folders followed.
+
+    A link that it names itself is kept: a file of weights has the name and the neighbours of the
+    link, where the Hugging Face cache, git-annex and DVC keep what it leads to under the name of
+    its content.
 
     Args:
-        root: that folder.
+        root: where relative paths start.
         text: the path as written; ``~`` is the home folder.
         error: what is raised.
 
     Raises:
-        MergeScopeError: of the given kind: no path can be so long, or there is no such home.
+        MergeScopeError: of the given kind: links in a circle, no such home, or no path at all.
+
+    Example:
+        >>> Path("model.safetensors").symlink_to("4d7a")
+        >>> path_below(Path(), "model.safetensors", MergeScopeError).name
+        'model.safetensors'
+        >>> path_below(Path("/models"), "experts/../base", MergeScopeError)
+        PosixPath('/models/base')
     """
     try:
-        path = absolute_path(root / Path(text).expanduser())
-        path.exists()
+        path = root / Path(text).expanduser()
+        named = path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
+        named.exists()  # a name may be too long for the system
     except (OSError, ValueError, RuntimeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else str(fault)
-        raise error(f"{text!r:.80} is not a path ({reason}). Correct it in the file.") from fault
-    return path
+        reason = fault.strerror if isinstance(fault, OSError) else fault
+        raise error(f"{text!r:.80} is not a path ({reason!s:.160}). Correct it.") from fault
+    return named
 
 
 def evict(folder: Path, most: int) -> None:

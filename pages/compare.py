@@ -81,10 +81,12 @@ def ranking(result: Comparison) -> None:
             "Dots: mean accuracy over the tasks on the **test** split with its 95 % interval, and "
             "the worst task; the number is the place. Map: row minus column on the **same "
             "images**, in points, by these places; a dot marks differences that stay significant "
-            "at 5 % after Holm's correction for the number of pairs. They speak of these experts "
-            "and tasks, not of others.",
+            "at 5 % in McNemar's exact test, over all tasks at once, after Holm's correction for "
+            "the number of pairs. They speak of these experts and tasks, not of others. "
+            + accuracy.words_for_few_images(result.hits),
             r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
-            r"\mathrm{var}\,\bar d = \tfrac1{T^2}\sum_t \tfrac{\mathrm{var}\,d_t}{n_t}",
+            r"p = P\Big(\Big|\tfrac1T\sum_t \tfrac1{n_t}\sum_i \varepsilon_{ti} d_{ti}\Big| "
+            r"\ge |\bar d|\Big),\quad \varepsilon_{ti} = \pm 1",
         ),
         numbers=charts.Numbers(pairs, "paired_differences"),
     )

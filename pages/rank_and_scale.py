@@ -213,6 +213,8 @@ def answer(selection: Selection) -> None:
             delta_arrow="off",
             help="Of the recommended setting alone, looked at after choosing.",
         )
+    if selection.at_edge:
+        st.info(selection.at_edge)
     st.markdown(plain(selection.why))
 
 
@@ -232,7 +234,7 @@ def offer_selection(view: View, selection: Selection) -> None:
     )
     middle.download_button(
         "Recipe (YAML)",
-        data=selection.recipe.to_yaml(),
+        data=lambda: selection.recipe.publish(view.suite).to_yaml(),
         file_name=f"{view.name}_{selection.recipe.method}.yaml",
         mime="text/yaml",
         on_click="ignore",
@@ -316,7 +318,7 @@ def proxies(selection: Selection, view: View) -> None:
         )
     charts.panel(over_rank, picked, columns=2)
     charts.table(
-        selection.picks[["title", "mode", "rank", "scale", "accuracy", "why", "source"]],
+        selection.picks[["title", "mode", "rank", "scale", "at_edge", "accuracy", "why", "source"]],
         "picks",
         key="picks",
     )

@@ -49,7 +49,7 @@ class Checkpoint:
     Attributes:
         path: as given.
         files: the files that hold tensors.
-        metadata: the texts in a safetensors file's header.
+        metadata: the texts in a safetensors file's header, of several the first one's.
         notes: what was chosen where a file leaves a choice, in sentences.
         unsafe_globals: full names of the classes and functions that pickled files would import,
             sorted.
@@ -71,20 +71,21 @@ class Checkpoint:
         file, part = split_part(self.path)
         entry = find_entry(file)
         self.files: tuple[Path, ...]
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, str]
         if is_index(entry.name):
             weight_map = read_index(entry)
             self.files = tuple(entry.parent / name for name in sorted(set(weight_map.values())))
             self._stamps = {file: file_stamp(file) for file in self.files}
             shards = {file.name: open_shard(file) for file in self.files}
             owners, self.notes = owners_by_index(entry, weight_map, shards)
+            shard = shards[self.files[0].name]
         else:
             self.files = (entry,)
             self._stamps = {entry: file_stamp(entry)}
             shard = open_shard(entry, part)
-            self.metadata = getattr(shard, "metadata", {})
             owners = dict.fromkeys(shard.infos, shard)
             self.notes, self._part = shard.notes, shard.part
+        self.metadata = shard.metadata
         if not owners:
             raise CheckpointError(f"{entry} holds no tensors. Give a file with model weights.")
         self._own(owners, str(entry), entry.parent)

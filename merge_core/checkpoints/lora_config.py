@@ -55,6 +55,7 @@ class AdapterConfig(BaseModel):
         rank_pattern: rank by pattern of the layer's name.
         alpha_pattern: α by pattern of the layer's name.
         modules_to_save: ends of the names of layers whose tensors are stored whole.
+        task_type: what it was trained for, as PEFT names it; None if unknown.
         base_model_name_or_path: what it was trained on, for people; never opened.
     """
 
@@ -68,6 +69,7 @@ class AdapterConfig(BaseModel):
     rank_pattern: dict[str, Rank] = {}
     alpha_pattern: dict[str, Alpha] = {}
     modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
     base_model_name_or_path: str = ""
 
     @model_validator(mode="before")

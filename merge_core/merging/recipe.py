@@ -25,6 +25,7 @@ from merge_core.methods.declaration import (
     digest_values,
 )
 from merge_core.strict_model import StrictModel
+from merge_core.suites.mergekit import explain_mergekit
 from merge_core.suites.suite import BUNDLED, BUNDLED_PATH, Suite, load_suite
 from merge_core.task_vectors import Origin
 from merge_core.yaml_text import dump_yaml, load_yaml, read_text_file
@@ -344,6 +345,8 @@ def recipe_from_yaml(text: str, where: str = "The recipe") -> Recipe:
     except yaml.YAMLError as error:
         first = str(error).replace("\n", " ")
         raise RecipeError(f"{where} is not valid YAML: {first:.200}") from error
+    if foreign := explain_mergekit(document):
+        raise RecipeError(f"{where} is {foreign}")
     return make_recipe(document, where)
 
 

@@ -293,7 +293,9 @@ def merge(row: Row, group: TensorGroup, parameters: Any, run: Run) -> Tensor:
     return merge_entrywise(group, run, update, torch.float64 if row.elect else None)
 
 
-def warnings(row: Row, title: str, tasks: int, parameters: Any, run: Run | None) -> list[str]:
+def warnings(
+    row: Row, title: str, tasks: int, parameters: Any, run: Run | None = None
+) -> list[str]:
     """About the average the task vectors sum to zero, and of two one is the other's negative."""
     if run is None or parameters is None or not run.cancels:
         return []

@@ -58,7 +58,7 @@ def init(
         bool, typer.Option("--overwrite", help="Replace the file if it exists.")
     ] = False,
 ) -> None:
-    """Find models, say what fits, and write suite.yaml. Only headers are read."""
+    """Find models, say what fits, and write suite.yaml. Of weights only a sample is read."""
     from merge_core.input_files import resolve_path
     from merge_core.opening.draft import write_suite
     from merge_core.opening.roles import (
@@ -125,16 +125,10 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
 
 def _reference(place: str) -> str:
     """A path made absolute; a hub id as it is."""
-    from merge_core.files import absolute_path
+    from merge_core.files import path_below
     from merge_core.hub.files import is_hub_id
-    from merge_core.input_files import expand_path
 
-    if is_hub_id(place):
-        return place
-    try:
-        return str(absolute_path(expand_path(place, SuiteError)))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SuiteError(f"{place!r} is not a path ({error}). Check it.") from error
+    return place if is_hub_id(place) else str(path_below(Path(), place, SuiteError))
 
 
 def _output(places: Sequence[str], output: Path | None) -> Path:

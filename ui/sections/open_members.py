@@ -15,7 +15,7 @@ from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite
 from ui import charts
 from ui.plain_text import plain, show_info, show_warning
-from ui.sections.compatibility import compatibility_section
+from ui.sections.compatibility import are_one_network, compatibility_section
 
 # What people choose from, and what it means.
 ROLES: dict[str, Role] = {
@@ -131,7 +131,7 @@ def fit_section(suite: Suite) -> None:
             "or choose other roles.",
             icon=":material/error:",
         )
-    else:
+    elif are_one_network(suite):
         st.success(f"All {len(members)} models fit together.", icon=":material/check_circle:")
     for note in report.notes:
         show_info(note)

@@ -7,6 +7,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from merge_core.checkpoints.stored.entry import split_part
 from merge_core.errors import MergeScopeError
 from merge_core.input_files import find_outside, resolve_path
 from merge_core.opening.search import holds_models
@@ -119,7 +120,7 @@ def names_outside(document: object, folder: Path, root: Path) -> str | None:
         return next((part for part in parts if part is not None), None)
     if isinstance(document, str):
         try:
-            path = folder / Path(document).expanduser()
+            path, _ = split_part(folder / Path(document).expanduser())
             if not path.exists():
                 return None
         except (OSError, RuntimeError, ValueError):  # no path at all

@@ -14,9 +14,10 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import stats
 from scipy.stats import binomtest
 
-from analysis.accuracy import accuracy_frame, mean_accuracy, wilson_interval
+from analysis.accuracy import accuracy_frame, mean_accuracy, mean_interval, wilson_interval
 from analysis.evaluation.evaluator import Evaluator
 from analysis.networks.stateless import Outputs
 from analysis.outputs.prediction_store import PredictionStore
@@ -86,13 +87,44 @@ class TestIntervals:
         assert got["accuracy"] == pytest.approx(0.7)  # not the share of all images, 0.614
         drawn = np.random.default_rng(0).binomial(images, shares, (40_000, 3)) / images
         spread = drawn.mean(axis=1).std()
-        assert got["high"] - got["accuracy"] == pytest.approx(1.96 * spread, rel=0.02)
-        assert got["accuracy"] - got["low"] == pytest.approx(1.96 * spread, rel=0.02)
+        assert (got["high"] - got["low"]) / 2 == pytest.approx(1.96 * spread, rel=0.03)
+        assert got["low"] < got["accuracy"] < got["high"]
 
     def test_the_interval_stays_a_share(self) -> None:
         got = mean_accuracy(accuracy_frame({"a": np.arange(4) < 3})).iloc[0]
         assert got["high"] == 1.0
-        assert got["low"] == pytest.approx(0.75 - 1.959964 * np.sqrt(0.75 * 0.25 / 4))
+        more = 4 + stats.norm.ppf(0.975) ** 2  # successes and failures, half of what was added each
+        p = (3 + (more - 4) / 2) / more
+        half = stats.t.ppf(0.975, more) * np.sqrt(p * (1 - p) / more)
+        assert got["low"] == pytest.approx(p - half)
+
+    @pytest.mark.parametrize("images", [1, 2, 3, 5, 10, 20, 50])
+    def test_it_covers_at_few_images(self, images: int) -> None:
+        # Every outcome of one task at its probability: no draw is involved. A discrete variable
+        # cannot be covered at 95 % everywhere; Wilson's interval falls to 0.79 here.
+        p = np.linspace(0.005, 0.995, 199)
+        covered = np.zeros_like(p)
+        for correct in range(images + 1):
+            got = mean_accuracy(accuracy_frame({"a": np.arange(images) < correct})).iloc[0]
+            inside = (got["low"] <= p) & (p <= got["high"])
+            covered += inside * stats.binom.pmf(correct, images, p)
+        assert covered.min() > 0.935
+        assert covered.mean() > 0.95
+
+    def test_all_right_is_not_certain(self) -> None:
+        got = mean_accuracy(accuracy_frame({"a": np.full(3, True)})).iloc[0]
+        assert got["accuracy"] == got["high"] == 1
+        # Clopper and Pearson's bound of three of three is 0.025 ** (1/3).
+        assert got["low"] == pytest.approx(0.025 ** (1 / 3), abs=0.05)
+
+    def test_scores_have_students_interval(self) -> None:
+        values = np.random.default_rng(1).normal(size=12)
+        expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert mean_interval({"t": values}) == pytest.approx(tuple(expected))
+        assert np.isnan(mean_interval({"t": values[:1]})).all()
+        hits = {"a": np.array([1.0, 0.0, 1.0]), "b": np.array([1.0, 1.0])}
+        got = mean_accuracy(accuracy_frame(hits)).iloc[0]
+        assert mean_interval(hits) == pytest.approx((got["low"], got["high"]))
 
     def test_settings_are_kept_apart(self) -> None:
         one = accuracy_frame({"a": np.arange(4) < 1, "b": np.arange(4) < 3})
