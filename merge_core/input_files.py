@@ -40,6 +40,8 @@ def expand_path(path: str | Path, error: type[MergeScopeError], what: str = "") 
         PosixPath('models/base')
     """
     try:
+        if "\0" in str(path):
+            raise ValueError("it holds a NUL")
         found = Path(path).expanduser()
         found.exists()  # a name may be too long for the system
     except (OSError, ValueError, RuntimeError) as fault:
@@ -304,6 +306,14 @@ def file_stamp(path: Path) -> Stamp | None:
     Returns:
         Size, times of modification and of change, and inode. No tool can set the time of change
         back.
+
+    Example:
+        >>> path = Path("notes.txt")
+        >>> _ = path.write_text("before")
+        >>> before = file_stamp(path)
+        >>> _ = path.write_text("after!")
+        >>> file_stamp(path) == before
+        False
     """
     try:
         return stamp_of(path.stat())

@@ -194,14 +194,14 @@ def test_a_circle_of_links_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["~nobody-of-that-name/x", "a\0b", "a" * 5000, "\udcff\0"])
-def test_what_is_no_path_is_said(text: str, tmp_path: Path) -> None:
+def test_what_cannot_be_a_path_is_said(text: str, tmp_path: Path) -> None:
     with pytest.raises(MergeScopeError, match="is not a path"):
         expand_path(text, MergeScopeError)
     with pytest.raises(MergeScopeError, match="here: .*is not a path"):
         resolve_path(text, MergeScopeError, tmp_path, what="here")
 
 
-def test_a_circle_of_links_is_said(tmp_path: Path) -> None:
+def test_links_in_a_circle_are_said(tmp_path: Path) -> None:
     link(tmp_path / "a", "b")
     link(tmp_path / "b", "a")
     with pytest.raises(MergeScopeError, match="is not a path"):
