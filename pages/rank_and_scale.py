@@ -29,7 +29,7 @@ from merge_core.methods import get_method
 from merge_core.progress import Progress
 from ui import charts, shell
 from ui.controls import choice, selectbox, tabs, toggle
-from ui.plain_text import plain, show_warning
+from ui.plain_text import plain, show_info, show_warning
 from ui.progress import run_job
 from ui.sections.rank_evidence import evidence_section, more_tasks_section
 from ui.sections.rank_layers import layers_section
@@ -214,7 +214,7 @@ def answer(selection: Selection) -> None:
             help="Of the recommended setting alone, looked at after choosing.",
         )
     if selection.at_edge:
-        st.info(selection.at_edge)
+        show_info(selection.at_edge)
     st.markdown(plain(selection.why))
 
 

@@ -197,7 +197,7 @@ def test_a_circle_of_links_is_said(tmp_path: Path) -> None:
 def test_what_cannot_be_a_path_is_said(text: str, tmp_path: Path) -> None:
     with pytest.raises(MergeScopeError, match="is not a path"):
         expand_path(text, MergeScopeError)
-    with pytest.raises(MergeScopeError, match="here: .*is not a path"):
+    with pytest.raises(MergeScopeError, match=r"here: .*is not a path"):
         resolve_path(text, MergeScopeError, tmp_path, what="here")
 
 
