@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+import pandas as pd
 import streamlit as st
 
 from analysis import accuracy
+from analysis.accuracy import Hits
 from analysis.comparison.published import published_results
 from analysis.comparison.run import SEEDS, Comparison, run_comparison, usable_methods
+from analysis.comparison.seeds import join_seeds, titles_without_seeds
 from analysis.figures import compare as figures
 from merge_core.files import digest_of
 from merge_core.merging.recipe import Recipe
@@ -60,29 +63,50 @@ def ranking(result: Comparison) -> None:
     references = {"experts": float(result.experts["accuracy"].mean())}
     if result.base is not None:
         references["base"] = result.base
-    order = result.summary["label"].tolist()
-    pairs = accuracy.paired_differences(result.hits)
-    charts.panel(
+    joined = join_seeds(result.summary, result.recipes)
+    single, told = apart(joined, result.recipes)
+    drawn = []
+    for frame, key, title in (
+        (single, "dots", "Which method keeps most of the tasks?"),
+        (told, "told", "And if each task is known?"),
+    ):
+        if frame.empty:
+            continue
+        best = frame.iloc[0]
+        drawn.append(
+            charts.Chart(
+                figures.method_dots(frame, title=title, references=references),
+                key=key,
+                alt=f"Mean test accuracy of each method with its interval: {len(frame)} methods, "
+                f"best {best['label']} at {best['accuracy']:.1%}",
+                caption=describe_settings(frame),
+            )
+        )
+    # Of the seeds of a method the first stands in the pairs; its range stands in the ranking.
+    hits = first_seeds(result.hits, result.recipes)
+    pairs = accuracy.paired_differences(hits)
+    drawn.append(
         charts.Chart(
-            figures.method_dots(
-                result.summary, title="Which method keeps most of the tasks?", references=references
+            figures.paired_map(
+                pairs, joined["label"].tolist(), title="Which differences are real?"
             ),
-            key="dots",
-            alt="Mean test accuracy of each method with its interval",
-        ),
-        charts.Chart(
-            figures.paired_map(pairs, order, title="Which differences are real?"),
             key="pairs",
-            alt="Pairwise differences of mean accuracy",
-        ),
+            alt=f"Pairwise differences of mean accuracy of {len(joined)} methods",
+        )
+    )
+    charts.panel(
+        *drawn,
         key="ranking",
         columns=2,
         how_to_read=charts.HowToRead(
             "Dots: mean accuracy over the tasks on the **test** split with its 95 % interval, and "
-            "the worst task; the number is the place. Map: row minus column on the **same "
-            "images**, in points, by these places; a dot marks differences that stay significant "
-            "at 5 % in McNemar's exact test, over all tasks at once, after Holm's correction for "
-            "the number of pairs. They speak of these experts and tasks, not of others. "
+            "the worst task; the number is the place. Methods that need to be told which task an "
+            "image is of hold more than one model, and are ranked by themselves. A method whose "
+            "seed changes the merge is one row: the mean over its seeds, and their range. Map: row "
+            "minus column on the **same images**, in points, by the places of all methods "
+            "together (of seeds the first one); a dot marks differences that stay significant at "
+            "5 % in McNemar's exact test, over all tasks at once, after Holm's correction for the "
+            "number of pairs. They speak of these experts and tasks, not of others. "
             + accuracy.words_for_few_images(result.hits),
             r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
             r"p = P\Big(\Big|\tfrac1T\sum_t \tfrac1{n_t}\sum_i \varepsilon_{ti} d_{ti}\Big| "
@@ -90,6 +114,31 @@ def ranking(result: Comparison) -> None:
         ),
         numbers=charts.Numbers(pairs, "paired_differences"),
     )
+
+
+def apart(
+    summary: pd.DataFrame, recipes: Mapping[str, Recipe]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows of methods that give one model, and of those that must know an image's task."""
+    titles = titles_without_seeds(recipes)
+    indexed = {titles[label] for label, each in recipes.items() if each.declaration.indexed}
+    told = summary["label"].isin(indexed)
+    return summary[~told], summary[told]
+
+
+def first_seeds(hits: Mapping[str, Hits], recipes: Mapping[str, Recipe]) -> dict[str, Hits]:
+    """What each method gets right, of several seeds the first, by its name without a seed."""
+    found: dict[str, Hits] = {}
+    for label, title in titles_without_seeds(recipes).items():
+        found.setdefault(title, hits[label])
+    return found
+
+
+def describe_settings(frame: pd.DataFrame) -> str:
+    """Which split the numbers are of, and how the settings came about."""
+    counts = frame["chosen"].value_counts()
+    ways = ", ".join(f"{way} ({n})" for way, n in counts.items())
+    return f"Test split. Settings: {ways}."
 
 
 def table(result: Comparison) -> None:
@@ -134,7 +183,11 @@ def costs(result: Comparison) -> None:
     quantity = choice("Cost", COSTS, "cost")
     charts.panel(
         charts.Chart(
-            figures.cost_scatter(result.summary, quantity, title="What does accuracy cost?"),
+            figures.cost_scatter(
+                join_seeds(result.summary, result.recipes),
+                quantity,
+                title="What does accuracy cost?",
+            ),
             key="costs",
             alt=f"Accuracy against {COSTS[quantity].lower()}",
             caption="Time (of the processor) and memory: to learn, decompose and merge for all "

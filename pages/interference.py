@@ -16,22 +16,22 @@ from analysis.spectral.interference import (
     principal_angles,
     sign_conflict,
 )
-from analysis.spectral.overlap import mean_overlap_pairs, overlap_over_rank, overlap_pairs
+from analysis.spectral.overlap_maps import mean_overlap_pairs, overlap_pairs
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.task_vectors import Origin, TensorGroups
 from ui import charts, shell
 from ui.controls import choice, toggle
 from ui.plain_text import plain
-from ui.sections.interference_words import (
+from ui.server import resources
+from ui.server.resources import View
+from ui.widgets import SHARES, share_label, share_slider
+from ui.words.interference import (
     describe_centring,
     describe_cosines,
     describe_level,
     describe_rank,
     different,
 )
-from ui.server import resources
-from ui.server.resources import View
-from ui.widgets import SHARES, share_label, share_slider
 
 shell.enter()
 
@@ -77,14 +77,10 @@ def over_rank_frame(
     key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, side: Side, _view: View
 ) -> pd.DataFrame:
     """I(k), R(k) and overlap over the offered ranks, of one layer or averaged over all."""
-    looked = resources.group(_view) if layer is not None else None
-    groups = looked or TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
-    curves = interference_over_rank(groups, origin, SHARES, side)
-    overlap = overlap_over_rank(groups, origin, SHARES, side)
-    if layer is None:
-        curves = mean_over_layers(curves)
-        overlap = overlap.groupby(["origin", "share"], as_index=False).mean(numeric_only=True)
-    return curves.merge(overlap)
+    if layer is not None:
+        return interference_over_rank(resources.group(_view), origin, SHARES, side)
+    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
+    return mean_over_layers(interference_over_rank(groups, origin, SHARES, side))
 
 
 @st.cache_data(max_entries=64, show_spinner=False)

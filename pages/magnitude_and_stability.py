@@ -186,9 +186,12 @@ def draw_scaling(
         if subject not in here.index:
             continue
         row = here.loc[subject]
-        cards.metric(
+        charts.accuracy_card(
+            cards,
             title,
             f"{row['accuracy']:.1%}",
+            "test",
+            f"m = {factor_label(m)}",
             delta=f"{row['stability']:.1%} unchanged",
             delta_color="off",
             delta_arrow="off",

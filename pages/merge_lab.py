@@ -8,7 +8,7 @@ import streamlit as st
 from analysis.accuracy import mean_accuracy
 from analysis.evaluation.model_card import results_of
 from analysis.figures import accuracy as figures
-from analysis.outputs.inputs import Split
+from analysis.outputs.inputs import SPLIT_NAMES, Split
 from merge_core.errors import RecipeError
 from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query
 from merge_core.methods import get_method, methods
@@ -23,6 +23,7 @@ from ui.plain_text import plain, show_warning
 from ui.progress import run_job
 from ui.sections.own_recipes import link_form
 from ui.sections.recipe_options import recipe_options
+from ui.sections.suggested import describe_setting, find_suggestion, offer_suggestion
 from ui.server import resources
 from ui.server.resources import View
 from ui.widgets import controls, share_label
@@ -141,8 +142,17 @@ def pin_current(recipe: Recipe) -> None:
     st.session_state["pin"] = link_form(recipe)
 
 
-def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> list[Result]:
+def result(
+    view: View, recipe: Recipe, other: Recipe | None, split: Split, setting: str
+) -> list[Result]:
     """Per-task accuracy of the recipe beside the experts and the pinned recipe.
+
+    Args:
+        view: suite and tasks.
+        recipe: the current one.
+        other: the pinned one.
+        split: whose images.
+        setting: how the recipe's setting came about, in words.
 
     Returns:
         The recipe's accuracies, for its card; none where it is not evaluated yet.
@@ -174,24 +184,38 @@ def result(view: View, recipe: Recipe, other: Recipe | None, split: Split) -> li
         frames.append(theirs.assign(model="Pinned: " + title_of(other)))
         delta = mean["accuracy"] - theirs["accuracy"].mean()
     cards = charts.cards(4)
-    cards.metric(
+    where = SPLIT_NAMES[split]
+    charts.accuracy_card(
+        cards,
         "Mean accuracy",
         f"{mean['accuracy']:.1%}",
+        where,
+        setting,
         delta=None if delta is None else f"{100 * delta:+.1f} points against the pinned one",
         help=f"95 % interval {mean['low']:.1%} to {mean['high']:.1%}, mean over tasks.",
     )
-    cards.metric(
-        "Experts", f"{expert_mean:.1%}", help="Each expert on its own task, mean over tasks."
+    charts.accuracy_card(
+        cards,
+        "Experts",
+        f"{expert_mean:.1%}",
+        where,
+        "each on its own task",
+        help="Each expert on its own task, mean over tasks.",
     )
     right = experts["accuracy"].to_numpy() > 0
     relative = mine["accuracy"].to_numpy()[right] / experts["accuracy"].to_numpy()[right]
-    cards.metric(
+    charts.accuracy_card(
+        cards,
         "Normalised",
         f"{relative.mean():.1%}" if right.any() else "–",
+        where,
+        setting,
         help="Each task's accuracy over its expert's, mean.",
     )
     worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
-    cards.metric(f"Worst task: {plain(worst['task'])}", f"{worst['accuracy']:.1%}")
+    charts.accuracy_card(
+        cards, f"Worst task: {plain(worst['task'])}", f"{worst['accuracy']:.1%}", where, setting
+    )
     drawn = pd.concat(frames, ignore_index=True)
     charts.panel(
         charts.Chart(
@@ -220,6 +244,8 @@ def lab() -> None:
         recipe = choose_recipe(view)
         for warning in recipe.warnings(view.tasks):
             show_warning(warning)
+        suggestion = find_suggestion(view.key, view.tasks, recipe.method, view)
+        offer_suggestion(recipe, suggestion)
         st.button(
             "Pin this recipe for comparison",
             on_click=pin_current,
@@ -241,7 +267,8 @@ def lab() -> None:
                 "split",
                 "Choose settings on the validation split; look at the test split once, at the end.",
             )
-            results = result(view, recipe, other, split)
+            setting = describe_setting(recipe, suggestion)
+            results = result(view, recipe, other, split, setting)
         else:
             shell.explain_no_evaluation(view)
         st.subheader("Take it with you", anchor=False)

@@ -85,6 +85,15 @@ def describe_settings(recipes: Recipes) -> str:
     return "; ".join(parts) + "."
 
 
+def chip_of(model: str, recipes: Recipes) -> str:
+    """How the setting of a model of the first result came about, in words."""
+    if model == "Experts":
+        return "each on its own task"
+    if model not in recipes or not recipes[model][0].parameters:
+        return "nothing to set"
+    return "tuned on validation" if recipes[model][1] else "default setting"
+
+
 def first_section(view: View) -> None:
     """Base, experts and three merges side by side, on the test split."""
     st.subheader("What does merging give?", anchor=False)
@@ -109,14 +118,16 @@ def first_section(view: View) -> None:
     cards = charts.cards(len(values))
     for model in values.index:
         row = mean[mean["model"] == model].iloc[0]
-        cards.metric(
+        charts.accuracy_card(
+            cards,
             model,
             f"{row['accuracy']:.1%}",
+            "test",
+            chip_of(model, recipes),
             delta=None
             if model in ("Base", "Experts", "Weight average")
             else f"{100 * (row['accuracy'] - values['Weight average']):+.1f} vs average",
             border=True,
-            height="stretch",
             help=f"Mean accuracy over {len(view.tasks)} tasks on the test split; 95 % interval "
             f"{row['low']:.1%} to {row['high']:.1%}; differences in percentage points.",
         )

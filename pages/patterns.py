@@ -229,7 +229,7 @@ def draw_measurements(classifier: Classifier, rows: dict[str, np.ndarray]) -> No
     evaluator = classifier.evaluator
     outputs = evaluator.merge(classifier.checkpoint.digest, lambda: classifier.weights, "test")
     right = (outputs.logits.argmax(dim=1).numpy() == evaluator.labels("test")).mean()
-    cards.metric("Test accuracy", f"{right:.1%}")
+    charts.accuracy_card(cards, "Test accuracy", f"{right:.1%}", "test", classifier.label)
 
 
 def draw_templates(

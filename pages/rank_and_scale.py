@@ -16,6 +16,7 @@ from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
     Selection,
     SelectionOptions,
+    recipe_at,
     select_rank,
     selectable_methods,
     stored_selection,
@@ -37,6 +38,13 @@ from ui.sections.rank_settings import settings_section
 from ui.server import resources
 from ui.server.resources import View
 from ui.widgets import share_label
+from ui.words.rank_selection import (
+    MOST,
+    candidates,
+    describe_evidence,
+    describe_spread,
+    setting_in_words,
+)
 
 shell.enter()
 
@@ -88,13 +96,16 @@ def choose(view: View) -> tuple[str, Mode, bool]:
         )
     full_grid = False
     if mode != "weights":
+        known = (view.key, view.tasks, method, mode)
+        stored = mode == "labels" and stored_choice(*known, True, False, view) is not None
         with right:
             full_grid = choice(
                 "Search",
                 SEARCHES,
                 "search",
                 "Adaptive spends images where they can change the answer; the full grid runs "
-                "every image at every setting.",
+                "every image at every setting, and is shown at first where it is stored.",
+                rest=stored,
             )
     return method, mode, full_grid
 
@@ -189,9 +200,12 @@ def answer(selection: Selection) -> None:
         cards.metric(name, words)
     if selection.accuracy is not None:
         mean = selection.accuracy
-        cards.metric(
+        charts.accuracy_card(
+            cards,
             "Validation accuracy",
             f"{mean['accuracy']:.1%}",
+            "validation",
+            "tuned on these" if selection.mode == "labels" else "labels not used",
             delta=interval(mean),
             delta_color="off",
             delta_arrow="off",
@@ -205,9 +219,12 @@ def answer(selection: Selection) -> None:
         )
     if selection.report is not None:
         test = mean_accuracy(selection.report).iloc[0]
-        cards.metric(
+        charts.accuracy_card(
+            cards,
             "Test accuracy",
             f"{test['accuracy']:.1%}",
+            "test",
+            "tuned on validation" if selection.mode == "labels" else "labels not used",
             delta=interval(test),
             delta_color="off",
             delta_arrow="off",
@@ -243,6 +260,26 @@ def offer_selection(view: View, selection: Selection) -> None:
     right.caption(cost(selection))
 
 
+def judge(view: View, selection: Selection) -> None:
+    """How far the rules agree, other settings that are worth a look, and where all that is from."""
+    method = selection.recipe.declaration
+    if spread := describe_spread(selection.picks):
+        show_info(spread)
+    found = candidates(
+        selection.rank, selection.scale, selection.points, selection.picks, selection.rule
+    )
+    for each, place in zip(found, st.columns(MOST), strict=False):
+        recipe = recipe_at(selection.space, each.rank, each.scale)
+        place.page_link(
+            shell.page("merge_lab"),
+            label=setting_in_words(each.rank, each.scale),
+            icon=":material/science:",
+            query_params=shell.lab_query(recipe),
+        )
+        place.caption(each.why)
+    st.markdown(describe_evidence(view.name, method.name, method.title))
+
+
 def cost(selection: Selection) -> str:
     """Images, seconds and bytes in words."""
     parts = []
@@ -272,7 +309,9 @@ def curve_and_map(selection: Selection, view: View) -> None:
     method, mode = SISTER.get(selection.recipe.method), selection.mode
     other = None
     if method in selectable_methods(view.suite, view.tasks) and mode == "labels":
-        other = stored_choice(view.key, view.tasks, method, mode, selection.full_grid, False, view)
+        known = (view.key, view.tasks, method, mode)
+        other = stored_choice(*known, selection.full_grid, False, view)
+        other = other or stored_choice(*known, False, False, view)
     if view.suite.can_evaluate and toggle(
         "Mark every rule's pick",
         "marks",
@@ -376,6 +415,7 @@ def page() -> None:
         return
     answer(selection)
     offer_selection(view, selection)
+    judge(view, selection)
     # Only what is looked at is computed and sent.
     for tab, draw in zip(tabs(TABS, "show"), TABS.values(), strict=True):
         if tab.open:

@@ -148,14 +148,16 @@ def draw_cards(frame: pd.DataFrame, split: Split) -> None:
         strict=True,
     ):
         row = at(frame, rule)
-        cards.metric(
+        charts.accuracy_card(
+            cards,
             title,
             f"{row['accuracy']:.1%}",
+            SPLIT_NAMES[split],
+            f"{row['n']:.0f} members",
             delta=None
             if rule == "individuals"
             else f"{100 * (row['accuracy'] - single['accuracy']):+.1f} points",
             border=True,
-            height="stretch",
             help=f"{row['label']}: {SPLIT_NAMES[split]} split, 95 % interval {row['low']:.1%} to "
             f"{row['high']:.1%}; {row['passes']} forward passes per image.",
         )

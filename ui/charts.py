@@ -38,6 +38,26 @@ def cards(count: int) -> DeltaGenerator:
     return st.grid(count, min_column_width=CARD)
 
 
+def accuracy_card(
+    cards: DeltaGenerator, label: str, value: str, split: str, setting: str, **options: Any
+) -> None:
+    """An accuracy, with a chip that says of which images and at which setting it is.
+
+    Args:
+        cards: of :func:`cards`.
+        label: whose accuracy.
+        value: in words.
+        split: of the images, such as ``test``.
+        setting: how the setting came about, such as ``default setting``; may be empty.
+        options: of Streamlit's metric.
+    """
+    border = bool(options.pop("border", False))
+    with cards.container(border=border, height="stretch", gap="xxsmall"):
+        st.metric(label, value, **options)
+        words = " · ".join(filter(None, (split, setting)))
+        st.badge(words, color="blue" if split == "test" else "orange")
+
+
 class HowToRead(NamedTuple):
     """What a panel shows, in Markdown, and its formula, in LaTeX."""
 

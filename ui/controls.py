@@ -103,8 +103,9 @@ def choice(
     name: str,
     help: str | None = None,
     slot: str = "",
+    rest: Value | None = None,
 ) -> Value:
-    """One of a few options side by side; the first at rest.
+    """One of a few options side by side; the first at rest, or the one that is named.
 
     Args:
         label: above the control.
@@ -112,6 +113,7 @@ def choice(
         name: in the address.
         help: tooltip.
         slot: see :class:`ui.kept.Control`.
+        rest: at rest.
     """
     values, words = list(options), options.__getitem__
 
@@ -121,7 +123,7 @@ def choice(
         )
         return cast(Value, chosen)
 
-    return stand(_one_of(label, values, name, None, words, slot), draw)
+    return stand(_one_of(label, values, name, rest, words, slot), draw)
 
 
 def radio(

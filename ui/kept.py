@@ -157,6 +157,18 @@ def answer(name: str, words: str) -> None:
     kept().asked[name] = [words]
 
 
+def move(name: str, words: str) -> None:
+    """Let a control stand elsewhere from the next run on (called between two runs of a page).
+
+    Args:
+        name: of the control.
+        words: as its value would stand in an address.
+    """
+    known = kept()
+    known.seeded.pop(name, None)
+    known.asked[name] = [words]
+
+
 def take_unread() -> list[str]:
     """Labels of controls whose words in the address did not fit, once."""
     known = kept()

@@ -35,7 +35,8 @@ def method_dots(
     """Mean accuracy of each method with its interval, best at the top; numbers are positions.
 
     Args:
-        summary: of :func:`analysis.comparison.run.summarise`.
+        summary: of :func:`analysis.comparison.run.summarise`, or of
+            :func:`analysis.comparison.seeds.join_seeds`, which shows seeds as a range.
         title: the question answered.
         references: vertical lines by name, such as the experts' mean (shares).
     """
@@ -67,6 +68,8 @@ def method_dots(
         marker={"color": OKABE_ITO[3], "symbol": "line-ns-open", "size": 10},
         hovertemplate="%{y}, worst task %{text}: %{x:.1f} %<extra></extra>",
     )
+    if "least" in frame and (frame["most"] > frame["least"]).any():
+        add_seed_ranges(figure, frame[frame["most"] > frame["least"]])
     names = [f"{len(frame) - row}  {label}" for row, label in enumerate(frame["label"])]
     layout(figure, title, x="Accuracy (%)", y="", height=150 + ROW * len(frame))
     figure.layout.margin.t += 14
@@ -86,6 +89,28 @@ def method_dots(
             annotation_position="top",
         )
     return figure
+
+
+def add_seed_ranges(figure: go.Figure, frame: pd.DataFrame) -> None:
+    """From the least to the most accurate seed of each method that has several.
+
+    Args:
+        figure: of methods, changed in place.
+        frame: with columns label, least and most (shares).
+    """
+    gap = [None] * len(frame)
+    ends = zip(100 * frame["least"], 100 * frame["most"], gap, strict=True)
+    labels = zip(frame["label"], frame["label"], gap, strict=True)
+    figure.add_scatter(
+        x=[value for ends_of_one in ends for value in ends_of_one],
+        y=[label for labels_of_one in labels for label in labels_of_one],
+        mode="lines+markers",
+        name="from seed to seed",
+        line={"color": OKABE_ITO[1], "width": 5},
+        marker={"symbol": "line-ns-open", "size": 9, "color": OKABE_ITO[1]},
+        opacity=0.8,
+        hovertemplate="%{y}, over seeds: %{x:.1f} %<extra></extra>",
+    )
 
 
 def task_radar(frame: pd.DataFrame, labels: Sequence[str], title: str) -> go.Figure:

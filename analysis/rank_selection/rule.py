@@ -73,10 +73,20 @@ def explain(mode: Mode, exhaustive: bool, method: str, chosen: pd.Series, tied: 
         f"{_points(row['worst'])} at worst, over {row['cases']} sets of tasks{where}"
     )
     if mode == "labels":
-        return (
+        others = {0: "no other one", 1: "1 other one"}.get(tied - 1, f"{tied - 1} others")
+        found = (
             "This setting has the highest accuracy on the labelled validation images among those "
-            f"evaluated on all of them; these images do not tell {tied - 1} others from it. In the "
-            f"evidence such a choice {regret}."
+            f"evaluated on all of them; these images do not tell {others} from it"
+        )
+        if exhaustive:
+            return (
+                f"{found}. That is the whole grid, which is the reference that the evidence "
+                "measures every rule against. Images that a setting was chosen on favour it: the "
+                "test split has the fairer number."
+            )
+        return (
+            f"{found} (of the settings that it passed over, the search says nothing). In the "
+            f"evidence such a search {regret}."
         )
     needs = "images without labels" if mode == "inputs" else "nothing but weights"
     return (

@@ -16,6 +16,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis.spectral.overlap import overlap_of, random_overlap
 from merge_core.errors import SuiteError
 from merge_core.executors.base import one_thread
 from merge_core.factors.factorise import map_matrices, map_parameters
@@ -146,11 +147,23 @@ def pair_interference(
     return pairs
 
 
-def stored_side(group: TensorGroup, side: Side) -> Side:
+def _stored_side(group: TensorGroup, side: Side) -> Side:
     """The side of the stored matrix that a side of the layer's is: others in GPT-2's in x out."""
     if not group.stored_transposed:
         return side
     return "column" if side == "row" else "row"
+
+
+def dimension_of(group: TensorGroup, side: Side) -> int:
+    """The dimension of the space that a layer reads (rows) or writes (columns).
+
+    Example:
+        >>> suite = load_suite("demo")
+        >>> group = TensorGroup(suite, suite.tasks, "blocks.0.mlp.fc2.weight", FactorStore())
+        >>> dimension_of(group, "row") > dimension_of(group, "column")
+        True
+    """
+    return int(group.info.matrix_shape[1 if _stored_side(group, side) == "row" else 0])
 
 
 @one_thread()
@@ -181,7 +194,7 @@ def interference_pairs(
         (['digits', 'digits', 'letters', 'letters'], True)
     """
     k = min(k, *group.info.matrix_shape)
-    pairs = pair_interference(group.directions(origin, k), stored_side(group, side), k)[:, :, -1]
+    pairs = pair_interference(group.directions(origin, k), _stored_side(group, side), k)[:, :, -1]
     return _ordered_pairs(group.tasks, origin, {"k": k, "interference": pairs})
 
 
@@ -205,7 +218,8 @@ def interference_over_rank(
         One row per parameter and share: parameter, origin, share, k, interference
         (I(k) = Σ_{i≠j} I_ij(k)), interference_normalised (I(k)/(T(T−1)), 0 for one task),
         reconstruction (R(k) = Σ_t Σ_{i>k} σ_ti²), energy (R(0)), reconstruction_share
-        (R(k)/R(0)), update_norm (‖Σ_t SVD_k(task vector t)‖_F).
+        (R(k)/R(0)), update_norm (‖Σ_t SVD_k(task vector t)‖_F), overlap and random (means over
+        pairs of :func:`analysis.spectral.overlap.overlap_of` and its level by chance).
 
     Raises:
         SuiteError: origin "base" without a base.
@@ -230,8 +244,11 @@ def _over_rank(
 ) -> list[dict[str, object]]:
     """One matrix's rows of :func:`interference_over_rank`."""
     T, r = len(group.tasks), min(group.info.matrix_shape)
-    pairs = pair_interference(group.directions(origin), stored_side(group, side), r)
+    pairs = pair_interference(group.directions(origin), _stored_side(group, side), r)
     interference = pairs.sum(axis=(0, 1)) - np.trace(pairs)
+    others = ~np.eye(T, dtype=bool)
+    overlap = overlap_of(pairs)[others].sum(axis=0) / max(1, T * (T - 1))
+    level = random_overlap(pairs, dimension_of(group, side))[others].sum(axis=0)
     # Summed from the small end, so that what little is lost near full rank stays exact.
     squares = np.sum([S.double().numpy() ** 2 for S in group.singular_values(origin)], axis=0)
     lost = np.append(squares[::-1].cumsum()[::-1], 0.0)
@@ -250,6 +267,8 @@ def _over_rank(
                 "energy": lost[0],
                 "reconstruction_share": lost[k] / lost[0] if lost[0] > 0 else 0.0,
                 "update_norm": float(group.sum_of_truncations(origin, k).double().norm()),
+                "overlap": overlap[k - 1],
+                "random": level[k - 1] / max(1, T * (T - 1)),
             }
         )
     return rows
@@ -262,9 +281,10 @@ def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
         frame: of :func:`interference_over_rank`, one origin or several.
 
     Returns:
-        One row per origin and share: origin, share, interference and interference_normalised
-        (means over matrices), reconstruction and energy (sums), reconstruction_share (of the
-        sums), update_norm (root of the sum of squares: the norm of the whole update).
+        One row per origin and share: origin, share, interference, interference_normalised,
+        overlap and random (means over matrices), reconstruction and energy (sums),
+        reconstruction_share (of the sums), update_norm (root of the sum of squares: the norm of
+        the whole update).
 
     Example:
         >>> suite = load_suite("demo")
@@ -279,6 +299,8 @@ def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
     mean = squared.groupby(["origin", "share"], as_index=False).agg(
         interference=("interference", "mean"),
         interference_normalised=("interference_normalised", "mean"),
+        overlap=("overlap", "mean"),
+        random=("random", "mean"),
         reconstruction=("reconstruction", "sum"),
         energy=("energy", "sum"),
         update_norm=("update_norm", "sum"),
@@ -317,7 +339,7 @@ def principal_angles(
     """
     subspaces = []
     for f in group.directions(origin, k):
-        span = f.V if stored_side(group, side) == "row" else f.U
+        span = f.V if _stored_side(group, side) == "row" else f.U
         # Stored in float32, orthonormal to 1e-7 only.
         subspaces.append(torch.linalg.qr(span.double()).Q)
     frames = []

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
+import numpy as np
 import pytest
 import yaml
 from streamlit.testing.v1 import AppTest
@@ -45,15 +46,28 @@ def test_a_comparison_shows_the_evaluators_accuracies(offer: Offer) -> None:
     path = offer()
     chosen = ["Weight average", "CART", get_method("dare_ties").title, "TSV-C"]
     at = run_comparison(assert_healthy(open_page("compare", suite="mine", methods=chosen)))
-    drawn = next(f for f in figures(at) if "keeps most" in f["layout"]["title"]["text"])
-    dots = dict(zip(drawn["data"][0]["y"], array(drawn["data"][0]["x"]), strict=True))
+    single, told = ranking(at, "keeps most"), ranking(at, "task is known")
+    assert set(single) == {"Weight average", "CART", chosen[2]}
+    assert set(told) == {"TSV-C"}  # which knows the task
+    dots = single | told
     suite = load_suite(path)
     session, evaluator = MergeSession(suite, None, FactorStore()), Evaluator(suite)
     for name, title in (("average", "Weight average"), ("cart", "CART"), ("tsv_c", "TSV-C")):
         recipe = make_recipe({"suite": str(path), "method": name})
         wanted = evaluator.recipe(recipe, session, "test")["accuracy"].mean()
         assert dots[title] == pytest.approx(100 * wanted)
-    assert len([label for label in dots if label.startswith(f"{chosen[2]}, seed")]) == 3
+    seeds = [
+        evaluator.recipe(
+            make_recipe({"suite": str(path), "method": "dare_ties", "seed": seed}), session, "test"
+        )["accuracy"].mean()
+        for seed in range(3)
+    ]
+    assert dots[chosen[2]] == pytest.approx(100 * np.mean(seeds))
+    drawn = next(f for f in figures(at) if "keeps most" in f["layout"]["title"]["text"])
+    span = next(t for t in drawn["data"] if t.get("name") == "from seed to seed")
+    assert [x for x in span["x"] if x is not None] == pytest.approx(
+        [100 * min(seeds), 100 * max(seeds)]
+    )
 
 
 def test_tuned_settings_are_chosen_on_validation(offer: Offer) -> None:
@@ -63,10 +77,15 @@ def test_tuned_settings_are_chosen_on_validation(offer: Offer) -> None:
     assert any("scale" in str(frame.value.to_dict()) for frame in at.dataframe)
 
 
+def ranking(at: AppTest, words: str) -> dict[str, float]:
+    """Method to accuracy in the ranking with these words in its title."""
+    drawn = next(f for f in figures(at) if words in f["layout"]["title"]["text"])
+    return dict(zip(drawn["data"][0]["y"], array(drawn["data"][0]["x"]), strict=True))
+
+
 def labels(at: AppTest) -> list[str]:
     """What is drawn in the ranking."""
-    drawn = next(f for f in figures(at) if "keeps most" in f["layout"]["title"]["text"])
-    return list(drawn["data"][0]["y"])
+    return list(ranking(at, "keeps most"))
 
 
 def button(at: AppTest, label: str) -> Any:

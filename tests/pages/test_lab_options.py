@@ -91,3 +91,21 @@ def test_texts() -> None:
     for text in ("a", "a: [1]", "a: {", ": "):
         with pytest.raises(RecipeError, match="Other values"):
             parse_overrides(text)
+
+
+def test_the_recommended_setting_is_one_click_away_and_chips_say_what_numbers_are_of() -> None:
+    at = assert_healthy(open_page("merge_lab"))
+    recipe = recipe_from_yaml(next(c.value for c in at.code if "method:" in c.value))
+    assert recipe.parameters == {"rank": 0.08, "scale": 1.0}
+    badges = [text.value for text in at.markdown if "-badge[" in text.value]
+    assert any("validation · default setting" in badge for badge in badges)
+    button = next(each for each in at.button if "recommended setting" in each.label)
+    at = assert_healthy(button.click().run())
+    recipe = recipe_from_yaml(next(c.value for c in at.code if "method:" in c.value))
+    overview = assert_healthy(open_page("overview"))
+    wanted = next(t.value for t in overview.markdown if "CART: rank" in t.value)
+    rank, scale = recipe.parameters["rank"], recipe.parameters["scale"]
+    assert f"CART: rank {100 * rank:.3g} %, λ = {scale:g} (best on the validation split)" in wanted
+    badges = [text.value for text in at.markdown if "-badge[" in text.value]
+    assert any("validation · tuned on validation" in badge for badge in badges)
+    assert not [each for each in at.button if "recommended setting" in each.label]

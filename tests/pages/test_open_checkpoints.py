@@ -290,7 +290,7 @@ def test_uploads_that_are_no_weights_are_refused_in_words(root: Path) -> None:
         }
     )
     assert not at.exception
-    refused = [warning.value for warning in at.warning]
+    refused = [text for w in at.warning if "needs two or more" not in (text := w.value)]
     assert len(refused) == 2
     assert any("'cut.safetensors'" in text for text in refused)
     assert any("'text.safetensors'" in text for text in refused)
@@ -374,3 +374,28 @@ def test_only_roles_and_names_are_taken_from_the_browser() -> None:
     assert [each.shown for each in result] == ["a.pt", "b.pt"]
     assert [each.role for each in result] == ["base", "left out"]
     assert result[1].task == "new"
+
+
+def test_uploads_named_alike_have_a_row_each(root: Path) -> None:
+    experts, _ = random_states(TASKS)
+    name = "model.safetensors"
+    at = assert_healthy(
+        upload(open_source("Upload"), *((name, save(dict(experts[t]))) for t in TASKS))
+    )
+    frame = members(at)
+    assert len(frame) == len(set(frame["task"])) == len(TASKS)
+    assert any("named alike" in warning.value and name in warning.value for warning in at.warning)
+    assert [success.value for success in at.success] == ["All 3 models fit together."]
+    at = assert_healthy(upload(at, (name, save(dict(experts[TASKS[0]])))))
+    assert len(members(at)) == len(TASKS) + 1
+    at = press(at, "Remove all uploads")
+    assert not any("named alike" in warning.value for warning in at.warning)
+
+
+def test_one_expert_is_no_merge(root: Path) -> None:
+    experts, _ = random_states(TASKS)
+    at = assert_healthy(
+        upload(open_source("Upload"), ("cars.safetensors", save(dict(experts["cars"]))))
+    )
+    assert not at.success
+    assert any("A merge needs two or more" in warning.value for warning in at.warning)

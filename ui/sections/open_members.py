@@ -24,6 +24,7 @@ ROLES: dict[str, Role] = {
     "classifier": "head",
     "leave out": "left out",
 }
+FEWEST = 2  # experts that make a merge
 LABELS = {role: label for label, role in ROLES.items()}
 
 
@@ -130,6 +131,12 @@ def fit_section(suite: Suite) -> None:
             f"These do not fit {plain(suite.tasks[0])}: {plain(', '.join(unfit))}. Leave them out, "
             "or choose other roles.",
             icon=":material/error:",
+        )
+    elif len(suite.tasks) < FEWEST:
+        st.warning(
+            f"Only one model takes part as an expert: **{plain(suite.tasks[0])}**. A merge needs two "
+            "or more. Add another one, or choose the role 'expert' for one that is left out.",
+            icon=":material/warning:",
         )
     elif are_one_network(suite):
         st.success(f"All {len(members)} models fit together.", icon=":material/check_circle:")

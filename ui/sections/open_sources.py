@@ -223,16 +223,23 @@ def from_uploads() -> Collection | None:
     )
     for sentence in st.session_state.get("open_refused", []):
         show_warning(sentence)
-    if not any(folder.glob(f"*{uploads.SUFFIX}")):
+    kept = sorted(folder.glob(f"*{uploads.SUFFIX}"), key=lambda path: path.stat().st_mtime_ns)
+    if not kept:
         return None
+    if alike := st.session_state.get("open_alike"):
+        show_warning(alike)
     st.button("Remove all uploads", icon=":material/delete:", on_click=_remove, args=(folder,))
-    found = find_models([str(folder)], inside=folder)
+    # File by file: a folder with a model.safetensors would be taken for one model.
+    found = find_models([str(path) for path in kept], inside=folder)
     return Collection(found, "uploads", _key(found), folder / FILE)
 
 
 def _take_uploads(folder: Path, turn: int) -> None:
     """Move what was uploaded from the server's memory into the folder, and empty the widget."""
     sent = st.session_state.get(f"open_upload_{turn}") or []
+    before = [path.stem for path in folder.glob(f"*{uploads.SUFFIX}")]
+    if alike := uploads.say_alike([upload.name for upload in sent], before):
+        st.session_state["open_alike"] = alike
     st.session_state["open_refused"] = uploads.keep(sent, folder)
     session_files.forget_uploads(sent)
     st.session_state["open_turn"] = turn + 1
@@ -243,6 +250,7 @@ def _remove(folder: Path) -> None:
         if path.is_file():
             path.unlink(missing_ok=True)
     st.session_state["open_refused"] = []
+    st.session_state.pop("open_alike", None)
 
 
 def _in_session(

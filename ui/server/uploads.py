@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
@@ -12,8 +13,11 @@ from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, OutputError
 from merge_core.files import explain_os_error
 from merge_core.opening.draft import task_name
+from merge_core.opening.search import SAYS_NOTHING
 
 SUFFIX = ".safetensors"
+UNNAMED = "upload"
+MOST_SHOWN = 3
 MOST_FILES = 32
 MOST_BYTES = 2_000_000_000  # of one session
 SPARE_BYTES = 1_000_000_000  # that stay free on the disk
@@ -47,6 +51,37 @@ def keep(uploads: Sequence[Upload], folder: Path) -> list[str]:
     return refused
 
 
+def stem_of(name: str) -> str:
+    """What an upload is called: by its file's name, unless that says nothing of the model."""
+    stem = name.removesuffix(SUFFIX)
+    return UNNAMED if SAYS_NOTHING.match(stem) else stem
+
+
+def say_alike(names: Sequence[str], kept: Sequence[str]) -> str:
+    """A sentence on uploads whose names do not tell them apart; empty if all do.
+
+    Args:
+        names: of the files as they were sent now.
+        kept: stems of the files that were kept before.
+
+    Example:
+        >>> say_alike(["cars.safetensors", "dtd.safetensors"], [])
+        ''
+        >>> say_alike(["cars.safetensors"], ["cars"])[:37]
+        "Some uploads are named alike ('cars.s"
+    """
+    stems = [stem_of(name) for name in names]
+    counts = Counter([*stems, *kept])
+    alike = dict.fromkeys(n for n, stem in zip(names, stems, strict=True) if counts[stem] > 1)
+    if not alike:
+        return ""
+    shown = ", ".join(f"{name!r:.60}" for name in list(alike)[:MOST_SHOWN])
+    return (
+        f"Some uploads are named alike ({shown}). Each has a row of its own below, in the order in "
+        "which they came: give each a task name that tells what it is."
+    )
+
+
 def _keep(upload: Upload, folder: Path) -> None:
     """Keep one upload.
 
@@ -68,7 +103,7 @@ def _keep(upload: Upload, folder: Path) -> None:
         )
     if shutil.disk_usage(folder).free - upload.size < SPARE_BYTES:
         raise OutputError(f"{shown}: the server's disk is nearly full. It was not kept.")
-    name = task_name(upload.name.removesuffix(SUFFIX), {path.stem for path in known}) + SUFFIX
+    name = task_name(stem_of(upload.name), {path.stem for path in known}) + SUFFIX
     try:
         with tempfile.TemporaryDirectory(dir=folder, prefix=".") as place:
             path = Path(place) / name

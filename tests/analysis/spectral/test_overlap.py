@@ -6,14 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from analysis.spectral.interference import pair_interference
-from analysis.spectral.overlap import (
-    mean_overlap_pairs,
-    overlap_of,
-    overlap_over_rank,
-    overlap_pairs,
-    random_overlap,
-)
+from analysis.spectral.interference import interference_over_rank, pair_interference
+from analysis.spectral.overlap import overlap_of, random_overlap
+from analysis.spectral.overlap_maps import mean_overlap_pairs, overlap_pairs
 from merge_core.factors.low_rank import Directions
 from merge_core.factors.store import FactorStore
 from merge_core.suites.suite import load_suite
@@ -70,7 +65,7 @@ def test_frames_are_means_of_pairs() -> None:
     names = suite.matrices[:2]
     store, tasks = FactorStore(), suite.tasks[:3]
     one = overlap_pairs(TensorGroup(suite, tasks, names[0], store), "base", 20)
-    curve = overlap_over_rank(TensorGroup(suite, tasks, names[0], store), "base", [0.08])
+    curve = interference_over_rank(TensorGroup(suite, tasks, names[0], store), "base", [0.08])
     others = one[one["first"] != one["second"]]
     assert curve["overlap"].tolist() == pytest.approx([others["overlap"].mean()], rel=1e-6)
     assert curve["random"].tolist() == pytest.approx([others["random"].mean()], rel=1e-6)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pandas as pd
 
-from ui.sections.interference_words import (
+from ui.words.interference import (
     describe_centring,
     describe_cosines,
     describe_level,

@@ -1,0 +1,79 @@
+"""The recommended setting of a method, where it is known, one click away in the Merge lab."""
+
+from __future__ import annotations
+
+import streamlit as st
+
+from analysis.comparison.first_result import suggest_recipe
+from analysis.rank_selection.select import selectable_methods, setting_words
+from merge_core.merging.recipe import Recipe
+from ui import kept
+from ui.server import resources
+from ui.server.resources import View
+from ui.widgets import RANK_UNITS, share_words
+
+# Up to this many parameters what is stored is looked up while a page is drawn.
+LIVE_PARAMETERS = 5_000_000
+
+
+@st.cache_data(max_entries=64, show_spinner="Looking up the recommended setting …")
+def find_suggestion(key: str, tasks: tuple[str, ...], method: str, _view: View) -> Recipe | None:
+    """The recipe that the stored search for rank and scale recommends; None where none is stored.
+
+    Args:
+        key: of the view.
+        tasks: of the view.
+        method: by name.
+    """
+    if not resources.is_measurable(_view) or method not in selectable_methods(_view.suite, tasks):
+        return None
+    session = resources.session(_view, tasks)
+    if sum(group.info.numel for group in session.groups) > LIVE_PARAMETERS:
+        return None
+    recipe, chosen = suggest_recipe(method, _view.name, session, resources.evaluator(_view))
+    return recipe if chosen else None
+
+
+def describe_setting(recipe: Recipe, suggestion: Recipe | None) -> str:
+    """Whether a recipe stands at the recommended setting, at the default, or elsewhere."""
+    if recipe.overrides or recipe.then or recipe.weights or recipe.origin:
+        return "own setting"
+    if suggestion is not None and recipe.parameters == suggestion.parameters:
+        return "tuned on validation"
+    specs = recipe.declaration.specs
+    if not specs:
+        return "nothing to set"
+    if all(recipe.parameters[spec.name] == spec.default for spec in specs):
+        return "default setting"
+    return "own setting"
+
+
+def offer_suggestion(recipe: Recipe, suggestion: Recipe | None) -> None:
+    """A button that takes the recommended setting over, where the recipe has another one."""
+    if suggestion is None or recipe.parameters == suggestion.parameters:
+        return
+    words = setting_words(
+        *(float(suggestion.parameters.get(name, float("nan"))) for name in ("rank", "scale"))
+    )
+    st.button(
+        f"Use the recommended setting: {words}",
+        on_click=_take,
+        args=(suggestion,),
+        icon=":material/tune:",
+        width="stretch",
+        help="The best on the validation split for these tasks, as Rank and scale found it.",
+    )
+
+
+def _take(suggestion: Recipe) -> None:
+    """Let the method's controls stand at a recipe's parameters."""
+    for spec in suggestion.declaration.specs:
+        value = suggestion.parameters[spec.name]
+        if spec.kind != "rank":
+            kept.move(spec.name, str(value))
+        elif isinstance(value, int):
+            kept.move(f"{spec.name}_unit", RANK_UNITS["count"])
+            kept.move(f"{spec.name}_count", str(value))
+        else:
+            kept.move(f"{spec.name}_unit", RANK_UNITS["share"])
+            kept.move(spec.name, share_words(value))

@@ -1,0 +1,1 @@
+"""Sentences of pages, made from the frames that are drawn."""
