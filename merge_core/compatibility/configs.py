@@ -20,6 +20,7 @@ from merge_core.compatibility.config_fields import (
 )
 from merge_core.compatibility.config_values import (
     Fields,
+    align_parts,
     align_types,
     are_equal,
     class_defaults,
@@ -90,7 +91,7 @@ def compare_documents(file: str, documents: Mapping[str, dict[str, Any]]) -> lis
     """
     if len(documents) < 2:
         return []
-    aligned = align_types(documents)
+    aligned = align_parts(align_types(documents))
     fields = {member: flatten(aligned[member]) for member in sort_members(aligned)}
     every = set().union(*fields.values())
     names = sorted(every, key=lambda name: (_leaf(name) not in RULES, name))[:MOST_FIELDS]
