@@ -204,6 +204,19 @@ def evict(folder: Path, most: int) -> None:
         excess -= state.st_size
 
 
+def size_in_words(nbytes: float) -> str:
+    """A number of bytes in the largest unit of which there is one, with three digits.
+
+    Example:
+        >>> size_in_words(4_000), size_in_words(1_260_000), size_in_words(4.2e10)
+        ('4 KB', '1.26 MB', '42 GB')
+    """
+    for unit, size in (("TB", 1e12), ("GB", 1e9), ("MB", 1e6)):
+        if nbytes >= size:
+            return f"{nbytes / size:.3g} {unit}"
+    return f"{nbytes / 1e3:.3g} KB"
+
+
 def explain_os_error(error: OSError, target: Path) -> OutputError:
     """An OutputError in words for what the operating system refused while writing `target`.
 

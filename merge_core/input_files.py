@@ -40,6 +40,8 @@ def expand_path(path: str | Path, error: type[MergeScopeError], what: str = "") 
         PosixPath('models/base')
     """
     try:
+        if "\0" in str(path):
+            raise ValueError("it holds a NUL")
         found = Path(path).expanduser()
         found.exists()  # a name may be too long for the system
     except (OSError, ValueError, RuntimeError) as fault:
@@ -306,8 +308,12 @@ def file_stamp(path: Path) -> Stamp | None:
         back.
 
     Example:
-        >>> file_stamp(Path("nothing here")) is None
-        True
+        >>> path = Path("notes.txt")
+        >>> _ = path.write_text("before")
+        >>> before = file_stamp(path)
+        >>> _ = path.write_text("after!")
+        >>> file_stamp(path) == before
+        False
     """
     try:
         return stamp_of(path.stat())

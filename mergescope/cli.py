@@ -53,6 +53,16 @@ ClickException: type[Exception] = typer.BadParameter.__mro__[2]
 CANCELLED = 130
 
 
+def explain_failure(error: Exception) -> str | None:
+    """What the system refused, in words; None for a fault of the program."""
+    if isinstance(error, MemoryError) or "allocate memory" in str(error):
+        return "There is not enough memory. Use a machine with more, or smaller models."
+    if isinstance(error, OSError) and error.strerror is not None:
+        place = f"{error.filename!r:.200}: " if error.filename is not None else ""
+        return f"{place}{error.strerror}. Check the path, and who may read and write there."
+    return None
+
+
 def main() -> NoReturn:
     """Run the command line and leave with its exit code (2 for a user's mistake)."""
     try:
@@ -63,6 +73,12 @@ def main() -> NoReturn:
         sys.exit(2)
     except (KeyboardInterrupt, typer.Abort):
         code = CANCELLED
+    except (MemoryError, OSError, RuntimeError) as error:
+        reason = explain_failure(error)
+        if reason is None:
+            raise
+        typer.echo(f"mergescope: {reason}", err=True)
+        sys.exit(2)
     if code == CANCELLED:
         typer.echo("mergescope: cancelled; no half-written output is left.", err=True)
     sys.exit(code if isinstance(code, int) else 0)

@@ -7,7 +7,7 @@ from pathlib import Path
 import streamlit as st
 
 from merge_core.errors import MergeScopeError
-from merge_core.files import digest_of
+from merge_core.files import digest_of, size_in_words
 from merge_core.hub import models as hub
 from merge_core.opening import download
 from merge_core.opening.draft import suite_text, task_name, write_suite
@@ -59,7 +59,7 @@ def offer_download(suite: Suite, title: str = "Download", nbytes: int = 0) -> bo
         title=title,
         button=f"Download {what}" + (f" ({nbytes / 1e6:,.0f} MB)" if nbytes else ""),
         note="They go into the hub's own cache on the server "
-        f"({hub.free_space() / 1e9:,.1f} GB free) and are used again.",
+        f"({size_in_words(hub.free_space())} free) and are used again.",
         work=lambda progress: download.download(suite, progress),
     )
     if job is not None:

@@ -8,11 +8,18 @@ another host for an image, or show a link under any words.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 import streamlit as st
+
+from merge_core.errors import MergeScopeError
+from merge_core.files import cache_dir
+from ui.server import roots
+from ui.server.catalog import POOLS, SUITES
 
 # Of no width: it parts what Streamlit would join to a link or an icon after escapes are gone.
 JOINER = "\u2060"
@@ -72,17 +79,38 @@ def _escape(found: re.Match[str]) -> str:
 
 def show_error(message: object) -> None:
     """What went wrong, in the words of an error; nothing in them is Markdown."""
-    st.error(plain(message), icon=":material/error:")
+    st.error(plain(shorten_paths(str(message))), icon=":material/error:")
 
 
 def show_warning(message: object) -> None:
     """A warning made of others' words; nothing in them is Markdown."""
-    st.warning(plain(message))
+    st.warning(plain(shorten_paths(str(message))))
 
 
 def show_info(message: object) -> None:
     """A note made of others' words; nothing in them is Markdown."""
-    st.info(plain(message))
+    st.info(plain(shorten_paths(str(message))))
+
+
+def shorten_paths(text: str) -> str:
+    """A message in which the server's folders are called by their last name.
+
+    Where they lie on the server is no business of whoever opened a link.
+
+    Example:
+        >>> shorten_paths(f"{Path.home()}/models/base is missing.")
+        '~/models/base is missing.'
+    """
+    offered = (*SUITES.list_offered().values(), *POOLS.list_offered().values())
+    places = {path.parent for path in offered}
+    with suppress(MergeScopeError):  # one is no path
+        places |= {*roots.roots(), cache_dir()}
+    for place in sorted(places, key=lambda place: len(str(place)), reverse=True):
+        if place.name:
+            text = text.replace(f"{place}/", f"{place.name}/")
+    with suppress(RuntimeError):  # no home folder
+        text = text.replace(f"{Path.home()}/", "~/")
+    return text
 
 
 def plain_figure(figure: go.Figure) -> go.Figure:

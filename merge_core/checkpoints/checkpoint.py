@@ -15,7 +15,7 @@ from merge_core.checkpoints.stored.entry import find_entry, is_index, split_part
 from merge_core.checkpoints.stored.names import public_names
 from merge_core.checkpoints.stored.packed import check_plain
 from merge_core.errors import CheckpointError
-from merge_core.files import digest_of, file_digest
+from merge_core.files import digest_of, file_digest, size_in_words
 from merge_core.input_files import file_stamp
 from merge_core.lazy import lazy
 
@@ -204,6 +204,11 @@ class Checkpoint:
         self.check_unchanged()
         try:
             return self._owner(name).tensor(self._stored[name])
+        except MemoryError as error:
+            raise CheckpointError(
+                f"{self.path}: tensor {name!r} takes {size_in_words(self.info(name).nbytes)}, more "
+                "than there is memory. Use a machine with more, or a smaller model."
+            ) from error
         except (SafetensorError, OSError, RuntimeError) as error:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} cannot be read ({error}). Copy the file again."

@@ -23,7 +23,7 @@ from merge_core.errors import OutputError
 from merge_core.executors.base import Executor, one_thread
 from merge_core.executors.local import Threads
 from merge_core.factors.store import FactorStore
-from merge_core.files import check_output, digest_of, write_folder_atomically
+from merge_core.files import check_output, digest_of, size_in_words, write_folder_atomically
 from merge_core.merging.engine import check_fits, check_recipe, merge_parameters, written_dtype
 from merge_core.merging.recipe import Recipe
 from merge_core.output.config_files import Written
@@ -322,8 +322,8 @@ def _check_space(folder: Path, shards: Sequence[_Shard]) -> None:
     free = shutil.disk_usage(folder).free
     if needed > free:
         raise OutputError(
-            f"The disk has {free / 1e9:.1f} GB free and the merged model takes "
-            f"{needed / 1e9:.1f} GB. Free some space or choose another folder."
+            f"The disk has {size_in_words(free)} free and the merged model takes "
+            f"{size_in_words(needed)}. Free some space or choose another folder."
         )
 
 

@@ -14,11 +14,15 @@ from merge_core.errors import MergeScopeError
 from merge_core.files import path_below
 from merge_core.input_files import (
     belongs_beside,
+    check_all_regular,
     check_regular,
+    expand_path,
     file_stamp,
     find_outside,
+    list_files,
     open_regular,
     read_bounded,
+    resolve_path,
     stays_inside,
 )
 
@@ -189,6 +193,21 @@ def test_a_circle_of_links_is_said(tmp_path: Path) -> None:
         path_below(tmp_path, "a/model", MergeScopeError)
 
 
+@pytest.mark.parametrize("text", ["~nobody-of-that-name/x", "a\0b", "a" * 5000, "\udcff\0"])
+def test_what_cannot_be_a_path_is_said(text: str, tmp_path: Path) -> None:
+    with pytest.raises(MergeScopeError, match="is not a path"):
+        expand_path(text, MergeScopeError)
+    with pytest.raises(MergeScopeError, match=r"here: .*is not a path"):
+        resolve_path(text, MergeScopeError, tmp_path, what="here")
+
+
+def test_links_in_a_circle_are_said(tmp_path: Path) -> None:
+    link(tmp_path / "a", "b")
+    link(tmp_path / "b", "a")
+    with pytest.raises(MergeScopeError, match="is not a path"):
+        resolve_path("a/model", MergeScopeError, tmp_path)
+
+
 def test_a_change_in_place_with_its_time_restored_is_seen(tmp_path: Path) -> None:
     path = put(tmp_path / "file", "before")
     before = file_stamp(path)
@@ -202,3 +221,15 @@ def test_a_change_in_place_with_its_time_restored_is_seen(tmp_path: Path) -> Non
     assert file_stamp(path) != before
     assert stat.S_ISREG(after.st_mode)
     assert file_stamp(tmp_path / "absent") is None
+
+
+def test_files_of_a_folder_are_listed_once_a_way_and_never_in_circles(tmp_path: Path) -> None:
+    put(tmp_path / "a" / "x.png")
+    link(tmp_path / "a" / "up", "..")
+    link(tmp_path / "b", "a")
+    shown = sorted(path.relative_to(tmp_path).as_posix() for path in list_files(tmp_path))
+    assert shown == ["a/x.png", "b/x.png"]
+    check_all_regular(tmp_path)
+    pipe(tmp_path / "a" / "y.png")
+    with pytest.raises(OSError, match="no regular file"):
+        check_all_regular(tmp_path)

@@ -13,6 +13,8 @@ from tests.evaluable import write_evaluable
 from tests.pages.test_pages import open_page
 from tests.reliability.test_fuzzed_checkpoints import HOSTILE as FILES
 from tests.reliability.test_fuzzed_yaml import HOSTILE as TEXTS
+from ui.sections.own_recipes import MOST_RECIPES
+from ui.server import session_files
 
 
 @pytest.fixture(autouse=True)
@@ -79,3 +81,55 @@ def test_no_link_opens_a_file_by_its_path(tmp_path: Path, value: str) -> None:
     chosen = at.selectbox(key="suite")
     assert chosen.value in chosen.options
     assert "secret" not in " ".join(chosen.options)
+
+
+LOOPED = {
+    "nobody": lambda _: "~nobody-of-that-name/cache",
+    "circle": lambda folder: str(circle(folder)),
+    "nul": lambda _: "a" * 5000,
+    "file": lambda folder: str(touch(folder / "file")),
+}
+
+
+def circle(folder: Path) -> Path:
+    (folder / "one").symlink_to("two")
+    (folder / "two").symlink_to("one")
+    return folder / "one" / "cache"
+
+
+def touch(path: Path) -> Path:
+    path.touch()
+    return path
+
+
+@pytest.mark.parametrize("kind", LOOPED)
+@pytest.mark.parametrize("variable", ["MERGESCOPE_CACHE", "XDG_CACHE_HOME"])
+@pytest.mark.parametrize("page", ["overview", "open_checkpoints", "patterns"])
+def test_a_cache_folder_that_is_none_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, variable: str, page: str
+) -> None:
+    """Or it is done without; no page shows Streamlit's own box of an exception."""
+    monkeypatch.delenv("MERGESCOPE_CACHE", raising=False)
+    monkeypatch.setenv(variable, LOOPED[kind](tmp_path))
+    session_files.janitor.cache_clear()
+    at = open_page(page)
+    assert not at.exception
+    for error in at.error:
+        assert "failed unexpectedly" not in error.value
+    session_files.janitor.cache_clear()
+
+
+def test_paths_of_the_server_are_short_on_pages(offered: Path) -> None:
+    (offered / "experts" / "shapes.safetensors").unlink()
+    at = open_page("spectra", suite="mine")
+    (message,) = [error.value for error in at.error]
+    assert "mine/experts/shapes.safetensors" in message
+    assert str(offered.parent) not in message
+
+
+def test_ten_thousand_recipes_in_a_link_are_not_all_shown(offered: Path) -> None:
+    own = "\n".join(f"method=cart&rank={i}" for i in range(1, 15_001))
+    at = open_page("compare", suite="mine", own=own)
+    assert not at.exception
+    assert len([b for b in at.button if b.label == "Remove"]) <= MOST_RECIPES + 1
+    assert any("15,000 recipes are more" in warning.value for warning in at.warning)

@@ -18,6 +18,7 @@ KEY = "own"
 UPLOADS = "_own_uploads"
 PROBLEMS = "_own_problems"
 UPLOAD_MB = 1
+MOST_RECIPES = 50  # each has a row of its own, and is merged and evaluated
 
 
 def own_recipes(view: View) -> list[Recipe]:
@@ -42,13 +43,19 @@ def parse_recipes(text: str) -> list[tuple[str, Recipe | MergeScopeError]]:
     """Recipes in a text: one YAML document (several with ``---`` between), or a link a line.
 
     Returns:
-        Each recipe's text, and the recipe or what is wrong with it.
+        Each recipe's text, and the recipe or what is wrong with it; of more than
+        :data:`MOST_RECIPES` the first ones, and that there are more.
     """
     lines = [line.rstrip() for line in text.strip().splitlines()]
     is_yaml = any(line.startswith("method:") for line in lines)
     parts = "\n".join(lines).split("\n---\n") if is_yaml else [line for line in lines if line]
     found: list[tuple[str, Recipe | MergeScopeError]] = []
-    for part in parts:
+    if len(parts) > MOST_RECIPES:
+        most = MergeScopeError(
+            f"{len(parts):,} recipes are more than {MOST_RECIPES}; the others are left out."
+        )
+        found.append((parts[MOST_RECIPES], most))
+    for part in parts[:MOST_RECIPES]:
         try:
             recipe = (
                 recipe_from_yaml(part) if is_yaml else recipe_from_query(part.rpartition("?")[2])
