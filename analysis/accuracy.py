@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import norm
+from scipy.stats import t as student
+
+from analysis.sign_flips import fewest_images, two_sided
 
 CONFIDENCE = 0.95
+Z = float(norm.ppf(0.5 + CONFIDENCE / 2))
 
 Hits = Mapping[str, np.ndarray]
 
@@ -33,10 +37,9 @@ def wilson_interval(correct: np.ndarray, images: np.ndarray) -> tuple[np.ndarray
         >>> low.round(3).tolist(), high.round(3).tolist()
         ([0.49], [0.943])
     """
-    z = norm.ppf(0.5 + CONFIDENCE / 2)
     p = correct / images
-    centre = (p + z**2 / (2 * images)) / (1 + z**2 / images)
-    half = z / (1 + z**2 / images) * np.sqrt(p * (1 - p) / images + z**2 / (4 * images**2))
+    centre = (p + Z**2 / (2 * images)) / (1 + Z**2 / images)
+    half = Z / (1 + Z**2 / images) * np.sqrt(p * (1 - p) / images + Z**2 / (4 * images**2))
     return np.clip(centre - half, 0, 1), np.clip(centre + half, 0, 1)
 
 
@@ -84,10 +87,12 @@ def task_frame(hits: Mapping[str, Hits]) -> pd.DataFrame:
 
 
 def mean_accuracy(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
-    """The mean over tasks, every task counting alike, with a 95 % normal interval.
+    """The mean over tasks, every task counting alike, with a 95 % interval.
 
-    The tasks' images are independent samples, so the variance of the mean is
-    Σ p_t (1 − p_t) / n_t / T². It speaks of these T tasks, not of other ones.
+    The tasks' images are independent samples. The interval is taken after z²/2 successes and as
+    many failures were added, shared among the T tasks (of a single task Agresti and Coull's), with
+    Student's quantile at as many degrees of freedom as there are images, these included: it then
+    covers from one image on. It speaks of these T tasks, not of other ones.
 
     Args:
         frame: of :func:`accuracy_frame`, possibly with further columns.
@@ -96,53 +101,138 @@ def mean_accuracy(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
     Returns:
         Columns `by`, accuracy, low, high, one row per setting.
 
+    Source: Price and Bonett, Computational Statistics & Data Analysis 45 (2004), 449.
+
     Example:
         >>> hits = {"digits": np.array([True, False]), "dots": np.array([True, True])}
         >>> mean_accuracy(accuracy_frame(hits))["accuracy"].tolist()
         [0.75]
     """
-    work = frame.assign(
-        variance=frame["accuracy"] * (1 - frame["accuracy"]) / frame["images"], tasks=1
+    keys: list[Any] = list(by) or [np.zeros(len(frame), dtype=int)]
+    grouped = frame.groupby(keys, sort=False, dropna=False)
+    T = grouped["accuracy"].transform("size")
+    p, variance = _shrunk(frame["accuracy"], frame["images"], T)
+    work = frame.assign(centre=p, variance=variance, tasks=1)
+    result = (
+        work.groupby(keys, sort=False, dropna=False)
+        .agg(
+            accuracy=("accuracy", "mean"),
+            centre=("centre", "mean"),
+            variance=("variance", "sum"),
+            images=("images", "sum"),
+            tasks=("tasks", "sum"),
+        )
+        .reset_index(drop=not by)
     )
-    keys: list[Any] = list(by) or [np.zeros(len(work), dtype=int)]
-    grouped = work.groupby(keys, sort=False, dropna=False)
-    result = grouped.agg(
-        accuracy=("accuracy", "mean"), variance=("variance", "sum"), tasks=("tasks", "sum")
-    ).reset_index(drop=not by)
-    half = norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(result["variance"]) / result["tasks"]
-    result["low"] = (result["accuracy"] - half).clip(0, 1)
-    result["high"] = (result["accuracy"] + half).clip(0, 1)
-    return result.drop(columns=["variance", "tasks"])
+    half = _quantile(result["images"]) * np.sqrt(result["variance"]) / result["tasks"]
+    result["low"] = np.minimum(result["centre"] - half, result["accuracy"]).clip(0, 1)
+    result["high"] = np.maximum(result["centre"] + half, result["accuracy"]).clip(0, 1)
+    return result.drop(columns=["centre", "variance", "images", "tasks"])
 
 
-def difference(first: Hits, second: Hits) -> tuple[float, float]:
-    """Mean over tasks of first − second accuracy, and its standard error, from the same images.
+def _quantile(images: Any) -> Any:
+    """How many standard errors an interval reaches, of so many images and those added."""
+    return student.ppf(0.5 + CONFIDENCE / 2, images + Z**2)
 
-    The per-image differences of a task are independent draws of one variable in {−1, 0, 1}, so
-    the variance of the mean over T tasks is Σ_t var_t / n_t / T².
+
+def _shrunk(share: Any, images: Any, T: Any) -> tuple[Any, Any]:
+    """Shares of T tasks after z²/2 successes and failures in all were added, and their variance."""
+    more = images + Z**2 / T
+    p = (share * images + Z**2 / (2 * T)) / more
+    return p, p * (1 - p) / more
+
+
+def mean_interval(scores: Hits) -> tuple[float, float]:
+    """The 95 % interval of the mean over tasks of a score of every image.
+
+    Of hits that of :func:`mean_accuracy`, of other scores Student's with Welch and Satterthwaite's
+    degrees of freedom; NaN where a task has a single image, which tells no variance.
+
+    Args:
+        scores: task to one number per image.
+
+    Source: Welch, Biometrika 34 (1947), 28.
+
+    Example:
+        >>> low, high = mean_interval({"digits": np.array([0.5, 1.5, 1.0, 1.0])})
+        >>> round(low, 2), round(high, 2)
+        (0.35, 1.65)
+    """
+    values = [np.asarray(each, dtype=float) for each in scores.values()]
+    T, images = len(values), np.array([len(each) for each in values])
+    means = np.array([each.mean() for each in values])
+    if all(np.isin(each, (0, 1)).all() for each in values):
+        p, variances = _shrunk(means, images, T)
+        half = _quantile(images.sum()) * math.sqrt(variances.sum()) / T
+        low, high = min(p.mean() - half, means.mean()), max(p.mean() + half, means.mean())
+        return max(0.0, float(low)), min(1.0, float(high))
+    if images.min() < 2:
+        return math.nan, math.nan
+    variances = np.array([each.var(ddof=1) for each in values]) / images
+    freedom = variances.sum() ** 2 / max(np.sum(variances**2 / (images - 1)), 1e-300)
+    half = float(student.ppf(0.5 + CONFIDENCE / 2, max(freedom, 1.0))) * math.sqrt(variances.sum())
+    return float(means.mean() - half / T), float(means.mean() + half / T)
+
+
+class Difference(NamedTuple):
+    """A difference of two mean accuracies on the same images.
+
+    Attributes:
+        gap: first − second, mean over tasks, as a share.
+        low, high: its 95 % interval.
+        p: of the exact test that the two are equal, two-sided.
+    """
+
+    gap: float
+    low: float
+    high: float
+    p: float
+
+
+def difference(first: Hits, second: Hits) -> Difference:
+    """Mean over tasks of first − second accuracy, from the same images.
+
+    The test draws signs at random (:func:`analysis.sign_flips.two_sided`). The interval is the
+    normal one after one image for and one against each of the two were added, shared among the
+    tasks (Bonett and Price's for one task), with E d² for the variance of a difference d: within a
+    task of few images its variance about a mean of its own cannot be told. Zero lies inside
+    exactly where p is 5 % or more.
 
     Args:
         first: task to booleans, one per image.
         second: the same tasks and images.
 
-    Returns:
-        The difference and its standard error, as shares.
+    Source: Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479.
 
     Example:
         >>> right = np.array([True, True, True, True])
-        >>> difference({"digits": right}, {"digits": np.array([True, False, True, True])})
-        (0.25, 0.25)
+        >>> found = difference({"digits": right}, {"digits": np.array([True, False, True, True])})
+        >>> found.gap, found.p, found.low < 0 < found.high
+        (0.25, 1.0, True)
     """
     gaps = [first[task].astype(float) - second[task].astype(float) for task in first]
-    variance = sum(gap.var(ddof=1) / len(gap) if len(gap) > 1 else 0.0 for gap in gaps)
-    return float(np.mean([gap.mean() for gap in gaps])), math.sqrt(variance) / len(gaps)
+    T = len(gaps)
+    sizes = np.array([len(gap) for gap in gaps])
+    images, unequal = sizes + 2 / T, np.array([np.count_nonzero(gap) for gap in gaps]) + 2 / T
+    centre = float(np.mean([gap.sum() for gap in gaps] / images))
+    half = float(_quantile(sizes.sum()) * math.sqrt(np.sum(unequal / images**2)) / T)
+    gap, p = float(np.mean([each.mean() for each in gaps])), two_sided(gaps)
+    low, high = max(-1.0, min(centre - half, gap)), min(1.0, max(centre + half, gap))
+    if p >= 1 - CONFIDENCE:
+        low, high = min(low, 0.0), max(high, 0.0)
+    elif gap > 0:
+        low = max(low, np.nextafter(0.0, 1.0))
+    else:
+        high = min(high, np.nextafter(0.0, -1.0))
+    return Difference(gap, low, high, p)
 
 
 def paired_differences(hits: Mapping[str, Hits]) -> pd.DataFrame:
     """All pairwise differences, and which of them are real.
 
-    A difference counts as real if its z-test stays below 5 % after Holm's correction for the
-    number of pairs.
+    A difference counts as real if its exact test stays below 5 % after Holm's correction for the
+    number of pairs: with m pairs two methods must differ on
+    :func:`analysis.sign_flips.fewest_images` of them at least.
 
     Returns:
         One row per unordered pair: first, second, difference (shares), low, high (95 %, of this
@@ -156,12 +246,10 @@ def paired_differences(hits: Mapping[str, Hits]) -> pd.DataFrame:
         >>> pairs[["first", "second", "difference", "real"]].values.tolist()
         [['CART', 'average', 0.5, True]]
     """
-    z = norm.ppf(0.5 + CONFIDENCE / 2)
-    rows = []
-    for first, second in combinations(hits, 2):
-        gap, error = difference(hits[first], hits[second])
-        p = 2 * norm.sf(abs(gap) / error) if error > 0 else float(gap == 0)
-        rows.append((first, second, gap, gap - z * error, gap + z * error, p))
+    rows = [
+        (first, second, *difference(hits[first], hits[second]))
+        for first, second in combinations(hits, 2)
+    ]
     columns = ["first", "second", "difference", "low", "high", "p"]
     frame = pd.DataFrame(rows, columns=columns)
     order = np.argsort(frame["p"].to_numpy(), kind="stable")
@@ -169,6 +257,26 @@ def paired_differences(hits: Mapping[str, Hits]) -> pd.DataFrame:
     adjusted = np.empty(len(frame))
     adjusted[order] = np.maximum.accumulate(steps)
     return frame.assign(real=adjusted < 1 - CONFIDENCE)
+
+
+def words_for_few_images(hits: Mapping[str, Hits]) -> str:
+    """How many images two labels must differ on before a difference can count, in a sentence.
+
+    Args:
+        hits: label to task to booleans.
+
+    Example:
+        >>> words_for_few_images({"a": {"t": np.full(4, True)}, "b": {"t": np.full(4, False)}})
+        'Two methods must differ on at least 6 images before ...; these are 4, too few ...'
+    """
+    pairs = len(hits) * (len(hits) - 1) // 2
+    least = fewest_images(1 - CONFIDENCE, max(1, pairs))
+    images = sum(len(each) for each in next(iter(hits.values())).values())
+    few = f"; these are {images}, too few to compare anything" if images < least else ""
+    return (
+        f"Two methods must differ on at least {least} images before a difference can count as "
+        f"real among {pairs} pair{'' if pairs == 1 else 's'}{few}."
+    )
 
 
 def differences_to(pairs: pd.DataFrame, best: str) -> pd.DataFrame:

@@ -8,19 +8,15 @@ from __future__ import annotations
 import argparse
 import sys
 
-import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
-from analysis.accuracy import CONFIDENCE, mean_accuracy
+from analysis.accuracy import difference, mean_accuracy
 from analysis.comparison.first_result import first_recipes, first_result
 from analysis.evaluation.evaluator import Evaluator
-from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.space import search_space
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
-from merge_core.merging.recipe import Recipe
 from merge_core.suites.suite import BUNDLED, load_suite
 
 MODELS = ("Base", "Experts", "Weight average", "Task Arithmetic", "CART")
@@ -29,25 +25,6 @@ MODELS = ("Base", "Experts", "Weight average", "Task Arithmetic", "CART")
 def _percent(row: pd.Series) -> str:
     """``81.2 [79.0, 83.1]`` from shares."""
     return f"{100 * row.accuracy:.1f} [{100 * row.low:.1f}, {100 * row.high:.1f}]"
-
-
-def gap(
-    first: Recipe, second: Recipe, session: MergeSession, evaluator: Evaluator, split: Split
-) -> tuple[float, float]:
-    """Difference of two merges' mean accuracies over tasks, and its 95 % half-width (shares).
-
-    Both see the same images, so the variance is that of the per-image differences d:
-    sum_t Var(d_t) / n_t / T^2.
-    """
-    ours = evaluator.recipe_hits(first, session, split)
-    theirs = evaluator.recipe_hits(second, session, split)
-    means, variances = [], []
-    for task, hits in ours.items():
-        difference = hits.astype(float) - theirs[task].astype(float)
-        means.append(difference.mean())
-        variances.append(difference.var() / len(difference))
-    half = norm.ppf(0.5 + CONFIDENCE / 2) * np.sqrt(sum(variances)) / len(variances)
-    return float(np.mean(means)), float(half)
 
 
 def report(reference: str) -> str:
@@ -71,8 +48,10 @@ def report(reference: str) -> str:
     cart = recipes["CART"][0]
     for other in ("Weight average", "Task Arithmetic"):
         for split in ("val", "test"):
-            mean, half = gap(cart, recipes[other][0], session, evaluator, split)
-            lines.append(f"CART - {other}, {split}: {100 * mean:+.1f} ± {100 * half:.1f}")
+            hits = (evaluator.recipe_hits(r, session, split) for r in (cart, recipes[other][0]))
+            gap, low, high, _ = difference(*hits)
+            interval = f"[{100 * low:+.1f}, {100 * high:+.1f}]"
+            lines.append(f"CART - {other}, {split}: {100 * gap:+.1f} {interval}")
     for split, frame in results.items():
         lines += ["", f"| {split} | {' | '.join(MODELS)} |", "|---" * (len(MODELS) + 1) + "|"]
         for task in session.groups.tasks:

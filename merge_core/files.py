@@ -18,6 +18,7 @@ import yaml
 from blake3 import blake3
 
 from merge_core.errors import MergeScopeError, OutputError
+from merge_core.input_files import check_regular, expand_path, open_regular, resolve_path, stamp_of
 from merge_core.yaml_text import load_yaml, read_text_file
 
 PARTIAL = ".partial"
@@ -28,15 +29,17 @@ PIECE_BYTES = 1 << 20
 def cache_dir() -> Path:
     """The folder for derived results: ``$MERGESCOPE_CACHE``, else the user's cache folder.
 
+    Raises:
+        OutputError: the variable names no path, or there is no home folder.
+
     Example:
         >>> cache_dir().is_absolute()
         True
     """
-    chosen = os.environ.get("MERGESCOPE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
-    return Path(root) / "mergescope"
+    for variable, below in (("MERGESCOPE_CACHE", ""), ("XDG_CACHE_HOME", "mergescope")):
+        if chosen := os.environ.get(variable):
+            return resolve_path(chosen, OutputError, what=f"The cache folder (${variable})") / below
+    return resolve_path("~/.cache/mergescope", OutputError, what="The cache folder")
 
 
 def factors_limit() -> int:
@@ -77,15 +80,8 @@ def file_digest(path: Path) -> str:
         >>> file_digest(path)[:16]
         '6437b3ac38465133'
     """
-    state = path.stat()
-    memo_key = digest_of(
-        "blake3",
-        str(path.resolve()),
-        str(state.st_size),
-        str(state.st_mtime_ns),
-        str(state.st_ctime_ns),  # the one that no tool can set back
-        str(state.st_ino),
-    )
+    state = check_regular(path)
+    memo_key = digest_of("blake3", str(path.resolve()), *map(str, stamp_of(state)))
     memo = cache_dir() / "digests" / memo_key
     with suppress(OSError, ValueError):
         known = memo.read_text()
@@ -105,7 +101,7 @@ def hash_of(path: Path) -> blake3:
     """
     whole = blake3()
     piece = memoryview(bytearray(PIECE_BYTES))
-    with path.open("rb", buffering=0) as stream:
+    with open_regular(path) as stream:
         if hasattr(os, "posix_fadvise"):  # the disk works ahead: twice as fast where it is new
             os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
         while size := stream.readinto(piece):
@@ -135,18 +131,18 @@ def read_yaml(
         >>> read_yaml(Path(), "suite.yaml", MergeScopeError, "nothing else")
         ({'name': 'mine'}, PosixPath('suite.yaml'))
     """
+    path = expand_path(path, error)
     try:
-        path = path.expanduser()
         if path.is_dir():
             path = path / usual_name
         document = load_yaml(read_text_file(path))
     except (yaml.YAMLError, ValueError) as fault:  # ValueError: not text
         first = str(fault).replace("\n", " ")
         raise error(f"{path} is not valid YAML: {first:.200}") from fault
-    except (OSError, RuntimeError) as fault:  # RuntimeError: ~someone without a home folder
-        reason = fault.strerror if isinstance(fault, OSError) else str(fault)
+    except OSError as fault:
         raise error(
-            f"{path} cannot be read ({reason}). Give a {usual_name}, its folder, or {alternative}."
+            f"{path} cannot be read ({fault.strerror}). Give a {usual_name}, its folder, or "
+            f"{alternative}."
         ) from fault
     if not isinstance(document, dict):
         what = Path(usual_name).stem
@@ -154,43 +150,36 @@ def read_yaml(
     return document, path
 
 
-def absolute_path(path: Path) -> Path:
-    """A path made absolute, the links of its folders followed, but not its own.
-
-    A file of weights that is a link has the name and the neighbours of the link: in the Hugging
-    Face cache, git-annex and DVC, links lead to files that are named by their content.
-
-    Raises:
-        OSError, RuntimeError: links of folders in a circle.
-
-    Example:
-        >>> Path("model.safetensors").symlink_to("blobs-4d7a")
-        >>> absolute_path(Path("model.safetensors")).name
-        'model.safetensors'
-    """
-    if path.name and path.is_symlink():
-        return path.parent.resolve() / path.name
-    return path.resolve()
-
-
 def path_below(root: Path, text: str, error: type[MergeScopeError]) -> Path:
-    """A path that a file names, made absolute; relative ones start at the file's folder.
+    """A path that somebody wrote, made absolute, the links of its folders followed.
+
+    A link that it names itself is kept: a file of weights has the name and the neighbours of the
+    link, where the Hugging Face cache, git-annex and DVC keep what it leads to under the name of
+    its content.
 
     Args:
-        root: that folder.
+        root: where relative paths start.
         text: the path as written; ``~`` is the home folder.
         error: what is raised.
 
     Raises:
-        MergeScopeError: of the given kind: no path can be so long, or there is no such home.
+        MergeScopeError: of the given kind: links in a circle, no such home, or no path at all.
+
+    Example:
+        >>> Path("model.safetensors").symlink_to("4d7a")
+        >>> path_below(Path(), "model.safetensors", MergeScopeError).name
+        'model.safetensors'
+        >>> path_below(Path("/models"), "experts/../base", MergeScopeError)
+        PosixPath('/models/base')
     """
     try:
-        path = absolute_path(root / Path(text).expanduser())
-        path.exists()
+        path = root / Path(text).expanduser()
+        named = path.parent.resolve() / path.name if path.is_symlink() else path.resolve()
+        named.exists()  # a name may be too long for the system
     except (OSError, ValueError, RuntimeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else str(fault)
-        raise error(f"{text!r:.80} is not a path ({reason}). Correct it in the file.") from fault
-    return path
+        reason = fault.strerror if isinstance(fault, OSError) else fault
+        raise error(f"{text!r:.80} is not a path ({reason!s:.160}). Correct it.") from fault
+    return named
 
 
 def evict(folder: Path, most: int) -> None:
@@ -276,7 +265,7 @@ def check_output(output: Path) -> None:
             )
     except OSError as error:
         raise explain_os_error(error, output) from error
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # RuntimeError: links in a circle
         raise OutputError(f"{str(output)!r:.80} cannot be a folder's name ({error}).") from error
     if target.is_mount():  # no other folder can take its name
         raise OutputError(f"{output} is where a disk is mounted. Name a folder below it.")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
+import json
 import os
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 from merge_core.errors import MergeScopeError
 
@@ -16,18 +18,45 @@ from merge_core.errors import MergeScopeError
 HUB_REPO = re.compile(r"(models|datasets|spaces)--.+")
 # Where git-annex and DVC keep content, from the top of a repository.
 CONTENT_STORES = (Path(".git", "annex", "objects"), Path(".dvc", "cache"))
+MOST_HOPS = 40  # from link to link, as Linux counts
 MOST_ENTRIES = 2_000_000  # ImageNet has 1.4 million files
 
 Stamp = tuple[int, int, int, int]
 
 
-def resolve_path(path: str | Path, error: type[MergeScopeError], root: Path | None = None) -> Path:
+def expand_path(path: str | Path, error: type[MergeScopeError], what: str = "") -> Path:
+    """A path that somebody wrote, with ``~`` made the home folder.
+
+    Args:
+        path: as written.
+        error: what is raised.
+        what: where it is written, for the message.
+
+    Raises:
+        MergeScopeError: of the given kind: no such home, or no path at all.
+
+    Example:
+        >>> expand_path("models/base", MergeScopeError)
+        PosixPath('models/base')
+    """
+    try:
+        found = Path(path).expanduser()
+        found.exists()  # a name may be too long for the system
+    except (OSError, ValueError, RuntimeError) as fault:
+        raise _path_error(path, error, what, fault) from fault
+    return found
+
+
+def resolve_path(
+    path: str | Path, error: type[MergeScopeError], root: Path | None = None, what: str = ""
+) -> Path:
     """A path that somebody wrote, absolute and with its links followed.
 
     Args:
         path: as written; ``~`` is the home folder.
         error: what is raised.
         root: where relative paths start; the working folder if None.
+        what: where it is written, for the message.
 
     Raises:
         MergeScopeError: of the given kind: links in a circle, no such home, or no path at all.
@@ -40,13 +69,19 @@ def resolve_path(path: str | Path, error: type[MergeScopeError], root: Path | No
         ...
         merge_core.errors.MergeScopeError: '~nobody-of-that-name/base' is not a path (...)...
     """
+    expanded = expand_path(path, error, what)
     try:
-        found = ((root or Path()) / Path(path).expanduser()).resolve()
-        found.exists()  # a name may be too long for the system
+        return ((root or Path()) / expanded).resolve()
     except (OSError, ValueError, RuntimeError) as fault:
-        reason = fault.strerror if isinstance(fault, OSError) else fault
-        raise error(f"{str(path)!r:.80} is not a path ({reason!s:.160}). Correct it.") from fault
-    return found
+        raise _path_error(path, error, what, fault) from fault
+
+
+def _path_error(
+    path: str | Path, error: type[MergeScopeError], what: str, fault: Exception
+) -> MergeScopeError:
+    reason = fault.strerror if isinstance(fault, OSError) else fault
+    place = f"{what}: " if what else ""
+    return error(f"{place}{str(path)!r:.80} is not a path ({reason!s:.160}). Correct it.")
 
 
 def stays_inside(path: Path, root: Path) -> bool:
@@ -66,15 +101,21 @@ def stays_inside(path: Path, root: Path) -> bool:
         False
     """
     try:
-        top, target = root.resolve(), path.resolve()
-        if target.is_relative_to(top):
+        top = root.resolve()
+        if path.resolve() == top:
             return True
-        place = path.parent.resolve()
+        for _ in range(MOST_HOPS):
+            place = path.parent.resolve()
+            if not place.is_relative_to(top):
+                return False
+            if not path.is_symlink():
+                return (place / path.name).resolve().is_relative_to(top)
+            path = place / path.readlink()  # what lies beside it may be read as well
+            if any(path.resolve().is_relative_to(blobs) for blobs in _hub_blobs(place)):
+                return True
     except (OSError, ValueError, RuntimeError):  # links in a circle
         return False
-    return place.is_relative_to(top) and any(
-        target.is_relative_to(blobs) for blobs in _hub_blobs(place)
-    )
+    return False
 
 
 def belongs_beside(path: Path, weights: Path) -> bool:
@@ -85,11 +126,13 @@ def belongs_beside(path: Path, weights: Path) -> bool:
     it may lead to what its maker could not read: a private key under the name ``vocab.txt``.
 
     Args:
-        path: of the file, in the folder of the weights.
+        path: of the file, in the folder of the weights or below it.
         weights: a file of weights, as it was named.
     """
     try:
         target, place = path.resolve(), path.parent.resolve()
+        if not place.is_relative_to(weights.parent.resolve()):
+            return False  # a folder in the folder is a link
         places = [place, *_hub_blobs(place), *_content_stores(place)]
         return target.parent == weights.resolve().parent or any(map(target.is_relative_to, places))
     except (OSError, ValueError, RuntimeError):  # links in a circle
@@ -137,6 +180,41 @@ def find_outside(path: Path, root: Path) -> Path | None:
     return None
 
 
+def list_files(folder: Path) -> Iterator[Path]:
+    """What is no folder in a folder, at any depth; links are followed, but never in a circle.
+
+    Raises:
+        OSError: a folder cannot be read, or there are more than :data:`MOST_ENTRIES` entries.
+    """
+    entries = 0
+    waiting: list[tuple[Path, frozenset[tuple[int, int]]]] = [(folder, frozenset())]
+    while waiting:
+        place, above = waiting.pop()
+        state = place.stat()
+        if (own := (state.st_dev, state.st_ino)) in above:
+            continue
+        with os.scandir(place) as listing:
+            for entry in listing:
+                entries += 1
+                if entries > MOST_ENTRIES:
+                    raise OSError(errno.E2BIG, f"more than {MOST_ENTRIES:,} files", str(folder))
+                if entry.is_dir():
+                    waiting.append((Path(entry.path), above | {own}))
+                else:
+                    yield Path(entry.path)
+
+
+def check_all_regular(folder: Path) -> None:
+    """Refuse a folder for a library that opens what it finds, and would wait at a pipe for ever.
+
+    Raises:
+        OSError: there is something other than files and folders in it, at any depth.
+    """
+    for path in list_files(folder):
+        if path.exists():
+            check_regular(path)
+
+
 def _hub_blobs(place: Path) -> Iterator[Path]:
     """Where the hub's cache keeps the content of a snapshot that a folder is, or lies in."""
     for folder in (place, *place.parents):
@@ -163,7 +241,7 @@ def check_regular(path: Path) -> os.stat_result:
     return state
 
 
-def open_regular(path: Path) -> BinaryIO:
+def open_regular(path: Path) -> io.BufferedReader:
     """A regular file, opened for reading; opening never waits for another process.
 
     Raises:
@@ -199,15 +277,44 @@ def read_bounded(path: Path, most: int) -> bytes:
     return content
 
 
+def read_json(path: Path, most_bytes: int, most_values: int) -> Any:
+    """What a JSON file of a stranger says, with bounds on its bytes and on what they hold.
+
+    A value that takes two bytes in the file may take a hundred in memory.
+
+    Raises:
+        OSError: it is no regular file, or cannot be read.
+        ValueError: it is no JSON, too long, or holds too many values.
+        RecursionError: it is too deep.
+
+    Example:
+        >>> _ = Path("index.json").write_text('{"weight_map": {}}')
+        >>> read_json(Path("index.json"), 1000, 10)
+        {'weight_map': {}}
+    """
+    content = read_bounded(path, most_bytes)
+    if sum(map(content.count, (b",", b"[", b"{"))) > most_values:
+        raise ValueError(f"more than {most_values:,} values")
+    return json.loads(content)
+
+
 def file_stamp(path: Path) -> Stamp | None:
     """What changes when a file does, replaced or in place; None if it is not there.
 
     Returns:
         Size, times of modification and of change, and inode. No tool can set the time of change
         back.
+
+    Example:
+        >>> file_stamp(Path("nothing here")) is None
+        True
     """
     try:
-        state = path.stat()
+        return stamp_of(path.stat())
     except (OSError, ValueError, RuntimeError):  # absent, or a name that no file can have
         return None
+
+
+def stamp_of(state: os.stat_result) -> Stamp:
+    """The stamp of a file in that state; see :func:`file_stamp`."""
     return state.st_size, state.st_mtime_ns, state.st_ctime_ns, state.st_ino

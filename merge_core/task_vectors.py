@@ -30,11 +30,11 @@ from merge_core.factors.low_rank import (
 from merge_core.factors.store import TOLERANCE, FactorStore, TaskMatrix
 from merge_core.files import digest_of
 from merge_core.lazy import lazy
+from merge_core.means import PIECE, centre, mean, mean_offset
 from merge_core.suites.manifest import BASE
 from merge_core.suites.suite import Suite
 
 Origin = Literal["base", "average"]
-PIECE = 1 << 17
 
 
 class TensorGroup:
@@ -69,9 +69,8 @@ class TensorGroup:
         self._givers = manifest.buffers.get(name, ())
         self._lengths_differ = name in manifest.completed
         # Factors are kept by the members' content, which does not tell how long a vocabulary is.
-        merged = not self._lengths_differ and not self._givers
-        self.decomposed = merged and suite.treatment(name, self.tasks[0]).decomposed
-        self.stored_transposed = merged and suite.is_stored_transposed(name, self.tasks[0])
+        self.decomposed = suite.treatment(name, self.tasks).decomposed
+        self.stored_transposed = suite.is_stored_transposed(name, self.tasks[0])
         self._suite = suite
         self._store = store
         self._sums: dict[Origin, tuple[int, Tensor]] = {}
@@ -419,57 +418,6 @@ class TensorGroup:
         if not value.dtype.is_floating_point:
             return value
         return value if value.dtype == torch.float64 else value.float()
-
-
-def mean(members: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors of one shape and floating dtype (T of them; a single one itself)."""
-    if len(members) == 1:
-        return members[0]
-    result = torch.empty_like(members[0], memory_format=torch.contiguous_format)
-    flat, whole = [member.reshape(-1) for member in members], result.view(-1)
-    # In pieces that stay in the processor's cache while all members are added to them.
-    for start in range(0, whole.numel(), PIECE):
-        part = slice(start, start + PIECE)
-        total = torch.add(flat[0][part], flat[1][part], out=whole[part])
-        for member in flat[2:]:
-            total += member[part]
-        total /= len(flat)
-    return result
-
-
-def mean_offset(members: Sequence[Tensor]) -> Tensor:
-    """The mean of tensors less the first of them, float64.
-
-    Differences of near numbers are exact, so that what rounding leaves is measured by them and
-    not by the numbers.
-
-    Args:
-        members: T tensors of one shape and floating dtype.
-
-    Example:
-        >>> mean_offset([torch.tensor([1.0]), torch.tensor([2.0])])
-        tensor([0.5000], dtype=torch.float64)
-    """
-    first = members[0].double()
-    total = torch.zeros_like(first)
-    for member in members[1:]:
-        total += member.double() - first
-    return total / len(members)
-
-
-def centre(members: Tensor) -> Tensor:
-    """Each of T tensors less their mean, T x shape, float64.
-
-    Args:
-        members: T x shape, floating.
-
-    Example:
-        >>> centre(torch.tensor([[1.0], [2.0]]))
-        tensor([[-0.5000],
-                [ 0.5000]], dtype=torch.float64)
-    """
-    offset = mean_offset(members.unbind())
-    return (members.double() - members[0].double()).sub_(offset)
 
 
 class TensorGroups:

@@ -105,10 +105,12 @@ def ranking(result: Comparison) -> None:
             "seed changes the merge is one row: the mean over its seeds, and their range. Map: row "
             "minus column on the **same images**, in points, by the places of all methods "
             "together (of seeds the first one); a dot marks differences that stay significant at "
-            "5 % after Holm's correction for the number of pairs. They speak of these experts and "
-            "tasks, not of others.",
+            "5 % in McNemar's exact test, over all tasks at once, after Holm's correction for the "
+            "number of pairs. They speak of these experts and tasks, not of others. "
+            + accuracy.words_for_few_images(result.hits),
             r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
-            r"\mathrm{var}\,\bar d = \tfrac1{T^2}\sum_t \tfrac{\mathrm{var}\,d_t}{n_t}",
+            r"p = P\Big(\Big|\tfrac1T\sum_t \tfrac1{n_t}\sum_i \varepsilon_{ti} d_{ti}\Big| "
+            r"\ge |\bar d|\Big),\quad \varepsilon_{ti} = \pm 1",
         ),
         numbers=charts.Numbers(pairs, "paired_differences"),
     )

@@ -294,7 +294,7 @@ def lab() -> None:
         )
         buttons[1].download_button(
             "Recipe (YAML)",
-            data=recipe.to_yaml(),
+            data=lambda: recipe.publish(view.suite).to_yaml(),
             file_name=f"{name}.yaml",
             mime="text/yaml",
             on_click="ignore",

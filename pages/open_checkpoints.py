@@ -142,8 +142,8 @@ def page() -> None:
     charts.heading(
         "Which models do you want to merge?",
         "Point at a folder, at models on the hub, at a published benchmark, or upload files. "
-        "Only headers are read, and nothing in a file is ever run. You see what fits before any "
-        "long work.",
+        "Headers, small files and a sample of the weights are read, and nothing in a file is ever "
+        "run. You see what fits before any long work.",
     )
     source = choice("Where are they?", SOURCES, "from")
     if source == "folder":

@@ -193,8 +193,8 @@ def preflight_report(report: Preflight) -> None:
         f"`mergescope merge` takes about {report.memory_bytes / 1e6:,.0f} MB of memory{less} and "
         f"{report.disk_bytes / 1e6:,.1f} MB on disk; spectral methods store up to "
         f"{report.factor_bytes / 1e6:,.1f} MB of factors in the cache, so that another rank or "
-        f"scale is quick.{time} Spectral methods decompose the matrices of attention and MLP and "
-        "average everything else."
+        f"scale is quick.{time} Spectral methods decompose the weights of attention, MLP and other "
+        "inner linear layers, and convolution kernels, and average everything else."
     )
     for note in report.notes:
         st.markdown(f"- {code(note)}")

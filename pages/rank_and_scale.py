@@ -30,7 +30,7 @@ from merge_core.methods import get_method
 from merge_core.progress import Progress
 from ui import charts, shell
 from ui.controls import choice, selectbox, tabs, toggle
-from ui.plain_text import plain, show_warning
+from ui.plain_text import plain, show_info, show_warning
 from ui.progress import run_job
 from ui.sections.rank_evidence import evidence_section, more_tasks_section
 from ui.sections.rank_layers import layers_section
@@ -230,6 +230,8 @@ def answer(selection: Selection) -> None:
             delta_arrow="off",
             help="Of the recommended setting alone, looked at after choosing.",
         )
+    if selection.at_edge:
+        show_info(selection.at_edge)
     st.markdown(plain(selection.why))
 
 
@@ -249,7 +251,7 @@ def offer_selection(view: View, selection: Selection) -> None:
     )
     middle.download_button(
         "Recipe (YAML)",
-        data=selection.recipe.to_yaml(),
+        data=lambda: selection.recipe.publish(view.suite).to_yaml(),
         file_name=f"{view.name}_{selection.recipe.method}.yaml",
         mime="text/yaml",
         on_click="ignore",
@@ -262,7 +264,7 @@ def judge(view: View, selection: Selection) -> None:
     """How far the rules agree, other settings that are worth a look, and where all that is from."""
     method = selection.recipe.declaration
     if spread := describe_spread(selection.picks):
-        st.info(spread)
+        show_info(spread)
     found = candidates(
         selection.rank, selection.scale, selection.points, selection.picks, selection.rule
     )
@@ -355,7 +357,7 @@ def proxies(selection: Selection, view: View) -> None:
         )
     charts.panel(over_rank, picked, columns=2)
     charts.table(
-        selection.picks[["title", "mode", "rank", "scale", "accuracy", "why", "source"]],
+        selection.picks[["title", "mode", "rank", "scale", "at_edge", "accuracy", "why", "source"]],
         "picks",
         key="picks",
     )

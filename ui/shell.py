@@ -178,7 +178,7 @@ def lab_query(recipe: Recipe) -> dict[str, str | list[str]]:
 
 def run() -> None:
     """Draw the shell, then the page that was asked for."""
-    with suppress(OSError):  # said on the page that needs it
+    with suppress(OSError, MergeScopeError):  # said on the page that needs it
         session_files.janitor()
     st.set_page_config(page_title="MergeScope", page_icon="🔬", layout="wide")
     groups = {title: [_page(e) for e in entries] for title, entries in SECTIONS.items()}

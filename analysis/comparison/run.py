@@ -89,7 +89,9 @@ def adapt_recipe(recipe: Recipe, reference: str, tasks: Sequence[str]) -> Recipe
         >>> adapt_recipe(make_recipe({"method": "cart"}), "demo", ["digits", "dots"]).tasks
         ('digits', 'dots')
     """
-    return make_recipe({**recipe.model_dump(), "suite": reference, "tasks": tuple(tasks)})
+    return make_recipe(
+        {**recipe.model_dump(exclude={"inputs"}), "suite": reference, "tasks": tuple(tasks)}
+    )
 
 
 def run_comparison(

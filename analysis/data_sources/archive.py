@@ -7,13 +7,19 @@ import zlib
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from analysis.data_sources.source import UNLABELLED, Pixels, Request, Source
 from merge_core.errors import MergeScopeError, SuiteError
+from merge_core.input_files import check_regular
 
 ENDING = "_images"
+MOST_CLASSES = 1_000_000
+# Pictures drawn by rule shrink a hundredfold; what shrinks more was made to fill the memory.
+MOST_EXPANSION = 200
+ALWAYS_UNPACKED = 1_000_000_000
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,21 @@ class TaskInputs:
     class_names: tuple[str, ...]
 
 
+def open_arrays(path: Path) -> Any:
+    """The arrays of a ``.npz`` file by name, each read when asked for; a context manager.
+
+    Raises:
+        OSError, ValueError, zipfile.BadZipFile: no regular file, no archive, or one whose arrays
+            are far larger than the file.
+    """
+    packed = check_regular(path).st_size
+    with zipfile.ZipFile(path) as archive:
+        unpacked = sum(entry.file_size for entry in archive.infolist())
+    if unpacked > max(ALWAYS_UNPACKED, MOST_EXPANSION * packed):
+        raise ValueError(f"its {packed:,} bytes unpack to {unpacked:,}")
+    return np.load(path, allow_pickle=False)
+
+
 def open_archive(request: Request) -> Source:
     """The splits of a ``.npz`` file; nothing pickled in it is opened.
 
@@ -39,14 +60,14 @@ def open_archive(request: Request) -> Source:
         SuiteError: no such archive.
     """
     try:
-        with np.load(request.path, allow_pickle=False) as archive:
+        with open_arrays(request.path) as archive:
             names = [name.removesuffix(ENDING) for name in archive if name.endswith(ENDING)]
             classes = (
                 tuple(str(name) for name in archive["class_names"])
                 if "class_names" in archive
                 else None
             )
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as fault:
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as fault:
         raise SuiteError(
             f"{request.path} ({request.what}) cannot be read as a numpy archive: {fault}."
         ) from fault
@@ -97,7 +118,7 @@ def read_split(
         ([0, 1], ('0', '1'))
     """
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open_arrays(path) as archive:
             images = archive[f"{split}_images"][:limit]
             if labelled or f"{split}_labels" in archive:
                 labels = archive[f"{split}_labels"][:limit]
@@ -108,6 +129,8 @@ def read_split(
                 raise ValueError(f"the labels are {labels.dtype}, not integers")
             labels = labels.astype(np.int64)
             count = int(labels.max(initial=-1)) + 1
+            if count > MOST_CLASSES:
+                raise ValueError(f"the labels go up to {count - 1:,}")
             names = (
                 tuple(str(name) for name in archive["class_names"])
                 if "class_names" in archive
@@ -122,6 +145,7 @@ def read_split(
         TypeError,
         EOFError,
         RuntimeError,
+        MemoryError,  # a size that an array claims
         zipfile.BadZipFile,
         zlib.error,
     ) as fault:

@@ -24,10 +24,12 @@ from merge_core.checkpoints.pickled.machine import (
     read_pickle,
 )
 from merge_core.errors import SuiteError
+from merge_core.input_files import open_regular, read_bounded
 
 SIDE = 32
 PIXELS = 3 * SIDE * SIDE
 LONGEST_NAME = 200
+NAMES_BYTES = 1_000_000
 SPLITS = ("train", "test")
 # All that a pickled array of bytes needs, in the versions of Python and numpy since 2009.
 NEEDED = {
@@ -88,7 +90,7 @@ def _class_names(path: Path, layout: Layout, what: str) -> tuple[str, ...] | Non
     if not path.is_file():
         return None
     if layout.label_bytes:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        lines = read_bounded(path, NAMES_BYTES).decode("utf-8", "replace").splitlines()
         return tuple(line.strip() for line in lines if line.strip())
     found = _PickledDict(path, what)
     names = found.get("fine_label_names", found.get("label_names"))
@@ -112,7 +114,8 @@ def _split(request: Request, folder: Path, layout: Layout, split: str) -> Pixels
 
 def _read_binary(path: Path, label_bytes: int, what: str) -> tuple[np.ndarray, np.ndarray]:
     """Planes (N x 3072) and labels: the last byte in front of an image is the (fine) label."""
-    data = np.frombuffer(path.read_bytes(), dtype=np.uint8)
+    with open_regular(path) as stream:
+        data = np.frombuffer(stream.read(), dtype=np.uint8)
     if len(data) % (label_bytes + PIXELS):
         raise SuiteError(
             f"{path} ({what}) is damaged: it does not hold whole images of {PIXELS} bytes. "
@@ -160,7 +163,7 @@ class _PickledDict:
     def __init__(self, path: Path, what: str) -> None:
         self._path, self._what = path, what
         try:
-            with path.open("rb") as stream:
+            with open_regular(path) as stream:
                 end = stream.seek(0, 2)
                 stream.seek(0)
                 content = read_pickle(stream, end, _InertMaker(), Budget())

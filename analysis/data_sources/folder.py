@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -14,6 +13,7 @@ from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-un
 from analysis.data_sources.source import UNLABELLED, WHOLE, Request, Source
 from analysis.data_sources.splits import KNOWN
 from merge_core.errors import SuiteError
+from merge_core.input_files import check_regular, list_files
 from merge_core.suites.data_files import read_names
 
 
@@ -28,6 +28,7 @@ class Files:
         return len(self.paths)
 
     def __getitem__(self, number: int, /) -> tuple[Image.Image, int]:
+        check_regular(self.paths[number])
         with Image.open(self.paths[number]) as file:
             return file.convert("RGB"), self.labels[number]
 
@@ -99,8 +100,7 @@ def _folders(folder: Path) -> list[str]:
 def _images(folder: Path) -> list[Path]:
     """Image files at any depth, in a fixed order."""
     return sorted(
-        Path(where) / name
-        for where, _, names in os.walk(folder, followlinks=True)
-        for name in names
-        if name.lower().endswith(IMG_EXTENSIONS) and not name.startswith(".")
+        path
+        for path in list_files(folder)
+        if path.name.lower().endswith(IMG_EXTENSIONS) and not path.name.startswith(".")
     )

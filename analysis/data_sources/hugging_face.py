@@ -11,6 +11,7 @@ from PIL import Image
 
 from analysis.data_sources.source import UNLABELLED, Request, Source
 from merge_core.errors import SuiteError
+from merge_core.input_files import check_all_regular
 from merge_core.suites.data_spec import DataSpec
 
 # Readers of the library that only parse data.
@@ -95,6 +96,7 @@ def read_tables(request: Request) -> dict[str, Any]:
     else:
         read = partial(_load, datasets, path, config)
     try:
+        check_all_regular(request.path)
         found = read()
     except SuiteError:
         raise

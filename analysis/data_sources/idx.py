@@ -18,6 +18,7 @@ import numpy as np
 
 from analysis.data_sources.source import UNLABELLED, Pixels, Request, Source
 from merge_core.errors import SuiteError
+from merge_core.input_files import check_regular
 
 UNSIGNED_BYTES = 8
 NAME = re.compile(r"(?P<split>.+?)[-_]images[-.]idx3-ubyte(\.gz)?")
@@ -77,6 +78,7 @@ def read_idx(path: Path, dimensions: int, what: str) -> np.ndarray:
         SuiteError: another format, or damage.
     """
     try:
+        check_regular(path)
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as stream:
             zeros, kind, count = struct.unpack(">HBB", stream.read(4))
             if (zeros, kind, count) != (0, UNSIGNED_BYTES, dimensions):

@@ -14,6 +14,7 @@ from analysis.data_sources.cifar import open_cifar
 from analysis.data_sources.idx import open_idx
 from analysis.data_sources.source import UNLABELLED, WHOLE, Records, Request, Source
 from merge_core.errors import SuiteError
+from merge_core.input_files import check_all_regular
 from merge_core.suites.data_spec import TORCHVISION
 
 # Read here: torchvision unpickles CIFAR, and files of its own making in the MNIST family.
@@ -67,6 +68,7 @@ def _open(request: Request, name: str, split: str) -> Torchvision:
     root = request.resolve(request.data.path or "")
     arguments = {} if split == WHOLE else {"split": split}
     try:
+        check_all_regular(request.path)
         dataset = getattr(datasets, name)(root, download=False, **arguments)
     except ImportError as fault:
         raise SuiteError(

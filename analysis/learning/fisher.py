@@ -10,6 +10,7 @@ from torch import Tensor
 
 from analysis.learning.context import LearningContext, State
 from merge_core.executors.local import Threads
+from merge_core.methods.fisher import divide_by_norms
 
 # Gradients of several classes are taken at once, within so many numbers.
 HELD_NUMBERS = 1 << 25
@@ -24,7 +25,8 @@ def learn_fisher(context: LearningContext) -> dict[str, Tensor]:
         context: the recipe's parameter `examples` says how many images.
 
     Returns:
-        T x shape, float32, for each floating parameter that the network differentiates.
+        T x shape, float32, for each floating parameter that the network differentiates; over the
+        experts' norms where the recipe asks for that.
 
     Source: Matena and Raffel, arXiv:2111.09832, equation 2.
     """
@@ -48,7 +50,8 @@ def learn_fisher(context: LearningContext) -> dict[str, Tensor]:
                 total[name] = total[name] + value if name in total else value
         for name, value in total.items():
             found.setdefault(name, []).append(value / len(images))
-    return {name: torch.stack(values) for name, values in found.items()}
+    stacked = {name: torch.stack(values) for name, values in found.items()}
+    return divide_by_norms(stacked) if parameters.normalise == "norm" else stacked
 
 
 def squared_gradients(context: LearningContext, weights: State, image: Tensor, task: str) -> State:

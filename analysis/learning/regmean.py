@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -32,12 +33,12 @@ def learn_regmean(context: LearningContext) -> dict[str, Tensor]:
     """
     parameters: Any = context.recipe.checked_parameters
     layers = linear_layers(context)
-    fit = Fit(context, layers)
+    fit, collect = Fit(context, layers), partial(collect_gram_matrices, rule=parameters.gram)
 
     @torch.no_grad()
     def grams_of(task: str) -> dict[str, Tensor]:
         weights = context.expert(task)
-        with context.copies.lend() as network, collect_gram_matrices(network, layers) as grams:
+        with context.copies.lend() as network, collect(network, layers) as grams:
             for batch in context.images(task, parameters.examples).split(BATCH):
                 torch.func.functional_call(network, weights, (batch,))
         return grams
@@ -95,7 +96,7 @@ def block_grams(
     layers: Layers,
     item: tuple[Mapping[str, Tensor], Tensor],
 ) -> dict[str, Tensor]:
-    """XᵀX of a block's layers, n x n, on the inputs that merged blocks before it give.
+    """Gram matrices of a block's layers, n x n, on the inputs that merged blocks before it give.
 
     Args:
         context: gives the network.
@@ -105,6 +106,8 @@ def block_grams(
         item: an expert's weights, which act within the block, and images of its task.
     """
     expert, images = item
+    parameters: Any = context.recipe.checked_parameters
+    collect = partial(collect_gram_matrices, rule=parameters.gram)
     prefix = f"{block}."
     own = {
         name.removeprefix(prefix): value
@@ -116,7 +119,7 @@ def block_grams(
         with record_calls(module) as inputs:
             for batch in images.split(BATCH):
                 torch.func.functional_call(network, dict(merged), (batch,))
-        with collect_gram_matrices(network, layers) as grams:
+        with collect(network, layers) as grams:
             for args, keywords in inputs:
                 torch.func.functional_call(module, own, args, keywords)
     return grams
@@ -214,14 +217,21 @@ def record_calls(module: nn.Module) -> Iterator[list[tuple[Any, Any]]]:
 
 
 @contextmanager
-def collect_gram_matrices(network: nn.Module, layers: Iterable[str]) -> Iterator[dict[str, Tensor]]:
-    """Collects XᵀX of each layer's inputs, n x n, float64; every token of an image is a row."""
+def collect_gram_matrices(
+    network: nn.Module, layers: Iterable[str], rule: Literal["sum", "mean"] = "sum"
+) -> Iterator[dict[str, Tensor]]:
+    """Collects XᵀX of each layer's inputs, n x n, float64; every token of an image is a row.
+
+    With rule "mean" it is over the number of rows, once all inputs have passed.
+    """
     grams: dict[str, Tensor] = {}
+    rows: Counter[str] = Counter()
 
     def watch(name: str) -> Any:
         def hook(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
             X = args[0].reshape(-1, args[0].shape[-1]).double()
             gram = X.T @ X
+            rows[name] += len(X)
             grams[name] = grams[name] + gram if name in grams else gram
 
         return hook
@@ -231,6 +241,9 @@ def collect_gram_matrices(network: nn.Module, layers: Iterable[str]) -> Iterator
     ]
     try:
         yield grams
+        if rule == "mean":
+            for name, count in rows.items():
+                grams[name] /= count
     finally:
         for handle in handles:
             handle.remove()

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from analysis.data_sources.archive import TaskInputs, read_split
+from analysis.data_sources.archive import TaskInputs, open_arrays, read_split
 from analysis.data_sources.prepared import prepare_split
 from analysis.data_sources.text import read_texts
 from analysis.data_sources.transforms import resolve_transform
@@ -91,9 +91,9 @@ def has_labels(suite: Suite, task: str, split: Split) -> bool:
     assert spec.file is not None
     path = suite.file(spec.file)
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        with open_arrays(path) as archive:
             return f"{split}_labels" in archive
-    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as fault:
+    except (OSError, ValueError, TypeError, EOFError, MemoryError, zipfile.BadZipFile) as fault:
         raise SuiteError(f"{path} (data of task {task!r}) cannot be read: {fault}.") from fault
 
 

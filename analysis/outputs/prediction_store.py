@@ -1,10 +1,11 @@
-"""What models gave for images, by content: computed once, kept on disk, and shipped with a suite.
+"""What models gave for images, by content: computed once, and kept on disk.
 
 A vector is known by the digests of the weights (a checkpoint, or the recipe and its inputs) and of
 the task's data, head and architecture. It has one value per image of the split; images that were
 not asked for yet are marked in it, and are filled in when they are. The user's own store is a
-SQLite file in the cache folder; a suite may carry one of the same form, ``predictions.sqlite``,
-which is only read.
+SQLite file in the cache folder; the bundled suite carries one of the same form,
+``predictions.sqlite``, which is only read. One beside another suite is not opened (see
+:func:`analysis.outputs.suite_outputs.trusted_predictions`).
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ SHIPPED_NAME = "predictions.sqlite"
 FORMAT = "predictions-1"
 SCHEMA = "CREATE TABLE IF NOT EXISTS predictions (key TEXT PRIMARY KEY, labels BLOB NOT NULL)"
 CLASSES = "classes"
+VECTOR_BYTES = 100_000_000  # 25 million images
 
 Vectors = dict[str, np.ndarray]
 
@@ -70,7 +72,7 @@ class PredictionStore:
 
     Args:
         path: the user's store; None for ``predictions.sqlite`` in the cache folder.
-        shipped: read-only stores beside suites.
+        shipped: read-only stores, whose content is believed.
     """
 
     def __init__(self, path: Path | None = None, shipped: tuple[Path, ...] = ()) -> None:
@@ -139,7 +141,10 @@ def _unpack(rows: Mapping[str, Any], types: Mapping[str, npt.DTypeLike]) -> Vect
     found = {}
     for key, blob in rows.items():
         with suppress(zlib.error, ValueError, TypeError):
-            found[key] = np.frombuffer(zlib.decompress(blob), dtype=types[key])
+            unpacker = zlib.decompressobj()
+            values = unpacker.decompress(blob, VECTOR_BYTES)
+            if unpacker.eof:
+                found[key] = np.frombuffer(values, dtype=types[key])
     return found
 
 

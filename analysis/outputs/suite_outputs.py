@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache, cached_property
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -26,8 +27,10 @@ from analysis.outputs.prediction_store import (
 )
 from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.executors.base import one_thread
+from merge_core.files import file_digest
+from merge_core.input_files import check_regular
 from merge_core.progress import Progress
-from merge_core.suites.suite import Suite
+from merge_core.suites.suite import BUNDLED_PATH, Suite
 
 Images = Mapping[str, np.ndarray]
 # Task to measure to values, one per image.
@@ -50,7 +53,7 @@ class SuiteOutputs:
 
     Args:
         suite: a suite with architecture, heads and data.
-        predictions: where outputs are kept (with the suite's own store by default).
+        predictions: where outputs are kept (with those of the bundled suite by default).
         stored_only: measure what is stored, and refuse to run the model for the rest.
 
     Attributes:
@@ -69,7 +72,7 @@ class SuiteOutputs:
                 f"{suite.why_not_evaluated}."
             )
         self.suite = suite
-        self.predictions = predictions or PredictionStore(shipped=(suite.root / SHIPPED_NAME,))
+        self.predictions = predictions or PredictionStore(shipped=trusted_predictions(suite.root))
         self._inputs: dict[tuple[str, Split, int | None], tuple[Tensor, np.ndarray]] = {}
         self._raw: dict[tuple[str, Split, int | None], TaskInputs] = {}
         self._heads: dict[str, Head] = {}
@@ -334,6 +337,27 @@ class SuiteOutputs:
         if task not in self._digests:
             self._digests[task] = self.suite.data_digest(task)
         return self._digests[task]
+
+
+def trusted_predictions(root: Path) -> tuple[Path, ...]:
+    """The stored outputs beside a suite, if they are those that come with MergeScope.
+
+    Others' could be made up, or be no table at all: such a file is not opened, and what it claims
+    is computed.
+
+    Args:
+        root: the suite's folder: the bundled one, or a copy of it.
+    """
+    path, own = root / SHIPPED_NAME, BUNDLED_PATH.with_name(SHIPPED_NAME)
+    try:
+        if path == own or (
+            check_regular(path).st_size == own.stat().st_size
+            and file_digest(path) == file_digest(own)
+        ):
+            return (path,)
+    except OSError:  # there is none
+        pass
+    return ()
 
 
 def _find_unknown(vectors: Measurements, images: Images) -> dict[str, np.ndarray]:

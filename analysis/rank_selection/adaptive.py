@@ -17,14 +17,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
-from analysis.accuracy import CONFIDENCE, difference
+from analysis.accuracy import CONFIDENCE, Z, mean_interval
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.rank_selection.scores import image_scores
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.surrogate import Levels, Surrogate, root
+from analysis.sign_flips import flip_tail
 from merge_core.files import digest_of
 from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
@@ -56,14 +56,15 @@ class Search:
         rank, scale: of the setting with the highest mean score among those run on all images (of
             equal ones the lowest rank, then the lowest scale); NaN where the method has none.
         points: one row per setting that was run: rank, scale, images (per task, on average),
-            score (mean over images, then over tasks), low, high (95 %, of these images),
-            expected, expected_low, expected_high (95 %, by the surrogate: on new images of these
-            tasks; the best of many noisy scores is too high, this one is not), tied.
+            score (mean over images, then over tasks), low, high (95 %, of these images; NaN where
+            they are too few), expected, expected_low, expected_high (95 %, by the surrogate: on new
+            images of these tasks; the best of many noisy scores is too high, this one is not),
+            tied.
 
-            `tied` settings were run on all images, and a paired z-test on them does not find them
-            worse than the best one. Its level is 5 % over the number of all other settings
-            (Bonferroni), so that the chance to leave out the setting that is truly best, if it was
-            run on all images, is at most 5 %.
+            `tied` settings were run on all images, and a paired test on them, exact for hits and
+            on the safe side for other scores, does not find them worse than the best one. Its level
+            is 5 % over the number of all other settings (Bonferroni), so that the chance to leave
+            out the setting that is truly best, if it was run on all images, is at most 5 %.
         curve: at each rank the row of `points` with the highest score among those with the most
             images (all points for methods without a rank).
         asked_images: images that the search took, run now or stored before.
@@ -259,22 +260,21 @@ class _Run:
         """What was found."""
         _, _, expected, error = self.posterior()
         best = int(np.where(self.full, self.score, -np.inf).argmax())
-        z = norm.ppf(0.5 + CONFIDENCE / 2)
         rows = []
         for setting in np.flatnonzero(self.level):
             known = self._known[setting]
-            half = z * math.sqrt(sum(v.var() / len(v) for v in known.values())) / len(known)
+            low, high = mean_interval(known)
             rows.append(
                 {
                     "rank": self._settings[setting, 0],
                     "scale": self._settings[setting, 1],
                     "images": float(self._ends[self.level[setting]].mean()),
                     "score": self.score[setting],
-                    "low": self.score[setting] - half,
-                    "high": self.score[setting] + half,
+                    "low": low,
+                    "high": high,
                     "expected": expected[setting],
-                    "expected_low": expected[setting] - z * error[setting],
-                    "expected_high": expected[setting] + z * error[setting],
+                    "expected_low": expected[setting] - Z * error[setting],
+                    "expected_high": expected[setting] + Z * error[setting],
                     "tied": bool(self.full[setting]) and self._is_tied(known, best),
                 }
             )
@@ -296,9 +296,8 @@ class _Run:
 
     def _is_tied(self, known: Mapping[str, np.ndarray], best: int) -> bool:
         """Whether the best setting is not better beyond chance."""
-        gap, error = difference(self._known[best], known)
-        level = (1 - CONFIDENCE) / max(len(self._recipes) - 1, 1)
-        return gap == 0 or bool(gap <= error * norm.isf(level))
+        gaps = [values.astype(float) - known[task] for task, values in self._known[best].items()]
+        return flip_tail(gaps) > (1 - CONFIDENCE) / max(len(self._recipes) - 1, 1)
 
     @property
     def _names(self) -> list[str]:

@@ -14,9 +14,8 @@ from glob import escape
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
-from analysis.accuracy import CONFIDENCE, accuracy_frame, difference, mean_accuracy
+from analysis.accuracy import Difference, accuracy_frame, difference, mean_accuracy
 from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
@@ -30,6 +29,7 @@ from merge_core.progress import Progress
 from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
 
 UNIFORM = "uniform"
+NO_GAIN = Difference(0.0, 0.0, 0.0, 1.0)  # of a rule over itself
 
 
 def _energy(S: np.ndarray) -> np.ndarray:
@@ -219,7 +219,6 @@ def compare_with_uniform(
     progress = progress or Progress()
     inner, groups = Progress(cancel=progress.cancel), session.groups
     origin = space.base.run(groups.tasks).origin
-    z = norm.ppf(0.5 + CONFIDENCE / 2)
     total, done, rows = len(shares) * (len(rules) + 1) * len(scales), 0, []
     for share in shares:
         uniform_hits = None
@@ -237,7 +236,7 @@ def compare_with_uniform(
                 done += 1
             _, scale, hits = max(tried, key=lambda entry: entry[0])
             uniform_hits = uniform_hits or hits
-            gap, error = difference(hits, uniform_hits)
+            gain = NO_GAIN if rule == UNIFORM else difference(hits, uniform_hits)
             (measured,) = mean_accuracy(accuracy_frame(hits)).to_dict("records")
             rows.append(
                 {
@@ -247,9 +246,9 @@ def compare_with_uniform(
                     "numbers": stored_numbers(groups, ranks),
                     "scale": scale,
                     **{name: measured[name] for name in ("accuracy", "low", "high")},
-                    "gain": gap,
-                    "gain_low": gap - z * error,
-                    "gain_high": gap + z * error,
+                    "gain": gain.gap,
+                    "gain_low": gain.low,
+                    "gain_high": gain.high,
                 }
             )
     progress.step(total, total, "ranks per layer")

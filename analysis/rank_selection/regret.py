@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
 
-from analysis.accuracy import CONFIDENCE, Hits, difference
+from analysis.accuracy import Difference, Hits, difference
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search, exhaustive_search
@@ -182,8 +181,8 @@ def regret_table(
                 "best_scale": best.parameters.get("scale"),
                 "best": _mean(top["val"]),
                 "test_best": _mean(top["test"]),
-                **_loss(top["val"], there["val"], ""),
-                **_loss(top["test"], there["test"], "test_"),
+                **_loss(top["val"], there["val"], "", recipe == best),
+                **_loss(top["test"], there["test"], "test_", recipe == best),
             }
         )
     few = regret_by_images(values)
@@ -401,13 +400,12 @@ def _mean(hits: Hits) -> float:
     return float(np.mean([each.mean() for each in hits.values()]))
 
 
-def _loss(best: Hits, pick: Hits, prefix: str) -> dict[str, float]:
-    loss, error = difference(best, pick)
-    half = norm.ppf(0.5 + CONFIDENCE / 2) * error
+def _loss(best: Hits, pick: Hits, prefix: str, same: bool) -> dict[str, float]:
+    loss = Difference(0.0, 0.0, 0.0, 1.0) if same else difference(best, pick)
     return {
-        f"{prefix}regret": loss,
-        f"{prefix}low": loss - half,
-        f"{prefix}high": loss + half,
+        f"{prefix}regret": loss.gap,
+        f"{prefix}low": loss.low,
+        f"{prefix}high": loss.high,
     }
 
 

@@ -20,7 +20,7 @@ from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
 from analysis.rank_selection.rule import NEEDS, Mode, choose_rule, explain
 from analysis.rank_selection.scores import SCORES
-from analysis.rank_selection.space import SearchSpace
+from analysis.rank_selection.space import SearchSpace, edge_words
 from analysis.rank_selection.weight_proxies import recommend_from_weights
 from merge_core.errors import RecipeError
 from merge_core.executors.base import Executor
@@ -82,8 +82,9 @@ class Selection:
             :class:`analysis.rank_selection.adaptive.Search`).
         curve: the best of them at each rank (at each scale for methods without a rank).
         score: what the score is.
-        picks: a row per proxy: proxy, title, mode, rank, scale, why, source, accuracy (NaN where
-            it was not measured).
+        picks: a row per proxy: proxy, title, mode, rank, scale, why, source, at_edge (what is to be
+            said of a setting at the end of an axis; empty inside the grid), accuracy (NaN where it
+            was not measured).
         asked_images: images that the choice took, run now or known before.
         grid_images: images that the full grid takes.
         forward_images: images run now, report included.
@@ -113,6 +114,11 @@ class Selection:
     seconds: float
     low_rank_bytes: int | None
     model_bytes: int
+
+    @property
+    def at_edge(self) -> str:
+        """What is to be said where the recommendation lies at the end of an axis, else empty."""
+        return str(self.picks.loc[self.picks["proxy"] == self.rule, "at_edge"].iloc[0])
 
     @property
     def tied(self) -> pd.DataFrame:
@@ -377,7 +383,8 @@ class _Choice:
         """A row per proxy: the rule's own, those that read inputs if asked for, and the rest."""
         parts = []
         if search is not None:
-            parts.append(_pick_of_search(rule, search).assign(mode=self.options.mode))
+            mine = _pick_of_search(rule, search).assign(mode=self.options.mode)
+            parts.append(mine.assign(at_edge=edge_words(self.space, search.rank, search.scale)))
         if self.evaluator is not None and self.options.every_proxy:
             found = recommend_from_inputs(
                 self.space,

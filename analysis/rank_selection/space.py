@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ from merge_core.errors import RecipeError
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.methods import get_method
 
+NAN = math.nan
 POINTS = 20
 LEAST_SHARE = 0.01
 # Equal steps in log rank: the accuracy changes with the number of directions kept by factors.
@@ -118,3 +120,39 @@ def _check(name: str, values: Sequence[float | int]) -> None:
     if twice:
         hint = " (1 is one direction, 1.0 all of them: sweep either)" if 1 in twice else ""
         raise RecipeError(f"--{name}s names {twice[0]:g} twice{hint}.")
+
+
+def edge_words(
+    space: SearchSpace, rank: float, scale: float, asked: tuple[float, float] = (NAN, NAN)
+) -> str:
+    """What is to be said of a setting at the end of an axis, in sentences; empty inside the grid.
+
+    Args:
+        space: the settings that it was chosen from.
+        rank, scale: the setting; NaN where the method has none.
+        asked: rank and scale that a rule gave before they were brought into the grid.
+
+    Example:
+        >>> space = search_space("cart", "demo", scales=[1.0, 8.0])
+        >>> edge_words(space, 0.113, 8.0, (0.113, 9.2))
+        'The scale 8 is the highest of the grid, and the rule itself gives 9.2.'
+        >>> edge_words(space, 0.113, 5.0)
+        ''
+    """
+    said = []
+    axes = (("rank", rank, space.ranks, asked[0]), ("scale", scale, space.scales, asked[1]))
+    for name, value, axis, own in axes:
+        if len(axis) < 2 or math.isnan(value):
+            continue
+        ends = ((min(axis), "lowest"), (max(axis), "highest"))
+        end = next((word for at, word in ends if math.isclose(value, at, rel_tol=1e-3)), None)
+        if end is None:
+            continue
+        if not math.isnan(own) and not math.isclose(own, value, rel_tol=2e-3):
+            rest = f", and the rule itself gives {own:.3g}"
+        elif name == "rank" and isinstance(max(axis), float) and value == 1:
+            rest = ": all directions, so that nothing lies beyond"
+        else:
+            rest = ": a better one may lie beyond"
+        said.append(f"The {name} {value:.3g} is the {end} of the grid{rest}.")
+    return " ".join(said)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.rank_selection.space import SearchSpace
+from analysis.rank_selection.space import SearchSpace, edge_words
 from analysis.rank_selection.weight_response import (
     PROPORTIONAL,
     responses,
@@ -217,8 +217,10 @@ def recommend_from_weights(
 
     Returns:
         One row per proxy that is defined for the method: proxy, title, rank (NaN where the method
-        has none), scale, why (a clause), source. Empty for a method that no proxy is defined for,
-        and for a merge that is its origin at every rank and scale (CART of two tasks).
+        has none), scale, why (a clause), source, at_edge (what is to be said where the setting lies
+        at the end of an axis, and what the rule gives beyond it). Empty for a method that no proxy
+        is defined for, and for a merge that is its origin at every rank and scale (CART of two
+        tasks).
 
     Raises:
         SuiteError: origin "base" without a base.
@@ -262,7 +264,7 @@ def layer_ranks(
 def _recommend(
     groups: TensorGroups, space: SearchSpace, progress: Progress | None, by_matrix: bool
 ) -> pd.DataFrame:
-    columns = ["proxy", "title", "parameter", "rank", "scale", "why", "source"]
+    columns = ["proxy", "title", "parameter", "rank", "scale", "why", "source", "at_edge"]
     if space.base.method not in PROPORTIONAL:
         return pd.DataFrame(columns=columns)
     response, spectral, ruling = split_progress(progress, 3)
@@ -285,15 +287,15 @@ def _recommend(
         for name, proxy in PROXIES.items():
             if not defined_for(name, space.base.method):
                 continue
-            rank = np.nan
+            chosen = rank = np.nan
             if space.ranks:
-                chosen = table["rank"][proxy.pick(table)] if proxy.pick else shares[name]
-                rank = _clip_to_axis(
-                    float(chosen), [r for r in space.ranks if isinstance(r, float)]
-                )
-            scale = _clip_to_axis(_scale_at(table, rank, proxy.scale), space.scales)
+                chosen = float(table["rank"][proxy.pick(table)] if proxy.pick else shares[name])
+                rank = _clip_to_axis(chosen, [r for r in space.ranks if isinstance(r, float)])
+            asked = _scale_at(table, rank, proxy.scale)
+            scale = _clip_to_axis(asked, space.scales)
             if not np.isnan(scale):
-                rows.append((name, proxy.title, part, rank, scale, proxy.why, proxy.source))
+                said = edge_words(space, rank, scale, (chosen, asked))
+                rows.append((name, proxy.title, part, rank, scale, proxy.why, proxy.source, said))
     return pd.DataFrame(rows, columns=columns)
 
 

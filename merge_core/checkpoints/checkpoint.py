@@ -16,6 +16,7 @@ from merge_core.checkpoints.stored.names import public_names
 from merge_core.checkpoints.stored.packed import check_plain
 from merge_core.errors import CheckpointError
 from merge_core.files import digest_of, file_digest
+from merge_core.input_files import file_stamp
 from merge_core.lazy import lazy
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ class Checkpoint:
     Attributes:
         path: as given.
         files: the files that hold tensors.
-        metadata: the texts in a safetensors file's header.
+        metadata: the texts in a safetensors file's header, of several the first one's.
         notes: what was chosen where a file leaves a choice, in sentences.
         unsafe_globals: full names of the classes and functions that pickled files would import,
             sorted.
@@ -70,20 +71,21 @@ class Checkpoint:
         file, part = split_part(self.path)
         entry = find_entry(file)
         self.files: tuple[Path, ...]
-        self.metadata: dict[str, str] = {}
+        self.metadata: dict[str, str]
         if is_index(entry.name):
             weight_map = read_index(entry)
             self.files = tuple(entry.parent / name for name in sorted(set(weight_map.values())))
-            self._stamps = {file: _stamp(file) for file in self.files}
+            self._stamps = {file: file_stamp(file) for file in self.files}
             shards = {file.name: open_shard(file) for file in self.files}
             owners, self.notes = owners_by_index(entry, weight_map, shards)
+            shard = shards[self.files[0].name]
         else:
             self.files = (entry,)
-            self._stamps = {entry: _stamp(entry)}
+            self._stamps = {entry: file_stamp(entry)}
             shard = open_shard(entry, part)
-            self.metadata = getattr(shard, "metadata", {})
             owners = dict.fromkeys(shard.infos, shard)
             self.notes, self._part = shard.notes, shard.part
+        self.metadata = shard.metadata
         if not owners:
             raise CheckpointError(f"{entry} holds no tensors. Give a file with model weights.")
         self._own(owners, str(entry), entry.parent)
@@ -285,7 +287,7 @@ class Checkpoint:
             CheckpointError: a file was removed or changed since it was opened.
         """
         for file, stamp in self._stamps.items():
-            if _stamp(file) != stamp:
+            if file_stamp(file) != stamp:
                 what = "has changed" if file.exists() else "was removed"
                 raise CheckpointError(
                     f"{file} {what} since it was opened. Put the file back, or load the suite "
@@ -297,12 +299,3 @@ class Checkpoint:
         if stored is None:
             raise CheckpointError(f"{self.path} holds no tensor named {name!r}.")
         return self._owners[stored]
-
-
-def _stamp(path: Path) -> tuple[int, int, int] | None:
-    """Size, modification time and inode of a file, which change when it is replaced."""
-    try:
-        stat = path.stat()
-    except (OSError, ValueError):  # absent, or a name that no file can have
-        return None
-    return stat.st_size, stat.st_mtime_ns, stat.st_ino

@@ -14,9 +14,12 @@ from typing import Any
 
 from merge_core.checkpoints.stored.placeholders import check_content
 from merge_core.errors import CheckpointError
+from merge_core.input_files import open_regular, read_json
 
 HEADER_BYTES = 10_000_000  # of one file: some 70,000 tensors
-INDEX_BYTES = 50_000_000  # of all shards: some 500,000 tensors
+INDEX_BYTES = 20_000_000  # of all shards: some 200,000 tensors
+INDEX_VALUES = 400_000  # a name and a file for each
+HEADER_VALUES = 1_000_000  # a dtype, two places and some sizes of each
 NAME_CHARACTERS = 500
 DIMENSIONS = 32
 ELEMENTS = 1 << 59  # of 8 bytes at most: sizes stay below 2^62
@@ -32,7 +35,7 @@ def check_safetensors_header(path: Path) -> None:
         CheckpointError: the header is too long or names a tensor twice.
         OSError: the file cannot be read.
     """
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         length = int.from_bytes(stream.read(8), "little")
         left = path.stat().st_size - 8
         if HEADER_BYTES < length <= left:
@@ -41,6 +44,11 @@ def check_safetensors_header(path: Path) -> None:
                 f"{HEADER_BYTES:,}. Give the original file."
             )
         text = stream.read(length) if length <= left else b""
+    if text.count(b",") > HEADER_VALUES:
+        raise CheckpointError(
+            f"{path}: its header holds more than {HEADER_VALUES:,} values; no model's does. Give "
+            "the original file."
+        )
     try:
         json.loads(text, object_pairs_hook=_unique)
     except _Twice as twice:
@@ -82,9 +90,7 @@ def read_index(path: Path) -> dict[str, str]:
     """
     try:
         check_content(path)
-        if path.stat().st_size > INDEX_BYTES:
-            raise ValueError("too large")
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        weight_map = read_json(path, INDEX_BYTES, INDEX_VALUES)["weight_map"]
         if not weight_map or not all(
             isinstance(name, str) and isinstance(file, str) for name, file in weight_map.items()
         ):

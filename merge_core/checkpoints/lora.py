@@ -11,7 +11,7 @@ PEFT's (https://github.com/huggingface/peft).
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,9 @@ from merge_core.checkpoints.lora_config import (
     AdapterConfig,
     read_adapter_config,
 )
+from merge_core.checkpoints.lora_ties import INSTEAD, check_tied, spread_whole, with_own_head
 from merge_core.checkpoints.shards import TensorInfo
+from merge_core.checkpoints.stored.entry import link_hops
 from merge_core.checkpoints.tied import ties
 from merge_core.errors import CheckpointError
 from merge_core.files import digest_of
@@ -37,7 +39,6 @@ PREFIX = "base_model.model."
 # PEFT 0.21 applies this layer's update twice, whether it is merged or not: it has no one meaning.
 ATTENTION_OF_TORCH = ".base_layer.out_proj.lora_"
 WRAPPERS = re.compile(r"(^|\.)(base_layer|modules_to_save)(?=\.)")
-INSTEAD = "Merge it into its base with PEFT (merge_and_unload) and give the whole model instead."
 LORA_KEY = re.compile(r"(.+)\.lora_(embedding_)?([AB])(\.weight|\.bias)?")
 
 
@@ -86,13 +87,24 @@ class Naming:
         return self.dropped + name.removeprefix(self.added)
 
 
+def adapter_folder(path: Path) -> Path | None:
+    """The folder of a PEFT adapter that a path names, by itself or by its weight file.
+
+    A link may be the weight file's under another name.
+    """
+    try:
+        for hop in link_hops(path):
+            folder = hop.parent if hop.name in WEIGHT_FILES else hop
+            if (folder / CONFIG_FILE).is_file():
+                return folder
+    except (OSError, ValueError, RuntimeError):  # a name that no file can have, links in a circle
+        return None
+    return None
+
+
 def is_adapter(path: Path) -> bool:
     """Whether a path is a PEFT adapter's folder, or its weight file."""
-    folder = path.parent if path.name in WEIGHT_FILES else path
-    try:
-        return (folder / CONFIG_FILE).is_file()
-    except (OSError, ValueError):  # a name that no file can have
-        return False
+    return adapter_folder(path) is not None
 
 
 def is_stored_transposed(model: Checkpoint, name: str) -> bool | None:
@@ -143,24 +155,29 @@ class AdaptedCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: Path, base: Checkpoint) -> None:
-        self.path = path.parent if path.name in WEIGHT_FILES else path
+        self.path = adapter_folder(path) or path
         self.config: AdapterConfig = read_adapter_config(self.path / CONFIG_FILE)
-        self.base = base
         self._adapter = _open_weights(self.path)
         self.files = (*base.files, *self._adapter.files, self.path / CONFIG_FILE)
         self.metadata = {}
         self.unsafe_globals = self._adapter.unsafe_globals
         layers, whole = _sort_keys(self._adapter, self.path)
+        self.base = base = with_own_head(base, _widths(self._adapter, layers, whole))
         known = [f"{layer}.weight" for layer, _ in layers] or list(whole)
         self.naming = _naming(known, base, self.path)
         self.updates: dict[str, Update] = {}
         self._biases: dict[str, tuple[str, float]] = {}
         for (layer, embedding), parts in layers.items():
             self._add(layer, embedding, parts)
-        self._whole = {self._base_name_of(name): key for name, key in whole.items()}
+        named = {self._base_name_of(name): key for name, key in whole.items()}
+        wrapped = {n for n, key in named.items() if self._is_kept_beside(n, key)}
+        check_tied(self.path, base, (*self.updates, *wrapped), self.config.task_type)
+        self._whole = spread_whole(base, named, wrapped)
         extra = [name for name in self._whole if name not in base]
         self._stored = {name: name for name in [*base, *extra]}
-        self.ties = tuple(names for names in ties(base) if self._are_unchanged(names))
+        self.ties = tuple(names for names in ties(base) if not any(map(self.may_differ, names)))
+        tied = {name for names in self.ties for name in names}
+        self.aliases = base.aliases & tied
 
     def __repr__(self) -> str:
         return f"AdaptedCheckpoint({str(self.path)!r}, {self.summary})"
@@ -269,7 +286,7 @@ class AdaptedCheckpoint(Checkpoint):
         Raises:
             CheckpointError: a file vanished, changed since it was opened, or cannot be read.
         """
-        config = self.config.model_dump_json(exclude={"base_model_name_or_path"})
+        config = self.config.model_dump_json(exclude={"base_model_name_or_path", "task_type"})
         return digest_of("adapter-1", config, self._adapter.digest, self.base.digest)
 
     def check_unchanged(self) -> None:
@@ -281,20 +298,11 @@ class AdaptedCheckpoint(Checkpoint):
         self._adapter.check_unchanged()
         self.base.check_unchanged()
 
-    def _are_unchanged(self, names: Sequence[str]) -> bool:
-        """Whether the adapter leaves all tensors that the base ties unchanged.
-
-        Raises:
-            CheckpointError: it changes some of them, which libraries handle differently.
-        """
-        touched = [name for name in names if self.may_differ(name)]
-        if touched and len(touched) < len(names):
-            other = next(name for name in names if name not in touched)
-            raise CheckpointError(
-                f"The adapter {self.path} changes {touched[0]!r}, which its base keeps as one "
-                f"tensor with {other!r}. {INSTEAD}"
-            )
-        return not touched
+    def _is_kept_beside(self, name: str, key: str) -> bool:
+        """Whether PEFT keeps a tensor that is stored whole beside the base's, not in its place."""
+        layer = name.rpartition(".")[0]
+        saved = any(f".{layer}".endswith(f".{each}") for each in self.config.modules_to_save)
+        return saved and ".base_layer." not in key
 
     def _factors(self, update: Update) -> tuple[Tensor, Tensor]:
         """left m x r and right r x n, float64, for the parameter as it is stored."""
@@ -358,6 +366,17 @@ class AdaptedCheckpoint(Checkpoint):
                 f"{self.base.path}. Name the base that it was trained on."
             )
         return name
+
+
+def _widths(
+    adapter: Checkpoint, layers: Mapping[tuple[str, bool], dict[str, str]], whole: Mapping[str, str]
+) -> dict[str, TensorInfo]:
+    """The weights that an adapter changes, by their names there, each with its number of inputs."""
+    found = {name: adapter.info(key) for name, key in whole.items() if name.endswith("weight")}
+    for (layer, embedding), parts in layers.items():
+        if "A" in parts and not embedding:
+            found[f"{layer}.weight"] = adapter.info(parts["A"])
+    return found
 
 
 def _working_dtype(dtype: Dtype) -> Dtype:

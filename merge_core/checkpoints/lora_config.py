@@ -5,7 +5,6 @@ Source: PEFT (https://github.com/huggingface/peft), ``LoraConfig`` and ``get_pat
 
 from __future__ import annotations
 
-import json
 import re
 from functools import cached_property
 from pathlib import Path
@@ -13,11 +12,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from merge_core.checkpoints.name_patterns import NamePatterns
 from merge_core.errors import CheckpointError, explain_validation
+from merge_core.input_files import read_json
 
 CONFIG_FILE = "adapter_config.json"
 WEIGHT_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 MOST_BYTES = 4 << 20
+MOST_VALUES = 50_000
 LONGEST_PATTERN = 500
 MOST_PATTERNS = 2000
 
@@ -40,7 +42,6 @@ STARTS_THAT_CHANGE_THE_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 Rank = Annotated[int, Field(ge=1, le=1 << 20)]
 Alpha = Annotated[float, Field(allow_inf_nan=False)]
-Matches = list[tuple[re.Pattern[str], float]]
 
 
 class AdapterConfig(BaseModel):
@@ -54,6 +55,7 @@ class AdapterConfig(BaseModel):
         rank_pattern: rank by pattern of the layer's name.
         alpha_pattern: α by pattern of the layer's name.
         modules_to_save: ends of the names of layers whose tensors are stored whole.
+        task_type: what it was trained for, as PEFT names it; None if unknown.
         base_model_name_or_path: what it was trained on, for people; never opened.
     """
 
@@ -67,6 +69,7 @@ class AdapterConfig(BaseModel):
     rank_pattern: dict[str, Rank] = {}
     alpha_pattern: dict[str, Alpha] = {}
     modules_to_save: tuple[str, ...] = ()
+    task_type: str | None = None
     base_model_name_or_path: str = ""
 
     @model_validator(mode="before")
@@ -111,31 +114,31 @@ class AdapterConfig(BaseModel):
         return patterns
 
     @cached_property
-    def _ranks(self) -> Matches:
-        return _compile(self.rank_pattern)
+    def _ranks(self) -> NamePatterns:
+        return NamePatterns(self.rank_pattern)
 
     @cached_property
-    def _alphas(self) -> Matches:
-        return _compile(self.alpha_pattern)
+    def _alphas(self) -> NamePatterns:
+        return NamePatterns(self.alpha_pattern)
 
     def rank_of(self, layer: str) -> int:
-        """The rank that is declared for a layer."""
-        return int(_match(self._ranks, layer, self.r))
+        """The rank that is declared for a layer.
+
+        Raises:
+            CheckpointError: the patterns would take too long.
+        """
+        declared = self._ranks.find(layer)
+        return self.r if declared is None else int(declared)
 
     def scale_of(self, layer: str) -> float:
-        """The factor s of a layer's update s·B·A: α/r, or α/√r."""
-        rank, alpha = self.rank_of(layer), _match(self._alphas, layer, self.lora_alpha)
+        """The factor s of a layer's update s·B·A: α/r, or α/√r.
+
+        Raises:
+            CheckpointError: the patterns would take too long.
+        """
+        rank, declared = self.rank_of(layer), self._alphas.find(layer)
+        alpha = self.lora_alpha if declared is None else declared
         return alpha / (rank**0.5 if self.use_rslora else rank)
-
-
-def _compile(patterns: dict[str, Any]) -> Matches:
-    """Patterns that match a layer's name from some dot to its end."""
-    return [(re.compile(rf"(.*\.)?({pattern})$"), value) for pattern, value in patterns.items()]
-
-
-def _match(patterns: Matches, layer: str, default: float) -> float:
-    """The value of the first pattern that matches."""
-    return next((value for pattern, value in patterns if pattern.match(layer)), default)
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
@@ -145,9 +148,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         CheckpointError: not readable, not JSON, or an adapter that is no low-rank update.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise ValueError
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = read_json(path, MOST_BYTES, MOST_VALUES)
         if not isinstance(document, dict):
             raise TypeError
     except OSError as error:

@@ -69,6 +69,7 @@ class Shard(Protocol):
         part: the keys under which a pickled file holds them, where others could have been taken.
         notes: what was chosen there, in sentences.
         lightning: whether PyTorch Lightning wrote it.
+        metadata: the texts in a safetensors file's header.
     """
 
     infos: dict[str, TensorInfo]
@@ -77,6 +78,7 @@ class Shard(Protocol):
     part: str
     notes: tuple[str, ...]
     lightning: bool
+    metadata: dict[str, str]
 
     def tensor(self, name: str) -> Tensor:
         """One tensor as stored."""
@@ -93,6 +95,7 @@ class PlainShard:
     part = ""
     notes: tuple[str, ...] = ()
     lightning = False
+    metadata: dict[str, str] = {}  # noqa: RUF012 - replaced, never changed
 
 
 class SafetensorsShard(PlainShard):
@@ -103,7 +106,7 @@ class SafetensorsShard(PlainShard):
         try:
             check_safetensors_header(path)
             header = _safe_open(path, "np")  # which does without torch
-            self.metadata: dict[str, str] = header.metadata() or {}
+            self.metadata = header.metadata() or {}
             self.infos = {name: self._info(header, name) for name in header.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, UnicodeDecodeError, RuntimeError, TypeError) as error:
             raise CheckpointError(
@@ -147,6 +150,7 @@ class TorchShard:
         self.ties = self._file.ties
         self.part, self.notes = self._file.part, self._file.notes
         self.lightning = self._file.lightning
+        self.metadata: dict[str, str] = {}
         self.infos = {
             name: _plain_info(path, name, stored) for name, stored in self._file.stored.items()
         }

@@ -7,7 +7,6 @@ says, and transformers 5 reads them so. Which of these a file holds is told from
 
 from __future__ import annotations
 
-import json
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -16,9 +15,9 @@ from weakref import WeakKeyDictionary
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.parameter_roles import VOCABULARY, describe
+from merge_core.checkpoints.side_files import read_json
 from merge_core.errors import HubError
 
-CONFIG_BYTES = 10_000_000
 Names = tuple[str, ...]
 Key = TypeVar("Key", bound=Hashable)
 
@@ -69,13 +68,7 @@ def declares_tied(model: Checkpoint) -> bool | None:
     """
     if not model.files:  # headers of a model on the hub, say
         return None
-    path = model.files[0].parent / "config.json"
-    try:
-        if not path.is_file() or path.stat().st_size > CONFIG_BYTES:
-            return None
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # no description of a model
-        return None
+    document = read_json(model.files[0].parent / "config.json")
     if not isinstance(document, dict):
         return None
     parts = (document, document.get("text_config"), document.get("decoder"))
@@ -83,7 +76,9 @@ def declares_tied(model: Checkpoint) -> bool | None:
     return next((word for word in said if isinstance(word, bool)), None)
 
 
-def with_aliases(members: Mapping[Key, Checkpoint]) -> dict[Key, Checkpoint]:
+def with_aliases(
+    members: Mapping[Key, Checkpoint], others: Sequence[Checkpoint] = ()
+) -> dict[Key, Checkpoint]:
     """Members that hold a tied tensor once, given the other names that it has in other members.
 
     Of a name that a member lacks and another has, its own tensor is the same one where its
@@ -92,7 +87,8 @@ def with_aliases(members: Mapping[Key, Checkpoint]) -> dict[Key, Checkpoint]:
     both names tie them.
 
     Args:
-        members: all members of a suite, under names that mean the same in each.
+        members: whole models of a suite, under names that mean the same in each.
+        others: its adapters, whose names and ties count as well.
 
     Returns:
         The members, each with aliases where it has some.
@@ -100,7 +96,7 @@ def with_aliases(members: Mapping[Key, Checkpoint]) -> dict[Key, Checkpoint]:
     Raises:
         CheckpointError: unreadable.
     """
-    models = list(members.values())
+    models = [*members.values(), *others]
     every = sorted(set().union(*models))
     found = {}
     for key, model in members.items():

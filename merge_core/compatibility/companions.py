@@ -25,6 +25,7 @@ TOKENIZER_BYTES = 64 << 20
 # What reading takes follows from the number of values rather than of bytes.
 MOST_VALUES = 5_000_000
 MOST_CONTAINERS = 2_000_000
+MOST_NESTED = 32
 VOCABULARY_FILES = (
     "tokenizer.json",
     "vocab.json",
@@ -41,20 +42,25 @@ VOCABULARY_FILES = (
 class Companions:
     """The files in one folder.
 
+    A link is followed within the folder, or to where the weights' own links lead (a cache of the
+    hub, a store of models): a stranger's folder shows nothing of another one.
+
     Args:
         folder: where a member's weights lie.
+        weights: the files that hold them.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, weights: Sequence[Path] = ()) -> None:
         self.folder = folder
+        self._weights = weights
         self._documents: dict[str, dict[str, Any] | None] = {}
 
     def digest(self, name: str) -> str:
         """Digest (hex) of a file's content; empty where there is none."""
-        path = self.folder / name
         try:
-            return file_digest(path) if path.is_file() else ""
-        except (OSError, ValueError, RuntimeError):
+            path = self._find(name)
+            return "" if path is None else file_digest(path)
+        except OSError:
             return ""
 
     def document(self, name: str, most_bytes: int = CONFIG_BYTES) -> dict[str, Any] | None:
@@ -91,20 +97,48 @@ class Companions:
             document = json.loads(data)
         except (ValueError, RecursionError):
             return None
-        return document if isinstance(document, dict) else None
+        return document if isinstance(document, dict) and is_shallow(document) else None
 
     def _read(self, name: str, most_bytes: int) -> bytes | None:
-        return read_bounded(self.folder / name, most_bytes)
+        path = self._find(name)
+        return None if path is None else read_bounded(path, most_bytes)
+
+    def _find(self, name: str) -> Path | None:
+        """A regular file of the folder; None where there is none, or a link leads away."""
+        path = self.folder / name
+        try:
+            if not path.is_file():
+                return None
+            target = path.resolve()
+            places = {file.resolve().parent for file in self._weights}
+        except (OSError, ValueError, RuntimeError):  # links in a circle, impossible names
+            return None
+        within = target.is_relative_to(self.folder.resolve())
+        return path if within or target.parent in places else None
+
+
+def is_shallow(document: dict[str, Any]) -> bool:
+    """Whether objects and lists are nested as files of libraries nest them.
+
+    Example:
+        >>> is_shallow({"rope_scaling": {"factor": [1, 2]}})
+        True
+    """
+    layer: list[Any] = [document]
+    for _ in range(MOST_NESTED):
+        within = [part.values() if isinstance(part, dict) else part for part in layer]
+        layer = [value for part in within for value in part if isinstance(value, dict | list)]
+        if not layer:
+            return True
+    return False
 
 
 def read_bounded(path: Path, most_bytes: int) -> bytes | None:
-    """A regular file's content; None for anything else, and for what is larger."""
+    """A file's content; None for what cannot be read, and for what is larger."""
     try:
-        if not path.is_file():
-            return None
         with path.open("rb") as stream:
             data = stream.read(most_bytes + 1)
-    except (OSError, ValueError, RuntimeError):
+    except OSError:
         return None
     return data if len(data) <= most_bytes else None
 
@@ -142,7 +176,7 @@ def companions_of(member: Checkpoint) -> Companions | None:
         return HubCompanions(member.model)
     if isinstance(member, AdaptedCheckpoint):
         return Companions(member.path)
-    return Companions(member.files[0].parent) if member.files else None
+    return Companions(member.files[0].parent, member.files) if member.files else None
 
 
 def documents_of(

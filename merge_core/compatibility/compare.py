@@ -8,15 +8,28 @@ the same tensors. No weight is read for it.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 
 from merge_core.checkpoints.lora import AdaptedCheckpoint
-from merge_core.compatibility.companions import Companions, companions_of
-from merge_core.compatibility.configs import compare_configs, compare_generation
+from merge_core.compatibility.companions import VOCABULARY_FILES, Companions, companions_of
+from merge_core.compatibility.configs import (
+    CONFIG_FILES,
+    GENERATION,
+    compare_configs,
+    compare_generation,
+)
 from merge_core.compatibility.findings import BASE, Finding, sort_findings, tell_values
-from merge_core.compatibility.tokens import compare_settings, compare_templates
+from merge_core.compatibility.tokens import (
+    SETTINGS,
+    TEMPLATE_FILES,
+    compare_settings,
+    compare_templates,
+)
 from merge_core.compatibility.vocabularies import compare_vocabularies
-from merge_core.errors import CheckpointError, SuiteError
+from merge_core.errors import CheckpointError, MergeScopeError, SuiteError
 from merge_core.suites.suite import Suite
+
+COMPARED = (*CONFIG_FILES, GENERATION, *VOCABULARY_FILES, *SETTINGS, *TEMPLATE_FILES[:2])
 
 
 def compare_companions(suite: Suite, tasks: Sequence[str] | None = None) -> tuple[Finding, ...]:
@@ -37,14 +50,13 @@ def compare_companions(suite: Suite, tasks: Sequence[str] | None = None) -> tupl
         ()
     """
     chosen = suite.select(tasks)
-    members, adapters = _collect(suite, chosen)
+    members, adapters = collect_companions(suite, chosen), _collect_adapters(suite, chosen)
     whole = {member: files for member, files in members.items() if member not in adapters}
-    kept = bool(suite.manifest(chosen).kept) if suite.spec.vocabulary == "base" else False
     return sort_findings(
         [
             *compare_configs(whole),
             *compare_generation(whole),
-            *compare_vocabularies(members, kept),
+            *compare_vocabularies(members, _keeps_embeddings(suite, chosen)),
             *compare_settings(members),
             *compare_templates(members),
             *_compare_bases(adapters),
@@ -78,23 +90,42 @@ def refuse_incompatible(suite: Suite, tasks: Sequence[str] | None = None) -> tup
     return found
 
 
-def _collect(
-    suite: Suite, tasks: Sequence[str]
-) -> tuple[dict[str, Companions], dict[str, AdaptedCheckpoint]]:
-    """The files of all members that can be read, and which of them are adapters."""
+def collect_companions(suite: Suite, tasks: Sequence[str]) -> dict[str, Companions]:
+    """The files beside the weights of all members that can be read, by task or ``base``.
+
+    Example:
+        >>> list(collect_companions(load_suite("demo"), ["dots"]))
+        ['base', 'dots']
+    """
     members: dict[str, Companions] = {}
-    adapters: dict[str, AdaptedCheckpoint] = {}
     for task in (BASE, *tasks):
-        try:
+        with suppress(CheckpointError):  # said by the pre-flight
             member = suite.base if task == BASE else suite.expert(task)
-        except CheckpointError:  # said by the pre-flight
-            continue
-        files = None if member is None else companions_of(member)
-        if files is not None:
-            members[task] = files
-        if isinstance(member, AdaptedCheckpoint):
-            adapters[task] = member
-    return members, adapters
+            files = None if member is None else companions_of(member)
+            if files is not None:
+                members[task] = files
+    return members
+
+
+def _keeps_embeddings(suite: Suite, tasks: Sequence[str]) -> bool:
+    """Whether the output has the base's embeddings as they are (``vocabulary: base``)."""
+    if suite.spec.vocabulary != "base":
+        return False
+    try:
+        return bool(suite.manifest(tasks).kept)
+    except MergeScopeError:  # members that cannot be read, or do not fit: said by the pre-flight
+        return False
+
+
+def _collect_adapters(suite: Suite, tasks: Sequence[str]) -> dict[str, AdaptedCheckpoint]:
+    """The experts that are adapters."""
+    adapters = {}
+    for task in tasks:
+        with suppress(CheckpointError):
+            expert = suite.expert(task)
+            if isinstance(expert, AdaptedCheckpoint):
+                adapters[task] = expert
+    return adapters
 
 
 def _compare_bases(adapters: Mapping[str, AdaptedCheckpoint]) -> list[Finding]:

@@ -27,12 +27,14 @@ from merge_core.compatibility.config_values import (
 )
 from merge_core.compatibility.findings import (
     Finding,
+    name_members,
     shorten,
     sort_members,
     tell_values,
 )
 
 MODEL_CONFIG = "config.json"
+GENERATION = "generation_config.json"
 CONFIG_FILES = (
     MODEL_CONFIG,
     "open_clip_config.json",
@@ -49,6 +51,7 @@ FEW_TIMES = 10
 ANOTHER = Rule("refused", "another architecture")
 OTHER_POSITIONS = Rule("refused", "there are other positions for the same rows")
 SMALL = Rule("warned", "norms divide by a slightly different number")
+UNREAD = "damaged or too large: not compared"
 NOTED = Rule("noted", "no other function of the weights")
 # timm: resolution and source of the weights, which change no layer.
 TIMM_ENDINGS = re.compile(r"(\.[\w-]+|_in2[12]k|_in1k|_\d{3})+$")
@@ -62,8 +65,14 @@ def compare_configs(members: Mapping[str, Companions]) -> list[Finding]:
     """
     found = []
     for file in CONFIG_FILES:
-        if not agree(members, (file,)):
-            found += compare_documents(file, dict(documents_of(members, file)))
+        if agree(members, (file,)):
+            continue
+        documents = dict(documents_of(members, file))
+        found += compare_documents(file, documents)
+        unread = [m for m, files in members.items() if m not in documents and files.digest(file)]
+        if unread:
+            values = f"cannot be read in {name_members(sort_members(unread))}"
+            found.append(Finding("warned", file, "the whole file", values, UNREAD))
     return found
 
 
@@ -83,7 +92,8 @@ def compare_documents(file: str, documents: Mapping[str, dict[str, Any]]) -> lis
         return []
     aligned = align_types(documents)
     fields = {member: flatten(aligned[member]) for member in sort_members(aligned)}
-    names = sorted(set().union(*fields.values()))[:MOST_FIELDS]
+    every = set().union(*fields.values())
+    names = sorted(every, key=lambda name: (_leaf(name) not in RULES, name))[:MOST_FIELDS]
     found, noted = [], []
     for name in names:
         said = _resolve(name, fields, file in WITH_DEFAULTS)
@@ -203,14 +213,13 @@ def compare_generation(members: Mapping[str, Companions]) -> list[Finding]:
 
     How texts are sampled is noted.
     """
-    file = "generation_config.json"
-    if agree(members, (file,)):
+    if agree(members, (GENERATION,)):
         return []
-    documents = dict(documents_of(members, file))
+    documents = dict(documents_of(members, GENERATION))
     names = set().union(*documents.values()) if documents else set()
     tokens = {name for name in names if name.endswith(("token_id", "token_ids", "_tokens"))}
     whole = {
         member: dict.fromkeys(tokens) | document  # an absent token is none
         for member, document in documents.items()
     }
-    return compare_documents(file, whole)
+    return compare_documents(GENERATION, whole)

@@ -42,7 +42,7 @@ class Kinship:
 
     Attributes:
         member: its task.
-        verdict: ``fine-tune``, ``far from the base``, ``stranger``, or ``no difference`` on the
+        verdict: ``fine-tune``, ``far``, ``stranger``, or ``no difference`` on the
             sample; without a base ``related``, or ``stranger`` to all others.
         distance: ‖θ_t − θ_0‖/‖θ_0‖ on the sample; about the mean of all experts without a base.
         cosine: cos(θ_t, θ_0); with the nearest other expert without a base.
@@ -159,9 +159,10 @@ def _choose_matrices(
     names = [
         name
         for name in suite.manifest(tasks).names
-        if suite.treatment(name, tasks[0]).decomposed
+        if suite.treatment(name, tasks).decomposed
         and len({member.info(name).shape for member in members}) == 1
         and members[0].info(name).numel
+        and all(member.info(name).is_floating for member in members)
     ]
     # Adapters leave most of their base as it is.
     changed = [n for n in names if any(member.may_differ(n) for member in members[: len(tasks)])]
@@ -226,7 +227,7 @@ def _row(sample: _Sample, i: int, experts: int, is_adapter: bool) -> Kinship:
         cosine = sample.cosine(i, len(names) - 1)
         verdict = _verdict(distance, cosine, limit)
         if verdict == "stranger" and is_adapter:  # which holds no other network, only an update
-            verdict = "far from the base"
+            verdict = "far"
         if (member, BASE) in sample.same:
             verdict = "no difference"
     else:
@@ -250,7 +251,7 @@ def _verdict(distance: float, cosine: float, limit: float) -> str:
     """
     if math.isnan(cosine) or (cosine < limit and distance > ORTHOGONAL):
         return "stranger"
-    return "far from the base" if distance > FAR else "fine-tune"
+    return "far" if distance > FAR else "fine-tune"
 
 
 def _warn(sample: _Sample, rows: Sequence[Kinship], members: Sequence[Checkpoint]) -> list[str]:

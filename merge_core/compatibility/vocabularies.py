@@ -17,15 +17,17 @@ from merge_core.compatibility.findings import (
     group_members,
     name_members,
     shorten,
+    sort_members,
 )
 
 FIELD = "vocabulary"
 # Rows that stand for no word until somebody takes them for one.
 SPARE = re.compile(
-    r"[\[<].*(unused|reserved|extra_id|placeholder|dummy|special).*[\]>]|madeupword\d+",
+    r"[\[<].*(unused|reserved|extra_id|extra_\d|placeholder|dummy|special).*[\]>]|madeupword\d+",
     re.IGNORECASE,
 )
 LONGEST_SPARE = 64
+LISTS = VOCABULARY_FILES[:3]
 MODELS = VOCABULARY_FILES[-4:]  # pieces in a format that is compared as a whole
 # What tokenizers' versions add without another meaning.
 PLAIN_KEYS = frozenset({"use_regex", "trim_offsets", "split", "prepend_scheme"})
@@ -155,6 +157,7 @@ def compare_vocabularies(members: Mapping[str, Companions], kept: bool) -> list[
     found = _compare_models(
         {m: members[m] for m in keys}, {m: read[key] for m, key in keys.items()}
     )
+    found += _tell_unread({m: members[m] for m, key in keys.items() if read[key] is None})
     if len(known) < 2:
         return found
     # The base's counts where it has one, else the most common.
@@ -198,9 +201,19 @@ def _compare_pair(
     ]
     if steps and not ordinary:
         values = f"not the same in {there} and {here}"
-        meaning = "texts are cut into other tokens"
+        meaning = "texts may be cut into other tokens"
         found.append(Finding("warned", "tokenizer", ", ".join(steps), values, meaning))
     return found
+
+
+def _tell_unread(members: Mapping[str, Companions]) -> list[Finding]:
+    """Members whose lists of tokens are there and cannot be read."""
+    unread = [m for m, files in members.items() if any(files.digest(name) for name in LISTS)]
+    if not unread:
+        return []
+    values = f"cannot be read in {name_members(sort_members(unread))}"
+    meaning = "damaged or too large: rows may be other tokens"
+    return [Finding("warned", "tokenizer", FIELD, values, meaning)]
 
 
 def _compare_models(

@@ -125,6 +125,11 @@ def entry_file(names: Collection[str], wanted: str | None, repo: str) -> str:
                 f"{repo}: {wanted} is no weight file. Name a .safetensors file, an index or a "
                 "PyTorch file."
             )
+        if number := shard_number(wanted):
+            raise HubError(
+                f"{repo}: {wanted} is shard {number[0]} of {number[1]}, a part of a model. Name "
+                "the index of its shards, or their folder."
+            )
         return wanted
     folder = PurePosixPath(wanted or "")
     here = sorted(

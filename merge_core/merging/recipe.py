@@ -14,6 +14,7 @@ from pydantic import Field, StringConstraints, ValidationError, model_validator
 
 from merge_core.errors import RecipeError, explain_validation
 from merge_core.files import digest_of, path_below
+from merge_core.input_files import expand_path
 from merge_core.merging.inputs import Inputs, find_suite, name_suite
 from merge_core.methods import get_method, get_postprocessor
 from merge_core.methods.declaration import (
@@ -24,6 +25,7 @@ from merge_core.methods.declaration import (
     digest_values,
 )
 from merge_core.strict_model import StrictModel
+from merge_core.suites.mergekit import explain_mergekit
 from merge_core.suites.suite import BUNDLED, BUNDLED_PATH, Suite, load_suite
 from merge_core.task_vectors import Origin
 from merge_core.yaml_text import dump_yaml, load_yaml, read_text_file
@@ -343,6 +345,8 @@ def recipe_from_yaml(text: str, where: str = "The recipe") -> Recipe:
     except yaml.YAMLError as error:
         first = str(error).replace("\n", " ")
         raise RecipeError(f"{where} is not valid YAML: {first:.200}") from error
+    if foreign := explain_mergekit(document):
+        raise RecipeError(f"{where} is {foreign}")
     return make_recipe(document, where)
 
 
@@ -385,11 +389,10 @@ def read_recipe(path: str | Path) -> Recipe:
         >>> read_recipe("recipe.yaml").method
         'average'
     """
-    path = Path(path)
+    path = expand_path(path, RecipeError)
     try:
-        path = path.expanduser()
         text = read_text_file(path)
-    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: ~someone without a home
+    except (OSError, ValueError) as error:
         told = "not a text file" if isinstance(error, ValueError) else str(error)
         reason = getattr(error, "strerror", None) or told
         raise RecipeError(
@@ -419,7 +422,7 @@ def load_recipe(path: str | Path, reference: str | None = None) -> tuple[Recipe,
         ('average', 8)
     """
     recipe = read_recipe(path)
-    folder, inputs = Path(path).expanduser().parent, recipe.inputs
+    folder, inputs = expand_path(path, RecipeError).parent, recipe.inputs
     if inputs is not None:
         suite = find_suite(recipe.suite, inputs, reference, folder)
         inputs.check(suite)

@@ -27,7 +27,7 @@ def steps_parameter(typical: str) -> Any:
     """The number of Adam's steps."""
     return parameter(
         500,
-        "Steps of Adam, each on 16 unlabelled validation images of every task. More of them move "
+        "Steps of Adam, each on 16 unlabelled validation inputs of every task. More of them move "
         "the coefficients further from their start and take longer.",
         minimum=0,
         maximum=100_000,
@@ -127,7 +127,7 @@ METHOD = Method(
     title="AdaMerging",
     order=53,
     summary="Task Arithmetic whose coefficients, one per task or per task and tensor, minimise "
-    "the entropy of the predictions on unlabelled validation images.",
+    "the entropy of the predictions on unlabelled validation inputs.",
     formula=r"\theta^l = \theta_0^l + \sum_t \lambda_t^l \tau_t^l,\quad \lambda = "
     r"\arg\min_{\lambda \in [0, 1]} \sum_t \mathbb{E}_{x \sim t}\, H\big(p_\theta(\cdot | x)\big)",
     source="Yang et al., AdaMerging, arXiv:2310.02575",
@@ -138,8 +138,8 @@ METHOD = Method(
     learns="adamerging",
     data="inputs",
     gradients=True,
-    deviations="The images come from the validation split; the paper adapts on the test images "
-    "themselves. One batch of 16 images per task and step, as in the paper (the authors' code "
+    deviations="The inputs come from the validation split; the paper adapts on the test images "
+    "themselves. One batch of 16 inputs per task and step, as in the paper (the authors' code "
     "takes two). As in that code, coefficients are clamped where they are used. An even vote of "
     "the trimmed vectors' signs leaves an entry out.",
 )

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
+from merge_core.methods.spectral import AVERAGED
 from merge_core.task_vectors import TensorGroup
 
 
@@ -62,6 +63,6 @@ METHOD = Method(
     parameters=CartParameters,
     merge=merge,
     origins=("average",),
-    averaged="everything but the weight matrices of attention and MLP",
+    averaged=AVERAGED,
     warnings=warnings,
 )

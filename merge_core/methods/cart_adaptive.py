@@ -77,7 +77,7 @@ METHOD = Method(
     title="CART with test-time adaptation",
     order=54,
     summary="CART with one coefficient per task and weight matrix, which minimise the entropy of "
-    "the predictions on unlabelled validation images.",
+    "the predictions on unlabelled validation inputs.",
     formula=r"\theta^l = \theta_{avg}^l + \sum_t \lambda_t^l\, \mathrm{SVD}_k(\theta_t^l - "
     r"\theta_{avg}^l),\quad \lambda = \arg\min_\lambda \sum_t \mathbb{E}_{x \sim t}\, "
     r"H\big(p_\theta(\cdot | x)\big)",
@@ -90,7 +90,7 @@ METHOD = Method(
     data="inputs",
     gradients=True,
     averaged=AVERAGED,
-    deviations="The images come from the validation split; the paper adapts on the test images "
+    deviations="The inputs come from the validation split; the paper adapts on the test images "
     "themselves. Coefficients are not bounded.",
     warnings=warnings,
 )

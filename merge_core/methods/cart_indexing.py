@@ -54,7 +54,7 @@ METHOD = Method(
     title="CART-Indexing",
     order=40,
     summary="One model per task, where the task is known at inference: the shared average and the "
-    "task's own leading directions about it. What is not a weight matrix is the expert's own.",
+    "task's own leading directions about it. What is not decomposed is the expert's own.",
     formula=r"\theta_t' = \theta_{avg} + \lambda\, \mathrm{SVD}_k(\theta_t - \theta_{avg})",
     source="Choi et al., Revisiting weight averaging for model merging, arXiv:2412.12153, "
     "CART-Indexing",

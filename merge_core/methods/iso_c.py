@@ -7,6 +7,7 @@ from torch import Tensor
 from merge_core.factors.decomposition import decompose
 from merge_core.factors.low_rank import as_matrix
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
+from merge_core.methods.spectral import AUTHORS_TENSORS, AVERAGED
 from merge_core.task_vectors import TensorGroup
 
 
@@ -38,7 +39,7 @@ METHOD = Method(
     title="Iso-C",
     order=5,
     summary="Replaces every singular value of the summed task vectors by their mean, so that no "
-    "task's directions dominate. What is not a weight matrix is averaged.",
+    "task's directions dominate. What is not decomposed is averaged.",
     formula=r"\theta = \theta_0 + \alpha\, \bar\sigma\, U V^\top,\quad "
     r"\sum_t \tau_t = U \Sigma V^\top,\; \bar\sigma = \tfrac{1}{r} \sum_i \sigma_i",
     source="Marczak et al., No task left behind: isotropic model merging, arXiv:2502.04959",
@@ -46,5 +47,7 @@ METHOD = Method(
     merge=merge,
     origins=("base",),
     isotropic=True,
-    averaged="everything but the weight matrices of attention and MLP",
+    averaged=AVERAGED,
+    deviations="Directions whose singular value float64 cannot tell from zero add nothing. "
+    + AUTHORS_TENSORS,
 )

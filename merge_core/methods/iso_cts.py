@@ -7,7 +7,13 @@ from torch import Tensor
 
 from merge_core.factors.low_rank import orthogonalize
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.spectral import AVERAGED, DEAD, add_to_origin, task_matrices
+from merge_core.methods.spectral import (
+    AUTHORS_TENSORS,
+    AVERAGED,
+    DEAD,
+    add_to_origin,
+    task_matrices,
+)
 from merge_core.task_vectors import TensorGroup
 
 
@@ -74,8 +80,8 @@ METHOD = Method(
     title="Iso-CTS",
     order=23,
     summary="Iso-C with the weakest common directions replaced by each task's strongest ones "
-    "outside the common space, all made orthogonal and equally strong. What is not a weight "
-    "matrix is averaged.",
+    "outside the common space, all made orthogonal and equally strong. What is not "
+    "decomposed is averaged.",
     formula=r"\theta = \theta_0 + \alpha\, \bar\sigma\, U_\perp V_\perp^\top,\quad "
     r"U = [U_c^{(k)}\, U_1^{(n)} \cdots U_T^{(n)}],\; "
     r"\textstyle\sum_t \tau_t = U_c \Sigma_c V_c^\top,\; "
@@ -88,5 +94,5 @@ METHOD = Method(
     averaged=AVERAGED,
     deviations="The number of directions of each task is rounded as in the authors' code, so the "
     "common share can differ a little from the one asked for. Directions of zero weight are left "
-    "out. The published results are at an α chosen on validation data.",
+    "out. The published results are at an α chosen on validation data. " + AUTHORS_TENSORS,
 )

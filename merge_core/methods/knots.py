@@ -22,7 +22,8 @@ class KnotsParameters(MethodParameters):
     rule: Literal["ties", "task_arithmetic"] = parameter(
         "ties",
         "How the tasks' parts are merged: trim, elect and mean as in TIES, or their sum as in Task "
-        "Arithmetic (which gives Task Arithmetic itself: the sum does not depend on the basis).",
+        "Arithmetic (which gives Task Arithmetic of these matrices: the sum does not depend on the "
+        "basis).",
     )
     variant: Literal["paper", "code"] = parameter(
         "paper",
@@ -85,8 +86,8 @@ METHOD = Method(
     title="KnOTS",
     order=25,
     summary="Decomposes all task vectors of a matrix side by side, merges their parts in the "
-    "common basis, and rebuilds. Made for low-rank (LoRA) updates; works on any. What is not a "
-    "weight matrix is averaged.",
+    "common basis, and rebuilds. Made for low-rank (LoRA) updates; works on any. What is not "
+    "decomposed is averaged.",
     formula=r"\theta = \theta_0 + \lambda\, U \Sigma\, \mathrm{merge}(V_1, \ldots, V_T)^\top,\quad "
     r"[\tau_1 \cdots \tau_T] = U \Sigma\, [V_1^\top \cdots V_T^\top]",
     source="Stoica et al., Model merging with SVD to tie the knots, arXiv:2410.19735",

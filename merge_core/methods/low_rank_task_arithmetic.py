@@ -6,6 +6,7 @@ from torch import Tensor
 
 from merge_core.factors.low_rank import as_matrix, count_directions
 from merge_core.methods.declaration import Method, MethodParameters, Rank, Run, parameter
+from merge_core.methods.spectral import AVERAGED
 from merge_core.task_vectors import TensorGroup
 
 
@@ -15,7 +16,7 @@ class LowRankTaskArithmeticParameters(MethodParameters):
     rank: Rank = parameter(
         0.08,
         "Directions kept of each task vector: a share of min(m, n), or a whole number. "
-        "All of them give Task Arithmetic.",
+        "All of them give Task Arithmetic of the decomposed matrices; the rest stays averaged.",
         typical="0.08",
     )
     scale: float = parameter(
@@ -41,11 +42,11 @@ METHOD = Method(
     title="Low-rank Task Arithmetic",
     order=3,
     summary="Task Arithmetic on task vectors cut to their leading directions: CART without the "
-    "centring. What is not a weight matrix is averaged, as in CART.",
+    "centring. What is not decomposed is averaged, as in CART.",
     formula=r"\theta = \theta_0 + \lambda \sum_t \mathrm{SVD}_k(\theta_t - \theta_0)",
     source="The uncentred comparison of CART, arXiv:2412.12153, section 4",
     parameters=LowRankTaskArithmeticParameters,
     merge=merge,
     origins=("base",),
-    averaged="everything but the weight matrices of attention and MLP",
+    averaged=AVERAGED,
 )

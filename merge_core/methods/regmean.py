@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -28,11 +29,18 @@ class RegmeanParameters(MethodParameters):
     )
     examples: int = parameter(
         256,
-        "Images of each task's validation split, drawn by the seed, whose activations are used.",
+        "Images (or texts) of each task's validation split, drawn by the seed, whose activations "
+        "are used.",
         minimum=1,
         maximum=100_000,
         typical="256",
         show=(16, 512),
+    )
+    gram: Literal["sum", "mean"] = parameter(
+        "sum",
+        "A task's Gram matrix: XᵀX (the paper), in which a task with more inputs counts more, or "
+        "XᵀX over the number of its rows (the authors' code), in which every task counts alike.",
+        later=True,
     )
 
 
@@ -105,11 +113,12 @@ FORMULA = (
 )
 AVERAGED = (
     "everything but the weights of linear layers: biases, norms, embeddings, convolutions (the "
-    "patch embedding too), attention in one module of PyTorch's own"
+    "patch embedding too), attention in one module of PyTorch's own, GPT-2's layers (Conv1D)"
 )
 DATA = (
-    "The images come from the validation split, not the training data. Directions in which no "
-    "input lies, for which the formula has no inverse, stay at the average."
+    "The inputs come from the validation split, not the training data. Directions in which no "
+    "input lies, for which the formula has no inverse, stay at the average. The authors' code "
+    "divides each Gram matrix by its rows: gram = mean."
 )
 
 METHODS = (

@@ -5,16 +5,29 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_core.factors.low_rank import as_matrix
+from merge_core.means import centre
 from merge_core.task_vectors import Origin, TensorGroup
 
-AVERAGED = "everything but the weight matrices of attention and MLP"
+AVERAGED = (
+    "everything but the weights of inner linear layers (attention, MLP, …) and convolution "
+    "kernels; the patch embedding is averaged too"
+)
+CHOSEN = (
+    "Which tensors are decomposed is the suite's choice (`decompose`, `average`): convolution "
+    "kernels by default, but not CLIP's positional embedding and projections."
+)
+AUTHORS_TENSORS = (
+    f"{CHOSEN} The authors' code does the opposite: it decomposes every 2-D tensor but "
+    "text_projection (the positional embedding and visual.proj too) and averages 4-D kernels."
+)
 # Singular values below this share of the largest one are rounding noise of float64.
 DEAD = 1e-12
 
 
 def task_matrices(group: TensorGroup, origin: Origin) -> Tensor:
     """T x m x n, float64: each θ_t − origin as a matrix (out x in)."""
-    vectors = group.experts.double() - group.origin(origin).double()
+    exact = origin == "average"
+    vectors = centre(group.experts) if exact else group.experts.double() - group.base.double()
     return orient(group, vectors.reshape(len(vectors), *as_matrix(vectors[0]).shape))
 
 

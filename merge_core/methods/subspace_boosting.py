@@ -56,7 +56,8 @@ POSTPROCESSOR = Postprocessor(
     parameters=SubspaceBoostingParameters,
     apply=apply,
     isotropic=lambda parameters: parameters.beta < 1,
-    deviations="Singular values at the level of the weights' rounding (ε·rms(θ)·(√m + √n)) are not "
-    "raised, so the update of a low-rank method keeps its rank. One β for all matrices, and a "
+    deviations="Singular values at the level of the weights' rounding (ε times the norms of the "
+    "longest row and column together) are not raised, so the update of a low-rank method keeps its "
+    "rank. One β for all matrices, and a "
     "fused qkv is one matrix.",
 )

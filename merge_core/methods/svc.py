@@ -76,11 +76,9 @@ POSTPROCESSOR = Postprocessor(
     source="Li et al., When shared knowledge hurts, arXiv:2602.05536",
     parameters=SvcParameters,
     apply=apply,
-    deviations="The paper's rule, which is also the live one of the authors' code (another, a "
-    "division by max(α, mean of s_t), stands there commented out). A task without any part along a "
-    "direction (below the weights' rounding) counts with the floor. τ_t is about the recipe's "
-    "origin, under its weights. Where singular values are equal (after Iso-C, Iso-CTS or Subspace "
-    "Boosting) the directions, and with them the result, depend on rounding, in the authors' code "
-    "too: recipes that do so are warned of.",
+    deviations="The paper's rule; the authors' code has it too (its division by max(α, mean of "
+    "s_t) is commented out). A task without a part along a direction, but for rounding, counts "
+    "with the floor. τ_t is about the recipe's origin, under its weights. After Iso-C, Iso-CTS or "
+    "Subspace Boosting the directions are not determined, there as here: a recipe is warned.",
     along_directions=True,
 )

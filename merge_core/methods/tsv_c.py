@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from merge_core.methods.declaration import Method, MethodParameters, Run
-from merge_core.methods.spectral import factored_bytes
+from merge_core.methods.spectral import AUTHORS_TENSORS, factored_bytes
 from merge_core.task_vectors import TensorGroup
 
 
@@ -37,7 +37,7 @@ METHOD = Method(
     title="TSV-C",
     order=41,
     summary="One model per task, where the task is known at inference: the base and the leading "
-    "1/T of the task vector's directions. What is not a weight matrix is the expert's own.",
+    "1/T of the task vector's directions. What is not decomposed is the expert's own.",
     formula=r"\theta_t' = \theta_0 + \mathrm{SVD}_k(\theta_t - \theta_0),\quad "
     r"k = \lfloor r/T \rfloor",
     source="Gargiulo et al., Task singular vectors, arXiv:2412.00081, TSV-Compress",
@@ -45,7 +45,8 @@ METHOD = Method(
     merge_for=merge_for,
     storage=storage,
     origins=("base",),
-    deviations="At least one direction is kept where T exceeds r. Storage counts θ_0 once, the "
+    deviations="At least one direction is kept where T exceeds r (the authors' code then keeps "
+    f"none). {AUTHORS_TENSORS} Storage counts θ_0 once, the "
     "factors of each task (or its whole matrix where that is smaller), and of what is not a matrix "
     "each expert's own, in two-byte numbers.",
 )

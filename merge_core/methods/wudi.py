@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.spectral import AVERAGED, add_to_origin, task_matrices
+from merge_core.methods.spectral import AVERAGED, CHOSEN, add_to_origin, task_matrices
 from merge_core.task_vectors import TensorGroup
 
 # Eigenvalues below this share of the largest are rounding noise of float64.
@@ -19,7 +19,14 @@ EPSILON = 1e-8
 
 
 class WudiParameters(MethodParameters):
-    """Parameters of WUDI."""
+    """Parameters of WUDI.
+
+    The minimum itself is not what the paper's results are: the authors' descent stops after 300
+    steps, long before it, and never reaches the weak directions of the inputs. A cut leaves them
+    out likewise. On eight sentence experts of a 22 M BERT (base 71.0 %) the minimum gives 67.7 %,
+    the descent 82.9 % and a cut of 0.01 83.1 %; on the bundled suite (validation, base 61.7 %)
+    61.4 %, 44.2 % and 76.5 %: the learning rate is in the unit of the weights, and a cut is not.
+    """
 
     solver: Literal["closed", "descent"] = parameter(
         "closed",
@@ -27,13 +34,13 @@ class WudiParameters(MethodParameters):
         "vectors, which stops early.",
     )
     cut: float = parameter(
-        1e-10,
+        0.01,
         "Eigenvalues of Σ G below this share of the largest are left out of its inverse, in closed "
         "form only. Raising it leaves weak input directions, which few tasks agree on, at the "
-        "base.",
+        "base; 1e-10 gives the minimum itself, which fits those directions too and merges badly.",
         minimum=0.0,
         maximum=1.0,
-        typical="1e-10 (the minimum itself); 0.001 to 0.1 regularises",
+        typical="0.01 (as good as the authors' descent, which stops early); 1e-10 for the minimum",
         show=(0, 0.1),
     )
     norm: Literal["squared", "plain"] = parameter(
@@ -127,8 +134,8 @@ METHOD = Method(
     title="WUDI",
     order=24,
     summary="The update whose difference from each task vector lies as far as possible outside "
-    "that task's own input directions, in closed form or by the authors' descent. What is not a "
-    "weight matrix is averaged.",
+    "that task's own input directions, in closed form or by the authors' descent. What is not "
+    "decomposed is averaged.",
     formula=r"\theta = \theta_0 + \arg\min_\tau \sum_t \frac{\|(\tau - \tau_t)\, \tau_t^\top\|_F^2}"
     r"{\|\tau_t\|_F^2} = \theta_0 + \Big(\sum_t \tau_t G_t\Big)\Big(\sum_t G_t\Big)^{+},\quad "
     r"G_t = \tau_t^\top \tau_t / \|\tau_t\|_F^2",
@@ -138,7 +145,10 @@ METHOD = Method(
     origins=("base",),
     averaged=AVERAGED,
     deviations="The paper descends 300 steps of Adam, which moves no entry by more than about 300 "
-    "learning rates; the default here is the minimum itself, of least norm and with the stated "
-    "cut, which can lie far from there. The authors' code divides by the norm, not its square: "
-    "norm = plain. The descent runs in float64.",
+    "learning rates and stops far from the minimum (solver = descent). The default here is the "
+    "closed form without the weak directions of Σ G, which regularises as stopping early does, "
+    "whatever the unit of the weights; the minimum itself is cut = 1e-10. The authors' code "
+    "divides by the norm, not its square: norm = plain. The descent runs in float64. Their ViT "
+    "code leaves everything but four matrices of each block at the base, where the rest is "
+    f"averaged here. {CHOSEN}",
 )

@@ -13,14 +13,15 @@ from typing import Literal
 from pydantic import TypeAdapter, ValidationError
 
 from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.checkpoints.naming import missing_prefix
 from merge_core.errors import SuiteError
+from merge_core.opening.architectures import name_architecture
 from merge_core.opening.download import SuiteByHeaders
 from merge_core.opening.draft import (
     LONGEST,
     Layout,
     base_candidates,
     draft,
-    guess_architecture,
     task_name,
     task_names,
 )
@@ -94,8 +95,8 @@ def open_by_headers(spec: SuiteSpec, path: Path, found: Sequence[FoundModel]) ->
 def suggest_roles(found: Sequence[FoundModel]) -> tuple[FoundModel, ...]:
     """Task names and roles for what was found and read, sorted by role.
 
-    What shares fewer than half of its parameters, by name and shape, with the largest group of
-    models is left out; so are further models that look like a base.
+    What shares fewer than half of its parameters, by name (but for a prefix) and shape, with the
+    largest group of models is left out; so are further models that look like a base.
     """
     models = [i for i, f in enumerate(found) if f.kind != "head" and f.role == "expert"]
     result = list(found)
@@ -127,16 +128,21 @@ def _misfits(models: Sequence[FoundModel]) -> Iterator[tuple[int, str]]:
     def overlap(a: Layout, b: Layout) -> int:
         return sum(b.get(name) == shape for name, shape in a.items())
 
-    def are_related(a: Layout, b: Layout) -> bool:
-        return 2 * overlap(a, b) >= max(len(a), len(b))
+    def are_related(one: FoundModel, other: FoundModel) -> bool:
+        longest = max(len(one.layout), len(other.layout))
+        if 2 * overlap(one.layout, other.layout) >= longest:
+            return True
+        pair = one.checkpoint, other.checkpoint
+        if pair[0] is None or pair[1] is None:
+            return False
+        # A backbone saved alone lacks a prefix that it has under a head.
+        return bool(missing_prefix(pair[0], pair[1]) or missing_prefix(pair[1], pair[0]))
 
     if not read:
         return
-    _, most = max(
-        read, key=lambda item: sum(are_related(item[1].layout, m.layout) for _, m in read)
-    )
+    _, most = max(read, key=lambda item: sum(are_related(item[1], m) for _, m in read))
     for i, model in read:
-        if not are_related(model.layout, most.layout):
+        if not are_related(model, most):
             yield (
                 i,
                 f"another network: {overlap(model.layout, most.layout)} of its {len(model.layout)} "
@@ -221,13 +227,12 @@ def draft_suite(
         kept = {task: of[each.reference] for task, each in experts.items()}
         reference = None if base is None else base.reference
         return preset.model_copy(update={"name": name, "base": reference, "experts": kept})
-    shapes = [guess_architecture(e.layout) for e in (*experts.values(), *([base] if base else []))]
-    same = bool(shapes) and all(shape == shapes[0] for shape in shapes)
+    members = [*experts.values(), *([base] if base else [])]
     return draft(
         {task: each.reference for task, each in experts.items()},
         None if base is None else base.reference,
         name,
-        shapes[0] if same else None,
+        name_architecture([m.layout for m in members], [m.checkpoint for m in members]),
         heads_for(found, list(experts)),
     )
 

@@ -10,7 +10,7 @@ from itertools import islice
 from pathlib import Path
 
 from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.checkpoints.lora import is_adapter
+from merge_core.checkpoints.lora import adapter_folder, is_adapter
 from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES, read_adapter_config
 from merge_core.checkpoints.shards import TORCH_SUFFIXES
 from merge_core.checkpoints.stored.entry import (
@@ -23,7 +23,7 @@ from merge_core.checkpoints.stored.entry import (
     weight_files,
 )
 from merge_core.errors import MergeScopeError, SuiteError
-from merge_core.files import absolute_path
+from merge_core.files import path_below
 from merge_core.hub.files import HubId, is_hub_id
 from merge_core.input_files import stays_inside
 from merge_core.opening.draft import Layout
@@ -99,7 +99,10 @@ def _find_at(place: str, alone: bool) -> Iterator[FoundModel]:
         yield FoundModel(place, "-".join(told), re.sub(r"[/@:]", "-", shown), shown)
         return
     try:
-        path = absolute_path(Path(place).expanduser())
+        path = path_below(Path(), place, SuiteError)
+        if (adapter := adapter_folder(path)) is not None and not path.is_dir():
+            yield _folder(adapter, adapter.parent)
+            return
         if split_part(path)[0].is_file():
             yield _file(path, path.parent)
             return

@@ -12,7 +12,7 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from torch import Tensor
 
-from merge_core.checkpoints.lora import PREFIX, AdaptedCheckpoint, Naming, is_stored_transposed
+from merge_core.checkpoints.lora import PREFIX, AdaptedCheckpoint, is_stored_transposed
 from merge_core.checkpoints.parameter_roles import describe, treatment
 from merge_core.checkpoints.shards import TensorInfo
 from merge_core.checkpoints.side_files import describes_model
@@ -24,7 +24,7 @@ from merge_core.merging.engine import written_dtype
 from merge_core.merging.recipe import Recipe
 from merge_core.methods.declaration import Rank
 from merge_core.methods.spectral import energy_rank
-from merge_core.output.base_class import base_class
+from merge_core.output.base_class import UNKNOWN, base_class
 from merge_core.output.layout import folder_of
 from merge_core.places import is_place
 from merge_core.suites.suite import Suite
@@ -151,11 +151,14 @@ class AdapterDraft:
         self.report = AdapterReport()
         self._base, self._base_reference = suite.base, suite.spec.base or ""
         self._base_source = suite.source(None)
+        # Of a tensor that the base holds once, the names that other members have besides are none
+        # of its files.
+        self._names = [name for name in self._base if name not in self._base.aliases]
         self._rank, self._recipe = rank, recipe
         members = [suite.expert(task) for task in tasks]
         self._adapters = [m for m in members if isinstance(m, AdaptedCheckpoint)]
-        self._class = base_class(folder_of(self._base))
-        self._naming = self._adapters[0].naming if self._adapters else self._find_naming()
+        self._class = base_class(self._base)
+        self._adapter_names = self._find_names()
         self._pairs: dict[str, _Pair] = {}
         self._whole: dict[str, Tensor] = {}
 
@@ -179,7 +182,7 @@ class AdapterDraft:
         if not bool(((merged - base).abs() > SAME * eps * base.abs()).any()):
             return
         layer = self._layer(name, TensorInfo.of(merged))
-        own = self._naming.to_adapter(name)
+        own = self._own(name)
         # An update of a tied tensor would reach one of its names; a task's head is kept whole.
         if layer is None or self._is_tied(name) or self._head_of(own):
             self._keep_whole(name, merged, base)
@@ -238,7 +241,7 @@ class AdapterDraft:
         state: dict[str, Tensor] = {}
         ranks: dict[str, int] = {}
         for name, pair in self._pairs.items():
-            layer = self._naming.to_adapter(name).removesuffix(".weight")
+            layer = self._own(name).removesuffix(".weight")
             ranks[layer] = self.report.ranks[name]
             kind, end = ("lora_embedding", "") if pair.layer.embedding else ("lora", ".weight")
             for part, value in (("A", pair.A), ("B", pair.B)):
@@ -277,20 +280,21 @@ class AdapterDraft:
         """Add the tensors that are stored whole; True if any is the bias of an adapted layer."""
         biases = {f"{layer}.bias": f"{layer}.base_layer.bias" for layer in adapted}
         in_base = []
-        for name in self._base:
-            own = self._naming.to_adapter(name)
+        for name in dict.fromkeys([*self._names, *self._whole]):
+            own = self._own(name)
             changed = self._whole.get(name)
             inside = any(own.startswith(f"{layer}.") for layer in saved)
             if changed is not None or inside:
                 self._place(state, PREFIX + biases.get(own, own), name)
             if changed is not None and not inside:
                 in_base.append(name)
-        for twin, first in (self._class.ties or {}).items():
-            name = self._naming.to_base(first)
-            if PREFIX + twin not in state and twin.rpartition(".")[0] in saved:
-                self._place(state, PREFIX + twin, name)
+        stored = {own: name for name, own in self._adapter_names.items()}
+        for first, twins in (self._class.twins or {}).items():
+            for twin in twins:
+                if PREFIX + twin not in state and twin.rpartition(".")[0] in saved:
+                    self._place(state, PREFIX + twin, stored[first])
         self.report.in_base = tuple(in_base)
-        return any(self._naming.to_adapter(name) in biases for name in in_base)
+        return any(self._own(name) in biases for name in in_base)
 
     def _place(self, state: dict[str, Tensor], key: str, name: str) -> None:
         """Add a tensor under a key: as it was merged, or else the base's."""
@@ -304,7 +308,7 @@ class AdapterDraft:
         other's (PEFT matches ends). Of a tensor with several names each gets a copy: PEFT's own
         way of tying them (``ensure_weight_tying``) makes a head of every name, embeddings included.
         """
-        names = [self._naming.to_adapter(name) for name in self._base]
+        names = [self._own(name) for name in self._names]
         layers = {name[: dot.start()] for name in names for dot in re.finditer(r"\.", name)}
         parents = {layer.rpartition(".")[0] for layer in layers}
         adapted = set(adapted)
@@ -313,9 +317,10 @@ class AdapterDraft:
             alike = any(other != layer and other.endswith(layer) for other in layers)
             return bool(layer) and layer not in parents and layer not in adapted and not alike
 
-        own = {self._naming.to_adapter(name): name for name in self._whole}
-        alone = {n for n, name in own.items() if self._class.ties is None and self._is_tied(name)}
-        twins = {twin.rpartition(".")[0] for name in own for twin in self._class.twins(name)}
+        own = {self._own(name): name for name in self._whole}
+        known = self._class.twins
+        alone = {n for n, name in own.items() if known is None and self._is_tied(name)}
+        twins = {twin.rpartition(".")[0] for name in own for twin in (known or {}).get(name, ())}
         heads = {head for name in names if (head := self._head_of(name))}
         owners = {name.rpartition(".")[0] for name in own.keys() - alone}
         inside = {layer for layer in owners if self._head_of(f"{layer}.")}
@@ -333,23 +338,30 @@ class AdapterDraft:
         Where the class is not known, an embedding may be the head besides, if the base has none.
         PEFT then writes it into the base, where it is changed under all its names.
         """
-        if self._class.ties is not None:
-            return bool(self._class.twins(self._naming.to_adapter(name)))
-        kinds = {describe(each, self._base.info(each)).kind for each in self._base}
+        if self._class.twins is not None:
+            return self._own(name) in self._class.twins
+        kinds = {describe(each, self._base.info(each)).kind for each in self._names}
         own = describe(name, self._base.info(name)).kind
         return own == "token embedding" and not kinds & {"language head", "head"}
 
-    def _find_naming(self) -> Naming:
-        """What the class puts before the names of a base that was saved as a bare backbone."""
-        prefix, ties = f"{self._class.prefix}.", self._class.ties or {}
-        bare = [
-            first
-            for first in ties.values()
-            if first.startswith(prefix) and first.removeprefix(prefix) in self._base
-        ]
-        if bare and not any(name in self._base for name in (*ties, *ties.values())):
-            return Naming(dropped=prefix)
-        return Naming()
+    def _own(self, name: str) -> str:
+        """The adapter's name of what the base names."""
+        return self._adapter_names.get(name, name)
+
+    def _find_names(self) -> dict[str, str]:
+        """The adapter's name of each tensor of the base: as in the merged adapters, or the class's.
+
+        Where adapters were trained on another class than the base's configuration names, nothing
+        is taken from that class.
+        """
+        named = {name: name for name in self._base} | dict(self._class.names or {})
+        if not self._adapters:
+            return named
+        first = self._adapters[0]
+        if any(first.naming.to_adapter(name) != named[name] for name in first.updates):
+            self._class = UNKNOWN
+            return {name: first.naming.to_adapter(name) for name in self._base}
+        return named
 
     def _to_output_dtype(self, key: str, value: Tensor, stored: torch.dtype) -> Tensor:
         """A tensor in the dtype that the recipe asks for.

@@ -1,21 +1,23 @@
 """The class of transformers that opens the base of an adapter: its task, its ties, its names.
 
-It is looked up by the name in ``config.json``; nothing that lies beside the weights is run.
+It is looked up by the name in ``config.json`` and built without memory; nothing that lies beside
+the weights is run.
 
-Source: ``TaskType`` and ``AutoPeftModel`` of PEFT (https://github.com/huggingface/peft);
-``_tied_weights_keys`` of transformers.
+Source: ``TaskType`` and ``AutoPeftModel`` of PEFT (https://github.com/huggingface/peft); the names
+that transformers gives what it reads: ``transformers.conversion_mapping``.
 """
 
 from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.side_files import read_json
+from merge_core.output.layout import folder_of
 
 # Ends of classes' names, what PEFT calls their task, and the modules that it keeps whole for it.
 TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
@@ -27,6 +29,9 @@ TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("ForQuestionAnswering", "QUESTION_ANS", ("qa_outputs",)),
 )
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,100}")
+_COUNTS = re.compile(r"layer|depth|block|stage|expert|level", re.IGNORECASE)
+# With these a class may fetch parts of itself, weights included, from elsewhere.
+_FETCHES = re.compile(r"^backbone$|^architecture$|pretrained|timm|model_id|repo", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -37,77 +42,107 @@ class BaseClass:
         task: PEFT's name of its task; None for what PEFT has no task for, or unknown classes.
         heads: ends of the names of modules that PEFT keeps whole for that task.
         auto_mapping: the class and its module, by which PEFT opens a base without a task.
-        ties: names of tensors that are others under further names, in the class's own names;
-            None where that is not known.
-        prefix: what the class puts before the names of its backbone.
+        names: the class's own name of each of the base's tensors; None where it is not known.
+        twins: of a tensor of several names, by the class's name of what the base stores, the
+            others; None where they are not known.
     """
 
     task: str | None = None
     heads: tuple[str, ...] = ()
     auto_mapping: Mapping[str, str] | None = None
-    ties: Mapping[str, str] | None = None
-    prefix: str = ""
-
-    def twins(self, name: str) -> tuple[str, ...]:
-        """Further names of a tensor, in the class's own names."""
-        return tuple(twin for twin, first in (self.ties or {}).items() if first == name)
+    names: Mapping[str, str] | None = None
+    twins: Mapping[str, tuple[str, ...]] | None = field(default=None)
 
 
 UNKNOWN = BaseClass()
 
 
-@dataclass(frozen=True)
-class _Found:
-    cls: Any
-    config: Any
-    backbone: Any = field(default=None)
-
-
-def base_class(folder: Path) -> BaseClass:
+def base_class(base: Checkpoint) -> BaseClass:
     """The class that opens a model, from the ``config.json`` in its folder."""
-    document = read_json(folder / "config.json")
+    document = read_json(folder_of(base) / "config.json")
     if not isinstance(document, dict) or not isinstance(document.get("model_type"), str):
         return UNKNOWN
     named = document.get("architectures")
     name = named[0] if isinstance(named, list) and named else None
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         return UNKNOWN
-    found = _find(name, document)
+    model = _build(name, document, len(base))
     end, task, heads = next((row for row in TASKS if name.endswith(row[0])), ("", None, ()))
-    config = document if found is None else found.config.to_dict()
+    config = document if model is None else model.config.to_dict()
     if end == "ForConditionalGeneration" and not config.get("is_encoder_decoder"):
         task = None  # such as a language model that sees, which no auto class of a task opens
-    if found is None:
-        return BaseClass(task=task, heads=heads)
+    if model is None:
+        return BaseClass(task, heads)
     mapping = None
     if task is None:
-        mapping = {"base_model_class": name, "parent_library": found.cls.__module__}
-    prefix = str(getattr(found.cls, "base_model_prefix", "") or "")
-    return BaseClass(task, heads, mapping, _ties(found, prefix), prefix)
+        mapping = {"base_model_class": name, "parent_library": type(model).__module__}
+    names = _names(model, base)
+    return BaseClass(task, heads, mapping, names, _twins(model, set(names.values())))
 
 
-def _find(name: str, document: dict[str, Any]) -> _Found | None:
-    """A class of transformers by its name, with its configuration; None if there is none."""
+def _build(name: str, document: dict[str, Any], tensors: int) -> Any:
+    """A model of transformers without memory for its weights; None if there is no such class.
+
+    A configuration that counts more layers than the base has tensors describes another model, and
+    might take hours to build; one that names a backbone may have it fetched.
+    """
+    values = list(_values(document))
+    counts = (value for key, value in values if isinstance(value, int) and _COUNTS.search(key))
+    fetched = any(isinstance(v, str) and v and _FETCHES.search(key) for key, v in values)
+    asked = any(v is True and _FETCHES.search(key) for key, v in values)
+    if fetched or asked or any(count > tensors for count in counts):
+        return None
     try:
+        import torch
+
         library = importlib.import_module("transformers")
         cls = getattr(library, name)
         if not issubclass(cls, library.PreTrainedModel):
             return None
-        config = cls.config_class.from_dict(document)
-        backbone = library.MODEL_MAPPING.get(type(config), None)
+        with torch.device("meta"):
+            return cls(cls.config_class.from_dict(document))
     except Exception:  # not installed, another version's, or a configuration that it refuses
         return None
-    return _Found(cls, config, backbone)
 
 
-def _ties(found: _Found, prefix: str) -> dict[str, str] | None:
-    """The class's ties where its configuration asks for them; None if they cannot be told."""
-    if not getattr(found.config.get_text_config(decoder=True), "tie_word_embeddings", False):
-        return {}
-    own = getattr(found.cls, "_tied_weights_keys", None) or {}
-    inner = getattr(found.backbone, "_tied_weights_keys", None) or {}
-    if not isinstance(own, dict) or not isinstance(inner, dict):  # before transformers 5
-        return None
-    if isinstance(found.backbone, type) and not issubclass(found.cls, found.backbone):
-        own = {f"{prefix}.{twin}": f"{prefix}.{first}" for twin, first in inner.items()} | own
-    return {twin: first for twin, first in own.items() if not set(twin + first) & set("*\\()[]^$")}
+def _values(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of a configuration, each with the name under which it stands."""
+    if isinstance(value, dict):
+        for name, each in value.items():
+            yield from _values(each, str(name))
+    elif isinstance(value, list):
+        for each in value:
+            yield from _values(each, key)
+    else:
+        yield key, value
+
+
+def _names(model: Any, base: Checkpoint) -> dict[str, str]:
+    """What the class calls each tensor of the base; its own name where that is not one tensor."""
+    stored = [name for name in base if name not in base.aliases]
+    found = {name: name for name in stored}
+    try:
+        conversion = importlib.import_module("transformers.conversion_mapping")
+        loading = importlib.import_module("transformers.core_model_loading")
+        steps = conversion.get_model_conversion_mapping(model)
+        simple = [step for step in steps if isinstance(step, loading.WeightRenaming)]
+        known, prefix = model.state_dict(), model.base_model_prefix
+        for name in stored:
+            found[name] = loading.rename_source_key(name, simple, [], prefix, known)[0]
+    except Exception:  # a version of transformers that names things in another way
+        return {name: name for name in stored}
+    alone = set(found.values()) <= set(known) and len(set(found.values())) == len(found)
+    return found if alone else {name: name for name in stored}
+
+
+def _twins(model: Any, stored: set[str]) -> dict[str, tuple[str, ...]]:
+    """Tensors that the class has under several names, by the name that is stored."""
+    groups: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        groups.setdefault(id(parameter), []).append(name)
+    found = {}
+    for names in groups.values():
+        first = next((name for name in names if name in stored), None)
+        if first is not None and len(names) > 1:
+            found[first] = tuple(name for name in names if name != first)
+    return found

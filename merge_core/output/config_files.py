@@ -112,10 +112,10 @@ def _of_weights(
     for key, value in document.items():
         if key in PACKED:
             continue
-        if isinstance(value, dict):
+        if key in DTYPE_KEYS and written.dtype is not None:
+            found[key] = written.dtype.name  # also where it was one for each part
+        elif isinstance(value, dict):
             found[key] = _of_weights(value, written, vocabulary)
-        elif key in DTYPE_KEYS and written.dtype is not None:
-            found[key] = written.dtype.name
         elif key == "vocab_size" and vocabulary is not None and value == vocabulary[0]:
             found[key] = vocabulary[1]
         elif key == TIED and written.head_apart:

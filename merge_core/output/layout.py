@@ -102,8 +102,10 @@ class Layout:
             **{name: path for name, path in tokenizer.items() if is_tokenizer_file(name)},
         }
         beside = {path: member.files[0] for member in found for path in found[member].values()}
-        for path in chosen.values():
-            if not belongs_beside(path, beside[path]):
+        for name, path in chosen.items():
+            # A folder between may be the link.
+            parts = {path, path.parent} if "/" in name else {path}
+            if not all(belongs_beside(part, beside[path]) for part in parts):
                 raise OutputError(
                     f"{path} is a link to a place outside its folder, and would be copied into "
                     "the output. Put the file itself there, or remove the link."

@@ -95,11 +95,7 @@ def merge_to_adapter(
         (staging / WEIGHT_FILES[0]).write_bytes(save(state, notes))
         (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
         (staging / "recipe.yaml").write_text(recipe.publish(suite).to_yaml(), encoding="utf-8")
-        card = (
-            f"{model_card(recipe, suite, about)}\n## Adapter\n\nA LoRA adapter of the base: "
-            f"{draft.report.sentences()}\n\n"
-            "Load it with `peft.PeftModel.from_pretrained(base_model, FOLDER)`.\n"
-        )
+        card = model_card(recipe, suite, about, adapter=draft.report.sentences())
         (staging / "README.md").write_text(card, encoding="utf-8")
         for member in suite.members(tasks):
             member.check_unchanged()

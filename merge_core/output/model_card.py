@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import metadata
+from importlib.metadata import version
 from typing import Any
 
 import torch
 
 from merge_core.hub.files import HubId
 from merge_core.merging.recipe import Recipe
+from merge_core.output.card_facts import BASE, CardFacts, card_facts
 from merge_core.output.provenance import Provenance
-from merge_core.suites.suite import Suite
+from merge_core.suites.suite import BUNDLED, Suite
+
+# Underscores within a word mean nothing.
+MARKS = re.compile(r"[\\`*{}\[\]<>!|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
+SHOWN_HEADS = 4
 
 
 @dataclass(frozen=True)
@@ -39,7 +45,11 @@ class Result:
 
 
 def model_card(
-    recipe: Recipe, suite: Suite, about: Provenance, results: Sequence[Result] = ()
+    recipe: Recipe,
+    suite: Suite,
+    about: Provenance,
+    results: Sequence[Result] = (),
+    adapter: str | None = None,
 ) -> str:
     """The README.md of a merged model: method, recipe, inputs and, where known, accuracies.
 
@@ -48,9 +58,11 @@ def model_card(
         suite: the suite that it names.
         about: digests of the inputs, and where on the hub they are from.
         results: accuracies of the merged model, one a task.
+        adapter: what an adapter of the base holds of the merge; None for a whole model.
 
     Returns:
         Markdown after a block of YAML, whose ``model-index`` and ``base_model`` the hub shows.
+        Texts of the suite stand in it as texts, whatever marks they hold.
         Source: https://huggingface.co/docs/hub/model-cards.
 
     Example:
@@ -62,38 +74,38 @@ def model_card(
     """
     method = recipe.declaration
     tasks = suite.select(recipe.tasks)
-    title = f"{method.title} of {len(tasks)} experts of {suite.name}"
-    members = [(name, digest, about.sources.get(name)) for name, digest in about.inputs.items()]
-    if about.base is not None:
-        members.append(("(base)", about.base, about.base_source))
-    columns = ["member", "digest of its content (SHA-256 of its files' BLAKE3)"]
-    rows = [[name, f"`{digest}`"] for name, digest, _ in members]
-    if any(source for *_, source in members):
-        columns.append("from")
-        rows = [
-            [*row, f"`{source}`" if source else ""]
-            for row, (*_, source) in zip(rows, members, strict=True)
-        ]
+    facts = card_facts(suite, tasks)
+    title = f"{method.title} of {len(tasks)} experts of {about.recipe.suite}"
+    metadata = _metadata(suite, about, title, results, facts, is_adapter=adapter is not None)
     return (
-        f"---\n{_metadata(suite, about, title, results)}\n---\n\n"
-        f"# {title}\n\n"
+        f"---\n{metadata}\n---\n\n"
+        f"# {escape_markdown(title)}\n\n"
         f"{method.summary}\n\n$$ {method.formula} $$\n\nSource: {method.source}\n\n"
         f"{_accuracies(suite, results)}"
-        f"## Recipe\n\n```yaml\n{about.recipe.to_yaml()}```\n\n"
-        "Run it again with `mergescope merge recipe.yaml --output FOLDER`.\n\n"
-        f"## Inputs\n\n{_table(columns, rows)}\n"
-        f"Made with MergeScope {metadata.version('mergescope')}, torch {torch.__version__}. "
-        "Classification heads are not part of a merge: each task keeps its own.\n"
+        f"## Recipe\n\n{_recipe(about)}"
+        f"## Inputs\n\n{_inputs(about)}\n{_notes(suite, tasks, facts)}"
+        f"Made with MergeScope {version('mergescope')}, torch {torch.__version__}.\n"
+        + ("" if adapter is None else _adapter(adapter))
     )
 
 
-def _metadata(suite: Suite, about: Provenance, title: str, results: Sequence[Result]) -> str:
-    """The YAML block: tags, the models merged as far as the hub has them, and accuracies."""
+def _metadata(
+    suite: Suite,
+    about: Provenance,
+    title: str,
+    results: Sequence[Result],
+    facts: CardFacts,
+    is_adapter: bool,
+) -> str:
+    """The YAML block: tags, licence, library, the models merged as far as the hub has them."""
     from huggingface_hub import EvalResult, ModelCardData
 
-    sources = [*about.sources.values(), *([about.base_source] if about.base_source else [])]
+    experts = [] if is_adapter else list(about.sources.values())
+    sources = [*experts, *([about.base_source] if about.base_source else [])]
     repositories = list(dict.fromkeys(HubId.parse(source).repo for source in sources))
-    relation: dict[str, Any] = {"base_model_relation": "merge"} if repositories else {}
+    more: dict[str, Any] = {name: facts.licence[name] for name in facts.licence}
+    if repositories:
+        more["base_model_relation"] = "adapter" if is_adapter else "merge"
     measured = [
         EvalResult(
             task_type=result.kind,
@@ -107,12 +119,74 @@ def _metadata(suite: Suite, about: Provenance, title: str, results: Sequence[Res
     ]
     return ModelCardData(
         base_model=repositories or None,
-        library_name=suite.spec.architecture.library if suite.spec.architecture else None,
+        library_name="peft" if is_adapter else facts.library,
+        pipeline_tag=facts.pipeline_tag,
         model_name=title,
         eval_results=measured or None,
-        tags=["merge", "mergescope", about.recipe.method],
-        **relation,
+        tags=["merge", "mergescope", about.recipe.method, *(["lora"] if is_adapter else [])],
+        **more,
     ).to_yaml()
+
+
+def _recipe(about: Provenance) -> str:
+    """The recipe in a fence that nothing in it closes, and how to run it."""
+    text = about.recipe.to_yaml()
+    longest = max((len(run) for run in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, longest + 1)
+    run = "mergescope merge recipe.yaml --output FOLDER"
+    where = ""
+    if about.recipe.suite != BUNDLED:
+        run += " --suite SUITE"
+        where = ", where SUITE is a suite.yaml of the inputs below"
+    return f"{fence}yaml\n{text}{fence}\n\nRun it again with `{run}`{where}.\n\n"
+
+
+def _inputs(about: Provenance) -> str:
+    """The table of members, by content and by name on the hub."""
+    members = [(name, digest, about.sources.get(name)) for name, digest in about.inputs.items()]
+    if about.base is not None:
+        members.append((BASE, about.base, about.base_source))
+    columns = ["member", "digest of its content (SHA-256 of its files' BLAKE3)"]
+    rows = [[escape_markdown(name), f"`{digest}`"] for name, digest, _ in members]
+    if any(source for *_, source in members):
+        columns.append("from")
+        rows = [
+            [*row, f"`{source}`" if source else ""]
+            for row, (*_, source) in zip(rows, members, strict=True)
+        ]
+    return _table(columns, rows)
+
+
+def _notes(suite: Suite, tasks: Sequence[str], facts: CardFacts) -> str:
+    """What is to be known of the merge: licences that differ, and heads that it does not hold."""
+    notes = []
+    if facts.licences:
+        stated = ", ".join(f"{escape_markdown(n)}: {text}" for n, text in facts.licences.items())
+        notes.append(f"The members state different licences ({stated}): see what they ask for.")
+    if facts.heads:
+        shown = ", ".join(f"`{name}`" for name in facts.heads[:SHOWN_HEADS] if "`" not in name)
+        more = ", …" if len(facts.heads) > SHOWN_HEADS else ""
+        notes.append(f"Heads are not part of this merge ({shown}{more}): each task keeps its own.")
+    elif all(suite.spec.experts[task].head is not None for task in tasks):
+        notes.append("Heads, which the suite names apart, are not part of this merge.")
+    return "".join(f"{note}\n\n" for note in notes)
+
+
+def _adapter(text: str) -> str:
+    return (
+        f"\n## Adapter\n\nA LoRA adapter of the base: {escape_markdown(text)}\n\n"
+        "Load it with `peft.PeftModel.from_pretrained(base_model, FOLDER)`.\n"
+    )
+
+
+def escape_markdown(text: str) -> str:
+    r"""A text in which no mark has a meaning, in one line.
+
+    Example:
+        >>> escape_markdown("a*b [c](d)"), escape_markdown("<img>")
+        ('a\\*b \\[c\\](d)', '\\<img\\>')
+    """
+    return MARKS.sub(r"\\\g<0>", " ".join(text.split()))
 
 
 def _accuracies(suite: Suite, results: Sequence[Result]) -> str:
@@ -120,7 +194,7 @@ def _accuracies(suite: Suite, results: Sequence[Result]) -> str:
         return ""
     rows = [
         [
-            suite.title(result.task),
+            escape_markdown(suite.title(result.task)),
             f"{result.accuracy:.1%}",
             f"{result.low:.1%} to {result.high:.1%}",
             f"{result.examples:,} ({result.split})",
@@ -132,8 +206,6 @@ def _accuracies(suite: Suite, results: Sequence[Result]) -> str:
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in Markdown; bars inside a cell are escaped."""
+    """A table in Markdown; texts in its cells are escaped before."""
     lines = [columns, ["---"] * len(columns), *rows]
-    return "".join(
-        "| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |\n" for line in lines
-    )
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)

@@ -12,6 +12,7 @@ import torch
 from pydantic import Field, ValidationError
 
 from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.checkpoints.shards import open_shard
 from merge_core.errors import CheckpointError, RecipeError, explain_validation
 from merge_core.factors.decomposition import Route
 from merge_core.merging.inputs import RULES_DIFFER, Inputs, Rules, name_suite
@@ -144,7 +145,9 @@ def read_provenance(path: Path) -> Provenance:
         if below and not any(path.glob("*.safetensors")):
             where = below[0].parent
     # Every shard carries the header; an index has none.
-    header = Checkpoint(Checkpoint(where).files[0]).metadata.get(HEADER_KEY)
+    is_shard = where.suffix == ".safetensors" and where.is_file()
+    shard = open_shard(where if is_shard else Checkpoint(where).files[0])
+    header = getattr(shard, "metadata", {}).get(HEADER_KEY)
     if header is None:
         raise CheckpointError(
             f"{path} does not say how it was made: no recipe is in its header. Give a model that "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from merge_core.errors import OutputError, SuiteError
 from merge_core.files import cache_dir, digest_of, file_digest, hash_of, write_atomically
+from merge_core.input_files import file_stamp
 from merge_core.suites.data_spec import (
     TORCHVISION,
     DataSpec,
@@ -136,10 +137,9 @@ def content_digest(path: Path, pattern: str | None = None) -> str:
     files = sorted(path.glob(pattern)) if pattern is not None else sorted(_files(path))
     signs, names = [], []
     for file in files:
-        stat = file.stat()
+        stamp = file_stamp(file)
         names.append(os.fsencode(file.relative_to(path)))
-        times = (stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, stat.st_ino)
-        signs += [names[-1], repr(times).encode()]
+        signs += [names[-1], repr(stamp).encode()]
     memo = cache_dir() / "digests" / digest_of("blake3", os.fsencode(path.resolve()), *signs)
     with suppress(OSError, ValueError):
         known = memo.read_text()

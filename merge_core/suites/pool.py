@@ -15,6 +15,7 @@ from pydantic import Field, StringConstraints, ValidationError
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, PoolError, explain_validation
 from merge_core.files import digest_of, file_digest, path_below, read_yaml
+from merge_core.input_files import expand_path
 from merge_core.strict_model import StrictModel
 from merge_core.suites.data_spec import Positive
 from merge_core.suites.suite_spec import ArchitectureSpec
@@ -208,7 +209,7 @@ def describes_pool(reference: str | Path) -> bool:
     """
     if str(reference) in bundled_pools():
         return True
-    path = Path(reference).expanduser()
+    path = expand_path(reference, PoolError)
     if path.is_dir():
         return (path / "pool.yaml").is_file() and not (path / "suite.yaml").is_file()
     try:

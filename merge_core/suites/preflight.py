@@ -168,18 +168,11 @@ def _drop_unreadable(
 def _plan(suite: Suite, tasks: tuple[str, ...]) -> Iterator[ParameterPlan]:
     manifest = suite.manifest(tasks)
     for name, info in manifest.infos.items():
-        role = describe(name, info)
-        if name in manifest.buffers:
-            reason = role.kind if role.is_constant else "a buffer, kept as it is"
-            yield ParameterPlan(name, info.shape, info.dtype.name, reason, False, reason)
-            continue
-        rule = suite.treatment(name, tasks[0])
+        rule, kind = suite.treatment(name, tasks), describe(name, info).kind
         reason = rule.reason
         if suite.is_stored_transposed(name, tasks[0]):
             reason += ", stored in x out"
-        # A vocabulary of several lengths is not decomposed.
-        decomposed = rule.decomposed and name not in manifest.completed
-        yield ParameterPlan(name, info.shape, info.dtype.name, role.kind, decomposed, reason)
+        yield ParameterPlan(name, info.shape, info.dtype.name, kind, rule.decomposed, reason)
 
 
 def _adapter_notes(suite: Suite, tasks: tuple[str, ...]) -> Iterator[str]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from merge_core.hub.files import is_hub_id
 from merge_core.hub.models import cache_path, require_cached, resolve_revision
 from merge_core.suites.data_files import data_identity, head_identity
 from merge_core.suites.manifest import Manifest, make_manifest
+from merge_core.suites.mergekit import explain_mergekit
 from merge_core.suites.suite_spec import SuiteSpec
 from merge_core.work_sizes import HASHED_AT_ONCE
 
@@ -137,11 +139,7 @@ class Suite:
         models = self._align(models)
         adapted = self._adapt(adapters, models.get(None))
         if len(models) + len(adapted) > 1:
-            models = {
-                key: model
-                for key, model in with_aliases({**models, **adapted}).items()
-                if key in models
-            }
+            models = with_aliases(models, list(adapted.values()))
         return models | self._adapt(adapters, models.get(None))
 
     def _align(self, models: dict[str | None, Checkpoint]) -> dict[str | None, Checkpoint]:
@@ -200,15 +198,22 @@ class Suite:
                 return f"no {what} is given for {', '.join(without)}"
         return None
 
-    def treatment(self, parameter: str, task: str | None = None) -> Treatment:
-        """Whether spectral methods decompose a parameter or average it, and why.
+    def treatment(self, parameter: str, tasks: Sequence[str] | None = None) -> Treatment:
+        """Whether spectral methods decompose a merged parameter or average it, and why.
+
+        Buffers, and vocabularies of several lengths, are never decomposed.
 
         Args:
             parameter: its name.
-            task: whose header to read (the first expert's when None).
+            tasks: chosen experts (all when None).
         """
-        info = self.expert(task or self.tasks[0]).info(parameter)
-        return treatment(parameter, info, self.spec.decompose, self.spec.average)
+        manifest = self.manifest(tasks or self.tasks)
+        info = manifest.infos[parameter]
+        if parameter in manifest.buffers:
+            return Treatment(False, "buffer, kept as it is")
+        found = treatment(parameter, info, self.spec.decompose, self.spec.average)
+        lengths_differ = parameter in manifest.completed
+        return replace(found, decomposed=found.decomposed and not lengths_differ)
 
     def is_stored_transposed(self, parameter: str, task: str | None = None) -> bool:
         """Whether a weight is stored in x out, as GPT-2's are, told from its name and its bias.
@@ -218,6 +223,8 @@ class Suite:
             task: whose header to read (the first expert's when None).
         """
         expert = self.expert(task or self.tasks[0])
+        if parameter not in expert:  # a buffer
+            return False
         if not describe_parameter(parameter, expert.info(parameter)).stored_transposed:
             return False
         return is_stored_transposed(expert, parameter) is not False
@@ -261,9 +268,7 @@ class Suite:
     @cached_property
     def matrices(self) -> tuple[str, ...]:
         """Names of the parameters that spectral methods decompose."""
-        lengths_differ = self.manifest(self.tasks).completed
-        names = (name for name in self.parameters if name not in lengths_differ)
-        return tuple(name for name in names if self.treatment(name).decomposed)
+        return tuple(name for name in self.parameters if self.treatment(name).decomposed)
 
     def members_digest(self, tasks: Sequence[str], with_base: bool) -> str:
         """Digest (hex) of the content of the chosen experts, and of the base where it counts."""
@@ -354,6 +359,8 @@ def load_suite(reference: str | Path) -> Suite:
         SuiteError,
         f"{BUNDLED!r} for the bundled suite",
     )
+    if foreign := explain_mergekit(document):
+        raise SuiteError(f"{path} is {foreign}")
     try:
         spec = SuiteSpec.model_validate(document)
     except ValidationError as error:

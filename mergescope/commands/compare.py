@@ -194,7 +194,7 @@ def _print_seeds(out: Console, result: Comparison) -> None:
 
 
 def _print_differences(out: Console, result: Comparison) -> None:
-    from analysis.accuracy import differences_to, paired_differences
+    from analysis.accuracy import differences_to, paired_differences, words_for_few_images
 
     best, *others = result.summary["label"].tolist()
     if not others:
@@ -216,4 +216,5 @@ def _print_differences(out: Console, result: Comparison) -> None:
         ],
     )
     alike = [label for label in others if label not in set(real["label"])]
+    out.print(words_for_few_images(result.hits))
     out.print(f"not told apart from {best}: {', '.join(alike) or 'none'}")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -40,9 +39,8 @@ def open_app(
         **roots.environment(root or []),
     }
     home = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "streamlit", "run", str(home / "app.py")]
+    command = [sys.executable, "-m", "ui.server.launch", "run", str(home / "app.py")]
     # The folder holds .streamlit/config.toml: loopback only, no usage statistics, our themes.
-    result = subprocess.run(
-        [*command, f"--server.port={port}"], cwd=home, env=environment, check=False
-    )
-    raise typer.Exit(result.returncode)
+    os.chdir(home)
+    # This process becomes the server, so that whatever ends it ends the server.
+    os.execve(sys.executable, [*command, f"--server.port={port}"], environment)

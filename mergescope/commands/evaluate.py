@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -32,7 +31,9 @@ def evaluate(
 
     from analysis.accuracy import mean_accuracy
     from analysis.evaluation.evaluator import Evaluator
+    from merge_core.errors import SuiteError
     from merge_core.factors.store import FactorStore
+    from merge_core.input_files import expand_path
     from merge_core.merging.engine import MergeSession
     from merge_core.merging.recipe import load_recipe, make_recipe
     from merge_core.suites.suite import load_suite
@@ -41,11 +42,10 @@ def evaluate(
     part = parse_split(split)
     check_csv(csv)
     rows = []
-    path = Path(target)
+    path = expand_path(target, SuiteError)
     document = None
     # Whatever is wrong with the file, the loader below says it.
-    with suppress(yaml.YAMLError, ValueError, OSError, RuntimeError):
-        path = path.expanduser()
+    with suppress(yaml.YAMLError, ValueError, OSError):
         document = load_yaml(read_text_file(path)) if path.is_file() else None
     is_recipe = isinstance(document, dict) and "experts" not in document
     if is_recipe:

@@ -23,7 +23,7 @@ def inspect(
         str,
         typer.Argument(
             help="A suite.yaml, its folder, 'demo' for the bundled suite, or one model on the hub: "
-            "hf://org/name. What is on the hub alone shows its headers; nothing is downloaded."
+            "hf://org/name. What is on the hub alone shows its headers; no weights are downloaded."
         ),
     ],
     tasks: TasksOption = None,
@@ -34,7 +34,7 @@ def inspect(
         bool, typer.Option("--full", help="Every parameter, not one row for each kind.")
     ] = False,
 ) -> None:
-    """Pre-flight of a suite, and norms and ranks of its task vectors."""
+    """Pre-flight of a suite: what fits, whether members belong together, norms and ranks."""
     from merge_core.compatibility.compare import compare_companions
     from merge_core.compatibility.kinship import measure_kinship
     from merge_core.suites.preflight import preflight

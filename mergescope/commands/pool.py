@@ -99,9 +99,10 @@ def _name(output: Path) -> str:
     """The pool's name: its folder's, which must be fit for links."""
     from pydantic import TypeAdapter, ValidationError
 
+    from merge_core.input_files import resolve_path
     from merge_core.suites.pool import PoolName
 
-    name = output.expanduser().resolve().name
+    name = resolve_path(output, PoolError).name
     try:
         return str(TypeAdapter(PoolName).validate_python(name))
     except ValidationError as error:

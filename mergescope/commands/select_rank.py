@@ -103,7 +103,7 @@ def select(
     _print(console(), result)
     write_csv(result.points, csv)
     if output is not None:
-        write_atomically(output, result.recipe.to_yaml().encode())
+        write_atomically(output, result.recipe.publish(loaded).to_yaml().encode())
 
 
 def _parse_mode(text: str | None, can_evaluate: bool) -> Mode:
@@ -119,6 +119,8 @@ def _print(out: Console, result: Selection) -> None:
     from analysis.rank_selection.select import setting_words
 
     out.print(f"recommended: {setting_words(result.rank, result.scale)}")
+    if result.at_edge:
+        out.print(result.at_edge)
     out.print(result.why)
     if result.accuracy is not None:
         out.print(f"validation: {_share(result.accuracy)}")
@@ -134,6 +136,9 @@ def _print(out: Console, result: Selection) -> None:
             )
     columns = ["title", "mode", "rank", "scale", "accuracy"]
     print_frame(out, "What each rule picks", result.picks[columns].dropna(axis=1, how="all"))
+    for row in result.picks[result.picks["at_edge"] != ""].to_dict("records"):
+        if row["proxy"] != result.rule:
+            out.print(f"{row['title']}: {row['at_edge']}")
     if result.mode != "weights":
         out.print(
             f"images that decided: {result.asked_images:,}, run now: {result.forward_images:,}"

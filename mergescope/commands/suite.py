@@ -58,7 +58,8 @@ def init(
         bool, typer.Option("--overwrite", help="Replace the file if it exists.")
     ] = False,
 ) -> None:
-    """Find models, say what fits, and write suite.yaml. Only headers are read."""
+    """Find models, say what fits, and write suite.yaml. Of weights only a sample is read."""
+    from merge_core.input_files import resolve_path
     from merge_core.opening.draft import write_suite
     from merge_core.opening.roles import (
         apply_preset,
@@ -93,7 +94,7 @@ def init(
         if base is not None:
             found = with_base(found, further[0] if further else None)
         _print_found(out, found)
-        spec = draft_suite(found, path.resolve().parent.name or "suite")
+        spec = draft_suite(found, resolve_path(path, SuiteError).parent.name or "suite")
     _print_fit(out, open_by_headers(spec, path, found))
     write_suite(spec, path, overwrite)
     out.print(f"written: {path}")
@@ -124,22 +125,21 @@ def _parse_pairs(pairs: Sequence[str]) -> dict[str, str]:
 
 def _reference(place: str) -> str:
     """A path made absolute; a hub id as it is."""
-    from merge_core.files import absolute_path
+    from merge_core.files import path_below
     from merge_core.hub.files import is_hub_id
 
-    if is_hub_id(place):
-        return place
-    try:
-        return str(absolute_path(Path(place).expanduser()))
-    except (OSError, RuntimeError, ValueError) as error:
-        raise SuiteError(f"{place!r} is not a path ({error}). Check it.") from error
+    return place if is_hub_id(place) else str(path_below(Path(), place, SuiteError))
 
 
 def _output(places: Sequence[str], output: Path | None) -> Path:
     """Where the suite is written: in the one folder that is named, else here."""
     if output is not None:
         return output / "suite.yaml" if output.is_dir() else output
-    only = Path(places[0]).expanduser() if len(places) == 1 else Path()
+    from merge_core.hub.files import is_hub_id
+    from merge_core.input_files import expand_path
+
+    named = len(places) == 1 and not is_hub_id(places[0])
+    only = expand_path(places[0], SuiteError) if named else Path()
     return (only if only.is_dir() else Path()) / "suite.yaml"
 
 

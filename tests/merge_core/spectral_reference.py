@@ -203,7 +203,7 @@ SPECTRAL_REFERENCES: dict[str, tuple[dict[str, Any], Callable[[Suite], State]]] 
     "karcher": ({}, karcher),
     "model_stock": ({}, model_stock),
     "iso_cts": ({"common": 0.5}, lambda s: iso_cts(s, 0.5, 1.0)),
-    "wudi": ({}, wudi),
+    "wudi": ({"cut": 1e-10}, wudi),
     "knots": ({"density": 0.4}, lambda s: knots(s, density=0.4)),
     "cart_energy": ({"energy": 0.6}, lambda s: cart_energy(s, 0.6, 1.0)),
 }

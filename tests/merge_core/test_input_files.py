@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from merge_core.errors import MergeScopeError
+from merge_core.files import path_below
 from merge_core.input_files import (
     belongs_beside,
     check_regular,
@@ -18,7 +19,6 @@ from merge_core.input_files import (
     find_outside,
     open_regular,
     read_bounded,
-    resolve_path,
     stays_inside,
 )
 
@@ -92,6 +92,9 @@ def test_side_files_are_of_the_same_model(tmp_path: Path) -> None:
         ("d", "d"), ("e", tmp_path / "repo" / ".git" / "config"),
     ]:  # fmt: skip
         assert not belongs_beside(link(model / name, target), weights)
+    folder = link(model / "additional_chat_templates", put(tmp_path / "keys" / "a.jinja").parent)
+    assert not belongs_beside(folder / "a.jinja", weights)
+    assert belongs_beside(put(model / "sub" / "config.json"), weights)
 
 
 def test_a_tree_is_looked_through_also_through_its_own_links(tmp_path: Path) -> None:
@@ -104,6 +107,17 @@ def test_a_tree_is_looked_through_also_through_its_own_links(tmp_path: Path) -> 
     assert find_outside(root / "a", root) == root / "a" / "up" / "c" / "d" / bad.name
     assert find_outside(root / "a" / "b", root) is None
     assert find_outside(link(root / "out", secret.parent), root) == root / "out"
+
+
+def test_no_way_leads_out_and_back(tmp_path: Path) -> None:
+    """What lies beside a link on the way may be read as a model's description or shards."""
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    weights = put(root / "b" / "model.safetensors")
+    way = link(root / "a.safetensors", link(outside / "model.safetensors", weights))
+    assert way.resolve() == weights
+    assert not stays_inside(way, root)
+    assert stays_inside(link(root / "c", link(root / "d", weights)), root)
+    assert stays_inside(root / "b" / ".." / "b", root)
 
 
 def test_a_tree_beyond_counting_is_not_taken_for_inside(
@@ -165,14 +179,14 @@ def test_bounded_reading(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["~nobody-of-that-name/x", "a\0b", "a" * 5000, "\udcff\0"])
 def test_what_is_no_path_is_said(text: str, tmp_path: Path) -> None:
     with pytest.raises(MergeScopeError, match="is not a path"):
-        resolve_path(text, MergeScopeError, tmp_path)
+        path_below(tmp_path, text, MergeScopeError)
 
 
 def test_a_circle_of_links_is_said(tmp_path: Path) -> None:
     link(tmp_path / "a", "b")
     link(tmp_path / "b", "a")
     with pytest.raises(MergeScopeError, match="is not a path"):
-        resolve_path("a/model", MergeScopeError, tmp_path)
+        path_below(tmp_path, "a/model", MergeScopeError)
 
 
 def test_a_change_in_place_with_its_time_restored_is_seen(tmp_path: Path) -> None:

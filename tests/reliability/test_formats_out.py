@@ -172,6 +172,7 @@ def test_transformers(
         litter(folder)
         for name in TOKENIZER:
             (folder / name).write_text(f'{{"of": {i}}}')
+        (folder / "vocab.txt").write_text("one vocabulary for all")
     assert (tmp_path / "m0" / "model.safetensors.index.json").exists() == shards
     base = "m0" if with_base else None
     out = merge_folder(tmp_path, ["m1", "m2"], base, shard_bytes=8000 if shards else 10**9)

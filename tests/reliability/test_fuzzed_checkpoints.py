@@ -275,13 +275,82 @@ def test_the_worst_files_take_neither_time_nor_memory(tmp_path: Path, kind: str)
     assert_clear(message, path)
 
 
-@pytest.mark.parametrize(
-    "text", [b"[" * 10**6, b'{"weight_map":' * 10**5, b'{"weight_map":{"w":"' + b"x" * 60_000_000]
-)
-def test_the_worst_indexes_too(tmp_path: Path, text: bytes) -> None:
+def index_of(entry: str, size: int) -> bytes:
+    """An index of some size in bytes, with as many entries as it holds."""
+    body = ",".join(entry % i for i in range(size // len(entry % 0)))
+    return ('{"weight_map":{' + body + "}}").encode()
+
+
+INDEXES: dict[str, Callable[[], bytes]] = {
+    "lists in lists": lambda: b"[" * 10**6,
+    "tables in tables": lambda: b'{"weight_map":' * 10**5,
+    "one long name": lambda: b'{"weight_map":{"w":"' + b"x" * 60_000_000,
+    "48 MB": lambda: index_of('"w%d":"one.safetensors"', 48_000_000),
+    "19 MB of short names": lambda: index_of('"%d":"a"', 19_000_000),
+    "19 MB of lists": lambda: b'{"weight_map":{},"a":[' + b"[]," * 6_300_000 + b"[]]}",
+    "19 MB of numbers": lambda: b'{"weight_map":{},"a":[' + b"1," * 9_000_000 + b"1]}",
+    "19 MB of escapes": lambda: b'{"weight_map":{"' + b"\\ud800" * 3_000_000 + b'":"a"}}',
+    "19 MB of long names": lambda: index_of(f'"%d{"n" * 400}":"one.safetensors"', 19_000_000),
+    "19 MB of no text": lambda: b'{"weight_map":{"' + b"\xff" * 19_000_000 + b'":"a"}}',
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", INDEXES)
+def test_the_worst_indexes_too(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "hostile.safetensors.index.json"
-    path.write_bytes(text)
-    message = run_confined(lambda: outcome(path), 30)
+    path.write_bytes(INDEXES[kind]())
+
+    def timed() -> tuple[str | None, float]:
+        start = time.process_time()
+        return outcome(path), time.process_time() - start
+
+    message, seconds = run_confined(timed, 30)
+    assert seconds < SECONDS
+    assert message is not None
+    assert_clear(message, path)
+
+
+def zip_of(count: int, name: bytes, extra: bytes) -> bytes:
+    """A zip file of so many empty members, each with a long name and extra fields."""
+    record = struct.pack(
+        "<4s6H3L5H2L", b"PK\x01\x02", 45, 45, 0, 0, 0, 0, 0, 0xFFFFFFFF, 0,
+        len(name) + 8, len(extra), 0, 0, 0, 0, 0,
+    )  # fmt: skip
+    directory = b"".join(record + name + b"%08d" % i + extra for i in range(count))
+    end = struct.pack("<4s4H2LH", b"PK\x05\x06", 0, 0, count, count, len(directory), 4, 0)
+    return b"PK\x03\x04" + directory + end
+
+
+ZIPS: dict[str, Callable[[], bytes]] = {
+    "31 MB of extra fields": lambda: zip_of(480, b"a/data/", b"\0\0\0\0" * 16_000),
+    "31 MB of long extra fields": lambda: zip_of(480, b"a/data/", b"\2\0\x0b\0" + b"x" * 64_000),
+    "32 MB of undecodable names": lambda: zip_of(500, b"\xff" * 65_000, b""),
+    "32 MB of undecodable names, each allowed": lambda: zip_of(8_000, b"\xff" * 4_000, b""),
+    "32 MB of undecodable texts": lambda: (
+        b"\x80\x02(" + (b"X" + struct.pack("<I", 4000) + b"\xff" * 4000) * 8_300 + b"l."
+    ),
+    "32 MB of halves of pairs": lambda: (
+        b"\x80\x02(" + (b"V" + b"\\ud800" * 10_000 + b"\n") * 540 + b"l."
+    ),
+    "32 MB of undecodable lines": lambda: b"\x80\x02(" + (b"S'" + b"\xff" * 60_000 + b"'\n") * 540,
+    "32 MB of undecodable globals": lambda: (
+        b"\x80\x02(" + (b"c" + b"\xff" * 30_000 + b"\nx\n") * 1_000 + b"l."
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", ZIPS)
+def test_the_worst_torch_files_too(tmp_path: Path, kind: str) -> None:
+    """Work, not bytes, is bounded: what is no text takes a hundred times as long as text."""
+    path = tmp_path / "hostile.pt"
+    path.write_bytes(ZIPS[kind]())
+
+    def timed() -> tuple[str | None, float]:
+        start = time.process_time()
+        return outcome(path), time.process_time() - start
+
+    message, seconds = run_confined(timed, 30)
+    assert seconds < SECONDS
     assert message is not None
     assert_clear(message, path)
 

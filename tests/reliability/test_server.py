@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 import pytest
 
+ROOT = Path(__file__).resolve().parents[2]
 SECRET = "hf_aSecretThatNobodyMaySee"
 MARK = "only on this disk: 5f2c"
 
@@ -86,6 +88,38 @@ class Server:
             Sec_WebSocket_Key="dGhlIHNhbXBsZSBub25jZQ==",
             **headers,
         ).status
+
+
+def test_a_signal_ends_the_server_and_frees_its_port(tmp_path: Path) -> None:
+    for number, sent in enumerate((signal.SIGTERM, signal.SIGINT)):
+        (tmp_path / str(number)).mkdir()
+        running = Server(tmp_path / str(number))
+        running.process.send_signal(sent)  # to the one process that the user started
+        running.process.wait(timeout=20)
+        assert listening(running.port) == set()
+        with pytest.raises(OSError, match="refused"):
+            running.ask("/_stcore/health")
+        assert "Traceback" not in running.log.read_text()
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.2, 0.5, 1.0])
+@pytest.mark.parametrize("arguments", [["app", "--port", "8599"], ["inspect", "demo"]])
+def test_an_interrupt_at_the_start_shows_no_traceback(
+    arguments: list[str], seconds: float, tmp_path: Path
+) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mergescope", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "STREAMLIT_SERVER_HEADLESS": "true"},
+    )
+    time.sleep(seconds)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=30)
+    assert "Traceback" not in said
+    assert process.returncode != 0 or arguments[0] == "app"
 
 
 @pytest.fixture(scope="module")

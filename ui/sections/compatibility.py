@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import asdict
 
 import pandas as pd
 import streamlit as st
 
-from merge_core.compatibility.compare import compare_companions
+from merge_core.compatibility.compare import COMPARED, collect_companions, compare_companions
 from merge_core.compatibility.findings import Finding
 from merge_core.compatibility.kinship import Kinships, measure_kinship
 from merge_core.errors import CheckpointError
@@ -29,14 +30,18 @@ def compatibility_section(suite: Suite, fits: bool) -> None:
         suite: the suite; members that are not here show only what is known of them.
         fits: whether the members' tensors fit together, so that their weights can be compared.
     """
-    _show_findings(compare_companions(suite))
+    state = _state(suite)
+    _show_findings(_compare(suite, state))
     if fits:
         try:
-            found = _measure(suite, _state(suite))
+            _show_kinships(_measure(suite, state))
         except CheckpointError as error:
             show_error(error)
-            return
-        _show_kinships(found)
+
+
+def are_one_network(suite: Suite) -> bool:
+    """Whether the files beside the weights let members be merged."""
+    return not any(f.level == "refused" for f in _compare(suite, _state(suite)))
 
 
 def findings_frame(findings: tuple[Finding, ...]) -> pd.DataFrame:
@@ -75,10 +80,21 @@ def _show_findings(findings: tuple[Finding, ...]) -> None:
 
 
 def _state(suite: Suite) -> str:
-    """What tells one state of a suite's members from another."""
-    members = suite.members(suite.tasks)
-    files = (path for member in members for path in member.files)
-    return digest_of(suite.spec.model_dump_json(), str(suite.path), *map(stamp, files))
+    """What tells one state of a suite's members, and of the files beside them, from another."""
+    stamps = [suite.spec.model_dump_json(), str(suite.path)]
+    for files in collect_companions(suite, suite.tasks).values():
+        stamps += [stamp(files.folder / name) for name in COMPARED]
+    for task in (None, *suite.tasks):
+        with suppress(CheckpointError):  # said by the pre-flight
+            member = suite.base if task is None else suite.expert(task)
+            stamps += [stamp(path) for path in member.files] if member is not None else []
+    return digest_of(*stamps)
+
+
+@st.cache_data(max_entries=8, show_spinner="Comparing configurations and tokenizers …")
+def _compare(_suite: Suite, state: str) -> tuple[Finding, ...]:
+    """What differs between the files beside the weights in that state."""
+    return compare_companions(_suite)
 
 
 @st.cache_data(max_entries=8, show_spinner="Looking at the weights …")

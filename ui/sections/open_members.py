@@ -15,7 +15,7 @@ from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite
 from ui import charts
 from ui.plain_text import plain, show_info, show_warning
-from ui.sections.compatibility import compatibility_section
+from ui.sections.compatibility import are_one_network, compatibility_section
 
 # What people choose from, and what it means.
 ROLES: dict[str, Role] = {
@@ -134,11 +134,11 @@ def fit_section(suite: Suite) -> None:
         )
     elif len(suite.tasks) < FEWEST:
         st.warning(
-            f"Only one model takes part as an expert: **{suite.tasks[0]}**. A merge needs two or "
-            "more. Add another one, or choose the role 'expert' for one that is left out.",
+            f"Only one model takes part as an expert: **{plain(suite.tasks[0])}**. A merge needs two "
+            "or more. Add another one, or choose the role 'expert' for one that is left out.",
             icon=":material/warning:",
         )
-    else:
+    elif are_one_network(suite):
         st.success(f"All {len(members)} models fit together.", icon=":material/check_circle:")
     for note in report.notes:
         show_info(note)

@@ -14,6 +14,7 @@ import streamlit as st
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
 from merge_core.hub.files import HubId
+from merge_core.input_files import stays_inside
 from merge_core.opening.draft import task_name
 from merge_core.opening.presets import presets
 from merge_core.opening.roles import FoundModel, apply_preset
@@ -121,7 +122,7 @@ def _offer_existing(path: Path, root: Path, open_suite: Callable[[str, Path], No
     left, right = st.columns([3, 1], vertical_alignment="center")
     left.markdown(f"This folder has a **{FILE}** already.")
     if right.button("Open it as it is", icon=":material/open_in_new:", width="stretch"):
-        if not path.resolve().is_relative_to(root):
+        if not stays_inside(path, root):
             raise SuiteError(f"This {FILE} is a link to a place outside the allowed folders.")
         suite = load_suite(path)
         document = suite.spec.model_dump(mode="json")

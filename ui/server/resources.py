@@ -17,6 +17,7 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split, has_labels
 from merge_core.factors.store import FactorStore
 from merge_core.files import digest_of, file_digest
+from merge_core.input_files import file_stamp
 from merge_core.merging.engine import MergeSession
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.task_vectors import TensorGroup
@@ -61,8 +62,7 @@ def suite_key(name: str) -> str:
 
 def stamp(path: Path) -> str:
     """What tells one state of a file from another, without reading it."""
-    stat = path.stat() if path.exists() else None
-    return f"{path}:{stat.st_size}:{stat.st_mtime_ns}" if stat else f"{path}:missing"
+    return f"{path}:{file_stamp(path)}"
 
 
 @st.cache_resource(max_entries=8, show_spinner=False)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from merge_core.checkpoints.stored.entry import split_part
 from merge_core.errors import MergeScopeError
-from merge_core.input_files import find_outside
+from merge_core.input_files import find_outside, resolve_path
 from merge_core.opening.search import holds_models
 
 VARIABLE = "MERGESCOPE_ROOTS"
@@ -34,13 +35,17 @@ def environment(named: Sequence[Path]) -> dict[str, str]:
             raise MergeScopeError(f"--root {root} is not a folder. Name one that exists.")
         if os.pathsep in str(root):
             raise MergeScopeError(f"--root {root} holds {os.pathsep!r}. Rename or move the folder.")
-    return {VARIABLE: os.pathsep.join(str(root.resolve()) for root in named)}
+    return {VARIABLE: os.pathsep.join(str(resolve_path(root, MergeScopeError)) for root in named)}
 
 
 def roots() -> tuple[Path, ...]:
-    """The allowed roots, resolved; the server's working folder where none was named."""
+    """The allowed roots, resolved; the server's working folder where none was named.
+
+    Raises:
+        MergeScopeError: one is no path any more.
+    """
     named = [part for part in os.environ.get(VARIABLE, "").split(os.pathsep) if part]
-    return tuple(dict.fromkeys(Path(part).resolve() for part in named or ["."]))
+    return tuple(dict.fromkeys(resolve_path(part, MergeScopeError) for part in named or ["."]))
 
 
 def confine(text: str, root: Path) -> Path:
@@ -115,7 +120,7 @@ def names_outside(document: object, folder: Path, root: Path) -> str | None:
         return next((part for part in parts if part is not None), None)
     if isinstance(document, str):
         try:
-            path = folder / Path(document).expanduser()
+            path, _ = split_part(folder / Path(document).expanduser())
             if not path.exists():
                 return None
         except (OSError, RuntimeError, ValueError):  # no path at all

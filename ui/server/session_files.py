@@ -200,7 +200,7 @@ def _is_active(session: str) -> bool:
 
 
 def _place() -> Path:
-    return cache_dir().resolve() / "sessions"
+    return cache_dir() / "sessions"
 
 
 @cache

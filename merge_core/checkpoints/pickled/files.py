@@ -21,6 +21,7 @@ from merge_core.checkpoints.pickled.sets import find_model
 from merge_core.checkpoints.pickled.tensors import Region, StoredTensor, Unreadable
 from merge_core.checkpoints.pickled.zips import inflate
 from merge_core.errors import CheckpointError
+from merge_core.input_files import open_regular
 from merge_core.lazy import lazy
 
 if TYPE_CHECKING:
@@ -54,7 +55,7 @@ class PickledTensors:
     def __init__(self, path: Path, part: str = "") -> None:
         self.path = path
         try:
-            with path.open("rb") as stream:
+            with open_regular(path) as stream:
                 self._size = stream.seek(0, 2)
                 stream.seek(0)
                 contents = read_contents(stream, self._size)
@@ -144,7 +145,7 @@ class PickledTensors:
         return storage
 
     def _read(self, start: int, size: int) -> bytearray:
-        with self.path.open("rb") as stream:
+        with open_regular(self.path) as stream:
             stream.seek(start)
             data = bytearray(stream.read(size))
         if len(data) != size:

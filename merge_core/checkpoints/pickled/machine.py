@@ -18,6 +18,7 @@ from typing import Any, BinaryIO, NamedTuple, Protocol
 MOST_STEPS = 1_000_000
 STEPS_PER_CALL = 5
 MOST_TEXT = 1 << 25
+MOST_ESCAPED = 1 << 17
 LONGEST_TEXT = 1 << 12
 LONGEST_LINE = 1 << 16
 LONGEST_INTEGER = 1 << 10
@@ -91,10 +92,11 @@ class Maker(Protocol):
 
 @dataclass(slots=True)
 class Budget:
-    """The steps and bytes of text that all pickles of one file may still take."""
+    """The steps, and bytes of text and of what is none, that pickles of a file may still take."""
 
     steps: int = MOST_STEPS
     text: int = MOST_TEXT
+    escaped: int = MOST_ESCAPED
 
 
 def read_pickle(stream: BinaryIO, end: int, maker: Maker, budget: Budget) -> Any:
@@ -169,7 +171,7 @@ class _Machine:
             return self.blob(size)
         self.room_for(size)
         self.charge(size)
-        return self.stream.read(size).decode("utf-8", "backslashreplace")
+        return self.decode(self.stream.read(size), "utf-8")
 
     def charge(self, size: int) -> None:
         self.budget.text -= size
@@ -184,7 +186,21 @@ class _Machine:
         if not raw.endswith(b"\n"):
             raise PickleFileError.damaged("its pickle is truncated or damaged")
         self.charge(len(raw))
-        return _without_surrogates(raw[:-1].decode(encoding, "backslashreplace"))
+        return self.decode(raw[:-1], encoding)
+
+    def decode(self, raw: bytes, encoding: str) -> str:
+        """A text that can be written to a file; what is none stands in it as escapes.
+
+        Escapes take a hundred times as long to make: they end with their own budget.
+        """
+        try:
+            text = raw.decode(encoding)
+            text.encode()  # halves of pairs are no text either
+        except UnicodeError:
+            self.budget.escaped -= len(raw)
+            how = "backslashreplace" if self.budget.escaped >= 0 else "replace"
+            return raw.decode(encoding, how).encode("utf-8", how).decode()
+        return text
 
     def integer(self, size: int) -> int | Blob:
         if size > LONGEST_INTEGER:
@@ -217,11 +233,6 @@ class _Machine:
 Step = Callable[[_Machine], object]
 
 U8, U16, I32, U32, U64, F64 = (struct.Struct(code) for code in ("<B", "<H", "<i", "<I", "<Q", ">d"))
-
-
-def _without_surrogates(text: str) -> str:
-    """The text without lone surrogates, which cannot be written to a file."""
-    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def _constant(value: Any) -> Step:

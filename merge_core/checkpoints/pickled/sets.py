@@ -40,8 +40,9 @@ AVERAGED_WORD = re.compile(
 )
 # What trainers keep beside models, in dictionaries that hold tensors too.
 NO_MODEL = re.compile(
-    r"^_|optim|sched|scaler|rng|random_state|callback|loops|hparam|hyper|args|config|cfg|metric"
-    r"|history|loss|criterion|result|best_score|buffer_names|averaging_state",
+    r"^_|(^|_)(optim|optimizers?|(lr_)?schedulers?|sched|scaler|rng|random|callbacks?|loops|hparams"
+    r"|hyper_parameters|args|config|cfg|metrics?|history|loss(es)?|criterion|results?|statistics"
+    r"|averaging_state)(_|$)",
     re.IGNORECASE,
 )
 # DeepSpeed writes this beside weights, whose values may lie in other files (ZeRO stage 3).

@@ -28,6 +28,8 @@ END_64 = struct.Struct("<4sQ2H2L4Q")
 ENTRY = struct.Struct("<4s6H3L5H2L")
 HEADER = struct.Struct("<4s5H3L2H")
 LONGEST_COMMENT = 0xFFFF
+MOST_EXTRA_FIELDS = 16
+LONGEST_NAME = 1 << 12
 IN_64 = 0xFFFFFFFF
 STORED, DEFLATED = 0, 8
 DAMAGED = "its zip directory is truncated or damaged"
@@ -150,9 +152,11 @@ def _entry(directory: bytes, place: int) -> tuple[str, Entry, int]:
     after = place + name_size + extra_size + comment_size
     if signature != b"PK\x01\x02" or after > len(directory):
         raise PickleFileError.damaged(DAMAGED)
+    if name_size > LONGEST_NAME:
+        raise PickleFileError.damaged("its zip directory has a name that no file has")
     if flags & 1:
         raise PickleFileError("it is encrypted. Save it without a password.")
-    name = directory[place : place + name_size].decode("utf-8", "backslashreplace")
+    name = directory[place : place + name_size].decode("utf-8", "replace")
     extra = directory[place + name_size : place + name_size + extra_size]
     if IN_64 in (size, packed, header):
         size, packed, header = _fill_64_bit_fields(extra, size, packed, header)
@@ -161,9 +165,11 @@ def _entry(directory: bytes, place: int) -> tuple[str, Entry, int]:
 
 def _fill_64_bit_fields(extra: bytes, *fields: int) -> list[int]:
     """Replace the fields that say "see the extra field" by its values, in their order."""
-    while extra:
-        kind, length = struct.unpack_from("<2H", extra)
-        body, extra = extra[4 : 4 + length], extra[4 + length :]
+    place = 0
+    for _ in range(MOST_EXTRA_FIELDS):
+        kind, length = struct.unpack_from("<2H", extra, place)
+        place += 4
+        body, place = extra[place : place + length], place + length
         if kind == 1:
             values = iter(struct.unpack_from(f"<{len(body) // 8}Q", body))
             try:

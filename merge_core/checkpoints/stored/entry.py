@@ -92,7 +92,9 @@ def _single(names: Sequence[str]) -> str | None:
     indexes = [name for name in names if is_index(name)]
     shards = [name for name in names if name not in indexes and SHARD.search(name)]
     whole = [name for name in names if name not in indexes and name not in shards]
-    if len(indexes) == 1 and f"{whole[0] if len(whole) == 1 else ''}.index.json" != indexes[0]:
+    if len(whole) == 1 and f"{whole[0]}.index.json" in indexes:  # left from an earlier save
+        return whole[0]
+    if len(indexes) == 1:
         return indexes[0]
     if len(whole) == 1 and not shards:
         return whole[0]

@@ -17,7 +17,8 @@ from merge_core.errors import CheckpointError
 Shape = tuple[int, ...]
 
 # A wrapper of the whole model puts one of these before all names, in any nesting.
-PREFIXES = ("module.", "_module.", "base_model.model.")
+PEFT = "base_model.model."
+PREFIXES = ("module.", "_module.", PEFT)
 # These stand before or inside names, wherever a part was wrapped. No layer is called so.
 INSERTED = frozenset(
     {
@@ -59,20 +60,20 @@ def public_names(
         >>> public_names({"module.fc.weight": (2, 2), "n_averaged": ()}, "swa.pt")
         {'fc.weight': 'module.fc.weight'}
     """
-    public = _without_inserted({name: name for name in shapes}, where)
-    public = _without_prefixes(public, shapes)
+    public = _without_words({name: name for name in shapes}, INSERTED, where)
+    public = _without_prefixes(public, shapes, where)
     if lightning and (first := _common_part(public)):
-        public = _without_prefixes(_cut(public, first), shapes)
+        public = _without_prefixes(_cut(public, first), shapes, where)
     return _with_one_spelling(public, shapes)
 
 
-def _without_inserted(public: dict[str, str], where: object) -> dict[str, str]:
+def _without_words(public: dict[str, str], words: Collection[str], where: object) -> dict[str, str]:
     text = "\n".join(public)
-    if not any(word in text for word in INSERTED):
+    if not any(word in text for word in words):
         return public
     result: dict[str, str] = {}
     for name, stored in public.items():
-        plain = ".".join(part for part in name.split(".") if part not in INSERTED)
+        plain = ".".join(part for part in name.split(".") if part not in words)
         if plain in result or not plain:
             raise CheckpointError(
                 f"{where}: {stored!r} and {result.get(plain, plain)!r} are one tensor without the "
@@ -82,7 +83,9 @@ def _without_inserted(public: dict[str, str], where: object) -> dict[str, str]:
     return result
 
 
-def _without_prefixes(public: dict[str, str], shapes: Mapping[str, Shape]) -> dict[str, str]:
+def _without_prefixes(
+    public: dict[str, str], shapes: Mapping[str, Shape], where: object
+) -> dict[str, str]:
     """Without the prefixes that all names have, but counters of the wrapper beside them."""
     found = True
     while found:
@@ -92,6 +95,9 @@ def _without_prefixes(public: dict[str, str], shapes: Mapping[str, Shape]) -> di
         for prefix in PREFIXES:
             if named and all(len(n) > len(prefix) and n.startswith(prefix) for n in named):
                 public, found = _cut(named, prefix), True
+                # What PEFT adapts is called so; elsewhere it is a layer's own name.
+                if prefix == PEFT and not any("lora_" in name for name in public):
+                    public = _without_words(public, {"base_layer"}, where)
                 break
     return public
 

@@ -118,24 +118,35 @@ def _check_no_factors(names: Collection[str], where: str) -> None:
 
 
 def _packed(infos: Mapping[str, Info]) -> tuple[str, str] | None:
-    """The format of packed weights and a tensor that shows it, or None."""
-    for name, info in infos.items():
-        if four := FOUR_BIT.search(name):
-            return f"bitsandbytes {four[1].upper()}", name
-        if FLAT.search(name):
-            return "flattened parameters of FSDP", name
-        if name.endswith(ENDS):
-            for kind, end, beside in FORMATS:
-                layer = name.removesuffix(end)
-                if layer != name and any(f"{layer}{other}" in infos for other in beside):
-                    return kind, name
-        if info.dtype.itemsize == 1 and info.dtype.name != "bool" and len(info.shape) > 1:
-            scale = next((n for n in _scales(name) if n in infos), None)
-            if scale is not None:
-                return f"{_family(info.dtype)} with scales", scale
-        if _is_integer_weight(name, info):
-            return f"{info.dtype.name} numbers", name
+    """The format of packed weights and a tensor that shows it, or None; the surest sign first."""
+    for sign in (_own_names, _beside, _scaled):
+        found = next(sign(infos), None)
+        if found is not None:
+            return found
     return None
+
+
+def _own_names(infos: Mapping[str, Info]) -> Iterator[tuple[str, str]]:
+    for name in infos:
+        if four := FOUR_BIT.search(name):
+            yield f"bitsandbytes {four[1].upper()}", name
+        if FLAT.search(name):
+            yield "flattened parameters of FSDP", name
+
+
+def _beside(infos: Mapping[str, Info]) -> Iterator[tuple[str, str]]:
+    for name in infos:
+        for kind, end, beside in FORMATS if name.endswith(ENDS) else ():
+            layer = name.removesuffix(end)
+            if layer != name and any(f"{layer}{other}" in infos for other in beside):
+                yield kind, name
+
+
+def _scaled(infos: Mapping[str, Info]) -> Iterator[tuple[str, str]]:
+    for name, info in infos.items():
+        if info.dtype.itemsize == 1 and info.dtype.name != "bool" and len(info.shape) > 1:
+            family = "fp8" if info.dtype.is_floating_point else info.dtype.name
+            yield from ((f"{family} with scales", n) for n in _scales(name) if n in infos)
 
 
 def _scales(name: str) -> Iterator[str]:
@@ -146,16 +157,6 @@ def _scales(name: str) -> Iterator[str]:
     yield f"{layer}{dot}scale_{own}"
     if own == "weight":
         yield from (f"{layer}{dot}{end}" for end in ("scale", "scales", "weights_scaling_factor"))
-
-
-def _family(dtype: Dtype) -> str:
-    return "fp8" if dtype.is_floating_point else dtype.name
-
-
-def _is_integer_weight(name: str, info: Info) -> bool:
-    """Whether a layer's weight holds integers; counters, masks and positions are no weights."""
-    whole = not info.dtype.is_floating_point and info.dtype.name != "bool"
-    return whole and len(info.shape) > 1 and name.rpartition(".")[2] == "weight"
 
 
 def _one_byte_matrices(infos: Mapping[str, Info]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from merge_core.errors import CheckpointError
+from merge_core.input_files import open_regular
 
 HEAD_BYTES = 512
 LFS = re.compile(rb"version https?://(git-lfs|hawser|git-media)\b.*", re.DOTALL)
@@ -32,7 +33,7 @@ def check_content(path: Path) -> None:
         CheckpointError: it is such a text; the message says how to get the content.
         OSError: it cannot be read.
     """
-    with path.open("rb") as stream:
+    with open_regular(path) as stream:
         head = stream.read(HEAD_BYTES)
     what = ""
     if LFS.fullmatch(head):

@@ -37,28 +37,38 @@ hit_lists = st.lists(st.tuples(st.booleans(), st.booleans()), min_size=2, max_si
 
 
 @given(hit_lists)
-def test_one_task_is_the_paired_t_statistics_error(pairs: list[tuple[bool, bool]]) -> None:
-    """Against scipy: the standard error of paired differences."""
+def test_one_task_is_mcnemars_exact_test(pairs: list[tuple[bool, bool]]) -> None:
+    """Against scipy: of the images on which two methods differ, each is better on half."""
     first, second = (np.array(column) for column in zip(*pairs, strict=True))
-    gap, error = difference({"t": first}, {"t": second})
-    d = first.astype(float) - second.astype(float)
-    assert gap == pytest.approx(first.mean() - second.mean())
-    assert error == pytest.approx(stats.sem(d))
+    found = difference({"t": first}, {"t": second})
+    ahead, behind = int((first & ~second).sum()), int((second & ~first).sum())
+    expected = stats.binomtest(ahead, ahead + behind).pvalue if ahead + behind else 1.0
+    assert found.gap == pytest.approx(first.mean() - second.mean())
+    assert found.p == pytest.approx(expected)
+    assert found.low <= found.gap <= found.high
+    assert (found.low <= 0 <= found.high) == (found.p >= 0.05)
+    turned = difference({"t": second}, {"t": first})
+    assert turned == pytest.approx((-found.gap, -found.high, -found.low, found.p))
 
 
 def test_tasks_count_alike_whatever_their_size() -> None:
     rng = np.random.default_rng(0)
     first = {"a": rng.random(40) < 0.9, "b": rng.random(1000) < 0.5}
     second = {"a": rng.random(40) < 0.5, "b": rng.random(1000) < 0.5}
-    gap, error = difference(first, second)
+    found = difference(first, second)
     means = {t: first[t].mean() - second[t].mean() for t in first}
-    assert gap == pytest.approx((means["a"] + means["b"]) / 2)
-    # Against resampling of the images of each task.
+    assert found.gap == pytest.approx((means["a"] + means["b"]) / 2)
+    # Against resampling of the images of each task; the interval counts E d² for the variance.
     d = {t: first[t].astype(float) - second[t] for t in first}
     draws = [
         np.mean([rng.choice(d[t], len(d[t])).mean() for t in d]) for _ in range(4000)
     ]  # fmt: skip
-    assert error == pytest.approx(np.std(draws), rel=0.06)
+    assert 1 < (found.high - found.low) / (2 * 1.96 * np.std(draws)) < 1.2
+    # The test, against signs drawn at random.
+    signs = [
+        np.mean([(rng.choice([-1, 1], len(d[t])) * d[t]).mean() for t in d]) for _ in range(20_000)
+    ]
+    assert found.p == pytest.approx(np.mean(np.abs(signs) >= found.gap - 1e-12), abs=0.01)
 
 
 def test_pairing_sees_what_independent_intervals_hide() -> None:

@@ -14,6 +14,7 @@ from analysis.comparison.first_result import (
     suggest_recipe,
 )
 from analysis.evaluation.evaluator import Evaluator
+from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection import space as space_module
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.space import search_space
@@ -172,7 +173,8 @@ def test_a_shipped_store_makes_the_first_views_free(suite: Suite, with_base: boo
         "inputs",
     }
     loaded = load_suite(suite.path)
-    session, evaluator = sessions(loaded)
+    session, _ = sessions(loaded)
+    evaluator = Evaluator(loaded, PredictionStore(shipped=(target,)))
     recipes = first_recipes(str(suite.path), session, evaluator)
     assert all(chosen for _, chosen in recipes.values())
     assert knows_first_result(recipes, session, evaluator)

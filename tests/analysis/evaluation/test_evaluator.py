@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import sqlite3
+from contextlib import closing
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from scipy import stats
 from scipy.stats import binomtest
 
-from analysis.accuracy import accuracy_frame, mean_accuracy, wilson_interval
+from analysis.accuracy import accuracy_frame, mean_accuracy, mean_interval, wilson_interval
 from analysis.evaluation.evaluator import Evaluator
+from analysis.networks.stateless import Outputs
 from analysis.outputs.prediction_store import PredictionStore
+from analysis.outputs.suite_outputs import SuiteOutputs, trusted_predictions
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import Cancelled, CheckpointError, SuiteError
 from merge_core.factors.store import FactorStore
@@ -32,6 +40,11 @@ from tests.evaluable import (
     state_of,
     write_evaluable,
 )
+
+RUN = SuiteOutputs._run
+ENDLESS = """CREATE VIEW predictions AS
+WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)
+SELECT i AS key, zeroblob(1000000) AS labels FROM n"""
 
 
 @pytest.fixture
@@ -74,13 +87,44 @@ class TestIntervals:
         assert got["accuracy"] == pytest.approx(0.7)  # not the share of all images, 0.614
         drawn = np.random.default_rng(0).binomial(images, shares, (40_000, 3)) / images
         spread = drawn.mean(axis=1).std()
-        assert got["high"] - got["accuracy"] == pytest.approx(1.96 * spread, rel=0.02)
-        assert got["accuracy"] - got["low"] == pytest.approx(1.96 * spread, rel=0.02)
+        assert (got["high"] - got["low"]) / 2 == pytest.approx(1.96 * spread, rel=0.03)
+        assert got["low"] < got["accuracy"] < got["high"]
 
     def test_the_interval_stays_a_share(self) -> None:
         got = mean_accuracy(accuracy_frame({"a": np.arange(4) < 3})).iloc[0]
         assert got["high"] == 1.0
-        assert got["low"] == pytest.approx(0.75 - 1.959964 * np.sqrt(0.75 * 0.25 / 4))
+        more = 4 + stats.norm.ppf(0.975) ** 2  # successes and failures, half of what was added each
+        p = (3 + (more - 4) / 2) / more
+        half = stats.t.ppf(0.975, more) * np.sqrt(p * (1 - p) / more)
+        assert got["low"] == pytest.approx(p - half)
+
+    @pytest.mark.parametrize("images", [1, 2, 3, 5, 10, 20, 50])
+    def test_it_covers_at_few_images(self, images: int) -> None:
+        # Every outcome of one task at its probability: no draw is involved. A discrete variable
+        # cannot be covered at 95 % everywhere; Wilson's interval falls to 0.79 here.
+        p = np.linspace(0.005, 0.995, 199)
+        covered = np.zeros_like(p)
+        for correct in range(images + 1):
+            got = mean_accuracy(accuracy_frame({"a": np.arange(images) < correct})).iloc[0]
+            inside = (got["low"] <= p) & (p <= got["high"])
+            covered += inside * stats.binom.pmf(correct, images, p)
+        assert covered.min() > 0.935
+        assert covered.mean() > 0.95
+
+    def test_all_right_is_not_certain(self) -> None:
+        got = mean_accuracy(accuracy_frame({"a": np.full(3, True)})).iloc[0]
+        assert got["accuracy"] == got["high"] == 1
+        # Clopper and Pearson's bound of three of three is 0.025 ** (1/3).
+        assert got["low"] == pytest.approx(0.025 ** (1 / 3), abs=0.05)
+
+    def test_scores_have_students_interval(self) -> None:
+        values = np.random.default_rng(1).normal(size=12)
+        expected = stats.ttest_1samp(values, 0).confidence_interval(0.95)
+        assert mean_interval({"t": values}) == pytest.approx(tuple(expected))
+        assert np.isnan(mean_interval({"t": values[:1]})).all()
+        hits = {"a": np.array([1.0, 0.0, 1.0]), "b": np.array([1.0, 1.0])}
+        got = mean_accuracy(accuracy_frame(hits)).iloc[0]
+        assert mean_interval(hits) == pytest.approx((got["low"], got["high"]))
 
     def test_settings_are_kept_apart(self) -> None:
         one = accuracy_frame({"a": np.arange(4) < 1, "b": np.arange(4) < 3})
@@ -218,13 +262,41 @@ class TestForwardPasses:
                 pd.testing.assert_frame_equal(evaluator.experts(suite.tasks), expected)
             assert evaluator.outputs.forward_images == runs * 3 * IMAGES
 
-    def test_the_shipped_store_of_the_suite_is_used(self, suite: Suite, tmp_path: Path) -> None:
-        store = PredictionStore(suite.root / "predictions.sqlite")
-        expected = Evaluator(suite, store).experts(suite.tasks)
-        evaluator = Evaluator(suite)  # whose own store is empty
+    def test_predictions_that_a_stranger_ships_are_not_believed(self, suite: Suite) -> None:
+        expected = Evaluator(suite, PredictionStore(suite.root / "p.sqlite")).experts(suite.tasks)
+        forged = PredictionStore(suite.root / "predictions.sqlite")
+        with patch.object(SuiteOutputs, "_run", run_to_nothing):
+            wrong = Evaluator(suite, forged).experts(suite.tasks)
+        assert not wrong["correct"].equals(expected["correct"])
+        evaluator = Evaluator(suite)
         pd.testing.assert_frame_equal(evaluator.experts(suite.tasks), expected)
-        assert evaluator.outputs.forward_images == 0
-        assert not (tmp_path / "cache" / "predictions.sqlite").exists()
+        assert evaluator.outputs.forward_images == 3 * IMAGES
+
+    @pytest.mark.parametrize("content", [ENDLESS, "CREATE TABLE predictions (key, labels)"])
+    def test_predictions_that_a_stranger_ships_are_not_even_opened(
+        self, suite: Suite, content: str
+    ) -> None:
+        """An endless view took gigabytes or spun for ever."""
+        with closing(sqlite3.connect(suite.root / "predictions.sqlite")) as connection:
+            connection.executescript(content)
+        with patch("sqlite3.connect", wraps=sqlite3.connect) as opened:
+            assert Evaluator(suite).experts(["digits"])["correct"].tolist() == [15]
+        assert not [call for call in opened.call_args_list if str(suite.root) in str(call)]
+
+    def test_no_pipe_is_taken_for_predictions(self, suite: Suite) -> None:
+        os.mkfifo(suite.root / "predictions.sqlite")
+        assert Evaluator(suite).experts(["digits"])["correct"].tolist() == [15]
+
+    def test_those_of_the_bundled_suite_and_its_copies_are_believed(self, tmp_path: Path) -> None:
+        bundled = load_suite("demo").root / "predictions.sqlite"
+        assert trusted_predictions(bundled.parent) == (bundled,)
+        copy = tmp_path / bundled.name
+        copy.write_bytes(bundled.read_bytes())
+        assert trusted_predictions(tmp_path) == (copy,)
+        with copy.open("r+b") as stream:  # another byte, another maker
+            stream.seek(-1, os.SEEK_END)
+            stream.write(b"\xff")
+        assert trusted_predictions(tmp_path) == ()
 
     def test_a_stored_row_that_is_short_is_completed(self, suite: Suite) -> None:
         class Short(PredictionStore):
@@ -235,6 +307,12 @@ class TestForwardPasses:
         evaluator = Evaluator(suite, Short())
         assert evaluator.experts(["digits"])["correct"].tolist() == [15]
         assert evaluator.outputs.forward_images == IMAGES - 1
+
+
+def run_to_nothing(outputs: SuiteOutputs, *arguments: Any) -> dict[str, Outputs]:
+    """What a model gives, with all logits alike."""
+    real = RUN(outputs, *arguments)
+    return {t: Outputs(o.features, torch.zeros_like(o.logits)) for t, o in real.items()}
 
 
 class TestRefusals:

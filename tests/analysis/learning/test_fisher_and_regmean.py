@@ -14,7 +14,7 @@ from torch import Tensor
 
 from analysis.learning.regmean import blocks_in_order, linear_layers
 from merge_core.merging.recipe import make_recipe
-from merge_core.suites.suite import Suite
+from merge_core.suites.suite import Suite, load_suite
 from tests.analysis.learning.learnable import (
     context_on,
     inputs_of,
@@ -69,6 +69,21 @@ def test_fisher_of_one_layer_has_its_closed_form(mlp: Suite) -> None:
         got = {name: value[place].double().numpy() for name, value in state.items()}
         np.testing.assert_allclose(got["hidden.0.weight"], F_W, rtol=1e-4, atol=1e-9)
         np.testing.assert_allclose(got["hidden.0.bias"], F_b, rtol=1e-4, atol=1e-9)
+
+
+def test_fisher_over_its_norm_is_the_authors_rule(mlp: Suite) -> None:
+    plain = learn_state(mlp, recipe_of("fisher", examples=1000))
+    recipe = recipe_of("fisher", examples=1000, normalise="norm")
+    got = merge_learnt(mlp, recipe)
+    whole = [np.concatenate([v[t].double().ravel() for v in plain.values()]) for t in range(3)]
+    own = [{n: v.double().numpy() for n, v in state_of(mlp, task).items()} for task in TASKS]
+    for name in plain:
+        weights = [
+            np.maximum(plain[name][t].double().numpy(), 1e-6) / np.linalg.norm(whole[t])
+            for t in range(3)
+        ]
+        expected = sum(w * e[name] for w, e in zip(weights, own, strict=True)) / sum(weights)
+        np.testing.assert_allclose(got[name], expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("held", [1, 1 << 25])
@@ -129,6 +144,25 @@ def test_regmean_solves_the_stacked_regression(mlp: Suite, method: str, factor: 
     np.testing.assert_allclose(got["hidden.1.weight"], W1, rtol=1e-3, atol=1e-4)
     for name in ("hidden.0.bias", "hidden.1.bias"):
         np.testing.assert_allclose(got[name], mean[name], atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["regmean", "regmean_plus_plus"])
+def test_a_mean_gram_matrix_does_not_count_rows(mlp: Suite, method: str) -> None:
+    # One task's images five times over: its XᵀX grows, its mean over rows does not.
+    recipes = {rule: recipe_of(method, examples=1000, gram=rule) for rule in ("sum", "mean")}
+    before = {rule: learn_state(mlp, recipe) for rule, recipe in recipes.items()}
+    path = mlp.root / f"inputs/{TASKS[0]}.npz"
+    with np.load(path) as archive:
+        stored = dict(archive)
+    np.savez(
+        path,
+        **{n: np.repeat(v, 5, axis=0) if n.startswith("val") else v for n, v in stored.items()},
+    )
+    again = load_suite(mlp.path)
+    after = {rule: learn_state(again, recipe) for rule, recipe in recipes.items()}
+    for name, value in before["mean"].items():
+        torch.testing.assert_close(after["mean"][name], value, rtol=1e-5, atol=1e-7)
+        assert not torch.allclose(after["sum"][name], before["sum"][name], rtol=1e-2, atol=1e-4)
 
 
 def watch_inputs(state: dict[str, Tensor], images: Tensor, layers: Sequence[str]) -> dict[str, Any]:

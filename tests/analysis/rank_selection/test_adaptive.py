@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from scipy.stats import norm
+from scipy.stats import t as student
 
 import analysis.rank_selection.adaptive as module
 from analysis.evaluation.evaluator import Evaluator
@@ -171,11 +172,14 @@ class TestFrames:
         search, exhaustive, values = found
         assert search.grid_images == exhaustive.asked_images == 400 * 410
         np.testing.assert_allclose(exhaustive.points["score"], means(values))
-        shares = np.stack([values[task].mean(axis=1) for task in COUNTS])
-        variance = (shares * (1 - shares) / np.array(list(COUNTS.values()))[:, None]).sum(0) / 9
-        half = 1.959964 * np.sqrt(variance)
-        np.testing.assert_allclose(exhaustive.points["low"], means(values) - half, atol=1e-6)
-        np.testing.assert_allclose(exhaustive.points["high"], means(values) + half, atol=1e-6)
+        # Price and Bonett's, of three tasks: z²/6 successes and failures more for each.
+        more = np.array(list(COUNTS.values()))[:, None] + norm.ppf(0.975) ** 2 / 3
+        right = np.stack([values[task].sum(axis=1) for task in COUNTS])
+        shares = (right + norm.ppf(0.975) ** 2 / 6) / more
+        half = student.ppf(0.975, more.sum()) * np.sqrt((shares * (1 - shares) / more).sum(0)) / 3
+        low, high = shares.mean(0) - half, shares.mean(0) + half
+        np.testing.assert_allclose(exhaustive.points["low"], low, atol=1e-6)
+        np.testing.assert_allclose(exhaustive.points["high"], high, atol=1e-6)
         both = search.points.merge(exhaustive.points, on=["rank", "scale"], suffixes=("", "_all"))
         assert len(both) == len(search.points)
         whole = both[both["images"] == both["images_all"]]

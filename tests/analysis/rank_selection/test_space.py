@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from analysis.rank_selection.space import POINTS, RANKS, search_space
+from analysis.rank_selection.space import POINTS, RANKS, edge_words, search_space
 from merge_core.errors import RecipeError
 
 
@@ -61,3 +61,20 @@ def test_what_cannot_be_searched_is_refused(
 ) -> None:
     with pytest.raises(RecipeError, match=says):
         search_space(method, "demo", None, **axes)
+
+
+def test_the_ends_of_every_axis_are_said() -> None:
+    space = search_space("cart", "demo")
+    nan = float("nan")
+    assert edge_words(space, 0.113, 5.6) == ""
+    assert "scale 8 is the highest of the grid: a better one may lie beyond" in edge_words(
+        space, 0.113, 8.0
+    )
+    assert "rank 0.01 is the lowest" in edge_words(space, 0.01, 2.0)
+    assert "all directions, so that nothing lies beyond" in edge_words(space, 1.0, 2.0)
+    assert "scale 0.4 is the lowest" in edge_words(space, nan, 0.4)
+    assert "gives 9.2" in edge_words(space, 0.2, 8.0, (0.2, 9.2))
+    both = edge_words(space, 0.01, 8.0)
+    assert both.count("grid") == 2
+    # An axis of one value was asked for, and has no ends.
+    assert edge_words(search_space("cart", "demo", None, [0.1], [1.0]), 0.1, 1.0) == ""

@@ -328,6 +328,22 @@ def test_recommendations_stay_inside_the_space(groups: TensorGroups) -> None:
     assert recommend_from_weights(groups, whole)["rank"].between(0, 0.9).sum() > len(RULES) / 2
 
 
+def test_what_lies_beyond_the_grid_is_said(groups: TensorGroups) -> None:
+    wide = search_space("cart", "demo", TASKS, scales=[-10.0, 10.0])
+    free = recommend_from_weights(groups, wide).set_index("proxy")
+    assert free["at_edge"]["alignment"] == ""
+    own = float(free["scale"]["alignment"])
+    narrow = search_space("cart", "demo", TASKS, scales=[own / 4, own / 2])
+    cut = recommend_from_weights(groups, narrow).set_index("proxy").loc["alignment"]
+    assert cut["scale"] == pytest.approx(own / 2)
+    assert cut["at_edge"] == (
+        f"The scale {own / 2:.3g} is the highest of the grid, and the rule itself gives {own:.3g}."
+    )
+    few = search_space("cart", "demo", TASKS, ranks=[0.01, 0.02], scales=[-10.0, 10.0])
+    said = recommend_from_weights(groups, few).set_index("proxy")["at_edge"]["energy_90"]
+    assert "The rank 0.02 is the highest of the grid, and the rule itself gives" in said
+
+
 @pytest.mark.parametrize("method", ["task_arithmetic", "tsv_m", "iso_c"])
 def test_methods_without_a_rank_get_scales_only(groups: TensorGroups, method: str) -> None:
     space = search_space(method, "demo", TASKS)

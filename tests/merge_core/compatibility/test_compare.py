@@ -6,6 +6,7 @@ logits of a tiny model as they are may not be refused, one that changes them mus
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import random
@@ -15,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
 
 from merge_core.compatibility.compare import compare_companions, refuse_incompatible
@@ -391,6 +393,8 @@ def test_merges_and_normalizers_are_warned_of(tmp_path: Path) -> None:
         '{"rope_theta": 1' + "0" * 5000 + "}",
         "[1, 2]",
         '"text"',
+        '{"hidden_act":' + "[" * 900 + "]" * 900 + "}",
+        '{"model": {"vocab": {"a": 0}}, "normalizer":' + '{"a":' * 400 + "1" + "}" * 400 + "}",
         '{"model_type": ["llama"], "rope_theta": {"a": 1}, "hidden_act": null}',
         '{"model": 3, "added_tokens": 7, "chat_template": 5, "eos_token": [[]]}',
         '{"model": {"vocab": [1, [], ["a"]], "merges": [1, [2]]}, "added_tokens": [1, {"id": []}]}',
@@ -420,3 +424,77 @@ def test_what_is_no_file_counts_as_absent(tmp_path: Path) -> None:
     (tmp_path / "expert0" / "config.json").mkdir()
     (tmp_path / "expert0" / "tokenizer.json").symlink_to(tmp_path / "expert0" / "tokenizer.json")
     assert compare_companions(suite) == ()
+
+
+def test_links_are_followed_within_the_folder_and_where_the_weights_lead(tmp_path: Path) -> None:
+    suite_of(tmp_path, configs({}, {"rope_theta": 1e6}))
+    config = tmp_path / "expert1" / "config.json"
+    (tmp_path / "elsewhere").mkdir()
+    away = config.rename(tmp_path / "elsewhere" / "config.json")
+    config.symlink_to(away)
+    assert compare_companions(load_suite(tmp_path)) == ()
+    # A cache or a store of models, to which the weights are linked as well.
+    weights = tmp_path / "expert1" / "model.safetensors"
+    weights.symlink_to(weights.rename(tmp_path / "elsewhere" / "weights.safetensors"))
+    assert [f.field for f in compare_companions(load_suite(tmp_path))] == ["rope_theta"]
+
+
+def test_members_that_cannot_be_read_are_left_to_the_pre_flight(tmp_path: Path) -> None:
+    members = configs({}, {"rope_theta": 1e6})
+    suite_of(tmp_path, members, vocabulary="base")
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"")
+    (tmp_path / "expert0" / "model.safetensors").unlink()
+    assert compare_companions(load_suite(tmp_path)) == ()
+    (tmp_path / "expert0" / "model.safetensors").write_bytes(b"")
+    assert compare_companions(load_suite(tmp_path)) == ()
+
+
+def test_adapters_of_several_bases_are_warned_of(tmp_path: Path) -> None:
+    """By the names in their configurations, without owners and folders."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5))
+    save_file(model.state_dict(), tmp_path / "base.safetensors")
+    names = {"a": "org/llama-7b", "b": "/models/Llama-7B/", "c": "other/llama-7b-chat"}
+    for task, name in names.items():
+        adapted = get_peft_model(copy.deepcopy(model), LoraConfig(r=2, target_modules=["0"]))
+        adapted.save_pretrained(tmp_path / task)
+        path = tmp_path / task / "adapter_config.json"
+        config = json.loads(path.read_text()) | {"base_model_name_or_path": name}
+        path.write_text(json.dumps(config))
+
+    def levels_of(*tasks: str) -> list[str]:
+        experts = {task: {"weights": task} for task in tasks}
+        document = {"name": "s", "base": "base.safetensors", "experts": experts}
+        (tmp_path / "suite.yaml").write_text(dump_yaml(document), encoding="utf-8")
+        return [f.level for f in compare_companions(load_suite(tmp_path))]
+
+    assert levels_of("a", "b") == []
+    assert levels_of("c", "a", "b") == ["warned"]
+
+
+def test_another_order_mixes_no_rows_where_the_base_keeps_its_embeddings(tmp_path: Path) -> None:
+    other = ["dog", *WORDS[1:6], "cat", "the", *WORDS[8:]]
+    members = {"base": {"tokenizer.json": fast(WORDS)}, "a": {"tokenizer.json": fast(other)}}
+    for rule, level in (("base", "warned"), ("common", "refused")):
+        suite_of(tmp_path, members, vocabulary=rule)
+        for name, rows in (("base", 10), ("a", 11)):  # a table of its own length each
+            state = {"blocks.0.mlp.fc1.weight": torch.eye(8), "wte.weight": torch.zeros(rows, 8)}
+            save_file(state, tmp_path / name / "model.safetensors")
+        found = compare_companions(load_suite(tmp_path))
+        assert [(f.field, f.level) for f in found] == [("vocabulary", level)]
+
+
+def test_many_fields_do_not_hide_the_one_that_counts(tmp_path: Path) -> None:
+    many = {f"a{i}": i for i in range(5000)}
+    assert levels(tmp_path, configs({"rope_theta": 1e6, **many})) == {"rope_theta": "refused"}
+
+
+def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
+    good = {"config.json": LLAMA, "tokenizer.json": fast(WORDS)}
+    members = {"base": good, "a": good, "b": {"config.json": "{", "tokenizer.json": "[]"}}
+    found = compare_companions(suite_of(tmp_path, members))
+    assert [(f.level, f.file) for f in found] == [
+        ("warned", "config.json"),
+        ("warned", "tokenizer"),
+    ]
+    assert all("cannot be read in b" in f.values for f in found)

@@ -169,7 +169,7 @@ def test_two_experts_that_are_one_model(tmp_path: Path) -> None:
 def test_far_is_said_in_the_table_alone(tmp_path: Path) -> None:
     base = network(0)
     found = measured(tmp_path, {"base": base, "a": tuned(base, 1), "b": tuned(base, 2, 0.8)})
-    assert verdicts(found) == {"a": "fine-tune", "b": "far from the base"}
+    assert verdicts(found) == {"a": "fine-tune", "b": "far"}
     assert found.warnings == ()
 
 
@@ -243,7 +243,7 @@ def test_adapters_are_looked_at_where_they_adapt(tmp_path: Path) -> None:
     norm = math.sqrt(sum(float(before[n].double().square().sum()) for n in names))
     assert found.rows[0].distance == pytest.approx(change / norm, rel=1e-5)
     # However large an update is, it belongs to the base that it is added to.
-    assert (found.rows[0].verdict, found.warnings) == ("far from the base", ())
+    assert (found.rows[0].verdict, found.warnings) == ("far", ())
 
 
 def test_nan_is_refused_in_words(tmp_path: Path) -> None:

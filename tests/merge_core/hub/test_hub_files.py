@@ -131,6 +131,8 @@ def test_the_entry_of_a_repository(names: list[str], wanted: str | None, entry: 
         (["a.pt", "b.pt"], None, "several weight files"),
         (["a.safetensors", "b.safetensors", "x.pt"], None, "several weight files"),
         (["model.safetensors"], "other", "has no file or folder 'other'"),
+        (["m-00001-of-00002.bin"], None, r"without their index: .* m\.bin\.index\.json"),
+        (["m-00001-of-00002.bin"], "m-00001-of-00002.bin", "shard 1 of 2"),
         (["model.safetensors", "config.json"], "config.json", "is no weight file"),
     ],
 )

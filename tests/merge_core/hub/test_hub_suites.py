@@ -285,5 +285,5 @@ def test_a_published_recipe_of_hub_members_runs_elsewhere(
     assert find_suite(about.recipe.suite, about.members).spec == found.spec
     # Where they are not downloaded, the message says how to.
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
-    with pytest.raises(HubError, match="mergescope download hf://org/digits@"):
+    with pytest.raises(HubError, match="mergescope download hf://org/base@"):
         load_recipe(folder / "recipe.yaml")

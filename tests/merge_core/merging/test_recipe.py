@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,32 @@ def test_the_digest_follows_what_determines_the_result_and_nothing_else(
         recipe.digest(synthetic_suite(["a", "b", "c"], seed=1, decompose=["pos_embed"])),
     ]
     assert len({first, *different}) == len(different) + 1
+
+
+@pytest.mark.parametrize(
+    ("method", "origin", "corrected"),
+    [
+        ("ties", None, False),
+        ("ties", "average", True),
+        ("dare_ties", "average", True),
+        ("tsv_m", "average", True),
+        ("tsv_m", "base", False),
+        ("pcb", None, True),
+        ("cart", None, False),
+    ],
+)
+def test_results_that_were_corrected_have_another_digest(
+    synthetic_suite: Make,
+    monkeypatch: pytest.MonkeyPatch,
+    method: str,
+    origin: str | None,
+    corrected: bool,
+) -> None:
+    suite = synthetic_suite(["a", "b", "c"], seed=1)
+    recipe = make_recipe({"method": method, "origin": origin})
+    now = recipe.digest(suite)
+    monkeypatch.setitem(methods(), method, replace(methods()[method], revisions={}))
+    assert (recipe.digest(suite) != now) == corrected
 
 
 def test_the_digest_sees_the_base_that_integer_buffers_come_from(suite_of: Make) -> None:

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from merge_core.means import centre
 from merge_core.merging.recipe import make_recipe
 from merge_core.methods import methods
 from merge_core.suites.suite import Suite
-from merge_core.task_vectors import centre
 from tests.merge_core.sparse_reference import run
 
 Make = Callable[..., Suite]
@@ -211,6 +211,7 @@ class TestWarnings:
 
     def test_every_method_can_be_asked(self) -> None:
         for name, method in methods().items():
+            assert isinstance(method.warnings(2, None), list)  # before parameters are chosen
             for origin in (None, *method.origins):
                 recipe = make_recipe({"method": name, "origin": origin})
                 assert isinstance(recipe.warnings(["a", "b"]), list)

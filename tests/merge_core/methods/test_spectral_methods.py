@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.linalg import sqrtm
 
 from merge_core.methods.iso_cts import split
 from merge_core.methods.wudi import descend, normal_equations
@@ -106,13 +107,71 @@ class TestIsoCts:
         assert split(r, tasks, common) == expected
 
 
+class TestTsvM:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+    @pytest.mark.parametrize("T", [1, 2, 3, 20])
+    def test_all_directions_are_the_authors_rule(
+        self, synthetic_suite: Make, T: int, dtype: torch.dtype
+    ) -> None:
+        suite = synthetic_suite(T, seed=3, dtype=dtype)
+        merged = merge(suite, "tsv_m", directions="all")
+        thetas, base = states(suite)
+        for name in suite.matrices:
+            start = base[name].reshape(len(base[name]), -1)
+            k = min(start.shape) // T  # none where there are more tasks than directions
+            parts = [np.linalg.svd(e[name].reshape(start.shape) - start) for e in thetas]
+            U = np.hstack([U[:, :k] for U, _, _ in parts])
+            V = np.hstack([Vt[:k].T for _, _, Vt in parts])
+            S = np.concatenate([S[:k] for _, S, _ in parts])
+            polar = [X @ np.linalg.inv(np.real(sqrtm(X.T @ X))) if k else X for X in (U, V)]
+            expected = start + (polar[0] * S) @ polar[1].T
+            got = merged[name].double().numpy().reshape(start.shape)
+            np.testing.assert_allclose(got, expected, atol=1e-5)
+
+    def test_directions_without_weight_take_part_only_where_asked(self, suite_of: Make) -> None:
+        # Two rank-1 updates of 4 x 4: floor(4/2) is 2, and the second direction has no weight.
+        first, second = np.zeros((4, 4)), np.zeros((4, 4))
+        first[0, 0], second[0] = 2.0, [1.0, 1.0, 0, 0]
+        suite = of(suite_of, first.tolist(), second.tolist())
+        resolved = merge_matrix(suite, "tsv_m")
+        # Both left directions are e_1: its polar factor gives each 1/√2 of it.
+        u = np.array([2.0, np.sqrt(2)]) / np.sqrt(2)
+        v = np.array([[1, np.sqrt(0.5)], [0, np.sqrt(0.5)]])
+        values, Q = np.linalg.eigh(v.T @ v)
+        right = v @ (Q / np.sqrt(values)) @ Q.T
+        assert resolved[0, :2] == pytest.approx(right @ u, abs=1e-5)
+        # In general those without weight turn the others.
+        source = np.random.default_rng(0)
+        taus = [np.outer(*source.normal(size=(2, 8))).tolist() for _ in range(2)]
+        found = [
+            merge_matrix(of(suite_of, *taus), "tsv_m", directions=d) for d in ("all", "resolved")
+        ]
+        assert not np.allclose(*found, atol=1e-2)
+
+
 class TestWudi:
     @given(seeds, experts, st.sampled_from(["squared", "plain"]))
     def test_the_closed_form_is_the_least_squares_solution(
         self, synthetic_suite: Make, seed: int, T: int, norm: str
     ) -> None:
         suite = synthetic_suite(T, seed=seed, dtype=torch.float64)
-        assert_same(merge(suite, "wudi", norm=norm), wudi(suite, norm), 1e-6)
+        assert_same(merge(suite, "wudi", norm=norm, cut=1e-10), wudi(suite, norm), 1e-6)
+
+    def test_the_default_leaves_weak_inputs_out(self, synthetic_suite: Make) -> None:
+        # As the authors' descent does; what is kept is the minimum on the strong directions.
+        suite = synthetic_suite(4, seed=2, dtype=torch.float64)
+        thetas, base = states(suite)
+        merged = merge(suite, "wudi")
+        for name in suite.matrices:
+            rows = (len(base[name]), -1)
+            taus = [(e[name] - base[name]).reshape(rows) for e in thetas]
+            G = sum(t.T @ t / np.linalg.norm(t) ** 2 for t in taus)
+            values, Q = np.linalg.eigh(G)
+            strong = Q[:, values > 0.01 * values[-1]]
+            B = sum(t @ t.T @ t / np.linalg.norm(t) ** 2 for t in taus)
+            inside = np.linalg.solve(strong.T @ G @ strong, (B @ strong).T).T @ strong.T
+            got = merged[name].numpy().reshape(rows) - base[name].reshape(rows)
+            np.testing.assert_allclose(got, inside, atol=1e-8)
 
     def test_by_hand(self, suite_of: Make) -> None:
         # Both read the first input only; G is that direction, with weights 2/2 and 9/9.
@@ -319,8 +378,8 @@ def test_every_dtype_and_shape(synthetic_suite: Make, name: str, dtype: torch.dt
     [
         ("iso_cts", {}, lambda s: iso_cts(s, 0.8, 1.0)),
         ("iso_cts", {"common": 0.3}, lambda s: iso_cts(s, 0.3, 1.0)),
-        ("wudi", {}, wudi),
-        ("wudi", {"norm": "plain"}, lambda s: wudi(s, "plain")),
+        ("wudi", {"cut": 1e-10}, wudi),
+        ("wudi", {"norm": "plain", "cut": 1e-10}, lambda s: wudi(s, "plain")),
         ("wudi", {"solver": "descent"}, None),
         ("knots", {}, knots),
         ("knots", {"variant": "code"}, lambda s: knots(s, variant="code")),

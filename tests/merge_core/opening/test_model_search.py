@@ -14,7 +14,7 @@ from torch import Tensor
 
 from merge_core.errors import Cancelled, SuiteError
 from merge_core.opening.draft import draft
-from merge_core.opening.roles import FoundModel, heads_for, mistakes, open_by_headers
+from merge_core.opening.roles import FoundModel, draft_suite, heads_for, mistakes, open_by_headers
 from merge_core.opening.search import MOST_MODELS, find_models, holds_models
 from merge_core.progress import Progress
 from merge_core.suites.preflight import preflight
@@ -185,6 +185,66 @@ def test_a_model_left_out_says_why(tmp_path: Path) -> None:
     assert "1 of its 4 parameters are as in a1" in notes["other.safetensors"]
     assert "safetensors" in notes["damaged.safetensors"]
     assert notes["a1.safetensors"] == ""
+
+
+def test_where_nothing_can_be_read_each_file_says_why(tmp_path: Path) -> None:
+    (tmp_path / "pointer.pt").write_text("version https://git-lfs.github.com/spec/v1\noid x\n")
+    torch.save({"generator": state(), "discriminator": state(4)}, tmp_path / "gan.pth")
+    (tmp_path / "damaged.safetensors").write_bytes(b"no weights")
+    found = find_models([str(tmp_path)])
+    assert {each.role for each in found} == {"left out"}
+    with pytest.raises(SuiteError) as caught:
+        draft_suite(found, "mine")
+    for words in ("pointer.pt is a Git LFS pointer", "'generator'", "damaged.safetensors"):
+        assert words in str(caught.value)
+
+
+def test_what_was_chosen_in_a_file_is_said(tmp_path: Path) -> None:
+    torch.save({"state_dict": state(), "state_dict_ema": state()}, tmp_path / "timm.pth.tar")
+    (found,) = find_models([str(tmp_path)])
+    assert "'state_dict_ema' (averaged while training)" in found.note
+    named = str(tmp_path / "timm.pth.tar#state_dict")
+    (found,) = find_models([named])
+    assert (found.reference, found.label, found.note) == (named, "timm-state_dict", "")
+    suite = open_by_headers(draft_suite([found], "mine"), tmp_path / "suite.yaml", [found])
+    assert len(suite.parameters) == len(state())
+
+
+@pytest.mark.parametrize(("base", "experts"), [("", "model."), ("bert.", "")])
+def test_names_that_differ_by_a_prefix_are_of_one_network(
+    base: str, experts: str, tmp_path: Path
+) -> None:
+    write(tmp_path / "base.safetensors", state(prefix=base))
+    for number in range(3):
+        wrapped = {"state_dict": state(prefix=experts), "epoch": number}
+        torch.save(wrapped, tmp_path / f"task{number}.ckpt")
+    found = find_models([str(tmp_path)])
+    assert [each.role for each in found] == ["base", "expert", "expert", "expert"]
+    suite = open_by_headers(draft_suite(found, "mine"), tmp_path / "suite.yaml", found)
+    report = preflight(suite)
+    assert report.blocking == ()
+    assert len(report.plan) == 4
+
+
+def test_a_snapshot_of_the_hub_is_called_by_its_repository(tmp_path: Path) -> None:
+    for name in ("net-cars", "net-dtd"):
+        folder = tmp_path / f"models--org--{name}" / "snapshots" / ("4d" * 20)
+        write(folder / "model.safetensors")
+    places = [str(path.parent) for path in sorted(tmp_path.rglob("*.safetensors"))]
+    assert [each.task for each in find_models(places)] == ["cars", "dtd"]
+
+
+def test_adapters_by_their_files_and_by_links(tmp_path: Path) -> None:
+    write(tmp_path / "base.safetensors")
+    write_adapter(tmp_path / "lora")
+    file = tmp_path / "lora" / "adapter_model.safetensors"
+    (tmp_path / "cars.safetensors").symlink_to(file)
+    for place in (file, tmp_path / "cars.safetensors", tmp_path / "lora"):
+        (found,) = find_models([str(place)])
+        assert (found.kind, found.reference) == ("adapter", str(tmp_path / "lora"))
+        spec = draft({"a": str(place)}, str(tmp_path / "base.safetensors"))
+        expert = open_by_headers(spec, tmp_path / "suite.yaml", []).expert("a")
+        assert torch.equal(expert.tensor("a.weight"), torch.full((3, 4), 2.0))
 
 
 def test_heads_go_with_the_tasks_of_their_name(tmp_path: Path) -> None:

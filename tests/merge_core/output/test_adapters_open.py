@@ -20,6 +20,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.merging.recipe import make_recipe
 from merge_core.output import base_class
 from merge_core.output.adapter_draft import AdapterRank
@@ -73,10 +74,25 @@ def roberta() -> Any:
     return transformers.RobertaForSequenceClassification(config)
 
 
+def vision(kind: str) -> Any:
+    """Networks whose modules transformers 5 calls otherwise than the files."""
+    sizes: dict[str, Any] = {"image_size": 8, "patch_size": 4, "num_labels": 3}
+    if kind == "Swin":
+        sizes |= {"patch_size": 2, "embed_dim": 16, "depths": [1], "num_heads": [2]}
+        sizes |= {"window_size": 2}
+    else:
+        sizes |= {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(**sizes)
+    return getattr(transformers, f"{kind}ForImageClassification")(config)
+
+
 @torch.no_grad()
 def output_of(model: Any) -> Tensor:
     """What a model gives for fixed inputs."""
-    given = {"input_ids": torch.arange(2, 8)[None]}
+    if hasattr(model.config, "image_size"):
+        given = {"pixel_values": torch.linspace(-1, 1, 192).reshape(1, 3, 8, 8)}
+    else:
+        given = {"input_ids": torch.arange(2, 8)[None]}
     if model.config.is_encoder_decoder:
         given["decoder_input_ids"] = torch.arange(2, 7)[None]
     found = model.eval()(**given)
@@ -154,13 +170,29 @@ KINDS: list[tuple[Make, str | None, str]] = [
         "TOKEN_CLS",
         "AutoPeftModelForTokenClassification",
     ),
+    (lambda: vision("ViT"), None, "AutoPeftModel"),
+    (lambda: vision("Dinov2"), None, "AutoPeftModel"),
+    (lambda: vision("Swin"), None, "AutoPeftModel"),
 ]
 
 
 @pytest.mark.parametrize(
     ("make", "task", "auto"),
     KINDS,
-    ids=["gpt2", "qwen2", "t5", "bart", "mlm", "bert", "cls", "roberta", "tokens"],
+    ids=[
+        "gpt2",
+        "qwen2",
+        "t5",
+        "bart",
+        "mlm",
+        "bert",
+        "cls",
+        "roberta",
+        "tokens",
+        "vit",
+        "dino",
+        "swin",
+    ],
 )
 def test_full_fine_tunes_as_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, task: str | None, auto: str
@@ -200,7 +232,7 @@ def test_ties_by_other_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kn
     elif known == "no configuration":
         (base / "config.json").unlink()
     else:
-        monkeypatch.setattr(base_class, "_find", lambda *_: None)
+        monkeypatch.setattr(base_class, "_build", lambda *_: None)
     write(load_suite(suite.path), tmp_path / "thin")
     if known == "pickled with both names":
         assert_same_output(start, tmp_path / "thin", output_of(average), tmp_path / "again")
@@ -211,21 +243,24 @@ def test_ties_by_other_means(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kn
 
 
 def test_a_class_that_is_none_of_the_library_s(tmp_path: Path) -> None:
-    for named in (
-        None,
-        [],
-        "x",
-        [3],
-        ["os.system"],
-        ["__import__"],
-        ["BertTokenizer"],
-        ["Nothing"],
-    ):
-        (tmp_path / "config.json").write_text(
-            json.dumps({"model_type": "bert", "architectures": named})
-        )
-        assert base_class.base_class(tmp_path) == base_class.UNKNOWN
-    (tmp_path / "config.json").write_text(
-        json.dumps({"model_type": "bert", "architectures": ["OwnForCausalLM"]})
-    )
-    assert base_class.base_class(tmp_path) == base_class.BaseClass(task="CAUSAL_LM")
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    base = Checkpoint(tmp_path)
+
+    def described(**fields: Any) -> base_class.BaseClass:
+        (tmp_path / "config.json").write_text(json.dumps({"model_type": "bert", **fields}))
+        return base_class.base_class(base)
+
+    for named in (None, [], "x", [3], ["os.system"], [""]):
+        assert described(architectures=named) == base_class.UNKNOWN
+    for named in ("__import__", "BertTokenizer", "Nothing"):
+        assert described(architectures=[named]) == base_class.UNKNOWN
+    known = base_class.BaseClass(task="CAUSAL_LM")
+    assert described(architectures=["OwnForCausalLM"]) == known
+    # It would take hours to build what a stranger's configuration asks for.
+    endless = {"architectures": ["BertLMHeadModel"], "num_hidden_layers": 10**9}
+    assert described(**endless) == known
+    # What is built from another place is not built.
+    small = {"num_hidden_layers": 1, "_name_or_path": "org/name"}
+    assert described(architectures=["BertLMHeadModel"], **small).names == {"w": "w"}
+    for fetched in ({"backbone": "org/name"}, {"part": {"use_pretrained_backbone": True}}):
+        assert described(architectures=["BertLMHeadModel"], **small, **fetched) == known

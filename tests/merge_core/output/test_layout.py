@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from merge_core.checkpoints.side_files import MOST_FILES, find_side_files, is_side_file
+from merge_core.errors import OutputError
 from merge_core.merging.recipe import make_recipe
 from merge_core.output.model_folder import merge_to_folder
 from merge_core.suites.suite import Suite, load_suite
@@ -90,9 +91,10 @@ def test_configurations_within_it_name_it_too(tmp_path: Path) -> None:
         for part in ("text_config", "vision_config"):
             inner = read_config(tmp_path / name)[part] | {"torch_dtype": "float16"}
             edit_config(tmp_path / name, **{part: inner})
+        edit_config(tmp_path / name, torch_dtype={"text_config": "float16", "": "float16"})
     out = merge(suite_at(tmp_path, {"a": "a", "b": "b"}), dtype="float32")
     found = read_config(out)
-    assert found["dtype"] == "float32"
+    assert found["dtype"] == found["torch_dtype"] == "float32"
     assert {found[part]["torch_dtype"] for part in ("text_config", "vision_config")} == {"float32"}
     assert transformers.CLIPModel.from_pretrained(out).dtype == torch.float32
 
@@ -188,17 +190,22 @@ def test_what_stands_beside_weights_comes_along_by_pattern(tmp_path: Path) -> No
     assert read_config(out) == {"model_type": "bert", "dtype": "float32"}
 
 
-def test_links_that_lead_out_and_floods_stay_behind(tmp_path: Path) -> None:
+def test_links_that_lead_out_are_refused_and_floods_cut(tmp_path: Path) -> None:
     folder = tmp_path / "a"
-    write_files(folder, {"config.json", "inside.json"})
-    (tmp_path / "secret").write_text("{}")
-    (folder / "out.json").symlink_to(tmp_path / "secret")
+    llama(0).save_pretrained(folder)
+    write_files(folder, {"inside.json"})
     (folder / "in.json").symlink_to("inside.json")
     (folder / "circle.json").symlink_to("circle.json")
+    suite = suite_at(tmp_path, {"a": "a"})
+    assert {"in.json", "inside.json"} <= files_of(merge(suite))
+    (tmp_path / "secret").write_text("{}")
     (tmp_path / "elsewhere").mkdir()
     write_files(tmp_path / "elsewhere", {"config.json"})
-    (folder / "1_Pooling").symlink_to(tmp_path / "elsewhere")
-    assert set(find_side_files(folder)) == {"config.json", "inside.json", "in.json"}
+    for name, target in {"out.json": "secret", "1_Pooling": "elsewhere"}.items():
+        (folder / name).symlink_to(tmp_path / target)
+        with pytest.raises(OutputError, match=f"{name}.* is a link to a place outside"):
+            merge(suite, name)
+        (folder / name).unlink()
     write_files(folder, {f"{i}.json" for i in range(MOST_FILES + 5)})
     assert len(find_side_files(folder)) == MOST_FILES
 

@@ -32,7 +32,10 @@ def test_all(shown: Any) -> None:
     for entry in [*methods().values(), *postprocessors().values()]:
         assert f" | {entry.name} | {entry.title} | {entry.source} | " in lines
     # By hand: one of each kind of need.
-    everything = "everything but the weight matrices of attention and MLP"
+    everything = (
+        "everything but the weights of inner linear layers (attention, MLP, …) and convolution "
+        "kernels; the patch embedding is averaged too"
+    )
     for line in (
         " | average | nothing else |  |  | everything | ",
         f" | cart | nothing else |  | average | {everything} | ",

@@ -188,14 +188,11 @@ def test_the_dashboard_looks_below_the_named_folders_alone(
 ) -> None:
     seen: dict[str, Any] = {}
 
-    class Done:
-        returncode = 0
+    def execve(_program: str, _command: list[str], environment: dict[str, str]) -> None:
+        seen["env"] = environment
 
-    def run(command: list[str], **options: Any) -> Done:
-        seen.update(options)
-        return Done()
-
-    monkeypatch.setattr("subprocess.run", run)
+    monkeypatch.setattr("os.execve", execve)
+    monkeypatch.setattr("os.chdir", lambda _: None)
     monkeypatch.delenv("MERGESCOPE_ROOTS", raising=False)
     assert call(monkeypatch, "app") == 0
     assert seen["env"]["MERGESCOPE_ROOTS"] == str(folder)  # where the command was given

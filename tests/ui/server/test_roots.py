@@ -139,6 +139,17 @@ def test_a_document_that_names_something_outside_is_known(
     assert (named is not None) == outside
 
 
+def test_a_set_of_weights_in_a_file_outside_is_outside(tmp_path: Path) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    for place in (tmp_path, root):
+        (place / "m.pt").write_bytes(b"x")
+    document = {"base": "m.pt#ema", "experts": {"a": {"weights": f"{tmp_path}/m.pt#ema"}}}
+    assert roots.names_outside(document, root, root) == f"{tmp_path}/m.pt#ema"
+    assert roots.names_outside({"base": "../m.pt#ema"}, root, root) == "../m.pt#ema"
+    assert roots.names_outside({"base": "m.pt#ema"}, root, root) is None
+
+
 def test_roots_go_through_the_environment(
     tree: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,0 +1,95 @@
+"""Architectures told from config.json: what is written builds the network that was saved."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from analysis.networks.towers import MODELS, suite_network
+from merge_core.opening.architectures import RUNNABLE, of_config
+from merge_core.opening.draft import write_suite
+from merge_core.opening.roles import draft_suite, with_base
+from merge_core.opening.search import find_models
+from merge_core.suites.suite import load_suite
+
+transformers = pytest.importorskip("transformers")
+
+SMALL = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+CONFIGS: dict[str, Any] = {
+    "gpt2": lambda: transformers.GPT2Config(n_embd=16, n_layer=2, n_head=2, vocab_size=40),
+    "roberta": lambda: transformers.RobertaConfig(
+        **SMALL, intermediate_size=20, vocab_size=40, max_position_embeddings=20
+    ),
+    "clip_vision_model": lambda: transformers.CLIPVisionConfig(
+        **SMALL, intermediate_size=20, image_size=32, patch_size=16, projection_dim=12
+    ),
+}
+CLASSES = {
+    "gpt2": "GPT2ForSequenceClassification",
+    "roberta": "RobertaForSequenceClassification",
+    "clip_vision_model": "CLIPVisionModelWithProjection",
+}
+
+
+def test_what_can_be_run_is_what_is_named() -> None:
+    assert set(RUNNABLE) == set(MODELS)
+
+
+@pytest.mark.parametrize("kind", sorted(CONFIGS))
+def test_a_saved_model_is_named_and_built_again(kind: str, tmp_path: Path) -> None:
+    for seed, name in enumerate(("start", "a", "b")):
+        torch.manual_seed(seed)
+        config = CONFIGS[kind]()
+        config.dtype = None if seed else "float32"
+        getattr(transformers, CLASSES[kind])(config).save_pretrained(tmp_path / name)
+    found = with_base(find_models([str(tmp_path)]), str(tmp_path / "start"))
+    path = tmp_path / "suite.yaml"
+    write_suite(draft_suite(found, "s"), path)
+    suite = load_suite(path)
+    assert suite.spec.architecture is not None
+    assert (suite.spec.architecture.name, suite.spec.architecture.library) == (kind, "transformers")
+    network = suite_network(suite).module
+    expert = suite.expert("a")
+    own = network.state_dict()
+    held = {name: tuple(value.shape) for name, value in own.items() if name in expert}
+    assert held == {name: expert.info(name).shape for name in held}
+    assert len(held) >= len(own) - 2  # position ids are buffers of the network alone
+
+
+def test_members_that_say_different_things_name_nothing(tmp_path: Path) -> None:
+    for name, heads in (("a", 2), ("b", 4)):
+        config = transformers.GPT2Config(n_embd=16, n_layer=1, n_head=heads, vocab_size=40)
+        transformers.GPT2Model(config).save_pretrained(tmp_path / name)
+    assert draft_suite(find_models([str(tmp_path)]), "s").architecture is None
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"model_type": "bert"},
+        {"model_type": ["gpt2"]},
+        {"architecture": "hf-hub:org/model"},
+        {"architecture": "../x"},
+        {"architecture": 5, "model_args": 7},
+        {"model_type": "clip", "vision_config": 3, "projection_dim": []},
+    ],
+)
+def test_strangers_files_name_nothing_that_cannot_be_run(config: dict[str, Any]) -> None:
+    told = of_config(json.loads(json.dumps(config)))
+    assert told is None or (told.name, told.args) == ("clip_vision_model", {})
+
+
+def test_a_backbone_saved_alone_is_the_base_of_classifiers(tmp_path: Path) -> None:
+    """Its names lack the prefix that they have under a head."""
+    config = CONFIGS["roberta"]()
+    transformers.RobertaModel(config).save_pretrained(tmp_path / "base")
+    for name in ("mood", "news"):
+        transformers.RobertaForSequenceClassification(config).save_pretrained(tmp_path / name)
+    transformers.GPT2Model(CONFIGS["gpt2"]()).save_pretrained(tmp_path / "other")
+    found = {each.label: each.role for each in find_models([str(tmp_path)])}
+    assert found == {"base": "base", "mood": "expert", "news": "expert", "other": "left out"}
