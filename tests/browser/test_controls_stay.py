@@ -44,6 +44,8 @@ FOUND = """
 # Tabs are opened by the links below. Replacing a file is confirmed each time.
 LEFT = re.compile("stTabs|Replace the")
 THREE = "tasks=digits&tasks=lines&tasks=dots"  # which are quicker than all
+# A reload is a session of its own to the server, as is the stranger's; a few pages show that.
+RELOADED = ("", "spectra", "merge_lab")
 # What is drawn only after something else was chosen is opened by its link.
 LINKS = {
     "": "",
@@ -206,10 +208,11 @@ def test_every_control_keeps_its_value(place: str, server: Server, context: Brow
     rest(page, 500)
     linked, address = values(page), query(page)
     other = "Open checkpoints" if name != "open_checkpoints" else "Patterns"
-    visit(page, other)
-    visit(page, TITLES[name])
-    assert values(page) == linked  # what a link says, on a control's grid or not
-    assert query(page) == address
+    if LINKS[place]:
+        visit(page, other)
+        visit(page, TITLES[name])
+        assert values(page) == linked  # what a link says, on a control's grid or not
+        assert query(page) == address
     changed = change_all(page)
     shown, address = values(page), query(page)
     assert len(changed) >= 1
@@ -222,9 +225,10 @@ def test_every_control_keeps_its_value(place: str, server: Server, context: Brow
     visit(page, other)
     visit(page, TITLES[name])
     assert values(page) == shown
-    page.reload()
-    rest(page, 500)
-    assert values(page) == shown
+    if name in RELOADED:
+        page.reload()
+        rest(page, 500)
+        assert values(page) == shown
     stranger = context.new_page()
     stranger.goto(page.url)
     rest(stranger, 500)
