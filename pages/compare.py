@@ -88,7 +88,7 @@ def ranking(result: Comparison) -> None:
     drawn.append(
         charts.Chart(
             figures.paired_map(
-                pairs, joined["label"].tolist(), title="Which differences are real?"
+                pairs, [*single["label"], *told["label"]], title="Which differences are real?"
             ),
             key="pairs",
             alt=f"Pairwise differences of mean accuracy of {len(joined)} methods",
@@ -103,11 +103,11 @@ def ranking(result: Comparison) -> None:
             "the worst task; the number is the place. Methods that need to be told which task an "
             "image is of hold more than one model, and are ranked by themselves. A method whose "
             "seed changes the merge is one row: the mean over its seeds, and their range. Map: row "
-            "minus column on the **same images**, in points, by the places of all methods "
-            "together (of seeds the first one); a dot marks differences that stay significant at "
-            "5 % in McNemar's exact test, over all tasks at once, after Holm's correction for the "
-            "number of pairs. They speak of these experts and tasks, not of others. "
-            + accuracy.words_for_few_images(result.hits),
+            "minus column on the **same images**, in points, by place: first the methods that give "
+            "one model, then the others (of seeds the first one); a dot marks differences that "
+            "stay significant at 5 % in McNemar's exact test, over all tasks at once, after Holm's "
+            "correction for the number of pairs. They speak of these experts and tasks, not of "
+            "others. " + accuracy.words_for_few_images(result.hits),
             r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
             r"p = P\Big(\Big|\tfrac1T\sum_t \tfrac1{n_t}\sum_i \varepsilon_{ti} d_{ti}\Big| "
             r"\ge |\bar d|\Big),\quad \varepsilon_{ti} = \pm 1",

@@ -142,6 +142,53 @@ def pin_current(recipe: Recipe) -> None:
     st.session_state["pin"] = link_form(recipe)
 
 
+def draw_cards(
+    mine: pd.DataFrame, experts: pd.DataFrame, where: str, setting: str, delta: float | None
+) -> None:
+    """The merge's accuracies as numbers.
+
+    Args:
+        mine: per task, of the merge.
+        experts: per task, of each expert.
+        where: which split.
+        setting: how the recipe's setting came about, in words.
+        delta: mean accuracy against the pinned recipe's.
+    """
+    mean, expert_mean = mean_accuracy(mine).iloc[0], experts["accuracy"].mean()
+    cards = charts.cards(4)
+    charts.accuracy_card(
+        cards,
+        "Mean accuracy",
+        f"{mean['accuracy']:.1%}",
+        where,
+        setting,
+        delta=None if delta is None else f"{100 * delta:+.1f} points against the pinned one",
+        help=f"95 % interval {mean['low']:.1%} to {mean['high']:.1%}, mean over tasks.",
+    )
+    charts.accuracy_card(
+        cards,
+        "Experts",
+        f"{expert_mean:.1%}",
+        where,
+        "each on its own task",
+        help="Each expert on its own task, mean over tasks.",
+    )
+    right = experts["accuracy"].to_numpy() > 0
+    relative = mine["accuracy"].to_numpy()[right] / experts["accuracy"].to_numpy()[right]
+    charts.accuracy_card(
+        cards,
+        "Normalised",
+        f"{relative.mean():.1%}" if right.any() else "–",
+        where,
+        setting,
+        help="Each task's accuracy over its expert's, mean.",
+    )
+    worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
+    charts.accuracy_card(
+        cards, f"Worst task: {plain(worst['task'])}", f"{worst['accuracy']:.1%}", where, setting
+    )
+
+
 def result(
     view: View, recipe: Recipe, other: Recipe | None, split: Split, setting: str
 ) -> list[Result]:
@@ -176,46 +223,12 @@ def result(
     experts = references(view.key, view.tasks, split, view)
     mine = accuracy(view.key, view.tasks, recipe.to_query(), split, view)
     frames = [experts.assign(model="Experts"), mine.assign(model=title_of(recipe))]
-    mean = mean_accuracy(mine).iloc[0]
-    expert_mean = experts["accuracy"].mean()
     delta = None
     if other is not None and other != recipe:
         theirs = accuracy(view.key, view.tasks, other.to_query(), split, view)
         frames.append(theirs.assign(model="Pinned: " + title_of(other)))
-        delta = mean["accuracy"] - theirs["accuracy"].mean()
-    cards = charts.cards(4)
-    where = SPLIT_NAMES[split]
-    charts.accuracy_card(
-        cards,
-        "Mean accuracy",
-        f"{mean['accuracy']:.1%}",
-        where,
-        setting,
-        delta=None if delta is None else f"{100 * delta:+.1f} points against the pinned one",
-        help=f"95 % interval {mean['low']:.1%} to {mean['high']:.1%}, mean over tasks.",
-    )
-    charts.accuracy_card(
-        cards,
-        "Experts",
-        f"{expert_mean:.1%}",
-        where,
-        "each on its own task",
-        help="Each expert on its own task, mean over tasks.",
-    )
-    right = experts["accuracy"].to_numpy() > 0
-    relative = mine["accuracy"].to_numpy()[right] / experts["accuracy"].to_numpy()[right]
-    charts.accuracy_card(
-        cards,
-        "Normalised",
-        f"{relative.mean():.1%}" if right.any() else "–",
-        where,
-        setting,
-        help="Each task's accuracy over its expert's, mean.",
-    )
-    worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
-    charts.accuracy_card(
-        cards, f"Worst task: {plain(worst['task'])}", f"{worst['accuracy']:.1%}", where, setting
-    )
+        delta = float(mine["accuracy"].mean() - theirs["accuracy"].mean())
+    draw_cards(mine, experts, SPLIT_NAMES[split], setting, delta)
     drawn = pd.concat(frames, ignore_index=True)
     charts.panel(
         charts.Chart(
@@ -235,25 +248,31 @@ def result(
     return results_of(mine, split)
 
 
+def choose(view: View) -> tuple[Recipe, Recipe | None, Recipe | None]:
+    """The recipe from its controls, the pinned one, and the one that is recommended."""
+    recipe = choose_recipe(view)
+    for warning in recipe.warnings(view.tasks):
+        show_warning(warning)
+    suggestion = find_suggestion(view.key, view.tasks, recipe.method, view)
+    offer_suggestion(recipe, suggestion)
+    st.button(
+        "Pin this recipe for comparison",
+        on_click=pin_current,
+        args=(recipe,),
+        icon=":material/push_pin:",
+        width="stretch",
+    )
+    other = pinned_recipe(view)
+    return recipe, other, suggestion
+
+
 @shell.fragment
 def lab() -> None:
     """Controls on the left, results on the right."""
     view = shell.view()
     left, right = st.columns([1, 2], gap="large")
     with left:
-        recipe = choose_recipe(view)
-        for warning in recipe.warnings(view.tasks):
-            show_warning(warning)
-        suggestion = find_suggestion(view.key, view.tasks, recipe.method, view)
-        offer_suggestion(recipe, suggestion)
-        st.button(
-            "Pin this recipe for comparison",
-            on_click=pin_current,
-            args=(recipe,),
-            icon=":material/push_pin:",
-            width="stretch",
-        )
-        other = pinned_recipe(view)
+        recipe, other, suggestion = choose(view)
     with right:
         results: list[Result] = []
         if view.suite.can_evaluate:

@@ -201,3 +201,10 @@ def test_two_tasks_offer_methods_for_two(offer: Offer) -> None:
     three = assert_healthy(open_page("compare", suite="mine"))
     boxes = [next(m for m in at.multiselect if m.key == "methods") for at in (two, three)]
     assert ["SLERP" in box.options for box in boxes] == [True, False]
+
+
+def test_the_dashboard_opens_on_the_suite_that_was_named(offer: Offer) -> None:
+    offer()
+    at = assert_healthy(open_page("compare"))
+    assert at.selectbox(key="suite").value == "mine"
+    assert assert_healthy(open_page("compare", suite="demo")).selectbox(key="suite").value == "demo"

@@ -17,6 +17,7 @@ from analysis.networks.pool_network import pool_network
 from merge_core.suites.pool import Pool
 from tests.pages.test_pages import assert_healthy, figures, finish, metrics, open_page
 from tests.pools import ARCHITECTURES
+from ui import shell, sidebar
 
 POOL_PAGES = ("weights_or_features", "magnitude_and_stability")
 Offer = Callable[..., Pool]
@@ -206,3 +207,24 @@ def test_a_broken_pool_is_said_in_words_and_suites_still_open(
     assert not at.exception
     assert any(str(path) in error.value for error in at.error)
     assert_healthy(open_page("spectra"))
+
+
+def test_the_dashboard_opens_on_the_pool_that_was_named(offer_pool: Offer) -> None:
+    pool = offer_pool()
+    for page in ("weights_or_features", "magnitude_and_stability"):
+        at = assert_healthy(open_page(page))
+        chosen = sidebar.group_pools({"mine": pool})
+        assert at.selectbox(key="pool").value == next(iter(chosen))
+    assert shell.first_page().subject == "pool"
+
+
+def test_a_link_may_name_a_pool_as_its_file_does(offer_pool: Offer) -> None:
+    pool = offer_pool()
+    bundled = "digits-resnet-shared"
+    at = assert_healthy(open_page("weights_or_features", pool=bundled))
+    assert at.selectbox(key="pool").value == "digits, ResNet"
+    assert at.radio(key="start").value == "Shared start"
+    at = assert_healthy(open_page("weights_or_features", pool=pool.spec.name))
+    assert at.selectbox(key="pool").value == next(iter(sidebar.group_pools({"mine": pool})))
+    at = open_page("weights_or_features", pool="no such pool")
+    assert any("not on offer here (Pool)" in warning.value for warning in at.warning)
