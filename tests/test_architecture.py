@@ -218,3 +218,31 @@ def test_the_names_that_users_take_are_imported_when_asked_for() -> None:
         capture_output=True, text=True, check=False, cwd=ROOT, timeout=120,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+KEPT_WIDGETS = {
+    "selectbox", "multiselect", "pills", "segmented_control", "radio", "slider", "select_slider",
+    "number_input", "text_input", "text_area", "toggle", "checkbox", "tabs", "date_input",
+    "time_input", "datetime_input", "color_picker", "feedback", "chat_input",
+}  # fmt: skip
+# What must be confirmed each time anew.
+NOT_KEPT = {("pages.open_checkpoints", "checkbox")}
+
+
+def unkept(module: str, source: str) -> list[str]:
+    """Streamlit's widgets that a file draws itself, whose values nothing keeps."""
+    calls = [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Call)]
+    named = [call.func.attr for call in calls if isinstance(call.func, ast.Attribute)]
+    drawn = [name for name in named if name in KEPT_WIDGETS and (module, name) not in NOT_KEPT]
+    bound = [word.arg for call in calls for word in call.keywords if word.arg == "bind"]
+    return [f"{module} draws {name}" for name in drawn + bound]
+
+
+def test_every_control_is_drawn_by_the_one_mechanism_that_keeps_it() -> None:
+    files = [
+        file for file in product_files() if module_of(file).partition(".")[0] in ("ui", "pages")
+    ]
+    own = {module_of(file): file.read_text() for file in files}
+    drawing_them = own.pop("ui.controls")
+    assert [line for module, source in own.items() for line in unkept(module, source)] == []
+    assert len(unkept("ui.controls", drawing_them)) >= 8

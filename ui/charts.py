@@ -54,8 +54,8 @@ def accuracy_card(
     border = bool(options.pop("border", False))
     with cards.container(border=border, height="stretch", gap="xxsmall"):
         st.metric(label, value, **options)
-        words = " · ".join(filter(None, (split, setting)))
-        st.badge(words, color="blue" if split == "test" else "orange")
+        chips = f":{'blue' if split == 'test' else 'orange'}-badge[{split}]"
+        st.markdown(f"{chips} :gray-badge[{setting}]" if setting else chips)
 
 
 class HowToRead(NamedTuple):

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, TypeVar
 from urllib.parse import parse_qs, urlencode
 
 import streamlit as st
@@ -54,39 +54,39 @@ class Control(Generic[Value]):
     slot: str
 
 
-class Entry(NamedTuple):
-    """A value that differs from rest."""
-
-    name: str
-    value: Any
-    words: list[str]
-
-
 @dataclass
 class Kept:
     """What one session keeps.
 
     Attributes:
         page: the one in view.
-        address: its parameters.
+        addresses: page to its parameters, as it is or was left.
         asked: what of the address no control has read yet.
+        linked: names in the address of a link.
         complete: scopes of which the address said everything when the page was entered.
         drawn: names of all controls that have been drawn.
         seeded: name to slot of the controls that stand somewhere in this visit of the page.
         rests: name to value at rest of these.
         unread: labels of controls for which the address said nothing that fits.
-        values: scope (a page, or empty for what all pages share) to slot to what is kept.
+        values: scope (a page, or empty for what all pages share) to slot to what differs from
+            rest.
     """
 
     page: str = ""
-    address: Query = field(default_factory=dict)
+    addresses: dict[str, Query] = field(default_factory=dict)
     asked: Query = field(default_factory=dict)
+    linked: set[str] = field(default_factory=set)
     complete: set[str] = field(default_factory=set)
     drawn: set[str] = field(default_factory=set)
     seeded: dict[str, str] = field(default_factory=dict)
     rests: dict[str, Any] = field(default_factory=dict)
     unread: list[str] = field(default_factory=list)
-    values: dict[str, dict[str, Entry]] = field(default_factory=dict)
+    values: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def address(self) -> Query:
+        """The parameters of the page in view."""
+        return self.addresses.setdefault(self.page, {})
 
     def scope(self, name: str) -> str:
         """Where the values of a control of that name are kept."""
@@ -115,12 +115,13 @@ def enter(page: str) -> None:
     if known.page == page and not gone_back:
         return
     link = _current_query()
-    known.page, known.asked = page, dict(link)
-    known.seeded, known.rests, known.unread = {}, {}, []
     is_link = gone_back or any(name not in SHARED for name in link)
+    left = {} if is_link else known.addresses.get(page, {})
+    known.page, known.linked = page, set(link)
+    known.asked = {name: words for name, words in left.items() if name not in SHARED} | link
+    known.addresses[page] = dict(known.asked)
+    known.seeded, known.rests, known.unread = {}, {}, []
     known.complete = ({page} if is_link else set()) | ({""} if gone_back else set())
-    mine = {} if is_link else known.values.get(page, {})
-    known.address = {e.name: e.words for slot, e in mine.items() if slot == e.name} | link
 
 
 def stand(control: Control[Value], draw: Callable[[Value], Value]) -> Value:
@@ -193,12 +194,13 @@ def _present(control: Control[Value], known: Kept) -> Value:
                 return value
         except ValueError:
             pass
-        known.unread.append(control.label)
+        if name in known.linked:
+            known.unread.append(control.label)
     scope = known.scope(name)
-    entry = known.values.get(scope, {}).get(control.slot)
-    if entry is None or (name not in known.seeded and scope in known.complete):
+    if name not in known.seeded and scope in known.complete:
         return control.rest
-    return entry.value if control.fits(entry.value) else control.rest
+    value = known.values.get(scope, {}).get(control.slot, control.rest)
+    return value if control.fits(value) else control.rest
 
 
 def _keep(control: Control[Value], value: Value, known: Kept) -> None:
@@ -208,9 +210,8 @@ def _keep(control: Control[Value], value: Value, known: Kept) -> None:
         values.pop(control.slot, None)
         known.address.pop(control.name, None)
     else:
-        words = control.write(value) or [""]
-        values[control.slot] = Entry(control.name, value, words)
-        known.address[control.name] = words
+        values[control.slot] = value
+        known.address[control.name] = control.write(value) or [""]
     if known.address != _current_query():
         st.query_params.from_dict({**known.address, history.PAGE: [known.page]})
 

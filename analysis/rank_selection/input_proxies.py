@@ -10,7 +10,7 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.scores import SCORES
-from analysis.rank_selection.space import SearchSpace, edge_words
+from analysis.rank_selection.space import SearchSpace
 from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 
@@ -42,8 +42,7 @@ def recommend_from_inputs(
 
     Returns:
         One row per proxy: proxy, title, rank, scale (NaN where the method has none), why, source,
-        at_edge (see :func:`analysis.rank_selection.space.edge_words`), images (forward images that
-        its search asked for, run now or known before).
+        images (forward images that its search asked for, run now or known before).
 
     Raises:
         MergeScopeError: unfit inputs.
@@ -66,13 +65,11 @@ def recommend_from_inputs(
                 "scale": search.scale,
                 "why": score.why,
                 "source": score.source,
-                "at_edge": edge_words(space, search.rank, search.scale),
                 "images": search.asked_images,
             }
         )
     progress.step(len(proxies), len(proxies), "proxies from inputs")
     frame = pd.DataFrame(
-        rows,
-        columns=["proxy", "title", "rank", "scale", "why", "source", "at_edge", "images"],
+        rows, columns=["proxy", "title", "rank", "scale", "why", "source", "images"]
     )
     return frame.astype({"rank": float, "scale": float})

@@ -383,8 +383,7 @@ class _Choice:
         """A row per proxy: the rule's own, those that read inputs if asked for, and the rest."""
         parts = []
         if search is not None:
-            mine = _pick_of_search(rule, search).assign(mode=self.options.mode)
-            parts.append(mine.assign(at_edge=edge_words(self.space, search.rank, search.scale)))
+            parts.append(_pick_of_search(rule, search).assign(mode=self.options.mode))
         if self.evaluator is not None and self.options.every_proxy:
             found = recommend_from_inputs(
                 self.space,
@@ -396,6 +395,9 @@ class _Choice:
                 self.progress,
             )
             parts.append(found.drop(columns="images").assign(mode="inputs"))
+        for i, found in enumerate(parts):
+            settings = zip(found["rank"], found["scale"], strict=True)
+            parts[i] = found.assign(at_edge=[edge_words(self.space, *each) for each in settings])
         parts.append(self.from_weights.assign(mode="weights"))
         return pd.concat(parts, ignore_index=True).astype({"rank": float, "scale": float})
 

@@ -119,7 +119,8 @@ class SafetensorsShard(PlainShard):
         if dtype is None:
             raise CheckpointError(
                 f"{self._path}: tensor {name!r} has dtype {piece.get_dtype()}, which is not "
-                "supported. Convert it to float32, float16 or bfloat16."
+                "supported. Convert it to float32, float16 or bfloat16; packed weights must be "
+                "dequantised first."
             )
         return TensorInfo(tuple(piece.get_shape()), dtype)
 
@@ -215,6 +216,11 @@ def open_shard(path: Path, part: str = "") -> Shard:
         return _check_names(path, SafetensorsShard(path))
     if path.name.endswith(PICKLE_SUFFIXES):
         return _check_names(path, TorchShard(path, part))
+    if path.parent.name == "blobs":
+        raise CheckpointError(
+            f"{path} lies in a cache under the name of its content. Name the file or the folder "
+            "in 'snapshots', which leads to it."
+        )
     raise CheckpointError(
         f"{path} has an unknown ending. Known: .safetensors, .index.json, "
         f"{', '.join(PICKLE_SUFFIXES)}."

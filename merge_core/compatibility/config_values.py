@@ -27,6 +27,7 @@ ROTARY = (
 )
 # A number, or sides by name, as versions of image processors write them.
 SIZES = frozenset({"size", "crop_size"})
+TEXT = "text_config"
 PART_TYPES = {"vision_config": "{}_vision_model", "text_config": "{}_text_model"}
 
 Fields = dict[str, Any]
@@ -65,6 +66,34 @@ def _part_of_type(config: Fields, wanted: str) -> Fields | None:
             if MODEL_TYPES.get(of, of) == wanted:
                 return {**part, "model_type": wanted}
     return None
+
+
+def align_parts(documents: Mapping[str, Fields]) -> dict[str, Fields]:
+    """The configurations, the text's fields in a part of their own where others have them there.
+
+    Older files of models of images and text keep them beside the part of the images.
+
+    Args:
+        documents: configuration by member.
+
+    Example:
+        >>> old, new = {"hidden_act": "silu"}, {"text_config": {"hidden_act": "silu"}}
+        >>> align_parts({"a": old, "b": new})["a"] == new
+        True
+    """
+    parts = [config.get(TEXT) for config in documents.values()]
+    named = {name for part in parts if isinstance(part, dict) for name in part}
+    beside = {name for config in documents.values() if TEXT in config for name in config}
+    moved = {*named, *(ROTARY if named & set(ROTARY) else ())} - beside
+
+    def align(config: Fields) -> Fields:
+        own = {name: value for name, value in config.items() if name in moved}
+        if TEXT in config or not own:
+            return config
+        rest = {name: value for name, value in config.items() if name not in moved}
+        return {**rest, TEXT: own}
+
+    return {member: align(config) for member, config in documents.items()}
 
 
 def flatten(config: Fields, prefix: str = "", depth: int = 0) -> Fields:

@@ -20,6 +20,7 @@ from merge_core.compatibility.config_fields import (
 )
 from merge_core.compatibility.config_values import (
     Fields,
+    align_parts,
     align_types,
     are_equal,
     class_defaults,
@@ -51,7 +52,7 @@ FEW_TIMES = 10
 ANOTHER = Rule("refused", "another architecture")
 OTHER_POSITIONS = Rule("refused", "there are other positions for the same rows")
 SMALL = Rule("warned", "norms divide by a slightly different number")
-UNREAD = "damaged or too large: not compared"
+UNREAD = "damaged, too large or out of reach: not compared"
 NOTED = Rule("noted", "no other function of the weights")
 # timm: resolution and source of the weights, which change no layer.
 TIMM_ENDINGS = re.compile(r"(\.[\w-]+|_in2[12]k|_in1k|_\d{3})+$")
@@ -90,7 +91,7 @@ def compare_documents(file: str, documents: Mapping[str, dict[str, Any]]) -> lis
     """
     if len(documents) < 2:
         return []
-    aligned = align_types(documents)
+    aligned = align_parts(align_types(documents))
     fields = {member: flatten(aligned[member]) for member in sort_members(aligned)}
     every = set().union(*fields.values())
     names = sorted(every, key=lambda name: (_leaf(name) not in RULES, name))[:MOST_FIELDS]
@@ -101,11 +102,12 @@ def compare_documents(file: str, documents: Mapping[str, dict[str, Any]]) -> lis
         if rule is None:
             continue
         if rule.level == "noted":
-            noted.append(name)
+            noted.append(shorten(name))
             continue
         shown = {member: value.shown for member, value in said.items()}
         lacking = {member: "nothing said" for member in fields if member not in said}
-        found.append(Finding(rule.level, file, name, tell_values(shown | lacking), rule.meaning))
+        values = tell_values(shown | lacking)
+        found.append(Finding(rule.level, file, shorten(name), values, rule.meaning))
     if noted:
         more = f" and {len(noted) - MOST_NOTED} more" if len(noted) > MOST_NOTED else ""
         listed = ", ".join(noted[:MOST_NOTED]) + more

@@ -27,6 +27,7 @@ SPARE = re.compile(
     re.IGNORECASE,
 )
 LONGEST_SPARE = 64
+FEWEST = 2  # of one token there is no other order
 LISTS = VOCABULARY_FILES[:3]
 MODELS = VOCABULARY_FILES[-4:]  # pieces in a format that is compared as a whole
 # What tokenizers' versions add without another meaning.
@@ -59,10 +60,16 @@ class Vocabulary:
 
 
 def read_vocabulary(files: Companions) -> Vocabulary | None:
-    """The tokens that a folder's files list; None where none of them can be read.
+    """The tokens that a folder's files list; None where none of them lists two or more.
 
     ``tokenizer.json`` counts before ``vocab.json`` and ``vocab.txt``.
     """
+    found = _read_lists(files)
+    return None if found is None or len(found.tokens) < FEWEST else found
+
+
+def _read_lists(files: Companions) -> Vocabulary | None:
+    """The tokens of the first list that can be read."""
     document = files.document("tokenizer.json", TOKENIZER_BYTES)
     if document is not None and isinstance(document.get("model"), dict):
         return _of_tokenizer(document)
@@ -212,7 +219,7 @@ def _tell_unread(members: Mapping[str, Companions]) -> list[Finding]:
     if not unread:
         return []
     values = f"cannot be read in {name_members(sort_members(unread))}"
-    meaning = "damaged or too large: rows may be other tokens"
+    meaning = "damaged, too large or out of reach: rows may be other tokens"
     return [Finding("warned", "tokenizer", FIELD, values, meaning)]
 
 

@@ -31,6 +31,7 @@ BESIDE = (CONFIG_FILE, CARD)  # besides what any model has
 _PART = r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,94}[A-Za-z0-9_])?"
 _ID = re.compile(rf"hf://(?P<repo>{_PART}(?:/{_PART})?)(?:@(?P<revision>[^:]*))?(?::(?P<file>.*))?")
 _WORD = re.compile(r"[A-Za-z0-9_.+=-]+")
+_MODULE = re.compile(r"[0-9]+_[A-Za-z]+")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -168,4 +169,12 @@ def side_files(names: Collection[str], entry: str) -> list[str]:
     """
     folder = str(PurePosixPath(entry).parent / "x")[:-1]
     below = ((name, name.removeprefix(folder)) for name in sorted(names) if name.startswith(folder))
-    return [name for name, own in below if own in BESIDE or is_side_file(own)]
+    # A folder with weights is another model, unless sentence-transformers numbers it as a module.
+    models = {str(PurePosixPath(name).parent) for name in names if is_weights(name)}
+    others = {model for model in models if not _MODULE.fullmatch(PurePosixPath(model).name)}
+    others.discard(str(PurePosixPath(entry).parent))
+    return [
+        name
+        for name, own in below
+        if (own in BESIDE or is_side_file(own)) and str(PurePosixPath(name).parent) not in others
+    ]

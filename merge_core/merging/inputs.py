@@ -11,14 +11,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationError
 
 from merge_core.errors import OutputError, RecipeError, SuiteError
 from merge_core.files import cache_dir, digest_of, path_below, write_atomically
+from merge_core.hub.files import is_hub_id
 from merge_core.places import name_without_place
 from merge_core.strict_model import StrictModel
 from merge_core.suites.suite import BUNDLED, BUNDLED_PATH, Suite, load_suite
 from merge_core.suites.suite_spec import ExpertSpec, SuiteSpec
+from merge_core.yaml_text import dump_yaml
 
 SHOWN_DIGITS = 12
 
@@ -115,28 +117,33 @@ class Inputs(StrictModel):
         """A suite of the members on the hub, where all of them are there."""
         if set(self.sources) != set(self.experts) or (self.base and not self.base_source):
             return None
-        experts = {task: ExpertSpec(weights=self.sources[task]) for task in self.experts}
-        return SuiteSpec(
-            name="from the hub", base=self.base_source, experts=experts, **self.rules.model_dump()
-        )
+        names = [*self.sources.values(), *([self.base_source] if self.base_source else [])]
+        if not all(map(is_hub_id, names)):
+            return None
+        with suppress(ValidationError):  # a recipe of a stranger may hold anything
+            experts = {task: ExpertSpec(weights=self.sources[task]) for task in self.experts}
+            rules = self.rules.model_dump()
+            return SuiteSpec(name="from the hub", base=self.base_source, experts=experts, **rules)
+        return None
 
     @property
-    def _place(self) -> Path:
+    def place(self) -> Path:
         """The file that remembers where a suite of these members lies on this machine."""
         parts = [f"{task}={digest}" for task, digest in self.experts.items()]
-        return cache_dir() / "suites" / digest_of("place-1", *parts, f"base={self.base}")
+        parts += [f"base={self.base}", self.rules.model_dump_json()]
+        return cache_dir() / "suites" / digest_of("place-1", *parts)
 
     def remember(self, suite: Suite) -> None:
         """Remember on this machine, for :func:`find_suite`, where a suite of these members lies."""
         if suite.path.is_file():
             with suppress(OSError, OutputError):  # a convenience: an output is complete without it
-                write_atomically(self._place, str(suite.path).encode())
+                write_atomically(self.place, str(suite.path).encode())
 
     @property
     def remembered(self) -> Path | None:
         """Where a suite of these members lay when it was last merged here."""
         with suppress(OSError, ValueError):
-            return Path(self._place.read_text(encoding="utf-8"))
+            return Path(self.place.read_text(encoding="utf-8"))
         return None
 
 
@@ -169,6 +176,7 @@ def find_suite(
 
     Raises:
         SuiteError: found nowhere, or not readable.
+        OutputError: the cache folder cannot be written, for members on the hub.
 
     Example:
         >>> inputs = Inputs.of(load_suite("demo"), ["digits", "dots"])
@@ -200,7 +208,11 @@ def find_suite(
             "lies on this machine is not known. Say where its suite.yaml is with --suite, or write "
             "its path as 'suite:' in the recipe."
         )
-    return Suite(spec.model_copy(update={"name": name}), Path.cwd() / "suite.yaml")
+    # A file, which other processes and machines can open as well.
+    path = inputs.place.with_suffix(".yaml")
+    document = spec.model_copy(update={"name": name}).model_dump(mode="json", exclude_defaults=True)
+    write_atomically(path, dump_yaml(document).encode())
+    return load_suite(path)
 
 
 def _difference(what: str, then: str | None, now: str | None) -> str:

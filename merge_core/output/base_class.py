@@ -30,6 +30,8 @@ TASKS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
 )
 _NAME = re.compile(r"[A-Za-z][A-Za-z0-9_]{0,100}")
 _COUNTS = re.compile(r"layer|depth|block|stage|expert|level", re.IGNORECASE)
+# So many are built in seconds, whatever else a number of layers may mean.
+FEW = 200
 # With these a class may fetch parts of itself, weights included, from elsewhere.
 _FETCHES = re.compile(r"^backbone$|^architecture$|pretrained|timm|model_id|repo", re.IGNORECASE)
 
@@ -90,7 +92,7 @@ def _build(name: str, document: dict[str, Any], tensors: int) -> Any:
     counts = (value for key, value in values if isinstance(value, int) and _COUNTS.search(key))
     fetched = any(isinstance(v, str) and v and _FETCHES.search(key) for key, v in values)
     asked = any(v is True and _FETCHES.search(key) for key, v in values)
-    if fetched or asked or any(count > tensors for count in counts):
+    if fetched or asked or any(count > max(tensors, FEW) for count in counts):
         return None
     try:
         import torch

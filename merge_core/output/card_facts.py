@@ -30,7 +30,10 @@ _FORMS = {
         r"https://[A-Za-z0-9][A-Za-z0-9./%_~+-]{0,300}|LICEN[CS]E[A-Z.a-z]*"
     ),
     "pipeline_tag": re.compile(r"[a-z0-9]+(-[a-z0-9]+){0,8}"),
+    "library_name": re.compile("transformers|timm|open_clip|sentence-transformers"),
 }
+_FOLDER = re.compile(r"[A-Za-z0-9_]{1,60}")
+MODULE_WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 LICENCE = ("license", "license_name", "license_link")
 BASE = "(base)"
 
@@ -45,6 +48,7 @@ class CardFacts:
         licence: fields of the licence on which all members that state one agree; else none.
         licences: what each member states, where they do not agree.
         heads: names of heads that each task keeps, which the merge does not hold.
+        modules: folders of sentence-transformers' modules with weights of their own.
     """
 
     library: str | None = None
@@ -52,6 +56,7 @@ class CardFacts:
     licence: Mapping[str, str] = field(default_factory=dict)
     licences: Mapping[str, str] = field(default_factory=dict)
     heads: tuple[str, ...] = ()
+    modules: tuple[str, ...] = ()
 
 
 def card_facts(suite: Suite, tasks: Sequence[str]) -> CardFacts:
@@ -68,14 +73,15 @@ def card_facts(suite: Suite, tasks: Sequence[str]) -> CardFacts:
     licences = {name: _licence(card) for name, card in told.items() if "license" in card}
     first = next(iter(licences.values()), {})
     agree = all(each == first for each in licences.values())
-    tags = [card["pipeline_tag"] for card in told.values() if "pipeline_tag" in card]
-    base_tag = told.get(BASE, {}).get("pipeline_tag")
+    folders = [folder_of(member) for member in members.values()]
+    described = next((folder for folder in folders if describes_model(folder)), None)
     return CardFacts(
-        library=_library([folder_of(member) for member in members.values()]) or _of_network(suite),
-        pipeline_tag=base_tag or (tags[0] if len(set(tags)) == 1 else None),
+        library=_library(described) or _of_network(suite) or _agreed("library_name", told),
+        pipeline_tag=_agreed("pipeline_tag", told),
         licence=first if agree else {},
         licences={} if agree else {name: each["license"] for name, each in licences.items()},
         heads=tuple(sorted({d.parameter for d in manifest.differences if d.kind == "head"})),
+        modules=_weighted_modules(described),
     )
 
 
@@ -98,6 +104,12 @@ def read_card(folder: Path) -> dict[str, str]:
     }
 
 
+def _agreed(name: str, told: Mapping[str, Mapping[str, str]]) -> str | None:
+    """A field as the base's card has it, else as all cards that have it do."""
+    values = {card[name] for card in told.values() if name in card}
+    return told.get(BASE, {}).get(name) or (values.pop() if len(values) == 1 else None)
+
+
 def _single(value: Any) -> Any:
     """A value, or the one that a list holds."""
     return value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -107,9 +119,8 @@ def _licence(card: Mapping[str, str]) -> dict[str, str]:
     return {name: card[name] for name in LICENCE if name in card}
 
 
-def _library(folders: Sequence[Path]) -> str | None:
-    """The library whose layout the first described member has."""
-    folder = next((folder for folder in folders if describes_model(folder)), None)
+def _library(folder: Path | None) -> str | None:
+    """The library whose layout a folder has."""
     if folder is None:
         return None
     config = read_json(folder / "config.json")
@@ -124,3 +135,15 @@ def _library(folders: Sequence[Path]) -> str | None:
 
 def _of_network(suite: Suite) -> str | None:
     return suite.spec.architecture.library if suite.spec.architecture else None
+
+
+def _weighted_modules(folder: Path | None) -> tuple[str, ...]:
+    """Folders of modules (``2_Dense``) whose weights lie apart from the network's."""
+    listed = None if folder is None else read_json(folder / "modules.json")
+    if folder is None or not isinstance(listed, list):
+        return ()
+    paths = [entry.get("path") for entry in listed if isinstance(entry, dict)]
+    names = [path for path in paths if isinstance(path, str) and _FOLDER.fullmatch(path)]
+    return tuple(
+        name for name in names if any((folder / name / file).is_file() for file in MODULE_WEIGHTS)
+    )

@@ -99,7 +99,7 @@ def true_configuration(
         return document
     if written.dtype is not None and not any(key in document for key in DTYPE_KEYS):
         document = {**document, DTYPE_KEYS[0]: written.dtype.name}
-    if written.head_apart and document.get(TIED) is not False:
+    if written.head_apart and document.get(TIED) is not False and not _scales(document):
         document = {**document, TIED: False}
     return document
 
@@ -118,11 +118,16 @@ def _of_weights(
             found[key] = _of_weights(value, written, vocabulary)
         elif key == "vocab_size" and vocabulary is not None and value == vocabulary[0]:
             found[key] = vocabulary[1]
-        elif key == TIED and written.head_apart:
+        elif key == TIED and written.head_apart and not _scales(document):
             found[key] = False
         else:
             found[key] = value
     return found
+
+
+def _scales(document: Mapping[str, Any]) -> bool:
+    """Whether a model scales its outputs by whether it is said to be tied, as T5 does."""
+    return document.get("is_encoder_decoder") is True
 
 
 def _without_places(value: Any) -> Any:

@@ -169,6 +169,11 @@ def _notes(suite: Suite, tasks: Sequence[str], facts: CardFacts) -> str:
         notes.append(f"Heads are not part of this merge ({shown}{more}): each task keeps its own.")
     elif all(suite.spec.experts[task].head is not None for task in tasks):
         notes.append("Heads, which the suite names apart, are not part of this merge.")
+    if facts.modules:
+        notes.append(
+            f"Modules with weights of their own ({', '.join(facts.modules)}) are not part of this "
+            "merge: copy their weights from a member before opening it."
+        )
     return "".join(f"{note}\n\n" for note in notes)
 
 

@@ -251,8 +251,8 @@ def _examine_presence(
         return False
     others = _listed(having if BASE not in holders else [BASE, *having])
     in_backbone = bool(block_of(name)) or role.kind not in UNKNOWN
-    # Without a base most experts decide; of as many, those who have a part of the backbone.
-    few = 2 * len(having) < len(draft.experts) + (not in_backbone)
+    # Without a base most experts decide; where as many lack it, nobody can say that it is extra.
+    few = 2 * len(having) < len(draft.experts)
     added = BASE in lacking or (draft.base is None and few)
     if _is_task_part(name, role):
         for who in lacking if not added or len(having) == len(draft.experts) else having:
@@ -355,12 +355,13 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def summarise(differences: Sequence[Difference]) -> Iterator[str]:
-    """Sentences on buffers, ties and dtypes that a merge settles by itself.
+    """Sentences on what a merge settles by itself: buffers, ties, dtypes, what is left out.
 
     Args:
         differences: of a manifest.
     """
-    rows = [d for d in differences if not d.blocking and d.kind in ("buffer", "tied", "dtype")]
+    settled = ("buffer", "tied", "dtype", "extra")
+    rows = [d for d in differences if not d.blocking and d.kind in settled and d.member != "base"]
     groups: dict[tuple[str, str, str], list[str]] = {}
     for d in rows:
         groups.setdefault((d.kind, d.member, d.detail), []).append(d.parameter)

@@ -98,7 +98,7 @@ def test_the_recommended_setting_is_one_click_away_and_chips_say_what_numbers_ar
     recipe = recipe_from_yaml(next(c.value for c in at.code if "method:" in c.value))
     assert recipe.parameters == {"rank": 0.08, "scale": 1.0}
     badges = [text.value for text in at.markdown if "-badge[" in text.value]
-    assert any("validation · default setting" in badge for badge in badges)
+    assert any("[validation] :gray-badge[default setting]" in badge for badge in badges)
     button = next(each for each in at.button if "recommended setting" in each.label)
     at = assert_healthy(button.click().run())
     recipe = recipe_from_yaml(next(c.value for c in at.code if "method:" in c.value))
@@ -107,5 +107,5 @@ def test_the_recommended_setting_is_one_click_away_and_chips_say_what_numbers_ar
     rank, scale = recipe.parameters["rank"], recipe.parameters["scale"]
     assert f"CART: rank {100 * rank:.3g} %, λ = {scale:g} (best on the validation split)" in wanted
     badges = [text.value for text in at.markdown if "-badge[" in text.value]
-    assert any("validation · tuned on validation" in badge for badge in badges)
+    assert any("[validation] :gray-badge[tuned on validation]" in badge for badge in badges)
     assert not [each for each in at.button if "recommended setting" in each.label]

@@ -335,7 +335,7 @@ def test_a_half_written_file_is_never_read_as_a_model(
     last = max(left.glob("*.safetensors"))
     with pytest.raises(SafetensorError):
         load_file(last)
-    with pytest.raises(CheckpointError, match="truncated"):
+    with pytest.raises(CheckpointError, match="truncated|a part of a model"):
         Checkpoint(last)
 
 

@@ -134,8 +134,9 @@ def fit_section(suite: Suite) -> None:
         )
     elif len(suite.tasks) < FEWEST:
         st.warning(
-            f"Only one model takes part as an expert: **{plain(suite.tasks[0])}**. A merge needs "
-            "two or more. Add another one, or choose the role 'expert' for one that is left out.",
+            f"Only one model takes part as an expert: **{plain(suite.tasks[0])}**. A merge "
+            "needs two or more. Add another one, or choose the role 'expert' for one that is "
+            "left out.",
             icon=":material/warning:",
         )
     elif are_one_network(suite):

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
 import streamlit as st
 
 from analysis.comparison.first_result import suggest_recipe
-from analysis.rank_selection.select import selectable_methods, setting_words
+from analysis.rank_selection.select import selectable_methods
 from merge_core.merging.recipe import Recipe
 from ui import kept
 from ui.server import resources
 from ui.server.resources import View
 from ui.widgets import RANK_UNITS, share_words
+from ui.words.rank_selection import setting_in_words
 
 # Up to this many parameters what is stored is looked up while a page is drawn.
 LIVE_PARAMETERS = 5_000_000
@@ -52,17 +55,17 @@ def offer_suggestion(recipe: Recipe, suggestion: Recipe | None) -> None:
     """A button that takes the recommended setting over, where the recipe has another one."""
     if suggestion is None or recipe.parameters == suggestion.parameters:
         return
-    words = setting_words(
-        *(float(suggestion.parameters.get(name, float("nan"))) for name in ("rank", "scale"))
-    )
+    rank, scale = (float(suggestion.parameters.get(name, math.nan)) for name in ("rank", "scale"))
+    words = setting_in_words(rank, scale)
     st.button(
-        f"Use the recommended setting: {words}",
+        "Use the recommended setting",
         on_click=_take,
         args=(suggestion,),
         icon=":material/tune:",
         width="stretch",
-        help="The best on the validation split for these tasks, as Rank and scale found it.",
+        help="As Rank and scale found it for these tasks.",
     )
+    st.caption(f"Recommended, the best on the validation split: {words}.")
 
 
 def _take(suggestion: Recipe) -> None:

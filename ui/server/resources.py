@@ -15,6 +15,7 @@ import streamlit as st
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split, has_labels
+from merge_core.checkpoints.stored.entry import split_part
 from merge_core.factors.store import FactorStore
 from merge_core.files import digest_of, file_digest
 from merge_core.input_files import file_stamp
@@ -56,7 +57,7 @@ def suite_key(name: str) -> str:
     files = [suite.spec.base] if suite.spec.base else []
     for expert in suite.spec.experts.values():
         files += expert.files
-    stamps = [stamp(suite.file(relative)) for relative in filter(None, files)]
+    stamps = [stamp(split_part(suite.file(relative))[0]) for relative in filter(None, files)]
     return digest_of(str(suite.path), file_digest(suite.path), *stamps)
 
 

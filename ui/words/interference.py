@@ -15,21 +15,14 @@ def different(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def describe_level(frames: Sequence[pd.DataFrame]) -> str:
-    """How the mean overlap about each origin compares with that of random directions."""
+    """The mean overlap about each origin, beside that of directions turned at random."""
     parts = []
     for frame in frames:
         pairs = different(frame)
         mean, level = pairs["overlap"].mean(), pairs["random"].mean()
-        if level <= 0:
-            continue
         about = "average" if (frame["origin"] == "average").all() else "base"
-        parts.append(f"about the {about} {mean:.3f}, {mean / level:.1f} times that level")
-    if not parts:
-        return ""
-    level = different(frames[0])["random"].mean()
-    return f"Directions turned at random would overlap by {level:.3f}; here it is " + (
-        " and ".join(parts) + "."
-    )
+        parts.append(f"by {mean:.3f} about the {about} (at random by {level:.3f})")
+    return f"Two tasks overlap {' and '.join(parts)}, in the mean over pairs."
 
 
 def describe_centring(pairs: Sequence[pd.DataFrame], where: str) -> str:

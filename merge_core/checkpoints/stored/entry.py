@@ -22,6 +22,7 @@ FOLDER_CANDIDATES = (
 )
 # A trainer leaves these beside the weights, under endings that weights have too.
 NOT_WEIGHTS = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")
+OPTIM_STATES = "_optim_states."  # of DeepSpeed
 # Weights of other libraries, and their indexes.
 OTHER_LIBRARIES = (".h5", ".msgpack", ".gguf", ".onnx", ".tflite", ".mlmodel", ".npz")
 OTHER_INDEX = re.compile(r"\.(h5|msgpack)\.index\.json$")
@@ -60,7 +61,7 @@ def weight_files(names: Collection[str]) -> list[str]:
         name
         for name in sorted(names)
         if (name.endswith((".safetensors", *TORCH_SUFFIXES)) or is_index(name))
-        and not name.startswith(NOT_WEIGHTS)
+        and not (name.startswith(NOT_WEIGHTS) or OPTIM_STATES in name)
     ]
     return [
         name
@@ -221,6 +222,11 @@ def explain_no_single(names: Collection[str]) -> str:
         )
     if files:
         return f"{len(files)} weight files and no index. Name the file itself."
+    if any(name.endswith(".distcp") for name in names):
+        return (
+            "pieces of a model that torch.distributed.checkpoint wrote. Join them with "
+            "torch.distributed.checkpoint.format_utils.dcp_to_torch_save."
+        )
     foreign = sorted(name for name in names if name.endswith(OTHER_LIBRARIES))
     if foreign:
         return (

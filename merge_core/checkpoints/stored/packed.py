@@ -2,7 +2,7 @@
 
 A merge of their entries would be neither model. They are told by the names and dtypes that the
 libraries which write them use: bitsandbytes, GPTQ and AWQ, compressed-tensors, fp8 with scales,
-HQQ, Quanto, AQLM, MXFP4; PEFT, kohya's sd-scripts, diffusers and LyCORIS.
+HQQ, torchao, Quanto, AQLM, MXFP4 and others; PEFT, kohya's sd-scripts, diffusers and LyCORIS.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Protocol
 
 from merge_core.checkpoints.dtypes import Dtype
 from merge_core.errors import CheckpointError
+from merge_core.input_files import read_bounded
 
 CONFIG_BYTES = 10_000_000
 UNPACK = (
@@ -30,6 +31,9 @@ FORMATS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("GPTQ or AWQ", "qweight", ("qzeros", "scales")),
     ("compressed-tensors", ".weight_packed", (".weight_scale", ".weight_shape")),
     ("HQQ", ".W_q", (".scale", ".zero", ".meta", ".nbits", ".group_size", ".shape")),
+    ("torchao", "_weight_qdata", ("_weight_scale", "_weight_scale_and_zero")),
+    ("VPTQ", ".indices", (".centroids.weight",)),
+    ("SpQR", ".dense_weights", (".row_offsets", ".col_vals")),
     ("Quanto", ".weight._data", (".weight._scale",)),
     ("AQLM", ".codes", (".codebooks",)),
     ("QuIP#", ".Qidxs", (".SU", ".SV")),
@@ -171,11 +175,10 @@ def _has_bytes(infos: Mapping[str, Info]) -> bool:
 
 def _quantisation(folder: Path | None) -> str:
     """The method of quantisation that ``config.json`` names, in words fit for a message."""
-    path = None if folder is None else folder / "config.json"
+    if folder is None:
+        return ""
     try:
-        if path is None or not path.is_file() or path.stat().st_size > CONFIG_BYTES:
-            return ""
-        document = json.loads(path.read_text(encoding="utf-8"))
+        document = json.loads(read_bounded(folder / "config.json", CONFIG_BYTES))
     except (OSError, ValueError, RecursionError):
         return ""
     settings = document.get("quantization_config") if isinstance(document, dict) else None

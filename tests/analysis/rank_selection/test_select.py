@@ -120,6 +120,18 @@ def test_with_labels_the_full_grid_gives_the_best_of_all(bench: Bench) -> None:
     assert found.asked_images == found.grid_images == 9 * 60
 
 
+@pytest.mark.parametrize("mode", ["labels", "weights"])
+def test_the_end_of_an_axis_is_said(bench: Bench, mode: Mode) -> None:
+    # Of two scales each is an end.
+    space = search_space("cart", str(bench.suite.path), TASKS, ranks=RANKS, scales=[0.5, 1.0])
+    found = bench.select(mode, space=space, report=False)
+    word = "lowest" if found.scale == 0.5 else "highest"
+    assert f"The scale {found.scale:g} is the {word} of the grid" in found.at_edge
+    for row in found.picks.to_dict("records"):
+        at_end = row["scale"] in (0.5, 1.0) or row["rank"] in (min(RANKS), max(RANKS))
+        assert bool(row["at_edge"]) == at_end
+
+
 # One process: each has to import everything anew, and what two do at once is tested beside them.
 @pytest.mark.parametrize("where", [Threads(2), Processes(1)], ids=["threads", "a process"])
 def test_settings_evaluated_side_by_side_are_those_evaluated_here(

@@ -13,7 +13,7 @@ from merge_core.compatibility.compare import compare_companions
 from merge_core.compatibility.kinship import measure_kinship
 from merge_core.errors import HubError
 from merge_core.hub.models import describe, find_cached
-from merge_core.opening.download import missing_members, with_headers_only
+from merge_core.opening.download import download, missing_members, with_headers_only
 from merge_core.suites.suite import Suite, load_suite
 from tests.hub_client import files_of, hub, weights
 from tests.hub_server import Hub
@@ -50,9 +50,14 @@ def test_only_what_differs_is_fetched(hub: Hub, tmp_path: Path) -> None:
     hub.requests.clear()
     assert compare_companions(suite) == (found,)
     assert hub.requests == []
+    # In the cache, files are links to where the weights' links lead too.
+    suite = load_suite(tmp_path)
+    download(suite)
+    assert compare_companions(suite) == (found,)
+    assert measure_kinship(suite) is not None
 
 
-def test_a_hub_that_is_gone_says_nothing(
+def test_a_hub_that_is_gone_is_said_and_stops_nothing(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("one", "two"):
@@ -64,4 +69,5 @@ def test_a_hub_that_is_gone_says_nothing(
         raise HubError("The hub cannot be reached.")
 
     monkeypatch.setattr(companions, "fetch_file", refuse)
-    assert compare_companions(suite) == ()
+    (found,) = compare_companions(suite)
+    assert (found.level, found.values) == ("warned", "cannot be read in one, two")

@@ -20,6 +20,8 @@ from merge_core.hub.push import push
 from merge_core.merging.inputs import find_suite
 from merge_core.merging.recipe import load_recipe, make_recipe
 from merge_core.opening.download import download, missing_members, with_headers_only
+from merge_core.output.adapter_draft import AdapterRank
+from merge_core.output.lora import merge_to_adapter
 from merge_core.output.model_card import Result, model_card
 from merge_core.output.model_folder import merge_to_folder
 from merge_core.output.provenance import provenance, read_provenance
@@ -287,3 +289,45 @@ def test_a_published_recipe_of_hub_members_runs_elsewhere(
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "elsewhere"))
     with pytest.raises(HubError, match="mergescope download hf://org/base@"):
         load_recipe(folder / "recipe.yaml")
+
+
+def test_an_adapter_names_its_base_on_the_hub(suite: Suite, hub: Hub, tmp_path: Path) -> None:
+    download(suite)
+    recipe = make_recipe({"suite": str(suite.path), "method": "average"})
+    merge_to_adapter(recipe, suite, tmp_path / "thin", AdapterRank.parse("1"))
+    config = json.loads((tmp_path / "thin" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "org/base"
+    assert config["revision"] == hub.repositories["org/base"].branches["main"]
+    data = ModelCard.load(tmp_path / "thin" / "README.md").data.to_dict()
+    assert (data["library_name"], data["base_model"]) == ("peft", ["org/base"])
+    assert data["base_model_relation"] == "adapter"
+
+
+def test_what_stands_beside_weights_is_downloaded_and_pushed(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    beside = {"modules.json", "1_Pooling/config.json", "tekken.json", "LICENSE", "x.jinja"}
+    beside |= {"additional_chat_templates/tools.jinja"}
+    left = {"train.py", "run/config.json.py", "a/b/config.json", "eval_results.json", "x.pt"}
+    config = {"config.json": b'{"model_type": "x", "dtype": "float32"}'}
+    extra = dict.fromkeys(sorted(beside | left), b"{}")
+    for name in ("one", "two"):
+        hub.repository(f"org/{name}", files_of(weights(1)) | config | extra)
+    experts = {name: {"weights": f"hf://org/{name}"} for name in ("one", "two")}
+    (tmp_path / "suite.yaml").write_text(yaml.safe_dump({"name": "s", "experts": experts}))
+    suite = load_suite(tmp_path)
+    download(suite)
+    snapshot = find_or_fetch("hf://org/one").parent
+    for name in beside | left:
+        assert (snapshot / name).is_file() == (name in beside), name
+    folder = merge_to_folder(
+        make_recipe({"suite": str(suite.path), "method": "average"}), suite, tmp_path / "out"
+    )
+    (folder / "mine.py").write_text("never pushed")
+    hub.writer = SECRET
+    monkeypatch.setenv("HF_TOKEN", SECRET)
+    push(folder, "me/merged")
+    made = hub.repositories["me/merged"]
+    pushed = set(made.commits[made.branches["main"]])
+    own = {"README.md", "recipe.yaml", "model.safetensors", "config.json"}
+    assert pushed == {*own, *beside}

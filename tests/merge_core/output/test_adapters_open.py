@@ -23,7 +23,7 @@ from torch import Tensor
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.merging.recipe import make_recipe
 from merge_core.output import base_class
-from merge_core.output.adapter_draft import AdapterRank
+from merge_core.output.adapter_draft import AdapterRank, AdapterReport
 from merge_core.output.lora import merge_to_adapter
 from merge_core.suites.suite import Suite, load_suite
 
@@ -129,12 +129,10 @@ def suite_of(folder: Path, make: Make) -> tuple[Suite, Any, Any]:
     return load_suite(folder), start, average
 
 
-def write(suite: Suite, out: Path) -> dict[str, Any]:
-    """Average as an adapter; its configuration."""
+def write(suite: Suite, out: Path) -> AdapterReport:
+    """Average as an adapter."""
     recipe = make_recipe({"suite": str(suite.path), "method": "average"})
-    merge_to_adapter(recipe, suite, out, ALL)
-    found: dict[str, Any] = json.loads((out / "adapter_config.json").read_text())
-    return found
+    return merge_to_adapter(recipe, suite, out, ALL)
 
 
 def assert_same_output(model: Any, adapter: Path, expected: Tensor, again: Path) -> None:
@@ -198,10 +196,15 @@ def test_full_fine_tunes_as_an_adapter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make: Make, task: str | None, auto: str
 ) -> None:
     suite, start, average = suite_of(tmp_path, make)
-    config = write(suite, tmp_path / "thin")
+    report = write(suite, tmp_path / "thin")
+    config = json.loads((tmp_path / "thin" / "adapter_config.json").read_text())
     expected = output_of(average)
     assert_same_output(start, tmp_path / "thin", expected, tmp_path / "again")
     assert (config["task_type"], config["base_model_name_or_path"]) == (task, "base")
+    assert (config["auto_mapping"] is None) == (task is not None)
+    # What the class is known to tie is stored under each name, and nothing of it in the base.
+    tokens = ("wte.weight", "embed_tokens.weight", "shared.weight", "word_embeddings.weight")
+    assert not any(name.endswith(tokens) for name in report.in_base)
     # A folder is named, not its place: it opens from where the folder lies.
     monkeypatch.chdir(tmp_path)
     options = {"num_labels": 3} if task in ("SEQ_CLS", "TOKEN_CLS") else {}

@@ -78,6 +78,14 @@ def test_without_description_the_suites_network_says_the_library(tmp_path: Path)
     assert card_of(suite_at(tmp_path, architecture=network)).data.library_name == "open_clip"
 
 
+def test_the_base_s_card_says_the_library_where_nothing_else_does(tmp_path: Path) -> None:
+    member(tmp_path / "base", front(library_name="timm"))
+    member(tmp_path / "a", front(library_name="transformers", pipeline_tag="fill-mask"))
+    member(tmp_path / "b", front(library_name="<b>", pipeline_tag="fill-mask"))
+    data = card_of(suite_at(tmp_path)).data
+    assert (data.library_name, data.pipeline_tag) == ("timm", "fill-mask")
+
+
 def test_an_adapter_is_one_of_peft(tmp_path: Path) -> None:
     for name in ("base", "a", "b"):
         member(tmp_path / name, configs=CONFIGS["transformers"])
@@ -184,6 +192,18 @@ def test_heads_are_spoken_of_only_where_each_task_keeps_one(tmp_path: Path) -> N
         text = card_of(suite_at(folder)).text
         assert (words in text) == (place == "own")
         assert ("`head.weight`" in text) == (place == "own")
+
+
+def test_modules_with_weights_of_their_own_are_told(tmp_path: Path) -> None:
+    modules = [{"path": path} for path in ("", "1_Pooling", "2_Dense", "../x")]
+    for name in ("base", "a", "b"):
+        member(tmp_path / name, configs={**CONFIGS["transformers"], "modules.json": modules})
+        for below in ("1_Pooling", "2_Dense"):
+            (tmp_path / name / below).mkdir()
+    suite = suite_at(tmp_path)
+    assert "Modules with weights" not in card_of(suite).text
+    save_file({"w": torch.ones(1)}, tmp_path / "base" / "2_Dense" / "model.safetensors")
+    assert "Modules with weights of their own (2_Dense) are not part" in card_of(suite).text
 
 
 def test_the_hub_names_of_members_are_the_base_models(

@@ -107,13 +107,28 @@ def test_a_base_that_lacks_a_weight_is_named(suite_of: Make) -> None:
 
 
 def test_what_only_one_expert_adds_is_left_out_and_told(suite_of: Make, tmp_path: Path) -> None:
-    experts = {"a": network(1, **{"v_head.summary.weight": torch.ones(1, 4)}), "b": network(2)}
+    value = {"v_head.summary.weight": torch.ones(1, 4)}
+    experts = {"a": network(1, **value), "b": network(2), "c": network(3)}
     for base in (network(0), None):
         merged = in_every_order(suite_of, experts, base, tmp_path)
         assert isinstance(merged, dict)
         assert merged.keys() == network(0).keys()
-    report = preflight(suite_of(experts, network(0)))
+    suite = suite_of(experts, network(0))
+    report = preflight(suite)
     assert [(d.member, d.kind, d.blocking) for d in report.differences] == [("a", "extra", False)]
+    (note,) = merge_notes(suite, suite.tasks)
+    assert "v_head.summary.weight" in note
+    assert "left out" in note
+
+
+def test_of_two_experts_nobody_can_say_that_a_tensor_is_extra(
+    suite_of: Make, tmp_path: Path
+) -> None:
+    experts = {"a": network(1, own=torch.ones(1, 4)), "b": network(2)}
+    said = in_every_order(suite_of, experts, None, tmp_path)
+    assert isinstance(said, str)
+    assert "'b'" in said
+    assert "'own'" in said
 
 
 @pytest.mark.parametrize(
@@ -176,7 +191,7 @@ def test_weights_of_integers_are_refused(suite_of: Make, tmp_path: Path) -> None
     said = in_every_order(suite_of, {"a": packed, "b": network(2)}, network(0), tmp_path)
     assert isinstance(said, str)
     assert "'a'" in said
-    assert "packed or scaled" in said
+    assert "packed or quantised" in said
     bias = {**network(1), "norm.bias": torch.ones(4, dtype=torch.int32)}
     plain = {"norm.bias": torch.ones(4)}
     experts = {"a": bias, "b": network(2, **plain)}

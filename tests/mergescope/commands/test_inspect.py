@@ -124,4 +124,4 @@ def test_a_member_that_is_missing_does_not_hide_the_rest(
     code, text = printed(suite)
     assert code == 2
     assert row(text, "unreadable")[0] == "b"
-    assert row(text, "extra")[0] == "c"
+    assert row(text, "missing")[0] == "a"

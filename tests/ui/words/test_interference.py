@@ -53,9 +53,8 @@ def test_the_level_of_random_directions_is_told() -> None:
     said = describe_level(
         [pairs("average", [0.2] * 3, "overlap"), pairs("base", [0.05] * 3, "overlap")]
     )
-    assert "overlap by 0.100" in said
-    assert "about the average 0.200, 2.0 times that level" in said
-    assert "about the base 0.050, 0.5 times that level" in said
+    assert "by 0.200 about the average (at random by 0.100)" in said
+    assert "by 0.050 about the base (at random by 0.100)" in said
 
 
 def test_the_rank_is_said_to_do_what_the_curve_does() -> None:

@@ -340,7 +340,10 @@ def open_all(folder: Path) -> None:
         report = {
             "name": path.name, "kind": kind, "error": error, "seconds": seconds,
             "megabytes": peak_megabytes() - baseline,
-            "events": [e if e != "open" or f == str(path) else f"open {f}" for e, f in seen],
+            # A number is the handle of a file that is open already.
+            "events": [
+                e if e != "open" or f == str(path) or f.isdigit() else f"open {f}" for e, f in seen
+            ],
         }  # fmt: skip
         print(json.dumps(report))  # noqa: T201
 

@@ -167,6 +167,8 @@ def test_tensors_that_an_index_does_not_list_are_said(tmp_path: Path) -> None:
         (["model-00001-of-00002.safetensors"], None),
         (["consolidated.safetensors", "model-00001-of-00002.safetensors"], None),
         (["a.pt", "training_args.bin", "optimizer.pt", "scheduler.pt"], "a.pt"),
+        (["mp_rank_00_model_states.pt", "zero_pp_rank_0_mp_rank_00_optim_states.pt"],
+         "mp_rank_00_model_states.pt"),
         (["a.pt", "b.pt"], None),
         (["tf_model.h5"], None),
         ([], None),
@@ -214,6 +216,8 @@ def test_folders_without_weights_say_what_they_hold(tmp_path: Path) -> None:
     assert "tf_model.h5" in refusal(tmp_path)
     (tmp_path / "tf_model.h5").rename(tmp_path / "model.safetensors.dvc")
     assert "dvc pull" in refusal(tmp_path)
+    (tmp_path / "__0_0.distcp").write_bytes(b"x")
+    assert "dcp_to_torch_save" in refusal(tmp_path)
 
 
 # ------------------------------------------------------------------------------------- links
@@ -302,6 +306,11 @@ def test_an_index_that_is_a_link_has_its_shards_beside_it(
     index.symlink_to(tmp_path / "content")
     for place in (folder, index):
         assert list(Checkpoint(place)) == ["wte.weight"]
+
+
+def test_the_content_of_a_cache_is_found_by_its_links(tmp_path: Path) -> None:
+    blob = (hub_cache(tmp_path) / "model.safetensors").resolve()
+    assert "snapshots" in refusal(blob)
 
 
 def test_links_collected_in_one_folder_keep_the_neighbours_of_their_models(tmp_path: Path) -> None:

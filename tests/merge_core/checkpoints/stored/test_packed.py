@@ -120,6 +120,14 @@ PACKED: dict[str, tuple[str, State]] = {
         "Quanto",
         {f"{LAYER}.weight._data": of(I8, 16, 32), f"{LAYER}.weight._scale": of(F32, 16, 1)},
     ),
+    "torchao": (
+        "torchao",
+        {f"{LAYER}._weight_qdata": of(I8, 16, 32), f"{LAYER}._weight_scale": of(F32, 16)},
+    ),
+    "VPTQ": (
+        "VPTQ",
+        {f"{LAYER}.indices": of(I32, 4, 4), f"{LAYER}.centroids.weight": of(F16, 1, 8)},
+    ),
     "AQLM": ("AQLM", {f"{LAYER}.codes": of(I8, 2, 4, 1), f"{LAYER}.codebooks": of(F16, 1, 256)}),
     "BitNet": (
         "uint8 with scales",
