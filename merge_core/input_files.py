@@ -9,6 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,8 @@ def expand_path(path: str | Path, error: type[MergeScopeError], what: str = "") 
         if "\0" in str(path):
             raise ValueError("it holds a NUL")
         found = Path(path).expanduser()
-        found.exists()  # a name may be too long for the system
+        with suppress(PermissionError):  # whoever reads there says it
+            found.exists()  # a name may be too long for the system
     except (OSError, ValueError, RuntimeError) as fault:
         raise _path_error(path, error, what, fault) from fault
     return found

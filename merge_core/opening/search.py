@@ -13,6 +13,7 @@ from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import adapter_folder, is_adapter
 from merge_core.checkpoints.lora_config import CONFIG_FILE, WEIGHT_FILES, read_adapter_config
 from merge_core.checkpoints.shards import TORCH_SUFFIXES
+from merge_core.checkpoints.side_files import find_side_files
 from merge_core.checkpoints.stored.entry import (
     FOLDER_CANDIDATES,
     INDEX,
@@ -30,6 +31,7 @@ from merge_core.opening.draft import Layout
 from merge_core.opening.roles import FoundModel, Kind, suggest_roles
 from merge_core.progress import Progress
 
+CARD = "README.md"
 WEIGHT_SUFFIXES = (".safetensors", *TORCH_SUFFIXES)
 SNAPSHOT = re.compile(r"models--(?:.*--)?(.+)/snapshots/[^/]+")
 # File names that say nothing about the task: the folder's name does.
@@ -261,11 +263,15 @@ def _with_checkpoint(found: FoundModel, checkpoint: Checkpoint) -> FoundModel:
 
 
 def _find_outside(path: Path, inside: Path) -> Path | None:
-    """A file of the model that lies outside the folder, by a symbolic link, if there is one."""
+    """A file of the model that lies outside the folder, by a symbolic link, if there is one.
+
+    Descriptions and tokenizers beside a lone file of weights are read with it; other weights are
+    models of their own.
+    """
     beside = path if path.is_dir() else path.parent
     lone = path.is_file() and not (path.suffix == ".json" or SHARD.search(path.stem))
-    files = [path] if lone else [path, *beside.iterdir()]
-    return next((file for file in files if not stays_inside(file, inside)), None)
+    files = [*find_side_files(beside).values(), beside / CARD] if lone else beside.iterdir()
+    return next((file for file in (path, *files) if not stays_inside(file, inside)), None)
 
 
 def _is_head(layout: Layout) -> bool:

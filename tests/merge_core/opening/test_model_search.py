@@ -328,6 +328,20 @@ def test_links_to_the_outside_are_not_opened(tmp_path: Path) -> None:
             assert str(outside) not in each.note
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "README.md"])
+def test_descriptions_that_lie_outside_are_not_read(tmp_path: Path, name: str) -> None:
+    """What differs between tokenizers is shown, and would show what lies outside."""
+    inside, outside = tmp_path / "inside", tmp_path / "outside"
+    write(inside / "net.safetensors")
+    outside.mkdir()
+    (outside / "secret.json").write_text("{}")
+    (inside / name).symlink_to(outside / "secret.json")
+    (found,) = find_models([str(inside)], inside=inside)
+    assert found.refused
+    (inside / name).unlink()
+    assert not find_models([str(inside)], inside=inside)[0].refused
+
+
 def test_the_search_can_be_cancelled(tmp_path: Path) -> None:
     many_shapes(tmp_path)
     seen: list[tuple[int, int, str]] = []
