@@ -18,7 +18,7 @@ from typing import Any
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.parameter_roles import VOCABULARY, describe
 from merge_core.checkpoints.shards import TensorInfo
-from merge_core.checkpoints.side_files import read_json
+from merge_core.checkpoints.side_files import read_description
 from merge_core.checkpoints.tied import declares_tied, ties
 from merge_core.errors import CheckpointError
 
@@ -82,7 +82,7 @@ def check_tied(path: Path, base: Checkpoint, changed: Iterable[str], task_type: 
         CheckpointError: it changes a tied embedding alone, and the base's files do not name the
             head; or the base is an encoder-decoder, which scales by whether its head is tied.
     """
-    document = read_json(base.files[0].parent / "config.json") if base.files else None
+    document = read_description(base.files[0].parent / "config.json") if base.files else None
     if not declares_tied(base) or not _has_head(document, task_type):
         return
     tied = {name for names in ties(base) for name in names}

@@ -6,12 +6,13 @@ licences. Code, pickles, weights and indexes of weights never match, nor does wh
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
+
+from merge_core.input_files import read_json
 
 # One of these, and in it one of those fields, makes a folder a library's own.
 CONFIGS = ("config.json", "open_clip_config.json")
@@ -33,6 +34,7 @@ TOKENIZER = (
 VOCABULARIES = ("tokenizer.json", "tekken.json", "vocab.*", "*.model")
 SIDE_FILE_BYTES = 100_000_000
 CONFIG_BYTES = 10_000_000
+CONFIG_VALUES = 1_000_000
 MOST_FILES = 200
 
 
@@ -65,19 +67,17 @@ def has_tokenizer(paths: Iterable[str]) -> bool:
     return any("/" not in path and _matches(path, VOCABULARIES) for path in paths)
 
 
-def read_json(path: Path) -> Any:
-    """The value of a JSON file of at most 10 MB; None if it is missing or not readable as one."""
+def read_description(path: Path) -> Any:
+    """The value of a JSON file of bounded size; None if it is missing or not readable as one."""
     try:
-        if not path.is_file() or path.stat().st_size > CONFIG_BYTES:
-            return None
-        return json.loads(path.read_text(encoding="utf-8"))
+        return read_json(path, CONFIG_BYTES, CONFIG_VALUES)
     except (OSError, ValueError, RecursionError):
         return None
 
 
 def describes_model(folder: Path) -> bool:
     """Whether a folder holds a library's description of a model."""
-    return any(_is_description(read_json(folder / name)) for name in CONFIGS)
+    return any(_is_description(read_description(folder / name)) for name in CONFIGS)
 
 
 def find_side_files(folder: Path) -> dict[str, Path]:
@@ -93,7 +93,7 @@ def find_side_files(folder: Path) -> dict[str, Path]:
         # A folder that describes a model of its own is another model, not a part of this one.
         if below.name == TEMPLATES:
             found += sorted(below.glob("*.jinja"))
-        elif not _is_description(read_json(below / "config.json")):
+        elif not _is_description(read_description(below / "config.json")):
             found.append(below / "config.json")
     named = {path.relative_to(folder).as_posix(): path for path in found}
     kept = [name for name, path in named.items() if is_side_file(name) and _is_bounded(path)]

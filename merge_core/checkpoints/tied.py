@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.parameter_roles import VOCABULARY, describe
-from merge_core.checkpoints.side_files import read_json
+from merge_core.checkpoints.side_files import read_description
 from merge_core.errors import HubError
 
 Names = tuple[str, ...]
@@ -68,7 +68,7 @@ def declares_tied(model: Checkpoint) -> bool | None:
     """
     if not model.files:  # headers of a model on the hub, say
         return None
-    document = read_json(model.files[0].parent / "config.json")
+    document = read_description(model.files[0].parent / "config.json")
     if not isinstance(document, dict):
         return None
     parts = (document, document.get("text_config"), document.get("decoder"))

@@ -19,6 +19,7 @@ from merge_core.files import file_digest
 from merge_core.hub.client import fetch_file
 from merge_core.hub.headers import HubHeaders
 from merge_core.hub.models import HubModel, path_beside
+from merge_core.input_files import read_bounded
 
 CONFIG_BYTES = 4 << 20
 TOKENIZER_BYTES = 64 << 20
@@ -101,7 +102,7 @@ class Companions:
 
     def _read(self, name: str, most_bytes: int) -> bytes | None:
         path = self._find(name)
-        return None if path is None else read_bounded(path, most_bytes)
+        return None if path is None else _content(path, most_bytes)
 
     def _find(self, name: str) -> Path | None:
         """A regular file of the folder; None where there is none, or a link leads away."""
@@ -133,14 +134,12 @@ def is_shallow(document: dict[str, Any]) -> bool:
     return False
 
 
-def read_bounded(path: Path, most_bytes: int) -> bytes | None:
+def _content(path: Path, most_bytes: int) -> bytes | None:
     """A file's content; None for what cannot be read, and for what is larger."""
     try:
-        with path.open("rb") as stream:
-            data = stream.read(most_bytes + 1)
-    except OSError:
+        return read_bounded(path, most_bytes)
+    except (OSError, ValueError):
         return None
-    return data if len(data) <= most_bytes else None
 
 
 class HubCompanions(Companions):
@@ -165,7 +164,7 @@ class HubCompanions(Companions):
         if file is None or file.size > most_bytes:
             return None
         try:
-            return read_bounded(fetch_file(self._model.id, path), most_bytes)
+            return _content(fetch_file(self._model.id, path), most_bytes)
         except MergeScopeError:  # said where weights are asked for
             return None
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.checkpoints.side_files import read_json
+from merge_core.checkpoints.side_files import read_description
 from merge_core.output.layout import folder_of
 
 # Ends of classes' names, what PEFT calls their task, and the modules that it keeps whole for it.
@@ -61,7 +61,7 @@ UNKNOWN = BaseClass()
 
 def base_class(base: Checkpoint) -> BaseClass:
     """The class that opens a model, from the ``config.json`` in its folder."""
-    document = read_json(folder_of(base) / "config.json")
+    document = read_description(folder_of(base) / "config.json")
     if not isinstance(document, dict) or not isinstance(document.get("model_type"), str):
         return UNKNOWN
     named = document.get("architectures")

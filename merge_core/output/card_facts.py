@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from merge_core.checkpoints.side_files import describes_model, read_json
+from merge_core.checkpoints.side_files import describes_model, read_description
 from merge_core.output.layout import OPEN_CLIP_CONFIG, folder_of
 from merge_core.suites.suite import Suite
 from merge_core.yaml_text import load_yaml
@@ -123,7 +123,7 @@ def _library(folder: Path | None) -> str | None:
     """The library whose layout a folder has."""
     if folder is None:
         return None
-    config = read_json(folder / "config.json")
+    config = read_description(folder / "config.json")
     if (folder / "modules.json").is_file():
         return "sentence-transformers"
     if isinstance(config, dict) and "model_type" in config:
@@ -139,7 +139,7 @@ def _of_network(suite: Suite) -> str | None:
 
 def _weighted_modules(folder: Path | None) -> tuple[str, ...]:
     """Folders of modules (``2_Dense``) whose weights lie apart from the network's."""
-    listed = None if folder is None else read_json(folder / "modules.json")
+    listed = None if folder is None else read_description(folder / "modules.json")
     if folder is None or not isinstance(listed, list):
         return ()
     paths = [entry.get("path") for entry in listed if isinstance(entry, dict)]

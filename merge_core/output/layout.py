@@ -18,7 +18,7 @@ from merge_core.checkpoints.side_files import (
     find_side_files,
     has_tokenizer,
     is_tokenizer_file,
-    read_json,
+    read_description,
 )
 from merge_core.errors import OutputError
 from merge_core.input_files import belongs_beside
@@ -127,7 +127,7 @@ class Layout:
             copy_side_file(path, folder / name)
             if not is_configuration(name):
                 continue
-            document = read_json(path)
+            document = read_description(path)
             now = true_configuration(document, written, name, self.vocabulary)
             if now != document:
                 (folder / name).write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
@@ -140,7 +140,7 @@ def folder_of(member: Checkpoint) -> Path:
 
 def describes_model_of_transformers(folder: Path) -> bool:
     """Whether a folder's ``config.json`` is one of transformers."""
-    document = read_json(folder / "config.json")
+    document = read_description(folder / "config.json")
     return isinstance(document, dict) and "model_type" in document
 
 
