@@ -150,7 +150,8 @@ def test_merge_gives_a_model_that_loads_and_its_recipe_gives_it_again(
     monkeypatch.chdir("/")
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "other cache"))
     again = tmp_path / "again"
-    assert call(monkeypatch, "merge", tmp_path / "out" / "recipe.yaml", "-o", again) == 0
+    at = ("--suite", folder)  # the recipe names no place on this machine
+    assert call(monkeypatch, "merge", tmp_path / "out" / "recipe.yaml", "-o", again, *at) == 0
     for name in ("model.safetensors", "recipe.yaml"):
         assert (again / name).read_bytes() == (tmp_path / "out" / name).read_bytes()
 
@@ -192,31 +193,27 @@ def test_evaluate_a_recipe(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert "mean over tasks" in capsys.readouterr().out
 
 
-class Started:
-    def __init__(self, code: int) -> None:
-        self.returncode = code
-
-
-def test_app_starts_streamlit_on_loopback_only(
+def test_app_becomes_streamlit_on_loopback_only(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, Any] = {}
 
-    def run(command: list[str], **options: Any) -> Started:
-        seen.update(command=command, **options)
-        return Started(7)
+    def execve(program: str, command: list[str], environment: dict[str, str]) -> None:
+        seen.update(program=program, command=command, env=environment, cwd=Path.cwd())
 
-    monkeypatch.setattr(subprocess, "run", run)
-    assert call(monkeypatch, "app", folder, "--port", "9000") == 7  # streamlit's own exit code
+    monkeypatch.setattr("os.execve", execve)
+    monkeypatch.chdir(Path.cwd())  # what the command changes is put back
+    assert call(monkeypatch, "app", folder, "--port", "9000") == 0
+    assert seen["program"] == sys.executable
     assert seen["command"] == [
-        *(sys.executable, "-m", "streamlit", "run", str(ROOT / "app.py")),
+        *(sys.executable, "-m", "ui.server.launch", "run", str(ROOT / "app.py")),
         "--server.port=9000",
     ]
     assert not any("address" in part for part in seen["command"])
     assert seen["env"]["MERGESCOPE_SUITES"] == str(folder / "suite.yaml")
     assert "STREAMLIT_SERVER_ADDRESS" not in seen["env"]
     # The working folder brings the configuration, which binds to this machine alone.
-    config = tomllib.loads((Path(seen["cwd"]) / ".streamlit" / "config.toml").read_text())
+    config = tomllib.loads((seen["cwd"] / ".streamlit" / "config.toml").read_text())
     assert config["server"]["address"] == "127.0.0.1"
     assert config["browser"]["gatherUsageStats"] is False
 
