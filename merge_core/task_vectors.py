@@ -158,15 +158,14 @@ class TensorGroup:
             CheckpointError: unreadable.
         """
         found: dict[bytes, list[Tensor]] = {}
-        for who in self._givers:
+        for who in sorted(self._givers):
             giver = self._suite.base if who == BASE else self._suite.expert(who)
             assert giver is not None
             value = giver.read_unchecked(self.name)
             content = value.reshape(-1).view(torch.uint8).numpy().tobytes()
             found.setdefault(content, []).append(value)
-        # Of values that as many have, always the same, whatever the experts' order.
-        content = max(found, key=lambda each: (len(found[each]), each))
-        value = found[content][0]
+        # Of values that as many have, the first in the alphabet's, whatever the experts' order.
+        value = max(found.values(), key=len)[0]
         return value.float() if value.dtype in (torch.float16, torch.bfloat16) else value
 
     def origin(self, origin: Origin) -> Tensor:

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import streamlit as st
 
+from merge_core.merging.engine import check_fits
 from merge_core.suites.pool import REGIMES, Pool
 from ui import kept
 from ui.controls import pills, radio, selectbox
@@ -37,6 +38,7 @@ def choose_suite() -> View:
         st.info("Choose at least one task.")
         st.stop()
     if not suite.matrices:
+        check_fits(suite, suite.tasks)  # says which member has other shapes
         st.warning("This suite has no weight matrix to decompose.")
         st.stop()
     layer = selectbox(

@@ -89,7 +89,9 @@ def test_features_are_the_image_embeddings_of_transformers(
         given = {n.removeprefix("vision_model."): v for n, v in without_projection(trained).items()}
     else:
         given = trained if layout == "whole" else without_projection(trained)
-    network = suite_network(suite_of(tmp_path / "suite", CLIP, given, base))
+    suite = suite_of(tmp_path / "suite", CLIP, given, base)
+    network, expert = suite_network(suite), suite.expert("one")
+    given = {name: expert.tensor(name) for name in expert}  # under the base's names
     torch.testing.assert_close(
         network.features(given, images), embed(clip, trained, images), rtol=1e-5, atol=1e-6
     )

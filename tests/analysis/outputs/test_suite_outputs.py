@@ -161,7 +161,7 @@ def test_distances_are_forgotten_with_the_expert(suite: Suite) -> None:
     assert base is not None
     first = Evaluator(suite)
     first.measure_member(base, images, measures=("classes", "l2"))
-    suite._experts["digits"] = suite.expert("shapes")
+    suite._members["digits"] = suite.expert("shapes")
     other = Evaluator(suite)
     other.measure_member(base, images)
     assert other.outputs.forward_images == 0

@@ -306,7 +306,7 @@ def test_a_method_with_a_scale_alone(bench: Bench) -> None:
     assert found.low_rank_bytes is None
     assert len(found.curve) == 3
     assert setting_words(found.rank, found.scale) == f"scale {found.scale:g}"
-    assert "of other methods" in found.why
+    assert "the whole grid" in found.why
     own = found.picks[found.picks["proxy"] == "accuracy"].iloc[0]
     assert own["accuracy"] == pytest.approx(best[0])
 
