@@ -158,7 +158,7 @@ def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
         for origin in origins(view)
     ]
     ranks = sorted(set(pairs[0]["k"]))
-    rank = f"k = {ranks[0]:.0f}" if float(ranks[0]).is_integer() else share_label(share)
+    rank = f"k\u00a0=\u00a0{ranks[0]:.0f}" if float(ranks[0]).is_integer() else share_label(share)
 
     def chart(origin: Origin, frame: pd.DataFrame) -> charts.Chart:
         mean = different(frame)["overlap"].mean()

@@ -134,7 +134,10 @@ def stand(control: Control[Value], draw: Callable[[Value], Value]) -> Value:
     """
     known, name = kept(), control.name
     value = _present(control, known)
-    if name not in st.session_state or st.session_state[name] != value:
+    # On arrival always: what stands there may be another page's widget of that name, and the new
+    # widget would begin at its first option.
+    arrived = name not in known.seeded
+    if arrived or name not in st.session_state or st.session_state[name] != value:
         st.session_state[name] = value
     known.drawn.add(name)
     known.seeded[name], known.rests[name] = control.slot, control.rest
