@@ -361,7 +361,7 @@ def summarise(differences: Sequence[Difference]) -> Iterator[str]:
         differences: of a manifest.
     """
     settled = ("buffer", "tied", "dtype", "extra")
-    rows = [d for d in differences if not d.blocking and d.kind in settled and d.member != "base"]
+    rows = [d for d in differences if not d.blocking and d.kind in settled]
     groups: dict[tuple[str, str, str], list[str]] = {}
     for d in rows:
         groups.setdefault((d.kind, d.member, d.detail), []).append(d.parameter)

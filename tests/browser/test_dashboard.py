@@ -112,9 +112,10 @@ def test_a_comparison_draws_its_ranking(server: Server, context: BrowserContext)
     wait_idle(page)
     page.get_by_role("tab", name="Table").click()
     page.get_by_test_id("stDataFrame").first.wait_for()
+    page.wait_for_url(re.compile("Table"))  # the tab is kept like any other control
     address = page.url
     page.reload()
-    ranking.locator(".main-svg").first.wait_for()  # what was compared is there at once
+    page.get_by_test_id("stDataFrame").first.wait_for()  # what was compared is there at once
     assert page.url == address
 
 
