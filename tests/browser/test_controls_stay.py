@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 from urllib.parse import parse_qs, urlparse
 
 import pytest
-from playwright.sync_api import BrowserContext, Locator, Page
+from playwright.sync_api import BrowserContext, Locator, Page, TimeoutError
 
 from tests.browser.conftest import Server
 
@@ -99,6 +99,7 @@ def rest(page: Page, milliseconds: int = 250) -> None:
             return window.since !== undefined && performance.now() - window.since > quiet;
         }""",
         arg=milliseconds,
+        timeout=90_000,  # a page may have much to compute
     )
     page.evaluate("window.since = undefined")
 
@@ -182,7 +183,23 @@ def change_all(page: Page) -> set[str]:
         if not left:
             return done
         done.add(left[0])
-        change(page, names[left[0]])
+        change_patiently(page, left[0])
+
+
+def change_patiently(page: Page, name: str) -> None:
+    """Change a control, found anew where the page was being drawn again under the click."""
+    for attempt in range(3):
+        found = {f"{each.kind} {each.label}": each for each in controls(page)}.get(name)
+        if found is None:  # no longer there, since something else was changed
+            return
+        try:
+            change(page, found)
+        except TimeoutError:
+            if attempt == 2:
+                raise
+            rest(page, 1_000)
+        else:
+            return
 
 
 def visit(page: Page, title: str) -> None:
@@ -204,6 +221,7 @@ TITLES = {
 def test_every_control_keeps_its_value(place: str, server: Server, context: BrowserContext) -> None:
     name = place.partition("?")[0]
     page = context.new_page()
+    page.set_default_timeout(20_000)
     page.goto(f"{server.url}/{name}?{LINKS[place]}".removesuffix("?"))
     rest(page, 500)
     linked, address = values(page), query(page)
