@@ -51,7 +51,10 @@ from tests.pools import write_pool
 
 SOME_ENTRIES = 256
 # They change no number, and so are not split.
-VIEWS = ("aten.detach.default", "aten.lift_fresh.default")
+VIEWS = (
+    *("aten.detach.default", "aten.lift_fresh.default", "aten.select.int"),
+    *("aten.set_.source_Storage", "aten.view.dtype"),  # of reading a file that is mapped
+)
 SHAPES = {"blocks.0.fc.weight": (40, 24), "blocks.1.fc.weight": (24, 40), "embed": (50, 24)}
 
 OF_WEIGHTS: dict[str, Callable[[TensorGroups], object]] = {
