@@ -1,4 +1,4 @@
-"""Pre-flight: what fits, what differs, and what a merge will take, from headers alone."""
+"""Pre-flight: what fits, what differs, and what a merge will take, from headers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,9 @@ class Preflight:
 
 
 def preflight(suite: Suite, tasks: Sequence[str] | None = None) -> Preflight:
-    """Compare the headers of all members; no tensor is read.
+    """Compare the headers of all members.
+
+    Tensors are read only where two names may be one tensor (:func:`.tied.ties`).
 
     Args:
         suite: the suite.

@@ -1,4 +1,4 @@
-"""Tensors under several names: found without reading them, merged once, written as they were."""
+"""Tensors under several names: found by storage or by value, merged once, written as they were."""
 
 from __future__ import annotations
 
