@@ -28,6 +28,7 @@ from analysis.magnitude.norms import identity_frame, norms_frame
 from analysis.magnitude.robustness import weight_noise_sweep
 from analysis.magnitude.sweep import magnitude_sweep
 from analysis.outputs.pool_outputs import PoolEvaluator
+from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection.allocation import allocate
 from analysis.rank_selection.select import SelectionOptions, select_rank
 from analysis.rank_selection.space import search_space
@@ -182,7 +183,10 @@ def test_rank_and_scale_from_weights(session: MergeSession, seen: set[tuple[str,
 @pytest.fixture
 def evaluation(tmp_path: Path) -> tuple[MergeSession, Evaluator]:
     suite = copy_evaluable(tmp_path / "suite")
-    return MergeSession(suite, None, FactorStore(tmp_path / "factors")), Evaluator(suite)
+    predictions = PredictionStore(tmp_path / "predictions")  # other tests may have kept the same
+    return MergeSession(suite, None, FactorStore(tmp_path / "factors")), Evaluator(
+        suite, predictions
+    )
 
 
 LEARNING: dict[str, dict[str, int]] = {
