@@ -83,8 +83,12 @@ def describe_network(
 
 
 def holds_classifier(expert: Checkpoint) -> bool:
-    """Whether a checkpoint holds, beside its encoder, a matrix of a classifier of inputs."""
-    return any(_is_classifier(name, expert.info(name)) for name in expert)
+    """Whether a checkpoint holds, beside its encoder, a classifier of inputs.
+
+    A head with one output is a regression's.
+    """
+    shapes = [expert.info(n).shape for n in expert if _is_classifier(n, expert.info(n))]
+    return min((shape[0] for shape in shapes), default=0) > 1
 
 
 def _is_classifier(name: str, info: TensorInfo) -> bool:
