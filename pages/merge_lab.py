@@ -206,14 +206,19 @@ def result(
     """
     frames, size = resources.output_frames(view), resources.count_parameters(view)
     needed = [r for r in (recipe, other) if r is not None]
-    if size > LIVE_PARAMETERS and not all(frames.knows_recipe(r, split) for r in needed):
+    if size > LIVE_PARAMETERS and not (
+        frames.knows_experts(split) and all(frames.knows_recipe(r, split) for r in needed)
+    ):
         job = run_job(
             key="lab:" + view.key + ":".join(r.to_query() for r in needed) + split,
             title="Merge and evaluate",
             button="Merge and evaluate",
-            note=f"This suite's models have {size / 1e6:,.0f} M parameters; evaluating one takes "
-            "a while and runs in the background.",
-            work=lambda progress: [frames.recipe(r, split, progress) for r in needed],
+            note=f"This suite's models have {size / 1e6:,.0f} M parameters; evaluating the merge "
+            "and the experts takes a while and runs in the background.",
+            work=lambda progress: [
+                frames.experts(split, progress),
+                *(frames.recipe(r, split, progress) for r in needed),
+            ],
         )
         if job is None:
             return []
