@@ -262,8 +262,7 @@ def centring_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
         hoverinfo="skip",
     )
     _add_expected(figure, frame, "original", "centred")
-    label = VALUES["interference_normalised"]
-    layout(figure, title, x=f"About the base: {label}", y=f"About the average: {label}")
+    layout(figure, title, x="Interference about the base (0 to 1)", y="About the average (0 to 1)")
     figure.update_xaxes(range=[0, top])
     figure.update_yaxes(range=[0, top])
     return figure
@@ -285,13 +284,14 @@ def centring_condition(frame: pd.DataFrame, title: str = "") -> go.Figure:
         y="Interference, centred / original",
     )
     needed = float(frame["needed"].iloc[0])
+    low, high = (float(x) for x in frame["common"].agg(["min", "max"]))
     figure.add_vline(
         needed,
         line={"color": REFERENCE, "dash": "dash", "width": 1.5},
         annotation={"text": f"1/T = {needed:.1%}", "font": {"size": 12}},
+        annotation_position="top left" if 2 * needed > high else "top right",
     )
     figure.add_hline(1, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
-    low, high = (float(x) for x in frame["common"].agg(["min", "max"]))
     figure.update_xaxes(tickformat=".0%", range=[min(low, 0) - 0.02, max(high, needed) * 1.15])
     figure.update_yaxes(rangemode="tozero")
     return figure

@@ -103,5 +103,5 @@ def describe_condition(frame: pd.DataFrame) -> str:
         said = "It can help here" if above.all() else "So it cannot be expected to help here"
     else:
         said = f"It can be expected to help in {int(above.sum())} of {count} layers"
-    measured = f"it lowers interference in {int(falls.sum())} of {count} {layers}"
+    measured = f"it lowers interference in {int(falls.sum()) or 'none'} of {count} {layers}"
     return f"{told}{said}, and {measured}."
