@@ -242,7 +242,7 @@ def result(
         how_to_read=charts.HowToRead(
             "One row is one task; a dot is a model's accuracy and its bar the 95 % sampling "
             "interval. The gap between the expert and the merge is what merging costs that task. "
-            "Where the bars of two recipes overlap widely, these images do not tell them apart.",
+            "Where the bars of two recipes overlap widely, these inputs do not tell them apart.",
             recipe.declaration.formula,
         ),
         numbers=charts.Numbers(drawn, f"accuracy_{recipe.method}"),
@@ -283,7 +283,7 @@ def lab() -> None:
                 "test": "Test (to report)",
             }
             split = choice(
-                "Images",
+                "Inputs",
                 splits,
                 "split",
                 "Choose settings on the validation split; look at the test split once, at the end.",

@@ -249,9 +249,9 @@ class Evaluator:
             labels = self.outputs.raw_inputs(task, split, limit).labels[numbers]
             if int(labels.min()) == UNLABELLED:
                 raise SuiteError(
-                    f"The {SPLIT_NAMES[split]} images of task {task!r} have no labels, so no "
-                    f"accuracy can be measured. Add {split}_labels to its data; rank and scale can "
-                    "be chosen without labels."
+                    f"The {SPLIT_NAMES[split]} {self.suite.inputs} of task {task!r} have no "
+                    f"labels, so no accuracy can be measured. Add {split}_labels to its data; "
+                    "rank and scale can be chosen without labels."
                 )
             if int(labels.max()) >= len(self.outputs.head(task).weight):
                 raise SuiteError(

@@ -192,7 +192,7 @@ class StatelessNetwork:
         if features.ndim != 2:
             raise self._error(
                 f"{self._path}: the architecture gives features of shape "
-                f"{tuple(features.shape[1:])} per image, but heads take one vector. Set its "
+                f"{tuple(features.shape[1:])} per input, but heads take one vector. Set its "
                 "global_pool (such as 'avg' or 'token')."
             )
         return features if order is None else features[order.argsort()]

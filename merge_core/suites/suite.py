@@ -234,6 +234,12 @@ class Suite:
         return self._data.get(task)
 
     @property
+    def inputs(self) -> str:
+        """What the data of its tasks are: ``images``, ``texts``, or ``inputs`` for both or none."""
+        kinds = {spec.data.inputs for spec in self.spec.experts.values() if spec.data is not None}
+        return kinds.pop() if len(kinds) == 1 else "inputs"
+
+    @property
     def network_in_words(self) -> str | None:
         """What the network is, by whose word, and what its features are; None for none."""
         if self.architecture is None:

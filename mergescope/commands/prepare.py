@@ -59,7 +59,7 @@ def _download(suite: Suite, task: str) -> None:
 
 
 def _images(suite: Suite, task: str) -> list[str]:
-    """Kind, size of the images, numbers of images and classes."""
+    """Kind and size of the inputs, numbers of inputs and classes."""
     from analysis.outputs.inputs import Split, load_inputs
 
     data = suite.spec.experts[task].data
