@@ -147,9 +147,9 @@ def explain_no_evaluation(view: View) -> None:
     """Say what a suite lacks for evaluation, and what can be done with it all the same."""
     if view.suite.can_evaluate:
         st.info(
-            f"The {plain(view.suite.inputs)} of the suite **{plain(view.name)}** have no labels, so "
-            "no accuracy can be measured. Add `val_labels` and `test_labels` to its data to see accuracies here; "
-            "Rank and scale chooses both from inputs without labels."
+            f"The {plain(view.suite.inputs)} of the suite **{plain(view.name)}** have no labels, "
+            "so no accuracy can be measured. Add `val_labels` and `test_labels` to its data to see "
+            "accuracies here; Rank and scale chooses both from inputs without labels."
         )
         return
     st.info(

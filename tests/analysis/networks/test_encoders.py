@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from analysis.networks.classifiers import find_classifier
+from analysis.networks.limits import Size
 from analysis.networks.towers import suite_network
 from analysis.outputs.heads import load_head
 from merge_core.errors import SuiteError
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.suites.suite_spec import ArchitectureSpec
 from tests.evaluable import write_document
 
 transformers = pytest.importorskip("transformers")
@@ -142,6 +145,37 @@ def test_experts_give_the_logits_of_their_library(
         got = load_head(suite, task).logits(network.features(state, given))
         expected = own_logits(classifier(kind, seed), given)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "pooling", "layers"),
+    [
+        ("bert", "pooler", {"classifier": "nothing"}),
+        ("roberta", "first", {"classifier.dense": "nothing", "classifier.out_proj": "tanh"}),
+        ("electra", "first", {"classifier.dense": "nothing", "classifier.out_proj": "gelu"}),
+        ("distilbert", "first", {"pre_classifier": "nothing", "classifier": "relu"}),
+        ("mpnet", "first", {"classifier.dense": "nothing", "classifier.out_proj": "tanh"}),
+        ("deberta-v2", "first", {"pooler.dense": "nothing", "classifier": "gelu"}),
+        ("albert", "pooler", {"classifier": "nothing"}),
+        ("gpt2", "last", {"score": "nothing"}),
+        ("vit", "first", {"classifier": "nothing"}),
+        ("dinov2", "first_and_patches", {"classifier": "nothing"}),
+        ("swin", "mean", {"classifier": "nothing"}),
+        ("convnext", "pooler", {"classifier": "nothing"}),
+        ("clip_vision_model", "patches", {"classifier": "nothing"}),
+        ("siglip_vision_model", "mean", {"classifier": "nothing"}),
+    ],
+)
+def test_what_a_classifier_takes_is_read_off_its_run(
+    kind: str, pooling: str, layers: dict[str, str]
+) -> None:
+    """Against what stands in the forward methods of transformers 5."""
+    args = IMAGE if kind.endswith("vision_model") else KINDS[kind]
+    architecture = ArchitectureSpec(name=kind, args=args, library="transformers")
+    found = find_classifier(architecture, Path("suite.yaml"), Size())
+    assert found is not None
+    assert found.pooling == pooling
+    assert {layer.name: layer.before for layer in found.layers} == layers
 
 
 def bert_args(**args: Any) -> dict[str, Any]:
