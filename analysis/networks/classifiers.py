@@ -20,10 +20,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from analysis.networks.encoders import configuration_class, pool
+from analysis.networks.encoders import (
+    build_classifier,
+    configuration_class,
+    encoder_of,
+    pool,
+)
 from analysis.networks.limits import Size, build_within
 from merge_core.executors.base import one_thread
-from merge_core.suites.architectures import NOT_SHAPE, WHOLE, type_defaults
+from merge_core.suites.architectures import NOT_SHAPE, type_defaults
 from merge_core.suites.suite_spec import ArchitectureSpec, Pooling
 
 CLASSES = 3
@@ -91,7 +96,7 @@ def _find(name: str, arguments: str, size: Size) -> Classifier | None:
     shallow = {**args, **{field: 1 for field in DEPTHS if _is_deep(name, args, field)}}
     for given in [shallow, args]:
         try:
-            whole: Any = build_within(size, given, partial(_build, name, given))
+            whole: Any = build_within(size, given, partial(build_classifier, name, given, CLASSES))
             with torch.random.fork_rng(devices=[]), torch.no_grad():
                 torch.manual_seed(0)
                 return _follow(whole.eval())
@@ -105,35 +110,11 @@ def _is_deep(name: str, args: Mapping[str, Any], field: str) -> bool:
     return isinstance(depth, int) and depth > 1
 
 
-def _build(name: str, args: Mapping[str, Any]) -> nn.Module:
-    """The library's classifier of a type; of a tower, that of the whole model."""
-    from transformers import CONFIG_MAPPING
-    from transformers.models.auto import modeling_auto as auto
-
-    wholes = {tower: whole for whole, (tower, _, _) in WHOLE.items()}
-    if name in wholes:
-        small = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
-        parts: dict[str, Any] = {"vision_config": dict(args), "text_config": small}
-        config: Any = CONFIG_MAPPING[wholes[name]](**parts)
-    else:
-        config = CONFIG_MAPPING[name](**args)
-    config.num_labels = CLASSES
-    tables = (
-        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
-        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
-    )
-    kind: Any = next(table[type(config)] for table in tables if type(config) in table)
-    if isinstance(kind, tuple):
-        kind = kind[0]
-    model: nn.Module = kind(config)
-    return model
-
-
 def _follow(whole: Any) -> Classifier | None:
     """What a classifier does with two inputs, by the first candidate that gives its logits."""
     for value in whole.parameters():  # some start from zero
         value.add_(0.05 * torch.randn_like(value))
-    encoder_name, encoder = _encoder_of(whole)
+    encoder_name, encoder = encoder_of(whole)
     arguments, there = _inputs(whole, encoder)
     layers = {
         name: module
@@ -143,9 +124,11 @@ def _follow(whole: Any) -> Classifier | None:
         and not list(module.children())
         and not isinstance(module, nn.Dropout | nn.Identity)
     }
-    with _record(layers) as calls, _record({"": encoder}) as outputs:
+    with _record(layers) as calls:
         logits = whole(**arguments).logits
-    output = outputs[0][2]
+    output = encoder(
+        **arguments
+    )  # as a suite's is called: with nothing that only a classifier adds
     chains = list(_chain([c for c in calls if list(layers[c[0]].parameters())], layers))
     for pooling in get_args(Pooling):
         for steps in chains:
@@ -165,16 +148,6 @@ def run_layers(vectors: Tensor, layers: tuple[Layer, ...]) -> Tensor:
     for layer in layers:
         vectors = layer.module(ACTIVATIONS[layer.before](vectors))
     return vectors
-
-
-def _encoder_of(whole: nn.Module) -> tuple[str, Any]:
-    """Name and module of the encoder within a classifier: its largest part."""
-
-    def size(module: nn.Module) -> int:
-        return sum(value.numel() for value in module.parameters())
-
-    parts = [(name, part) for name, part in whole.named_children() if hasattr(part, "config")]
-    return max(parts, key=lambda part: size(part[1]))
 
 
 def _inputs(whole: Any, encoder: Any) -> tuple[dict[str, Tensor], Tensor | None]:

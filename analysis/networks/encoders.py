@@ -70,13 +70,17 @@ def configuration_class(architecture: ArchitectureSpec, path: Path) -> Any:
     return configure
 
 
-def build_model(architecture: ArchitectureSpec, path: Path, size: Size) -> Any:
+def build_model(
+    architecture: ArchitectureSpec, path: Path, size: Size, classified: bool = False
+) -> Any:
     """The bare model of a type, with random weights.
 
     Args:
         architecture: of transformers.
         path: the file that names it, for messages.
         size: of the weights that it is built for.
+        classified: as the library's classifier of that type has it, perhaps with another last
+            layer than when it stands alone.
 
     Raises:
         SuiteError: it cannot be built, or is larger than the weights.
@@ -85,6 +89,8 @@ def build_model(architecture: ArchitectureSpec, path: Path, size: Size) -> Any:
     args = {name: value for name, value in architecture.args.items() if not NOT_SHAPE.search(name)}
 
     def build() -> nn.Module:
+        if classified:
+            return encoder_of(build_classifier(architecture.name, args))[1]
         from transformers import AutoModel
 
         model: nn.Module = AutoModel.from_config(configure(**args))
@@ -100,6 +106,49 @@ def build_model(architecture: ArchitectureSpec, path: Path, size: Size) -> Any:
             "of encoders. Leave the architecture out to study weights only."
         )
     return model
+
+
+def build_classifier(name: str, args: Mapping[str, Any], classes: int = 2) -> nn.Module:
+    """The library's classifier of a type; of a tower, that of the whole model.
+
+    Args:
+        name: of the type.
+        args: of its configuration.
+        classes: of which it is.
+
+    Raises:
+        StopIteration: the library has none.
+    """
+    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto as auto
+
+    wholes = {tower: whole for whole, (tower, _, _) in WHOLE.items()}
+    if name in wholes:
+        small = {"num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 1}
+        parts: dict[str, Any] = {"vision_config": dict(args), "text_config": small}
+        config: Any = CONFIG_MAPPING[wholes[name]](**parts)
+    else:
+        config = CONFIG_MAPPING[name](**args)
+    config.num_labels = classes
+    tables = (
+        auto.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+        auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING,
+    )
+    kind: Any = next(table[type(config)] for table in tables if type(config) in table)
+    if isinstance(kind, tuple):
+        kind = kind[0]
+    model: nn.Module = kind(config)
+    return model
+
+
+def encoder_of(whole: nn.Module) -> tuple[str, Any]:
+    """Name and module of the encoder within a classifier: its largest part."""
+
+    def size(module: nn.Module) -> int:
+        return sum(value.numel() for value in module.parameters())
+
+    parts = [(name, part) for name, part in whole.named_children() if hasattr(part, "config")]
+    return max(parts, key=lambda part: size(part[1]))
 
 
 def as_encoder(model: Any, pooling: Pooling, normalize: bool = False) -> nn.Module:

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from analysis.networks.build import build_error, build_network
-from analysis.networks.classifiers import find_classifier
+from analysis.networks.classifiers import Classifier, find_classifier
 from analysis.networks.encoders import (
     as_encoder,
     build_model,
@@ -118,15 +118,44 @@ def _build_encoder(
     suite: Suite, architecture: ArchitectureSpec, shapes: Shapes, size: Size
 ) -> nn.Module:
     """An encoder of transformers whose parameters are called as in the suite's checkpoints."""
-    model = build_model(architecture, suite.path, size).eval()
+    own = any(suite.has_own_head(task) for task in suite.tasks)
+    classifier = None
+    if architecture.pooling is None and (own or architecture.name not in TOWERS):
+        classifier = find_classifier(architecture, suite.path, size)
+    model = build_model(architecture, suite.path, size, classifier is not None).eval()
     names = names_in(model, shapes)
     prefix = common_prefix({names[name]: shape for name, shape in shapes_of(model).items()}, shapes)
     _refuse_deeper(architecture, {prefix + name for name in names.values()}, shapes, suite.path)
     missing = {own for own, saved in names.items() if prefix + saved not in shapes}
-    pooling = architecture.pooling or _default_pooling(suite, architecture, size, missing)
-    encoder = as_encoder(model, pooling, bool(architecture.normalize))
-    leave_unused(encoder, missing)
-    return rename(encoder, names)
+    pooling = architecture.pooling or _usual_pooling(architecture, classifier, own, missing)
+    try:
+        encoder = as_encoder(model, pooling, bool(architecture.normalize))
+        leave_unused(encoder, missing)
+        return rename(encoder, names)
+    except Exception as fault:  # a library's forward passes raise what they like
+        raise SuiteError(
+            f"{suite.path}: {architecture.name!r} of transformers gives no vector for an input "
+            f"({type(fault).__name__}: {' '.join(str(fault).split()):.200}). Correct its "
+            "args or 'pooling', or leave it out to study weights only."
+        ) from fault
+
+
+def _usual_pooling(
+    architecture: ArchitectureSpec,
+    classifier: Classifier | None,
+    own_heads: bool,
+    missing: Collection[str],
+) -> Pooling:
+    """What the library's own classifier of a type takes, and of towers their own pooler.
+
+    Weights that lack the pooler give the mean, unless their classifiers take it.
+    """
+    if classifier is None:
+        usual: Pooling = "pooler" if architecture.name in TOWERS else "mean"
+    else:
+        usual = classifier.pooling
+    lacks = usual == "pooler" and any(name.startswith("pooler.") for name in missing)
+    return "mean" if lacks and not own_heads else usual
 
 
 def _refuse_deeper(
@@ -144,22 +173,6 @@ def _refuse_deeper(
             f"The weights hold {more[0]!r}, and the architecture {architecture.name!r} has fewer "
             f"layers ({len(more)} parameters would be left out). Correct its args in {path}."
         )
-
-
-def _default_pooling(
-    suite: Suite, architecture: ArchitectureSpec, size: Size, missing: Collection[str]
-) -> Pooling:
-    """What the library's own classifier of a type takes, and towers their own pooler.
-
-    Weights without the pooler that either would take give the mean.
-    """
-    own = any(suite.has_own_head(task) for task in suite.tasks)
-    found: Pooling = "pooler"
-    if own or architecture.name not in TOWERS:
-        classifier = find_classifier(architecture, suite.path, size)
-        found = "mean" if classifier is None else classifier.pooling
-    lacks = found == "pooler" and any(name.startswith("pooler.") for name in missing)
-    return "mean" if lacks and not own else found
 
 
 def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:

@@ -154,7 +154,7 @@ def test_arguments_that_timm_cannot_use(suite: Suite, args: dict[str, Any]) -> N
 def test_unpooled_features_are_refused(suite: Suite) -> None:
     network = with_args(suite, global_pool="", class_token=True)
     state = {name: value.clone() for name, value in network.module.state_dict().items()}
-    with pytest.raises(SuiteError, match=r"shape \(5, 16\) per image.*global_pool"):
+    with pytest.raises(SuiteError, match=r"shape \(5, 16\) per input.*global_pool"):
         network.features(state, images())
 
 
