@@ -91,6 +91,13 @@ MERGING = (
     PageEntry(
         "compare", "Compare", ":material/leaderboard:", "All methods on the same images", "suite"
     ),
+    PageEntry(
+        "how_does_it_scale",
+        "How does it scale?",
+        ":material/stacked_line_chart:",
+        "Accuracy over the number of tasks and the size of models",
+        "suite",
+    ),
 )
 AVERAGING = (
     PageEntry(
