@@ -113,7 +113,7 @@ AVERAGING = (
         ":material/call_merge:",
         "Averaging weights against averaging outputs",
         "pool",
-        "noisy-letters-vgg-independent",
+        "digits-resnet-shared",
     ),
     PageEntry(
         "magnitude_and_stability",
@@ -121,7 +121,7 @@ AVERAGING = (
         ":material/zoom_out_map:",
         "What scaling and noise do to predictions",
         "pool",
-        "digits-vgg-independent",
+        "digits-vgg-shared",
     ),
 )
 SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING}
