@@ -89,7 +89,7 @@ MERGING = (
     ),
     PageEntry("merge_lab", "Merge lab", ":material/science:", "Merge, compare, download", "suite"),
     PageEntry(
-        "compare", "Compare", ":material/leaderboard:", "All methods on the same images", "suite"
+        "compare", "Compare", ":material/leaderboard:", "All methods on the same inputs", "suite"
     ),
     PageEntry(
         "how_does_it_scale",
@@ -154,8 +154,8 @@ def explain_no_evaluation(view: View) -> None:
     """Say what a suite lacks for evaluation, and what can be done with it all the same."""
     if view.suite.can_evaluate:
         st.info(
-            f"The images of the suite **{plain(view.name)}** have no labels, so no accuracy can be "
-            "measured. Add `val_labels` and `test_labels` to its data to see accuracies here; "
+            f"The {plain(view.suite.inputs)} of the suite **{plain(view.name)}** have no labels, so "
+            "no accuracy can be measured. Add `val_labels` and `test_labels` to its data to see accuracies here; "
             "Rank and scale chooses both from inputs without labels."
         )
         return

@@ -95,7 +95,10 @@ def init(
             found = with_base(found, further[0] if further else None)
         _print_found(out, found)
         spec = draft_suite(found, resolve_path(path, SuiteError).parent.name or "suite")
-    _print_fit(out, open_by_headers(spec, path, found))
+    opened = open_by_headers(spec, path, found)
+    if (network := opened.network_in_words) is not None:
+        out.print(f"network: {network}")
+    _print_fit(out, opened)
     write_suite(spec, path, overwrite)
     out.print(f"written: {path}")
     _print_next(out, path, found)

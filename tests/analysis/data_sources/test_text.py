@@ -206,6 +206,7 @@ def test_a_label_that_is_no_class_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"tokenizer": None}, "Texts need a tokenizer"),
         ({"text_columns": ["texts"]}, r"no column 'texts'; there is text, other, label"),
         ({"label_column": "class"}, "no column 'class'"),
         ({"label_column": "score"}, "holds no class numbers"),
@@ -222,7 +223,6 @@ def test_what_is_wrong_is_said(folder: Path, fields: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokenizer": None}, "needs 'tokenizer'"),
         ({"text_columns": []}, "at least 1"),
         ({"text_columns": ["a", "b", "c"]}, "at most 2"),
         ({"mean": [0, 0, 0]}, "takes no transform, mean"),
