@@ -6,8 +6,8 @@ import math
 
 import streamlit as st
 
-from analysis.comparison.first_result import suggest_recipe
 from analysis.rank_selection.select import selectable_methods
+from analysis.rank_selection.space import search_space
 from merge_core.merging.recipe import Recipe
 from ui import kept
 from ui.server import resources
@@ -17,9 +17,10 @@ from ui.words.rank_selection import setting_in_words
 
 # Up to this many parameters what is stored is looked up while a page is drawn.
 LIVE_PARAMETERS = 5_000_000
+FRESH = 20  # seconds until a search that ended meanwhile is seen
 
 
-@st.cache_data(max_entries=64, show_spinner="Looking up the recommended setting …")
+@st.cache_data(max_entries=64, show_spinner="Looking up the recommended setting …", ttl=FRESH)
 def find_suggestion(key: str, tasks: tuple[str, ...], method: str, _view: View) -> Recipe | None:
     """The recipe that the stored search for rank and scale recommends; None where none is stored.
 
@@ -30,11 +31,9 @@ def find_suggestion(key: str, tasks: tuple[str, ...], method: str, _view: View) 
     """
     if not resources.is_measurable(_view) or method not in selectable_methods(_view.suite, tasks):
         return None
-    session = resources.session(_view, tasks)
-    if sum(group.info.numel for group in session.groups) > LIVE_PARAMETERS:
-        return None
-    recipe, chosen = suggest_recipe(method, _view.name, session, resources.evaluator(_view))
-    return recipe if chosen else None
+    live = resources.count_parameters(_view) <= LIVE_PARAMETERS
+    space = search_space(method, _view.name, tasks)
+    return resources.output_frames(_view).suggestion(space, live)
 
 
 def describe_setting(recipe: Recipe, suggestion: Recipe | None) -> str:
