@@ -71,7 +71,7 @@ def _description(plan: Plan) -> dict[str, Any]:
         "name": plan.name,
         "description": plan.description,
         "architecture": {"name": plan.architecture, "args": dict(plan.args)},
-        "base": "base.safetensors",
+        "base": plan.base,
         "experts": {
             task.name: {
                 "title": task.title,
@@ -150,7 +150,9 @@ class Build:
             if name in {task.name for task in plan.tasks}:
                 path = self.folder / f"heads/{name}.safetensors"
                 _save(head.state_dict(), path, plan.dtype)
-        return _save(self.backbone.state_dict(), self.folder / "base.safetensors", plan.dtype)
+        if plan.base == "base.safetensors":
+            return _save(self.backbone.state_dict(), self.folder / plan.base, plan.dtype)
+        return _to_stored_dtype(self.backbone.state_dict(), plan.dtype)
 
     def _adapt(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
         """What all experts begin from: the base, adapted to the domain where the plan says so."""

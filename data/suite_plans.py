@@ -30,8 +30,8 @@ class Plan:
         pretraining, adaptation, finetuning: how long and how fast. Adaptation, where there is
             any, is to the domain, on auxiliary glyphs alone; all experts begin from its end.
         dtype: of the stored weights.
-        inputs: where evaluation images lie, seen from the suite's folder; those of another suite
-            with the same tasks and domain are written once.
+        inputs, base: where evaluation images and the base's weights lie, seen from the suite's
+            folder; what another suite has as well is written there alone.
     """
 
     name: str
@@ -52,6 +52,7 @@ class Plan:
     auxiliary_share: int = 64
     dtype: torch.dtype = torch.float16
     inputs: str = "inputs"
+    base: str = "base.safetensors"
 
     @property
     def stem(self) -> tuple[object, ...]:
@@ -147,13 +148,14 @@ CONTRAST = replace(
     VISION,
     name="vision-apart",
     description=(
-        "Eight tasks of the suite vision from the same base, fine-tuned each on a paper of its "
+        "Four tasks of the suite vision from the same base, fine-tuned each on a paper of its "
         "own that has nothing in common with the others: the side on which centring cannot help."
     ),
-    tasks=EIGHT,
+    tasks=TASKS[:4],
     presets={},
     domain=None,
     adaptation=None,
+    base="../vision/base.safetensors",
 )
 
 
@@ -170,6 +172,7 @@ def _toy(plan: Plan) -> Plan:
         domain=plan.domain,
         adaptation=None if plan.adaptation is None else QUICK.finetuning,
         inputs=plan.inputs,
+        base=plan.base,
     )
     if plan.architecture == TRANSFORMER.architecture:
         return small

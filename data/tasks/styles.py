@@ -133,9 +133,11 @@ def clean_style(
     """
     count = len(ink)
     paper = paper if domain is None else domain.apply(paper)
+    # Equal grounds make the images of a domain small files: a pattern is stored once.
+    spread = 0.03 if domain is None else 0.0
 
     def tint(colour: NDArray[np.floating]) -> NDArray[np.floating]:
-        jitter = rng.uniform(-0.03, 0.03, (count, 3)).astype(np.float32)
+        jitter = rng.uniform(-spread, spread, (count, 3)).astype(np.float32)
         return (colour + jitter)[:, None, None, :]
 
     ground = np.asarray(paper.paper, dtype=np.float32)
