@@ -13,7 +13,7 @@ import hashlib
 import logging
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +28,8 @@ from data.suite_plans import BUNDLED, PLANS, Plan
 from data.tasks import SPLITS, Task, draw_auxiliary, stream
 from data.tasks.canvas import Images, Labels
 from data.tasks.glyphs import AUXILIARY
-from data.training import fine_tune, is_correct, pretrain
+from data.tasks.styles import Domain
+from data.training import Schedule, fine_tune, is_correct, train_jointly
 from merge_core.yaml_text import dump_yaml
 
 LOG = logging.getLogger("data.build_suite")
@@ -132,16 +133,14 @@ class Build:
     def _pretrain(self) -> dict[str, Tensor]:
         """Joint pre-training in the wild domain. Leaves the heads as they are stored."""
         plan, seed = self.plan, self.seed
-        pools = _Pools(plan, seed)
-        shares = dict.fromkeys(self.heads, plan.pretraining.batch)
-        shares["auxiliary"] = plan.auxiliary_share
+        pools = _Pools(plan.pretrained, plan.pool, seed)
 
         def progress(step: int, loss: float) -> None:
             if step % 250 == 0 or step == plan.pretraining.steps:
                 LOG.info("pre-training %5d / %d  loss %.3f", step, plan.pretraining.steps, loss)
 
-        pretrain(
-            *(self.backbone, self.heads, pools, shares, plan.pretraining),
+        train_jointly(
+            *(self.backbone, self.heads, pools, self._shares(plan.pretraining), plan.pretraining),
             *(stream(seed, "pre-training"), progress, self.pretraining),
         )
         # Stored precision is the precision trained from: task vectors start at exactly zero.
@@ -160,13 +159,20 @@ class Build:
         if plan.adaptation is None or plan.domain is None:
             return base
         if not path.exists():
-            count = plan.train * 2
-            images = draw_auxiliary(count, self.seed, plan.domain)
+            pools = _Pools(plan.pretrained, plan.train, self.seed, plan.domain)
             self.backbone.load_state_dict(base)
-            rng = stream(self.seed, "adaptation")
-            fine_tune(self.backbone, self.heads["auxiliary"], *images, plan.adaptation, rng)
+            train_jointly(
+                *(self.backbone, self.heads, pools, self._shares(plan.adaptation)),
+                *(plan.adaptation, stream(self.seed, "adaptation")),
+                learn_heads=False,
+            )
             _save(self.backbone.state_dict(), path, plan.dtype)
         return load_file(path)
+
+    def _shares(self, schedule: Schedule) -> dict[str, int]:
+        """Images of each pool in a step of joint training."""
+        shares = dict.fromkeys(self.heads, schedule.batch)
+        return shares | {"auxiliary": self.plan.auxiliary_share}
 
     def _expert(self, task: Task, start: dict[str, Tensor]) -> None:
         """One expert and its inputs."""
@@ -204,19 +210,21 @@ class Build:
 
 
 class _Pools(Mapping[str, tuple[Images, Labels]]):
-    """The wild images of a plan, drawn when they are first asked for."""
+    """Images for joint training (see `Task.draw_wild`), drawn when they are first asked for."""
 
-    def __init__(self, plan: Plan, seed: int) -> None:
-        self._tasks = {task.name: task for task in plan.pretrained}
+    def __init__(
+        self, tasks: Sequence[Task], count: int, seed: int, domain: Domain | None = None
+    ) -> None:
+        self._tasks = {task.name: task for task in tasks}
         self._drawn: dict[str, tuple[Images, Labels]] = {}
-        self._count, self._seed = plan.pool, seed
+        self._count, self._seed, self._domain = count, seed, domain
 
     def __getitem__(self, name: str) -> tuple[Images, Labels]:
         if name not in self._drawn:
             self._drawn[name] = (
-                draw_auxiliary(2 * self._count, self._seed)
+                draw_auxiliary(2 * self._count, self._seed, self._domain)
                 if name == "auxiliary"
-                else self._tasks[name].draw_wild(self._count, self._seed)
+                else self._tasks[name].draw_wild(self._count, self._seed, self._domain)
             )
         return self._drawn[name]
 

@@ -28,7 +28,8 @@ class Plan:
         pool, train, val, test: images of a task: wild ones, and those of its three splits.
         auxiliary_share: auxiliary glyphs in a step of pre-training, or of adaptation.
         pretraining, adaptation, finetuning: how long and how fast. Adaptation, where there is
-            any, is to the domain, on auxiliary glyphs alone; all experts begin from its end.
+            any, goes on with pre-training in the domain, under frozen heads and on images without
+            marks of tasks; all experts begin from its end.
         dtype: of the stored weights.
         inputs, base: where evaluation images and the base's weights lie, seen from the suite's
             folder; what another suite has as well is written there alone.
@@ -170,7 +171,7 @@ def _toy(plan: Plan) -> Plan:
         tasks=plan.tasks,
         presets=plan.presets,
         domain=plan.domain,
-        adaptation=None if plan.adaptation is None else QUICK.finetuning,
+        adaptation=None if plan.adaptation is None else QUICK.pretraining,
         inputs=plan.inputs,
         base=plan.base,
     )

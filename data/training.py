@@ -74,7 +74,7 @@ def _optimiser(
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, plan.factor)
 
 
-def pretrain(
+def train_jointly(
     backbone: nn.Module,
     heads: Mapping[str, nn.Linear],
     pools: Mapping[str, tuple[Images, Labels]],
@@ -83,15 +83,16 @@ def pretrain(
     rng: np.random.Generator,
     progress: Progress | None = None,
     kept: Path | None = None,
+    learn_heads: bool = True,
 ) -> None:
-    """Train the backbone and every head together, in place.
+    """Train the backbone on all tasks together, in place, and their heads unless told otherwise.
 
     Each step takes ``shares[name]`` images of every pool and adds up the mean cross-entropies.
     Every :data:`KEEP_EVERY` steps all that the next step depends on is written to ``kept``; where
     that file exists, training goes on from it, with the same result.
     """
     device = next(backbone.parameters()).device
-    modules = [backbone, *heads.values()]
+    modules = [backbone, *heads.values()] if learn_heads else [backbone]
     parameters = [p for module in modules for p in module.parameters()]
     optimiser, schedule = _optimiser(modules, plan)
     parts = [*modules, optimiser, schedule]

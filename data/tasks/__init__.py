@@ -73,11 +73,17 @@ class Task:
         ink, labels = self._ink(count, rng, split, hard=False)
         return clean_style(ink, self.paper, rng, domain, self.name), labels
 
-    def draw_wild(self, count: int, seed: int) -> tuple[Images, Labels]:
-        """Return training images of the harder, noisier pre-training domain, and labels."""
-        rng = stream(seed, self.name, "wild", "train")
+    def draw_wild(
+        self, count: int, seed: int, domain: Domain | None = None
+    ) -> tuple[Images, Labels]:
+        """Return training images in harder poses, and labels.
+
+        They are in the noisy colours of pre-training, or in the look of a domain, without the
+        task's own mark and paper.
+        """
+        rng = stream(seed, self.name, "wild" if domain is None else "look", "train")
         ink, labels = self._ink(count, rng, "train", hard=True)
-        return wild_style(ink, rng), labels
+        return _wild_or_common(ink, domain, rng), labels
 
 
 def stream(seed: int, *names: str) -> np.random.Generator:
@@ -236,15 +242,17 @@ EIGHT = TASKS[:8]
 
 
 def draw_auxiliary(count: int, seed: int, domain: Domain | None = None) -> tuple[Images, Labels]:
-    """Training images and labels of the auxiliary glyph set.
+    """Training images and labels of the auxiliary glyph set, as :meth:`Task.draw_wild` has them."""
+    rng = stream(seed, "auxiliary", "wild" if domain is None else "look", "train")
+    ink, labels = draw_glyphs(AUXILIARY, count, rng, hard=True)
+    return _wild_or_common(ink, domain, rng), labels
 
-    They are wild ones for pre-training, or in the look and the poses of a common domain.
-    """
-    rng = stream(seed, "auxiliary", "wild" if domain is None else "clean", "train")
-    ink, labels = draw_glyphs(AUXILIARY, count, rng, hard=domain is None)
+
+def _wild_or_common(ink: Ink, domain: Domain | None, rng: np.random.Generator) -> Images:
+    """The colours of pre-training, or what a domain's tasks have in common."""
     if domain is None:
-        return wild_style(ink, rng), labels
-    return clean_style(ink, Paper(domain.paper, domain.ink), rng, domain), labels
+        return wild_style(ink, rng)
+    return clean_style(ink, Paper(domain.paper, domain.ink), rng, domain)
 
 
 __all__ = ["EIGHT", "SPLITS", "TASKS", "Draw", "Task", "draw_auxiliary", "stream"]

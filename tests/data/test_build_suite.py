@@ -24,7 +24,7 @@ TINY = replace(
     pretrained=TASKS[4:7],
     tasks=TASKS[4:7],
     domain=Domain(),
-    adaptation=QUICK.finetuning,
+    adaptation=QUICK.pretraining,
     pool=40,
     train=24,
     val=12,
@@ -74,8 +74,8 @@ def test_a_build_that_was_killed_goes_on_with_the_same_result(
         patch.setattr(data.training, "_lay_down", lay_down_once)
         with pytest.raises(KeyboardInterrupt):
             Build(TINY, 0, tmp_path / "work", CPU).run()
-    killed(0, "fine_tune")  # pre-training is done, adaptation is not
-    killed(2, "fine_tune")  # adaptation and one expert are
+    killed(0, "fine_tune")  # no expert is done
+    killed(1, "fine_tune")  # one expert is done
     first = tmp_path / "work" / whole.name / "experts" / "shapes.safetensors"
     written = first.stat().st_mtime_ns
     resumed = Build(TINY, 0, tmp_path / "work", CPU).run()
@@ -169,7 +169,7 @@ def test_a_domain_mixes_colours_and_rulings() -> None:
     assert mixed.ruling == "lined"
 
 
-def test_auxiliary_images_of_a_domain_are_clean() -> None:
+def test_auxiliary_images_of_a_domain_have_its_look() -> None:
     domain = Domain(shade=0.0)
     images, labels = draw_auxiliary(60, 0, domain)
     again, _ = draw_auxiliary(60, 0, domain)
