@@ -24,7 +24,8 @@ SuiteArgument = Annotated[
     str, typer.Argument(help="A suite.yaml, its folder, or 'demo' for the bundled suite.")
 ]
 TasksOption = Annotated[
-    str | None, typer.Option(help="Tasks separated by commas; all when left out.")
+    str | None,
+    typer.Option(help="Tasks or presets of the suite, separated by commas; all when left out."),
 ]
 CsvOption = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file.")]
 LimitOption = Annotated[
