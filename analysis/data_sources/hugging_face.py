@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,6 +17,7 @@ from merge_core.suites.data_spec import DataSpec
 
 # Readers of the library that only parse data.
 READERS = ("parquet", "arrow", "imagefolder")
+TEXT_READERS = ("parquet", "arrow", "csv", "json")
 
 
 @dataclass(frozen=True)
@@ -64,8 +66,8 @@ def open_hugging_face(request: Request) -> Source:
         feature = first.features[label]
         if hasattr(feature, "names"):
             classes = tuple(feature.names)
-        elif getattr(feature, "dtype", "") in ("string", "large_string"):
-            classes = tuple(sorted({name for t in found.values() for name in t.unique(label)}))
+        elif holds_texts(feature):
+            classes = sorted_names(found, label, request.what)
             numbers = {name: number for number, name in enumerate(classes)}
     return Source(
         classes,
@@ -74,6 +76,26 @@ def open_hugging_face(request: Request) -> Source:
             for name, table in found.items()
         },
     )
+
+
+def holds_texts(feature: Any) -> bool:
+    """Whether a column holds texts."""
+    return getattr(feature, "dtype", "") in ("string", "large_string")
+
+
+def sorted_names(tables: Mapping[str, Any], column: str, what: str) -> tuple[str, ...]:
+    """The texts in a column of all splits, in alphabetical order.
+
+    Raises:
+        SuiteError: a row without.
+    """
+    names = {name for table in tables.values() for name in table.unique(column)}
+    if None in names:
+        raise SuiteError(
+            f"{what[0].upper()}{what[1:]}: the column {column!r} has a row without a label. Fill "
+            "it in, or leave the row out."
+        )
+    return tuple(sorted(names))
 
 
 def read_tables(request: Request) -> dict[str, Any]:
@@ -88,13 +110,13 @@ def read_tables(request: Request) -> dict[str, Any]:
         raise SuiteError(
             "Hugging Face datasets need the package datasets: pip install 'mergescope[data]'."
         ) from fault
-    path, config = str(request.path), request.data.config
+    path = str(request.path)
     datasets.disable_progress_bars()  # progress is ours to show
     # What save_to_disk wrote.
     if (request.path / "dataset_dict.json").is_file() or (request.path / "state.json").is_file():
         read = partial(datasets.load_from_disk, path)
     else:
-        read = partial(_load, datasets, path, config)
+        read = partial(_load, datasets, path, request.data)
     try:
         check_all_regular(request.path)
         found = read()
@@ -109,15 +131,16 @@ def read_tables(request: Request) -> dict[str, Any]:
     return dict(found) if isinstance(found, dict) else {"all": found}
 
 
-def _load(datasets: Any, path: str, config: str | None) -> Any:
-    builder = datasets.load_dataset_builder(path, config)
+def _load(datasets: Any, path: str, data: DataSpec) -> Any:
+    known = TEXT_READERS if data.kind == "text" else READERS
+    builder = datasets.load_dataset_builder(path, data.config)
     reader = type(builder).__module__.rpartition(".")[2]
-    if reader not in READERS:
+    if reader not in known:
         raise SuiteError(
-            f"{path} holds files for the reader {reader!r}; only those for {', '.join(READERS)} "
+            f"{path} holds files for the reader {reader!r}; only those for {', '.join(known)} "
             "are read."
         )
-    return datasets.load_dataset(path, config)
+    return datasets.load_dataset(path, data.config)
 
 
 def _columns(data: DataSpec, features: Any, what: str) -> tuple[str, str | None]:

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.data_sources.hugging_face import read_tables
+from analysis.data_sources.hugging_face import holds_texts, read_tables, sorted_names
 from analysis.data_sources.source import UNLABELLED, Request
 from analysis.data_sources.splits import Part, draw_part, name_of_part
 from merge_core.errors import SuiteError
@@ -72,6 +72,10 @@ def read_texts(
     )
     if label is None:
         return tokens, np.full(len(tokens), UNLABELLED), ()
+    if holds_texts(table.features[label]):
+        named = sorted_names(found, label, what)
+        numbers = {name: number for number, name in enumerate(named)}
+        return tokens, np.array([numbers[name] for name in chosen[label]]), named
     labels = np.asarray(chosen[label])
     if labels.dtype.kind not in "iub" or int(labels.min()) < 0:
         raise SuiteError(

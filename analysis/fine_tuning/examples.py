@@ -35,6 +35,11 @@ class Examples:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def select(self, rows: np.ndarray) -> Examples:
+        """Some of them, by their numbers."""
+        lengths = None if self.lengths is None else self.lengths[rows]
+        return Examples(lambda numbers: self.take(rows[numbers]), self.labels[rows], lengths)
+
     def sort(self, numbers: np.ndarray) -> np.ndarray:
         """The same examples, short texts first, so that neighbours need little padding."""
         if self.lengths is None:

@@ -16,7 +16,7 @@ from analysis.fine_tuning.base import to_dtype, write_weights
 from analysis.fine_tuning.examples import Examples, read_part, to_examples
 from analysis.fine_tuning.low_rank import adapted_matrices, low_rank_update, write_adapter
 from analysis.fine_tuning.plan import SuitePlan
-from analysis.fine_tuning.probe import fit_probe
+from analysis.fine_tuning.probe import choose_shots, fit_probe
 from analysis.fine_tuning.schedule import Schedule
 from analysis.fine_tuning.steps import Steps
 from analysis.fine_tuning.train import Update, fine_tune, full_update
@@ -159,10 +159,11 @@ class ExpertBuilder:
 
     def _fit_head(self, task: str, progress: Progress) -> dict[str, Any]:
         examples, what = self._examples(task), f"data of task {task!r}"
-        features = self._features(self._start, examples, progress)
+        chosen = examples.select(choose_shots(examples.labels, self._plan.probe.shots))
+        features = self._features(self._start, chosen, progress)
         # Every part's classes are known to be among those of the whole training part.
         classes = int(read_part(self._draft, task, "train").labels.max()) + 1
-        head = fit_probe(features, examples.labels, classes, self._plan.probe, what)
+        head = fit_probe(features, chosen.labels, classes, self._plan.probe, what)
         path = self._draft.file(f"heads/{task}.safetensors")
         write_weights({"weight": head.weight, "bias": head.bias}, path)
         return {}

@@ -33,11 +33,14 @@ class ProbeSpec(StrictModel):
         penalty: of the squared weights, for features of unit variance: ``alpha`` of
             scikit-learn's ``RidgeClassifier``, ``1 / C`` of its ``LogisticRegression``.
         normalize: whether features are divided by their norm first.
+        shots: examples of each class at most, the first in the data's order; all if left out. Few
+            leave fine-tuning more to do, as heads made of class names do.
     """
 
     kind: Literal["logistic", "ridge"] = "logistic"
     penalty: float = Field(default=1.0, gt=0, le=1e12)
     normalize: bool = False
+    shots: Count | None = None
 
 
 class FineTuningSpec(StrictModel):
@@ -158,6 +161,8 @@ def _fill_in(value: Any, task: str) -> Any:
     """A value with the task's name where it stands for it."""
     if isinstance(value, str):
         return value.replace(TASK, task)
+    if value == {"task": None}:  # how YAML reads it without quotes
+        return task
     if isinstance(value, Mapping):
         return {key: _fill_in(item, task) for key, item in value.items()}
     return [_fill_in(item, task) for item in value] if isinstance(value, list) else value

@@ -57,6 +57,19 @@ def fit_probe(
     return Head(rounded[0], rounded[1], spec.normalize)
 
 
+def choose_shots(labels: np.ndarray, shots: int | None) -> np.ndarray:
+    """Numbers of the first so many examples of each class, ascending; of all where None.
+
+    Example:
+        >>> choose_shots(np.array([0, 1, 1, 1, 0, 0]), 2).tolist()
+        [0, 1, 2, 4]
+    """
+    if shots is None:
+        return np.arange(len(labels))
+    chosen = [np.flatnonzero(labels == label)[:shots] for label in np.unique(labels)]
+    return np.sort(np.concatenate(chosen))
+
+
 def _fit(X: np.ndarray, labels: np.ndarray, spec: ProbeSpec, what: str) -> Any:
     from sklearn.linear_model import LogisticRegression, RidgeClassifier
     from threadpoolctl import threadpool_limits

@@ -102,7 +102,7 @@ def fine_tune(
         if values and factor > 0
     ]
     moving = [value for group in groups for value in group["params"]]
-    optimiser = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay)
+    optimiser = torch.optim.AdamW(groups, weight_decay=schedule.weight_decay, fused=True)
     rates = torch.optim.lr_scheduler.LambdaLR(optimiser, schedule.factor)
     batches = shuffled_batches(len(examples), schedule.batch, rng)
     losses = []
@@ -155,10 +155,13 @@ def loss_and_gradient(
 
     order = examples.sort(batch)
     parts = [order[i : i + PART] for i in range(0, len(order), PART)]
-    total, sums = 0.0, [torch.zeros_like(value) for value in moving]
+    total, sums = 0.0, list[Tensor | None]([None] * len(moving))
     for loss, slopes in Threads().map(of_part, parts):
         total += loss
-        for known, slope in zip(sums, slopes, strict=True):
-            if slope is not None:
-                known += slope
-    return total, sums
+        for place, slope in enumerate(slopes):
+            known = sums[place]
+            sums[place] = slope if known is None else known if slope is None else known + slope
+    return total, [
+        torch.zeros_like(value) if known is None else known
+        for value, known in zip(moving, sums, strict=True)
+    ]

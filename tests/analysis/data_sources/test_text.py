@@ -103,6 +103,39 @@ def test_labels_stay_with_their_texts(folder: Path) -> None:
     assert names == ("0", "1", "2")
 
 
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_tables_of_text_and_named_labels(folder: Path, ending: str) -> None:
+    (folder / "texts").rename(folder / "old")
+    (folder / "texts").mkdir()
+    rows = {"abc": "spam", "z": "ham", "hj": "eggs"}
+    for split, lines in (("train", list(rows.items())), ("validation", list(rows.items())[1:])):
+        if ending == "csv":
+            text = "text,label\n" + "".join(f"{a},{b}\n" for a, b in lines)
+        else:
+            text = "".join(f'{{"text": "{a}", "label": "{b}"}}\n' for a, b in lines)
+        (folder / f"texts/{split}.{ending}").write_text(text)
+    tokens, labels, names = read(folder)
+    assert names == ("eggs", "ham", "spam")
+    found = {spell(row): names[label] for row, label in zip(tokens, labels, strict=True)}
+    assert found == {"z": "ham", "hj": "eggs"}
+    with (folder / f"texts/train.{ending}").open("a") as stream:
+        stream.write("abc,\n" if ending == "csv" else '{"text": "abc", "label": null}\n')
+    with pytest.raises(SuiteError, match="a row without a label"):
+        read(folder)
+
+
+def test_training_texts_are_none_of_the_others(folder: Path) -> None:
+    shared = {"test": "validation", "val_share": 0.25, "length": 64}
+    parts = {part: read(folder, part, **shared)[0] for part in ("train", "val")}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 15, "val": 5}
+    together = sorted(spell(row) for rows in parts.values() for row in rows)
+    assert together == sorted(TEXTS)
+    own = read(folder, "train", val="validation", **shared)[0]
+    assert sorted(map(spell, own)) == sorted(TEXTS)
+    with pytest.raises(SuiteError, match="which split is for fine-tuning"):
+        read(folder, "train", test="train", val="validation")
+
+
 def test_pairs_are_joined_as_each_tokenizer_joins_them(folder: Path) -> None:
     pair = {"text_columns": ["text", "other"], "length": 64}
     gpt2 = {spell(row) for row in read(folder, **pair)[0]}

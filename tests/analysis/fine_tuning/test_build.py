@@ -292,6 +292,17 @@ def test_ridge_and_normalised_heads(images: Path, tmp_path: Path) -> None:
     assert accuracies(suite) == {t: steps[f"expert {t}"]["facts"]["expert"] for t in suite.tasks}
 
 
+def test_few_shots_are_the_first_of_each_class(texts: Path, tmp_path: Path) -> None:
+    # More shots than there are examples are all of them; one shot of each class is another head.
+    heads = []
+    for shots in (None, 1000, 1):
+        probe = {"penalty": 2.0} | ({} if shots is None else {"shots": shots})
+        plan = changed(texts, f"shots-{shots}", probe=probe, tasks=["thirds"])
+        suite = build_suite(load_plan(plan), tmp_path / str(shots))
+        heads.append((suite.root / "heads/thirds.safetensors").read_bytes())
+    assert heads[0] == heads[1] != heads[2]
+
+
 def drop_split(plan: Path) -> None:
     for path in (plan.parent / "ends").glob("train*"):
         path.unlink()
