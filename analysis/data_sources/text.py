@@ -13,6 +13,7 @@ import numpy as np
 from analysis.data_sources.hugging_face import holds_texts, read_tables, sorted_names
 from analysis.data_sources.source import UNLABELLED, Request
 from analysis.data_sources.splits import Part, draw_part, name_of_part
+from analysis.networks.encoders import SEGMENT_BITS
 from merge_core.errors import SuiteError
 from merge_core.input_files import check_regular, read_bounded
 from merge_core.suites.data_files import Resolve, locate_data, tokenizer_path
@@ -126,9 +127,17 @@ def _check_files(folder: Path) -> None:
 
 
 def _encode(tokenizer: Any, columns: list[list[str]], length: int) -> np.ndarray:
-    """int32, N x length: one text a row, or two read as a pair."""
-    found = tokenizer(*columns, truncation=True, max_length=length)["input_ids"]
-    tokens = np.full((len(found), length), PADDING, dtype=np.int32)
-    for place, row in zip(tokens, found, strict=True):
-        place[: len(row)] = row
+    """int32, N x length: one text a row, or two read as a pair.
+
+    Bits above :data:`SEGMENT_BITS` say which text of a pair a token belongs to, where the tokenizer
+    says it.
+    """
+    found = tokenizer(*columns, truncation=True, max_length=length)
+    rows = found["input_ids"]
+    segments = found.get("token_type_ids") or [[0] * len(row) for row in rows]
+    tokens = np.full((len(rows), length), PADDING, dtype=np.int32)
+    for place, row, segment in zip(tokens, rows, segments, strict=True):
+        place[: len(row)] = np.asarray(row, np.int32) + (
+            np.asarray(segment, np.int32) << SEGMENT_BITS
+        )
     return tokens

@@ -16,7 +16,7 @@ from merge_core.errors import SuiteError
 from merge_core.files import digest_of, file_digest, write_atomically
 from merge_core.hub.files import is_hub_id
 from merge_core.hub.models import find_or_fetch, require_cached
-from merge_core.opening.architectures import name_architecture
+from merge_core.opening.draft import name_architecture
 from merge_core.output.config_files import Written
 from merge_core.output.layout import Layout
 from merge_core.suites.suite_spec import ArchitectureSpec

@@ -78,7 +78,7 @@ def read_part(
         data = data.model_copy(update={"limit": limit})
     if data.kind == "text":
         return TaskInputs(*read_texts(data, part, suite.file, what))
-    found = prepare_split(data, suite.spec.architecture, part, suite.file, what, progress)
+    found = prepare_split(data, suite.architecture, part, suite.file, what, progress)
     return TaskInputs(found.images, found.labels, found.class_names)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -81,10 +80,10 @@ class ExpertBuilder:
         plan, what = self._plan, f"task {task!r}"
         data = self._draft.spec.experts[task].data
         assert data is not None
-        assert self._draft.spec.architecture is not None
+        assert self._draft.architecture is not None
         common = (
             self._steps.content("base"),
-            self._draft.spec.architecture.identity,
+            self._draft.architecture.identity,
             data_identity(data, self._draft.file, f"data of {what}"),
             str(plan.fine_tuning.examples),
         )
@@ -147,7 +146,7 @@ class ExpertBuilder:
         parts = []
         for first in range(0, len(order), READ):
             if progress is not None:
-                progress.step(FIT * first // len(order), FIT + TRAIN, "features")
+                progress.step(FIT * first // len(order), FIT + TRAIN, "features of the base")
             inputs = examples.take(order[first : first + READ]).to(self._device)
             parts.append(self._network.features(weights, inputs).cpu())
         found = torch.cat(parts)
@@ -170,7 +169,7 @@ class ExpertBuilder:
 
     def _fine_tune(self, task: str, progress: Progress) -> dict[str, Any]:
         plan, how = self._plan, self._plan.fine_tuning
-        examples, head = self._examples(task), _on(self._device, load_head(self._draft, task))
+        examples, head = self._examples(task), load_head(self._draft, task)
         self._check_head(task, head, examples)
         update, write = self._update(task)
 
@@ -230,12 +229,11 @@ class ExpertBuilder:
         Raises:
             SuiteError: it takes another width, or has fewer classes than there are labels.
         """
-        first = head.weight if head.hidden is None else head.hidden[0]
         inputs = examples.take(np.arange(1)).to(self._device)
         width = self._network.features(self._start, inputs).shape[1]
-        if first.shape[1] != width:
+        if head.width != width:
             raise SuiteError(
-                f"The head of task {task!r} takes features of width {first.shape[1]}, and the base "
+                f"The head of task {task!r} takes features of width {head.width}, and the base "
                 f"gives {width}. Give another head, or leave it out: one is fitted then."
             )
         if int(examples.labels.max()) >= len(head.weight):
@@ -246,16 +244,10 @@ class ExpertBuilder:
             )
 
     def _accuracy(self, weights: State, examples: Examples, head: Head) -> float:
-        logits = _on(torch.device("cpu"), head).logits(self._features(weights, examples))
+        logits = head.logits(self._features(weights, examples))
         return float((logits.argmax(dim=1).numpy() == examples.labels).mean())
 
 
 def _seed(seed: int, *names: str) -> int:
     """A seed of its own for each purpose, so that no task depends on the others."""
     return int(digest_of(str(seed), *names)[:15], 16)
-
-
-def _on(device: torch.device, head: Head) -> Head:
-    """A head on a device."""
-    hidden = head.hidden and (head.hidden[0].to(device), head.hidden[1].to(device))
-    return replace(head, weight=head.weight.to(device), bias=head.bias.to(device), hidden=hidden)

@@ -82,7 +82,7 @@ def fine_tune(
     Args:
         copies: the network, from inputs to features.
         update: what is trained.
-        head: frozen, where the update is.
+        head: frozen, on the CPU.
         examples: of the task.
         schedule: how long and how fast.
         rng: of the order of the examples.
@@ -137,7 +137,7 @@ def loss_and_gradient(
     Args:
         copies: the network, from inputs to features.
         update: gives its weights.
-        head: frozen.
+        head: frozen, on the CPU.
         examples: of the task.
         batch: numbers of examples.
         moving: what the loss is differentiated in.
@@ -148,8 +148,8 @@ def loss_and_gradient(
         with torch.enable_grad():
             weights = update.weights(update.values)
             features = copies.call(weights, examples.take(numbers).to(device))
-            labels = torch.from_numpy(examples.labels[numbers]).to(device)
-            loss = functional.cross_entropy(head.logits(features), labels, reduction="sum")
+            labels = torch.from_numpy(examples.labels[numbers])
+            loss = functional.cross_entropy(head.logits(features.cpu()), labels, reduction="sum")
             loss = loss / len(batch)
             return loss.item(), torch.autograd.grad(loss, moving, allow_unused=True)
 

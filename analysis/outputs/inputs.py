@@ -62,7 +62,7 @@ def load_inputs(
     if spec.kind == "text":
         tokens, labels, names = read_texts(spec, split, suite.file, what)
         return TaskInputs(tokens[:limit], labels[:limit], names)
-    found = prepare_split(spec, suite.spec.architecture, split, suite.file, what, progress)
+    found = prepare_split(spec, suite.architecture, split, suite.file, what, progress)
     return TaskInputs(found.images[:limit], found.labels[:limit], found.class_names)
 
 
@@ -106,7 +106,7 @@ def normalise_for_task(images: np.ndarray, suite: Suite, task: str) -> Tensor:
     spec = _data(suite, task)
     if spec.kind == "text":
         return torch.from_numpy(images.astype(np.int64))
-    transform = resolve_transform(spec, suite.spec.architecture, f"data of task {task!r}")
+    transform = resolve_transform(spec, suite.architecture, f"data of task {task!r}")
     mean, std = spec.constants if transform is None else (transform.mean, transform.std)
     return normalise_pixels(images, mean, std)
 
