@@ -30,7 +30,7 @@ class ProbeSpec(StrictModel):
 
     Attributes:
         kind: logistic regression, or ridge regression on classes as +1 and -1.
-        penalty: of the squared weights, for features of unit variance: ``alpha`` of
+        penalty: of the squared weights, for features whose variance is 1 on average: ``alpha`` of
             scikit-learn's ``RidgeClassifier``, ``1 / C`` of its ``LogisticRegression``.
         normalize: whether features are divided by their norm first.
         shots: examples of each class at most, the first in the data's order; all if left out. Few
@@ -188,7 +188,7 @@ def load_plan(
         ('/data/news', 'full')
     """
     shipped = SHIPPED / f"{reference}.yaml"
-    is_name = str(reference).isidentifier() and not Path(reference).exists()
+    is_name = str(reference).isidentifier()  # ./sentences is a folder
     names = ", ".join(sorted(path.stem for path in SHIPPED.glob("*.yaml")))
     document, path = read_yaml(
         shipped if is_name and shipped.is_file() else Path(reference),

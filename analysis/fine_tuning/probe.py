@@ -18,11 +18,13 @@ MOST_ITERATIONS = 2000
 def fit_probe(
     features: Tensor, labels: np.ndarray, classes: int, spec: ProbeSpec, what: str
 ) -> Head:
-    """A linear classifier of features, fitted to features of mean 0 and variance 1.
+    """A linear classifier of features whose variance is 1 on average.
 
-    The standardisation is folded into weight and bias, so that one penalty suits networks of any
-    scale. Logits of logistic regression are logarithms of probabilities up to a constant; those of
-    ridge regression estimate +1 for the class and −1 for the others.
+    They are shifted and scaled before the fit, which is folded into weight and bias, so that one
+    penalty suits networks of any scale. All features have one scale: one that hardly varies in the
+    base would get so large a weight that the first step of fine-tuning made it outweigh all
+    others. Logits of logistic regression are logarithms of probabilities up to a constant; those
+    of ridge regression estimate +1 for the class and −1 for the others.
 
     Args:
         features: N x width.
@@ -44,10 +46,11 @@ def fit_probe(
     if spec.normalize:
         features = features / features.norm(dim=-1, keepdim=True)
     X = features.double().numpy()
-    mean, deviation = X.mean(axis=0), X.std(axis=0)
-    deviation[deviation <= 1e-9 * max(float(deviation.max()), 1e-300)] = np.inf  # says nothing
-    model = _fit((X - mean) / deviation, labels, spec, what)
-    weight, bias = np.atleast_2d(model.coef_) / deviation, np.atleast_1d(model.intercept_)
+    mean, scale = X.mean(axis=0), float(np.sqrt(X.var(axis=0).mean()))
+    if scale == 0:
+        raise SuiteError(f"{what[0].upper()}{what[1:]}: the base gives the same features for all.")
+    model = _fit((X - mean) / scale, labels, spec, what)
+    weight, bias = np.atleast_2d(model.coef_) / scale, np.atleast_1d(model.intercept_)
     bias = bias - weight @ mean
     if classes == 2:  # one row that stands for the difference of two
         weight, bias = np.concatenate([-weight, weight]), np.concatenate([-bias, bias])

@@ -7,7 +7,7 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression, RidgeClassifier
 from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
+from sklearn.preprocessing import FunctionTransformer
 
 from analysis.fine_tuning.plan import ProbeSpec
 from analysis.fine_tuning.probe import fit_probe
@@ -39,7 +39,8 @@ def test_logits_are_those_of_scikit_learn(classes: int, kind: str, normalize: bo
     model = (
         LogisticRegression(C=0.25, max_iter=5000) if kind == "logistic" else RidgeClassifier(4.0)
     )
-    pipeline = make_pipeline(StandardScaler(), model).fit(X, labels)
+    scaler = FunctionTransformer(lambda Z: (Z - X.mean(0)) / X.var(0).mean() ** 0.5)
+    pipeline = make_pipeline(scaler, model).fit(X, labels)
     wanted = pipeline.decision_function(X)
     logits = head.logits(features).double().numpy()
     if classes == 2:  # scikit-learn gives the evidence for the second class
@@ -51,6 +52,17 @@ def test_logits_are_those_of_scikit_learn(classes: int, kind: str, normalize: bo
     if kind == "logistic":
         found = head.logits(features).softmax(dim=1).numpy()
         np.testing.assert_allclose(found, pipeline.predict_proba(X), atol=1e-3)
+
+
+def test_a_feature_that_hardly_varies_gets_no_large_weight() -> None:
+    features, labels = draw(3)
+    plain = fit_probe(features, labels, 3, ProbeSpec(), "features")
+    features[:, 6] = 1e-7 * features[:, 0]
+    head = fit_probe(features, labels, 3, ProbeSpec(), "features")
+    assert head.weight[:, 6].abs().max() < 1e-6 * head.weight.abs().max()
+    torch.testing.assert_close(head.weight[:, :6], plain.weight[:, :6], rtol=1e-3, atol=1e-5)
+    with pytest.raises(SuiteError, match="the same features for all"):
+        fit_probe(torch.ones(150, 7), labels, 3, ProbeSpec(), "features")
 
 
 def test_classes_without_examples_are_refused() -> None:

@@ -18,6 +18,7 @@ from tests.analysis.fine_tuning.tiny_plans import IMAGE_TASKS, write_image_plan
 def call(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):  # type: ignore[no-untyped-def]
     """``call(*arguments)`` gives the exit code of ``mergescope suite build``."""
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
 
     def run(*arguments: object) -> int:
         monkeypatch.setattr(sys, "argv", ["mergescope", "suite", "build", *map(str, arguments)])
@@ -62,7 +63,11 @@ def test_mistakes_are_told_in_a_line(call: Any, tmp_path: Path, capsys: Any) -> 
 
 
 @pytest.mark.parametrize("path", sorted(SHIPPED.glob("*.yaml")), ids=lambda path: path.stem)
-def test_plans_that_come_along_can_be_read(path: Path) -> None:
+def test_plans_that_come_along_can_be_read(
+    path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / path.stem).mkdir()  # what was built has the plan's name
     plan = load_plan(path.stem, data=Path("/data"))
     assert plan.name == path.stem
     assert all((task.data.path or "").startswith("/data/") for task in plan.tasks.values())
