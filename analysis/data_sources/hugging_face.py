@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 from PIL import Image
 
-from analysis.data_sources.source import UNLABELLED, Request, Source
+from analysis.data_sources.source import UNLABELLED, WHOLE, Request, Source
 from merge_core.errors import SuiteError
-from merge_core.input_files import check_all_regular
+from merge_core.input_files import check_all_regular, check_regular
 from merge_core.suites.data_spec import DataSpec
 
 # Readers of the library that only parse data.
 READERS = ("parquet", "arrow", "imagefolder")
-TEXT_READERS = ("parquet", "arrow", "csv", "json")
 
 
 @dataclass(frozen=True)
@@ -66,8 +64,8 @@ def open_hugging_face(request: Request) -> Source:
         feature = first.features[label]
         if hasattr(feature, "names"):
             classes = tuple(feature.names)
-        elif holds_texts(feature):
-            classes = sorted_names(found, label, request.what)
+        elif getattr(feature, "dtype", "") in ("string", "large_string"):
+            classes = tuple(sorted({name for t in found.values() for name in t.unique(label)}))
             numbers = {name: number for number, name in enumerate(classes)}
     return Source(
         classes,
@@ -78,45 +76,19 @@ def open_hugging_face(request: Request) -> Source:
     )
 
 
-def holds_texts(feature: Any) -> bool:
-    """Whether a column holds texts."""
-    return getattr(feature, "dtype", "") in ("string", "large_string")
-
-
-def sorted_names(tables: Mapping[str, Any], column: str, what: str) -> tuple[str, ...]:
-    """The texts in a column of all splits, in alphabetical order.
-
-    Raises:
-        SuiteError: a row without.
-    """
-    names = {name for table in tables.values() for name in table.unique(column)}
-    if None in names:
-        raise SuiteError(
-            f"{what[0].upper()}{what[1:]}: the column {column!r} has a row without a label. Fill "
-            "it in, or leave the row out."
-        )
-    return tuple(sorted(names))
-
-
 def read_tables(request: Request) -> dict[str, Any]:
     """The splits of a dataset, as the library's tables.
 
     Raises:
         SuiteError: the library is not installed, or the folder holds no such dataset.
     """
-    try:
-        import datasets
-    except ImportError as fault:
-        raise SuiteError(
-            "Hugging Face datasets need the package datasets: pip install 'mergescope[data]'."
-        ) from fault
-    path = str(request.path)
-    datasets.disable_progress_bars()  # progress is ours to show
+    datasets = _import_datasets()
+    path, config = str(request.path), request.data.config
     # What save_to_disk wrote.
     if (request.path / "dataset_dict.json").is_file() or (request.path / "state.json").is_file():
         read = partial(datasets.load_from_disk, path)
     else:
-        read = partial(_load, datasets, path, request.data)
+        read = partial(_load, datasets, path, config)
     try:
         check_all_regular(request.path)
         found = read()
@@ -128,19 +100,51 @@ def read_tables(request: Request) -> dict[str, Any]:
             f"{path} ({request.what}) cannot be read as a dataset: {reason:.200} Give a folder of "
             "Parquet files, and its 'config' where it has several."
         ) from fault
-    return dict(found) if isinstance(found, dict) else {"all": found}
+    return dict(found) if isinstance(found, dict) else {WHOLE: found}
 
 
-def _load(datasets: Any, path: str, data: DataSpec) -> Any:
-    known = TEXT_READERS if data.kind == "text" else READERS
-    builder = datasets.load_dataset_builder(path, data.config)
-    reader = type(builder).__module__.rpartition(".")[2]
-    if reader not in known:
+def read_file(request: Request) -> dict[str, Any]:
+    """The one split of a dataset that is a Parquet file.
+
+    Raises:
+        SuiteError: the library is not installed, or the file is no such.
+    """
+    datasets = _import_datasets()
+    try:
+        check_regular(request.path)
+        return {WHOLE: datasets.Dataset.from_parquet(str(request.path))}
+    except Exception as fault:  # the library raises almost anything about files of another form
+        reason = str(fault).strip().split("\n")[0]
         raise SuiteError(
-            f"{path} holds files for the reader {reader!r}; only those for {', '.join(known)} "
+            f"{request.path} ({request.what}) cannot be read as Parquet: {reason:.200}"
+        ) from fault
+
+
+def _import_datasets() -> Any:
+    """The library, which keeps its progress to itself.
+
+    Raises:
+        SuiteError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as fault:
+        raise SuiteError(
+            "Hugging Face datasets need the package datasets: pip install 'mergescope[data]'."
+        ) from fault
+    datasets.disable_progress_bars()  # progress is ours to show
+    return datasets
+
+
+def _load(datasets: Any, path: str, config: str | None) -> Any:
+    builder = datasets.load_dataset_builder(path, config)
+    reader = type(builder).__module__.rpartition(".")[2]
+    if reader not in READERS:
+        raise SuiteError(
+            f"{path} holds files for the reader {reader!r}; only those for {', '.join(READERS)} "
             "are read."
         )
-    return datasets.load_dataset(path, data.config)
+    return datasets.load_dataset(path, config)
 
 
 def _columns(data: DataSpec, features: Any, what: str) -> tuple[str, str | None]:

@@ -144,6 +144,26 @@ def of_config(config: Mapping[str, Any]) -> ArchitectureSpec | None:
     return ArchitectureSpec(name=kind, args=args, library="transformers") if defaults else None
 
 
+def read_class_names(member: Checkpoint) -> tuple[str, ...] | None:
+    """Names of the classes of a classifier, as ``config.json`` beside it says.
+
+    Returns:
+        In the order of its outputs (transformers' ``id2label``, timm's ``label_names``); None
+        where there are none, or names that a library made up (``LABEL_0``).
+    """
+    files = companions_of(member) if member.files else None
+    config = (None if files is None else files.document("config.json")) or {}
+    listed = config.get("label_names")
+    by_number = config.get("id2label")
+    if isinstance(by_number, dict):
+        listed = [by_number.get(str(number)) for number in range(len(by_number))]
+    if not isinstance(listed, list) or not listed:
+        return None
+    names = tuple(name for name in listed if isinstance(name, str))
+    made_up = all(name == f"LABEL_{number}" for number, name in enumerate(names))
+    return None if made_up or len(set(names)) < len(listed) else names
+
+
 @lru_cache(maxsize=1)
 def runnable_types() -> frozenset[str]:
     """Types of transformers whose encoders are run; empty where it is not installed.

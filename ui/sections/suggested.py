@@ -17,9 +17,10 @@ from ui.words.rank_selection import setting_in_words
 
 # Up to this many parameters what is stored is looked up while a page is drawn.
 LIVE_PARAMETERS = 5_000_000
+FRESH = 20  # seconds until a search that ended meanwhile is seen
 
 
-@st.cache_data(max_entries=64, show_spinner="Looking up the recommended setting …")
+@st.cache_data(max_entries=64, show_spinner="Looking up the recommended setting …", ttl=FRESH)
 def find_suggestion(key: str, tasks: tuple[str, ...], method: str, _view: View) -> Recipe | None:
     """The recipe that the stored search for rank and scale recommends; None where none is stored.
 
@@ -33,8 +34,23 @@ def find_suggestion(key: str, tasks: tuple[str, ...], method: str, _view: View) 
     session = resources.session(_view, tasks)
     if sum(group.info.numel for group in session.groups) > LIVE_PARAMETERS:
         return None
-    recipe, chosen = suggest_recipe(method, _view.name, session, resources.evaluator(_view))
-    return recipe if chosen else None
+    try:
+        return _read_search(key, tasks, method, _view)
+    except _NotSearchedError:
+        return None
+
+
+class _NotSearchedError(Exception):
+    """No search of this method is stored yet. Streamlit keeps results, and not exceptions."""
+
+
+@st.cache_data(max_entries=64, show_spinner=False)
+def _read_search(key: str, tasks: tuple[str, ...], method: str, _view: View) -> Recipe:
+    session, evaluator = resources.session(_view, tasks), resources.evaluator(_view)
+    recipe, chosen = suggest_recipe(method, _view.name, session, evaluator)
+    if not chosen:
+        raise _NotSearchedError
+    return recipe
 
 
 def describe_setting(recipe: Recipe, suggestion: Recipe | None) -> str:
