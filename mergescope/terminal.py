@@ -157,6 +157,13 @@ def progress_bar(label: str) -> Progress | None:
     return Progress(show)
 
 
+def print_above(sentence: str) -> None:
+    """A line on the error output, in place of a bar that may stand there."""
+    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{clear}{sentence}\n")
+    sys.stderr.flush()
+
+
 def progress_lines(seconds: float = 30.0) -> Progress:
     """A line now and then, for work of many minutes whose output may be no terminal.
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Collection
 from contextlib import ExitStack
 from pathlib import Path
 
+import numpy as np
 import torch
+from blake3 import blake3
 
 from analysis.data_sources import download
 from analysis.fine_tuning.base import (
@@ -86,7 +89,9 @@ def build_suite(
         steps.do(BASE, made_of, [BASE], lambda: _copy_base(base, target / BASE, dtype))
         draft = Suite(_with_base_alone(spec), path)
         for task in draft.tasks:
-            _check_data(draft, task, fetch, progress)
+            note = _check_data(draft, task, fetch, progress)
+            if note is not None and report is not None:
+                report(note)
         whole = _identity(plan, spec, draft, base)
         if path.exists() and not overwrite and not steps.is_done("suite", whole):
             raise OutputError(_other_suite(output))
@@ -100,7 +105,7 @@ def build_suite(
                 report(sentence)
         steps.do("suite", whole, [FILE], lambda: _write_description(spec, path))
         steps.finish()
-        _open_to_all(target)
+        _tidy(target)
         if progress is not None:
             progress.step(total, total, "done")
     return load_suite(path)
@@ -167,8 +172,11 @@ def _identity(plan: SuitePlan, spec: SuiteSpec, draft: Suite, base: Checkpoint) 
     return digest_of(*parts)
 
 
-def _check_data(draft: Suite, task: str, fetch: bool, progress: Progress | None) -> None:
+def _check_data(draft: Suite, task: str, fetch: bool, progress: Progress | None) -> str | None:
     """Read all parts of a task's data before anything is trained.
+
+    Returns:
+        A note where some of what is measured on is trained on as well.
 
     Raises:
         SuiteError: one is missing or malformed, or has a class that the training part lacks.
@@ -178,14 +186,28 @@ def _check_data(draft: Suite, task: str, fetch: bool, progress: Progress | None)
     if fetch:
         download(data, draft.file, what)
     quiet = None if progress is None else Progress(cancel=progress.cancel)
-    known = int(read_part(draft, task, "train", None, quiet).labels.max())
-    for part in ("val", "test"):
-        largest = int(read_part(draft, task, part, None, quiet).labels.max())
+    train = read_part(draft, task, "train", None, quiet)
+    seen, known = _digests(train.images), int(train.labels.max())
+    shared = {}
+    for part, name in (("val", "validation"), ("test", "test")):
+        found = read_part(draft, task, part, None, quiet)  # type: ignore[arg-type]
+        largest = int(found.labels.max())
         if largest > known:
             raise SuiteError(
-                f"{what[0].upper()}{what[1:]}: class {largest} stands in the {part} part and not "
+                f"{what[0].upper()}{what[1:]}: class {largest} stands in the {name} part and not "
                 "in the training part. Add examples of it, or leave the class out."
             )
+        if twice := sum(digest in seen for digest in _digests(found.images, unique=False)):
+            shared[name] = f"{twice} of {len(found.labels)} {name} examples"
+    if not shared:
+        return None
+    return f"note: {task}: {' and '.join(shared.values())} stand in the training part, too"
+
+
+def _digests(inputs: np.ndarray, unique: bool = True) -> Collection[bytes]:
+    """What tells one input from another, for each of them."""
+    found = [blake3(each.tobytes()).digest() for each in inputs]
+    return set(found) if unique else found
 
 
 def _copy_base(base: Checkpoint, folder: Path, dtype: torch.dtype | None) -> dict[str, object]:
@@ -209,7 +231,17 @@ def _part(progress: Progress | None, before: int, total: int) -> Progress:
     return Progress(show, progress.cancel)
 
 
-def _open_to_all(folder: Path) -> None:
-    """Give files, which are written privately, the rights of any other."""
-    for path in (folder, *folder.rglob("*")):
-        path.chmod(0o755 if path.is_dir() else 0o644)
+def _tidy(folder: Path) -> None:
+    """Delete temporary files that a killed build left, and give the others the usual rights.
+
+    Nothing is touched but what builds write: weights are written privately.
+    """
+    mask = os.umask(0)
+    os.umask(mask)
+    for name in (BASE, "heads", "experts", FILE, RECORD):
+        root = folder / name
+        for path in (root, *root.rglob("*")):
+            if path.name.startswith(".") and path.is_file():
+                path.unlink()
+            elif path.exists() and not path.is_symlink():
+                path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)

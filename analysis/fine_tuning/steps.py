@@ -91,14 +91,9 @@ class Steps:
         self._write()
 
     def finish(self) -> None:
-        """Forget steps that this build had no use for, and delete what a killed one left."""
+        """Forget steps that this build had no use for."""
         self._known = {name: self._known[name] for name in sorted(self._used)}
         self._write()
-        kept = {Path(path).parent for step in self._known.values() for path in step["files"]}
-        for folder in kept:
-            for path in (self._folder / folder).glob(".*"):
-                if path.is_file():
-                    path.unlink()
 
     def _write(self) -> None:
         text = json.dumps({"format": FORMAT, "steps": self._known}, indent=1, sort_keys=True)

@@ -1,4 +1,4 @@
-"""``mergescope suite init``: a suite.yaml from what there is; ``suite build``: one from a plan."""
+"""``mergescope suite``: a suite.yaml from what there is (init), a suite from a plan (build)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from merge_core.errors import SuiteError
-from mergescope.terminal import console, print_table, progress_bar, progress_lines, size
+from mergescope.terminal import (
+    console,
+    print_above,
+    print_table,
+    progress_bar,
+    progress_lines,
+    size,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -134,7 +141,7 @@ def build(
         overwrite=overwrite,
         fetch=download,
         progress=progress_bar("building") or progress_lines(),
-        report=lambda sentence: typer.echo(sentence, err=True),
+        report=print_above,
     )
     typer.echo(str(output / "suite.yaml"))
 

@@ -30,6 +30,7 @@ from tests.analysis.fine_tuning.tiny_plans import (
     COUNTS,
     IMAGE_TASKS,
     STEPS,
+    SYMBOLS,
     TEXT_TASKS,
     VIT,
     write_image_plan,
@@ -271,6 +272,29 @@ def test_an_adapter_is_what_peft_reads_and_trains(texts: Path, tmp_path: Path) -
                 )
 
 
+def test_an_adapter_of_transposed_weights_is_what_peft_reads(tmp_path: Path) -> None:
+    plan = write_text_plan(tmp_path / "plan", fine_tuning=STEPS | {"method": "lora", "rank": 2})
+    folder = tmp_path / "plan/roberta"
+    tokenizer = tf.AutoTokenizer.from_pretrained(folder)
+    torch.manual_seed(0)
+    config = tf.GPT2Config(vocab_size=len(SYMBOLS), n_embd=16, n_layer=2, n_head=2, n_positions=24)
+    shutil.rmtree(folder)
+    tf.GPT2Model(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    suite = build_suite(load_plan(plan), tmp_path / "suite")
+    for task in suite.tasks:
+        base = tf.GPT2Model.from_pretrained(suite.root / "base")
+        adapted = peft.PeftModel.from_pretrained(base, suite.root / f"experts/{task}")
+        theirs = adapted.merge_and_unload().state_dict()
+        expert = suite.expert(task)
+        updates = expert.updates  # type: ignore[attr-defined]
+        assert {name.split(".")[-2] for name in updates} == {"c_attn", "c_fc", "c_proj"}
+        assert all(update.stored_transposed for update in updates.values())
+        for name in updates:
+            torch.testing.assert_close(expert.tensor(name), theirs[name], rtol=1e-6, atol=1e-7)
+            assert not torch.equal(theirs[name], suite.base.tensor(name))  # type: ignore[union-attr]
+
+
 def test_given_heads_are_used_and_checked(texts: Path, tmp_path: Path) -> None:
     first = build_suite(load_plan(texts), tmp_path / "first")
     shutil.copytree(first.root / "heads", texts.parent / "given", dirs_exist_ok=True)
@@ -364,6 +388,30 @@ def test_bad_plans_are_refused_in_a_sentence(
         build(load_plan(path))
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out" / "suite.yaml").exists()
+
+
+def test_examples_in_two_parts_are_told(texts: Path, tmp_path: Path) -> None:
+    plan = write_text_plan(tmp_path / "plan", tasks=["thirds"])
+    train, test = (tmp_path / f"plan/thirds/{s}-00000-of-00001.parquet" for s in ("train", "test"))
+    known = set(pd.read_parquet(train)["text"])
+    said: list[str] = []
+    frame = pd.read_parquet(test)
+    frame.loc[:4, "text"] = pd.read_parquet(train)["text"][:5]
+    frame.to_parquet(test)
+    build_suite(load_plan(plan), tmp_path / "suite", report=said.append)
+    count = int(frame["text"].isin(known).sum())
+    assert count >= 5
+    assert f"{count} of 12 test examples stand in the training part" in said[0]
+
+
+def test_what_else_lies_in_the_folder_stays(texts: Path, tmp_path: Path) -> None:
+    build_suite(load_plan(texts), tmp_path / "suite")
+    for name in ("notes.txt", ".hidden"):
+        (tmp_path / "suite" / name).write_text("mine")
+        (tmp_path / "suite" / name).chmod(0o600)
+    build_suite(load_plan(texts), tmp_path / "suite")
+    for name in ("notes.txt", ".hidden"):
+        assert (tmp_path / "suite" / name).stat().st_mode & 0o777 == 0o600
 
 
 def test_other_folders_are_left_alone(texts: Path, tmp_path: Path) -> None:
