@@ -10,7 +10,7 @@ import streamlit as st
 from analysis import accuracy
 from analysis.accuracy import Hits
 from analysis.comparison.published import published_results
-from analysis.comparison.run import SEEDS, Comparison, run_comparison, usable_methods
+from analysis.comparison.run import SEEDS, Comparison, usable_methods
 from analysis.comparison.seeds import join_seeds, titles_without_seeds
 from analysis.figures import compare as figures
 from merge_core.files import digest_of
@@ -245,7 +245,25 @@ def page() -> None:
     if not names and not own:
         st.info("Choose at least one method, or add a recipe of your own.")
         return
-    session, evaluator = resources.session(view), resources.evaluator(view)
+    frames = resources.output_frames(view)
+    result = frames.compare_if_known(names, budget, own, tuned)
+    if result is None:
+        frames.expect_comparison(names, budget, own, tuned)
+        result = run_comparison(view, names, budget, own, tuned)
+    if result is None:
+        st.subheader("What papers report", anchor=False)
+        published_figures()
+        return
+    for place, draw in zip(tabs(TABS, "show"), TABS.values(), strict=True):
+        with place:
+            draw(result)
+
+
+def run_comparison(
+    view: View, names: list[str], budget: int, own: list[Recipe], tuned: list[Recipe]
+) -> Comparison | None:
+    """The comparison, run in the background when it is asked for; None while there is none."""
+    frames = resources.output_frames(view)
     job = run_job(
         digest_of(
             *("compare", view.key, *view.tasks, *names, str(budget)),
@@ -256,17 +274,9 @@ def page() -> None:
         "Compare these methods",
         f"{size_of(names, tuned, own)} on {len(view.tasks)} tasks, {SEEDS} seeds each for methods "
         "whose seed changes the merge. What was evaluated before is not evaluated again.",
-        lambda progress: run_comparison(
-            view.name, names, session, evaluator, budget, progress=progress, own=own, tuned=tuned
-        ),
+        lambda progress: frames.compare(names, budget, own, tuned, progress),
     )
-    if job is None:
-        st.subheader("What papers report", anchor=False)
-        published_figures()
-        return
-    for place, draw in zip(tabs(TABS, "show"), TABS.values(), strict=True):
-        with place:
-            draw(job.result)
+    return None if job is None else job.result
 
 
 TABS: dict[str, Callable[[Comparison], None]] = {

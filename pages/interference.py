@@ -7,24 +7,14 @@ import streamlit as st
 
 from analysis.figures import interference as figures
 from analysis.figures.spectra import short_name
-from analysis.spectral.interference import (
-    Side,
-    cosine_similarity,
-    interference_over_rank,
-    mean_angles,
-    mean_over_layers,
-    principal_angles,
-    sign_conflict,
-)
-from analysis.spectral.overlap_maps import mean_overlap_pairs, overlap_pairs
-from merge_core.factors.low_rank import as_matrix, count_directions
-from merge_core.task_vectors import Origin, TensorGroups
+from analysis.spectral.interference import Side
+from merge_core.task_vectors import Origin
 from ui import charts, shell
 from ui.controls import choice, toggle
 from ui.plain_text import plain
 from ui.server import resources
 from ui.server.resources import View
-from ui.widgets import SHARES, share_label, share_slider
+from ui.widgets import share_label, share_slider
 from ui.words.interference import (
     describe_centring,
     describe_cosines,
@@ -49,8 +39,7 @@ def cosine_frame(
     key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, _view: View
 ) -> pd.DataFrame:
     """Cosines of the whole model (layer None) or of one layer."""
-    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
-    return cosine_similarity(groups, origin, layer)
+    return resources.weight_frames(_view).cosines(layer, origin)
 
 
 @st.cache_data(max_entries=256, show_spinner=False)
@@ -64,12 +53,7 @@ def pairs_frame(
     _view: View,
 ) -> pd.DataFrame:
     """Overlap of each pair at one rank, in one layer or averaged over all (layer None)."""
-    if layer is not None:
-        group = resources.group(_view)
-        k = count_directions(share, min(as_matrix(group.average).shape))
-        return overlap_pairs(group, origin, k, side)
-    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
-    return mean_overlap_pairs(groups, origin, share, side)
+    return resources.weight_frames(_view).pairs(layer, origin, share, side)
 
 
 @st.cache_data(max_entries=32, show_spinner="Measuring interference over rank …")
@@ -77,10 +61,7 @@ def over_rank_frame(
     key: str, tasks: tuple[str, ...], layer: str | None, origin: Origin, side: Side, _view: View
 ) -> pd.DataFrame:
     """I(k), R(k) and overlap over the offered ranks, of one layer or averaged over all."""
-    if layer is not None:
-        return interference_over_rank(resources.group(_view), origin, SHARES, side)
-    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
-    return mean_over_layers(interference_over_rank(groups, origin, SHARES, side))
+    return resources.weight_frames(_view).over_rank(layer, origin, side)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -88,16 +69,13 @@ def angles_frame(
     key: str, tasks: tuple[str, ...], layer: str, origin: Origin, k: int, side: Side, _view: View
 ) -> pd.DataFrame:
     """Mean principal angle of each pair at one rank."""
-    return mean_angles(principal_angles(resources.group(_view), origin, k, side))
+    return resources.weight_frames(_view).angles(layer, origin, k, side)
 
 
 @st.cache_data(max_entries=16, show_spinner="Comparing signs …")
 def sign_frame(key: str, tasks: tuple[str, ...], _view: View) -> pd.DataFrame:
     """Sign conflict of every weight matrix about the base."""
-    frame = sign_conflict(
-        TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite)), "base"
-    )
-    return frame[frame["parameter"].isin(_view.suite.matrices)]
+    return resources.weight_frames(_view).signs()
 
 
 def controls(view: View) -> tuple[str | None, float, Side]:
@@ -137,7 +115,7 @@ def section() -> None:
         st.info("Interference needs at least two tasks; choose more in the sidebar.")
         return
     layer, share, side = controls(view)
-    k = count_directions(share, min(as_matrix(resources.group(view).average).shape))
+    k = resources.weight_frames(view).directions(view.layer, share)
     draw_pairs(view, layer, share, side)
     draw_curves(view, layer, share, side)
     draw_cosines(view, layer)

@@ -93,13 +93,13 @@ def accuracy(
 ) -> pd.DataFrame:
     """Per-task accuracy of a recipe, given as its link."""
     recipe = recipe_from_query(query)
-    return resources.evaluator(_view).recipe(recipe, resources.session(_view, tasks), split)
+    return resources.output_frames(_view).recipe(recipe, split)
 
 
 @st.cache_data(max_entries=8, show_spinner="Evaluating the experts …")
 def references(key: str, tasks: tuple[str, ...], split: Split, _view: View) -> pd.DataFrame:
     """Per-task accuracy of the experts on their own tasks."""
-    return resources.evaluator(_view).experts(tasks, split)
+    return resources.output_frames(_view).experts(split)
 
 
 def pinned_recipe(view: View) -> Recipe | None:
@@ -204,32 +204,29 @@ def result(
     Returns:
         The recipe's accuracies, for its card; none where it is not evaluated yet.
     """
-    evaluator, session = resources.evaluator(view), resources.session(view)
-    size = sum(group.info.numel for group in session.groups)
+    frames, size = resources.output_frames(view), resources.count_parameters(view)
     needed = [r for r in (recipe, other) if r is not None]
-    if size > LIVE_PARAMETERS and not all(evaluator.knows(r, session, split) for r in needed):
+    if size > LIVE_PARAMETERS and not all(frames.knows_recipe(r, split) for r in needed):
         job = run_job(
             key="lab:" + view.key + ":".join(r.to_query() for r in needed) + split,
             title="Merge and evaluate",
             button="Merge and evaluate",
             note=f"This suite's models have {size / 1e6:,.0f} M parameters; evaluating one takes "
             "a while and runs in the background.",
-            work=lambda progress: [
-                evaluator.recipe(r, session, split, progress=progress) for r in needed
-            ],
+            work=lambda progress: [frames.recipe(r, split, progress) for r in needed],
         )
         if job is None:
             return []
     experts = references(view.key, view.tasks, split, view)
     mine = accuracy(view.key, view.tasks, recipe.to_query(), split, view)
-    frames = [experts.assign(model="Experts"), mine.assign(model=title_of(recipe))]
+    shown = [experts.assign(model="Experts"), mine.assign(model=title_of(recipe))]
     delta = None
     if other is not None and other != recipe:
         theirs = accuracy(view.key, view.tasks, other.to_query(), split, view)
-        frames.append(theirs.assign(model="Pinned: " + title_of(other)))
+        shown.append(theirs.assign(model="Pinned: " + title_of(other)))
         delta = float(mine["accuracy"].mean() - theirs["accuracy"].mean())
     draw_cards(mine, experts, SPLIT_NAMES[split], setting, delta)
-    drawn = pd.concat(frames, ignore_index=True)
+    drawn = pd.concat(shown, ignore_index=True)
     charts.panel(
         charts.Chart(
             figures.dots_per_task(drawn, title="How well does the merged model do each task?"),

@@ -12,7 +12,6 @@ import streamlit as st
 from PIL import Image
 
 from analysis.accuracy import mean_accuracy
-from analysis.comparison.first_result import first_recipes, first_result, knows_first_result
 from analysis.data_sources.source import UNLABELLED
 from analysis.figures import accuracy as figures
 from analysis.outputs.inputs import load_inputs
@@ -64,11 +63,8 @@ def stored_result(
     key: str, tasks: tuple[str, ...], _view: View
 ) -> tuple[Recipes, pd.DataFrame | None]:
     """The first result if it needs no forward pass, and its recipes."""
-    session, evaluator = resources.session(_view), resources.evaluator(_view)
-    recipes = first_recipes(_view.name, session, evaluator)
-    if not knows_first_result(recipes, session, evaluator):
-        return recipes, None
-    return recipes, first_result(recipes, session, evaluator)
+    frames = resources.output_frames(_view)
+    return frames.first_result_if_known() or (frames.first_recipes(), None)
 
 
 def describe_settings(recipes: Recipes) -> str:
@@ -102,13 +98,13 @@ def first_section(view: View) -> None:
         return
     recipes, frame = stored_result(view.key, view.tasks, view)
     if frame is None:
-        session, evaluator = resources.session(view), resources.evaluator(view)
+        frames = resources.output_frames(view)
         job = run_job(
             key=f"overview:{view.key}:{','.join(view.tasks)}",
             title="First result",
             button="Evaluate base, experts and three merges",
             note="This choice of tasks has not been evaluated yet; it runs in the background.",
-            work=lambda progress: first_result(recipes, session, evaluator, progress=progress),
+            work=lambda progress: frames.first_result(recipes, progress),
         )
         if job is None:
             return

@@ -9,7 +9,6 @@ import pandas as pd
 import streamlit as st
 
 from analysis.accuracy import mean_accuracy
-from analysis.evaluation.evaluator import Evaluator
 from analysis.figures import rank_evidence
 from analysis.figures import rank_selection as figures
 from analysis.rank_selection.rule import Mode
@@ -17,13 +16,9 @@ from analysis.rank_selection.select import (
     Selection,
     SelectionOptions,
     recipe_at,
-    select_rank,
     selectable_methods,
-    stored_selection,
-    task_curves,
 )
 from analysis.rank_selection.space import search_space
-from analysis.rank_selection.weight_proxies import proxy_curves
 from analysis.rank_selection.weight_response import PROPORTIONAL
 from merge_core.files import digest_of
 from merge_core.methods import get_method
@@ -121,24 +116,17 @@ def stored_choice(
     _view: View,
 ) -> Selection | None:
     """The selection if it takes no forward pass (and the model is small)."""
-    session = resources.session(_view)
-    if sum(group.info.numel for group in session.groups) > LIVE_PARAMETERS:
-        return None
     space = search_space(method, _view.name, tasks)
     options = SelectionOptions(mode, full_grid, every_proxy)
-    return stored_selection(space, session, evaluator_of(_view), options)
+    live = resources.count_parameters(_view) <= LIVE_PARAMETERS
+    return resources.output_frames(_view).select_if_known(space, options, live)
 
 
 @st.cache_data(max_entries=16, show_spinner="Following the rules over the rank …")
 def curves_over_rank(key: str, tasks: tuple[str, ...], method: str, _view: View) -> pd.DataFrame:
     """What rules that need weights alone say about every rank."""
     space = search_space(method, _view.name, tasks)
-    return proxy_curves(resources.session(_view).groups, space)
-
-
-def evaluator_of(view: View) -> Evaluator | None:
-    """The evaluator, or None for a suite that cannot be evaluated."""
-    return resources.evaluator(view) if view.suite.can_evaluate else None
+    return resources.weight_frames(_view).proxy_curves(space)
 
 
 def find_selection(
@@ -148,12 +136,13 @@ def find_selection(
     known = stored_choice(view.key, view.tasks, method, mode, full_grid, every_proxy, view)
     if known is not None:
         return known
-    session, evaluator = resources.session(view), evaluator_of(view)
+    frames = resources.output_frames(view)
     space = search_space(method, view.name, view.tasks)
     options = SelectionOptions(mode, full_grid, every_proxy)
+    frames.expect_selection(space, options)
 
     def work(progress: Progress) -> Selection:
-        return select_rank(space, session, evaluator, options, progress=progress)
+        return frames.select(space, options, progress)
 
     choices = (method, mode, str(full_grid), str(every_proxy))
     job = run_job(
@@ -368,7 +357,7 @@ def tasks(selection: Selection, view: View) -> None:
     """Which task wants which rank, and what more tasks do."""
     axis = "rank" if selection.space.ranks else "scale"
     if selection.score == "accuracy" and len(selection.curve):
-        frame = task_curves(selection, resources.session(view), resources.evaluator(view))
+        frame = resources.output_frames(view).task_curves(selection)
         relative = toggle(
             "As a share of each expert's accuracy",
             "relative",

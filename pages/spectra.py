@@ -8,9 +8,9 @@ import pandas as pd
 import streamlit as st
 
 from analysis.figures import spectra as figures
-from analysis.spectral.spectra import Part, cuts, parts_of, spectral_summary, spectrum
+from analysis.spectral.spectra import Part, parts_of
 from merge_core.checkpoints.parameter_roles import describe
-from merge_core.task_vectors import Origin, TensorGroups
+from merge_core.task_vectors import Origin
 from ui import charts, shell
 from ui.controls import choice, selectbox
 from ui.server import resources
@@ -42,8 +42,8 @@ def spectrum_frames(
     key: str, tasks: tuple[str, ...], layer: str, origin: Origin, part: Part, _view: View
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Spectrum and cuts of one layer."""
-    group = resources.group(_view)
-    return spectrum(group, origin, part), cuts(group, origin, part)
+    frames = resources.weight_frames(_view)
+    return frames.spectrum(layer, origin, part), frames.cuts(layer, origin, part)
 
 
 @st.cache_data(max_entries=32, show_spinner="Decomposing every layer …")
@@ -51,8 +51,7 @@ def summary_frame(
     key: str, tasks: tuple[str, ...], origin: Origin, apart: bool, _view: View
 ) -> pd.DataFrame:
     """Scalars of all layers and tasks."""
-    groups = TensorGroups(_view.suite, tasks, resources.factor_store(_view.suite))
-    return spectral_summary(groups, origin, apart=apart)
+    return resources.weight_frames(_view).summary(origin, apart)
 
 
 def has_fused(view: View) -> bool:

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from analysis.frames.usual import SHARES
 from merge_core.methods.declaration import Method, ParameterSpec, Postprocessor
 from ui.controls import choice, count, grid, slider
 
-# Shares of min(m, n) that a slider offers: finer where the published ranks lie.
-SHARES = (
-    0.005, 0.01, 0.02, 0.03, 0.04, 0.06, 0.08, 0.1, 0.12, 0.16, 0.2, 0.24, 0.32, 0.4, 0.5, 0.6,
-    0.7, 0.8, 0.9, 1.0,
-)  # fmt: skip
 RANK_UNITS = {"share": "Share", "count": "Number"}
 
 

@@ -22,7 +22,9 @@ from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
 SEEDS = 3
+# How a setting came about.
 SEARCHED = "searched on validation"  # as Rank and scale searches
+OWN = "your recipe"
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,7 @@ def run_comparison(
         name: make_recipe({"suite": reference, "tasks": tasks, "method": name}) for name in names
     }
     given = [Entry(adapt_recipe(recipe, reference, tasks), SEARCHED) for recipe in tuned]
-    given += [Entry(adapt_recipe(recipe, reference, tasks), "your recipe") for recipe in own]
+    given += [Entry(adapt_recipe(recipe, reference, tasks), OWN) for recipe in own]
     for recipe in (*starts.values(), *(entry.recipe for entry in given)):
         check_recipe(session.suite, recipe)
     entries = _tune_entries(starts, session, evaluator, budget, seeds, limit, progress)

@@ -20,6 +20,7 @@ from analysis.rank_selection.scores import SCORES, scores_at
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_proxies import recommend_from_weights
 from merge_core.errors import RecipeError
+from merge_core.files import digest_of
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
@@ -282,6 +283,17 @@ def evidence() -> pd.DataFrame:
         ['default', 'inputs', 'labels', 'weights']
     """
     return _read(EVIDENCE).copy()
+
+
+@cache
+def evidence_digest() -> str:
+    """Digest (hex) of the shipped regret table, which decides what each mode recommends.
+
+    Example:
+        >>> len(evidence_digest())
+        64
+    """
+    return digest_of(EVIDENCE.read_bytes())
 
 
 def evidence_images() -> pd.DataFrame:

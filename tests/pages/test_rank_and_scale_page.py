@@ -15,6 +15,8 @@ import yaml
 from streamlit.testing.v1 import AppTest
 
 from analysis.evaluation.evaluator import Evaluator
+from analysis.frames.from_outputs import OutputFrames
+from analysis.frames.store import FrameStore
 from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection import space as spaces
 from analysis.rank_selection.rule import Mode
@@ -27,11 +29,10 @@ from analysis.rank_selection.select import (
 from analysis.rank_selection.space import search_space
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
-from merge_core.progress import Progress
 from merge_core.suites.suite import load_suite
 from tests.evaluable import edit_arrays, write_evaluable
 from tests.pages.test_pages import array, assert_healthy, figures, finish, metrics, open_page, trace
-from ui.sections import rank_layers, rank_settings
+from ui.sections import rank_settings
 from ui.widgets import share_label
 
 Offer = Callable[..., Path]
@@ -250,5 +251,8 @@ def test_allocations_stay_among_the_scales_that_a_method_takes(offer: Offer) -> 
     space = search_space("cart", "mine", suite.tasks)
     chosen = select_rank(space, session, None, SelectionOptions("weights"))
     edge = replace(chosen, scale=max(space.scales))
-    frame = rank_layers.compare_allocations(edge, session, Evaluator(suite), Progress())
+    frames = OutputFrames(
+        "mine", suite, suite.tasks, FrameStore(), lambda: session, lambda: Evaluator(suite)
+    )
+    frame = frames.storage(edge)
     assert frame["scale"].max() <= max(space.scales)

@@ -5,15 +5,10 @@ from __future__ import annotations
 import pandas as pd
 import streamlit as st
 
-from analysis.evaluation.evaluator import Evaluator
 from analysis.figures import rank_evidence as figures
-from analysis.outputs.suite_outputs import NotStored
-from analysis.rank_selection.allocation import compare_with_uniform
-from analysis.rank_selection.per_layer import ranks_per_layer
+from analysis.frames.usual import BUDGETS, SCALES
 from analysis.rank_selection.select import Selection
 from merge_core.files import digest_of
-from merge_core.merging.engine import MergeSession
-from merge_core.progress import Progress
 from ui import charts, shell
 from ui.controls import multiselect
 from ui.progress import run_job
@@ -21,8 +16,6 @@ from ui.server import resources
 from ui.server.resources import View
 
 SHOWN = 2
-BUDGETS = (0.5, 1.0, 2.0)  # of the recommended rank
-SCALES = (0.7, 1.0, 1.4)  # of the recommended scale
 EXPLAINED = charts.HowToRead(
     "A row is a weight matrix, a mark the share of its directions that a rule keeps. Allocations "
     "spend the storage of the uniform rank (dotted) where the next direction is worth most per "
@@ -39,7 +32,7 @@ def layers_frame(
     key: str, tasks: tuple[str, ...], method: str, share: float, _selection: Selection, _view: View
 ) -> pd.DataFrame:
     """Directions of each matrix by every rule."""
-    return ranks_per_layer(resources.session(_view).groups, _selection.space, share)
+    return resources.weight_frames(_view).ranks_per_layer(_selection.space, share)
 
 
 @shell.fragment
@@ -77,29 +70,12 @@ def stored_comparison(
     key: str, tasks: tuple[str, ...], query: str, _selection: Selection, _view: View
 ) -> pd.DataFrame | None:
     """The comparison at equal storage if it takes no forward pass."""
-    evaluator = resources.evaluator(_view).stored_only()
-    try:
-        return compare_allocations(_selection, resources.session(_view), evaluator, Progress())
-    except NotStored:
-        return None
-
-
-def compare_allocations(
-    selection: Selection, session: MergeSession, evaluator: Evaluator, progress: Progress
-) -> pd.DataFrame:
-    """Allocated ranks against the uniform one, around the recommended setting."""
-    shares = [min(1.0, budget * selection.rank) for budget in BUDGETS]
-    highest = max(selection.space.scales)
-    scales = list(dict.fromkeys(min(factor * selection.scale, highest) for factor in SCALES))
-    return compare_with_uniform(
-        selection.space, session, evaluator, shares, scales, progress=progress
-    )
+    return resources.output_frames(_view).storage_if_known(_selection)
 
 
 def storage(selection: Selection, view: View) -> None:
     """Allocated ranks against the uniform one at equal storage."""
-    session, evaluator = resources.session(view), resources.evaluator(view)
-    query = selection.recipe.to_query()
+    frames, query = resources.output_frames(view), selection.recipe.to_query()
     frame = stored_comparison(view.key, view.tasks, query, selection, view)
     if frame is None:
         job = run_job(
@@ -108,7 +84,7 @@ def storage(selection: Selection, view: View) -> None:
             "Compare with the uniform rank",
             f"Evaluates three allocations and the uniform rank at {len(BUDGETS)} budgets and "
             f"{len(SCALES)} λ on the validation split.",
-            lambda progress: compare_allocations(selection, session, evaluator, progress),
+            lambda progress: frames.storage(selection, progress),
         )
         if job is None:
             return

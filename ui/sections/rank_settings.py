@@ -33,7 +33,7 @@ EXPLAINED = (
 
 def references(view: View) -> dict[str, float]:
     """Horizontal lines: the experts' mean accuracy, each on its own task."""
-    experts = resources.evaluator(view).experts(view.tasks)
+    experts = resources.output_frames(view).experts("val")
     return {"Experts": float(experts["accuracy"].mean())}
 
 

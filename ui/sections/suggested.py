@@ -6,8 +6,8 @@ import math
 
 import streamlit as st
 
-from analysis.comparison.first_result import suggest_recipe
 from analysis.rank_selection.select import selectable_methods
+from analysis.rank_selection.space import search_space
 from merge_core.merging.recipe import Recipe
 from ui import kept
 from ui.server import resources
@@ -31,26 +31,9 @@ def find_suggestion(key: str, tasks: tuple[str, ...], method: str, _view: View) 
     """
     if not resources.is_measurable(_view) or method not in selectable_methods(_view.suite, tasks):
         return None
-    session = resources.session(_view, tasks)
-    if sum(group.info.numel for group in session.groups) > LIVE_PARAMETERS:
-        return None
-    try:
-        return _read_search(key, tasks, method, _view)
-    except _NotSearchedError:
-        return None
-
-
-class _NotSearchedError(Exception):
-    """No search of this method is stored yet. Streamlit keeps results, and not exceptions."""
-
-
-@st.cache_data(max_entries=64, show_spinner=False)
-def _read_search(key: str, tasks: tuple[str, ...], method: str, _view: View) -> Recipe:
-    session, evaluator = resources.session(_view, tasks), resources.evaluator(_view)
-    recipe, chosen = suggest_recipe(method, _view.name, session, evaluator)
-    if not chosen:
-        raise _NotSearchedError
-    return recipe
+    live = resources.count_parameters(_view) <= LIVE_PARAMETERS
+    space = search_space(method, _view.name, tasks)
+    return resources.output_frames(_view).suggestion(space, live)
 
 
 def describe_setting(recipe: Recipe, suggestion: Recipe | None) -> str:

@@ -14,6 +14,10 @@ from typing import get_args
 import streamlit as st
 
 from analysis.evaluation.evaluator import Evaluator
+from analysis.frames.entries import Frames
+from analysis.frames.from_outputs import OutputFrames
+from analysis.frames.from_weights import WeightFrames
+from analysis.frames.store import FrameStore
 from analysis.outputs.inputs import Split, has_labels
 from merge_core.checkpoints.stored.entry import split_part
 from merge_core.factors.store import FactorStore
@@ -90,6 +94,23 @@ def factor_store(suite: Suite) -> FactorStore:
 
 
 @st.cache_resource(show_spinner=False)
+def _shared_frames() -> FrameStore:
+    return FrameStore()
+
+
+@st.cache_resource(max_entries=4, show_spinner=False)
+def _private_frames(folder: str) -> FrameStore:
+    return FrameStore(Path(folder), memory_bytes=PRIVATE_BYTES)
+
+
+def frame_store(suite: Suite) -> Frames:
+    """The server's one store of frames; for uploads one beside them, which goes with them."""
+    if session_files.has_uploads(suite):
+        return _private_frames(str(suite.root / "frames"))
+    return _shared_frames()
+
+
+@st.cache_resource(show_spinner=False)
 def job_runner() -> JobRunner:
     """The one job runner of the server."""
     return JobRunner()
@@ -128,6 +149,36 @@ def is_measurable(view: View) -> bool:
     return view.suite.can_evaluate and all(
         has_labels(view.suite, task, split) for task in view.tasks for split in get_args(Split)
     )
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _weight_frames(key: str, tasks: tuple[str, ...], _suite: Suite) -> WeightFrames:
+    return WeightFrames(_suite, tasks, frame_store(_suite), factor_store(_suite))
+
+
+def weight_frames(view: View) -> WeightFrames:
+    """What is asked of the weights of the view's tasks, read where it is kept."""
+    return _weight_frames(view.key, view.tasks, view.suite)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _output_frames(key: str, name: str, tasks: tuple[str, ...], _view: View) -> OutputFrames:
+    def evaluate() -> Evaluator | None:
+        return evaluator(_view) if _view.suite.can_evaluate else None
+
+    return OutputFrames(
+        name, _view.suite, tasks, frame_store(_view.suite), lambda: session(_view), evaluate
+    )
+
+
+def output_frames(view: View) -> OutputFrames:
+    """What is asked of the outputs of the view's tasks, read where it is kept."""
+    return _output_frames(view.key, view.name, view.tasks, view)
+
+
+def count_parameters(view: View) -> int:
+    """Numbers in one merged model of the chosen tasks, from the headers alone."""
+    return sum(info.numel for info in view.suite.manifest(view.tasks).infos.values())
 
 
 def group(view: View) -> TensorGroup:
