@@ -72,6 +72,8 @@ def build_suite(
     base = open_base(plan, fetch)
     spec = _suite_spec(plan, architecture_of(plan, base))
     target = output.resolve()
+    if any(file.resolve().is_relative_to(target) for file in base.files):
+        raise OutputError(f"The base lies in {output}, which is written. Choose another folder.")
     if not (target / RECORD).is_file():
         check_output(output)
     with ExitStack() as held:
@@ -84,8 +86,7 @@ def build_suite(
         # Before anything else: the tokenizer, by which data are read, lies in it.
         dtype = None if plan.dtype is None else DTYPES[plan.dtype].torch
         made_of = digest_of("base", base_identity(base), str(plan.dtype))
-        if path.exists() and not overwrite and not steps.is_done(BASE, made_of):
-            raise OutputError(_other_suite(output))
+        _make_way(path, steps.is_done(BASE, made_of), overwrite)
         steps.do(BASE, made_of, [BASE], lambda: _copy_base(base, target / BASE, dtype))
         draft = Suite(_with_base_alone(spec), path)
         for task in draft.tasks:
@@ -93,10 +94,7 @@ def build_suite(
             if note is not None and report is not None:
                 report(note)
         whole = _identity(plan, spec, draft, base)
-        if path.exists() and not overwrite and not steps.is_done("suite", whole):
-            raise OutputError(_other_suite(output))
-        if not steps.is_done("suite", whole):
-            path.unlink(missing_ok=True)
+        _make_way(path, steps.is_done("suite", whole), overwrite)
         builder = ExpertBuilder(plan, Suite(spec, path), draft, steps, device)
         total = UNITS * len(draft.tasks)
         for number, task in enumerate(draft.tasks):
@@ -111,11 +109,20 @@ def build_suite(
     return load_suite(path)
 
 
-def _other_suite(output: Path) -> str:
-    return (
-        f"{output} holds a suite that this plan did not build, or that was changed since. Choose "
-        "another folder, or --overwrite to replace it."
-    )
+def _make_way(path: Path, same: bool, overwrite: bool) -> None:
+    """Take away a finished suite's file before anything that it names is made anew.
+
+    Raises:
+        OutputError: it is of another plan, and must not be replaced.
+    """
+    if same or not path.exists():
+        return
+    if not overwrite:
+        raise OutputError(
+            f"{path.parent} holds a suite that this plan did not build, or that was changed since. "
+            "Choose another folder, or --overwrite to replace it."
+        )
+    path.unlink()
 
 
 def _suite_spec(plan: SuitePlan, architecture: ArchitectureSpec) -> SuiteSpec:

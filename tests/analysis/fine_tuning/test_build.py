@@ -421,6 +421,15 @@ def test_other_folders_are_left_alone(texts: Path, tmp_path: Path) -> None:
     assert contents(tmp_path) == {"notes.txt": b"mine"}
 
 
+def test_a_base_that_would_be_overwritten_is_refused(texts: Path, tmp_path: Path) -> None:
+    build_suite(load_plan(texts), tmp_path / "suite")
+    before = contents(tmp_path / "suite")
+    plan = changed(texts, "own", base=str(tmp_path / "suite/base"))
+    with pytest.raises(OutputError, match="The base lies in"):
+        build_suite(load_plan(plan), tmp_path / "suite", overwrite=True)
+    assert contents(tmp_path / "suite") == before
+
+
 def test_the_suite_may_be_moved(texts: Path, tmp_path: Path) -> None:
     suite = build_suite(load_plan(texts), tmp_path / "suite")
     found = accuracies(suite)
