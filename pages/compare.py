@@ -19,6 +19,7 @@ from ui import charts, shell
 from ui.controls import choice, multiselect, tabs
 from ui.progress import run_job
 from ui.sections.own_recipes import own_recipes
+from ui.sections.suggested import describe_setting, find_suggestion
 from ui.server import resources
 from ui.server.resources import View
 
@@ -51,11 +52,25 @@ def choose(view: View) -> tuple[list[str], int]:
     return names, budget
 
 
-def size_of(names: list[str], own: list[Recipe]) -> str:
-    """``3 methods and 1 recipe of your own``."""
-    counts = ((len(names), "method", ""), (len(own), "recipe", " of your own"))
+def tuned_recipes(view: View, names: list[str]) -> list[Recipe]:
+    """The settings of these methods that a stored search chose, where they are not the defaults."""
+    found = [find_suggestion(view.key, view.tasks, name, view) for name in names]
+    return [
+        recipe
+        for recipe in found
+        if recipe is not None and describe_setting(recipe, None) != "default setting"
+    ]
+
+
+def size_of(names: list[str], tuned: list[Recipe], own: list[Recipe]) -> str:
+    """``3 methods, 1 stored setting tuned on validation and 1 recipe of your own``."""
+    counts = (
+        (len(names), "method", ""),
+        (len(tuned), "stored setting", " tuned on validation"),
+        (len(own), "recipe", " of your own"),
+    )
     parts = [f"{n} {word}{'s' if n > 1 else ''}{rest}" for n, word, rest in counts if n]
-    return " and ".join(parts)
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def ranking(result: Comparison) -> None:
@@ -226,15 +241,15 @@ def page() -> None:
         published_figures()
         return
     names, budget = choose(view)
-    own = own_recipes(view)
+    own, tuned = own_recipes(view), tuned_recipes(view, names)
     if not names and not own:
         st.info("Choose at least one method, or add a recipe of your own.")
         return
     frames = resources.output_frames(view)
-    result = frames.compare_if_known(names, budget, own)
+    result = frames.compare_if_known(names, budget, own, tuned)
     if result is None:
-        frames.expect_comparison(names, budget, own)
-        result = run_comparison(view, names, budget, own)
+        frames.expect_comparison(names, budget, own, tuned)
+        result = run_comparison(view, names, budget, own, tuned)
     if result is None:
         st.subheader("What papers report", anchor=False)
         published_figures()
@@ -245,20 +260,21 @@ def page() -> None:
 
 
 def run_comparison(
-    view: View, names: list[str], budget: int, own: list[Recipe]
+    view: View, names: list[str], budget: int, own: list[Recipe], tuned: list[Recipe]
 ) -> Comparison | None:
     """The comparison, run in the background when it is asked for; None while there is none."""
     frames = resources.output_frames(view)
     job = run_job(
         digest_of(
             *("compare", view.key, *view.tasks, *names, str(budget)),
-            *(recipe.to_query() for recipe in own),
+            *(recipe.to_query() for recipe in (*own, *tuned)),
+            str(len(tuned)),
         ),
         "Comparison",
         "Compare these methods",
-        f"{size_of(names, own)} on {len(view.tasks)} tasks, {SEEDS} seeds each for methods whose "
-        "seed changes the merge. What was evaluated before is not evaluated again.",
-        lambda progress: frames.compare(names, budget, own, progress),
+        f"{size_of(names, tuned, own)} on {len(view.tasks)} tasks, {SEEDS} seeds each for methods "
+        "whose seed changes the merge. What was evaluated before is not evaluated again.",
+        lambda progress: frames.compare(names, budget, own, tuned, progress),
     )
     return None if job is None else job.result
 

@@ -208,29 +208,29 @@ def result(
     Returns:
         The recipe's accuracies, for its card; none where it is not evaluated yet.
     """
-    frames, size = resources.output_frames(view), resources.count_parameters(view)
+    kept, size = resources.output_frames(view), resources.count_parameters(view)
     needed = [r for r in (recipe, other) if r is not None]
-    if size > LIVE_PARAMETERS and not all(frames.knows_recipe(r, split) for r in needed):
+    if size > LIVE_PARAMETERS and not all(kept.knows_recipe(r, split) for r in needed):
         job = run_job(
             key="lab:" + view.key + ":".join(r.to_query() for r in needed) + split,
             title="Merge and evaluate",
             button="Merge and evaluate",
             note=f"This suite's models have {size / 1e6:,.0f} M parameters; evaluating one takes "
             "a while and runs in the background.",
-            work=lambda progress: [frames.recipe(r, split, progress) for r in needed],
+            work=lambda progress: [kept.recipe(r, split, progress) for r in needed],
         )
         if job is None:
             return []
     experts = references(view.key, view.tasks, split, view)
     mine = accuracy(view.key, view.tasks, recipe.to_query(), split, view)
-    frames = [experts.assign(model="Experts"), mine.assign(model=title_of(recipe))]
+    shown = [experts.assign(model="Experts"), mine.assign(model=title_of(recipe))]
     delta = None
     if other is not None and other != recipe:
         theirs = accuracy(view.key, view.tasks, other.to_query(), split, view)
-        frames.append(theirs.assign(model="Pinned: " + title_of(other)))
+        shown.append(theirs.assign(model="Pinned: " + title_of(other)))
         delta = float(mine["accuracy"].mean() - theirs["accuracy"].mean())
     draw_cards(mine, experts, SPLIT_NAMES[split], setting, delta)
-    drawn = pd.concat(frames, ignore_index=True)
+    drawn = pd.concat(shown, ignore_index=True)
     charts.panel(
         charts.Chart(
             figures.dots_per_task(drawn, title="How well does the merged model do each task?"),

@@ -22,6 +22,9 @@ from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
 SEEDS = 3
+# How a setting came about.
+SEARCHED = "searched on validation"  # as Rank and scale searches
+OWN = "your recipe"
 
 
 @dataclass(frozen=True)
@@ -105,8 +108,11 @@ def run_comparison(
     limit: int | None = None,
     progress: Progress | None = None,
     own: Sequence[Recipe] = (),
+    tuned: Sequence[Recipe] = (),
 ) -> Comparison:
     """Tune each method where asked, then evaluate everything on the same images.
+
+    What merges alike counts once.
 
     Args:
         reference: how recipes name the session's suite.
@@ -120,8 +126,8 @@ def run_comparison(
         split: ``test`` for reporting.
         limit: only the first so many images of each task.
         progress: reports, and cancels between two merges.
-        own: recipes beside those of the methods, evaluated as they are but for suite and tasks;
-            equal ones count once.
+        own: recipes beside those of the methods, evaluated as they are but for suite and tasks.
+        tuned: settings that an earlier search chose on the validation split, likewise.
 
     Raises:
         RecipeError: an unknown method, or a recipe that gives a weight to another task.
@@ -140,27 +146,25 @@ def run_comparison(
     starts = {
         name: make_recipe({"suite": reference, "tasks": tasks, "method": name}) for name in names
     }
-    mine = {label_of(each): each for each in (adapt_recipe(r, reference, tasks) for r in own)}
-    for recipe in (*starts.values(), *mine.values()):
+    given = [Entry(adapt_recipe(recipe, reference, tasks), SEARCHED) for recipe in tuned]
+    given += [Entry(adapt_recipe(recipe, reference, tasks), OWN) for recipe in own]
+    for recipe in (*starts.values(), *(entry.recipe for entry in given)):
         check_recipe(session.suite, recipe)
     entries = _tune_entries(starts, session, evaluator, budget, seeds, limit, progress)
-    entries |= {label: Entry(recipe, "your recipe") for label, recipe in mine.items()}
-    listener = progress.listener
-
-    def report(done: int, total: int, label: str) -> None:
-        if listener is not None:
-            listener(total + done, 2 * total, f"{label} on the {split} split")
-
-    outer = Progress(listener=report, cancel=progress.cancel)
+    for entry in given:
+        if entry.recipe not in [each.recipe for each in entries.values()]:
+            entries[label_of(entry.recipe)] = entry
     recipes = {label: entry.recipe for label, entry in entries.items()}
-    hits, costs = evaluate_recipes(recipes, session, evaluator, split, limit, outer)
+    half = _second_half(progress, split)
+    hits, costs = evaluate_recipes(recipes, session, evaluator, split, limit, half)
     experts = evaluator.experts(tasks, split, limit)
     frame = task_frame(hits)
     table = summarise(frame, experts, costs)
+    told = _describe_settings(table, entries)
     base = session.suite.base
     return Comparison(
         hits,
-        _describe_settings(table, entries).sort_values("accuracy", ascending=False, kind="stable"),
+        told.sort_values("accuracy", ascending=False, kind="stable"),
         spread_over_seeds(table, {label: entry.repeated for label, entry in entries.items()}),
         frame,
         recipes,
@@ -169,6 +173,17 @@ def run_comparison(
         if base is None
         else float(evaluator.checkpoint(base, tasks, split, limit)["accuracy"].mean()),
     )
+
+
+def _second_half(progress: Progress, split: Split) -> Progress:
+    """Reports what is evaluated, after settings that took as many steps."""
+    listener = progress.listener
+
+    def report(done: int, total: int, label: str) -> None:
+        if listener is not None:
+            listener(total + done, 2 * total, f"{label} on the {split} split")
+
+    return Progress(listener=report, cancel=progress.cancel)
 
 
 def _tune_entries(

@@ -9,9 +9,9 @@ from typing import Any
 
 from PIL import Image
 
-from analysis.data_sources.source import UNLABELLED, Request, Source
+from analysis.data_sources.source import UNLABELLED, WHOLE, Request, Source
 from merge_core.errors import SuiteError
-from merge_core.input_files import check_all_regular
+from merge_core.input_files import check_all_regular, check_regular
 from merge_core.suites.data_spec import DataSpec
 
 # Readers of the library that only parse data.
@@ -82,14 +82,8 @@ def read_tables(request: Request) -> dict[str, Any]:
     Raises:
         SuiteError: the library is not installed, or the folder holds no such dataset.
     """
-    try:
-        import datasets
-    except ImportError as fault:
-        raise SuiteError(
-            "Hugging Face datasets need the package datasets: pip install 'mergescope[data]'."
-        ) from fault
+    datasets = _import_datasets()
     path, config = str(request.path), request.data.config
-    datasets.disable_progress_bars()  # progress is ours to show
     # What save_to_disk wrote.
     if (request.path / "dataset_dict.json").is_file() or (request.path / "state.json").is_file():
         read = partial(datasets.load_from_disk, path)
@@ -106,7 +100,40 @@ def read_tables(request: Request) -> dict[str, Any]:
             f"{path} ({request.what}) cannot be read as a dataset: {reason:.200} Give a folder of "
             "Parquet files, and its 'config' where it has several."
         ) from fault
-    return dict(found) if isinstance(found, dict) else {"all": found}
+    return dict(found) if isinstance(found, dict) else {WHOLE: found}
+
+
+def read_file(request: Request) -> dict[str, Any]:
+    """The one split of a dataset that is a Parquet file.
+
+    Raises:
+        SuiteError: the library is not installed, or the file is no such.
+    """
+    datasets = _import_datasets()
+    try:
+        check_regular(request.path)
+        return {WHOLE: datasets.Dataset.from_parquet(str(request.path))}
+    except Exception as fault:  # the library raises almost anything about files of another form
+        reason = str(fault).strip().split("\n")[0]
+        raise SuiteError(
+            f"{request.path} ({request.what}) cannot be read as Parquet: {reason:.200}"
+        ) from fault
+
+
+def _import_datasets() -> Any:
+    """The library, which keeps its progress to itself.
+
+    Raises:
+        SuiteError: it is not installed.
+    """
+    try:
+        import datasets
+    except ImportError as fault:
+        raise SuiteError(
+            "Hugging Face datasets need the package datasets: pip install 'mergescope[data]'."
+        ) from fault
+    datasets.disable_progress_bars()  # progress is ours to show
+    return datasets
 
 
 def _load(datasets: Any, path: str, config: str | None) -> Any:

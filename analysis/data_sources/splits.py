@@ -100,7 +100,7 @@ def draw_rows(data: DataSpec, choice: Choice, for_test: bool, count: int, what: 
     if count < 1 + shared:
         raise SuiteError(
             f"{what[0].upper()}{what[1:]}: the split "
-            f"{(choice.test if for_test else choice.val)!r} has {count} images, too few."
+            f"{(choice.test if for_test else choice.val)!r} has {count} {data.inputs}, too few."
         )
     held = max(1, round(data.val_share * count))
     if shared:

@@ -1,8 +1,9 @@
-"""Texts with labels as rows of tokens, from datasets of the Hugging Face hub's form."""
+"""Texts with labels as rows of tokens: from CSV, JSON Lines, or datasets of the hub's form."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
@@ -10,12 +11,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from analysis.data_sources.hugging_face import read_tables
+from analysis.data_sources.delimited import find_delimited, read_delimited
+from analysis.data_sources.hugging_face import read_file, read_tables
 from analysis.data_sources.source import UNLABELLED, Request
 from analysis.data_sources.splits import choose, draw_rows
+from analysis.networks.encoders import SEGMENT_BITS
 from merge_core.errors import SuiteError
 from merge_core.input_files import check_regular, read_bounded
-from merge_core.suites.data_files import Resolve, locate_data, tokenizer_path
+from merge_core.suites.data_files import Resolve, locate_data, read_names, tokenizer_path
 from merge_core.suites.data_spec import DataSpec
 
 # What transformers reads of a tokenizer's folder.
@@ -28,7 +31,11 @@ FILES = (
     "vocab.json",
     "vocab.txt",
     "merges.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "tokenizer.model",
 )
+CLASSES_FILE = "classes.txt"
 FILE_BYTES = 100_000_000
 MOST_LABELS = 1_000_000
 PADDING = -1  # no token has this number, so that none is taken for it
@@ -55,7 +62,7 @@ def read_texts(
     """
     assert data.text_columns is not None
     path = locate_data(data, resolve, what)
-    found = read_tables(Request(data, path, resolve, what))
+    found = read_tables_of_texts(Request(data, path, resolve, what))
     choice = choose(data, found, what)
     table = found[getattr(choice, split)]
     label = (data.label_column or "label") if data.labelled else None
@@ -73,15 +80,64 @@ def read_texts(
     )
     if label is None:
         return tokens, np.full(len(tokens), UNLABELLED), ()
-    labels = np.asarray(chosen[label])
+    names = _class_names(data, path, resolve, what)
+    return (tokens, *_number_labels(found, chosen, label, names, what))
+
+
+def read_tables_of_texts(request: Request) -> dict[str, Any]:
+    """The splits of a dataset: of CSV, TSV and JSON Lines as they are, of others by ``datasets``.
+
+    Raises:
+        SuiteError: nothing that can be read.
+    """
+    if request.data.config is None and (files := find_delimited(request.path, request.what)):
+        return read_delimited(files, request.path, request.what)
+    if request.path.is_file():
+        return read_file(request)
+    return read_tables(request)
+
+
+def _class_names(data: DataSpec, path: Path, resolve: Resolve, what: str) -> tuple[str, ...] | None:
+    """Class names as suite.yaml gives them, else of ``classes.txt`` in the data's folder."""
+    if data.classes is not None:
+        return read_names(data.classes, resolve, f"classes of {what}")
+    listed = path / CLASSES_FILE
+    return read_names(str(listed), Path, f"classes of {what}") if listed.is_file() else None
+
+
+def _number_labels(
+    found: Mapping[str, Any], chosen: Any, label: str, names: tuple[str, ...] | None, what: str
+) -> tuple[np.ndarray, tuple[str, ...]]:
+    """Labels as numbers from 0, and the names of all classes.
+
+    Labels that are texts are numbered in the order of the names; without names, in the order of
+    the alphabet over all splits.
+
+    Raises:
+        SuiteError: labels that are no classes, or none of the names.
+    """
+    values = list(chosen[label])
+    if values and all(isinstance(value, str) for value in values):
+        if names is None:
+            every = {value for table in found.values() for value in table[label]}
+            names = tuple(sorted(value for value in every if isinstance(value, str)))
+        numbers = {name: number for number, name in enumerate(names)}
+        if odd := [value for value in values if value not in numbers]:
+            raise SuiteError(
+                f"{what[0].upper()}{what[1:]}: the label {odd[0]!r:.80} is none of the "
+                f"{len(names)} classes. Add it to 'classes' (or to {CLASSES_FILE}), or correct it."
+            )
+        return np.array([numbers[value] for value in values]), names
+    labels = np.asarray(values)
     if labels.dtype.kind not in "iub" or int(labels.min()) < 0:
         raise SuiteError(
-            f"{what[0].upper()}{what[1:]}: the column {label!r} holds no class numbers from 0. "
-            "Accuracy needs classes; choose another split or column."
+            f"{what[0].upper()}{what[1:]}: the column {label!r} holds no class numbers from 0, nor "
+            "names. Accuracy needs classes; choose another split or column."
         )
-    names = getattr(table.features[label], "names", None)
-    names = names or [str(number) for number in range(int(labels.max()) + 1)]
-    return tokens, labels.astype(np.int64), tuple(names)
+    names = getattr(chosen.features[label], "names", None) or names
+    if names is None or len(names) <= int(labels.max()):
+        names = tuple(str(number) for number in range(int(labels.max()) + 1))
+    return labels.astype(np.int64), tuple(names)
 
 
 @lru_cache(maxsize=4)
@@ -123,9 +179,17 @@ def _check_files(folder: Path) -> None:
 
 
 def _encode(tokenizer: Any, columns: list[list[str]], length: int) -> np.ndarray:
-    """int32, N x length: one text a row, or two read as a pair."""
-    found = tokenizer(*columns, truncation=True, max_length=length)["input_ids"]
-    tokens = np.full((len(found), length), PADDING, dtype=np.int32)
-    for place, row in zip(tokens, found, strict=True):
-        place[: len(row)] = row
+    """int32, N x length: one text a row, or two read as a pair.
+
+    Bits above :data:`SEGMENT_BITS` say which text of a pair a token belongs to, where the tokenizer
+    says it.
+    """
+    found = tokenizer(*columns, truncation=True, max_length=length)
+    rows = found["input_ids"]
+    segments = found.get("token_type_ids") or [[0] * len(row) for row in rows]
+    tokens = np.full((len(rows), length), PADDING, dtype=np.int32)
+    for place, row, segment in zip(tokens, rows, segments, strict=True):
+        place[: len(row)] = np.asarray(row, np.int32) + (
+            np.asarray(segment, np.int32) << SEGMENT_BITS
+        )
     return tokens

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import pandas as pd
@@ -15,7 +15,7 @@ from analysis.comparison.first_result import (
     knows_first_result,
     suggest_recipe,
 )
-from analysis.comparison.run import Comparison, run_comparison
+from analysis.comparison.run import Comparison, adapt_recipe, run_comparison
 from analysis.evaluation.evaluator import Evaluator
 from analysis.frames.asking import ask, ask_if_known, refuse
 from analysis.frames.entries import Frames, Kept, Question, frame_question
@@ -289,52 +289,60 @@ class OutputFrames:
         return ask_if_known(self.frames, STORAGE, self.inputs, _of_storage(selection), compute)
 
     def compare_if_known(
-        self, names: Sequence[str], budget: int, own: Sequence[Recipe]
+        self,
+        names: Sequence[str],
+        budget: int,
+        own: Sequence[Recipe] = (),
+        tuned: Sequence[Recipe] = (),
     ) -> Comparison | None:
         """The comparison, where each method and recipe of it was compared before."""
         parts = [
             ask_if_known(self.frames, self._comparison(), self.inputs, arguments, lambda: None)
-            for arguments, _ in self._of_comparison(names, budget, own)
+            for arguments, *_ in self._of_comparison(names, budget, own, tuned)
         ]
         known = [part for part in parts if part is not None]
         return join_comparisons(known) if parts and len(known) == len(parts) else None
 
-    def expect_comparison(self, names: Sequence[str], budget: int, own: Sequence[Recipe]) -> None:
+    def expect_comparison(
+        self,
+        names: Sequence[str],
+        budget: int,
+        own: Sequence[Recipe] = (),
+        tuned: Sequence[Recipe] = (),
+    ) -> None:
         """Refuse a comparison a part of which is not there and cannot be made.
 
         Raises:
             NotRecorded: it is not in the record.
         """
-        for arguments, _ in self._of_comparison(names, budget, own):
+        for arguments, *_ in self._of_comparison(names, budget, own, tuned):
             refuse(self.frames, self._comparison(), self.inputs, arguments)
 
     def compare(
         self,
         names: Sequence[str],
         budget: int,
-        own: Sequence[Recipe],
+        own: Sequence[Recipe] = (),
+        tuned: Sequence[Recipe] = (),
         progress: Progress | None = None,
     ) -> Comparison:
         """See :func:`analysis.comparison.run.run_comparison`; what was compared before is read."""
         progress = progress or Progress()
-        asked = self._of_comparison(names, budget, own)
+        asked = self._of_comparison(names, budget, own, tuned)
         parts = []
-        for done, (arguments, each) in enumerate(asked):
+        for done, (arguments, method, given) in enumerate(asked):
             progress.step(done, len(asked), arguments["method"])
-            inner = Progress(cancel=progress.cancel)
-
-            def compute(each: str | Recipe = each, inner: Progress = inner) -> Comparison:
-                named = ([each], []) if isinstance(each, str) else ([], [each])
-                return run_comparison(
-                    self.reference,
-                    named[0],
-                    self._session(),
-                    self.evaluator,
-                    budget,
-                    progress=inner,
-                    own=named[1],
-                )
-
+            compute = partial(
+                run_comparison,
+                self.reference,
+                method,
+                self._session(),
+                self.evaluator,
+                budget,
+                progress=Progress(cancel=progress.cancel),
+                own=given.get("own", ()),
+                tuned=given.get("tuned", ()),
+            )
             parts.append(ask(self.frames, self._comparison(), self.inputs, arguments, compute))
         progress.step(len(asked), len(asked), "compared")
         return join_comparisons(parts)
@@ -343,14 +351,24 @@ class OutputFrames:
         return {**method_arguments(recipe), "split": split}
 
     def _of_comparison(
-        self, names: Sequence[str], budget: int, own: Sequence[Recipe]
-    ) -> list[tuple[dict[str, Any], str | Recipe]]:
-        """What each part of a comparison is asked by, and whose it is."""
-        found: list[tuple[dict[str, Any], str | Recipe]] = []
-        for name in names:
-            start = default_recipe(name, self.reference, self.tasks)
-            found.append(({**method_arguments(start), "budget": budget}, name))
-        return found + [({**method_arguments(r), "own": True}, r) for r in own]
+        self, names: Sequence[str], budget: int, own: Sequence[Recipe], tuned: Sequence[Recipe]
+    ) -> list[tuple[dict[str, Any], list[str], dict[str, list[Recipe]]]]:
+        """What each part of a comparison is asked by, its method, and the recipes given for it.
+
+        What merges alike counts once (see :func:`analysis.comparison.run.run_comparison`).
+        """
+        starts = {name: default_recipe(name, self.reference, self.tasks) for name in names}
+        found: list[tuple[dict[str, Any], list[str], dict[str, list[Recipe]]]] = [
+            ({**method_arguments(start), "budget": budget}, [name], {})
+            for name, start in starts.items()
+        ]
+        seen = list(starts.values()) if budget == 1 else []
+        for kind, recipes in (("tuned", tuned), ("own", own)):
+            for recipe in (adapt_recipe(each, self.reference, self.tasks) for each in recipes):
+                if recipe not in seen:
+                    seen.append(recipe)
+                    found.append(({**method_arguments(recipe), kind: True}, [], {kind: [recipe]}))
+        return found
 
     def _first(self) -> Question[FirstResult]:
         return Question(

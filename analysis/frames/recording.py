@@ -188,9 +188,10 @@ class _Questions:
         self.outputs.first_result_if_known()
 
 
+_MODES: tuple[tuple[Mode, bool], ...] = (("labels", True), ("labels", False), ("inputs", False))
 _OTHER_SEARCHES = tuple(
     SelectionOptions(mode, full_grid, every_proxy)
-    for mode, full_grid in (("labels", True), ("labels", False), ("inputs", False))
+    for mode, full_grid in _MODES
     for every_proxy in (False, True)
 )
 

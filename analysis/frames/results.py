@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from analysis.comparison.run import Comparison, label_of
+from analysis.comparison.run import OWN, SEARCHED, Comparison, label_of
 from analysis.frames.entries import Kept
 from analysis.rank_selection.select import Selection, SelectionOptions, recipe_at
 from analysis.rank_selection.space import SearchSpace
@@ -19,7 +19,8 @@ from merge_core.methods import get_method
 
 # How settings of a comparison come about, in the words of :mod:`analysis.comparison.run`.
 CHOSEN = re.compile(
-    r"default( \(not tuned\)| \(nothing to tune\))?|best of \d+ on validation|your recipe"
+    r"default( \(not tuned\)| \(nothing to tune\))?|best of \d+ on validation|"
+    rf"{SEARCHED}|{OWN}"
 )
 LATER = ("weights", "overrides", "then", "origin", "seed", "dtype")
 

@@ -90,9 +90,9 @@ class LearningContext:
             head = self._outputs.head(task)
             image = self._outputs.pixels(task, SPLIT, np.arange(1))
             width = self._stateless.features(state, image).shape[1]
-            if width != head.weight.shape[1]:
+            if width != head.width:
                 raise SuiteError(
-                    f"The head of task {task!r} takes features of width {head.weight.shape[1]}, "
+                    f"The head of task {task!r} takes features of width {head.width}, "
                     f"but the architecture gives {width}. Correct the head or the architecture."
                 )
         return state

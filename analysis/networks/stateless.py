@@ -22,6 +22,9 @@ from merge_core.suites.suite_spec import ArchitectureSpec
 # Few enough for every thread to have some of them, and enough for large products.
 BATCH = 50
 
+# What networks raise about inputs, or a configuration, that do not fit.
+FAULTS = (RuntimeError, AssertionError, ValueError, IndexError, AttributeError, TypeError, KeyError)
+
 State = Mapping[str, Tensor]
 
 
@@ -127,10 +130,17 @@ class StatelessNetwork:
         name = self._architecture.name
         expected = {key: shape for key, shape in self._shapes.items() if key not in self._fixed}
         missing = [key for key in expected if key not in weights]
+        if missing and len(missing) == len(expected) and weights:
+            raise self._error(
+                f"The weights hold none of the {len(expected)} parameters of the architecture "
+                f"{name!r} (such as {missing[0]!r}), before whatever prefix: theirs are called "
+                f"{next(iter(weights))!r} and so on. Name another architecture in {self._path}."
+            )
         if missing:
             raise self._error(
                 f"The weights lack {missing[0]!r}, which the architecture {name!r} needs "
-                f"({len(missing)} missing in all). Correct the architecture in {self._path}."
+                f"({len(missing)} of {len(expected)} are missing). Correct the architecture or its "
+                f"args in {self._path}."
             )
         for key, shape in expected.items():
             if weights[key].shape != shape:
@@ -164,15 +174,17 @@ class StatelessNetwork:
             for name, value in weights.items()
             if name in self._shapes
         }
+        order = _by_length(images)
+        inputs = images if order is None else images[order]
         try:
             parts = self._copies.run(
-                state, (self._cast(part, dtype) for part in images.split(batch))
+                state, (self._cast(part, dtype) for part in inputs.split(batch))
             )
-        except (RuntimeError, AssertionError, ValueError, IndexError) as fault:
+        except FAULTS as fault:
             kind = "texts" if images.ndim == 2 else "images"
             raise self._error(
                 f"{self._path}: {kind} of shape {tuple(images.shape[1:])} do not fit the "
-                f"architecture: {str(fault).splitlines()[0]:.200}"
+                f"architecture: {(str(fault).splitlines() or [type(fault).__name__])[0]:.200}"
             ) from fault
         features = torch.cat(parts)
         if features.ndim != 2:
@@ -181,7 +193,7 @@ class StatelessNetwork:
                 f"{tuple(features.shape[1:])} per image, but heads take one vector. Set its "
                 "global_pool (such as 'avg' or 'token')."
             )
-        return features
+        return features if order is None else features[order.argsort()]
 
     def head(self, weights: State, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Weight (classes x width) and bias (classes; zeros where it has none) of the last layer.
@@ -220,6 +232,17 @@ class StatelessNetwork:
         tensor = tensor.to(dtype)
         laid_out = self._channels_last and tensor.ndim == 4
         return tensor.contiguous(memory_format=torch.channels_last) if laid_out else tensor
+
+
+def _by_length(inputs: Tensor) -> Tensor | None:
+    """An order of texts by their numbers of tokens, so that a batch has little padding.
+
+    Args:
+        inputs: tokens, N x L, negative after the end of a text; anything else keeps its order.
+    """
+    if inputs.ndim != 2 or inputs.is_floating_point():
+        return None
+    return (inputs >= 0).sum(dim=1).argsort(stable=True)
 
 
 class _Features(nn.Module):

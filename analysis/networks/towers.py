@@ -1,4 +1,4 @@
-"""Networks of open_clip and transformers from their configuration alone, without classifiers.
+"""The network of a suite, of timm, open_clip or transformers, without classifier.
 
 Nothing is fetched and no code of a checkpoint is run: the libraries build a network with random
 weights from a name and arguments, and the suite's weights are put into it.
@@ -6,54 +6,33 @@ weights from a name and arguments, and the suite's weights are put into it.
 
 from __future__ import annotations
 
-import importlib
+from collections import Counter
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from analysis.networks.build import build_error, build_network
+from analysis.networks.classifiers import find_classifier
+from analysis.networks.encoders import (
+    as_encoder,
+    build_model,
+    configuration_class,
+    import_library,
+)
 from analysis.networks.limits import Size, build_within, find_fetching
+from analysis.networks.saved_names import leave_unused, names_in, rename
 from analysis.networks.stateless import StatelessNetwork
 from merge_core.errors import SuiteError
 from merge_core.executors.base import one_thread
+from merge_core.suites.architectures import TOWERS
 from merge_core.suites.suite import Suite
-from merge_core.suites.suite_spec import ArchitectureSpec
+from merge_core.suites.suite_spec import ArchitectureSpec, Pooling
 
 PROJECTION = "visual_projection.weight"
-_EXTRAS = {"open_clip": ("open_clip_torch", "clip"), "transformers": ("transformers", "text")}
 
-
-@dataclass(frozen=True)
-class Kind:
-    """How transformers builds a type of model, and what its classifiers take of it.
-
-    Attributes:
-        config: class of its configuration.
-        model: its class.
-        within: how a classifier calls the model, in the names of parameters.
-        token: of text models, the token whose features are classified.
-        more: arguments beside the configuration.
-    """
-
-    config: str
-    model: str
-    within: str = ""
-    token: Literal["first", "last"] | None = None
-    more: Mapping[str, Any] = field(default_factory=dict)
-
-
-# By the type in config.json.
-MODELS = {
-    "clip_vision_model": Kind("CLIPVisionConfig", "CLIPVisionModelWithProjection"),
-    "gpt2": Kind("GPT2Config", "GPT2Model", "transformer", "last"),
-    "roberta": Kind(
-        "RobertaConfig", "RobertaModel", "roberta", "first", {"add_pooling_layer": False}
-    ),
-}
+Shapes = Mapping[str, tuple[int, ...]]
 
 
 class _Nested(nn.Module):
@@ -80,32 +59,6 @@ class _ProjectedVision(nn.Module):
         return self.visual_projection(self.vision_model(pixel_values=images).pooler_output)
 
 
-class _TextFeatures(nn.Module):
-    """A text model, giving the features of one token of each text."""
-
-    def __init__(self, name: str, model: nn.Module, token: Literal["first", "last"]) -> None:
-        super().__init__()
-        self.add_module(name, model)
-        self._token = token
-        config: Any = model.config
-        self._filler = config.pad_token_id or 0
-
-    def forward(self, tokens: Tensor) -> Any:
-        """Features, N x width, of tokens, N x L, which are negative after the end of a text."""
-        if tokens.ndim != 2 or tokens.is_floating_point():
-            raise ValueError("it takes texts, and these are images")
-        there = tokens >= 0
-        longest = max(int(there.sum(dim=1).max()), 1)
-        tokens, there = tokens[:, :longest], there[:, :longest]
-        model = next(self.children())
-        hidden = model(
-            input_ids=torch.where(there, tokens, self._filler), attention_mask=there.long()
-        ).last_hidden_state
-        if self._token == "first":
-            return hidden[:, 0]
-        return hidden[torch.arange(len(hidden)), (there.sum(dim=1) - 1).clamp(min=0)]
-
-
 @one_thread()
 def suite_network(suite: Suite) -> StatelessNetwork:
     """The network that a suite names, without classifier.
@@ -124,44 +77,97 @@ def suite_network(suite: Suite) -> StatelessNetwork:
         >>> type(module).__name__, module.training
         ('VisionTransformer', False)
     """
-    architecture = suite.spec.architecture
+    architecture = suite.architecture
     if architecture is None:
         raise SuiteError(
             f"The suite {suite.name!r} names no architecture, so its models cannot be run. "
             "Add 'architecture: {name: ..., args: {...}}' to suite.yaml."
         )
     expert = suite.expert(suite.tasks[0])
-    names, size = frozenset(expert), Size.of(expert)
+    shapes, size = {name: expert.info(name).shape for name in expert}, Size.of(expert)
     if architecture.library == "timm":
         network = build_network(architecture, suite.path, SuiteError, num_classes=0, size=size)
     else:
         _check_arguments(architecture, suite.path)
         if architecture.library == "open_clip":
             network = _build_open_clip(architecture, suite.path, size)
+        elif is_projected(suite, architecture):
+            network = _build_projected(architecture, suite.path, shapes, size)
         else:
-            network = _build_transformers(architecture, suite.path, names, size)
-    prefix = common_prefix(network.state_dict(), names)
+            network = _build_encoder(suite, architecture, shapes, size)
+    prefix = common_prefix(shapes_of(network), shapes)
     if prefix:
         network = _Nested(prefix[:-1].split("."), network)
     network = network.eval().requires_grad_(False)
-    fixed = _copy_from_base(network, suite, names)
+    fixed = _copy_from_base(network, suite, shapes)
     return StatelessNetwork(network, architecture, suite.path, SuiteError, fixed=fixed)
 
 
-def common_prefix(expected: Collection[str], names: Collection[str]) -> str:
+def is_projected(suite: Suite, architecture: ArchitectureSpec) -> bool:
+    """Whether features are the image embeddings of a CLIP, which the library's classifier and
+    another pooling leave out."""
+    clip = architecture.library == "transformers" and architecture.name == "clip_vision_model"
+    own = any(suite.has_own_head(task) for task in suite.tasks)
+    return clip and architecture.pooling is None and not own
+
+
+def _build_encoder(
+    suite: Suite, architecture: ArchitectureSpec, shapes: Shapes, size: Size
+) -> nn.Module:
+    """An encoder of transformers whose parameters are called as in the suite's checkpoints."""
+    model = build_model(architecture, suite.path, size).eval()
+    names = names_in(model, shapes)
+    prefix = common_prefix({names[name]: shape for name, shape in shapes_of(model).items()}, shapes)
+    missing = {own for own, saved in names.items() if prefix + saved not in shapes}
+    pooling = architecture.pooling or _default_pooling(suite, architecture, size, missing)
+    encoder = as_encoder(model, pooling, bool(architecture.normalize))
+    leave_unused(encoder, missing)
+    return rename(encoder, names)
+
+
+def _default_pooling(
+    suite: Suite, architecture: ArchitectureSpec, size: Size, missing: Collection[str]
+) -> Pooling:
+    """What the library's own classifier of a type takes, and towers their own pooler.
+
+    Weights without the pooler that either would take give the mean.
+    """
+    own = any(suite.has_own_head(task) for task in suite.tasks)
+    found: Pooling = "pooler"
+    if own or architecture.name not in TOWERS:
+        classifier = find_classifier(architecture, suite.path, size)
+        found = "mean" if classifier is None else classifier.pooling
+    lacks = found == "pooler" and any(name.startswith("pooler.") for name in missing)
+    return "mean" if lacks and not own else found
+
+
+def shapes_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Shape of every parameter and buffer that a checkpoint holds, by name."""
+    return {name: tuple(value.shape) for name, value in module.state_dict().items()}
+
+
+def common_prefix(expected: Shapes, weights: Shapes) -> str:
     """The prefix under which most of a network's parameters are found in a checkpoint.
 
     Args:
-        expected: names of the network's parameters.
-        names: of the checkpoint's.
+        expected: shapes of the network's parameters by name.
+        weights: of the checkpoint's.
 
     Returns:
-        Such as ``model.visual.``, or empty; the shortest of several that find as many.
+        Such as ``model.visual.``, or empty; the shortest of several that find as many by name and
+        shape, and by name alone where no shape fits.
     """
-    known = set(names)
-    anchor = max(expected, key=lambda name: (name.count("."), len(name)))
-    candidates = {""} | {n.removesuffix(anchor) for n in known if n.endswith(f".{anchor}")}
-    return min(candidates, key=lambda p: (-sum(p + name in known for name in expected), len(p)))
+    for compared in (True, False):
+        found: Counter[str] = Counter()
+        for name, shape in weights.items():
+            words = name.split(".")
+            for start in range(len(words)):
+                end = ".".join(words[start:])
+                if end in expected and (not compared or expected[end] == shape):
+                    found[name.removesuffix(end)] += 1
+        if found:
+            return min(found, key=lambda prefix: (-found[prefix], len(prefix)))
+    return ""
 
 
 def _copy_from_base(network: nn.Module, suite: Suite, names: Collection[str]) -> frozenset[str]:
@@ -203,7 +209,7 @@ def _check_arguments(architecture: ArchitectureSpec, path: Path) -> None:
 
 def _build_open_clip(architecture: ArchitectureSpec, path: Path, size: Size) -> nn.Module:
     """A visual tower of open_clip; arguments replace those of the named configuration."""
-    open_clip = _import_library("open_clip", path)
+    open_clip = import_library("open_clip", path)
     known = open_clip_config(open_clip, architecture.name)
     if known is None:
         near = [name for name in open_clip.list_models() if name[:6] == architecture.name[:6]]
@@ -256,33 +262,19 @@ def _check_trunk(name: Any) -> None:
         raise ValueError(f"timm knows no model {name!r:.80}")
 
 
-def _build_transformers(
-    architecture: ArchitectureSpec, path: Path, names: Collection[str], size: Size
+def _build_projected(
+    architecture: ArchitectureSpec, path: Path, shapes: Shapes, size: Size
 ) -> nn.Module:
-    """A model of transformers, in the layout of the names."""
-    transformers = _import_library("transformers", path)
-    name = architecture.name
-    if name not in MODELS:
-        raise SuiteError(
-            f"{path}: of transformers, {', '.join(MODELS)} can be run, not {name!r:.80}. Leave the "
-            "architecture out: merging and analysis of the weights need none."
-        )
-    kind = MODELS[name]
-    configure, args = getattr(transformers, kind.config), architecture.args
-    fields = configure().to_dict()
-    if unknown := [argument for argument in args if argument not in fields]:
-        raise SuiteError(
-            f"{path}: a {kind.config} of transformers has no {unknown[0]!r:.80}. Correct the args."
-        )
-    make = getattr(transformers, kind.model)
+    """The vision half of a CLIP of transformers with its projection, in the layout of the names."""
+    configure, args = configuration_class(architecture, path), architecture.args
+    transformers = import_library("transformers", path)
+    make = transformers.CLIPVisionModelWithProjection
     try:
-        whole: Any = build_within(size, args, lambda: make(configure(**args), **kind.more))
+        whole: Any = build_within(size, args, lambda: make(configure(**args)))
     except Exception as fault:  # wrong arguments raise almost anything, from deep inside
         raise build_error(architecture, path, fault, SuiteError) from fault
-    if kind.token is not None:
-        return _TextFeatures(kind.within, whole, kind.token)
     vision, projection = whole.vision_model, whole.visual_projection
-    if any(name.startswith("vision_model.") for name in names):
+    if any(name.startswith("vision_model.") for name in shapes):
         return _ProjectedVision(vision, projection)
     return _build_bare(vision, projection)
 
@@ -297,19 +289,3 @@ def _build_bare(vision_model: nn.Module, projection: nn.Module) -> nn.Module:
     vision_model.add_module("visual_projection", projection)
     vision_model.__class__ = Bare
     return vision_model
-
-
-def _import_library(name: str, path: Path) -> Any:
-    """An optional library.
-
-    Raises:
-        SuiteError: it is not installed.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as fault:
-        package, extra = _EXTRAS[name]
-        raise SuiteError(
-            f"{path} names an architecture of {name}, but {package} is not installed. Run "
-            f"pip install 'mergescope[{extra}]'."
-        ) from fault

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from analysis.outputs.own_heads import dense_activation, read_own_head
 from analysis.outputs.zero_shot import zero_shot_weight
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import CheckpointError, SuiteError
@@ -23,27 +28,35 @@ class Head:
         weight: classes x width, float32.
         bias: classes, float32.
         normalizes: whether features are divided by their norm first.
-        hidden: weight and bias of a layer before it, after which comes tanh (RoBERTa's heads).
+        before: what stands between features and it: layers of a classification head.
+        takes: width of the features, where layers stand before it.
     """
 
     weight: Tensor
     bias: Tensor
     normalizes: bool = False
-    hidden: tuple[Tensor, Tensor] | None = None
+    before: tuple[Callable[[Tensor], Tensor], ...] = ()
+    takes: int | None = None
+
+    @property
+    def width(self) -> int:
+        """Of the features that it takes."""
+        return self.takes or self.weight.shape[1]
 
     def logits(self, features: Tensor) -> Tensor:
         """N x classes from N x width."""
         if self.normalizes:
             features = features / features.norm(dim=-1, keepdim=True)
-        if self.hidden is not None:
-            weight, bias = self.hidden
-            features = torch.tanh(features @ weight.T + bias)
+        for layer in self.before:
+            features = layer(features)
         return features @ self.weight.T + self.bias
 
 
 def load_head(suite: Suite, task: str) -> Head:
-    """A task's head: a file with ``weight`` and ``bias`` (a prefix such as ``head.`` is allowed),
-    or one made of class names (:mod:`analysis.outputs.zero_shot`).
+    """A task's head: the expert's own where suite.yaml names none.
+
+    Else a file with ``weight`` and ``bias`` (a prefix such as ``head.`` is allowed), or one made of
+    class names (:mod:`analysis.outputs.zero_shot`).
 
     Raises:
         SuiteError: no head, a missing file, or one without weight and bias.
@@ -54,6 +67,9 @@ def load_head(suite: Suite, task: str) -> Head:
         torch.Size([2, 10])
     """
     given = suite.spec.experts[task].head
+    if given is None and suite.has_own_head(task):
+        own = read_own_head(suite, task)
+        return Head(own.weight, own.bias, before=own.before, takes=own.width)
     if given is None:
         raise SuiteError(f"Task {task!r} has no head; add 'head:' to it in {suite.path}.")
     spec = head_spec(given)
@@ -62,6 +78,7 @@ def load_head(suite: Suite, task: str) -> Head:
         return Head(made, torch.zeros(len(made)), normalizes=True)
     assert spec.file is not None
     path = head_path(spec.file, suite.file)
+    before: dict[str, Any] = {}
     try:
         checkpoint = Checkpoint(path)
         start = "" if spec.layers is None else f"{spec.layers}."
@@ -71,9 +88,10 @@ def load_head(suite: Suite, task: str) -> Head:
             if n.startswith(start) and n.rpartition(".")[2] in ("weight", "bias")
         ]
         first = [f"{start}dense.{kind}" for kind in ("weight", "bias")]
-        hidden = None
-        if set(first) < set(names):  # dense, tanh, out_proj: a classification head of RoBERTa
-            hidden = (checkpoint.tensor(first[0]).float(), checkpoint.tensor(first[1]).float())
+        if set(first) < set(names):  # dense, activation, out_proj: RoBERTa's and ELECTRA's heads
+            wide, shift = (checkpoint.tensor(name).float() for name in first)
+            dense = partial(functional.linear, weight=wide, bias=shift)
+            before = {"before": (dense, dense_activation(suite)), "takes": wide.shape[1]}
             names = [name for name in names if name not in first]
         found = {name.rpartition(".")[2]: checkpoint.tensor(name).float() for name in names}
     except CheckpointError as error:
@@ -93,4 +111,4 @@ def load_head(suite: Suite, task: str) -> Head:
     bias = found.get("bias", torch.zeros(len(weight)))
     if bias.shape != (len(weight),):
         raise SuiteError(f"{path}: bias and weight disagree about the classes.")
-    return Head(weight, bias, spec.normalizes, hidden)
+    return Head(weight, bias, spec.normalizes, **before)

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from analysis.data_sources.archive import TaskInputs, open_arrays, read_split
 from analysis.data_sources.prepared import prepare_split
+from analysis.data_sources.source import UNLABELLED
 from analysis.data_sources.text import read_texts
 from analysis.data_sources.transforms import resolve_transform
 from merge_core.errors import SuiteError
 from merge_core.progress import Progress
+from merge_core.suites.architectures import read_class_names
 from merge_core.suites.data_spec import DataSpec
 from merge_core.suites.suite import Suite
 
@@ -58,12 +60,34 @@ def load_inputs(
     if spec.plain:
         assert spec.file is not None
         path = suite.file(spec.file)
-        return read_split(path, split, what, SuiteError, channels=3, limit=limit, labelled=False)
-    if spec.kind == "text":
+        found = read_split(path, split, what, SuiteError, channels=3, limit=limit, labelled=False)
+    elif spec.kind == "text":
         tokens, labels, names = read_texts(spec, split, suite.file, what)
-        return TaskInputs(tokens[:limit], labels[:limit], names)
-    found = prepare_split(spec, suite.spec.architecture, split, suite.file, what, progress)
-    return TaskInputs(found.images[:limit], found.labels[:limit], found.class_names)
+        found = TaskInputs(tokens[:limit], labels[:limit], names)
+    else:
+        kept = prepare_split(spec, suite.architecture, split, suite.file, what, progress)
+        found = TaskInputs(kept.images[:limit], kept.labels[:limit], kept.class_names)
+    return _in_own_order(found, suite, task) if spec.classes is None else found
+
+
+def _in_own_order(inputs: TaskInputs, suite: Suite, task: str) -> TaskInputs:
+    """Labels in the order of the classes that a classifier within a checkpoint has.
+
+    Where data name their classes as the checkpoint's ``config.json`` does, labels go by the names;
+    where they only number them, they get its names.
+    """
+    own = read_class_names(suite.expert(task)) if suite.has_own_head(task) else None
+    named = inputs.class_names
+    if own is None or not named:
+        return inputs
+    if all(name.isdigit() for name in named) and len(named) <= len(own):
+        return TaskInputs(inputs.images, inputs.labels, own)
+    folded = {name.casefold(): number for number, name in enumerate(own)}
+    places = [folded.get(name.casefold()) for name in named]
+    if None in places or len(set(places)) < len(named):
+        return inputs
+    table = np.array([*places, UNLABELLED])  # the last one stands for no label
+    return TaskInputs(inputs.images, table[inputs.labels], own)
 
 
 def _data(suite: Suite, task: str) -> DataSpec:
@@ -106,7 +130,7 @@ def normalise_for_task(images: np.ndarray, suite: Suite, task: str) -> Tensor:
     spec = _data(suite, task)
     if spec.kind == "text":
         return torch.from_numpy(images.astype(np.int64))
-    transform = resolve_transform(spec, suite.spec.architecture, f"data of task {task!r}")
+    transform = resolve_transform(spec, suite.architecture, f"data of task {task!r}")
     mean, std = spec.constants if transform is None else (transform.mean, transform.std)
     return normalise_pixels(images, mean, std)
 

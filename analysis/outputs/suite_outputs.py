@@ -291,7 +291,7 @@ class SuiteOutputs:
         sizes = [len(part) for part in images.values()]
         for task, mine in zip(images, features.split(sizes), strict=True):
             head = self.head(task)
-            if mine.shape[-1] != head.weight.shape[1]:
+            if mine.shape[-1] != head.width:
                 raise SuiteError(self.misfit_message(task, f"features of width {mine.shape[-1]}"))
             outputs[task] = Outputs(mine, head.logits(mine))
             if not bool(torch.isfinite(outputs[task].logits).all()):
@@ -306,7 +306,7 @@ class SuiteOutputs:
         head = self.head(task)
         return (
             f"The head of task {task!r} ({len(head.weight)} classes of width "
-            f"{head.weight.shape[1]}) does not fit {what}."
+            f"{head.width}) does not fit {what}."
         )
 
     def pixels(self, task: str, split: Split, images: np.ndarray) -> Tensor:

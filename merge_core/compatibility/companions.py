@@ -54,7 +54,7 @@ class Companions:
     def __init__(self, folder: Path, weights: Sequence[Path] = ()) -> None:
         self.folder = folder
         self._weights = weights
-        self._documents: dict[str, dict[str, Any] | None] = {}
+        self._documents: dict[str, Any] = {}
 
     def digest(self, name: str) -> str:
         """Digest (hex) of a file's content; empty where there is none."""
@@ -71,9 +71,18 @@ class Companions:
             name: of the file.
             most_bytes: larger files are not read.
         """
-        if name not in self._documents:
-            self._documents[name] = self._parse(name, most_bytes)
-        return self._documents[name]
+        found = self._parsed(name, most_bytes)
+        return found if isinstance(found, dict) else None
+
+    def array(self, name: str, most_bytes: int = CONFIG_BYTES) -> list[Any] | None:
+        """The array in a JSON file; None where there is none that can be read.
+
+        Args:
+            name: of the file.
+            most_bytes: larger files are not read.
+        """
+        found = self._parsed(name, most_bytes)
+        return found if isinstance(found, list) else None
 
     def text(self, name: str, most_bytes: int = CONFIG_BYTES) -> str | None:
         """The text in a file; None where there is none that can be read."""
@@ -88,7 +97,12 @@ class Companions:
         """Digests of all files that say which token is which; all empty where there are none."""
         return tuple(self.digest(name) for name in VOCABULARY_FILES)
 
-    def _parse(self, name: str, most_bytes: int) -> dict[str, Any] | None:
+    def _parsed(self, name: str, most_bytes: int) -> Any:
+        if name not in self._documents:
+            self._documents[name] = self._parse(name, most_bytes)
+        return self._documents[name]
+
+    def _parse(self, name: str, most_bytes: int) -> Any:
         data = self._read(name, most_bytes)
         if data is None or data.count(b",") > MOST_VALUES:
             return None
@@ -98,7 +112,7 @@ class Companions:
             document = json.loads(data)
         except (ValueError, RecursionError):
             return None
-        return document if isinstance(document, dict) and is_shallow(document) else None
+        return document if isinstance(document, dict | list) and is_shallow(document) else None
 
     def _read(self, name: str, most_bytes: int) -> bytes | None:
         path = self._find(name)
@@ -118,7 +132,7 @@ class Companions:
         return path if within or target.parent in places else None
 
 
-def is_shallow(document: dict[str, Any]) -> bool:
+def is_shallow(document: dict[str, Any] | list[Any]) -> bool:
     """Whether objects and lists are nested as files of libraries nest them.
 
     Example:

@@ -14,8 +14,10 @@ from pathlib import Path
 
 from pydantic import ValidationError
 
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import OutputError, SuiteError, explain_validation
 from merge_core.files import write_atomically
+from merge_core.suites.architectures import read_architecture
 from merge_core.suites.suite_spec import ArchitectureSpec, SuiteSpec
 from merge_core.yaml_text import dump_yaml
 
@@ -43,6 +45,7 @@ VITS = {
     1280: ("huge", 32, (14,)),
 }
 VIT_IMAGE = 224
+POOLED = ("pooling", "normalize")
 
 
 def task_name(text: str, taken: Collection[str] = ()) -> str:
@@ -143,6 +146,34 @@ def base_candidates(labels: Sequence[str]) -> list[int]:
         if any(fulfilled) and not all(fulfilled):
             return [i for i, yes in enumerate(fulfilled) if yes]
     return []
+
+
+def name_architecture(
+    layouts: Sequence[Layout], members: Sequence[Checkpoint | None]
+) -> ArchitectureSpec | None:
+    """The network of all members, told from their layouts, else from the files beside them.
+
+    Args:
+        layouts: shape of each parameter by name, of each member.
+        members: the same members; None where headers are not known.
+
+    Returns:
+        None where nothing is told, or members tell different things. How vectors are pooled need
+        only be told by one: trainers leave sentence-transformers' files out.
+
+    Example:
+        >>> name_architecture([{"conv1.weight": (64, 3, 7, 7)}], [None]) is None
+        True
+    """
+    guessed = [guess_architecture(layout) for layout in layouts]
+    if guessed and guessed[0] is not None and all(each == guessed[0] for each in guessed):
+        return guessed[0]
+    told = [read_architecture(member) for member in members if member is not None]
+    known = [each for each in told if each is not None]
+    alone = {each.model_copy(update=dict.fromkeys(POOLED)).model_dump_json() for each in known}
+    if len(alone) != 1:
+        return None
+    return max(known, key=lambda each: sum(getattr(each, field) is not None for field in POOLED))
 
 
 def guess_architecture(layout: Layout) -> ArchitectureSpec | None:

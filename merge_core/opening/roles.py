@@ -15,13 +15,13 @@ from pydantic import TypeAdapter, ValidationError
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.naming import missing_prefix
 from merge_core.errors import SuiteError
-from merge_core.opening.architectures import name_architecture
 from merge_core.opening.download import SuiteByHeaders
 from merge_core.opening.draft import (
     LONGEST,
     Layout,
     base_candidates,
     draft,
+    name_architecture,
     task_name,
     task_names,
 )

@@ -24,6 +24,8 @@ from merge_core.yaml_text import read_text_file
 
 Resolve = Callable[[str], Path]  # a path of suite.yaml, made absolute
 
+# Endings of tables of texts.
+TABLES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
 # SVHN's files lie in the root itself, perhaps beside other datasets.
 SVHN_FILES = "*_32x32.mat"
 
@@ -78,13 +80,16 @@ def locate_data(data: DataSpec, resolve: Resolve, what: str, download: bool = Fa
             f"{path} ({what}) does not exist. Correct the path in suite.yaml, or leave the field "
             "out."
         )
+    if data.kind == "text" and path.is_file() and path.suffix.lower() in TABLES:
+        return path
     if data.kind != "numpy" and not path.is_dir():
         hint = ""
         if data.kind == "torchvision":
             hint = " `mergescope prepare SUITE --download` fetches it where torchvision can."
         raise SuiteError(
-            f"{path} ({what}) is not a folder. Correct the path in suite.yaml; archives must be "
-            f"unpacked.{hint}"
+            f"{path} ({what}) is not a folder"
+            + (f" or a file {', '.join(TABLES)}" if data.kind == "text" else "")
+            + f". Correct the path in suite.yaml; archives must be unpacked.{hint}"
         )
     return path
 
@@ -241,7 +246,10 @@ def _tokenizer_identity(folder: Path, what: str) -> str:
     Raises:
         SuiteError: there are none.
     """
-    names = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json")
+    names = (
+        *("tokenizer.json", "vocab.json", "merges.txt", "tokenizer_config.json", "vocab.txt"),
+        *("spiece.model", "sentencepiece.bpe.model", "tokenizer.model"),
+    )
     files = [folder / name for name in names if (folder / name).is_file()]
     if not files:
         raise SuiteError(

@@ -110,7 +110,7 @@ class DataSpec(StrictModel):
     Attributes:
         kind: how the images are stored.
         file: a numpy archive.
-        path: the folder that holds them.
+        path: the folder that holds them; of texts, perhaps a file.
         dataset: its name in torchvision, or on the hub.
         config: a Hugging Face dataset's configuration.
         revision: of the hub's repository.
@@ -168,21 +168,27 @@ class DataSpec(StrictModel):
         on_hub = self.kind in ("huggingface", "text")
         if on_hub and (self.path is None) == (self.dataset is None):
             raise ValueError(
-                f"the kind {self.kind!r} needs either 'path', a folder, or 'dataset', a name on "
-                "the hub"
+                f"the kind {self.kind!r} needs either 'path', a folder"
+                + (" or file" if self.kind == "text" else "")
+                + ", or 'dataset', a name on the hub"
             )
         if self.kind == "torchvision" and self.dataset not in TORCHVISION:
             raise ValueError(
                 f"no dataset {self.dataset!r}; those of torchvision that can be read are "
                 f"{', '.join(TORCHVISION)}"
             )
-        if self.kind == "text" and given & {"transform", "mean", "std", "classes"}:
-            raise ValueError("the kind 'text' takes no transform, mean, std or classes")
+        if self.kind == "text" and given & {"transform", "mean", "std"}:
+            raise ValueError("the kind 'text' takes no transform, mean or std")
         if self.transform is not None and given & {"mean", "std"}:
             raise ValueError("a transform brings its own mean and std; leave out these two")
         if self.val_share == 1 and self.val is not None and self.val == self.test:
             raise ValueError("val_share must be less than 1 where val and test are one split")
         return self
+
+    @property
+    def inputs(self) -> Literal["images", "texts"]:
+        """What these are, for messages."""
+        return "texts" if self.kind == "text" else "images"
 
     @property
     def plain(self) -> bool:

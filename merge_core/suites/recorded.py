@@ -24,7 +24,6 @@ from merge_core.suites.suite_spec import ArchitectureSpec, ExpertSpec, SuiteSpec
 if TYPE_CHECKING:
     from torch import Tensor
 
-FORMAT = "record-1"
 MOST_TASKS = 1000
 MOST_SIZE = 1 << 40
 PLACE = "recorded"  # where suite.yaml would name a file
@@ -72,7 +71,7 @@ class SuiteCard(StrictModel):
     """What a record says of its suite.
 
     Attributes:
-        format: :data:`FORMAT`.
+        format: of cards.
         made_with: the version of MergeScope.
         name, description, architecture, decompose, average, vocabulary: of its ``suite.yaml``.
         tasks: the experts, in the suite's order.
@@ -84,7 +83,7 @@ class SuiteCard(StrictModel):
         lacks: why no accuracy was recorded; None if they were.
     """
 
-    format: Literal["record-1"] = FORMAT
+    format: Literal["record-1"] = "record-1"
     made_with: Annotated[str, Field(max_length=40)] = ""
     name: Annotated[str, Field(min_length=1, max_length=200)]
     description: Text = ""
@@ -116,7 +115,7 @@ def suite_card(suite: Suite, measured: bool) -> SuiteCard:
         >>> card.name, list(card.tasks)[:2], len(card.layouts)
         ('demo', ['digits', 'letters'], 1)
     """
-    spec, manifest = suite.spec, suite.manifest(suite.tasks)
+    spec, manifest, network = suite.spec, suite.manifest(suite.tasks), suite.architecture
     layouts: list[Any] = []
 
     def number(member: Checkpoint) -> int:
@@ -140,7 +139,7 @@ def suite_card(suite: Suite, measured: bool) -> SuiteCard:
         made_with=version("mergescope"),
         name=name_without_place(spec.name),
         description=spec.description,
-        architecture=None if spec.architecture is None else _without_places(spec.architecture),
+        architecture=None if network is None else _without_places(network),
         tasks=tasks,
         base=None
         if base is None
@@ -238,13 +237,18 @@ class RecordedSuite(Suite):
     @cached_property
     def _members(self) -> dict[str | None, Checkpoint]:
         infos = [_infos(layout) for layout in self.card.layouts]
-        cards: dict[str | None, MemberCard] = dict(self.card.tasks)
+        cards: dict[str | None, MemberCard] = {**self.card.tasks}
         if self.card.base is not None:
             cards[None] = self.card.base
         return {
             task: RecordedMember(infos[card.layout], card.digest, task or "base")
             for task, card in cards.items()
         }
+
+    @cached_property
+    def architecture(self) -> ArchitectureSpec | None:
+        """The network, as it was recorded."""
+        return self.card.architecture
 
     def source(self, task: str | None) -> str | None:
         """The hub's name of a member at its commit, as it was recorded."""

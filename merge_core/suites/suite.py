@@ -19,7 +19,9 @@ from merge_core.checkpoints.lora import AdaptedCheckpoint, is_adapter, is_stored
 from merge_core.checkpoints.naming import add_prefix, align_names
 from merge_core.checkpoints.parameter_roles import Treatment, treatment
 from merge_core.checkpoints.parameter_roles import describe as describe_parameter
+from merge_core.checkpoints.shards import TensorInfo
 from merge_core.checkpoints.tied import with_aliases
+from merge_core.compatibility.companions import companions_of
 from merge_core.errors import (
     CheckpointError,
     HubError,
@@ -30,14 +32,17 @@ from merge_core.errors import (
 from merge_core.files import digest_of, path_below, read_yaml
 from merge_core.hub.files import is_hub_id
 from merge_core.hub.models import cache_path, require_cached, resolve_revision
+from merge_core.suites.architectures import add_pooling, read_architecture
 from merge_core.suites.data_files import data_identity, head_identity
 from merge_core.suites.manifest import Manifest, make_manifest
 from merge_core.suites.mergekit import explain_mergekit
-from merge_core.suites.suite_spec import SuiteSpec
+from merge_core.suites.suite_spec import ArchitectureSpec, SuiteSpec
 from merge_core.work_sizes import HASHED_AT_ONCE
 
 BUNDLED = "demo"
 RECORD_SUFFIX = ".mergescope"
+# What is called a head and classifies no inputs.
+OTHER_HEADS = frozenset({"cls", "vocab_transform", "qa_outputs", "multiple_choice_head"})
 BUNDLED_PATH = Path(__file__).resolve().parents[2] / "data" / "demo" / "suite.yaml"
 
 
@@ -183,18 +188,60 @@ class Suite:
         weights = self.spec.base if task is None else self.spec.experts[task].weights
         return resolve_revision(weights) if weights is not None and is_hub_id(weights) else None
 
+    @cached_property
+    def architecture(self) -> ArchitectureSpec | None:
+        """The network that suite.yaml names, else the one of the files beside base or experts.
+
+        How vectors are pooled and normalised, where suite.yaml does not say it, is told by the
+        files of sentence-transformers beside the base; but classifiers within the experts'
+        checkpoints take what they were trained on.
+        """
+        told, members = self.spec.architecture, [None, *self.tasks]
+        for task in members:
+            with suppress(MergeScopeError):
+                member = self.base if task is None else self.expert(task)
+                if member is None:
+                    continue
+                if told is None:
+                    told = read_architecture(member)
+                elif (files := companions_of(member)) is not None and task is None:
+                    told = add_pooling(told, files)
+            if told is not None:
+                break
+        if told is not None and any(self.has_own_head(task) for task in self.tasks):
+            given = self.spec.architecture or ArchitectureSpec(name=told.name)
+            told = told.model_copy(update={"pooling": given.pooling, "normalize": given.normalize})
+        return told
+
+    def has_own_head(self, task: str) -> bool:
+        """Whether suite.yaml names no head of a task, and its expert's checkpoint holds one."""
+        if self.spec.experts[task].head is not None:
+            return False
+        with suppress(MergeScopeError):
+            expert = self.expert(task)
+            return any(
+                info.is_floating and len(info.shape) == 2 and _is_classifier(name, info)
+                for name, info in ((name, expert.info(name)) for name in expert)
+            )
+        return False
+
     @property
     def can_evaluate(self) -> bool:
-        """Whether an architecture, and a head and data for every task, are named."""
+        """Whether an architecture, and a head and data for every task, are known."""
         return self.why_not_evaluated is None
 
     @property
     def why_not_evaluated(self) -> str | None:
         """What the suite lacks for evaluation, in words; None if nothing."""
-        if self.spec.architecture is None:
+        if self.architecture is None:
             return "the suite names no architecture"
-        for what in ("head", "data"):
-            without = [t for t, spec in self.spec.experts.items() if getattr(spec, what) is None]
+        experts = self.spec.experts.items()
+        headless = [task for task, spec in experts if spec.head is None]
+        lacking = {
+            "head": [task for task in headless if not self.has_own_head(task)],
+            "data": [task for task, spec in experts if spec.data is None],
+        }
+        for what, without in lacking.items():
             if without:
                 return f"no {what} is given for {', '.join(without)}"
         return None
@@ -292,17 +339,18 @@ class Suite:
             HubError: a head, tower or tokenizer on the hub is not downloaded.
         """
         spec = self.spec.experts[task]
-        if spec.data is None or spec.head is None or self.spec.architecture is None:
+        headless = spec.head is None and not self.has_own_head(task)
+        if spec.data is None or headless or self.architecture is None:
             raise SuiteError(f"Task {task!r} cannot be evaluated: {self.why_not_evaluated}.")
         parts = [
             *map(repr, spec.data.constants),
-            self.spec.architecture.identity,
-        ]
-        parts += [
+            self.architecture.identity,
             data_identity(spec.data, self.file, f"data of task {task!r} of {self.path}"),
-            head_identity(spec.head, self.file, f"head of task {task!r} of {self.path}"),
+            digest_of("own head", self.expert(task).digest)
+            if spec.head is None
+            else head_identity(spec.head, self.file, f"head of task {task!r} of {self.path}"),
         ]
-        if self.spec.architecture.library == "transformers" and self.base is not None:
+        if self.architecture.library == "transformers" and self.base is not None:
             parts.append(self.base.digest)  # its projection stands in for what experts lack
         return digest_of(*parts)
 
@@ -338,6 +386,12 @@ class Suite:
             return AdaptedCheckpoint(path, base)
         except CheckpointError as error:
             raise CheckpointError(f"Suite {self.name!r}, {what}: {error}") from error
+
+
+def _is_classifier(name: str, info: TensorInfo) -> bool:
+    """Whether a weight belongs to a classifier of whole inputs."""
+    words = set(name.split("."))
+    return describe_parameter(name, info).kind == "head" and not words & OTHER_HEADS
 
 
 def load_suite(reference: str | Path) -> Suite:

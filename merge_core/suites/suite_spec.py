@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, StringConstraints
+from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
 from merge_core.errors import HubError
 from merge_core.hub.files import HubId, is_hub_id
@@ -29,21 +29,51 @@ def _check_hub_name(weights: str) -> str:
 Weights = Annotated[str, AfterValidator(_check_hub_name)]
 
 
+# What a classifier is given of the vectors of an input's tokens or patches.
+Pooling = Literal["first", "last", "mean", "patches", "first_and_patches", "pooler"]
+
+
 class ArchitectureSpec(StrictModel):
     """A network of timm, open_clip or transformers by its name there, and its arguments.
 
     ``open_clip`` gives the visual tower of that configuration; ``transformers`` takes a type of
     model as in ``config.json`` and the arguments of its configuration.
+
+    Attributes:
+        name: in its library.
+        args: of its configuration; the library's defaults hold for the rest.
+        library: that builds it.
+        pooling: of models of transformers: the vector of the ``first`` token, of the ``last``, the
+            ``mean`` over all tokens that are no padding, over all ``patches`` but not the class
+            token, both (``first_and_patches``), or what the model's own ``pooler`` makes of them.
+            Where it is not named: what sentence-transformers' files beside the base say, else
+            what the library's own classifier of this type takes.
+        normalize: of models of transformers: whether features are divided by their norm. Where it
+            is not named: what sentence-transformers' files beside the base say, else not.
     """
 
     name: str
     args: dict[str, Any] = Field(default_factory=dict)
     library: Literal["timm", "open_clip", "transformers"] = "timm"
+    pooling: Pooling | None = None
+    normalize: bool | None = None
+
+    @model_validator(mode="after")
+    def _check_library(self) -> ArchitectureSpec:
+        for field in ("pooling", "normalize"):
+            if getattr(self, field) is not None and self.library != "transformers":
+                raise ValueError(
+                    f"{field!r} is of architectures of transformers; {self.library} pools by the "
+                    "network's own arguments (timm: global_pool)"
+                )
+        return self
 
     @property
     def identity(self) -> str:
         """JSON by which outputs are kept; what timm builds is known by name and arguments alone."""
-        return self.model_dump_json(exclude={"library"} if self.library == "timm" else None)
+        left_out = {"library"} if self.library == "timm" else set()
+        left_out |= {field for field in ("pooling", "normalize") if not getattr(self, field)}
+        return self.model_dump_json(exclude=left_out)
 
 
 class ExpertSpec(StrictModel):

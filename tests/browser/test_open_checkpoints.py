@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,19 @@ def weight_files(server: Server) -> list[Path]:
     return [p for p in (server.log.parent / "cache").rglob("*.safetensors") if p.stem in TASKS]
 
 
+def rename_second(page: Page, task: str) -> None:
+    """Type another task for the second model of the table, and wait until it counts."""
+    table = page.get_by_test_id("stDataFrame").first
+    table.evaluate("table => table.scrollIntoView({block: 'center'})")
+    page.wait_for_timeout(300)
+    table.click(position={"x": 30, "y": 85}, force=True)  # its role, drawn below what scrolls
+    for key in ("ArrowRight", "Enter", "Control+A", *task, "Enter"):
+        page.wait_for_timeout(200)  # the table draws itself between two keys
+        page.keyboard.press(key)
+    page.wait_for_url(re.compile(f"roles=.*{task}"))
+    wait_idle(page)
+
+
 def test_dropped_files_become_a_suite_of_this_visitor_alone(
     fresh_server: Server, browser: Browser, context: BrowserContext
 ) -> None:
@@ -66,10 +80,19 @@ def test_dropped_files_become_a_suite_of_this_visitor_alone(
     metrics = context.request.get(f"{fresh_server.url}/_stcore/metrics").text()
     assert "cache_memory_bytes" in metrics
     assert "UploadedFileManager" not in metrics
+    rename_second(page, "cars2")
+    page.get_by_role("link", name="Patterns").click()
+    page.get_by_role("heading", name="What patterns").wait_for()
+    wait_idle(page)
+    page.get_by_role("link", name="Open checkpoints").click()
+    expect(page.get_by_text("All 4 models fit together.")).to_be_visible()
+    wait_idle(page)
+    assert "cars2" in page.url  # what was typed stays, as every control's value
     page.get_by_role("button", name="Open this suite").click()
     page.get_by_role("heading", name="Why does averaging").wait_for()
     wait_idle(page)
     assert "suite=uploads" in page.url
+    expect(page.get_by_test_id("stSidebar").get_by_role("button", name="cars2")).to_be_visible()
     chosen = page.get_by_test_id("stSidebar").get_by_role("combobox", name="Suite")
     assert "uploads" in (chosen.input_value() or chosen.get_attribute("aria-label") or "")
     page.get_by_role("link", name="Spectra").click()

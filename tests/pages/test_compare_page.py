@@ -9,10 +9,13 @@ from urllib.parse import parse_qs
 
 import numpy as np
 import pytest
+import streamlit as st
 import yaml
 from streamlit.testing.v1 import AppTest
 
 from analysis.evaluation.evaluator import Evaluator
+from analysis.rank_selection.adaptive import adaptive_search
+from analysis.rank_selection.space import search_space
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
@@ -30,6 +33,7 @@ def offer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Offer:
     """Write a suite named ``mine`` and offer it to the dashboard."""
 
     def make() -> Path:
+        monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))  # nothing is stored
         path = write_evaluable(tmp_path / "mine")
         monkeypatch.setenv("MERGESCOPE_SUITES", str(path))
         return path
@@ -75,6 +79,28 @@ def test_tuned_settings_are_chosen_on_validation(offer: Offer) -> None:
     at = open_page("compare", suite="mine", methods=["Task Arithmetic"], budget="Best of 4")
     at = run_comparison(assert_healthy(at))
     assert any("scale" in str(frame.value.to_dict()) for frame in at.dataframe)
+
+
+def test_settings_that_a_search_has_found_stand_beside_the_defaults(offer: Offer) -> None:
+    path = offer()
+    suite = load_suite(path)
+    session, evaluator = MergeSession(suite, None, FactorStore()), Evaluator(suite)
+    chosen = ["Weight average", "CART"]
+    at = assert_healthy(open_page("compare", suite="mine", methods=chosen))
+    assert any(text.value.startswith("2 methods on 3 tasks") for text in at.markdown)
+    found = adaptive_search(search_space("cart", str(path), suite.tasks), session, evaluator)
+    st.cache_data.clear()
+    at = assert_healthy(open_page("compare", suite="mine", methods=chosen))
+    words = "2 methods and 1 stored setting tuned on validation on 3 tasks"
+    assert any(text.value.startswith(words) for text in at.markdown)
+    at = run_comparison(at)
+    frame = next(f.value for f in at.dataframe if "chosen" in f.value).set_index("label")
+    assert sorted(frame["chosen"]) == ["default", "default", "searched on validation"]
+    (label,) = frame.index[frame["chosen"] == "searched on validation"]
+    recipe = make_recipe({"method": "cart"}).with_parameters(rank=found.rank, scale=found.scale)
+    wanted = evaluator.recipe(recipe, session, "test")
+    assert label.startswith("CART (")
+    assert frame.loc[label, "accuracy"] == pytest.approx(wanted["accuracy"].mean())
 
 
 def ranking(at: AppTest, words: str) -> dict[str, float]:

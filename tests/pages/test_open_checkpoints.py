@@ -376,6 +376,22 @@ def test_only_roles_and_names_are_taken_from_the_browser() -> None:
     assert result[1].task == "new"
 
 
+def test_roles_and_names_come_with_the_link(root: Path) -> None:
+    write_models(root / "models")
+    link = {"from": "Folder", "open_folder": "models"}
+    at = assert_healthy(
+        open_page("open_checkpoints", **link, roles=["1:leave out:cars", "2:expert:a:b"])
+    )
+    table = members(at)
+    assert table["role"].tolist() == ["base", "leave out", "expert", "expert"]
+    assert table["task"].tolist()[1:] == ["cars", "a:b", "svhn"]
+    assert at.query_params["roles"] == ["1:leave out:cars", "2:expert:a:b"]
+    for wrong in ("9:expert:a", "1:admin:a", "x", "-1:expert:a"):
+        at = assert_healthy(open_page("open_checkpoints", **link, roles=[wrong]))
+        assert members(at)["role"].tolist() == ["base", "expert", "expert", "expert"]
+        assert "roles" not in at.query_params
+
+
 def test_uploads_named_alike_have_a_row_each(root: Path) -> None:
     experts, _ = random_states(TASKS)
     name = "model.safetensors"

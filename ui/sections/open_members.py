@@ -14,6 +14,7 @@ from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import preflight
 from merge_core.suites.suite import Suite
 from ui import charts
+from ui.kept import Control, stand
 from ui.plain_text import plain, show_info, show_warning
 from ui.sections.compatibility import are_one_network, compatibility_section
 
@@ -25,6 +26,10 @@ ROLES: dict[str, Role] = {
     "leave out": "left out",
 }
 FEWEST = 2  # experts that make a merge
+NAME = "roles"  # in the address
+ROWS = "_members"
+LONGEST = 80  # characters of a task's name
+Members = tuple[tuple[str, str], ...]  # role and task of each model, in their order
 LABELS = {role: label for label, role in ROLES.items()}
 
 
@@ -54,16 +59,58 @@ def apply_edits(found: Sequence[FoundModel], frame: pd.DataFrame) -> tuple[Found
 
 
 def members_table(found: Sequence[FoundModel], key: str) -> tuple[FoundModel, ...]:
-    """The models in a table in which roles and task names can be changed.
+    """The models in a table in which roles and task names can be changed, and stay so.
 
     Args:
         found: models with suggestions.
         key: changes when they do.
     """
+    suggested = [(LABELS[each.role], each.task) for each in found]
+
+    def read(words: list[str]) -> Members:
+        members = list(suggested)
+        for word in words:
+            place, role, task = word.split(":", 2)
+            if not 0 <= int(place) < len(found):
+                raise ValueError(place)
+            members[int(place)] = (role, task)
+        return tuple(members)
+
+    def write(members: Members) -> list[str]:
+        places = range(len(found))
+        return [f"{i}:{':'.join(members[i])}" for i in places if members[i] != suggested[i]]
+
+    def draw(members: Members) -> Members:
+        table = f"members_{key}"
+        # The rows under the edits of a visit stay what they were when it began.
+        if table not in st.session_state:
+            st.session_state[ROWS] = members
+        drawn: Members = st.session_state[ROWS]
+        frame = members_frame(found).assign(role=[r for r, _ in drawn], task=[t for _, t in drawn])
+        frame = _draw_table(frame, table)
+        st.session_state[NAME] = tuple(zip(frame["role"], frame["task"].fillna(""), strict=True))
+        edited: Members = st.session_state[NAME]
+        return edited
+
+    control = Control(
+        name=NAME,
+        label="Roles and tasks",
+        rest=tuple(suggested),
+        read=read,
+        write=write,
+        fits=lambda members: len(members) == len(found) and all(r in ROLES for r, _ in members),
+        slot=f"{NAME} of {key}",
+    )
+    members = stand(control, draw)
+    return apply_edits(found, pd.DataFrame(members, columns=["role", "task"]))
+
+
+def _draw_table(frame: pd.DataFrame, key: str) -> pd.DataFrame:
+    """The frame as a table in which two columns can be edited; returns it with the edits."""
     columns = st.column_config
-    frame = st.data_editor(
-        members_frame(found),
-        key=f"members_{key}",
+    return st.data_editor(
+        frame,
+        key=key,
         hide_index=True,
         num_rows="fixed",
         disabled=["model", "tensors", "megabytes", "note"],
@@ -76,7 +123,7 @@ def members_table(found: Sequence[FoundModel], key: str) -> tuple[FoundModel, ..
                 "methods need none. Classifiers go with the expert of their name.",
             ),
             "task": columns.TextColumn(
-                "Task", max_chars=80, required=True, help="Letters, digits and . _ + -"
+                "Task", max_chars=LONGEST, required=True, help="Letters, digits and . _ + -"
             ),
             "model": columns.TextColumn("Model", width="medium"),
             "tensors": columns.NumberColumn("Tensors"),
@@ -84,7 +131,6 @@ def members_table(found: Sequence[FoundModel], key: str) -> tuple[FoundModel, ..
             "note": columns.TextColumn("Note", width="large"),
         },
     )
-    return apply_edits(found, frame)
 
 
 def fit_section(suite: Suite) -> None:

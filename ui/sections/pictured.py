@@ -75,7 +75,7 @@ def _source_of_suite(key: str, suite: Suite) -> Source:
         single = {"base": lambda: base} | single
 
     def heads() -> int | None:
-        return head_count(suite_network(suite).module) if suite.spec.architecture else None
+        return head_count(suite_network(suite).module) if suite.architecture else None
 
     return Source(key, single, suite.tasks, heads)
 

@@ -17,9 +17,10 @@ from ui.words.rank_selection import setting_in_words
 
 # Up to this many parameters what is stored is looked up while a page is drawn.
 LIVE_PARAMETERS = 5_000_000
+FRESH = 20  # seconds until a search that ended meanwhile is seen
 
 
-@st.cache_data(max_entries=64, show_spinner="Looking up the recommended setting …")
+@st.cache_data(max_entries=64, show_spinner="Looking up the recommended setting …", ttl=FRESH)
 def find_suggestion(key: str, tasks: tuple[str, ...], method: str, _view: View) -> Recipe | None:
     """The recipe that the stored search for rank and scale recommends; None where none is stored.
 

@@ -117,6 +117,23 @@ def test_own_recipes_stand_beside_the_methods_as_they_are(
     assert alone.summary["label"].tolist() == ["CART (rank 0.5)"]
 
 
+def test_stored_settings_are_rows_and_what_merges_alike_counts_once(
+    parts: tuple[MergeSession, Evaluator],
+) -> None:
+    session, evaluator = parts
+    default, searched = (
+        make_recipe({"method": "cart", "parameters": parameters})
+        for parameters in ({}, {"rank": 0.5, "scale": 2})
+    )
+    result = run_comparison(
+        "s", ["cart"], session, evaluator, limit=5, own=[searched, default], tuned=[searched]
+    )
+    assert dict(zip(result.summary["label"], result.summary["chosen"], strict=True)) == {
+        "CART": "default",
+        "CART (rank 0.5, scale 2)": "searched on validation",
+    }
+
+
 def test_own_recipes_that_do_not_fit_are_refused_at_once(
     parts: tuple[MergeSession, Evaluator],
 ) -> None:

@@ -120,6 +120,89 @@ def test_validation_texts_are_a_drawn_share_of_the_training_split(folder: Path) 
     assert len(read(folder, "test", limit=2)[0]) == 2
 
 
+def write_table(path: Path, rows: list[dict[str, Any]]) -> None:
+    """The same rows in the format that a name says."""
+    import csv
+    import json
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".jsonl":
+        path.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(rows), encoding="utf-8")
+    elif path.suffix == ".parquet":
+        datasets.Dataset.from_list(rows).to_parquet(str(path))
+    else:
+        with path.open("w", newline="", encoding="utf-8") as file:
+            delimiter = "," if path.suffix == ".csv" else "\t"
+            writer = csv.DictWriter(file, list(rows[0]), delimiter=delimiter)
+            writer.writeheader()
+            writer.writerows(rows)
+
+
+SPOKEN = [
+    {"text": 'a, "b"', "label": "yes"},
+    {"text": "null", "label": "no"},
+    {"text": "12", "label": "yes"},
+    {"text": "", "label": "maybe"},
+]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl", ".json", ".parquet"])
+@pytest.mark.parametrize(
+    "place", ["{split}{suffix}", "{split}/part-1{suffix}", "d/x_{split}{suffix}"]
+)
+def test_tables_of_every_kind_are_the_same_texts_and_labels(
+    folder: Path, suffix: str, place: str
+) -> None:
+    for split, rows in (("train", SPOKEN[:2]), ("dev", SPOKEN[:3]), ("test", SPOKEN)):
+        write_table(folder / "tables" / place.format(split=split, suffix=suffix), rows)
+    (folder / "tables/README.txt").write_text("nothing")
+    tokens, labels, names = read(folder, path="tables", test="test")
+    assert names == ("maybe", "no", "yes")
+    found = {spell(row): names[label] for row, label in zip(tokens, labels, strict=True)}
+    # A text's white space and marks that the vocabulary lacks are the tokenizer's affair.
+    assert {found[text] for text in ("null", "12", "")} == {"no", "yes", "maybe"}
+    assert found["null"] == "no"
+    assert found[""] == "maybe"
+    assert len(read(folder, "val", path="tables", test="test")[0]) == 3
+
+
+def test_one_file_is_split_by_the_seed(folder: Path) -> None:
+    for suffix in (".csv", ".jsonl", ".parquet"):
+        write_table(folder / f"one{suffix}", SPOKEN * 5)
+        given = {"path": f"one{suffix}", "test": None, "val_share": 0.25}
+        val, test = (read(folder, split, **given)[1] for split in ("val", "test"))
+        assert (len(val), len(test)) == (5, 15)
+        counts = np.bincount(np.concatenate([val, test]))
+        assert counts.tolist() == [5, 5, 10]
+
+
+@pytest.mark.parametrize("where", ["suite", "folder"])
+def test_classes_are_numbered_as_they_are_listed(folder: Path, where: str) -> None:
+    write_table(folder / "tables/test.csv", SPOKEN)
+    fields: dict[str, Any] = {"path": "tables", "test": "test"}
+    if where == "suite":
+        fields["classes"] = ["yes", "no", "maybe"]
+    else:
+        (folder / "tables/classes.txt").write_text("yes\nno\nmaybe\n")
+    _, labels, names = read(folder, "test", **fields)
+    assert names == ("yes", "no", "maybe")
+    assert set(labels) <= {0, 1, 2}
+    numbered = [{**row, "label": number} for number, row in enumerate(SPOKEN[:3])]
+    write_table(folder / "tables/test.csv", numbered)
+    assert read(folder, "test", **fields)[2] == names
+
+
+def test_a_label_that_is_no_class_is_named(folder: Path) -> None:
+    write_table(folder / "tables/test.csv", SPOKEN)
+    with pytest.raises(SuiteError, match="'maybe' is none of the 2 classes"):
+        read(folder, path="tables", test="test", classes=["no", "yes"], val_share=0.01)
+    (folder / "tables/test.csv").write_bytes(b"\xff\xfe\x00broken\x00")
+    with pytest.raises(SuiteError, match="cannot be read as a table"):
+        read(folder, path="tables", test="test")
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -143,8 +226,7 @@ def test_what_is_wrong_is_said(folder: Path, fields: dict[str, Any], message: st
         ({"text_columns": []}, "at least 1"),
         ({"text_columns": ["a", "b", "c"]}, "at most 2"),
         ({"mean": [0, 0, 0]}, "takes no transform, mean"),
-        ({"classes": ["a"]}, "takes no transform, mean, std or classes"),
-        ({"dataset": "org/name"}, "either 'path', a folder, or 'dataset'"),
+        ({"dataset": "org/name"}, "either 'path', a folder or file, or 'dataset'"),
         ({"file": "x.npz"}, "takes no 'file'"),
     ],
 )

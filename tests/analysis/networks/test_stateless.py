@@ -166,7 +166,7 @@ def test_no_architecture(suite: Suite) -> None:
 def test_a_missing_parameter_is_named(suite: Suite) -> None:
     state = state_of(suite, "digits")
     del state["norm.weight"], state["norm.bias"]
-    with pytest.raises(SuiteError, match=r"lack 'norm.weight'.*2 missing.*suite\.yaml"):
+    with pytest.raises(SuiteError, match=r"lack 'norm.weight'.*2 of \d+ are missing.*suite\.yaml"):
         suite_network(suite).features(state, images())
 
 

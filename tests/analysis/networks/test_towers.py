@@ -158,7 +158,7 @@ def test_activations_of_openai_are_not_those_of_gelu(
 @pytest.mark.parametrize(
     ("architecture", "message"),
     [
-        ({**CLIP, "name": "bert"}, "can be run, not 'bert'"),
+        ({**CLIP, "name": "t6"}, "no encoder of type 't6'"),
         ({**CLIP, "args": {"hiden_size": 32}}, "no 'hiden_size'"),
         ({**CLIP, "args": {**VISION, "num_attention_heads": 5}}, "cannot build.*Correct the args"),
         ({**TOWER, "name": "ViT-B-3"}, "knows no architecture 'ViT-B-3'. Similar: ViT-B"),
@@ -218,11 +218,18 @@ def test_timms_own_results_are_still_known_by_name_and_arguments() -> None:
 
 
 def test_the_prefix_is_that_under_which_most_is_found() -> None:
-    expected = ["a.w", "a.b", "c.w"]
-    assert common_prefix(expected, ["a.w", "a.b", "c.w"]) == ""
-    assert common_prefix(expected, ["m.a.w", "m.a.b", "m.c.w", "n.a.w"]) == "m."
-    assert common_prefix(expected, ["n.m.a.w", "n.m.a.b", "n.a.w"]) == "n.m."
-    assert common_prefix(expected, ["x", "ma.w"]) == ""
+    expected = {"a.w": (2, 3), "a.b": (2,), "c.w": (4, 2)}
+
+    def under(start: str) -> dict[str, tuple[int, ...]]:
+        return {f"{start}{name}": shape for name, shape in expected.items()}
+
+    assert common_prefix(expected, expected) == ""
+    assert common_prefix(expected, {**under("m."), "n.a.w": (2, 3)}) == "m."
+    assert common_prefix(expected, {**under("n.m."), "n.a.w": (2, 3)}) == "n.m."
+    assert common_prefix(expected, {"x": (1,), "ma.w": (2, 3)}) == ""
+    # Of a second tower with the same names it is the one whose shapes are these.
+    other = {f"text.{name}": (9, *shape[1:]) for name, shape in expected.items()}
+    assert common_prefix(expected, {**other, "text.d.w": (1,), **under("vision.")}) == "vision."
 
 
 def test_wrapped_checkpoints_of_timm_are_run_too(tmp_path: Path) -> None:

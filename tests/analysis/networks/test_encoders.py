@@ -1,0 +1,141 @@
+"""Every family gives what transformers' own classes give, from nothing but its config.json."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from analysis.networks.towers import suite_network
+from analysis.outputs.heads import load_head
+from merge_core.suites.suite import Suite, load_suite
+from tests.evaluable import write_document
+
+transformers = pytest.importorskip("transformers")
+
+CLASSES, VOCABULARY, LENGTHS = 4, 50, (7, 3, 5)
+TEXT = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 24,
+}
+IMAGE = {
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 20,
+    "image_size": 32,
+    "patch_size": 16,
+}
+TEXTS: dict[str, dict[str, Any]] = {
+    "bert": TEXT,
+    "roberta": TEXT,
+    "xlm-roberta": TEXT,
+    "camembert": TEXT,
+    "distilbert": {
+        **{"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 20},
+        **{"vocab_size": VOCABULARY, "max_position_embeddings": 24},
+    },
+    "electra": {**TEXT, "embedding_size": 12},
+    "mpnet": TEXT,
+    "deberta": {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "deberta-v2": {**TEXT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"]},
+    "albert": {**TEXT, "embedding_size": 12},
+    "modernbert": TEXT | {"pad_token_id": 0},
+    "gpt2": {"vocab_size": VOCABULARY, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 24},
+}
+IMAGES: dict[str, dict[str, Any]] = {
+    "vit": IMAGE,
+    "deit": IMAGE,
+    "beit": IMAGE,
+    "dinov2": {key: IMAGE[key] for key in IMAGE if key != "intermediate_size"},
+    "dinov2_with_registers": {key: IMAGE[key] for key in IMAGE if key != "intermediate_size"},
+    "swin": {
+        **{"image_size": 32, "patch_size": 4, "embed_dim": 8, "depths": [1, 2]},
+        **{"num_heads": [2, 2], "window_size": 4},
+    },
+    "convnext": {"hidden_sizes": [8, 16], "depths": [1, 1], "num_stages": 2, "image_size": 32},
+    "resnet": {"hidden_sizes": [8, 16], "depths": [1, 1], "embedding_size": 8},
+    "clip": {"vision_config": IMAGE, "text_config": {"hidden_size": 8, "num_attention_heads": 1}},
+    "siglip": {"vision_config": IMAGE, "text_config": {"hidden_size": 8, "num_attention_heads": 1}},
+}
+KINDS = {**TEXTS, **IMAGES}
+
+
+def classifier(kind: str, seed: int = 0) -> Any:
+    """transformers' classifier of a type, small, with weights that are nowhere zero or one."""
+    config = transformers.CONFIG_MAPPING[kind](**KINDS[kind])
+    config.num_labels = CLASSES
+    if kind in TEXTS:
+        config.pad_token_id = config.pad_token_id or 0
+        make = transformers.AutoModelForSequenceClassification
+    else:
+        make = transformers.AutoModelForImageClassification
+    if kind == "deit":  # of two classes the library wants to be told which
+        config.architectures = ["DeiTForImageClassification"]
+    torch.manual_seed(seed)
+    model = make.from_config(config).eval()
+    with torch.no_grad():
+        for value in model.parameters():
+            value.add_(0.1 * torch.randn_like(value))
+    return model
+
+
+def inputs(kind: str) -> Tensor:
+    """Texts of several lengths, negative after their ends, or images."""
+    source = torch.Generator().manual_seed(5)
+    if kind in IMAGES:
+        return torch.randn(3, 3, 32, 32, generator=source)
+    tokens = torch.full((len(LENGTHS), 10), -1)
+    for row, length in enumerate(LENGTHS):
+        tokens[row, :length] = torch.randint(5, VOCABULARY, (length,), generator=source)
+    return tokens
+
+
+@torch.no_grad()
+def own_logits(model: Any, given: Tensor) -> Tensor:
+    """Of each input alone, so that there is no padding."""
+    if given.ndim == 4:
+        result: Tensor = model(pixel_values=given).logits
+        return result
+    return torch.cat([model(input_ids=row[row >= 0][None]).logits for row in given])
+
+
+def suite_of(folder: Path, kind: str, bare_base: bool = True, **fields: Any) -> Suite:
+    """A suite of two classifiers as their library saves them; nothing says what they are but
+    config.json."""
+    for seed, name in enumerate(("one", "two")):
+        classifier(kind, seed).save_pretrained(folder / name)
+    document: dict[str, Any] = {
+        "name": "s",
+        "experts": {name: {"weights": name} for name in ("one", "two")},
+        **fields,
+    }
+    if bare_base:
+        model = classifier(kind, 2)
+        bare = getattr(model, model.base_model_prefix, None) or model.vision_model
+        bare.save_pretrained(folder / "base")
+        document["base"] = "base"
+    return load_suite(write_document(folder, document))
+
+
+@pytest.mark.parametrize("with_base", [True, False])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_experts_give_the_logits_of_their_library(
+    kind: str, with_base: bool, tmp_path: Path
+) -> None:
+    suite = suite_of(tmp_path, kind, with_base)
+    network, given = suite_network(suite), inputs(kind)
+    for seed, task in enumerate(suite.tasks):
+        expert = suite.expert(task)
+        state = {name: expert.tensor(name) for name in expert}
+        assert set(network.module.state_dict()) <= set(state)
+        got = load_head(suite, task).logits(network.features(state, given))
+        expected = own_logits(classifier(kind, seed), given)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
