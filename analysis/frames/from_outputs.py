@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -333,19 +333,29 @@ class OutputFrames:
         for done, (arguments, method, given) in enumerate(asked):
             progress.step(done, len(asked), arguments["method"])
             compute = partial(
-                run_comparison,
-                self.reference,
-                method,
-                self._session(),
-                self.evaluator,
-                budget,
-                progress=Progress(cancel=progress.cancel),
-                own=given.get("own", ()),
-                tuned=given.get("tuned", ()),
+                self._compare, method, budget, given, Progress(cancel=progress.cancel)
             )
             parts.append(ask(self.frames, self._comparison(), self.inputs, arguments, compute))
         progress.step(len(asked), len(asked), "compared")
         return join_comparisons(parts)
+
+    def _compare(
+        self,
+        method: list[str],
+        budget: int,
+        given: Mapping[str, list[Recipe]],
+        progress: Progress,
+    ) -> Comparison:
+        return run_comparison(
+            self.reference,
+            method,
+            self._session(),
+            self.evaluator,
+            budget,
+            progress=progress,
+            own=given.get("own", ()),
+            tuned=given.get("tuned", ()),
+        )
 
     def _of_recipe(self, recipe: Recipe, split: Split) -> dict[str, Any]:
         return {**method_arguments(recipe), "split": split}

@@ -146,7 +146,6 @@ class _Questions:
             found.append(self._select(space, "labels"))
             for options in _OTHER_SEARCHES:
                 found.append(self.outputs.select_if_known(space, options))
-            self.outputs.suggestion(space)
             for recipe in space.recipes():
                 self.progress.step(0, 0, f"settings of {space.base.method}")
                 self.outputs.knows_recipe(recipe, "val")
@@ -181,7 +180,20 @@ class _Questions:
                 recipe = default_recipe(name, frames.reference, tasks)
                 for split in get_args(Split):
                     yield method.title, partial(frames.recipe, recipe, split)
+        for name, title in selectable_methods(self.suite, tasks).items():
+            space = search_space(name, frames.reference, tasks)
+            yield title, partial(self._ask_suggested, space)
         yield "first result", self._ask_first
+
+    def _ask_suggested(self, space: SearchSpace) -> None:
+        """The setting that a stored search recommends, beside the method's defaults."""
+        found = self.outputs.suggestion(space)
+        if found is None:
+            return
+        for split in get_args(Split):
+            self.outputs.recipe(found, split)
+        if found.parameters != space.base.parameters:
+            self.outputs.compare([], 1, tuned=[found])
 
     def _ask_first(self) -> None:
         self.outputs.first_result(self.outputs.first_recipes())  # its outputs are known from here

@@ -237,7 +237,7 @@ class RecordedSuite(Suite):
     @cached_property
     def _members(self) -> dict[str | None, Checkpoint]:
         infos = [_infos(layout) for layout in self.card.layouts]
-        cards: dict[str | None, MemberCard] = {**self.card.tasks}
+        cards: dict[str | None, MemberCard] = {t: each for t, each in self.card.tasks.items()}
         if self.card.base is not None:
             cards[None] = self.card.base
         return {
