@@ -237,12 +237,12 @@ class RecordedSuite(Suite):
     @cached_property
     def _members(self) -> dict[str | None, Checkpoint]:
         infos = [_infos(layout) for layout in self.card.layouts]
-        cards: dict[str | None, MemberCard] = {t: each for t, each in self.card.tasks.items()}
+        cards: list[tuple[str | None, MemberCard]] = [*self.card.tasks.items()]
         if self.card.base is not None:
-            cards[None] = self.card.base
+            cards.append((None, self.card.base))
         return {
             task: RecordedMember(infos[card.layout], card.digest, task or "base")
-            for task, card in cards.items()
+            for task, card in cards
         }
 
     @cached_property
