@@ -15,6 +15,7 @@ from analysis.frames.usual import SHARES
 from analysis.rank_selection.per_layer import ranks_per_layer
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_proxies import proxy_curves
+from analysis.spectral.centring import centring_frame
 from analysis.spectral.interference import (
     Side,
     cosine_similarity,
@@ -39,12 +40,25 @@ SUMMARY = frame_question("spectral.summary", 1, "the map of all layers")
 COSINES = frame_question("spectral.cosines", 1, "the cosines of task vectors")
 PAIRS = frame_question("spectral.pairs", 1, "the overlap of each pair")
 OVER_RANK = frame_question("spectral.over_rank", 1, "interference over the rank")
+CENTRING = frame_question("spectral.centring", 1, "what centring does to each layer")
 ANGLES = frame_question("spectral.angles", 1, "the principal angles")
 SIGNS = frame_question("spectral.signs", 1, "the clashes of signs")
 PROXIES = frame_question("rank.proxy_curves", 1, "the rules over the rank")
 PER_LAYER = frame_question("rank.per_layer", 1, "the ranks of each layer")
 QUESTIONS: tuple[Question[pd.DataFrame], ...] = (
-    *(SPECTRUM, CUTS, SUMMARY, COSINES, PAIRS, OVER_RANK, ANGLES, SIGNS, PROXIES, PER_LAYER),
+    *(
+        SPECTRUM,
+        CUTS,
+        SUMMARY,
+        COSINES,
+        PAIRS,
+        OVER_RANK,
+        CENTRING,
+        ANGLES,
+        SIGNS,
+        PROXIES,
+        PER_LAYER,
+    ),
 )
 
 
@@ -190,6 +204,11 @@ class WeightFrames:
             return mean_over_layers(interference_over_rank(self._groups(), origin, SHARES, side))
 
         return self._ask(OVER_RANK, named(layer), compute)
+
+    def centring(self, share: float, side: Side = "row") -> pd.DataFrame:
+        """See :func:`analysis.spectral.centring.centring_frame`."""
+        named = {"share": share, "side": side}
+        return self._ask(CENTRING, named, lambda: centring_frame(self._groups(), share, side))
 
     def angles(self, layer: str, origin: Origin, k: int, side: Side = "row") -> pd.DataFrame:
         """Mean principal angle of each pair in one layer, of k directions."""
