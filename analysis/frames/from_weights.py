@@ -205,10 +205,20 @@ class WeightFrames:
 
         return self._ask(OVER_RANK, named(layer), compute)
 
-    def centring(self, share: float, side: Side = "row") -> pd.DataFrame:
-        """See :func:`analysis.spectral.centring.centring_frame`."""
-        named = {"share": share, "side": side}
-        return self._ask(CENTRING, named, lambda: centring_frame(self._groups(), share, side))
+    def centring(self, share: float, side: Side = "row", layer: str | None = None) -> pd.DataFrame:
+        """See :func:`analysis.spectral.centring.centring_frame`: a row a layer, or one."""
+
+        def named(layer: str | None) -> dict[str, Any]:
+            return {"layer": layer, "share": share, "side": side}
+
+        def compute() -> pd.DataFrame:
+            if layer is not None:
+                return centring_frame(self._group(layer), share, side)
+            if known := self._known_layers(CENTRING, named):
+                return pd.concat(known, ignore_index=True)
+            return centring_frame(self._groups(), share, side)
+
+        return self._ask(CENTRING, named(layer), compute)
 
     def angles(self, layer: str, origin: Origin, k: int, side: Side = "row") -> pd.DataFrame:
         """Mean principal angle of each pair in one layer, of k directions."""

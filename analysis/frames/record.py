@@ -34,6 +34,7 @@ TITLES = {
     "spectral.cosines": "the cosine of task vectors",
     "spectral.pairs": "the overlap of each pair",
     "spectral.over_rank": "interference over the rank",
+    "spectral.centring": "what centring does to each layer",
     "spectral.angles": "the angles between subspaces",
     "spectral.signs": "the clashes of signs",
     "rank.proxy_curves": "what the rules say of every rank",

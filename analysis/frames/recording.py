@@ -128,6 +128,8 @@ class _Questions:
                 for share in SHARES:
                     self.progress.step(0, 0, layer or "the whole model")
                     frames.pairs(layer, origin, share, side)
+                    if origin == "base":
+                        frames.centring(share, side, layer)
 
     def of_settings(self) -> Iterator[Step]:
         """The choice of rank and scale of the methods that pages ask for first."""

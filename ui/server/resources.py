@@ -106,7 +106,8 @@ def factor_store(suite: Suite) -> FactorStore:
 
 
 @st.cache_resource(show_spinner=False)
-def _shared_frames() -> FrameStore:
+def shared_frames() -> FrameStore:
+    """The server's one store of frames."""
     return FrameStore()
 
 
@@ -124,7 +125,7 @@ def frame_store(suite: Suite) -> Frames:
         return _open_record(str(suite.path), stamp(suite.path)).frames
     if session_files.has_uploads(suite):
         return _private_frames(str(suite.root / "frames"))
-    return _shared_frames()
+    return shared_frames()
 
 
 @st.cache_resource(show_spinner=False)

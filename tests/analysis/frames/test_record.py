@@ -90,6 +90,7 @@ def test_a_record_answers_what_the_weights_answer(
                 mine = record.weights.spectrum(layer, origin)
                 assert_alike(mine, weights.spectrum(layer, origin))
     assert_alike(record.weights.signs(), weights.signs())
+    assert_alike(record.weights.centring(0.16, "column"), weights.centring(0.16, "column"))
     assert_alike(record.weights.summary("base"), weights.summary("base"))
 
 

@@ -22,8 +22,10 @@ import torch
 from analysis.evaluation.evaluator import Evaluator
 from analysis.frames.entries import Asked, Kept
 from analysis.frames.from_outputs import OutputFrames
+from analysis.frames.from_pools import PoolFrames, pool_inputs
 from analysis.frames.from_weights import WeightFrames
 from analysis.frames.record import TITLES
+from analysis.outputs.pool_outputs import PoolEvaluator
 from analysis.rank_selection.select import SelectionOptions
 from analysis.rank_selection.space import search_space
 from merge_core.factors.store import FactorStore
@@ -32,6 +34,7 @@ from merge_core.merging.recipe import make_recipe
 from merge_core.suites.suite import Suite, load_suite
 from tests.analysis.tiny_suite import FC, MATRICES, QKV, random_states, write_suite
 from tests.evaluable import write_evaluable
+from tests.pools import write_pool
 
 ANSWERS = Path(__file__).with_name("answers.json")
 DIGITS = 1e-3  # of a float32 decomposition, far below any change of meaning
@@ -64,6 +67,7 @@ def ask_weights(suite: Suite, listener: Listener, folder: Path) -> None:
     frames.cosines(FC, "average")
     frames.pairs(FC, "average", 0.5)
     frames.over_rank(FC, "average")
+    frames.centring(0.5)
     frames.angles(FC, "average", 3)
     frames.signs()
     frames.proxy_curves(space)
@@ -88,6 +92,28 @@ def ask_outputs(folder: Path, listener: Listener) -> None:
     frames.first_result_if_known()
 
 
+def ask_pools(folder: Path, listener: Listener) -> None:
+    fields = [{"seed": i, "weight_decay": 0.1 * (i // 2)} for i in range(4)]
+    pool = write_pool(folder / "pool", "mlp", members=4)
+    frames = PoolFrames(pool, (0, 1, 2), listener, lambda: PoolEvaluator(pool))
+    frames.rules("test", "average")
+    frames.agreement("test", "average")
+    frames.greedy("average")
+    frames.covariance("test")
+    frames.covariance_summary("test")
+    frames.gap("test", "average")
+    frames.sweep((0.5, 1.0, 2.0), "all", "weights", None)
+    frames.predicted((0.5, 1.0, 2.0), "all", "weights", None, "homogeneous")
+    frames.noise((0.0, 0.2), True)
+    frames.corrupted("noise")
+    frames.identity()
+    frames.norms()
+    frames.histogram(next(iter(pool.member(0))))
+    linear = write_pool(folder / "linear", "linear", members=4, fields=fields)
+    of_linear = PoolFrames(linear, (), listener, lambda: PoolEvaluator(linear))
+    of_linear.over_decay()
+
+
 def describe(kept: Kept) -> dict[str, Any]:
     """An answer's columns and the mean of each number, its values' names."""
     frames = {
@@ -110,6 +136,7 @@ def answers() -> dict[str, dict[str, Any]]:
     listener = Listener()
     ask_weights(write_suite(folder / "tiny", *random_states()), listener, folder)
     ask_outputs(folder, listener)
+    ask_pools(folder, listener)
     found = {}
     for asked, kept in listener.heard.values():
         found[asked.name] = {"version": asked.version, **describe(kept)}
@@ -130,10 +157,12 @@ def numbers(described: dict[str, Any]) -> dict[tuple[str, str], float]:
 
 
 def test_every_question_is_held() -> None:
-    assert set(answers()) == set(json.loads(ANSWERS.read_text())) == set(TITLES)
+    held = set(json.loads(ANSWERS.read_text()))
+    assert set(answers()) == held
+    assert {name for name in held if not name.startswith("pool.")} == set(TITLES)
 
 
-@pytest.mark.parametrize("name", sorted(TITLES))
+@pytest.mark.parametrize("name", sorted(json.loads(ANSWERS.read_text())))
 def test_an_answer_that_changed_has_a_new_version(name: str) -> None:
     mine, held = answers()[name], json.loads(ANSWERS.read_text())[name]
     assert mine["version"] == held["version"], "run python -m tests.analysis.frames.test_versions"
@@ -143,7 +172,7 @@ def test_an_answer_that_changed_has_a_new_version(name: str) -> None:
     assert one.keys() == other.keys(), changed
     for place, value in other.items():
         # An image on the edge between two classes may fall to the other side elsewhere.
-        slack = 0.05 if name.startswith(("accuracy", "rank.s", "rank.task")) else DIGITS
+        slack = 0.05 if name.startswith(("accuracy", "rank.s", "rank.task", "pool.")) else DIGITS
         assert one[place] == pytest.approx(value, rel=slack, abs=slack), (place, changed)
 
 
@@ -190,6 +219,8 @@ def test_whatever_is_asked_otherwise_makes_another_key(tmp_path: Path) -> None:
             asked += 3
             for side in ("row", "column"):
                 frames.over_rank(layer, origin, side)
+                asked += 1
+                frames.centring(0.25 if origin == "base" else 0.5, side, layer)
                 asked += 1
                 for share, k in ((0.25, 2), (0.5, 3)):
                     frames.pairs(layer, origin, share, side)
@@ -243,6 +274,31 @@ def test_what_outputs_are_asked_by_makes_another_key(tmp_path: Path) -> None:
     np.savez(tmp_path / "suite/inputs/digits.npz", **changed)
     suite = load_suite(suite.path)
     assert key() != before
+
+
+def test_whatever_a_pool_is_asked_otherwise_makes_another_key(tmp_path: Path) -> None:
+    listener = Listener()
+    pool = write_pool(tmp_path / "pool", "mlp", members=3)
+    evaluator = PoolEvaluator(pool)
+    asked = 0
+    for members in ((0, 1), (1, 0), (0, 1, 2)):
+        frames = PoolFrames(pool, members, listener, lambda: evaluator)
+        for split in ("val", "test"):
+            frames.rules(split, "average")
+            frames.covariance(split)
+            asked += 2
+        for who in ("all", "first"):
+            for law in ("homogeneous", "large"):
+                frames.predicted((0.5, 1.0), who, "weights", None, law)
+                asked += 1
+        frames.norms()
+        frames.noise((0.0, 0.1), True)
+        frames.noise((0.0, 0.1), False)
+        asked += 3
+    assert len(listener.heard) == asked
+    other = write_pool(tmp_path / "other", "mlp", members=3, seed=1)
+    assert pool_inputs(other) != pool_inputs(pool)
+    assert pool_inputs(write_pool(tmp_path / "same", "mlp", members=3)) == pool_inputs(pool)
 
 
 if __name__ == "__main__":
