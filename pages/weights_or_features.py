@@ -7,8 +7,6 @@ import streamlit as st
 
 from analysis.averaging import curvature as taylor
 from analysis.averaging import similarity, soups
-from analysis.averaging.ensembles import accuracy_over_members, agreement
-from analysis.averaging.gaps import covariance_frame, covariance_summary, gap_to_ensemble
 from analysis.averaging.soups import Statistics
 from analysis.figures import ensembles as figures
 from analysis.figures.similarity import agreement_map, cka_layers
@@ -30,7 +28,7 @@ def frame_over_members(
     key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
 ) -> pd.DataFrame:
     """Accuracy of every rule for the first n members."""
-    return accuracy_over_members(pool_resources.evaluator(_view), members, split, statistics)
+    return pool_resources.frames(_view).rules(split, statistics)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -38,7 +36,7 @@ def agreement_frame(
     key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
 ) -> pd.DataFrame:
     """How often two models predict alike."""
-    return agreement(pool_resources.evaluator(_view), members, split, statistics)
+    return pool_resources.frames(_view).agreement(split, statistics)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -46,7 +44,7 @@ def trace_frame(
     key: str, members: tuple[int, ...], statistics: Statistics, _view: PoolView
 ) -> pd.DataFrame:
     """The greedy soup's steps."""
-    return soups.greedy_soup(pool_resources.evaluator(_view), members, statistics)[1]
+    return pool_resources.frames(_view).greedy(statistics)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -54,11 +52,11 @@ def gap_frames(
     key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The covariance term, its summary, and the summary of soup against ensemble."""
-    evaluator = pool_resources.evaluator(_view)
+    frames = pool_resources.frames(_view)
     return (
-        covariance_frame(evaluator, members, split),
-        covariance_summary(evaluator, members, split),
-        gap_to_ensemble(evaluator, members, split, statistics),
+        frames.covariance(split),
+        frames.covariance_summary(split),
+        frames.gap(split, statistics),
     )
 
 

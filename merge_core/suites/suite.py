@@ -44,6 +44,7 @@ from merge_core.suites.told import (
 from merge_core.work_sizes import HASHED_AT_ONCE
 
 BUNDLED = "demo"
+RECORD_SUFFIX = ".mergescope"
 BUNDLED_PATH = Path(__file__).resolve().parents[2] / "data" / "demo" / "suite.yaml"
 
 
@@ -430,6 +431,11 @@ def load_suite(reference: str | Path) -> Suite:
         >>> suite.tasks[:3], len(suite.expert("digits"))
         (('digits', 'letters', 'greek'), 30)
     """
+    if str(reference).endswith(RECORD_SUFFIX):
+        raise SuiteError(
+            f"{reference} is a record, which holds no weights. Open it with 'mergescope app'; for "
+            "anything else give the suite itself."
+        )
     document, path = read_yaml(
         BUNDLED_PATH if str(reference) == BUNDLED else Path(reference),
         "suite.yaml",
