@@ -288,8 +288,8 @@ def test_whatever_a_pool_is_asked_otherwise_makes_another_key(tmp_path: Path) ->
             frames.covariance(split)
             asked += 2
         for who in ("all", "first"):
-            for law in ("homogeneous", "large"):
-                frames.predicted((0.5, 1.0), who, "weights", None, law)
+            for largest in (1.0, 2.0):
+                frames.predicted((0.5, largest), who, "weights", None, "homogeneous")
                 asked += 1
         frames.norms()
         frames.noise((0.0, 0.1), True)
