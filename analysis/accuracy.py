@@ -266,14 +266,14 @@ def words_for_few_images(hits: Mapping[str, Hits]) -> str:
 
     Example:
         >>> words_for_few_images({"a": {"t": np.full(4, True)}, "b": {"t": np.full(4, False)}})
-        'Two methods must differ on at least 6 images before ...; these are 4, too few ...'
+        'Two methods must differ on at least 6 inputs before ...; these are 4, too few ...'
     """
     pairs = len(hits) * (len(hits) - 1) // 2
     least = fewest_images(1 - CONFIDENCE, max(1, pairs))
     images = sum(len(each) for each in next(iter(hits.values())).values())
     few = f"; these are {images}, too few to compare anything" if images < least else ""
     return (
-        f"Two methods must differ on at least {least} images before a difference can count as "
+        f"Two methods must differ on at least {least} inputs before a difference can count as "
         f"real among {pairs} pair{'' if pairs == 1 else 's'}{few}."
     )
 

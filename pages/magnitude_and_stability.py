@@ -154,7 +154,7 @@ def choose_factor(known: Iterable[Law]) -> tuple[float, Law]:
             "m",
             MAGNITUDES,
             "m",
-            rest=MAGNITUDES[8],
+            rest=1.0,
             words=factor_label,
             help="The marked factor; 1 leaves the members as they are.",
         )

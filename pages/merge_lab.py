@@ -210,14 +210,19 @@ def result(
     """
     kept, size = resources.output_frames(view), resources.count_parameters(view)
     needed = [r for r in (recipe, other) if r is not None]
-    if size > LIVE_PARAMETERS and not all(kept.knows_recipe(r, split) for r in needed):
+    if size > LIVE_PARAMETERS and not (
+        kept.knows_experts(split) and all(kept.knows_recipe(r, split) for r in needed)
+    ):
         job = run_job(
             key="lab:" + view.key + ":".join(r.to_query() for r in needed) + split,
             title="Merge and evaluate",
             button="Merge and evaluate",
-            note=f"This suite's models have {size / 1e6:,.0f} M parameters; evaluating one takes "
-            "a while and runs in the background.",
-            work=lambda progress: [kept.recipe(r, split, progress) for r in needed],
+            note=f"This suite's models have {size / 1e6:,.0f} M parameters; evaluating the merge "
+            "and the experts takes a while and runs in the background.",
+            work=lambda progress: [
+                kept.experts(split, progress),
+                *(kept.recipe(r, split, progress) for r in needed),
+            ],
         )
         if job is None:
             return []
@@ -241,7 +246,7 @@ def result(
         how_to_read=charts.HowToRead(
             "One row is one task; a dot is a model's accuracy and its bar the 95 % sampling "
             "interval. The gap between the expert and the merge is what merging costs that task. "
-            "Where the bars of two recipes overlap widely, these images do not tell them apart.",
+            "Where the bars of two recipes overlap widely, these inputs do not tell them apart.",
             recipe.declaration.formula,
         ),
         numbers=charts.Numbers(drawn, f"accuracy_{recipe.method}"),
@@ -338,7 +343,7 @@ def lab() -> None:
                 "test": "Test (to report)",
             }
             split = choice(
-                "Images",
+                "Inputs",
                 splits,
                 "split",
                 "Choose settings on the validation split; look at the test split once, at the end.",

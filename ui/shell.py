@@ -91,7 +91,14 @@ MERGING = (
     ),
     PageEntry("merge_lab", "Merge lab", ":material/science:", "Merge, compare, download", "suite"),
     PageEntry(
-        "compare", "Compare", ":material/leaderboard:", "All methods on the same images", "suite"
+        "compare", "Compare", ":material/leaderboard:", "All methods on the same inputs", "suite"
+    ),
+    PageEntry(
+        "how_does_it_scale",
+        "How does it scale?",
+        ":material/stacked_line_chart:",
+        "Accuracy over the number of tasks and the size of models",
+        "suite",
     ),
 )
 AVERAGING = (
@@ -108,7 +115,7 @@ AVERAGING = (
         ":material/call_merge:",
         "Averaging weights against averaging outputs",
         "pool",
-        "noisy-letters-vgg-independent",
+        "digits-resnet-shared",
     ),
     PageEntry(
         "magnitude_and_stability",
@@ -116,7 +123,7 @@ AVERAGING = (
         ":material/zoom_out_map:",
         "What scaling and noise do to predictions",
         "pool",
-        "digits-vgg-independent",
+        "digits-vgg-shared",
     ),
 )
 SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING}
@@ -155,8 +162,9 @@ def explain_no_evaluation(view: View) -> None:
         return
     if view.suite.can_evaluate:
         st.info(
-            f"The images of the suite **{plain(view.name)}** have no labels, so no accuracy can be "
-            "measured. Add `val_labels` and `test_labels` to its data to see accuracies here; "
+            f"The {plain(view.suite.inputs)} of the suite **{plain(view.name)}** have no labels, "
+            "so no accuracy can be measured. Add `val_labels` and `test_labels` to its data to see "
+            "accuracies here; "
             "Rank and scale chooses both from inputs without labels."
         )
         return

@@ -111,15 +111,27 @@ class OutputFrames:
         """What a choice of a setting may look at."""
         return self._evaluator() if self.evaluated else None
 
-    def experts(self, split: Split) -> pd.DataFrame:
+    def experts(self, split: Split, progress: Progress | None = None) -> pd.DataFrame:
         """Accuracy of each expert on its own task."""
         return ask(
             self.frames,
             EXPERTS,
             self.inputs,
             {"split": split},
-            lambda: self.evaluator.experts(self.tasks, split),
+            lambda: self.evaluator.experts(self.tasks, split, progress=progress),
         )
+
+    def knows_experts(self, split: Split) -> bool:
+        """Whether :meth:`experts` takes no forward pass, or says why it cannot be asked."""
+
+        def compute() -> pd.DataFrame | None:
+            experts = {task: self.suite.expert(task) for task in self.tasks}
+            if not all(self.evaluator.knows_member(e, [t], split) for t, e in experts.items()):
+                return None
+            return self.evaluator.experts(self.tasks, split)
+
+        known = ask_if_known(self.frames, EXPERTS, self.inputs, {"split": split}, compute)
+        return known is not None or not self.frames.computes
 
     def recipe(
         self, recipe: Recipe, split: Split, progress: Progress | None = None

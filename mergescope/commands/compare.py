@@ -62,7 +62,7 @@ def compare(
     limit: LimitOption = None,
     csv: CsvOption = None,
 ) -> None:
-    """Methods on the same images: accuracy, cost, and which differences are real."""
+    """Methods on the same inputs: accuracy, cost, and which differences are real."""
     from analysis.comparison.run import run_comparison
     from analysis.evaluation.evaluator import Evaluator
     from merge_core.factors.store import FactorStore
@@ -74,7 +74,7 @@ def compare(
     loaded = load_suite(suite)
     chosen = loaded.select(split_names(tasks))
     names = _choose_methods(methods, loaded, chosen)
-    own = [_read_own_recipe(text, chosen) for text in recipe or []]
+    own = [_read_own_recipe(text, loaded, chosen) for text in recipe or []]
     evaluator = Evaluator(loaded)
     session = MergeSession(loaded, chosen, FactorStore())
     result = run_comparison(
@@ -118,13 +118,13 @@ def _choose_methods(text: str | None, suite: Suite, tasks: tuple[str, ...]) -> l
     return names
 
 
-def _read_own_recipe(text: str, tasks: tuple[str, ...]) -> Recipe:
+def _read_own_recipe(text: str, suite: Suite, tasks: tuple[str, ...]) -> Recipe:
     """A recipe from a file, or from a link or its query."""
     from merge_core.merging.recipe import read_recipe, recipe_from_query
 
     is_link = "=" in text and not Path(text).exists()
     recipe = recipe_from_query(text.rpartition("?")[2]) if is_link else read_recipe(text)
-    if recipe.tasks is not None and set(recipe.tasks) != set(tasks):
+    if recipe.tasks is not None and suite.select(recipe.tasks) != tasks:
         typer.echo(
             f"note: {text} is a recipe for {', '.join(recipe.tasks)}; like the others it is "
             f"compared on {', '.join(tasks)}.",
@@ -202,7 +202,7 @@ def _print_differences(out: Console, result: Comparison) -> None:
     real = differences_to(paired_differences(result.hits), best)
     print_table(
         out,
-        f"Real differences to {best}, in points (same images; 5 % after Holm's correction for "
+        f"Real differences to {best}, in points (same inputs; 5 % after Holm's correction for "
         "all pairs; each interval of its pair alone)",
         ["method", "difference", "95 %", "p"],
         [
