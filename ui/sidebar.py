@@ -24,7 +24,8 @@ def choose_suite() -> View:
         session_files.list_offered(),
         "suite",
         rest=SUITES.opened(),
-        help="Experts fine-tuned from one base. The page Open checkpoints adds your own.",
+        help="Experts fine-tuned from one base. The page Open checkpoints adds your own, "
+        "and records.",
     )
     key = resources.suite_key(name)
     suite = resources.open_suite(name, key)

@@ -96,7 +96,7 @@ def unpack_selection(kept: Kept, space: SearchSpace, options: SelectionOptions) 
         grid_images=int(values["grid_images"]),
         forward_images=0,
         seconds=0.0,
-        low_rank_bytes=values["low_rank_bytes"],
+        low_rank_bytes=None if space.ranks == () else int(values["low_rank_bytes"]),
         model_bytes=int(values["model_bytes"]),
     )
 

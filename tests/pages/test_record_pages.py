@@ -16,15 +16,18 @@ import pyarrow as pa
 import pytest
 from streamlit.testing.v1 import AppTest
 
+from analysis.frames.record import load_record
 from analysis.frames.recording import record_suite, write_record
 from analysis.frames.store import FrameStore
 from analysis.frames.tables import read_table
 from analysis.frames.tables import write_table as table_bytes
+from merge_core.errors import SuiteError
 from merge_core.factors.store import FactorStore
 from merge_core.suites.suite import load_suite
 from tests.evaluable import write_evaluable
 from tests.pages.test_foreign_texts import HOSTILE, assert_no_markdown
 from tests.pages.test_pages import assert_healthy, figures, finish, metrics, open_page
+from ui.sections import open_record
 
 SHOWN = ("overview", "spectra", "interference", "rank_and_scale", "merge_lab", "compare")
 
@@ -155,6 +158,21 @@ def _forge(table: pa.Table) -> pa.Table:
         if column in ("title", "why", "source", "at_edge", "setting", "needs", "rule", "kind"):
             table = table.set_column(place, column, pa.array([HOSTILE] * len(table), pa.string()))
     return table
+
+
+def test_an_uploaded_record_is_kept_in_its_session_if_it_is_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(open_record.session_files, "folder", lambda: tmp_path)
+    path = open_record._keep("../../mine (1).mergescope", recorded())
+    assert path.parent == tmp_path / "records"
+    assert load_record(path).suite.tasks == ("digits", "shapes", "lines")
+    assert open_record._keep("../../mine (1).mergescope", recorded()) != path
+    for name, data in (("bad.mergescope", b"x"), ("long.mergescope", bytes(65_000_000))):
+        with pytest.raises(SuiteError, match="mergescope'") as caught:
+            open_record._keep(name, data)
+        assert str(tmp_path) not in str(caught.value)
+    assert len(list((tmp_path / "records").iterdir())) == 2
 
 
 @pytest.mark.parametrize("name", SHOWN)
