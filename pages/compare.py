@@ -116,9 +116,9 @@ def ranking(result: Comparison) -> None:
         how_to_read=charts.HowToRead(
             "Dots: mean accuracy over the tasks on the **test** split with its 95 % interval, and "
             "the worst task; the number is the place. Methods that need to be told which task an "
-            "image is of hold more than one model, and are ranked by themselves. A method whose "
+            "input is of hold more than one model, and are ranked by themselves. A method whose "
             "seed changes the merge is one row: the mean over its seeds, and their range. Map: row "
-            "minus column on the **same images**, in points, by place: first the methods that give "
+            "minus column on the **same inputs**, in points, by place: first the methods that give "
             "one model, then the others (of seeds the first one); a dot marks differences that "
             "stay significant at 5 % in McNemar's exact test, over all tasks at once, after Holm's "
             "correction for the number of pairs. They speak of these experts and tasks, not of "
@@ -134,7 +134,7 @@ def ranking(result: Comparison) -> None:
 def apart(
     summary: pd.DataFrame, recipes: Mapping[str, Recipe]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The rows of methods that give one model, and of those that must know an image's task."""
+    """The rows of methods that give one model, and of those that must know an input's task."""
     titles = titles_without_seeds(recipes)
     indexed = {titles[label] for label, each in recipes.items() if each.declaration.indexed}
     told = summary["label"].isin(indexed)
@@ -233,7 +233,7 @@ def page() -> None:
     view = shell.view()
     charts.heading(
         "Which method merges best here?",
-        "Every method on the same experts and the same test images, with what it needs and what "
+        "Every method on the same experts and the same test inputs, with what it needs and what "
         "it costs.",
     )
     if not resources.is_measurable(view):

@@ -17,6 +17,7 @@ from ui.server.resources import View
 from ui.widgets import share_label, share_slider
 from ui.words.interference import (
     describe_centring,
+    describe_condition,
     describe_cosines,
     describe_level,
     describe_rank,
@@ -26,6 +27,8 @@ from ui.words.interference import (
 shell.enter()
 
 SHORT = {"average": "Centred", "base": "Original"}
+# Up to this many parameters every layer is looked at while the page is drawn.
+LIVE_PARAMETERS = 5_000_000
 LABELS = {"average": "Centred (about the average)", "base": "Original (about the base)"}
 
 
@@ -62,6 +65,14 @@ def over_rank_frame(
 ) -> pd.DataFrame:
     """I(k), R(k) and overlap over the offered ranks, of one layer or averaged over all."""
     return resources.weight_frames(_view).over_rank(layer, origin, side)
+
+
+@st.cache_data(max_entries=32, show_spinner="Looking at centring in every layer …")
+def centring_frame(
+    key: str, tasks: tuple[str, ...], share: float, side: Side, _view: View
+) -> pd.DataFrame:
+    """What centring does to each layer, and how much its tasks have in common."""
+    return resources.weight_frames(_view).centring(share, side)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -117,6 +128,7 @@ def section() -> None:
     layer, share, side = controls(view)
     k = resources.weight_frames(view).directions(view.layer, share)
     draw_pairs(view, layer, share, side)
+    draw_centring(view, share, side)
     draw_curves(view, layer, share, side)
     draw_cosines(view, layer)
     draw_angles_and_signs(view, share, k, side)
@@ -172,6 +184,55 @@ def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
             r",\qquad \text{random: } \frac{1}{\sqrt{n\,I_{ii}\,I_{jj}}}",
         ),
         numbers=charts.Numbers(pd.concat(pairs, ignore_index=True), "interference_pairs"),
+    )
+
+
+def draw_centring(view: View, share: float, side: Side) -> None:
+    """Whether centring can help, by how much the tasks have in common, and what it does."""
+    if "base" not in origins(view):
+        return
+    st.subheader("Can centring help here?", anchor=False)
+    if resources.count_parameters(view) > LIVE_PARAMETERS and not toggle(
+        "Look at every layer",
+        "layers",
+        "Every layer's directions are compared about the base and about the average, which takes "
+        "a while for models of this size.",
+    ):
+        return
+    frame = centring_frame(view.key, view.tasks, share, side, view)
+    st.markdown(describe_condition(frame))
+    rank = share_label(share)
+    falls, count = int((frame["ratio"] < 1).sum()), len(frame)
+    charts.panel(
+        charts.Chart(
+            figures.centring_map(frame, title=f"Interference in every layer, {rank} kept"),
+            key="centring_map",
+            alt=f"Mean interference of a pair about the average against about the base: lower in "
+            f"{falls} of {count} layers",
+            height=420,
+        ),
+        charts.Chart(
+            figures.centring_condition(frame, title="What must be in common for it to fall?"),
+            key="centring_condition",
+            alt="Interference about the average over that about the base, against the common "
+            f"share of the leading directions: {frame['common'].mean():.1%} in the mean, "
+            f"{float(frame['needed'].iloc[0]):.1%} needed",
+            height=420,
+        ),
+        key="centring",
+        columns=2,
+        how_to_read=charts.HowToRead(
+            "A point is a layer. Centring takes away what all tasks have in common and puts "
+            "−1/T of every task into all others. Tasks that have nothing in common get more "
+            "alike by it: T independent task vectors have cosines of −1/(T−1) afterwards. So "
+            "interference falls (left: below the line; right: below 1) only where the common "
+            "share ρ of the leading directions is above about 1/T; near that bound either may "
+            "happen.",
+            r"\rho(k) = \frac{\tfrac{1}{T(T-1)}\sum_{s\ne t}\langle \tau_s, "
+            r"\mathrm{SVD}_k(\tau_t)\rangle}{\tfrac1T\sum_t \|\mathrm{SVD}_k(\tau_t)\|_F^2}"
+            r"\;\gtrsim\; \frac1T",
+        ),
+        numbers=charts.Numbers(frame, "centring"),
     )
 
 

@@ -11,6 +11,7 @@ import streamlit as st
 from analysis.accuracy import mean_accuracy
 from analysis.figures import rank_evidence
 from analysis.figures import rank_selection as figures
+from analysis.frames.entries import NotRecorded
 from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
     Selection,
@@ -85,8 +86,8 @@ def choose(view: View) -> tuple[str, Mode, bool]:
             "What may be looked at",
             modes,
             "mode",
-            "With labels: accuracy on the labelled validation images. Inputs only: the same "
-            "images, their labels unread. Weights only: the checkpoints alone, for methods that "
+            "With labels: accuracy on the labelled validation inputs. Inputs only: the same "
+            "ones, their labels unread. Weights only: the checkpoints alone, for methods that "
             "add λ times an update to their origin.",
         )
     full_grid = False
@@ -98,8 +99,8 @@ def choose(view: View) -> tuple[str, Mode, bool]:
                 "Search",
                 SEARCHES,
                 "search",
-                "Adaptive spends images where they can change the answer; the full grid runs "
-                "every image at every setting, and is shown at first where it is stored.",
+                "Adaptive spends inputs where they can change the answer; the full grid runs "
+                "every input at every setting, and is shown at first where it is stored.",
                 rest=stored,
             )
     return method, mode, full_grid
@@ -163,13 +164,13 @@ def note(size: int, mode: Mode, full_grid: bool) -> str:
     """What the button will do, before it is pressed."""
     if mode == "weights":
         return (
-            "Decomposes the task vectors and asks every rule that needs weights alone. No image is "
+            "Decomposes the task vectors and asks every rule that needs weights alone. No input is "
             "run."
         )
     how = (
-        f"Evaluates all {size} settings on every image of the validation split."
+        f"Evaluates all {size} settings on every input of the validation split."
         if full_grid
-        else f"Searches {size} settings: few images everywhere, more where it matters."
+        else f"Searches {size} settings: few inputs everywhere, more where it matters."
     )
     return f"{how} It runs in the background, can be cancelled, and goes on from where it stopped."
 
@@ -200,7 +201,7 @@ def answer(selection: Selection) -> None:
             delta_arrow="off",
             help="Mean over tasks at the recommended setting with its 95 % interval. "
             + (
-                "It was chosen for being high on these images, so the test split is the fairer "
+                "It was chosen for being high on these inputs, so the test split is the fairer "
                 "number."
                 if selection.mode == "labels"
                 else "Labels were not used to choose; they only show what came of it."
@@ -265,21 +266,21 @@ def judge(view: View, selection: Selection) -> None:
             icon=":material/science:",
             query_params=shell.lab_query(recipe),
         )
-        place.caption(each.why)
+        place.caption(plain(each.why))
     st.markdown(describe_evidence(view.name, method.name, method.title))
 
 
 def cost(selection: Selection) -> str:
-    """Images, seconds and bytes in words."""
+    """Inputs, seconds and bytes in words."""
     parts = []
     if selection.mode != "weights":
         parts.append(
-            f"{selection.asked_images:,} images decided "
+            f"{selection.asked_images:,} inputs decided "
             f"({selection.asked_images / selection.grid_images:.0%} of the full grid's); "
             f"{selection.forward_images:,} were run just now, in {selection.seconds:.1f} s."
         )
     else:
-        parts.append(f"No image was run; {selection.seconds:.1f} s.")
+        parts.append(f"No input was run; {selection.seconds:.1f} s.")
     if selection.low_rank_bytes is not None:
         parts.append(
             f"The kept directions take {size_words(selection.low_rank_bytes)} in factored form,"
@@ -313,7 +314,12 @@ def curve_and_map(selection: Selection, view: View) -> None:
 def add_every_pick(selection: Selection, view: View) -> Selection:
     """The selection with the picks of rules that read inputs, once they have been found."""
     method, mode = selection.recipe.method, selection.mode
-    return find_selection(view, method, mode, selection.full_grid, every_proxy=True) or selection
+    try:
+        found = find_selection(view, method, mode, selection.full_grid, every_proxy=True)
+    except NotRecorded as error:
+        show_info(error)
+        return selection
+    return found or selection
 
 
 @shell.fragment
@@ -375,7 +381,7 @@ def tasks(selection: Selection, view: View) -> None:
                 key="task_curves",
                 alt=f"Accuracy of each task over {axis}",
                 caption="At each place the setting that is best on average; only settings that "
-                "were evaluated on every image are drawn (the full grid has them all). A task's "
+                "were evaluated on every input are drawn (the full grid has them all). A task's "
                 "best is enlarged.",
             ),
             numbers=charts.Numbers(frame, "tasks"),

@@ -128,6 +128,22 @@ def answer_to_name(groups: Mapping[str, Mapping[str, str]], pools: Mapping[str, 
                 return
 
 
+def other_start(view: PoolView) -> tuple[str, PoolView] | None:
+    """The same task and architecture from the other kind of starts: its label, and the view.
+
+    Of as many of its first members; None where no such pool is on offer.
+    """
+    pools = pool_resources.describe_pools()
+    for starts in group_pools(pools).values():
+        if view.name in starts.values():
+            for start, name in starts.items():
+                if name != view.name:
+                    key, pool = pool_resources.open_pool(pools[name])
+                    count = min(len(pool), len(view.members))
+                    return start, PoolView(name, key, pool, tuple(range(count)))
+    return None
+
+
 def group_pools(pools: Mapping[str, Pool]) -> dict[str, dict[str, str]]:
     """Pools by task and architecture, then by where their training began.
 

@@ -7,7 +7,7 @@ the 8-bit image; normalisation follows when a batch is run.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from PIL import Image
@@ -46,10 +46,24 @@ def resolve_transform(
             f"{what[0].upper()}{what[1:]}: the suite names no architecture, so its transform is "
             "not known. Write it out: transform: {size: 224, mean: [...], std: [...]}."
         )
-    name = data.transform or ("timm" if architecture.library == "timm" else "open_clip")
+    name = data.transform or _usual(architecture)
+    if name is None:
+        raise SuiteError(
+            f"{what[0].upper()}{what[1:]}: no preprocessor_config.json beside the base says how "
+            f"{architecture.name!r} takes images. Write it out: transform: {{size: 224, "
+            "mean: [...], std: [...]}."
+        )
     if name == "timm":
         return _timm_transform(architecture, what)
     return TransformSpec(size=_image_size(architecture, what), mean=CLIP_MEAN, std=CLIP_STD)
+
+
+def _usual(architecture: ArchitectureSpec) -> Literal["timm", "open_clip"] | None:
+    """Whose transform images get where none is named."""
+    if architecture.library == "timm":
+        return "timm"
+    clip = architecture.library == "open_clip" or architecture.name == "clip_vision_model"
+    return "open_clip" if clip else None
 
 
 def _timm_transform(architecture: ArchitectureSpec, what: str) -> TransformSpec:

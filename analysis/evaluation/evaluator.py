@@ -87,21 +87,32 @@ class Evaluator:
         tasks: Sequence[str],
         split: Split = "val",
         limit: int | None = None,
+        progress: Progress | None = None,
     ) -> pd.DataFrame:
         """Accuracy of a member's checkpoint on some tasks (see :func:`accuracy_frame`).
 
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
+            Cancelled: between two batches.
         """
-        images = self.outputs.images(tasks, split, limit)
-        outputs = self.measure_member(checkpoint, images, split)
+        images = self.outputs.images(tasks, split, limit, progress)
+        outputs = self.measure_member(checkpoint, images, split, progress=progress)
         return accuracy_frame(self._hits(outputs, images, split, limit))
 
     def experts(
-        self, tasks: Sequence[str], split: Split = "val", limit: int | None = None
+        self,
+        tasks: Sequence[str],
+        split: Split = "val",
+        limit: int | None = None,
+        progress: Progress | None = None,
     ) -> pd.DataFrame:
-        """Accuracy of each expert on its own task."""
-        parts = [self.checkpoint(self.suite.expert(t), [t], split, limit) for t in tasks]
+        """Accuracy of each expert on its own task.
+
+        Raises:
+            MergeScopeError: unreadable or unfit weights, heads or data.
+            Cancelled: between two batches.
+        """
+        parts = [self.checkpoint(self.suite.expert(t), [t], split, limit, progress) for t in tasks]
         return pd.concat(parts, ignore_index=True)
 
     def measure_member(
@@ -110,17 +121,19 @@ class Evaluator:
         images: Images,
         split: Split = "val",
         measures: Collection[str] = (CLASSES,),
+        progress: Progress | None = None,
     ) -> Measurements:
         """What a member gives for images of some tasks (see :meth:`SuiteOutputs.measure`).
 
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
+            Cancelled: between two batches.
         """
 
         def weights() -> dict[str, Tensor]:
             return {name: checkpoint.tensor(name) for name in checkpoint}
 
-        return self.outputs.measure(checkpoint.digest, weights, images, split, measures)
+        return self.outputs.measure(checkpoint.digest, weights, images, split, measures, progress)
 
     def measure_experts(
         self, images: Images, split: Split = "val", measures: Collection[str] = (CLASSES,)
@@ -236,9 +249,9 @@ class Evaluator:
             labels = self.outputs.raw_inputs(task, split, limit).labels[numbers]
             if int(labels.min()) == UNLABELLED:
                 raise SuiteError(
-                    f"The {SPLIT_NAMES[split]} images of task {task!r} have no labels, so no "
-                    f"accuracy can be measured. Add {split}_labels to its data; rank and scale can "
-                    "be chosen without labels."
+                    f"The {SPLIT_NAMES[split]} {self.suite.inputs} of task {task!r} have no "
+                    f"labels, so no accuracy can be measured. Add {split}_labels to its data; "
+                    "rank and scale can be chosen without labels."
                 )
             if int(labels.max()) >= len(self.outputs.head(task).weight):
                 raise SuiteError(

@@ -17,6 +17,7 @@ from analysis.figures.style import (
     ORIGIN_DASHES,
     ORIGIN_MARKERS,
     ORIGIN_NAMES,
+    REFERENCE,
     SEQUENTIAL,
     add_colour_bar,
     colour_cell_numbers,
@@ -239,6 +240,85 @@ def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None =
     figure.update_xaxes(tickformat=".0%")
     figure.update_yaxes(rangemode="tozero")
     return figure
+
+
+def centring_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """Interference about the average against interference about the base, a point a matrix.
+
+    Below the diagonal centring lowers it. Filled points are those of which that is expected.
+
+    Args:
+        frame: of :func:`analysis.spectral.centring.centring_frame`.
+        title: the figure's title.
+    """
+    figure = go.Figure()
+    top = 1.08 * float(frame[["original", "centred"]].to_numpy().max()) or 1.0
+    figure.add_scatter(
+        x=[0, top],
+        y=[0, top],
+        mode="lines",
+        name="no change",
+        line={"color": REFERENCE, "dash": "dot", "width": 1.5},
+        hoverinfo="skip",
+    )
+    _add_expected(figure, frame, "original", "centred")
+    layout(figure, title, x="Interference about the base (0 to 1)", y="About the average (0 to 1)")
+    figure.update_xaxes(range=[0, top])
+    figure.update_yaxes(range=[0, top])
+    return figure
+
+
+def centring_condition(frame: pd.DataFrame, title: str = "") -> go.Figure:
+    """What centring does to interference, over how much the leading directions have in common.
+
+    Args:
+        frame: of :func:`analysis.spectral.centring.centring_frame`.
+        title: the figure's title.
+    """
+    figure = go.Figure()
+    _add_expected(figure, frame, "common", "ratio")
+    layout(
+        figure,
+        title,
+        x="Common share of the leading directions",
+        y="Interference, centred / original",
+    )
+    needed = float(frame["needed"].iloc[0])
+    low, high = (float(x) for x in frame["common"].agg(["min", "max"]))
+    figure.add_vline(
+        needed,
+        line={"color": REFERENCE, "dash": "dash", "width": 1.5},
+        annotation={"text": f"1/T = {needed:.1%}", "font": {"size": 12}},
+        annotation_position="top left" if 2 * needed > high else "top right",
+    )
+    figure.add_hline(1, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
+    figure.update_xaxes(tickformat=".0%", range=[min(low, 0) - 0.02, max(high, needed) * 1.15])
+    figure.update_yaxes(rangemode="tozero")
+    return figure
+
+
+def _add_expected(figure: go.Figure, frame: pd.DataFrame, x: str, y: str) -> None:
+    """Points of matrices in which centring is expected to lower interference, and of others."""
+    names = short_names(frame["parameter"])
+    above = frame["common"] > frame["needed"]
+    for expected, name, colour, symbol in (
+        (True, "common share above 1/T: expected to fall", ORIGIN_COLOURS["average"], "circle"),
+        (False, "below 1/T: expected not to", ORIGIN_COLOURS["base"], "diamond-open"),
+    ):
+        part = frame[above == expected]
+        if part.empty:
+            continue
+        figure.add_scatter(
+            x=part[x].to_numpy(),
+            y=part[y].to_numpy(),
+            customdata=part[["common", "original", "centred"]].to_numpy(),
+            text=[names[parameter] for parameter in part["parameter"]],
+            mode="markers",
+            name=name,
+            marker={"color": colour, "symbol": symbol, "size": 10, "line": {"width": 1.5}},
+            hovertemplate="%{text}<br>common share %{customdata[0]:.1%}<br>interference "
+            "%{customdata[1]:.3f} → %{customdata[2]:.3f}<extra></extra>",
+        )
 
 
 def conflict_bars(frame: pd.DataFrame, title: str = "") -> go.Figure:

@@ -74,7 +74,7 @@ def evaluated_map(
     if len(known):
         _add_cells(figure, known, ranks, scales, value)
     told = {
-        (r, s): f"{_score(v, value)} on {n:.0f} images a task{', tied' if t else ''}"
+        (r, s): f"{_score(v, value)} on {n:.0f} inputs a task{', tied' if t else ''}"
         for r, s, v, n, t in zip(
             *(known[c] for c in ("rank", "scale", "score", "images", "tied")), strict=True
         )

@@ -143,7 +143,7 @@ def _add_curve(
             "size": 8,
         },
         text=[
-            f"{setting_words(row)}<br>on {row['images']:.0f} images a task"
+            f"{setting_words(row)}<br>on {row['images']:.0f} inputs a task"
             for row in mine.to_dict("records")
         ],
         hovertemplate="%{y:.3g} at %{text}<extra>" + name + "</extra>",

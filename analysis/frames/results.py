@@ -22,7 +22,6 @@ CHOSEN = re.compile(
     r"default( \(not tuned\)| \(nothing to tune\))?|best of \d+ on validation|"
     rf"{SEARCHED}|{OWN}"
 )
-LATER = ("weights", "overrides", "then", "origin", "seed", "dtype")
 
 FirstResult = tuple[dict[str, tuple[Recipe, bool]], pd.DataFrame]
 

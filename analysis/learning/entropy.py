@@ -171,7 +171,7 @@ def minimise_entropy(
 
     with torch.enable_grad():
         for step in range(parameters.steps):
-            context.progress.step(step, parameters.steps, "adapting to unlabelled images")
+            context.progress.step(step, parameters.steps, "adapting to unlabelled inputs")
             batches = [next(stream) for stream in streams]
             _, slope = entropy_gradient(context, family, coefficients_in_use(), batches)
             values.grad = torch.autograd.grad(coefficients_in_use(), values, slope)[0]

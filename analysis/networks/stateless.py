@@ -130,11 +130,13 @@ class StatelessNetwork:
         name = self._architecture.name
         expected = {key: shape for key, shape in self._shapes.items() if key not in self._fixed}
         missing = [key for key in expected if key not in weights]
-        if missing and len(missing) == len(expected) and weights:
+        if 2 * len(missing) > len(expected) and weights:
+            other = next((key for key in weights if key not in expected), next(iter(weights)))
             raise self._error(
-                f"The weights hold none of the {len(expected)} parameters of the architecture "
-                f"{name!r} (such as {missing[0]!r}), before whatever prefix: theirs are called "
-                f"{next(iter(weights))!r} and so on. Name another architecture in {self._path}."
+                f"The weights lack {missing[0]!r} and {len(missing)} of the {len(expected)} "
+                f"parameters of the architecture {name!r}, before whatever prefix; theirs are "
+                f"called {other!r} and so on. Correct the architecture in {self._path}: these are "
+                "weights of another."
             )
         if missing:
             raise self._error(
@@ -190,7 +192,7 @@ class StatelessNetwork:
         if features.ndim != 2:
             raise self._error(
                 f"{self._path}: the architecture gives features of shape "
-                f"{tuple(features.shape[1:])} per image, but heads take one vector. Set its "
+                f"{tuple(features.shape[1:])} per input, but heads take one vector. Set its "
                 "global_pool (such as 'avg' or 'token')."
             )
         return features if order is None else features[order.argsort()]

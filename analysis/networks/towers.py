@@ -6,6 +6,7 @@ weights from a name and arguments, and the suite's weights are put into it.
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -31,6 +32,8 @@ from merge_core.suites.suite import Suite
 from merge_core.suites.suite_spec import ArchitectureSpec, Pooling
 
 PROJECTION = "visual_projection.weight"
+
+NUMBER = re.compile(r"\.\d+\.")
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -118,11 +121,29 @@ def _build_encoder(
     model = build_model(architecture, suite.path, size).eval()
     names = names_in(model, shapes)
     prefix = common_prefix({names[name]: shape for name, shape in shapes_of(model).items()}, shapes)
+    _refuse_deeper(architecture, {prefix + name for name in names.values()}, shapes, suite.path)
     missing = {own for own, saved in names.items() if prefix + saved not in shapes}
     pooling = architecture.pooling or _default_pooling(suite, architecture, size, missing)
     encoder = as_encoder(model, pooling, bool(architecture.normalize))
     leave_unused(encoder, missing)
     return rename(encoder, names)
+
+
+def _refuse_deeper(
+    architecture: ArchitectureSpec, known: Collection[str], shapes: Shapes, path: Path
+) -> None:
+    """Refuse an encoder that would leave out layers of the weights.
+
+    Raises:
+        SuiteError: the weights have a layer of the same kind with a number that it lacks.
+    """
+    kinds = {NUMBER.sub(".#.", name) for name in known if NUMBER.search(name)}
+    more = [n for n in shapes if n not in known and NUMBER.sub(".#.", n) in kinds]
+    if more and any(name in shapes for name in known):
+        raise SuiteError(
+            f"The weights hold {more[0]!r}, and the architecture {architecture.name!r} has fewer "
+            f"layers ({len(more)} parameters would be left out). Correct its args in {path}."
+        )
 
 
 def _default_pooling(

@@ -91,7 +91,7 @@ def _in_own_order(inputs: TaskInputs, suite: Suite, task: str) -> TaskInputs:
 
 
 def _data(suite: Suite, task: str) -> DataSpec:
-    spec = suite.spec.experts[task].data
+    spec = suite.data(task)
     if spec is None:
         raise SuiteError(f"Task {task!r} has no data; add 'data:' to it in {suite.path}.")
     return spec

@@ -13,8 +13,8 @@ from merge_core.methods import get_method
 
 Mode = Literal["labels", "inputs", "weights"]
 NEEDS: dict[Mode, str] = {
-    "labels": "labelled validation images",
-    "inputs": "validation images without labels",
+    "labels": "labelled validation inputs",
+    "inputs": "validation inputs without labels",
     "weights": "the checkpoints alone",
 }
 
@@ -75,8 +75,8 @@ def explain(mode: Mode, exhaustive: bool, method: str, chosen: pd.Series, tied: 
     if mode == "labels":
         others = {0: "no other one", 1: "1 other one"}.get(tied - 1, f"{tied - 1} others")
         found = (
-            "This setting has the highest accuracy on the labelled validation images among those "
-            f"evaluated on all of them; these images do not tell {others} from it"
+            "This setting has the highest accuracy on the labelled validation inputs among those "
+            f"evaluated on all of them; these inputs do not tell {others} from it"
         )
         if exhaustive:
             return (
@@ -88,7 +88,7 @@ def explain(mode: Mode, exhaustive: bool, method: str, chosen: pd.Series, tied: 
             f"{found} (of the settings that it passed over, the search says nothing). In the "
             f"evidence such a search {regret}."
         )
-    needs = "images without labels" if mode == "inputs" else "nothing but weights"
+    needs = "inputs without labels" if mode == "inputs" else "nothing but weights"
     return (
         f"{chosen['title']} chose it, the rule that lost least in the evidence of those that need "
         f"{needs}: it {regret}."

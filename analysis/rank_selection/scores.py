@@ -63,7 +63,7 @@ SCORES: dict[str, Score] = {
     ),
     "agreement": Score(
         title="Agreement with the experts",
-        why="it differs from the accuracy only on images that the expert gets wrong",
+        why="it differs from the accuracy only on inputs that the expert gets wrong",
         source="experts' predictions as pseudo-labels (Lee, ICML workshop 2013)",
         measures=(CLASSES,),
         of=_agreement,

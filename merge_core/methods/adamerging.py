@@ -134,11 +134,11 @@ METHOD = Method(
     parameters=AdamergingParameters,
     merge=merge,
     origins=("base",),
-    draws="the images of each step",
+    draws="the inputs of each step",
     learns="adamerging",
     data="inputs",
     gradients=True,
-    deviations="The inputs come from the validation split; the paper adapts on the test images "
+    deviations="The inputs come from the validation split; the paper adapts on the test inputs "
     "themselves. One batch of 16 inputs per task and step, as in the paper (the authors' code "
     "takes two). As in that code, coefficients are clamped where they are used. An even vote of "
     "the trimmed vectors' signs leaves an entry out.",

@@ -85,12 +85,12 @@ METHOD = Method(
     parameters=CartAdaptiveParameters,
     merge=merge,
     origins=("average",),
-    draws="the images of each step",
+    draws="the inputs of each step",
     learns="cart_adaptive",
     data="inputs",
     gradients=True,
     averaged=AVERAGED,
-    deviations="The inputs come from the validation split; the paper adapts on the test images "
+    deviations="The inputs come from the validation split; the paper adapts on the test inputs "
     "themselves. Coefficients are not bounded.",
     warnings=warnings,
 )

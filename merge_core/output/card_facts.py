@@ -134,7 +134,7 @@ def _library(folder: Path | None) -> str | None:
 
 
 def _of_network(suite: Suite) -> str | None:
-    return suite.spec.architecture.library if suite.spec.architecture else None
+    return suite.architecture.library if suite.architecture else None
 
 
 def _weighted_modules(folder: Path | None) -> tuple[str, ...]:

@@ -114,8 +114,9 @@ def _hub_dataset(data: DataSpec, what: str, download: bool) -> Path:
     except LocalEntryNotFoundError as fault:
         reason = "could not be fetched" if download else "is not in the cache of the hub"
         raise SuiteError(
-            f"The dataset {name} ({what}) {reason}. Fetch it once with `mergescope prepare SUITE "
-            "--download`, or give the folder of its files as 'path'."
+            f"The dataset {name} ({what}) {reason}. Fetch it once with --download "
+            "(`mergescope prepare SUITE` or `suite build PLAN`), or give the folder of its files "
+            "as 'path'."
         ) from fault
     except (HfHubHTTPError, HFValidationError, OSError) as fault:
         reason = str(fault).strip().split("\n")[0]
@@ -182,7 +183,7 @@ def data_identity(data: DataSpec, resolve: Resolve, what: str) -> str:
         return content
     apart = {"file", "path", "revision"}
     fields = data.model_dump(mode="json", exclude=apart, exclude_defaults=True)
-    if data.tokenizer is not None:
+    if data.kind == "text":
         fields["tokenizer"] = _tokenizer_identity(tokenizer_path(data, resolve), what)
     if data.classes is not None:
         fields["classes"] = read_names(data.classes, resolve, f"classes of {what}")
@@ -225,19 +226,23 @@ def head_identity(head: str | HeadSpec, resolve: Resolve, what: str) -> str:
 
 
 def tokenizer_path(data: DataSpec, resolve: Resolve) -> Path:
-    """The folder of a tokenizer; of one on the hub, in the cache.
+    """The folder of a tokenizer, or of weights beside it; of one on the hub, in the cache.
 
     Raises:
+        SuiteError: none is named, and there is no base that could have it.
         HubError: it is on the hub and not downloaded.
     """
     from merge_core.hub.files import is_hub_id
     from merge_core.hub.models import require_cached
 
-    assert data.tokenizer is not None
-    if not is_hub_id(data.tokenizer):
-        return resolve(data.tokenizer)
-    path = require_cached(data.tokenizer)
-    return path if path.is_dir() else path.parent
+    if data.tokenizer is None:
+        raise SuiteError(
+            "Texts need a tokenizer. Name it as 'tokenizer' of the data: a folder, or a name on "
+            "the hub (hf://org/name)."
+        )
+    on_hub = is_hub_id(data.tokenizer)
+    path = require_cached(data.tokenizer) if on_hub else resolve(data.tokenizer)
+    return path.parent if path.is_file() else path
 
 
 def _tokenizer_identity(folder: Path, what: str) -> str:

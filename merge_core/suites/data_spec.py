@@ -40,7 +40,7 @@ FIELDS: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
     "text": (
         frozenset({"path", "dataset", "config", "revision", "text_columns", "label_column"})
         | {"tokenizer", "length"},
-        frozenset({"text_columns", "tokenizer"}),
+        frozenset({"text_columns"}),
     ),
 }
 # What a numpy archive is read by as it is; anything more makes a prepared copy.
@@ -117,7 +117,8 @@ class DataSpec(StrictModel):
         image_column: of a Hugging Face dataset; found by its type where not named.
         label_column: likewise.
         text_columns: of texts: one, or two that are read as a pair.
-        tokenizer: of texts: a folder or hub id that holds a fast tokenizer of transformers.
+        tokenizer: of texts: a folder or hub id that holds a fast tokenizer of transformers; the
+            suite's base where it is not named.
         length: of texts: tokens that are kept at most.
         labelled: whether there are labels.
         classes: class names in the order of the head's outputs.

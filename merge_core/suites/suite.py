@@ -5,7 +5,7 @@ A suite is a file, ``suite.yaml``, whose paths are relative to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -19,9 +19,7 @@ from merge_core.checkpoints.lora import AdaptedCheckpoint, is_adapter, is_stored
 from merge_core.checkpoints.naming import add_prefix, align_names
 from merge_core.checkpoints.parameter_roles import Treatment, treatment
 from merge_core.checkpoints.parameter_roles import describe as describe_parameter
-from merge_core.checkpoints.shards import TensorInfo
 from merge_core.checkpoints.tied import with_aliases
-from merge_core.compatibility.companions import companions_of
 from merge_core.errors import (
     CheckpointError,
     HubError,
@@ -32,16 +30,21 @@ from merge_core.errors import (
 from merge_core.files import digest_of, path_below, read_yaml
 from merge_core.hub.files import is_hub_id
 from merge_core.hub.models import cache_path, require_cached, resolve_revision
-from merge_core.suites.architectures import add_pooling, read_architecture
 from merge_core.suites.data_files import data_identity, head_identity
+from merge_core.suites.data_spec import DataSpec
 from merge_core.suites.manifest import Manifest, make_manifest
 from merge_core.suites.mergekit import explain_mergekit
 from merge_core.suites.suite_spec import ArchitectureSpec, SuiteSpec
+from merge_core.suites.told import (
+    complete_data,
+    describe_network,
+    holds_classifier,
+    tell_architecture,
+)
 from merge_core.work_sizes import HASHED_AT_ONCE
 
 BUNDLED = "demo"
-# What is called a head and classifies no inputs.
-OTHER_HEADS = frozenset({"cls", "vocab_transform", "qa_outputs", "multiple_choice_head"})
+RECORD_SUFFIX = ".mergescope"
 BUNDLED_PATH = Path(__file__).resolve().parents[2] / "data" / "demo" / "suite.yaml"
 
 
@@ -58,6 +61,8 @@ class Suite:
         self.path = path
         self.root = path.parent
         self._manifests: dict[tuple[str, ...], Manifest] = {}
+        self._own_heads: dict[str, bool] = {}
+        self._data: dict[str, DataSpec] = {}
 
     def __repr__(self) -> str:
         return f"Suite({self.spec.name!r}, {len(self.tasks)} tasks)"
@@ -200,34 +205,53 @@ class Suite:
         files of sentence-transformers beside the base; but classifiers within the experts'
         checkpoints take what they were trained on.
         """
-        told, members = self.spec.architecture, [None, *self.tasks]
-        for task in members:
+        own = any(map(self.has_own_head, self.tasks))
+        return tell_architecture(self.spec.architecture, self._opened(), own)
+
+    def _opened(self) -> Iterator[Checkpoint]:
+        """The base and the experts, those that can be opened."""
+        for task in (None, *self.tasks):
             with suppress(MergeScopeError):
                 member = self.base if task is None else self.expert(task)
-                if member is None:
-                    continue
-                if told is None:
-                    told = read_architecture(member)
-                elif (files := companions_of(member)) is not None and task is None:
-                    told = add_pooling(told, files)
-            if told is not None:
-                break
-        if told is not None and any(self.has_own_head(task) for task in self.tasks):
-            given = self.spec.architecture or ArchitectureSpec(name=told.name)
-            told = told.model_copy(update={"pooling": given.pooling, "normalize": given.normalize})
-        return told
+                if member is not None:
+                    yield member
 
     def has_own_head(self, task: str) -> bool:
         """Whether suite.yaml names no head of a task, and its expert's checkpoint holds one."""
         if self.spec.experts[task].head is not None:
             return False
-        with suppress(MergeScopeError):
-            expert = self.expert(task)
-            return any(
-                info.is_floating and len(info.shape) == 2 and _is_classifier(name, info)
-                for name, info in ((name, expert.info(name)) for name in expert)
+        if task not in self._own_heads:
+            self._own_heads[task] = False
+            with suppress(MergeScopeError):
+                self._own_heads[task] = holds_classifier(self.expert(task))
+        return self._own_heads[task]
+
+    def data(self, task: str) -> DataSpec | None:
+        """A task's data, with what suite.yaml leaves out and the files beside members tell.
+
+        These are the tokenizer of texts, which is the base's, and the transform of images for
+        models of transformers.
+        """
+        given = self.spec.experts[task].data
+        if given is not None and task not in self._data:
+            self._data[task] = complete_data(
+                given, self.architecture, self.spec.base, self._opened()
             )
-        return False
+        return self._data.get(task)
+
+    @property
+    def inputs(self) -> str:
+        """What the data of its tasks are: ``images``, ``texts``, or ``inputs`` for both or none."""
+        kinds = {spec.data.inputs for spec in self.spec.experts.values() if spec.data is not None}
+        return kinds.pop() if len(kinds) == 1 else "inputs"
+
+    @property
+    def network_in_words(self) -> str | None:
+        """What the network is, by whose word, and what its features are; None for none."""
+        if self.architecture is None:
+            return None
+        own = [task for task in self.tasks if self.has_own_head(task)]
+        return describe_network(self.architecture, self.spec.architecture is not None, own)
 
     @property
     def can_evaluate(self) -> bool:
@@ -344,12 +368,13 @@ class Suite:
         """
         spec = self.spec.experts[task]
         headless = spec.head is None and not self.has_own_head(task)
-        if spec.data is None or headless or self.architecture is None:
+        data = self.data(task)
+        if data is None or headless or self.architecture is None:
             raise SuiteError(f"Task {task!r} cannot be evaluated: {self.why_not_evaluated}.")
         parts = [
-            *map(repr, spec.data.constants),
+            *map(repr, data.constants),
             self.architecture.identity,
-            data_identity(spec.data, self.file, f"data of task {task!r} of {self.path}"),
+            data_identity(data, self.file, f"data of task {task!r} of {self.path}"),
             digest_of("own head", self.expert(task).digest)
             if spec.head is None
             else head_identity(spec.head, self.file, f"head of task {task!r} of {self.path}"),
@@ -392,12 +417,6 @@ class Suite:
             raise CheckpointError(f"Suite {self.name!r}, {what}: {error}") from error
 
 
-def _is_classifier(name: str, info: TensorInfo) -> bool:
-    """Whether a weight belongs to a classifier of whole inputs."""
-    words = set(name.split("."))
-    return describe_parameter(name, info).kind == "head" and not words & OTHER_HEADS
-
-
 def load_suite(reference: str | Path) -> Suite:
     """Read a ``suite.yaml``; nothing of the checkpoints is opened yet.
 
@@ -412,6 +431,11 @@ def load_suite(reference: str | Path) -> Suite:
         >>> suite.tasks[:3], len(suite.expert("digits"))
         (('digits', 'letters', 'greek'), 30)
     """
+    if str(reference).endswith(RECORD_SUFFIX):
+        raise SuiteError(
+            f"{reference} is a record, which holds no weights. Open it with 'mergescope app'; for "
+            "anything else give the suite itself."
+        )
     document, path = read_yaml(
         BUNDLED_PATH if str(reference) == BUNDLED else Path(reference),
         "suite.yaml",

@@ -62,7 +62,7 @@ def compare(
     limit: LimitOption = None,
     csv: CsvOption = None,
 ) -> None:
-    """Methods on the same images: accuracy, cost, and which differences are real."""
+    """Methods on the same inputs: accuracy, cost, and which differences are real."""
     from analysis.comparison.run import run_comparison
     from analysis.evaluation.evaluator import Evaluator
     from merge_core.factors.store import FactorStore
@@ -202,7 +202,7 @@ def _print_differences(out: Console, result: Comparison) -> None:
     real = differences_to(paired_differences(result.hits), best)
     print_table(
         out,
-        f"Real differences to {best}, in points (same images; 5 % after Holm's correction for "
+        f"Real differences to {best}, in points (same inputs; 5 % after Holm's correction for "
         "all pairs; each interval of its pair alone)",
         ["method", "difference", "95 %", "p"],
         [

@@ -46,6 +46,8 @@ def inspect(
     out = console()
     out.print(f"{loaded.name}: {len(loaded.tasks)} experts ({', '.join(loaded.tasks)})")
     out.print(f"base: {'none' if loaded.spec.base is None else 'yes'}")
+    if (network := loaded.network_in_words) is not None:
+        out.print(f"network: {network}")
     lacking = loaded.why_not_evaluated
     out.print(f"evaluation: {'ready' if lacking is None else 'not possible, ' + lacking}")
     print_preflight(out, report, full, timed=not headers_only)

@@ -16,6 +16,8 @@ from mergescope.terminal import (
     split_names,
 )
 
+SHOWN = 5  # classes of each task
+
 if TYPE_CHECKING:
     from merge_core.suites.suite import Suite
 
@@ -43,18 +45,21 @@ def prepare(
         ["task", "kind", "input", "validation", "test", "classes", "head"],
         rows,
     )
+    for task in loaded.select(split_names(tasks)):
+        if (named := _classes(loaded, task)) is not None:
+            console().print(named)
 
 
 def _download(suite: Suite, task: str) -> None:
     from analysis.data_sources import download
 
-    data = suite.spec.experts[task].data
+    data = suite.data(task)
     if data is not None:
         download(data, suite.file, f"data of task {task!r}")
 
 
 def _images(suite: Suite, task: str) -> list[str]:
-    """Kind, size of the images, numbers of images and classes."""
+    """Kind and size of the inputs, numbers of inputs and classes."""
     from analysis.outputs.inputs import Split, load_inputs
 
     data = suite.spec.experts[task].data
@@ -71,6 +76,17 @@ def _images(suite: Suite, task: str) -> list[str]:
     ]
 
 
+def _classes(suite: Suite, task: str) -> str | None:
+    """The first classes of a task by number and name; None where they have none."""
+    from analysis.outputs.inputs import load_inputs
+
+    names = () if suite.data(task) is None else load_inputs(suite, task, "test").class_names
+    if not names or all(name.isdigit() for name in names):
+        return None
+    shown = ", ".join(f"{number} {name}" for number, name in enumerate(names[:SHOWN]))
+    return f"classes of {task}: {shown}" + (", ..." if len(names) > SHOWN else "")
+
+
 def _head(suite: Suite, task: str) -> str:
     """The form of the head.
 
@@ -80,7 +96,8 @@ def _head(suite: Suite, task: str) -> str:
     from analysis.outputs.heads import load_head
     from analysis.outputs.inputs import has_labels, load_inputs
 
-    if suite.spec.experts[task].head is None:
+    own = suite.has_own_head(task)
+    if suite.spec.experts[task].head is None and not own:
         return "none"
     head = load_head(suite, task)
     classes, width = head.weight.shape
@@ -88,7 +105,11 @@ def _head(suite: Suite, task: str) -> str:
         most = int(load_inputs(suite, task, "test").labels.max())
         if most >= classes:
             raise SuiteError(
-                f"The head of task {task!r} has {classes} classes, but its test images have "
+                f"The head of task {task!r} has {classes} classes, but its test inputs have "
                 f"labels up to {most}. Correct the head or 'classes'."
             )
-    return f"{classes} x {width}" + (", of unit features" if head.normalizes else "")
+    return (
+        f"{classes} x {width}"
+        + (", of unit features" if head.normalizes else "")
+        + (", the checkpoint's own" if own else "")
+    )

@@ -38,8 +38,8 @@ def select(
     mode: Annotated[
         str | None,
         typer.Option(
-            help="What may be looked at: labels (validation images with labels), inputs (without "
-            "them) or weights (no image); labels where the suite has them when left out."
+            help="What may be looked at: labels (validation inputs with labels), inputs (without "
+            "them) or weights (no input); labels where the suite has them when left out."
         ),
     ] = None,
     tasks: TasksOption = None,
@@ -48,7 +48,7 @@ def select(
     ] = None,
     scales: Annotated[str | None, typer.Option(help="Scaling coefficients, by commas.")] = None,
     full_grid: Annotated[
-        bool, typer.Option("--full-grid", help="Every setting on every image; slow and complete.")
+        bool, typer.Option("--full-grid", help="Every setting on every input; slow and complete.")
     ] = False,
     every_proxy: Annotated[
         bool,
@@ -56,7 +56,7 @@ def select(
             "--every-proxy", help="Also what each rule that reads inputs picks: a search for each."
         ),
     ] = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of the images that a search begins with.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the inputs that a search begins with.")] = 0,
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="Write the recommended recipe here.")
     ] = None,
@@ -131,7 +131,7 @@ def _print(out: Console, result: Selection) -> None:
         values = tied[axis].dropna()
         if len(values):
             out.print(
-                f"{axis} of the {len(tied)} settings that these images do not tell apart: "
+                f"{axis} of the {len(tied)} settings that these inputs do not tell apart: "
                 f"{values.min():g} to {values.max():g}"
             )
     columns = ["title", "mode", "rank", "scale", "accuracy"]
@@ -141,7 +141,7 @@ def _print(out: Console, result: Selection) -> None:
             out.print(f"{row['title']}: {row['at_edge']}")
     if result.mode != "weights":
         out.print(
-            f"images that decided: {result.asked_images:,}, run now: {result.forward_images:,}"
+            f"inputs that decided: {result.asked_images:,}, run now: {result.forward_images:,}"
         )
     out.print(f"seconds: {result.seconds:.1f}")
     if result.low_rank_bytes is not None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.yaml_text import dump_yaml
 from tests.evaluable import write_evaluable
 from tests.pages.test_pages import PAGES, figures, finish, metrics, open_page
+from ui.server import resources
 
 NEEDS_EVALUATION = ("overview", "rank_and_scale", "merge_lab")
 
@@ -159,6 +163,29 @@ def test_the_first_result_of_a_new_suite_is_a_button_away(offer: Callable[..., P
     assert figures(at)
     assert {"Base", "Weight average", "Task Arithmetic", "CART", "Experts"} <= set(metrics(at))
     assert any("default" in m.value for m in at.markdown)
+
+
+def test_the_lab_runs_experts_of_large_models_in_the_background_too(
+    offer: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offer()
+    ran: set[int] = set()
+    run = SuiteOutputs._run
+
+    def recorded(self: SuiteOutputs, *args: Any) -> Any:
+        ran.add(threading.get_ident())
+        return run(self, *args)
+
+    monkeypatch.setattr(SuiteOutputs, "_run", recorded)
+    monkeypatch.setattr(resources, "count_parameters", lambda _view: 10**8)
+    at = open_page("merge_lab", suite="mine")
+    assert not ran
+    next(button for button in at.button if button.label == "Merge and evaluate").click()
+    at = finish(at.run())
+    assert not at.exception
+    assert "Experts" in set(metrics(at))
+    assert ran <= {thread.ident for thread in resources.job_runner()._pool._threads}
+    assert ran
 
 
 def test_a_replaced_checkpoint_is_read_again(offer: Callable[..., Path]) -> None:

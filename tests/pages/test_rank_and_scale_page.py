@@ -129,7 +129,7 @@ def test_a_setting_can_be_chosen_by_link_and_opened_in_the_lab(offer: Offer) -> 
     wanted = library(path, "labels", full_grid=True).points
     row = wanted[np.isclose(wanted["rank"], 0.26) & np.isclose(wanted["scale"], 3.2)].iloc[0]
     text = next(t.value for t in at.markdown if "Chosen: rank 26 %, λ = 3.2" in t.value)
-    assert f"accuracy {row['score']:.1%} on 20 images a task" in text
+    assert f"accuracy {row['score']:.1%} on 20 inputs a task" in text
     links = [link for link in at.get("page_link") if "merge_lab" in link.proto.page]
     queries = [parse_qs(urlparse("?" + link.proto.query_string).query) for link in links]
     assert any(q["rank"] == ["26 %"] and q["scale"] == ["3.2"] for q in queries)

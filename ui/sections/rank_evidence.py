@@ -18,7 +18,7 @@ EXPLAINED = charts.HowToRead(
     "line their mean; a rule is good where all its marks lie near zero. The best setting is the "
     "one with the highest **validation** accuracy, so on that split regret is never below zero "
     "for settings of the grid and counts luck in the best one's favour; on the **test** split the "
-    "same two settings are compared on images that chose neither. What a mode recommends is the "
+    "same two settings are compared on inputs that chose neither. What a mode recommends is the "
     "rule with the smallest mean validation regret.",
     r"\mathrm{regret}(p) = \frac1T \sum_t \mathrm{acc}_t(k^*, \lambda^*) - "
     r"\mathrm{acc}_t(k_p, \lambda_p),\qquad "
@@ -86,7 +86,7 @@ def more_tasks_section(method: str) -> None:
             alt="Best rank and best scale over the number of tasks",
             caption=f"From the evidence, not from the tasks chosen now: {get_method(method).title} "
             f"on sets of tasks of {suites}; the best of the full grid on the validation split. "
-            "Bars span the settings that its images do not tell from the best.",
+            "Bars span the settings that its inputs do not tell from the best.",
         ),
         numbers=charts.Numbers(frame, "tasks_effect"),
     )

@@ -23,10 +23,10 @@ EXPLAINED = (
     "large λ overstretches that little; on its right the vectors cancel more and more. Original "
     "vectors (about the base) do not cancel: at full rank they end at Task Arithmetic on the "
     "matrices. The curve takes at each rank the best λ that was tried; its band is the 95 % "
-    "sampling interval of the mean over these tasks, and hollow points rest on fewer images. A "
+    "sampling interval of the mean over these tasks, and hollow points rest on fewer inputs. A "
     "mark says which rank a rule picks; its own λ may be another one (see the tab Proxies). On "
-    "the map a cell is a setting, small where only part of the images was run, blank where none "
-    "was; colours end 15 points below the best. The red line encloses what these images do not "
+    "the map a cell is a setting, small where only part of the inputs was run, blank where none "
+    "was; colours end 15 points below the best. The red line encloses what these inputs do not "
     "tell from the recommended setting (★)."
 )
 
@@ -188,13 +188,13 @@ def detail(
         left.markdown(f"**Chosen: {words}**: not evaluated in this search.")
     else:
         row, best = here.iloc[0], (selection.rank, selection.scale)
-        told = "these images do not tell it from the best" if row["tied"] else "not tied"
+        told = "these inputs do not tell it from the best" if row["tied"] else "not tied"
         if np.isclose([row["rank"], row["scale"]], best, equal_nan=True).all():
             told = "the recommended setting"
         shares = selection.score in figures.SHARES
         score = f"{row['score']:.1%}" if shares else f"{row['score']:.4g}"
         left.markdown(
-            f"**Chosen: {words}**: {selection.score} {score} on {row['images']:.0f} images a "
+            f"**Chosen: {words}**: {selection.score} {score} on {row['images']:.0f} inputs a "
             f"task; {told}."
         )
     right.page_link(

@@ -83,3 +83,25 @@ def describe_cosines(cosines: Sequence[pd.DataFrame]) -> str:
             said = f"{count - negative} of {count} pairs have a positive cosine and {negative} not"
         words = f"Of the original task vectors {said} ({span}). {words}"
     return words
+
+
+def describe_condition(frame: pd.DataFrame) -> str:
+    """What was expected of centring in each layer, and what it does.
+
+    Args:
+        frame: of :func:`analysis.spectral.centring.centring_frame`.
+    """
+    count, needed = len(frame), float(frame["needed"].iloc[0])
+    above = frame["common"] > frame["needed"]
+    falls = frame["ratio"] < 1
+    low, high = (f"{value:.1%}" for value in frame["common"].agg(["min", "max"]))
+    span = low if low == high else f"{low} to {high}"
+    layers = "layers" if count > 1 else "layer"
+    told = f"Tasks have {span} of their leading directions in common; more than about {needed:.1%} "
+    told += f"(one in {round(1 / needed)} tasks) is needed for centring to help. "
+    if above.all() or not above.any():
+        said = "It can help here" if above.all() else "So it cannot be expected to help here"
+    else:
+        said = f"It can be expected to help in {int(above.sum())} of {count} layers"
+    measured = f"it lowers interference in {int(falls.sum()) or 'none'} of {count} {layers}"
+    return f"{told}{said}, and {measured}."

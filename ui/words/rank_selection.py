@@ -85,7 +85,7 @@ def candidates(
             Candidate(
                 float(least["rank"]),
                 float(least["scale"]),
-                f"{words} of the {len(tied)} settings that these images do not tell apart",
+                f"{words} of the {len(tied)} settings that these inputs do not tell apart",
             )
         )
     others = picks[(picks["proxy"] != rule) & (picks["scale"].notna() | picks["rank"].notna())]

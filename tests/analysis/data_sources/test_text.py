@@ -103,6 +103,18 @@ def test_labels_stay_with_their_texts(folder: Path) -> None:
     assert names == ("0", "1", "2")
 
 
+def test_training_texts_are_none_of_the_others(folder: Path) -> None:
+    shared = {"test": "validation", "val_share": 0.25, "length": 64}
+    parts = {part: read(folder, part, **shared)[0] for part in ("train", "val")}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 15, "val": 5}
+    together = sorted(spell(row) for rows in parts.values() for row in rows)
+    assert together == sorted(TEXTS)
+    own = read(folder, "train", val="validation", **shared)[0]
+    assert sorted(map(spell, own)) == sorted(TEXTS)
+    with pytest.raises(SuiteError, match="which split is for fine-tuning"):
+        read(folder, "train", test="train", val="validation")
+
+
 def test_pairs_are_joined_as_each_tokenizer_joins_them(folder: Path) -> None:
     pair = {"text_columns": ["text", "other"], "length": 64}
     gpt2 = {spell(row) for row in read(folder, **pair)[0]}
@@ -206,6 +218,7 @@ def test_a_label_that_is_no_class_is_named(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"tokenizer": None}, "Texts need a tokenizer"),
         ({"text_columns": ["texts"]}, r"no column 'texts'; there is text, other, label"),
         ({"label_column": "class"}, "no column 'class'"),
         ({"label_column": "score"}, "holds no class numbers"),
@@ -222,7 +235,6 @@ def test_what_is_wrong_is_said(folder: Path, fields: dict[str, Any], message: st
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"tokenizer": None}, "needs 'tokenizer'"),
         ({"text_columns": []}, "at least 1"),
         ({"text_columns": ["a", "b", "c"]}, "at most 2"),
         ({"mean": [0, 0, 0]}, "takes no transform, mean"),

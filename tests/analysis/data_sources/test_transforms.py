@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from analysis.data_sources.transforms import geometric_transform, resolve_transform
 from analysis.outputs.inputs import normalise_pixels
 from merge_core.errors import SuiteError
+from merge_core.suites.preprocessors import transform_of
 from merge_core.suites.suite_spec import ArchitectureSpec
 from tests.analysis.data_sources.files import noise, spec
 
@@ -105,7 +108,7 @@ def test_open_clip(architecture: ArchitectureSpec, size: int) -> None:
 def test_what_is_not_said_comes_from_the_architecture() -> None:
     vit, clip = (
         ArchitectureSpec(name="test_vit"),
-        ArchitectureSpec(name="ViT-B-32", library="transformers"),
+        ArchitectureSpec(name="clip_vision_model", library="transformers"),
     )
     folder = {"kind": "folder", "path": "f"}
     assert resolve_transform(spec(**folder), vit, WHAT) == resolve_transform(
@@ -130,3 +133,41 @@ def test_a_transform_that_is_not_known_must_be_written_out(
 ) -> None:
     with pytest.raises(SuiteError, match=r"Data of task 'a'.*transform: \{size: 224"):
         resolve_transform(spec(file="a", transform="timm"), architecture, WHAT)
+
+
+def test_a_network_of_transformers_without_a_processors_file_must_have_it_written_out() -> None:
+    vit = ArchitectureSpec(name="vit", library="transformers")
+    with pytest.raises(SuiteError, match=r"no preprocessor_config\.json.*'vit' takes images"):
+        resolve_transform(spec(kind="folder", path="f"), vit, WHAT)
+
+
+PROCESSORS: dict[str, dict[str, Any]] = {
+    "ViTImageProcessor": {"size": {"height": 32, "width": 32}},
+    "BitImageProcessor": {  # DINOv2's
+        **{"size": {"shortest_edge": 40}, "crop_size": {"height": 32, "width": 32}, "resample": 3},
+        **{"do_center_crop": True, "image_mean": [0.485, 0.456, 0.406]},
+    },
+    "ConvNextImageProcessor": {"size": {"shortest_edge": 32}, "crop_pct": 0.875, "resample": 3},
+    "SiglipImageProcessor": {"size": {"height": 32, "width": 32}, "resample": 3},
+}
+
+
+@pytest.mark.parametrize("kind", sorted(PROCESSORS))
+def test_processors_of_transformers_give_what_their_files_say(kind: str, tmp_path: Path) -> None:
+    """Smooth pictures whose margins are even: where they are odd, two libraries' centres are a
+    pixel apart, and on noise the roundings of their resizing add up."""
+    transformers = pytest.importorskip("transformers")
+    processor = getattr(transformers, kind)(**PROCESSORS[kind])
+    processor.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "preprocessor_config.json").read_text(encoding="utf-8"))
+    found = transform_of(config)
+    assert found is not None
+    for size in ((60, 60), (120, 60), (60, 120)):
+        rows, columns = np.meshgrid(*(np.linspace(0, 3, n) for n in size), indexing="ij")
+        waves = [np.sin(rows + phase) * np.cos(2 * columns) for phase in range(3)]
+        picture = Image.fromarray((127 + 120 * np.stack(waves, axis=-1)).astype(np.uint8))
+        theirs = processor(picture, return_tensors="pt")["pixel_values"][0]
+        pixels = geometric_transform(found)(picture)[None]
+        ours = normalise_pixels(pixels, found.mean, found.std)[0]
+        assert ours.shape == theirs.shape
+        assert (ours - theirs).abs().max() <= 2.01 / 255 / min(found.std)  # two levels of 255

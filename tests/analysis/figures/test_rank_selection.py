@@ -157,7 +157,7 @@ class TestMap:
             assert (RANKS[int(x)], SCALES[int(y)]) == (rank, scale)
             assert ("not evaluated" in text) == (rank == 1.0)
             if (rank, scale) == (0.01, 2.0):
-                assert "83.0% on 60 images a task, tied" in text
+                assert "83.0% on 60 inputs a task, tied" in text
         star, ring = trace_named(figure, "recommended"), trace_named(figure, "chosen")
         assert (star.x[0], star.y[0]) == (0, 0)
         assert (ring.x[0], ring.y[0]) == (2, 1)

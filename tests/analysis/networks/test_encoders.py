@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from analysis.networks.towers import suite_network
 from analysis.outputs.heads import load_head
+from merge_core.errors import SuiteError
 from merge_core.suites.suite import Suite, load_suite
 from tests.evaluable import write_document
 
@@ -139,3 +142,78 @@ def test_experts_give_the_logits_of_their_library(
         got = load_head(suite, task).logits(network.features(state, given))
         expected = own_logits(classifier(kind, seed), given)
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def bert_args(**args: Any) -> dict[str, Any]:
+    return {"name": "bert", "library": "transformers", "args": {**TEXT, **args}}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "message"),
+    [
+        ({**bert_args(), "name": "roberta"}, None),  # the same names and shapes
+        (bert_args(num_hidden_layers=3), r"lack 'encoder.layer.2.*\(16 of \d+ are missing\)"),
+        (bert_args(num_hidden_layers=1), r"hold 'encoder.layer.1.*fewer layers \(16 param"),
+        (bert_args(intermediate_size=21), r"has shape .* needs .*Correct the architecture's args"),
+        (
+            {"name": "distilbert", "library": "transformers", "args": TEXTS["distilbert"]},
+            "of another",
+        ),
+        ({"name": "vit", "library": "transformers", "args": IMAGE}, "26 of the 40 .* 'vit'"),
+        (bert_args(auto_map={"AutoModel": "x.Y"}), "'auto_map' would have transformers fetch"),
+    ],
+)
+def test_what_is_at_fault_is_named(
+    architecture: dict[str, Any], message: str | None, tmp_path: Path
+) -> None:
+    classifier("bert").bert.save_pretrained(tmp_path / "one")
+    document = {"name": "s", "architecture": architecture, "experts": {"one": {"weights": "one"}}}
+    suite = load_suite(write_document(tmp_path, document))
+    expert = suite.expert("one")
+    state = {name: expert.tensor(name) for name in expert}
+    if message is None:
+        assert suite_network(suite).features(state, inputs("bert")).shape == (3, 16)
+        return
+    with pytest.raises(SuiteError, match=message):
+        suite_network(suite).features(state, inputs("bert"))
+
+
+@pytest.mark.parametrize("prefix", ["", "bert.", "model.encoder."])
+def test_any_prefix_is_found(prefix: str, tmp_path: Path) -> None:
+    bert = classifier("bert").bert
+    (tmp_path / "one").mkdir()
+    named = {f"{prefix}{name}": value for name, value in bert.state_dict().items()}
+    save_file(named, tmp_path / "one/model.safetensors")
+    bert.config.save_pretrained(tmp_path / "one")
+    suite = load_suite(
+        write_document(tmp_path, {"name": "s", "experts": {"one": {"weights": "one"}}})
+    )
+    network, expert = suite_network(suite), suite.expert("one")
+    state = {name: expert.tensor(name) for name in expert}
+    tokens = inputs("bert")
+    with torch.no_grad():  # what BERT's classifier takes
+        expected = [bert(input_ids=row[row >= 0][None]).pooler_output for row in tokens]
+    got = network.features(state, tokens)
+    torch.testing.assert_close(got, torch.cat(expected), rtol=1e-5, atol=1e-6)
+    assert set(network.module.state_dict()) == set(named)
+
+
+def test_learners_find_layers_and_blocks_by_the_names_in_files(tmp_path: Path) -> None:
+    """A ViT's modules are called otherwise than its parameters are saved."""
+    suite = suite_of(tmp_path, "vit")
+    module, given = suite_network(suite).module, inputs("vit")
+    block = module.get_submodule("vit.encoder.layer.1")
+    query = module.get_submodule("vit.encoder.layer.1.attention.attention.query")
+    seen: list[Any] = []
+    for each in (block, query):
+        each.register_forward_pre_hook(lambda layer, _: seen.append(layer))
+    with torch.no_grad():
+        module(given)
+    assert seen == [block, query]
+    copied = copy.deepcopy(module)
+    own = {name: value.clone() for name, value in module.state_dict().items()}
+    with torch.no_grad():
+        before = module(given)
+        changed = {name: 1.5 * value for name, value in own.items()}
+        assert not torch.allclose(torch.func.functional_call(copied, changed, (given,)), before)
+        torch.testing.assert_close(module(given), before, rtol=0, atol=0)

@@ -32,6 +32,8 @@ TIMM = ARCHITECTURE
 CLIP = {"name": "ViT-B-32", "library": "open_clip"}
 VISION = {"name": "clip_vision_model", "library": "transformers"}
 GPT2 = {"name": "gpt2", "library": "transformers"}
+BERT = {"name": "bert", "library": "transformers"}
+SWIN = {"name": "swin", "library": "transformers"}
 
 
 def with_args(architecture: Mapping[str, Any], **args: Any) -> dict[str, Any]:
@@ -65,6 +67,11 @@ HUGE: dict[str, dict[str, Any]] = {
     "transformers width": with_args(VISION, hidden_size=10**9),
     "transformers vocabulary": with_args(GPT2, vocab_size=10**12),
     "transformers positions": with_args(GPT2, n_positions=10**9),
+    "encoder layers within": with_args(BERT, num_hidden_layers=4000),
+    "encoder vocabulary within": with_args(BERT, vocab_size=4096, hidden_size=4096),
+    "encoder stages": with_args(SWIN, depths=[4000, 4000], num_heads=[1, 1], embed_dim=8),
+    "encoder stage count": with_args(SWIN, depths=[1] * 2000, num_heads=[1] * 2000),
+    "encoder windows": with_args(SWIN, window_size=4096),
 }
 
 
@@ -84,6 +91,8 @@ def imported_models() -> None:
     with torch.device("meta"):
         transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig())
         transformers.GPT2Model(transformers.GPT2Config())
+        transformers.BertModel(transformers.BertConfig())
+        transformers.SwinModel(transformers.SwinConfig())
 
 
 def told(folder: Path, architecture: Mapping[str, Any]) -> Callable[[], str]:

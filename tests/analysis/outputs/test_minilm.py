@@ -45,7 +45,7 @@ def suite_of(folder: Path, **fields: Any) -> Suite:
     save_file(state, folder / "expert.safetensors")
     torch.manual_seed(0)
     save_file({"weight": torch.randn(3, WIDTH)}, folder / "head.safetensors")
-    data = {"kind": "text", "path": "data", "text_columns": ["text"], "tokenizer": str(MINILM)}
+    data = {"kind": "text", "path": "data", "text_columns": ["text"]}  # the base's tokenizer
     document: dict[str, Any] = {
         "name": "s",
         "base": str(MINILM),

@@ -119,7 +119,7 @@ def test_differences_to_the_best(folder: Path, run: Any) -> None:
     assert list(gaps.values()) == sorted(gaps.values(), reverse=True)
     assert max(gaps.values()) < 0
     alike = set(result.summary["label"]) - set(gaps) - {best}
-    assert "differ on at least 8 images" in " ".join(out.split())  # 2⁻⁷ < 5 % / 6 pairs
+    assert "differ on at least 8 inputs" in " ".join(out.split())  # 2⁻⁷ < 5 % / 6 pairs
     last = out.strip().splitlines()[-1]
     assert last.startswith(f"not told apart from {best}: ")
     assert all(label in last for label in alike)

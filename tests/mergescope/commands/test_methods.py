@@ -42,7 +42,7 @@ def test_all(shown: Any) -> None:
         " | ties | the base |  | base, average | nothing | ",
         " | dare_ties | the base | which entries are dropped | base, average | nothing | ",
         " | tsv_c | the base, the task at inference |  | base | nothing | ",
-        " | adamerging | the base, unlabelled data, gradients | the images of each step | base | "
+        " | adamerging | the base, unlabelled data, gradients | the inputs of each step | base | "
         "nothing | ",
     ):
         assert line in lines

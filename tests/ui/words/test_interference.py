@@ -6,6 +6,7 @@ import pandas as pd
 
 from ui.words.interference import (
     describe_centring,
+    describe_condition,
     describe_cosines,
     describe_level,
     describe_rank,
@@ -66,3 +67,14 @@ def test_the_rank_is_said_to_do_what_the_curve_does() -> None:
     )
     assert "lowers" in describe_rank(curve(0.3, 0.1))
     assert "hardly changes" in describe_rank(curve(0.3, 0.301))
+
+
+def test_what_is_expected_of_centring_is_told_beside_what_it_does() -> None:
+    frame = pd.DataFrame({"common": [0.05, 0.3], "ratio": [1.1, 0.6], "needed": 0.125})
+    both = describe_condition(frame)
+    assert "have 5.0% to 30.0% of their leading directions in common" in both
+    assert "12.5% (one in 8 tasks)" in both
+    assert "expected to help in 1 of 2 layers, and it lowers interference in 1 of 2 layers." in both
+    against = describe_condition(frame.assign(common=0.01))
+    assert "cannot be expected to help here, and it lowers interference in 1 of 2" in against
+    assert "It can help here, and" in describe_condition(frame.assign(common=0.5))
