@@ -9,13 +9,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 
 from analysis.sign_flips import fewest_images, two_sided
 
 CONFIDENCE = 0.95
-Z = float(norm.ppf(0.5 + CONFIDENCE / 2))
+Z = float(ndtri(0.5 + CONFIDENCE / 2))
 
 Hits = Mapping[str, np.ndarray]
 
@@ -132,7 +131,7 @@ def mean_accuracy(frame: pd.DataFrame, by: Sequence[str] = ()) -> pd.DataFrame:
 
 def _quantile(images: Any) -> Any:
     """How many standard errors an interval reaches, of so many images and those added."""
-    return student.ppf(0.5 + CONFIDENCE / 2, images + Z**2)
+    return stdtrit(images + Z**2, 0.5 + CONFIDENCE / 2)
 
 
 def _shrunk(share: Any, images: Any, T: Any) -> tuple[Any, Any]:
@@ -170,7 +169,7 @@ def mean_interval(scores: Hits) -> tuple[float, float]:
         return math.nan, math.nan
     variances = np.array([each.var(ddof=1) for each in values]) / images
     freedom = variances.sum() ** 2 / max(np.sum(variances**2 / (images - 1)), 1e-300)
-    half = float(student.ppf(0.5 + CONFIDENCE / 2, max(freedom, 1.0))) * math.sqrt(variances.sum())
+    half = float(stdtrit(max(freedom, 1.0), 0.5 + CONFIDENCE / 2)) * math.sqrt(variances.sum())
     return float(means.mean() - half / T), float(means.mean() + half / T)
 
 

@@ -11,15 +11,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-from scipy.signal import fftconvolve
-from scipy.stats import binom, norm
+from scipy.special import ndtr
 
 Gaps = Sequence[np.ndarray]
 
 # Points of the grid on which tasks of different sizes are added up.
 POINTS = 1 << 14
 # P(Σ ε_i a_i ≥ x ‖a‖) ≤ BOUND · P(N(0, 1) ≥ x) for random signs ε and any a, and no less will do.
-BOUND = 1 / (4 * norm.sf(np.sqrt(2)))
+BOUND = 1 / (4 * ndtr(-np.sqrt(2)))
 
 
 def flip_tail(gaps: Gaps) -> float:
@@ -48,7 +47,7 @@ def flip_tail(gaps: Gaps) -> float:
     size = float(np.linalg.norm(weighted))
     if size == 0 or weighted.sum() <= 0:
         return 1.0
-    return float(min(1.0, BOUND * norm.sf(weighted.sum() / size)))
+    return float(min(1.0, BOUND * ndtr(-weighted.sum() / size)))
 
 
 def two_sided(gaps: Gaps) -> float:
@@ -78,6 +77,8 @@ def fewest_images(level: float, comparisons: int = 1) -> int:
 
 def _hits_tail(gaps: Gaps) -> float:
     """The exact tail of differences in −1, 0 and 1."""
+    from scipy.stats import binom  # late: it takes most of a second, and pages read what is kept
+
     unequal: dict[int, int] = {}
     found: dict[int, int] = {}
     for each in gaps:
@@ -95,6 +96,9 @@ def _sum_of_sizes(unequal: Mapping[int, int], least: float) -> float:
 
     Each S_n / n is moved to the next point of a grid, which shifts the sum by half a step each.
     """
+    from scipy.signal import fftconvolve
+    from scipy.stats import binom
+
     reach = sum(count / size for size, count in unequal.items())
     if reach == 0:
         return 1.0

@@ -1,10 +1,13 @@
-"""Joint pre-training, fine-tuning under a frozen head, and accuracy."""
+"""Joint pre-training, fine-tuning under frozen heads, and accuracy."""
 
 from __future__ import annotations
 
+import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +18,8 @@ from torch.nn import functional
 from data.tasks.canvas import Images, Labels
 
 Progress = Callable[[int, float], None]
+
+KEEP_EVERY = 100  # steps of pre-training
 
 
 # By the ends of their names: attention and MLP of a transformer, kernels of a ResNet.
@@ -69,7 +74,7 @@ def _optimiser(
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, plan.factor)
 
 
-def pretrain(
+def train_jointly(
     backbone: nn.Module,
     heads: Mapping[str, nn.Linear],
     pools: Mapping[str, tuple[Images, Labels]],
@@ -77,17 +82,23 @@ def pretrain(
     plan: Schedule,
     rng: np.random.Generator,
     progress: Progress | None = None,
+    kept: Path | None = None,
+    learn_heads: bool = True,
 ) -> None:
-    """Train the backbone and every head together, in place.
+    """Train the backbone on all tasks together, in place, and their heads unless told otherwise.
 
     Each step takes ``shares[name]`` images of every pool and adds up the mean cross-entropies.
+    Every :data:`KEEP_EVERY` steps all that the next step depends on is written to ``kept``; where
+    that file exists, training goes on from it, with the same result.
     """
     device = next(backbone.parameters()).device
-    modules = [backbone, *heads.values()]
+    modules = [backbone, *heads.values()] if learn_heads else [backbone]
     parameters = [p for module in modules for p in module.parameters()]
     optimiser, schedule = _optimiser(modules, plan)
+    parts = [*modules, optimiser, schedule]
+    begin = _take_up(kept, parts, rng) if kept is not None and kept.exists() else 0
     backbone.train()
-    for step in range(plan.steps):
+    for step in range(begin, plan.steps):
         picks = {name: rng.integers(len(pools[name][1]), size=shares[name]) for name in heads}
         batch = np.concatenate([pools[name][0][rows] for name, rows in picks.items()])
         features = backbone(to_input(batch, device)).split([len(r) for r in picks.values()])
@@ -105,7 +116,27 @@ def pretrain(
         schedule.step()
         if progress is not None:
             progress(step + 1, loss.item())
+        if kept is not None and ((step + 1) % KEEP_EVERY == 0 or step + 1 == plan.steps):
+            _lay_down(kept, step + 1, parts, rng)
     backbone.eval()
+
+
+def _lay_down(kept: Path, step: int, parts: Sequence[Any], rng: np.random.Generator) -> None:
+    """Write the states of modules, optimiser, schedule and random stream, whole or not at all."""
+    states = [part.state_dict() for part in parts]
+    content = {"step": step, "states": states, "rng": json.dumps(rng.bit_generator.state)}
+    partial = kept.with_suffix(".partial")
+    torch.save(content, partial)
+    partial.replace(kept)
+
+
+def _take_up(kept: Path, parts: Sequence[Any], rng: np.random.Generator) -> int:
+    """Load what :func:`_lay_down` wrote; returns the number of steps done."""
+    content = torch.load(kept, weights_only=True)
+    for part, state in zip(parts, content["states"], strict=True):
+        part.load_state_dict(state)
+    rng.bit_generator.state = json.loads(content["rng"])
+    return int(content["step"])
 
 
 def fine_tune(

@@ -306,7 +306,7 @@ def write_folder_atomically(output: Path, key: str | None = None) -> Iterator[Pa
     try:
         target = output.resolve()  # through a link, and for "."
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _lock_output(target, output):
+        with lock_output(target, output):
             check_output(output)  # the last holder of the lock may have finished
             staging = _staging(target, key)
             yield staging
@@ -345,7 +345,7 @@ def _staging(target: Path, key: str | None) -> Path:
 
 
 @contextmanager
-def _lock_output(target: Path, output: Path) -> Iterator[None]:
+def lock_output(target: Path, output: Path) -> Iterator[None]:
     """Hold the right to write to an output; the lock of a killed process is void.
 
     Raises:

@@ -23,6 +23,7 @@ from mergescope.commands.merge import merge
 from mergescope.commands.methods import list_methods
 from mergescope.commands.pool import pool_app
 from mergescope.commands.prepare import prepare
+from mergescope.commands.record import record
 from mergescope.commands.select_rank import select
 from mergescope.commands.suite import suite_app
 
@@ -45,6 +46,7 @@ app.command()(card)
 app.command()(download)
 app.command()(prepare)
 app.command()(push)
+app.command()(record)
 app.add_typer(pool_app)
 app.add_typer(suite_app)
 

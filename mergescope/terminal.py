@@ -6,6 +6,7 @@ Everything heavy is imported by the function that needs it, so that ``--help`` i
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -24,7 +25,8 @@ SuiteArgument = Annotated[
     str, typer.Argument(help="A suite.yaml, its folder, or 'demo' for the bundled suite.")
 ]
 TasksOption = Annotated[
-    str | None, typer.Option(help="Tasks separated by commas; all when left out.")
+    str | None,
+    typer.Option(help="Tasks or presets of the suite, separated by commas; all when left out."),
 ]
 CsvOption = Annotated[Path | None, typer.Option("--csv", help="Also write the table to this file.")]
 LimitOption = Annotated[
@@ -152,5 +154,32 @@ def progress_bar(label: str) -> Progress | None:
         bar = "#" * filled + "." * (width - filled)
         sys.stderr.write(f"\r\x1b[2K{label} [{bar}] {done}/{total} {what}{end}")
         sys.stderr.flush()
+
+    return Progress(show)
+
+
+def print_above(sentence: str) -> None:
+    """A line on the error output, in place of a bar that may stand there."""
+    clear = "\r\x1b[2K" if sys.stderr.isatty() else ""
+    sys.stderr.write(f"{clear}{sentence}\n")
+    sys.stderr.flush()
+
+
+def progress_lines(seconds: float = 30.0) -> Progress:
+    """A line now and then, for work of many minutes whose output may be no terminal.
+
+    Args:
+        seconds: between two lines.
+    """
+    from merge_core.progress import Progress
+
+    shown = time.monotonic()
+
+    def show(done: int, total: int, what: str) -> None:
+        nonlocal shown
+        if time.monotonic() - shown >= seconds:
+            shown = time.monotonic()
+            sys.stderr.write(f"{done / max(1, total):.0%}  {what}\n")
+            sys.stderr.flush()
 
     return Progress(show)

@@ -10,7 +10,7 @@ import streamlit as st
 
 from analysis.figures import magnitude as figures
 from analysis.figures import regularisation as noise_figures
-from analysis.magnitude import robustness, sweep
+from analysis.magnitude import sweep
 from analysis.magnitude.homogeneity import (
     LAWS,
     Law,
@@ -24,7 +24,6 @@ from analysis.magnitude.robustness import CORRUPTIONS, Corruption
 from analysis.magnitude.sweep import WHO, Who
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.files import digest_of
-from merge_core.progress import Progress
 from ui import charts, shell
 from ui.controls import choice, selectbox, steps
 from ui.progress import run_job
@@ -62,8 +61,7 @@ def predicted_frame(
     _view: PoolView,
 ) -> pd.DataFrame:
     """The sweep that a power law predicts."""
-    evaluator = pool_resources.evaluator(_view)
-    return sweep.predicted_sweep(evaluator, members, MAGNITUDES, who, what, layer, law=law)
+    return pool_resources.frames(_view).predicted(MAGNITUDES, who, what, layer, law)
 
 
 def factor_label(m: float) -> str:
@@ -125,26 +123,25 @@ def scaling_section() -> None:
     evaluator = pool_resources.evaluator(view)
     who, what, layer = choose(view, evaluator)
 
-    def work(progress: Progress) -> pd.DataFrame:
-        return sweep.magnitude_sweep(
-            evaluator, view.members, MAGNITUDES, who, what, layer, progress=progress
+    frames = pool_resources.frames(view)
+    frame = frames.sweep_if_known(MAGNITUDES, who, what, layer)
+    if frame is None:
+        job = run_job(
+            digest_of("magnitude", view.key, names(view), who, what, layer or ""),
+            "Scaling by m",
+            "Sweep m again",
+            f"25 values of m between 0.001 and 1000 for {len(view.members)} members.",
+            lambda progress: frames.sweep(MAGNITUDES, who, what, layer, progress),
+            at_once=True,
         )
-
-    job = run_job(
-        digest_of("magnitude", view.key, names(view), who, what, layer or ""),
-        "Scaling by m",
-        "Sweep m again",
-        f"25 values of m between 0.001 and 1000 for {len(view.members)} members.",
-        work,
-        at_once=True,
-    )
+        frame = None if job is None else job.result
     st.markdown(describe_law(evaluator, what, layer))
-    if job is None:
+    if frame is None:
         return
     scaled = sweep.scaled_names(evaluator.network.module, what, layer)
     m, law = choose_factor(laws(evaluator, scaled))
     overlay = predicted_frame(view.key, view.members, who, what, layer, law, view)
-    draw_scaling(job.result, overlay, view, who, m)
+    draw_scaling(frame, overlay, view, who, m)
     if who != "all":
         draw_dominance(view, affine_depth(evaluator, scaled), m)
 
@@ -157,7 +154,7 @@ def choose_factor(known: Iterable[Law]) -> tuple[float, Law]:
             "m",
             MAGNITUDES,
             "m",
-            rest=MAGNITUDES[8],
+            rest=1.0,
             words=factor_label,
             help="The marked factor; 1 leaves the members as they are.",
         )
@@ -278,7 +275,7 @@ def robustness_section() -> None:
 
 def chart_noise(view: PoolView) -> charts.Chart | None:
     """Accuracy under noise on the weights, once it has been measured."""
-    evaluator = pool_resources.evaluator(view)
+    frames = pool_resources.frames(view)
     unit = choice(
         "Noise on the weights, in units of",
         {"own": "The model's own size", "members": "The members' size"},
@@ -287,55 +284,55 @@ def chart_noise(view: PoolView) -> charts.Chart | None:
         "disturbed alike; in the members' size the same noise hits a smaller model.",
     )
     relative = unit == "own"
-    job = run_job(
-        digest_of("weight noise", view.key, names(view), str(relative)),
-        "Noise on the weights",
-        "Disturb the weights",
-        f"{len(SIGMAS)} strengths, 3 seeds, {len(view.members)} members and two soups on the test "
-        "split.",
-        lambda progress: robustness.weight_noise_sweep(
-            evaluator, view.members, SIGMAS, relative=relative, progress=progress
-        ),
-    )
-    if job is None:
-        return None
+    frame = frames.noise_if_known(SIGMAS, relative)
+    if frame is None:
+        job = run_job(
+            digest_of("weight noise", view.key, names(view), str(relative)),
+            "Noise on the weights",
+            "Disturb the weights",
+            f"{len(SIGMAS)} strengths, 3 seeds, {len(view.members)} members and two soups on the "
+            "test split.",
+            lambda progress: frames.noise(SIGMAS, relative, progress),
+        )
+        if job is None:
+            return None
+        frame = job.result
     return charts.Chart(
-        noise_figures.noise_lines(job.result, relative, title="Accuracy under weight noise"),
+        noise_figures.noise_lines(frame, relative, title="Accuracy under weight noise"),
         key="noise",
         alt="Accuracy over the strength of weight noise",
         height=430,
-        numbers=charts.Numbers(job.result, f"weight_noise_{view.name}"),
+        numbers=charts.Numbers(frame, f"weight_noise_{view.name}"),
     )
 
 
 def chart_corruption(view: PoolView) -> charts.Chart | None:
     """Accuracy on corrupted images, once it has been measured."""
-    evaluator = pool_resources.evaluator(view)
+    frames = pool_resources.frames(view)
     corruption: Corruption = selectbox(
         "Corruption of the images",
         CORRUPTIONS,
         "corruption",
         words=lambda name: CORRUPTIONS[name].split(" (")[0].capitalize(),
     )
-    job = run_job(
-        digest_of("corruption", view.key, names(view), corruption),
-        "Corrupted images",
-        "Corrupt the images",
-        f"6 severities for {len(view.members)} members, their soups and their ensemble.",
-        lambda progress: robustness.corruption_sweep(
-            evaluator, view.members, corruption, progress=progress
-        ),
-    )
-    if job is None:
-        return None
+    frame = frames.corrupted_if_known(corruption)
+    if frame is None:
+        job = run_job(
+            digest_of("corruption", view.key, names(view), corruption),
+            "Corrupted images",
+            "Corrupt the images",
+            f"6 severities for {len(view.members)} members, their soups and their ensemble.",
+            lambda progress: frames.corrupted(corruption, progress),
+        )
+        if job is None:
+            return None
+        frame = job.result
     return charts.Chart(
-        noise_figures.corruption_lines(
-            job.result, corruption, title="Accuracy on corrupted images"
-        ),
+        noise_figures.corruption_lines(frame, corruption, title="Accuracy on corrupted images"),
         key="corrupted",
         alt="Accuracy over the severity of a corruption",
         height=430,
-        numbers=charts.Numbers(job.result, f"{corruption}_{view.name}"),
+        numbers=charts.Numbers(frame, f"{corruption}_{view.name}"),
     )
 
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import pandas as pd
 import streamlit as st
 
 from analysis.accuracy import mean_accuracy
 from analysis.evaluation.model_card import results_of
 from analysis.figures import accuracy as figures
+from analysis.frames.entries import NotRecorded
 from analysis.outputs.inputs import SPLIT_NAMES, Split
-from merge_core.errors import RecipeError
+from merge_core.errors import MergeScopeError, RecipeError
 from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query
 from merge_core.methods import get_method, methods
 from merge_core.methods.declaration import Method
 from merge_core.output.model_card import Result, model_card
 from merge_core.output.model_folder import merged_bytes
 from merge_core.output.provenance import provenance
+from merge_core.suites.recorded import RecordedSuite
 from ui import charts, shell
 from ui.controls import choice, selectbox
 from ui.controls import text as text_control
-from ui.plain_text import plain, show_warning
+from ui.plain_text import plain, show_info, show_warning
 from ui.progress import run_job
 from ui.sections.own_recipes import link_form
 from ui.sections.recipe_options import recipe_options
@@ -204,10 +208,10 @@ def result(
     Returns:
         The recipe's accuracies, for its card; none where it is not evaluated yet.
     """
-    frames, size = resources.output_frames(view), resources.count_parameters(view)
+    kept, size = resources.output_frames(view), resources.count_parameters(view)
     needed = [r for r in (recipe, other) if r is not None]
     if size > LIVE_PARAMETERS and not (
-        frames.knows_experts(split) and all(frames.knows_recipe(r, split) for r in needed)
+        kept.knows_experts(split) and all(kept.knows_recipe(r, split) for r in needed)
     ):
         job = run_job(
             key="lab:" + view.key + ":".join(r.to_query() for r in needed) + split,
@@ -216,8 +220,8 @@ def result(
             note=f"This suite's models have {size / 1e6:,.0f} M parameters; evaluating the merge "
             "and the experts takes a while and runs in the background.",
             work=lambda progress: [
-                frames.experts(split, progress),
-                *(frames.recipe(r, split, progress) for r in needed),
+                kept.experts(split, progress),
+                *(kept.recipe(r, split, progress) for r in needed),
             ],
         )
         if job is None:
@@ -268,6 +272,62 @@ def choose(view: View) -> tuple[Recipe, Recipe | None, Recipe | None]:
     return recipe, other, suggestion
 
 
+def offer_nearest(view: View, error: NotRecorded) -> None:
+    """A link to the most similar setting that a record holds."""
+    nearest = error.nearest or {}
+    named = {name: nearest[name] for name in ("method", "parameters") if name in nearest}
+    with suppress(MergeScopeError):  # a record may hold anything
+        recipe = make_recipe({**named, "suite": view.name, "tasks": view.tasks})
+        st.page_link(
+            shell.page("merge_lab"),
+            label="Show the nearest setting that is recorded",
+            icon=":material/near_me:",
+            query_params=shell.lab_query(recipe),
+        )
+
+
+def offer_downloads(view: View, recipe: Recipe, results: list[Result]) -> None:
+    """The merged checkpoint, its recipe and its card; a record has no weights to merge."""
+    if isinstance(view.suite, RecordedSuite):
+        st.info("A record holds no weights, so nothing can be merged here.")
+        return
+    session = resources.session(view)
+    name = f"{view.name}_{recipe.method}"
+    size = view.suite.expert(view.tasks[0]).nbytes
+    buttons = st.columns(3)
+    buttons[0].download_button(
+        "Merged checkpoint",
+        disabled=size > DOWNLOAD_BYTES,
+        help=None
+        if size <= DOWNLOAD_BYTES
+        else f"This model has {size / 1e9:.1f} GB, too much for the browser: take the recipe "
+        "and merge on the command line, which streams.",
+        data=lambda: merged_bytes(recipe, session.groups, view.suite),
+        file_name=f"{name}.safetensors",
+        mime="application/octet-stream",
+        on_click="ignore",
+        icon=":material/download:",
+        type="primary",
+        width="stretch",
+    )
+    buttons[1].download_button(
+        "Recipe (YAML)",
+        data=lambda: recipe.publish(view.suite).to_yaml(),
+        file_name=f"{name}.yaml",
+        mime="text/yaml",
+        on_click="ignore",
+        width="stretch",
+    )
+    buttons[2].download_button(
+        "Model card",
+        data=lambda: model_card(recipe, view.suite, provenance(recipe, view.suite), results),
+        file_name="README.md",
+        mime="text/markdown",
+        on_click="ignore",
+        width="stretch",
+    )
+
+
 @shell.fragment
 def lab() -> None:
     """Controls on the left, results on the right."""
@@ -289,46 +349,16 @@ def lab() -> None:
                 "Choose settings on the validation split; look at the test split once, at the end.",
             )
             setting = describe_setting(recipe, suggestion)
-            results = result(view, recipe, other, split, setting)
+            try:
+                results = result(view, recipe, other, split, setting)
+            except NotRecorded as error:
+                show_info(error)
+                offer_nearest(view, error)
         else:
             shell.explain_no_evaluation(view)
         st.subheader("Take it with you", anchor=False)
         st.code(recipe.to_yaml(), language="yaml", wrap_lines=True)
-        session = resources.session(view)
-        name = f"{view.name}_{recipe.method}"
-        size = view.suite.expert(view.tasks[0]).nbytes
-        buttons = st.columns(3)
-        buttons[0].download_button(
-            "Merged checkpoint",
-            disabled=size > DOWNLOAD_BYTES,
-            help=None
-            if size <= DOWNLOAD_BYTES
-            else f"This model has {size / 1e9:.1f} GB, too much for the browser: take the recipe "
-            "and merge on the command line, which streams.",
-            data=lambda: merged_bytes(recipe, session.groups, view.suite),
-            file_name=f"{name}.safetensors",
-            mime="application/octet-stream",
-            on_click="ignore",
-            icon=":material/download:",
-            type="primary",
-            width="stretch",
-        )
-        buttons[1].download_button(
-            "Recipe (YAML)",
-            data=lambda: recipe.publish(view.suite).to_yaml(),
-            file_name=f"{name}.yaml",
-            mime="text/yaml",
-            on_click="ignore",
-            width="stretch",
-        )
-        buttons[2].download_button(
-            "Model card",
-            data=lambda: model_card(recipe, view.suite, provenance(recipe, view.suite), results),
-            file_name="README.md",
-            mime="text/markdown",
-            on_click="ignore",
-            width="stretch",
-        )
+        offer_downloads(view, recipe, results)
         st.page_link(
             shell.page("compare"),
             label="Compare this recipe with other methods",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import streamlit as st
 
+from analysis.frames.record import is_record
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of, size_in_words
 from merge_core.hub import models as hub
@@ -19,6 +20,7 @@ from ui.controls import choice, text
 from ui.plain_text import plain, show_warning
 from ui.progress import run_job
 from ui.sections.open_members import fit_section, members_table
+from ui.sections.open_record import from_record
 from ui.sections.open_sources import (
     FILE,
     Collection,
@@ -31,7 +33,13 @@ from ui.server import session_files
 
 shell.enter()
 
-SOURCES = {"folder": "Folder", "hub": "Hugging Face Hub", "preset": "Benchmark", "upload": "Upload"}
+SOURCES = {
+    "folder": "Folder",
+    "hub": "Hugging Face Hub",
+    "preset": "Benchmark",
+    "upload": "Upload",
+    "record": "Record",
+}
 
 
 def open_suite(name: str, path: Path) -> None:
@@ -71,6 +79,8 @@ def offer_download(suite: Suite, title: str = "Download", nbytes: int = 0) -> bo
 def waiting_suites() -> None:
     """Suites on offer whose models are still to be downloaded."""
     for name, path in session_files.list_offered().items():
+        if is_record(path):
+            continue
         try:
             suite = load_suite(path)
             if download.missing_members(suite):
@@ -141,11 +151,15 @@ def page() -> None:
     """The page."""
     charts.heading(
         "Which models do you want to merge?",
-        "Point at a folder, at models on the hub, at a published benchmark, or upload files. "
+        "Point at a folder, at models on the hub, at a published benchmark, or upload files; "
+        "or open a record, which shows a suite without its weights. "
         "Headers, small files and a sample of the weights are read, and nothing in a file is ever "
         "run. You see what fits before any long work.",
     )
     source = choice("Where are they?", SOURCES, "from")
+    if source == "record":
+        from_record(open_suite)
+        return
     if source == "folder":
         collection = from_folder(open_suite)
     else:

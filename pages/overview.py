@@ -19,7 +19,8 @@ from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
 from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import Preflight, preflight
-from merge_core.suites.suite import BUNDLED
+from merge_core.suites.recorded import RecordedSuite
+from merge_core.suites.suite import BUNDLED_PATH
 from ui import charts, shell
 from ui.plain_text import code, plain
 from ui.progress import run_job
@@ -64,7 +65,11 @@ def stored_result(
 ) -> tuple[Recipes, pd.DataFrame | None]:
     """The first result if it needs no forward pass, and its recipes."""
     frames = resources.output_frames(_view)
-    return frames.first_result_if_known() or (frames.first_recipes(), None)
+    known = frames.first_result_if_known()
+    if known is None:
+        frames.expect_first_result()
+        return frames.first_recipes(), None
+    return known
 
 
 def describe_settings(recipes: Recipes) -> str:
@@ -109,6 +114,11 @@ def first_section(view: View) -> None:
         if job is None:
             return
         frame = job.result
+    draw_first(view, recipes, frame)
+
+
+def draw_first(view: View, recipes: Recipes, frame: pd.DataFrame) -> None:
+    """The first result, as cards and as a figure."""
     mean = mean_accuracy(frame, by=["model"])
     values = mean.set_index("model")["accuracy"]
     cards = charts.cards(len(values))
@@ -203,6 +213,11 @@ def preflight_report(report: Preflight) -> None:
 def tasks_section(view: View) -> None:
     """Sample images of each task."""
     st.subheader("The tasks", anchor=False)
+    if isinstance(view.suite, RecordedSuite):
+        titles = ", ".join(plain(view.suite.title(task)) for task in view.suite.tasks)
+        st.markdown(f"{titles}.")
+        st.info("A record holds figures alone: no weights, and no images or texts.")
+        return
     data = {task: expert.data for task, expert in view.suite.spec.experts.items() if expert.data}
     shown = [task for task, spec in data.items() if spec.kind != "text"]
     if not shown and data:
@@ -236,7 +251,7 @@ def page() -> None:
     first_section(view)
     st.subheader("The suite", anchor=False)
     card_section(view)
-    if view.name == BUNDLED:
+    if view.suite.path == BUNDLED_PATH:
         st.info(
             "This suite was **made to show the effect at a small size**: a small ViT was "
             "pre-trained on a harder, noisier domain and fine-tuned gently on each task's own "

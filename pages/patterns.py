@@ -44,13 +44,13 @@ MEASUREMENTS = {
 @st.cache_data(max_entries=16, show_spinner="Measuring the classifiers …")
 def measure_over_decay(key: str, _evaluator: PoolEvaluator) -> pd.DataFrame:
     """What weight decay does to templates."""
-    return templates.decay_frame(_evaluator)
+    return pool_resources.frames_of(key, _evaluator.pool).over_decay()
 
 
 @st.cache_data(max_entries=16, show_spinner="Measuring the snapshots …")
 def measure_over_training(key: str, _evaluator: PoolEvaluator) -> pd.DataFrame:
     """What training time does to templates."""
-    return templates.training_frame(_evaluator)
+    return pool_resources.frames_of(key, _evaluator.pool).over_training()
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import streamlit as st
 from analysis.accuracy import mean_accuracy
 from analysis.figures import rank_evidence
 from analysis.figures import rank_selection as figures
+from analysis.frames.entries import NotRecorded
 from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
     Selection,
@@ -265,7 +266,7 @@ def judge(view: View, selection: Selection) -> None:
             icon=":material/science:",
             query_params=shell.lab_query(recipe),
         )
-        place.caption(each.why)
+        place.caption(plain(each.why))
     st.markdown(describe_evidence(view.name, method.name, method.title))
 
 
@@ -313,7 +314,12 @@ def curve_and_map(selection: Selection, view: View) -> None:
 def add_every_pick(selection: Selection, view: View) -> Selection:
     """The selection with the picks of rules that read inputs, once they have been found."""
     method, mode = selection.recipe.method, selection.mode
-    return find_selection(view, method, mode, selection.full_grid, every_proxy=True) or selection
+    try:
+        found = find_selection(view, method, mode, selection.full_grid, every_proxy=True)
+    except NotRecorded as error:
+        show_info(error)
+        return selection
+    return found or selection
 
 
 @shell.fragment

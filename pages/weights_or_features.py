@@ -7,15 +7,14 @@ import streamlit as st
 
 from analysis.averaging import curvature as taylor
 from analysis.averaging import similarity, soups
-from analysis.averaging.ensembles import accuracy_over_members, agreement
-from analysis.averaging.gaps import covariance_frame, covariance_summary, gap_to_ensemble
 from analysis.averaging.soups import Statistics
 from analysis.figures import ensembles as figures
 from analysis.figures.similarity import agreement_map, cka_layers
 from analysis.outputs.inputs import SPLIT_NAMES, Split
 from merge_core.files import digest_of
 from merge_core.progress import Progress
-from ui import charts, shell
+from merge_core.suites.pool import REGIMES
+from ui import charts, shell, sidebar
 from ui.controls import choice
 from ui.progress import run_job
 from ui.server import pool_resources
@@ -29,7 +28,7 @@ def frame_over_members(
     key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
 ) -> pd.DataFrame:
     """Accuracy of every rule for the first n members."""
-    return accuracy_over_members(pool_resources.evaluator(_view), members, split, statistics)
+    return pool_resources.frames(_view).rules(split, statistics)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -37,7 +36,7 @@ def agreement_frame(
     key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
 ) -> pd.DataFrame:
     """How often two models predict alike."""
-    return agreement(pool_resources.evaluator(_view), members, split, statistics)
+    return pool_resources.frames(_view).agreement(split, statistics)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -45,7 +44,7 @@ def trace_frame(
     key: str, members: tuple[int, ...], statistics: Statistics, _view: PoolView
 ) -> pd.DataFrame:
     """The greedy soup's steps."""
-    return soups.greedy_soup(pool_resources.evaluator(_view), members, statistics)[1]
+    return pool_resources.frames(_view).greedy(statistics)
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
@@ -53,11 +52,11 @@ def gap_frames(
     key: str, members: tuple[int, ...], split: Split, statistics: Statistics, _view: PoolView
 ) -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     """The covariance term, its summary, and the summary of soup against ensemble."""
-    evaluator = pool_resources.evaluator(_view)
+    frames = pool_resources.frames(_view)
     return (
-        covariance_frame(evaluator, members, split),
-        covariance_summary(evaluator, members, split),
-        gap_to_ensemble(evaluator, members, split, statistics),
+        frames.covariance(split),
+        frames.covariance_summary(split),
+        frames.gap(split, statistics),
     )
 
 
@@ -105,6 +104,7 @@ def rules_section() -> None:
     draw_cards(frame, split)
     st.markdown(describe_accuracies(frame, chance))
     draw_rules(frame, chance, split, view)
+    draw_starts(view, frame, split, statistics)
     draw_costs(
         frame, chance, agreement_frame(view.key, view.members, split, statistics, view), view
     )
@@ -193,6 +193,55 @@ def draw_rules(frame: pd.DataFrame, chance: float, split: Split, view: PoolView)
             r"\text{features } \bar W\bar\varphi(x)+\bar b",
         ),
         numbers=charts.Numbers(frame, f"rules_{view.name}"),
+    )
+
+
+def draw_starts(view: PoolView, frame: pd.DataFrame, split: Split, statistics: Statistics) -> None:
+    """The same question for models that began elsewhere, side by side."""
+    found = sidebar.other_start(view)
+    if found is None or len(view.members) < 2:
+        return
+    st.subheader("Does it matter where training began?", anchor=False)
+    start, other = found
+    theirs = frame_over_members(other.key, other.members, split, statistics, other)
+    here = REGIMES[view.pool.spec.regime].capitalize()
+    soup, single = (
+        [at(each, rule)["accuracy"] for each in (frame, theirs)]
+        for rule in ("uniform_soup", "individuals")
+    )
+    gains = [100 * (s - i) for s, i in zip(soup, single, strict=True)]
+    st.markdown(
+        f"{here}: the uniform soup is **{gains[0]:+.1f} points** against a single member. "
+        f"{start}: **{gains[1]:+.1f} points**."
+    )
+    chance = 1 / len(pool_resources.evaluator(view).class_names)
+    shown = [(here, frame), (start, theirs)]
+    charts.panel(
+        *(
+            charts.Chart(
+                figures.accuracy_over_n(each, title=name, chance=chance),
+                key=f"start_{place}",
+                alt=f"Accuracy of each rule over the number of members, {name.lower()}: uniform "
+                f"soup {at(each, 'uniform_soup')['accuracy']:.1%}",
+                height=440,
+            )
+            for place, (name, each) in enumerate(shown)
+        ),
+        key="starts",
+        columns=2,
+        how_to_read=charts.HowToRead(
+            "Both pools have one task, one architecture and as many members. **Shared start**: "
+            "all members went on from one short training, so that their weights mean the same "
+            "and can be averaged. **Independent starts**: each has its own random beginning; "
+            "their units stand in other orders, and an average of weights mixes unlike units, "
+            "while an average of outputs does not care.",
+            r"f\bigl(x;\tfrac1N\textstyle\sum_i\theta_i\bigr) \quad\text{against}\quad "
+            r"\tfrac1N\sum_i f(x;\theta_i)",
+        ),
+        numbers=charts.Numbers(
+            pd.concat([each.assign(start=name) for name, each in shown], ignore_index=True),
+            "starts",
+        ),
     )
 
 

@@ -148,11 +148,26 @@ def radio(
 
 
 def pills(
-    label: str, options: Iterable[Value], name: str, help: str | None = None, slot: str = ""
+    label: str,
+    options: Iterable[Value],
+    name: str,
+    help: str | None = None,
+    slot: str = "",
+    rest: Iterable[Value] | None = None,
 ) -> list[Value]:
-    """Any of a few options side by side, in the order of the options; all of them at rest."""
+    """Any of a few options side by side, in the order of the options.
+
+    Args:
+        label: above the control.
+        options: at least one.
+        name: in the address.
+        help: tooltip.
+        slot: see :class:`ui.kept.Control`.
+        rest: chosen at rest; all when None.
+    """
     offered = list(options)
-    control = _any_of(label, offered, name, offered, str, len(offered), slot)
+    at_rest = offered if rest is None else list(rest)
+    control = _any_of(label, offered, name, at_rest, str, len(offered), slot)
 
     def draw(_: list[Value]) -> list[Value]:
         # Labels of pills are Markdown, and tasks have the names that strangers gave.

@@ -17,10 +17,12 @@ from typing import Any, Literal
 
 import streamlit as st
 
+from analysis.frames.entries import NotRecorded
 from merge_core.errors import MergeScopeError
 from merge_core.merging.recipe import Recipe
+from merge_core.suites.recorded import RecordedSuite
 from ui import history, kept, sidebar
-from ui.plain_text import code, plain, show_error
+from ui.plain_text import code, plain, show_error, show_info
 from ui.server import garbage, session_files
 from ui.server.catalog import POOLS, SUITES
 from ui.server.pool_resources import PoolView
@@ -91,6 +93,13 @@ MERGING = (
     PageEntry(
         "compare", "Compare", ":material/leaderboard:", "All methods on the same inputs", "suite"
     ),
+    PageEntry(
+        "how_does_it_scale",
+        "How does it scale?",
+        ":material/stacked_line_chart:",
+        "Accuracy over the number of tasks and the size of models",
+        "suite",
+    ),
 )
 AVERAGING = (
     PageEntry(
@@ -106,7 +115,7 @@ AVERAGING = (
         ":material/call_merge:",
         "Averaging weights against averaging outputs",
         "pool",
-        "noisy-letters-vgg-independent",
+        "digits-resnet-shared",
     ),
     PageEntry(
         "magnitude_and_stability",
@@ -114,7 +123,7 @@ AVERAGING = (
         ":material/zoom_out_map:",
         "What scaling and noise do to predictions",
         "pool",
-        "digits-vgg-independent",
+        "digits-vgg-shared",
     ),
 )
 SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING}
@@ -145,6 +154,12 @@ def page(name: str) -> Any:
 
 def explain_no_evaluation(view: View) -> None:
     """Say what a suite lacks for evaluation, and what can be done with it all the same."""
+    if isinstance(view.suite, RecordedSuite):
+        st.info(
+            f"The record **{plain(view.name)}** holds no accuracies: "
+            f"{plain(view.suite.why_not_evaluated)}. Spectra and Interference show what it holds."
+        )
+        return
     if view.suite.can_evaluate:
         st.info(
             f"The {plain(view.suite.inputs)} of the suite **{plain(view.name)}** have no labels, "
@@ -249,6 +264,8 @@ def _explain_errors(body: Callable[[], None]) -> None:
     """Run a body; what goes wrong becomes a sentence on the page, never a traceback."""
     try:
         body()
+    except NotRecorded as error:
+        show_info(error)
     except MergeScopeError as error:
         show_error(error)
     except Exception as error:

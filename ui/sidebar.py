@@ -8,8 +8,9 @@ import streamlit as st
 
 from merge_core.merging.engine import check_fits
 from merge_core.suites.pool import REGIMES, Pool
+from merge_core.suites.suite import Suite
 from ui import kept
-from ui.controls import pills, radio, selectbox
+from ui.controls import choice, pills, radio, selectbox
 from ui.server import pool_resources, resources, session_files
 from ui.server.catalog import POOLS, SUITES
 from ui.server.pool_resources import PoolView
@@ -23,16 +24,19 @@ def choose_suite() -> View:
         session_files.list_offered(),
         "suite",
         rest=SUITES.opened(),
-        help="Experts fine-tuned from one base. The page Open checkpoints adds your own.",
+        help="Experts fine-tuned from one base. The page Open checkpoints adds your own, "
+        "and records.",
     )
     key = resources.suite_key(name)
     suite = resources.open_suite(name, key)
+    preset = _choose_preset(suite, name)
     chosen = pills(
         "Tasks to merge",
         suite.tasks,
         "tasks",
         "Which experts take part. CART needs three or more: with two it equals the average.",
-        slot=f"tasks of {name}",
+        slot=f"tasks of {name}" if preset is None else f"tasks of {name}, {preset}",
+        rest=None if preset is None else suite.select([preset]),
     )
     if not chosen:
         st.info("Choose at least one task.")
@@ -49,6 +53,20 @@ def choose_suite() -> View:
         slot=f"layer of {name}",
     )
     return View(name, key, suite, suite.select(chosen), layer)
+
+
+def _choose_preset(suite: Suite, name: str) -> str | None:
+    """The set of tasks that is chosen at rest; None where the suite names no sets."""
+    presets = list(suite.spec.presets)
+    if not presets:
+        return None
+    return choice(
+        "Set of tasks",
+        {preset: preset for preset in presets},
+        "preset",
+        "Sets that the suite names. Any of them can be changed below.",
+        slot=f"preset of {name}",
+    )
 
 
 def choose_pool(opened: str) -> PoolView:
@@ -109,6 +127,22 @@ def answer_to_name(groups: Mapping[str, Mapping[str, str]], pools: Mapping[str, 
                 kept.answer("pool", label)
                 kept.answer("start", start)
                 return
+
+
+def other_start(view: PoolView) -> tuple[str, PoolView] | None:
+    """The same task and architecture from the other kind of starts: its label, and the view.
+
+    Of as many of its first members; None where no such pool is on offer.
+    """
+    pools = pool_resources.describe_pools()
+    for starts in group_pools(pools).values():
+        if view.name in starts.values():
+            for start, name in starts.items():
+                if name != view.name:
+                    key, pool = pool_resources.open_pool(pools[name])
+                    count = min(len(pool), len(view.members))
+                    return start, PoolView(name, key, pool, tuple(range(count)))
+    return None
 
 
 def group_pools(pools: Mapping[str, Pool]) -> dict[str, dict[str, str]]:

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 import numpy as np
 import pandas as pd
-from scipy.stats import qmc
 
 from analysis.accuracy import mean_accuracy
 from analysis.evaluation.evaluator import Evaluator
@@ -43,6 +42,8 @@ def candidates(base: Recipe, budget: int, seed: int = 0) -> list[Recipe]:
         >>> len(found), all(0.01 <= recipe.parameters["rank"] <= 1 for recipe in found)
         (4, True)
     """
+    from scipy.stats import qmc  # late: it takes most of a second
+
     specs = [spec for spec in base.declaration.specs if spec.kind != "choice"]
     if not specs or budget < 2:
         return [base]

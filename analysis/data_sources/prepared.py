@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.lib import format as npy
@@ -20,7 +20,7 @@ from PIL import Image
 
 from analysis.data_sources import open_source
 from analysis.data_sources.source import UNLABELLED, Records, Source
-from analysis.data_sources.splits import choose, draw_rows
+from analysis.data_sources.splits import Part, draw_part, name_of_part
 from analysis.data_sources.transforms import geometric_transform, resolve_transform
 from merge_core.errors import OutputError, SuiteError
 from merge_core.files import cache_dir, digest_of, evict, explain_os_error, write_atomically
@@ -32,7 +32,6 @@ from merge_core.suites.suite_spec import ArchitectureSpec
 FORMAT = "images-1"
 FOLDER = "images"
 MOST_BYTES = 1 << 35  # in the cache folder, over all tasks
-Split = Literal["val", "test"]
 
 
 class PreparedSplit(NamedTuple):
@@ -52,7 +51,7 @@ class PreparedSplit(NamedTuple):
 def prepare_split(
     data: DataSpec,
     architecture: ArchitectureSpec | None,
-    split: Split,
+    split: Part,
     resolve: Resolve,
     what: str,
     progress: Progress | None = None,
@@ -62,7 +61,7 @@ def prepare_split(
     Args:
         data: what suite.yaml says.
         architecture: the suite's.
-        split: ``val`` or ``test``.
+        split: ``train``, ``val`` or ``test``.
         resolve: of paths of suite.yaml.
         what: whose data these are, for messages.
         progress: reports images decoded.
@@ -127,18 +126,18 @@ def _prepare(
     source: Source,
     data: DataSpec,
     transform: TransformSpec | None,
-    split: Split,
+    split: Part,
     resolve: Resolve,
     what: str,
     targets: tuple[Path, Path],
     progress: Progress | None,
 ) -> None:
-    choice = choose(data, source.splits, what)
+    name = name_of_part(data, split, source.splits, what)
     try:
-        records = source.splits[getattr(choice, split)]()
+        records = source.splits[name]()
     except OSError as fault:
         raise SuiteError(f"{what[0].upper()}{what[1:]} cannot be read: {fault}.") from fault
-    numbers = draw_rows(data, choice, split == "test", len(records), what)
+    numbers = draw_part(data, split, source.splits, len(records), what)
     class_of, names = _classes(source, data, resolve, what)
     labels = _write_images(
         records, numbers, transform, class_of, what, targets[0], progress or Progress()

@@ -1,9 +1,13 @@
-"""Which images of a source are for choosing (validation) and which for reporting (test)."""
+"""Which images of a source are for choosing (validation) and which for reporting (test).
+
+Of a source's training split, what validation does not take is for fine-tuning.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 
@@ -14,6 +18,7 @@ TEST = ("test", "t10k", "testing")
 VALIDATION = ("val", "validation", "valid")
 TRAINING = ("train", "training", "trainval")
 KNOWN = (*TRAINING, *VALIDATION, *TEST)
+Part = Literal["train", "val", "test"]
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,7 @@ class Choice:
     @property
     def held_out(self) -> bool:
         """Whether validation images are a drawn part of their split rather than all of it."""
-        # The parts of EMNIST are called emnist-digits-train and so on.
-        return self.val == self.test or self.val.rpartition("-")[2] in TRAINING
+        return self.val == self.test or _is_training(self.val)
 
 
 def choose(data: DataSpec, names: Collection[str], what: str) -> Choice:
@@ -109,3 +113,71 @@ def draw_rows(data: DataSpec, choice: Choice, for_test: bool, count: int, what: 
     elif not for_test and choice.held_out:
         order = order[:held]
     return order[: data.limit]
+
+
+def name_of_part(data: DataSpec, part: Part, names: Collection[str], what: str) -> str:
+    """The split of a source that a part is drawn from.
+
+    Args:
+        data: what suite.yaml says.
+        part: for fine-tuning, for choosing or for reporting.
+        names: of the source's splits.
+        what: whose data these are, for messages.
+
+    Raises:
+        SuiteError: a split that the source lacks, none that is clearly for testing, or none for
+            fine-tuning beside the one that is reported on.
+
+    Example:
+        >>> data = DataSpec(kind="folder", path="images")
+        >>> [name_of_part(data, part, ["train", "test"], "images") for part in ("train", "val")]
+        ['train', 'train']
+    """
+    choice = choose(data, names, what)
+    if part != "train":
+        return choice.val if part == "val" else choice.test
+    found = [name for name in names if _is_training(name)]
+    if len(found) != 1 or found[0] == choice.test:
+        raise SuiteError(
+            f"{what[0].upper()}{what[1:]}: which split is for fine-tuning? There is "
+            f"{', '.join(names) or 'none'}; one must be called train, and not be the test."
+        )
+    return found[0]
+
+
+def draw_part(
+    data: DataSpec, part: Part, names: Collection[str], count: int, what: str
+) -> np.ndarray:
+    """Numbers of the images of a part (see :func:`draw_rows`); no two parts overlap.
+
+    Args:
+        data: what suite.yaml says.
+        part: for fine-tuning, for choosing or for reporting.
+        names: of the source's splits.
+        count: images in the split that it is drawn from.
+        what: whose data these are, for messages.
+
+    Raises:
+        SuiteError: too few images.
+
+    Example:
+        >>> data = DataSpec(kind="folder", path="images", val_share=0.2)
+        >>> names = ["train", "test"]
+        >>> [len(draw_part(data, part, names, 10, "images")) for part in ("train", "val")]
+        [8, 2]
+    """
+    choice = choose(data, names, what)
+    if part != "train":
+        return draw_rows(data, choice, part == "test", count, what)
+    order = np.random.default_rng(data.seed).permutation(count)
+    if choice.val == name_of_part(data, part, names, what):
+        whole = data.model_copy(update={"limit": None})
+        order = order[len(draw_rows(whole, choice, False, count, what)) :]
+    if not len(order):
+        raise SuiteError(f"{what[0].upper()}{what[1:]}: no image is left for fine-tuning.")
+    return order[: data.limit]
+
+
+def _is_training(name: str) -> bool:
+    # The parts of EMNIST are called emnist-digits-train and so on.
+    return name.rpartition("-")[2] in TRAINING

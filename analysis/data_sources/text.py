@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
 from analysis.data_sources.delimited import find_delimited, read_delimited
 from analysis.data_sources.hugging_face import read_file, read_tables
 from analysis.data_sources.source import UNLABELLED, Request
-from analysis.data_sources.splits import choose, draw_rows
+from analysis.data_sources.splits import Part, draw_part, name_of_part
 from analysis.networks.encoders import SEGMENT_BITS
 from merge_core.errors import SuiteError
 from merge_core.input_files import check_regular, read_bounded
@@ -42,13 +42,13 @@ PADDING = -1  # no token has this number, so that none is taken for it
 
 
 def read_texts(
-    data: DataSpec, split: Literal["val", "test"], resolve: Resolve, what: str
+    data: DataSpec, split: Part, resolve: Resolve, what: str
 ) -> tuple[np.ndarray, np.ndarray, tuple[str, ...]]:
     """One split of a task's texts.
 
     Args:
         data: what suite.yaml says, of the kind ``text``.
-        split: for choosing or for reporting.
+        split: for fine-tuning, for choosing or for reporting.
         resolve: of paths of suite.yaml.
         what: whose data these are, for messages.
 
@@ -63,8 +63,7 @@ def read_texts(
     assert data.text_columns is not None
     path = locate_data(data, resolve, what)
     found = read_tables_of_texts(Request(data, path, resolve, what))
-    choice = choose(data, found, what)
-    table = found[getattr(choice, split)]
+    table = found[name_of_part(data, split, found, what)]
     label = (data.label_column or "label") if data.labelled else None
     for name in (*data.text_columns, *((label,) if label else ())):
         if name not in table.features:
@@ -72,7 +71,7 @@ def read_texts(
                 f"{what[0].upper()}{what[1:]}: there is no column {name!r}; there is "
                 f"{', '.join(table.features)}."
             )
-    chosen = table.select(draw_rows(data, choice, split == "test", len(table), what))
+    chosen = table.select(draw_part(data, split, found, len(table), what))
     tokens = _encode(
         open_tokenizer(tokenizer_path(data, resolve)),
         [[str(text) for text in chosen[name]] for name in data.text_columns],

@@ -1,4 +1,4 @@
-"""Figures of accuracy per task."""
+"""Figures of accuracy: per task, over the number of tasks, over a model's size."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.style import OKABE_ITO, REFERENCE, layout
+from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, layout
 
 # Fixed looks of what appears on several pages; anything else takes the next colour and marker.
 MODEL_LOOKS = {
@@ -18,6 +18,13 @@ MODEL_LOOKS = {
 }
 OTHER_LOOKS = ((OKABE_ITO[3], "circle"), (OKABE_ITO[0], "square"), (OKABE_ITO[2], "triangle-up"))
 ACCURACY = "Accuracy (%)"
+OVER = {
+    "count": "Tasks merged",
+    "parameters": "Parameters of a model",
+    "accuracy": ACCURACY,
+    "normalised": "Accuracy, share of the experts' (%)",
+}
+FURTHER_LOOKS = ((OKABE_ITO[2], "diamond"), (OKABE_ITO[4], "cross"))
 
 
 def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
@@ -77,4 +84,62 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
     )
     lowest = 100 * float(frame["low"].min())
     figure.update_xaxes(range=[max(0.0, lowest - 3), 101])
+    return figure
+
+
+def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.Figure:
+    """A line per method with the range over subsets as a band.
+
+    Args:
+        summary: of :func:`analysis.comparison.scaling.summarise_over`.
+        by: its column along the x axis, ``count`` or ``parameters``.
+        value: what the mean is of, ``accuracy`` or ``normalised``.
+        title: the question answered.
+
+    Example:
+        >>> from analysis.comparison.scaling import summarise_over
+        >>> frame = pd.DataFrame({"method": "CART", "count": [2, 3], "accuracy": [0.7, 0.5]})
+        >>> summary = summarise_over(frame, "count", "accuracy")
+        >>> accuracy_over(summary, "count", "accuracy", "How?").data[-1].y.tolist()
+        [70.0, 50.0]
+    """
+    figure = go.Figure()
+    others = iter(FURTHER_LOOKS * len(summary))
+    for place, (method, part) in enumerate(summary.groupby("method", sort=False)):
+        named = str(method)
+        colour, symbol = MODEL_LOOKS[named] if named in MODEL_LOOKS else next(others)
+        part = part.sort_values(by)
+        x = part[by].to_numpy()
+        low, high = (100 * part[name].to_numpy() for name in ("least", "most"))
+        figure.add_scatter(
+            x=np.concatenate([x, x[::-1]]),
+            y=np.concatenate([high, low[::-1]]),
+            fill="toself",
+            fillcolor=colour,
+            opacity=0.12,
+            line={"width": 0},
+            hoverinfo="skip",
+            legendgroup=named,
+            showlegend=False,
+        )
+        figure.add_scatter(
+            x=x,
+            y=100 * part["mean"].to_numpy(),
+            customdata=np.column_stack([low, high, part["subsets"]]),
+            mode="lines+markers",
+            name=named,
+            legendgroup=named,
+            line={"color": colour, "dash": DASHES[place % len(DASHES)], "width": 2},
+            marker={"symbol": symbol if symbol in MARKERS else "circle", "size": 9},
+            hovertemplate=f"{named}<br>%{{x:,}}: %{{y:.1f}} % (%{{customdata[0]:.1f}} to "
+            "%{customdata[1]:.1f} over %{customdata[2]:.0f})<extra></extra>",
+        )
+    layout(figure, title, x=OVER[by], y=OVER[value])
+    ticks = sorted(summary[by].unique())
+    if by == "parameters":
+        texts = [f"{tick / 1e6:.3g} M" for tick in ticks]
+        figure.update_xaxes(type="log")
+    else:
+        texts = [f"{tick:d}" for tick in ticks]
+    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=texts)
     return figure

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -67,7 +67,8 @@ class OutputFrames:
         tasks: chosen tasks, in the suite's order.
         frames: where frames are kept.
         session: gives the merges, for what has to be computed.
-        evaluator: gives the evaluation; None where there is none (weights alone are read).
+        evaluator: gives the evaluation, for what has to be computed.
+        evaluated: whether outputs count; if not, only what reads weights alone is asked.
     """
 
     def __init__(
@@ -77,7 +78,8 @@ class OutputFrames:
         tasks: Sequence[str],
         frames: Frames,
         session: Callable[[], MergeSession],
-        evaluator: Callable[[], Evaluator | None],
+        evaluator: Callable[[], Evaluator],
+        evaluated: bool = True,
     ) -> None:
         self.reference = reference
         self.suite = suite
@@ -85,12 +87,13 @@ class OutputFrames:
         self.frames = frames
         self._session = session
         self._evaluator = evaluator
+        self.evaluated = evaluated
 
     @cached_property
     def inputs(self) -> str:
         """Digest of what all of these frames depend on: members, data, heads, architecture."""
         parts = [members_inputs(self.suite, self.tasks)]
-        if self.suite.can_evaluate:
+        if self.evaluated:
             parts += [self.suite.data_digest(task) for task in self.tasks]
         return digest_of("outputs-1", *parts)
 
@@ -101,7 +104,12 @@ class OutputFrames:
         Raises:
             SuiteError: the suite cannot be evaluated.
         """
-        return self._evaluator() or Evaluator(self.suite)  # which says what is missing
+        return self._evaluator()
+
+    @property
+    def _chooser(self) -> Evaluator | None:
+        """What a choice of a setting may look at."""
+        return self._evaluator() if self.evaluated else None
 
     def experts(self, split: Split, progress: Progress | None = None) -> pd.DataFrame:
         """Accuracy of each expert on its own task."""
@@ -186,6 +194,14 @@ class OutputFrames:
             return None
         return recipes, self.first_result(recipes)
 
+    def expect_first_result(self) -> None:
+        """Refuse a first result that is not there and cannot be made.
+
+        Raises:
+            NotRecorded: it is not in the record.
+        """
+        refuse(self.frames, self._first(), self.inputs, {})
+
     def _settled_first(self) -> FirstResult | None:
         recipes = self.first_recipes()
         if not all(chosen for _, chosen in recipes.values()):
@@ -213,9 +229,7 @@ class OutputFrames:
             self._selection(space, options),
             self.inputs,
             _of_selection(space, options),
-            lambda: select_rank(
-                space, self._session(), self._evaluator(), options, progress=progress
-            ),
+            lambda: select_rank(space, self._session(), self._chooser, options, progress=progress),
         )
 
     def select_if_known(
@@ -231,7 +245,7 @@ class OutputFrames:
         def compute() -> Selection | None:
             if not live:
                 return None
-            return stored_selection(space, self._session(), self._evaluator(), options)
+            return stored_selection(space, self._session(), self._chooser, options)
 
         return ask_if_known(
             self.frames,
@@ -331,19 +345,29 @@ class OutputFrames:
         for done, (arguments, method, given) in enumerate(asked):
             progress.step(done, len(asked), arguments["method"])
             compute = partial(
-                run_comparison,
-                self.reference,
-                method,
-                self._session(),
-                self.evaluator,
-                budget,
-                progress=Progress(cancel=progress.cancel),
-                own=given.get("own", ()),
-                tuned=given.get("tuned", ()),
+                self._compare, method, budget, given, Progress(cancel=progress.cancel)
             )
             parts.append(ask(self.frames, self._comparison(), self.inputs, arguments, compute))
         progress.step(len(asked), len(asked), "compared")
         return join_comparisons(parts)
+
+    def _compare(
+        self,
+        method: list[str],
+        budget: int,
+        given: Mapping[str, list[Recipe]],
+        progress: Progress,
+    ) -> Comparison:
+        return run_comparison(
+            self.reference,
+            method,
+            self._session(),
+            self.evaluator,
+            budget,
+            progress=progress,
+            own=given.get("own", ()),
+            tuned=given.get("tuned", ()),
+        )
 
     def _of_recipe(self, recipe: Recipe, split: Split) -> dict[str, Any]:
         return {**method_arguments(recipe), "split": split}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from analysis.frames.asking import ask
+from analysis.frames.asking import ask, ask_if_known
 from analysis.frames.entries import Frames, Question, frame_question
 from analysis.frames.usual import SHARES
 from analysis.rank_selection.per_layer import ranks_per_layer
@@ -25,7 +25,7 @@ from analysis.spectral.interference import (
     principal_angles,
     sign_conflict,
 )
-from analysis.spectral.overlap_maps import mean_overlap_pairs, overlap_pairs
+from analysis.spectral.overlap_maps import average_pairs, mean_overlap_pairs, overlap_pairs
 from analysis.spectral.spectra import Part, cuts, spectral_summary, spectrum
 from merge_core.factors.low_rank import count_directions
 from merge_core.factors.store import FactorStore
@@ -125,15 +125,23 @@ class WeightFrames:
         tasks: chosen tasks, in the suite's order.
         frames: where frames are kept.
         factors: where factors are kept, for what has to be computed.
+        hold: keep what was read of a layer for the next question, where many about one follow.
     """
 
     def __init__(
-        self, suite: Suite, tasks: Sequence[str], frames: Frames, factors: FactorStore
+        self,
+        suite: Suite,
+        tasks: Sequence[str],
+        frames: Frames,
+        factors: FactorStore,
+        hold: bool = False,
     ) -> None:
         self.suite = suite
         self.tasks = tuple(tasks)
         self.frames = frames
         self._factors = factors
+        self._hold = hold
+        self._held: TensorGroup | None = None
 
     @cached_property
     def inputs(self) -> str:
@@ -167,29 +175,50 @@ class WeightFrames:
     ) -> pd.DataFrame:
         """Overlap of each pair at one rank, in one layer, or as a mean over all (None)."""
 
-        def compute() -> pd.DataFrame:
-            if layer is None:
-                return mean_overlap_pairs(self._groups(), origin, share, side)
-            return overlap_pairs(self._group(layer), origin, self.directions(layer, share), side)
+        def named(layer: str | None) -> dict[str, Any]:
+            return {"layer": layer, "origin": origin, "share": share, "side": side}
 
-        named = {"layer": layer, "origin": origin, "share": share, "side": side}
-        return self._ask(PAIRS, named, compute)
+        def compute() -> pd.DataFrame:
+            if layer is not None:
+                group = self._group(layer)
+                if self._hold:
+                    group.directions(origin)  # all of them: every rank takes the first of these
+                return overlap_pairs(group, origin, self.directions(layer, share), side)
+            if known := self._known_layers(PAIRS, named):
+                return average_pairs(known)
+            return mean_overlap_pairs(self._groups(), origin, share, side)
+
+        return self._ask(PAIRS, named(layer), compute)
 
     def over_rank(self, layer: str | None, origin: Origin, side: Side = "row") -> pd.DataFrame:
         """I(k), R(k) and overlap over the offered ranks, of a layer or a mean over all (None)."""
 
+        def named(layer: str | None) -> dict[str, Any]:
+            return {"layer": layer, "origin": origin, "side": side, "shares": list(SHARES)}
+
         def compute() -> pd.DataFrame:
             if layer is not None:
                 return interference_over_rank(self._group(layer), origin, SHARES, side)
+            if known := self._known_layers(OVER_RANK, named):
+                return mean_over_layers(pd.concat(known, ignore_index=True))
             return mean_over_layers(interference_over_rank(self._groups(), origin, SHARES, side))
 
-        named = {"layer": layer, "origin": origin, "side": side, "shares": list(SHARES)}
-        return self._ask(OVER_RANK, named, compute)
+        return self._ask(OVER_RANK, named(layer), compute)
 
-    def centring(self, share: float, side: Side = "row") -> pd.DataFrame:
-        """See :func:`analysis.spectral.centring.centring_frame`."""
-        named = {"share": share, "side": side}
-        return self._ask(CENTRING, named, lambda: centring_frame(self._groups(), share, side))
+    def centring(self, share: float, side: Side = "row", layer: str | None = None) -> pd.DataFrame:
+        """See :func:`analysis.spectral.centring.centring_frame`: a row a layer, or one."""
+
+        def named(layer: str | None) -> dict[str, Any]:
+            return {"layer": layer, "share": share, "side": side}
+
+        def compute() -> pd.DataFrame:
+            if layer is not None:
+                return centring_frame(self._group(layer), share, side)
+            if known := self._known_layers(CENTRING, named):
+                return pd.concat(known, ignore_index=True)
+            return centring_frame(self._groups(), share, side)
+
+        return self._ask(CENTRING, named(layer), compute)
 
     def angles(self, layer: str, origin: Origin, k: int, side: Side = "row") -> pd.DataFrame:
         """Mean principal angle of each pair in one layer, of k directions."""
@@ -233,8 +262,26 @@ class WeightFrames:
     ) -> pd.DataFrame:
         return ask(self.frames, question, self.inputs, arguments, compute)
 
+    def _known_layers(
+        self, question: Question[pd.DataFrame], named: Callable[[str], Mapping[str, Any]]
+    ) -> list[pd.DataFrame]:
+        """The answers for every layer, where all of them are kept; else none."""
+        found = []
+        for layer in self.suite.matrices:
+            arguments = named(layer)
+            known = ask_if_known(self.frames, question, self.inputs, arguments, lambda: None)
+            if known is None:
+                return []
+            found.append(known)
+        return found
+
     def _group(self, layer: str) -> TensorGroup:
-        return TensorGroup(self.suite, self.tasks, layer, self._factors)
+        if self._held is not None and self._held.name == layer:
+            return self._held
+        group = TensorGroup(self.suite, self.tasks, layer, self._factors)
+        if self._hold:
+            self._held = group
+        return group
 
     def _groups(self) -> TensorGroups:
         return TensorGroups(self.suite, self.tasks, self._factors)

@@ -262,6 +262,7 @@ def _open_archive(data: bytes) -> zipfile.ZipFile:
         raise Damaged("a part of it stands there twice")
     if any(info.compress_type != zipfile.ZIP_DEFLATED or info.flag_bits & 1 for info in infos):
         raise Damaged("a part of it is packed in another way")
-    if sum(info.file_size for info in infos) > MOST_UNPACKED_BYTES:
+    sizes = [info.file_size for info in infos]
+    if max(sizes, default=0) > MOST_MEMBER_BYTES or sum(sizes) > MOST_UNPACKED_BYTES:
         raise Damaged(f"it unpacks to more than {MOST_UNPACKED_BYTES / 1e6:.0f} MB")
     return archive

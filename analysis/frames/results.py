@@ -22,7 +22,6 @@ CHOSEN = re.compile(
     r"default( \(not tuned\)| \(nothing to tune\))?|best of \d+ on validation|"
     rf"{SEARCHED}|{OWN}"
 )
-LATER = ("weights", "overrides", "then", "origin", "seed", "dtype")
 
 FirstResult = tuple[dict[str, tuple[Recipe, bool]], pd.DataFrame]
 
@@ -97,7 +96,7 @@ def unpack_selection(kept: Kept, space: SearchSpace, options: SelectionOptions) 
         grid_images=int(values["grid_images"]),
         forward_images=0,
         seconds=0.0,
-        low_rank_bytes=values["low_rank_bytes"],
+        low_rank_bytes=None if space.ranks == () else int(values["low_rank_bytes"]),
         model_bytes=int(values["model_bytes"]),
     )
 

@@ -11,3 +11,7 @@ SHARES = (
 # per layer are compared with the uniform rank.
 BUDGETS = (0.5, 1.0, 2.0)
 SCALES = (0.7, 1.0, 1.4)
+# Ranks at which a record holds the angles between subspaces, which take longest.
+ANGLE_SHARES = (0.02, 0.04, 0.08, 0.16, 0.32)
+# Methods whose rank and scale a record holds.
+SEARCHED = ("cart", "low_rank_task_arithmetic", "task_arithmetic")

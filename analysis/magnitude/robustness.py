@@ -12,7 +12,6 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 import torch
-from scipy import ndimage
 from torch import Tensor
 
 from analysis.averaging.soups import (
@@ -234,6 +233,8 @@ def _noise(images: np.ndarray, level: float, rng: np.random.Generator) -> np.nda
 
 
 def _blur(images: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:  # noqa: ARG001
+    from scipy import ndimage  # late, as in `_rotation`: it takes a while
+
     return ndimage.gaussian_filter(images, level, axes=(1, 2), mode="nearest")
 
 
@@ -257,6 +258,8 @@ def _occlusion(images: np.ndarray, level: float, rng: np.random.Generator) -> np
 
 
 def _rotation(images: np.ndarray, level: float, rng: np.random.Generator) -> np.ndarray:
+    from scipy import ndimage
+
     either = rng.random(len(images)) < 0.5
     turned = images.copy()
     for angle, some in ((level, either), (-level, ~either)):

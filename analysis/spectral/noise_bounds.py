@@ -17,8 +17,6 @@ from functools import lru_cache
 import numpy as np
 import torch
 from numpy.typing import ArrayLike
-from scipy.integrate import quad
-from scipy.optimize import brentq
 from torch import Tensor
 
 
@@ -54,6 +52,9 @@ def marchenko_pastur_median(beta: float) -> float:
         >>> round(marchenko_pastur_median(1.0), 3)
         0.653
     """
+    from scipy.integrate import quad  # late: they take half a second
+    from scipy.optimize import brentq
+
     if not 0 < beta <= 1:
         raise ValueError(f"beta is {beta}; the ratio of the sides lies in (0, 1]")
     root = math.sqrt(beta)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pandas as pd
 
 from analysis.spectral.interference import Side, dimension_of, interference_pairs
@@ -76,6 +78,23 @@ def mean_overlap_pairs(
         k = count_directions(share, min(group.info.matrix_shape))
         return overlap_pairs(group, origin, k, side)
 
-    every = pd.concat(list(map_matrices(look, groups, progress)))
+    return average_pairs(list(map_matrices(look, groups, progress)))
+
+
+def average_pairs(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """The mean over matrices of the overlap of each pair.
+
+    Args:
+        frames: of :func:`overlap_pairs`, one a matrix, about one origin.
+
+    Returns:
+        The frame of :func:`mean_overlap_pairs`.
+
+    Example:
+        >>> rows = {"first": ["a"], "second": ["a"], "origin": ["base"]}
+        >>> frames = [pd.DataFrame({**rows, "k": [k], "overlap": [1.0]}) for k in (2, 4)]
+        >>> average_pairs(frames)["k"].tolist()
+        [3.0]
+    """
     keys = ["first", "second", "origin"]
-    return every.groupby(keys, sort=False, as_index=False).mean(numeric_only=True)
+    return pd.concat(frames).groupby(keys, sort=False, as_index=False).mean(numeric_only=True)

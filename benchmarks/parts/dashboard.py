@@ -92,6 +92,21 @@ def measure_page(browser: Browser, name: str, sheet: Sheet, reloads: int, steps:
                 sheet.add(f"{title}: slider to redraw", middle, "ms", "lower", note=note)
         finally:
             server.stop()
+        measure_stored(browser, name, sheet, Path(folder), cold)
+
+
+def measure_stored(browser: Browser, name: str, sheet: Sheet, folder: Path, cold: float) -> None:
+    """The same page on a new server that finds the frames of the one before, once it is up."""
+    title = name or "overview"
+    server = Server(folder)
+    try:
+        page = new_session(browser)
+        stored = first_figure(page, partial(page.goto, f"{server.url}/{name}"))
+        note = "a new server, frames stored; from the request"
+        sheet.seconds(f"{title}: first figure, frames stored", [stored], note)
+        sheet.add(f"{title}: stored over cold", stored / cold, "x", "lower")
+    finally:
+        server.stop()
 
 
 def dashboard(laboratory: Laboratory, sheet: Sheet) -> None:

@@ -1,4 +1,4 @@
-"""The eight tasks, their classes and the paper that each is drawn on."""
+"""The twenty tasks, their classes and the paper that each is drawn on."""
 
 from __future__ import annotations
 
@@ -10,12 +10,28 @@ from typing import Protocol
 import numpy as np
 
 from data.tasks.canvas import Images, Ink, Labels
+from data.tasks.curves import LOOPS, draw_loops
 from data.tasks.digits import draw_digits
 from data.tasks.dots import COUNTS, draw_dots
-from data.tasks.glyphs import AUXILIARY, GREEK, LETTERS, SYMBOLS, draw_glyphs
+from data.tasks.glyphs import (
+    ARABIC,
+    AUXILIARY,
+    CYRILLIC,
+    GEORGIAN,
+    GREEK,
+    HEBREW,
+    LETTERS,
+    PIECES,
+    SYMBOLS,
+    draw_glyphs,
+)
 from data.tasks.lines import ORIENTATIONS, draw_lines
+from data.tasks.moons import PHASES, draw_moons
+from data.tasks.pointers import DIRECTIONS, HOURS, draw_arrows, draw_clocks
+from data.tasks.positions import draw_positions
 from data.tasks.shapes import SHAPES, draw_shapes
-from data.tasks.styles import Paper, clean_style, wild_style
+from data.tasks.signs import BRAILLE, DIGITS, draw_braille, draw_segments
+from data.tasks.styles import Domain, Paper, clean_style, wild_style
 from data.tasks.textures import TEXTURES, draw_textures
 
 SPLITS = ("train", "val", "test")
@@ -46,17 +62,28 @@ class Task:
             return draw_digits(count, rng, hard=hard, split=split)
         return self.draw(count, rng, hard=hard)
 
-    def draw_clean(self, split: str, count: int, seed: int) -> tuple[Images, Labels]:
-        """Return uint8 count x 32 x 32 x 3 images and int64 labels of the task's clean domain."""
+    def draw_clean(
+        self, split: str, count: int, seed: int, domain: Domain | None = None
+    ) -> tuple[Images, Labels]:
+        """Return uint8 count x 32 x 32 x 3 images and int64 labels of the task's clean domain.
+
+        It is the task's own paper, or what a domain that is common to all tasks makes of it.
+        """
         rng = stream(seed, self.name, "clean", split)
         ink, labels = self._ink(count, rng, split, hard=False)
-        return clean_style(ink, self.paper, rng), labels
+        return clean_style(ink, self.paper, rng, domain, self.name), labels
 
-    def draw_wild(self, count: int, seed: int) -> tuple[Images, Labels]:
-        """Return training images of the harder, noisier pre-training domain, and labels."""
-        rng = stream(seed, self.name, "wild", "train")
+    def draw_wild(
+        self, count: int, seed: int, domain: Domain | None = None
+    ) -> tuple[Images, Labels]:
+        """Return training images in harder poses, and labels.
+
+        They are in the noisy colours of pre-training, or in the look of a domain, without the
+        task's own mark and paper.
+        """
+        rng = stream(seed, self.name, "wild" if domain is None else "look", "train")
         ink, labels = self._ink(count, rng, "train", hard=True)
-        return wild_style(ink, rng), labels
+        return _wild_or_common(ink, domain, rng), labels
 
 
 def stream(seed: int, *names: str) -> np.random.Generator:
@@ -101,38 +128,131 @@ TASKS: tuple[Task, ...] = (
         "shapes",
         "Shapes",
         SHAPES,
-        partial(draw_shapes),
+        draw_shapes,
         Paper((0.60, 0.88, 0.92), (0.85, 0.20, 0.25), "columns", 8.0, 1.2, 0.50),
     ),
     Task(
         "lines",
         "Line orientation",
         ORIENTATIONS,
-        partial(draw_lines),
+        draw_lines,
         Paper((0.35, 0.50, 0.80), (0.98, 0.75, 0.15), "dotted", 6.0, 1.2, 0.15),
     ),
     Task(
         "dots",
         "Counting dots",
         COUNTS,
-        partial(draw_dots),
+        draw_dots,
         Paper((0.62, 0.85, 0.50), (0.45, 0.18, 0.62), "diamonds", 9.0, 1.0, 0.15),
     ),
     Task(
         "textures",
         "Textures",
         TEXTURES,
-        partial(draw_textures),
+        draw_textures,
         Paper((0.98, 0.70, 0.62), (0.30, 0.62, 0.80)),
     ),
+    Task(
+        "cyrillic",
+        "Cyrillic letters",
+        CYRILLIC,
+        _glyphs(CYRILLIC),
+        Paper((0.85, 0.75, 0.95), (0.40, 0.35, 0.05), "falling", 7.0, 1.2, 0.25),
+    ),
+    Task(
+        "hebrew",
+        "Hebrew letters",
+        HEBREW,
+        _glyphs(HEBREW),
+        Paper((0.55, 0.80, 0.98), (0.55, 0.10, 0.40), "lined", 6.0, 1.2, 0.30),
+    ),
+    Task(
+        "arabic",
+        "Arabic letters",
+        ARABIC,
+        _glyphs(ARABIC),
+        Paper((0.95, 0.80, 0.45), (0.05, 0.35, 0.55), "columns", 9.0, 1.2, 0.30),
+    ),
+    Task(
+        "georgian",
+        "Georgian letters",
+        GEORGIAN,
+        _glyphs(GEORGIAN),
+        Paper((0.75, 0.95, 0.85), (0.60, 0.10, 0.55), "squared", 7.0, 1.0, 0.30),
+    ),
+    Task(
+        "pieces",
+        "Chess and cards",
+        PIECES,
+        _glyphs(PIECES),
+        Paper((0.95, 0.55, 0.45), (0.10, 0.30, 0.60), "dotted", 7.0, 1.2, 0.30),
+    ),
+    Task(
+        "segments",
+        "Seven-segment digits",
+        DIGITS,
+        draw_segments,
+        Paper((0.20, 0.35, 0.65), (0.95, 0.45, 0.30), "falling", 6.0, 1.2, 0.20),
+    ),
+    Task(
+        "braille",
+        "Braille",
+        BRAILLE,
+        draw_braille,
+        Paper((0.90, 0.88, 0.40), (0.45, 0.20, 0.75), "rising", 9.0, 1.0, 0.20),
+    ),
+    Task(
+        "clocks",
+        "Clocks",
+        HOURS,
+        draw_clocks,
+        Paper((0.50, 0.90, 0.60), (0.80, 0.20, 0.60), "diamonds", 8.0, 1.0, 0.20),
+    ),
+    Task(
+        "arrows",
+        "Arrows",
+        DIRECTIONS,
+        draw_arrows,
+        Paper((0.80, 0.55, 0.95), (0.20, 0.70, 0.10), "lined", 8.0, 1.2, 0.20),
+    ),
+    Task(
+        "loops",
+        "Loops",
+        LOOPS,
+        draw_loops,
+        Paper((0.25, 0.60, 0.60), (0.98, 0.70, 0.70), "dotted", 8.0, 1.2, 0.20),
+    ),
+    Task(
+        "moons",
+        "Phases of the moon",
+        PHASES,
+        draw_moons,
+        Paper((0.30, 0.20, 0.60), (0.85, 0.95, 0.40), "squared", 9.0, 1.0, 0.20),
+    ),
+    Task(
+        "positions",
+        "Relative position",
+        DIRECTIONS,
+        draw_positions,
+        Paper((0.98, 0.85, 0.75), (0.10, 0.50, 0.70), "falling", 9.0, 1.2, 0.20),
+    ),
 )
+# The tasks of the first suite and of the convolutional one.
+EIGHT = TASKS[:8]
 
 
-def draw_auxiliary(count: int, seed: int) -> tuple[Images, Labels]:
-    """Wild images and labels of the auxiliary glyph set, used in pre-training only."""
-    rng = stream(seed, "auxiliary", "wild", "train")
+def draw_auxiliary(count: int, seed: int, domain: Domain | None = None) -> tuple[Images, Labels]:
+    """Training images and labels of the auxiliary glyph set, as :meth:`Task.draw_wild` has them."""
+    rng = stream(seed, "auxiliary", "wild" if domain is None else "look", "train")
     ink, labels = draw_glyphs(AUXILIARY, count, rng, hard=True)
-    return wild_style(ink, rng), labels
+    return _wild_or_common(ink, domain, rng), labels
 
 
-__all__ = ["SPLITS", "TASKS", "Task", "draw_auxiliary", "stream"]
+def _wild_or_common(ink: Ink, domain: Domain | None, rng: np.random.Generator) -> Images:
+    """The colours of pre-training, or what a domain's tasks have in common."""
+    if domain is None:
+        return wild_style(ink, rng)
+    return clean_style(ink, Paper(domain.paper, domain.ink), rng, domain)
+
+
+__all__ = ["EIGHT", "SPLITS", "TASKS", "Draw", "Task", "draw_auxiliary", "stream"]

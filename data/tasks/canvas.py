@@ -37,6 +37,19 @@ def column(values: NDArray[np.floating] | NDArray[np.bool_]) -> NDArray[np.float
     return np.asarray(values, dtype=np.float32)[:, None, None]
 
 
+def distance_to_segment(
+    x: NDArray[np.floating],
+    y: NDArray[np.floating],
+    start: tuple[float | NDArray[np.floating], float | NDArray[np.floating]],
+    end: tuple[float | NDArray[np.floating], float | NDArray[np.floating]],
+) -> NDArray[np.floating]:
+    """Distance of every point (x, y) to a segment that is not a point; its ends broadcast."""
+    ex, ey = end[0] - start[0], end[1] - start[1]
+    px, py = x - start[0], y - start[1]
+    along = np.clip((px * ex + py * ey) / (ex * ex + ey * ey), 0, 1)
+    return np.hypot(px - along * ex, py - along * ey)
+
+
 def rotated_grid(
     angle: NDArray[np.floating], dx: NDArray[np.floating], dy: NDArray[np.floating]
 ) -> tuple[NDArray[np.floating], NDArray[np.floating]]:

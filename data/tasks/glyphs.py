@@ -1,6 +1,7 @@
-"""Letters, Greek, symbols and a large auxiliary set, rendered from the fonts matplotlib ships.
+"""Letters of six scripts, symbols, pieces and a large auxiliary set, in the fonts of matplotlib.
 
-Fonts: DejaVu (Bitstream Vera licence), STIX (its font licence) and Computer Modern (BaKoMa).
+Only the builder needs them: DejaVu (Bitstream Vera licence), STIX (its font licence) and Computer
+Modern (BaKoMa).
 """
 
 from __future__ import annotations
@@ -35,11 +36,17 @@ LATIN_FACES = (*FACES, "cmr10", "cmss10", "cmtt10", "cmb10")
 LETTERS = tuple("ABCDEFGHIJKLMNOPQRSTUVWXYZ")
 GREEK = tuple("αβγδεζηθικλμνξοπρστυφχψω")
 SYMBOLS = tuple("+×÷±=≠≈≤≥∞∑∏√∫∂∇∈∀∃∪∩→←↑")
+CYRILLIC = tuple("БГДЖЗИЛПФЦЧШЩЫЭЮЯ")
+HEBREW = tuple("אבגדהזחטילמנסעפצקרשת")
+# Isolated forms; of letters that differ in their dots alone, one or two.
+ARABIC = tuple("ابتجدرسصطعفقكلمنهوي")
+GEORGIAN = tuple("აბგდევზთიკლმნოპრსტფქღშჩწხჯჰ")
+PIECES = tuple("♔♕♖♗♘♙♚♛♜♝♞♟♠♣♥♦")
 AUXILIARY = tuple(
     "abcdefghijklmnopqrstuvwxyz0123456789&%$#@?!§"
-    "БГДЖЗИЛПФЦЧШЩЪЫЭЮЯбвгджзийклмнптфцчшщъыьэюя"
+    "ЪЬбвгджзийклмнптфцчшщъыьэюя"
     "ΓΔΘΛΞΠΣΦΨΩÆÐØÞßæðøþłŋƒ"
-    "↓↔⇒⇔⊂⊃⊕⊗⊥∧∨¬∅∝∴≡∼⌈⌊⟨⟩∠∥◊♠♣♥♦"
+    "↓↔⇒⇔⊂⊃⊕⊗⊥∧∨¬∅∝∴≡∼⌈⌊⟨⟩∠∥◊"
 )
 
 

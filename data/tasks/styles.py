@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.ndimage import gaussian_filter
 
-from data.tasks.canvas import Images, Ink, column, ink_of_distance, pixel_grid, rotated_grid
+from data.tasks.canvas import SIZE, Images, Ink, column, ink_of_distance, pixel_grid, rotated_grid
 
 # The clean papers oppose colour channels; here ink is brighter, or darker, in all three.
 BRIGHT_SHARE = 0.75
@@ -28,6 +30,59 @@ class Paper:
     period: float = 8.0
     width: float = 1.2
     strength: float = 0.3
+
+
+@dataclass(frozen=True)
+class Domain:
+    """What the clean images of all tasks of a suite have in common, and how much is their own.
+
+    The common part is one pair of colours and one shade, a smooth pattern of colours at a fixed
+    place, as a lamp and a lens leave it; the own part is a mark, such a pattern for each task,
+    and so much of the task's paper. Strengths are standard deviations in shares of full scale.
+
+    Attributes:
+        paper, ink: colours that all tasks share.
+        shade: strength of the common pattern.
+        mark: strength of the task's own.
+        own: how far colours lie on the way to those of the task's own paper.
+        ruling: how far a ruling's colour lies on the way from the paper's to the ink's, in shares
+            of what the task's own paper says.
+        smoothness: standard deviation of the patterns' filter, in pixels.
+    """
+
+    paper: Colour = (0.3, 0.3, 0.3)
+    ink: Colour = (0.85, 0.85, 0.85)
+    shade: float = 0.25
+    mark: float = 0.1
+    own: float = 0.0
+    ruling: float = 0.0
+    smoothness: float = 2.0
+
+    def apply(self, paper: Paper) -> Paper:
+        """A task's paper as it is in this domain."""
+
+        def between(common: Colour, own: Colour) -> Colour:
+            r, g, b = ((1 - self.own) * c + self.own * o for c, o in zip(common, own, strict=True))
+            return r, g, b
+
+        return replace(
+            paper,
+            paper=between(self.paper, paper.paper),
+            ink=between(self.ink, paper.ink),
+            strength=self.ruling * paper.strength,
+        )
+
+    def pattern(self, task: str) -> NDArray[np.floating]:
+        """What is added to every image of a task: 32 x 32 x 3."""
+        own = _smooth_pattern(f"mark of {task}", self.smoothness) if task else 0.0
+        return self.shade * _smooth_pattern("shade", self.smoothness) + self.mark * own
+
+
+def _smooth_pattern(name: str, smoothness: float) -> NDArray[np.floating]:
+    """A smooth random pattern of deviation 1 (32 x 32 x 3), the same for ever by its name."""
+    noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal((SIZE, SIZE, 3))
+    pattern = gaussian_filter(noise, (smoothness, smoothness, 0), mode="wrap")
+    return (pattern / pattern.std()).astype(np.float32)
 
 
 def _to_images(values: NDArray[np.floating]) -> Images:
@@ -52,6 +107,8 @@ def _ruling(paper: Paper, count: int, rng: np.random.Generator) -> Ink:
             return ink_of_distance(np.minimum(lines(u), lines(v)))
         case "rising":
             return ink_of_distance(lines((u + v) * np.float32(np.sqrt(0.5))))
+        case "falling":
+            return ink_of_distance(lines((u - v) * np.float32(np.sqrt(0.5))))
         case "dotted":
             du, dv = u - period * np.round(u / period), v - period * np.round(v / period)
             return ink_of_distance(np.hypot(du, dv) - paper.width)
@@ -63,12 +120,24 @@ def _ruling(paper: Paper, count: int, rng: np.random.Generator) -> Ink:
     raise ValueError(f"unknown ruling {paper.ruling!r}")
 
 
-def clean_style(ink: Ink, paper: Paper, rng: np.random.Generator) -> Images:
-    """Draw ink (N x 32 x 32) on a task's own ruled paper; returns uint8 N x 32 x 32 x 3."""
+def clean_style(
+    ink: Ink,
+    paper: Paper,
+    rng: np.random.Generator,
+    domain: Domain | None = None,
+    task: str = "",
+) -> Images:
+    """Draw ink (N x 32 x 32) on a task's own ruled paper, in a common domain where one is given.
+
+    Returns uint8 N x 32 x 32 x 3. Without a task's name its own mark is left out.
+    """
     count = len(ink)
+    paper = paper if domain is None else domain.apply(paper)
+    # Equal grounds make the images of a domain small files: a pattern is stored once.
+    spread = 0.03 if domain is None else 0.0
 
     def tint(colour: NDArray[np.floating]) -> NDArray[np.floating]:
-        jitter = rng.uniform(-0.03, 0.03, (count, 3)).astype(np.float32)
+        jitter = rng.uniform(-spread, spread, (count, 3)).astype(np.float32)
         return (colour + jitter)[:, None, None, :]
 
     ground = np.asarray(paper.paper, dtype=np.float32)
@@ -76,7 +145,8 @@ def clean_style(ink: Ink, paper: Paper, rng: np.random.Generator) -> Images:
     rule = _ruling(paper, count, rng)[..., None]
     sheet = tint(ground)
     sheet = sheet + rule * (tint(ground + paper.strength * (colour - ground)) - sheet)
-    return _to_images(sheet + ink[..., None] * (tint(colour) - sheet))
+    images = sheet + ink[..., None] * (tint(colour) - sheet)
+    return _to_images(images if domain is None else images + domain.pattern(task))
 
 
 def wild_style(ink: Ink, rng: np.random.Generator) -> Images:

@@ -18,7 +18,7 @@ from merge_core.files import cache_dir, digest_of, path_below, write_atomically
 from merge_core.hub.files import is_hub_id
 from merge_core.places import name_without_place
 from merge_core.strict_model import StrictModel
-from merge_core.suites.suite import BUNDLED, BUNDLED_PATH, Suite, load_suite
+from merge_core.suites.suite import BUNDLED, BUNDLED_PATH, RECORD_SUFFIX, Suite, load_suite
 from merge_core.suites.suite_spec import ExpertSpec, SuiteSpec
 from merge_core.yaml_text import dump_yaml
 
@@ -135,7 +135,7 @@ class Inputs(StrictModel):
 
     def remember(self, suite: Suite) -> None:
         """Remember on this machine, for :func:`find_suite`, where a suite of these members lies."""
-        if suite.path.is_file():
+        if suite.path.is_file() and suite.path.suffix != RECORD_SUFFIX:
             with suppress(OSError, OutputError):  # a convenience: an output is complete without it
                 write_atomically(self.place, str(suite.path).encode())
 

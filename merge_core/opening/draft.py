@@ -30,7 +30,7 @@ BASE_WORDS = frozenset(
 )
 SEPARATORS = re.compile(r"([-_.+\s]+)")
 HEADER = """\
-# Written by `mergescope suite init`. Paths are relative to this file; change what you like.
+# Written by `mergescope {command}`. Paths are relative to this file; change what you like.
 # See what fits:   mergescope inspect {name}
 # See inside:      mergescope app {name}
 """
@@ -277,13 +277,16 @@ def draft(
         raise SuiteError(f"These members make no suite: {explain_validation(error)}") from error
 
 
-def write_suite(spec: SuiteSpec, path: Path, overwrite: bool = False) -> None:
+def write_suite(
+    spec: SuiteSpec, path: Path, overwrite: bool = False, command: str = "suite init"
+) -> None:
     """Write a suite's file, whole or not at all, with paths below its folder made relative.
 
     Args:
         spec: the suite; its paths are absolute, or relative to that folder already.
         path: the file to write.
         overwrite: whether a file of that name may be replaced.
+        command: that wrote it, for its first line.
 
     Raises:
         OutputError: it exists and may not be replaced, or cannot be written.
@@ -295,10 +298,10 @@ def write_suite(spec: SuiteSpec, path: Path, overwrite: bool = False) -> None:
     """
     if not overwrite and os.path.lexists(path):
         raise OutputError(f"{path} exists. Choose another name, or ask for it to be replaced.")
-    write_atomically(path, suite_text(spec, path).encode())
+    write_atomically(path, suite_text(spec, path, command).encode())
 
 
-def suite_text(spec: SuiteSpec, path: Path) -> str:
+def suite_text(spec: SuiteSpec, path: Path, command: str = "suite init") -> str:
     """What :func:`write_suite` writes to a path.
 
     Example:
@@ -313,7 +316,7 @@ def suite_text(spec: SuiteSpec, path: Path) -> str:
         path.parent.resolve(),
     )
     text = dump_yaml(document, width=100)
-    return HEADER.format(name=path.name) + text
+    return HEADER.format(name=path.name, command=command) + text
 
 
 def _with_relative_paths(value: object, folder: Path) -> object:

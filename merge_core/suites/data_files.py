@@ -114,8 +114,9 @@ def _hub_dataset(data: DataSpec, what: str, download: bool) -> Path:
     except LocalEntryNotFoundError as fault:
         reason = "could not be fetched" if download else "is not in the cache of the hub"
         raise SuiteError(
-            f"The dataset {name} ({what}) {reason}. Fetch it once with `mergescope prepare SUITE "
-            "--download`, or give the folder of its files as 'path'."
+            f"The dataset {name} ({what}) {reason}. Fetch it once with --download "
+            "(`mergescope prepare SUITE` or `suite build PLAN`), or give the folder of its files "
+            "as 'path'."
         ) from fault
     except (HfHubHTTPError, HFValidationError, OSError) as fault:
         reason = str(fault).strip().split("\n")[0]

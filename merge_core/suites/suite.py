@@ -44,6 +44,7 @@ from merge_core.suites.told import (
 from merge_core.work_sizes import HASHED_AT_ONCE
 
 BUNDLED = "demo"
+RECORD_SUFFIX = ".mergescope"
 BUNDLED_PATH = Path(__file__).resolve().parents[2] / "data" / "demo" / "suite.yaml"
 
 
@@ -83,20 +84,25 @@ class Suite:
     def select(self, tasks: Sequence[str] | None) -> tuple[str, ...]:
         """The named tasks in the suite's order (all when None), in whatever order they are named.
 
+        A preset's name stands for its tasks.
+
         Raises:
             SuiteError: an unknown task, or none at all.
         """
         if tasks is None:
             return self.tasks
-        unknown = [task for task in tasks if task not in self.spec.experts]
+        presets = self.spec.presets
+        named = [task for name in tasks for task in presets.get(name, (name,))]
+        unknown = [task for task in named if task not in self.spec.experts]
         if unknown:
+            also = f" Its presets: {', '.join(presets)}." if presets else ""
             raise SuiteError(
                 f"The suite {self.name!r} has no task {unknown[0]!r}. "
-                f"Its tasks: {', '.join(self.tasks)}."
+                f"Its tasks: {', '.join(self.tasks)}.{also}"
             )
-        if not tasks:
+        if not named:
             raise SuiteError("Choose at least one task.")
-        return tuple(task for task in self.tasks if task in tasks)
+        return tuple(task for task in self.tasks if task in named)
 
     def expert(self, task: str) -> Checkpoint:
         """The expert's checkpoint, under names that all members share.
@@ -425,6 +431,11 @@ def load_suite(reference: str | Path) -> Suite:
         >>> suite.tasks[:3], len(suite.expert("digits"))
         (('digits', 'letters', 'greek'), 30)
     """
+    if str(reference).endswith(RECORD_SUFFIX):
+        raise SuiteError(
+            f"{reference} is a record, which holds no weights. Open it with 'mergescope app'; for "
+            "anything else give the suite itself."
+        )
     document, path = read_yaml(
         BUNDLED_PATH if str(reference) == BUNDLED else Path(reference),
         "suite.yaml",

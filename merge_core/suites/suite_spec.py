@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, StringConstraints, model_validator
 
@@ -99,6 +99,8 @@ class SuiteSpec(StrictModel):
         architecture: the network that the weights belong to, for evaluation.
         base: what the experts were fine-tuned from.
         experts: by task.
+        presets: sets of tasks by name, the first of which is offered first. A name stands wherever
+            tasks are named, for all of its tasks.
         decompose, average: patterns of parameters' names, whatever the table of parameters says.
         vocabulary: what becomes of embeddings and language heads whose numbers of rows differ.
             Rows are matched by their number. ``refuse`` does not merge; ``base`` writes the
@@ -112,6 +114,19 @@ class SuiteSpec(StrictModel):
     base: Weights | None = None
     base_prefix: str = ""  # of the experts' names, which the base's lack
     experts: dict[TaskName, ExpertSpec] = Field(min_length=1)
+    presets: dict[TaskName, Annotated[list[TaskName], Field(min_length=1)]] = Field(
+        default_factory=dict
+    )
     decompose: list[str] = Field(default_factory=list)
     average: list[str] = Field(default_factory=list)
     vocabulary: Literal["refuse", "base", "common"] = "refuse"
+
+    @model_validator(mode="after")
+    def _check_presets(self) -> Self:
+        """A preset names tasks of the suite, and is not called as one of them."""
+        for name, tasks in self.presets.items():
+            if name in self.experts:
+                raise ValueError(f"the preset {name!r} is called as a task is; choose another name")
+            if unknown := [task for task in tasks if task not in self.experts]:
+                raise ValueError(f"the preset {name!r} names {unknown[0]!r}, which is no task here")
+        return self

@@ -74,7 +74,7 @@ def compare(
     loaded = load_suite(suite)
     chosen = loaded.select(split_names(tasks))
     names = _choose_methods(methods, loaded, chosen)
-    own = [_read_own_recipe(text, chosen) for text in recipe or []]
+    own = [_read_own_recipe(text, loaded, chosen) for text in recipe or []]
     evaluator = Evaluator(loaded)
     session = MergeSession(loaded, chosen, FactorStore())
     result = run_comparison(
@@ -118,13 +118,13 @@ def _choose_methods(text: str | None, suite: Suite, tasks: tuple[str, ...]) -> l
     return names
 
 
-def _read_own_recipe(text: str, tasks: tuple[str, ...]) -> Recipe:
+def _read_own_recipe(text: str, suite: Suite, tasks: tuple[str, ...]) -> Recipe:
     """A recipe from a file, or from a link or its query."""
     from merge_core.merging.recipe import read_recipe, recipe_from_query
 
     is_link = "=" in text and not Path(text).exists()
     recipe = recipe_from_query(text.rpartition("?")[2]) if is_link else read_recipe(text)
-    if recipe.tasks is not None and set(recipe.tasks) != set(tasks):
+    if recipe.tasks is not None and suite.select(recipe.tasks) != tasks:
         typer.echo(
             f"note: {text} is a recipe for {', '.join(recipe.tasks)}; like the others it is "
             f"compared on {', '.join(tasks)}.",

@@ -13,7 +13,7 @@ import typer
 def open_app(
     references: Annotated[
         list[str] | None,
-        typer.Argument(help="Suites and pools to offer beside the bundled ones."),
+        typer.Argument(help="Suites, pools and records to offer beside the bundled ones."),
     ] = None,
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port on 127.0.0.1.")] = 8501,
     root: Annotated[
@@ -25,13 +25,20 @@ def open_app(
     ] = None,
 ) -> None:
     """Open the dashboard in the browser."""
+    from analysis.frames.record import is_record, load_record
     from merge_core.suites.pool import describes_pool, load_pool
     from merge_core.suites.suite import load_suite
     from ui.server import roots
     from ui.server.catalog import POOLS, SUITES
 
-    pools = [load_pool(name).path for name in references or [] if describes_pool(name)]
-    suites = [load_suite(name).path for name in references or [] if not describes_pool(name)]
+    pools, suites = [], []
+    for name in references or []:
+        if is_record(name):
+            suites.append(load_record(name).path.resolve())
+        elif describes_pool(name):
+            pools.append(load_pool(name).path)
+        else:
+            suites.append(load_suite(name).path)
     environment = {
         **os.environ,
         **SUITES.environment(suites),

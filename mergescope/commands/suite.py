@@ -1,4 +1,4 @@
-"""``mergescope suite init``: a suite.yaml from folders, files, hub ids, adapters or a preset."""
+"""``mergescope suite``: a suite.yaml from what there is (init), a suite from a plan (build)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,14 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from merge_core.errors import SuiteError
-from mergescope.terminal import console, print_table, progress_bar, size
+from mergescope.terminal import (
+    console,
+    print_above,
+    print_table,
+    progress_bar,
+    progress_lines,
+    size,
+)
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -102,6 +109,44 @@ def init(
     write_suite(spec, path, overwrite)
     out.print(f"written: {path}")
     _print_next(out, path, found)
+
+
+@suite_app.command()
+def build(
+    plan: Annotated[
+        str, typer.Argument(help="A plan's file, or a plan that comes with MergeScope: sentences.")
+    ],
+    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to make.")],
+    data: Annotated[
+        Path | None, typer.Option(help="Where relative paths of data start; the plan's folder.")
+    ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="In place of the plan's: a path, a hub id or package:NAME."),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="In place of the plan's: cpu, cuda or auto.")
+    ] = None,
+    download: Annotated[
+        bool, typer.Option("--download", help="Fetch a base or datasets of the hub if missing.")
+    ] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace what another plan built there.")
+    ] = False,
+) -> None:
+    """Fit heads, fine-tune an expert for each task, and write a suite. A killed build goes on."""
+    from analysis.fine_tuning.build import build_suite
+    from analysis.fine_tuning.plan import load_plan
+
+    build_suite(
+        load_plan(plan, data, {"base": base, "device": device}),
+        output,
+        overwrite=overwrite,
+        fetch=download,
+        progress=progress_bar("building") or progress_lines(),
+        report=print_above,
+    )
+    typer.echo(str(output / "suite.yaml"))
 
 
 def _parse_pairs(pairs: Sequence[str]) -> dict[str, str]:

@@ -60,6 +60,7 @@ LINKS = {
     "compare?tasks": f"{TWO}&show=Tasks",
     "compare?costs": f"{TWO}&show=Costs",
     "compare?published": f"{TWO}&show=Published",
+    "how_does_it_scale": "",
     "patterns": "",
     "weights_or_features": "members=0&members=1",
     "magnitude_and_stability": "members=0&members=1&what=One+layer",
@@ -221,7 +222,8 @@ def visit(page: Page, title: str) -> None:
 TITLES = {
     "": "Overview", "open_checkpoints": "Open checkpoints", "spectra": "Spectra",
     "interference": "Interference", "rank_and_scale": "Rank and scale", "merge_lab": "Merge lab",
-    "compare": "Compare", "patterns": "Patterns", "weights_or_features": "Weights or features",
+    "compare": "Compare", "how_does_it_scale": "How does it scale",
+    "patterns": "Patterns", "weights_or_features": "Weights or features",
     "magnitude_and_stability": "Magnitude",
 }  # fmt: skip
 

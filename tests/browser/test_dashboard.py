@@ -29,10 +29,12 @@ PAGES = {
     "rank_and_scale": "Which rank, and",
     "merge_lab": "What does this merge do",
     "compare": "Which method merges best",
+    "how_does_it_scale": "How does it scale",
     "patterns": "What patterns do weights hold",
     "weights_or_features": "Average the weights, or",
     "magnitude_and_stability": "What happens when parameters",
 }
+ASKED = {"compare": "Compare these methods", "how_does_it_scale": "Merge and evaluate"}
 
 
 def query(page: Page) -> dict[str, list[str]]:
@@ -73,8 +75,8 @@ def test_each_page_opens_without_errors_or_foreign_requests(
     messages: list[str] = []
     page.on("pageerror", lambda error: messages.append(str(error)))
     page.goto(f"{server.url}/{name}")
-    if name == "compare":  # nothing is compared, and so drawn, before it is asked for
-        page.get_by_role("button", name="Compare these methods").wait_for()
+    if name in ASKED:  # nothing is drawn before it is asked for
+        page.get_by_role("button", name=ASKED[name]).wait_for()
         wait_idle(page)
     elif name == "open_checkpoints":  # draws no figure
         page.get_by_role("heading", name=PAGES[name]).wait_for()

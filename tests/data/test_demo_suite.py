@@ -14,14 +14,16 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from data.build_suite import PLANS, Plan, image_hashes, main
-from data.tasks import TASKS
+from data.build_suite import image_hashes, main
+from data.suite_plans import PLANS, Plan
+from data.tasks import EIGHT
 from data.training import MATRICES
 from merge_core.checkpoints.parameter_roles import treatment
 from merge_core.checkpoints.shards import TensorInfo
 
+TOY = ("--plan", "transformer", "--quick", "--device", "cpu")
 DEMO = Path(__file__).parents[2] / "data" / "demo"
-NAMES = [task.name for task in TASKS]
+NAMES = [task.name for task in EIGHT]
 LIMIT_BYTES = 40 * 1000**2
 CART_RANK, CART_SCALE = 0.12, 6.0  # the best on validation, as data/README.md says
 
@@ -41,7 +43,7 @@ EXPECTED = {"suite.yaml", "base.safetensors"} | {
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("build") / "suite"
     started = time.monotonic()
-    main(["--quick", "--output", str(output), "--device", "cpu"])
+    main([*TOY, "--output", str(output)])
     assert time.monotonic() - started < 60
     return output
 
@@ -146,7 +148,7 @@ def test_heads_fit_width_and_classes(suite: Path) -> None:
     content = read_description(suite)
     args = content["architecture"]["args"]
     width = args["embed_dim"] if "embed_dim" in args else args["channels"][-1]
-    for task in TASKS:
+    for task in EIGHT:
         head = load_file(suite / content["experts"][task.name]["head"])
         assert {key: tuple(value.shape) for key, value in head.items()} == {
             "weight": (len(task.classes), width),
@@ -156,7 +158,7 @@ def test_heads_fit_width_and_classes(suite: Path) -> None:
 
 
 def test_inputs_are_well_formed_and_splits_share_no_image(suite: Path) -> None:
-    for task in TASKS:
+    for task in EIGHT:
         with np.load(suite / f"inputs/{task.name}.npz") as stored:
             data = dict(stored)
         assert set(data) == {
@@ -185,7 +187,7 @@ def test_demo_holds_the_documented_numbers_of_images() -> None:
             assert (len(data["val_labels"]), len(data["test_labels"])) == (250, 500)
 
 
-@pytest.mark.parametrize("task", TASKS, ids=lambda task: task.name)
+@pytest.mark.parametrize("task", EIGHT, ids=lambda task: task.name)
 def test_demo_inputs_are_regenerated_from_the_seed(task: Any) -> None:
     """The committed images are the ones the generators draw, up to a grey level of rounding."""
     with np.load(DEMO / f"inputs/{task.name}.npz") as data:
@@ -255,7 +257,7 @@ def test_quick_build_is_deterministic_and_replaces_what_was_there(
     again = tmp_path / "suite"
     again.mkdir()
     (again / "stale.txt").write_text("from an older build")
-    main(["--quick", "--output", str(again), "--device", "cpu"])
+    main([*TOY, "--output", str(again)])
     assert layout(again) == EXPECTED
     for path in sorted(EXPECTED):
         if path.endswith(".safetensors"):
@@ -265,6 +267,6 @@ def test_quick_build_is_deterministic_and_replaces_what_was_there(
 
 
 def test_quick_build_depends_on_the_seed(quick: Path, tmp_path: Path) -> None:
-    main(["--quick", "--output", str(tmp_path / "s"), "--device", "cpu", "--seed", "1"])
+    main([*TOY, "--output", str(tmp_path / "s"), "--seed", "1"])
     first, second = (load_file(f / "base.safetensors") for f in (quick, tmp_path / "s"))
     assert any(not torch.equal(first[key], second[key]) for key in first)

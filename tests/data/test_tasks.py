@@ -8,14 +8,31 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from data.build_suite import QUICK, image_hashes, make_splits
-from data.tasks import SPLITS, TASKS, Task, draw_auxiliary, stream
+from data.build_suite import image_hashes, make_splits
+from data.suite_plans import QUICK
+from data.tasks import SPLITS, TASKS, Draw, Task, draw_auxiliary, stream
 from data.tasks.canvas import Pose, balanced_labels, warp
+from data.tasks.curves import LOOPS, RATIOS, draw_loops
 from data.tasks.digits import BLOCKS, draw_digits
 from data.tasks.dots import draw_dots
-from data.tasks.glyphs import AUXILIARY, GREEK, LETTERS, SYMBOLS, draw_glyphs
+from data.tasks.glyphs import (
+    ARABIC,
+    AUXILIARY,
+    CYRILLIC,
+    GEORGIAN,
+    GREEK,
+    HEBREW,
+    LETTERS,
+    PIECES,
+    SYMBOLS,
+    draw_glyphs,
+)
 from data.tasks.lines import ORIENTATIONS, STEP_DEGREES, draw_lines
+from data.tasks.moons import PHASES, draw_moons
+from data.tasks.pointers import HOURS, draw_arrows, draw_clocks
+from data.tasks.positions import draw_positions
 from data.tasks.shapes import SHAPES, draw_shapes
+from data.tasks.signs import BRAILLE, DIGITS, ENDS, LIT, RAISED, draw_braille, draw_segments
 from data.tasks.styles import BRIGHT_SHARE, Paper, clean_style, wild_style
 from data.tasks.textures import TEXTURES, draw_textures
 
@@ -72,8 +89,8 @@ def test_splits_share_no_image(task: Task) -> None:
 
 def test_a_shared_image_is_refused() -> None:
     class Leaky(Task):
-        def draw_clean(self, split: str, count: int, seed: int):  # type: ignore[no-untyped-def]
-            return super().draw_clean("train", count, seed)
+        def draw_clean(self, split, count, seed, domain=None):  # type: ignore[no-untyped-def]
+            return super().draw_clean("train", count, seed, domain)
 
     leaky = Leaky("leaky", "Leaky", ORIENTATIONS, draw_lines, TASKS[0].paper)
     # The three splits draw a different number from one stream; equal sizes make them equal.
@@ -91,6 +108,18 @@ def test_task_order_is_the_one_documented() -> None:
         "lines",
         "dots",
         "textures",
+        "cyrillic",
+        "hebrew",
+        "arabic",
+        "georgian",
+        "pieces",
+        "segments",
+        "braille",
+        "clocks",
+        "arrows",
+        "loops",
+        "moons",
+        "positions",
     ]
 
 
@@ -156,20 +185,122 @@ def test_textures_fill_the_canvas_with_both_tones() -> None:
     assert (ink.max(axis=(1, 2)) > 0.7).all()
 
 
-@pytest.mark.parametrize("characters", [LETTERS, GREEK, SYMBOLS, AUXILIARY])
+CHARACTERS = (LETTERS, GREEK, SYMBOLS, CYRILLIC, HEBREW, ARABIC, GEORGIAN, PIECES)
+
+
+@pytest.mark.parametrize("characters", [*CHARACTERS, AUXILIARY])
 def test_every_glyph_is_drawn(characters: tuple[str, ...]) -> None:
     count = 2 * len(characters)
     ink, labels = draw_glyphs(characters, count, np.random.default_rng(5), hard=False)
     assert np.bincount(labels).tolist() == [2] * len(characters)
-    assert (ink.max(axis=(1, 2)) > 0.6).all()
+    # White pieces are outlines thinner than any letter's stroke.
+    assert (ink.max(axis=(1, 2)) > (0.5 if characters == PIECES else 0.6)).all()
 
 
-def test_glyphs_of_different_classes_differ() -> None:
+@pytest.mark.parametrize("characters", CHARACTERS)
+def test_glyphs_of_different_classes_differ(characters: tuple[str, ...]) -> None:
     """Mean images of the classes are distinct: no character fell back to a placeholder box."""
-    ink, labels = draw_glyphs(SYMBOLS, 24 * 40, np.random.default_rng(6), hard=False)
-    means = np.stack([ink[labels == c].mean(axis=0).ravel() for c in range(len(SYMBOLS))])
+    count = 40 * len(characters)
+    ink, labels = draw_glyphs(characters, count, np.random.default_rng(6), hard=False)
+    means = np.stack([ink[labels == c].mean(axis=0).ravel() for c in range(len(characters))])
     gaps = np.linalg.norm(means[:, None] - means[None], axis=-1)
-    assert gaps[~np.eye(len(SYMBOLS), dtype=bool)].min() > 0.8
+    assert gaps[~np.eye(len(characters), dtype=bool)].min() > 0.8
+
+
+def turn_of(x: float, y: float) -> float:
+    """Degrees clockwise from the top, of a direction with y down."""
+    return float(np.rad2deg(np.arctan2(x, -y)))
+
+
+def apart(first: float, second: float) -> float:
+    return abs((first - second + 180) % 360 - 180)
+
+
+@pytest.mark.parametrize(("hard", "off"), [(False, 12), (True, 18)])
+def test_arrows_point_where_they_say(hard: bool, off: float) -> None:
+    ink, labels = draw_arrows(160, np.random.default_rng(7), hard=hard)
+    y, x = np.mgrid[:32, :32].astype(float)
+    for canvas, label in zip(ink, labels, strict=True):
+        mass = canvas.sum()
+        dx, dy = x - (canvas * x).sum() / mass, y - (canvas * y).sum() / mass
+        xx, yy, xy = ((canvas * m).sum() for m in (dx * dx, dy * dy, dx * dy))
+        axis = 0.5 * np.arctan2(2 * xy, xx - yy)
+        along = dx * np.cos(axis) + dy * np.sin(axis)
+        # The barbs draw the centre towards the tip, so the longer end is the shaft's.
+        sign = -np.sign((canvas * along**3).sum())
+        assert apart(turn_of(sign * np.cos(axis), sign * np.sin(axis)), 45 * label) < off
+
+
+def test_short_hands_show_the_hour() -> None:
+    ink, labels = draw_clocks(600, np.random.default_rng(7), hard=False)
+    reach = 5.5  # within the short hand, whose width is 2.6
+    angle = np.deg2rad(30 * np.arange(len(HOURS)))
+    rows, columns = (np.rint(15.5 + reach * v).astype(int) for v in (-np.cos(angle), np.sin(angle)))
+    seen = np.stack([ink[labels == hour].mean(axis=0)[rows, columns] for hour in range(12)])
+    seen[:, 0] = np.where(np.arange(12) == 0, seen[:, 0], 0)  # where the long hand always is
+    np.testing.assert_array_equal(seen.argmax(axis=1), np.arange(12))
+
+
+def test_moons_are_lit_by_the_cosine_of_their_phase() -> None:
+    ink, labels = draw_moons(800, np.random.default_rng(8), hard=False)
+    area = ink.sum(axis=(1, 2))
+    mean = np.array([area[labels == phase].mean() for phase in range(len(PHASES))])
+    share = (mean - mean[0]) / (mean[4] - mean[0])
+    # The rim, a tenth of the radius, is lit in every phase and hides that much of the others.
+    np.testing.assert_allclose(share, (1 - np.cos(np.deg2rad(45 * np.arange(8)))) / 2, atol=0.1)
+    east = (ink * (np.arange(32) - 15.5)).sum(axis=(1, 2)) / area
+    assert (
+        east[np.isin(labels, (1, 2, 3))].mean() > 1 > -1 > east[np.isin(labels, (5, 6, 7))].mean()
+    )
+
+
+def test_discs_lie_where_they_say() -> None:
+    ink, labels = draw_positions(160, np.random.default_rng(8), hard=False)
+    for canvas, label in zip(ink, labels, strict=True):
+        parts, count = ndimage.label(canvas > 0.4, structure=np.ones((3, 3)))
+        assert count == 2
+        disc, ring = sorted(ndimage.find_objects(parts), key=lambda box: box[0].stop - box[0].start)
+        (dy, dx), (ry, rx) = ([(s.start + s.stop) / 2 for s in box] for box in (disc, ring))
+        assert apart(turn_of(dx - rx, dy - ry), 45 * label) < 14
+
+
+def test_signs_are_told_apart_by_what_is_lit() -> None:
+    assert [len(lit) for lit in LIT[:10]] == [6, 2, 5, 5, 4, 5, 6, 3, 7, 6]
+    assert len({frozenset(lit) for lit in LIT}) == len(DIGITS)
+    assert all(set(lit) <= set(ENDS) for lit in LIT)
+    assert len({frozenset(raised) for raised in RAISED}) == len(BRAILLE)
+    # a to j use the upper four dots; k to t add dot 3, u, v, x, y, z add 3 and 6, w is French.
+    for first, second in zip(RAISED[:10], RAISED[10:20], strict=True):
+        assert set(second) == {*first, "3"}
+    for first, second in zip(RAISED[:5], (RAISED[i] for i in (20, 21, 23, 24, 25)), strict=True):
+        assert set(second) == {*first, "3", "6"}
+
+
+@pytest.mark.parametrize(
+    ("draw", "classes"),
+    [(draw_segments, DIGITS), (draw_braille, BRAILLE), (draw_loops, LOOPS), (draw_moons, PHASES)],
+)
+@pytest.mark.parametrize("hard", [False, True])
+def test_drawn_classes_differ_and_fit_the_canvas(
+    draw: Draw, classes: tuple[str, ...], hard: bool
+) -> None:
+    ink, labels = draw(30 * len(classes), np.random.default_rng(9), hard=hard)
+    assert ink.dtype == np.float32
+    assert ((ink >= 0) & (ink <= 1)).all()
+    assert np.bincount(labels).tolist() == [30] * len(classes)
+    means = np.stack([ink[labels == c].mean(axis=0).ravel() for c in range(len(classes))])
+    gaps = np.linalg.norm(means[:, None] - means[None], axis=-1)
+    assert gaps[~np.eye(len(classes), dtype=bool)].min() > 0.5
+
+
+def test_loops_close_through_every_quadrant() -> None:
+    ink, _ = draw_loops(80, np.random.default_rng(10), hard=False)
+    assert len(RATIOS) == len(LOOPS)
+    for canvas in ink:
+        _, count = ndimage.label(canvas > 0.3, structure=np.ones((3, 3)))
+        assert count == 1
+    quarters = ink.reshape(80, 2, 16, 2, 16).sum(axis=(2, 4))
+    assert (quarters > 3).all()
 
 
 def test_unknown_glyph_is_an_error() -> None:
@@ -191,7 +322,7 @@ def test_digits_cannot_be_asked_for_twice() -> None:
 def test_auxiliary_set_is_large_and_apart_from_the_tasks() -> None:
     assert len(AUXILIARY) >= 100
     assert len(set(AUXILIARY)) == len(AUXILIARY)
-    assert not set(AUXILIARY) & (set(LETTERS) | set(GREEK) | set(SYMBOLS))
+    assert not set(AUXILIARY) & set().union(*CHARACTERS)
     images, labels = draw_auxiliary(len(AUXILIARY), seed=0)
     assert images.shape == (len(AUXILIARY), 32, 32, 3)
     assert sorted(labels.tolist()) == list(range(len(AUXILIARY)))

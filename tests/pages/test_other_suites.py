@@ -137,6 +137,23 @@ def test_a_damaged_suite_is_explained_on_the_page(
     assert at.sidebar.selectbox(key="suite").options == ["demo", "mine"]
 
 
+def test_sets_of_tasks_are_offered_and_the_first_is_chosen(offer: Callable[..., Path]) -> None:
+    offer(presets={"two": ["lines", "digits"], "all": ["digits", "shapes", "lines"]})
+    at = open_page("spectra", suite="mine")
+    assert at.session_state["tasks"] == ["digits", "lines"]
+    at.session_state["preset"] = "all"
+    at.run()
+    assert not at.exception
+    assert at.session_state["tasks"] == ["digits", "shapes", "lines"]
+
+
+def test_a_link_names_tasks_beside_the_first_set(offer: Callable[..., Path]) -> None:
+    offer(presets={"two": ["lines", "digits"]})
+    at = open_page("spectra", suite="mine", tasks=["shapes", "lines"])
+    assert not at.exception
+    assert at.session_state["tasks"] == ["shapes", "lines"]
+
+
 def test_the_first_result_of_a_new_suite_is_a_button_away(offer: Callable[..., Path]) -> None:
     offer()
     at = open_page("overview", suite="mine")

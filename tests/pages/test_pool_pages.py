@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,8 +14,10 @@ from safetensors.torch import load_file
 from streamlit.testing.v1 import AppTest
 from torch import Tensor
 
+from analysis.averaging.ensembles import accuracy_over_members
 from analysis.networks.pool_network import pool_network
-from merge_core.suites.pool import Pool
+from analysis.outputs.pool_outputs import PoolEvaluator
+from merge_core.suites.pool import Pool, bundled_pools, load_pool
 from tests.pages.test_pages import assert_healthy, figures, finish, metrics, open_page
 from tests.pools import ARCHITECTURES
 from ui import shell, sidebar
@@ -229,3 +232,30 @@ def test_a_link_may_name_a_pool_as_its_file_does(offer_pool: Offer) -> None:
     assert at.selectbox(key="pool").value == next(iter(sidebar.group_pools({"mine": pool})))
     at = open_page("weights_or_features", pool="no such pool")
     assert any("not on offer here (Pool)" in warning.value for warning in at.warning)
+
+
+def test_the_first_pool_shows_both_kinds_of_starts() -> None:
+    """Averaging weights helps one, and ruins the other."""
+    at = assert_healthy(open_page("weights_or_features"))
+    (said,) = (text.value for text in at.markdown if "against a single member. Ind" in text.value)
+    shared, independent = (float(x) for x in re.findall(r"\*\*([+-][\d.]+) points\*\*", said))
+    assert shared > 0
+    pools = bundled_pools()
+    gains = []
+    for start in ("shared", "independent"):
+        evaluator = PoolEvaluator(load_pool(pools[f"digits-resnet-{start}"]))
+        frame = accuracy_over_members(evaluator, tuple(range(10)), "test", "average")
+        last = frame[frame["n"] == 10].set_index("rule")["accuracy"]
+        gains.append(100 * (last["uniform_soup"] - last["individuals"]))
+    assert [shared, independent] == pytest.approx(gains, abs=0.05)
+    assert independent < -50
+
+
+def test_magnitude_opens_where_nothing_is_scaled(offer_pool: Offer) -> None:
+    pool = offer_pool("vgg")
+    at = assert_healthy(finish(open_pool_page("magnitude_and_stability", pool)))
+    assert float(at.select_slider(key="m").value) == 1
+    states = [load_file(file) for file in sorted(pool.root.glob("[0-9]*.safetensors"))]
+    labels, logits = by_hand(pool, "test", states)
+    single = (logits.argmax(-1).numpy() == labels).mean(axis=1)
+    assert metrics(at)["Individuals"] == percent(single)

@@ -224,7 +224,7 @@ def test_suites(evaluable: Path) -> None:
     (evaluable / "names.txt").write_text("a\nb\n")
     richer = copy.deepcopy(good) | {
         "vocabulary": "common", "decompose": ["blocks.*.weight"], "average": ["*bias"],
-        "base_prefix": "",
+        "base_prefix": "", "presets": {"1": list(good["experts"])[:1]},
     }  # fmt: skip
     richer["experts"]["lines"]["data"] = {
         "kind": "folder", "path": "images", "classes": "names.txt", "limit": 10, "seed": 1,

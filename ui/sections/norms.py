@@ -9,7 +9,7 @@ import pandas as pd
 import streamlit as st
 
 from analysis.figures import regularisation as figures
-from analysis.magnitude.norms import TOTAL, histogram_frame, identity_frame, norms_frame
+from analysis.magnitude.norms import TOTAL
 from ui import charts, shell
 from ui.controls import choice, selectbox
 from ui.server import pool_resources
@@ -21,14 +21,14 @@ def norm_frames(
     key: str, members: tuple[int, ...], _view: PoolView
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The identity of norms, and norms per parameter."""
-    evaluator = pool_resources.evaluator(_view)
-    return identity_frame(evaluator, members), norms_frame(evaluator, members)
+    frames = pool_resources.frames(_view)
+    return frames.identity(), frames.norms()
 
 
 @st.cache_data(max_entries=64, show_spinner=False)
 def histogram(key: str, members: tuple[int, ...], parameter: str, _view: PoolView) -> pd.DataFrame:
     """The distribution of one parameter's entries."""
-    return histogram_frame(pool_resources.evaluator(_view), members, parameter)
+    return pool_resources.frames(_view).histogram(parameter)
 
 
 @shell.fragment

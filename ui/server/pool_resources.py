@@ -6,11 +6,12 @@ from dataclasses import dataclass
 
 import streamlit as st
 
+from analysis.frames.from_pools import PoolFrames
 from analysis.outputs.pool_outputs import PoolEvaluator
 from merge_core.files import digest_of
 from merge_core.suites.pool import Pool, load_pool
 from ui.server.catalog import POOLS
-from ui.server.resources import stamp
+from ui.server.resources import shared_frames, stamp
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,21 @@ def open_pool(described: Pool) -> tuple[str, Pool]:
 def pool_evaluator(key: str, _pool: Pool) -> PoolEvaluator:
     """The evaluator of a pool, known by its key."""
     return PoolEvaluator(_pool)
+
+
+@st.cache_resource(max_entries=8, show_spinner=False)
+def _pool_frames(key: str, members: tuple[int, ...], _pool: Pool) -> PoolFrames:
+    return PoolFrames(_pool, members, shared_frames(), lambda: pool_evaluator(key, _pool))
+
+
+def frames(view: PoolView) -> PoolFrames:
+    """What is asked of the view's members, read where it is kept."""
+    return frames_of(view.key, view.pool, view.members)
+
+
+def frames_of(key: str, pool: Pool, members: tuple[int, ...] = ()) -> PoolFrames:
+    """What is asked of some members of a pool, known by its key."""
+    return _pool_frames(key, members, pool)
 
 
 def evaluator(view: PoolView) -> PoolEvaluator:

@@ -17,6 +17,7 @@ from analysis.evaluation.evaluator import Evaluator
 from analysis.frames.entries import Frames
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.from_weights import WeightFrames
+from analysis.frames.record import Record, is_record, load_record
 from analysis.frames.store import FrameStore
 from analysis.outputs.inputs import Split, has_labels
 from merge_core.checkpoints.stored.entry import split_part
@@ -24,6 +25,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.files import digest_of, file_digest
 from merge_core.input_files import file_stamp
 from merge_core.merging.engine import MergeSession
+from merge_core.suites.recorded import RecordedSuite
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.task_vectors import TensorGroup
 from ui.server import session_files
@@ -57,7 +59,10 @@ def suite_key(name: str) -> str:
     Raises:
         SuiteError: the suite's file is missing or wrong.
     """
-    suite = load_suite(session_files.list_offered()[name])
+    path = session_files.list_offered()[name]
+    if is_record(path):
+        return digest_of(stamp(path))
+    suite = load_suite(path)
     files = [suite.spec.base] if suite.spec.base else []
     for expert in suite.spec.experts.values():
         files += expert.files
@@ -72,8 +77,15 @@ def stamp(path: Path) -> str:
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def open_suite(name: str, key: str) -> Suite:
-    """The suite of that name, as it is at that key."""
-    return load_suite(session_files.list_offered()[name])
+    """The suite of that name, as it is at that key; of a record, what it says of its suite."""
+    path = session_files.list_offered()[name]
+    return _open_record(str(path), stamp(path)).suite if is_record(path) else load_suite(path)
+
+
+@st.cache_resource(max_entries=4, show_spinner="Opening the record …")
+def _open_record(path: str, state: str) -> Record:
+    """A record, as it is in that state."""
+    return load_record(path)
 
 
 @st.cache_resource(show_spinner=False)
@@ -94,7 +106,8 @@ def factor_store(suite: Suite) -> FactorStore:
 
 
 @st.cache_resource(show_spinner=False)
-def _shared_frames() -> FrameStore:
+def shared_frames() -> FrameStore:
+    """The server's one store of frames."""
     return FrameStore()
 
 
@@ -104,10 +117,15 @@ def _private_frames(folder: str) -> FrameStore:
 
 
 def frame_store(suite: Suite) -> Frames:
-    """The server's one store of frames; for uploads one beside them, which goes with them."""
+    """The server's one store of frames; for uploads one beside them, which goes with them.
+
+    A record's frames are its own: what a stranger's file claims is shown as that file's alone.
+    """
+    if isinstance(suite, RecordedSuite):
+        return _open_record(str(suite.path), stamp(suite.path)).frames
     if session_files.has_uploads(suite):
         return _private_frames(str(suite.root / "frames"))
-    return _shared_frames()
+    return shared_frames()
 
 
 @st.cache_resource(show_spinner=False)
@@ -145,7 +163,12 @@ def evaluator(view: View) -> Evaluator:
 
 
 def is_measurable(view: View) -> bool:
-    """Whether accuracies of the chosen tasks can be measured: all it takes is there, and labels."""
+    """Whether accuracies of the chosen tasks can be measured: all it takes is there, and labels.
+
+    Of a record, whether they were.
+    """
+    if isinstance(view.suite, RecordedSuite):
+        return view.suite.can_evaluate
     return view.suite.can_evaluate and all(
         has_labels(view.suite, task, split) for task in view.tasks for split in get_args(Split)
     )
@@ -163,11 +186,11 @@ def weight_frames(view: View) -> WeightFrames:
 
 @st.cache_resource(max_entries=8, show_spinner=False)
 def _output_frames(key: str, name: str, tasks: tuple[str, ...], _view: View) -> OutputFrames:
-    def evaluate() -> Evaluator | None:
-        return evaluator(_view) if _view.suite.can_evaluate else None
-
     return OutputFrames(
-        name, _view.suite, tasks, frame_store(_view.suite), lambda: session(_view), evaluate
+        *(name, _view.suite, tasks, frame_store(_view.suite)),
+        lambda: session(_view),
+        lambda: evaluator(_view),
+        evaluated=_view.suite.can_evaluate,
     )
 
 

@@ -192,3 +192,19 @@ def test_a_shipped_store_makes_the_first_views_free(suite: Suite, with_base: boo
     known = [recipe for recipe in points if evaluator.knows(recipe, session, "test")]
     assert recipes["CART"][0].model_copy(update={"suite": "."}) in known
     assert len(known) < len(points) / 2
+
+
+def test_a_shipped_store_holds_the_first_result_of_every_preset(suite: Suite) -> None:
+    names = list(suite.tasks)
+    suite = edit_document(suite.root, presets={"all": names, "one": names[:1]})
+    target = precompute(str(suite.path))
+    loaded = load_suite(suite.path)
+    evaluator = Evaluator(loaded, PredictionStore(shipped=(target,)))
+    for preset in ("all", "one"):
+        session = MergeSession(loaded, loaded.select([preset]), FactorStore())
+        recipes = first_recipes(str(suite.path), session, evaluator)
+        assert all(chosen for _, chosen in recipes.values())
+        assert len(first_result(recipes, session, evaluator)) == 5 * len(session.groups.tasks)
+    assert evaluator.outputs.forward_images == 0
+    ties = make_recipe({"suite": ".", "method": "ties", "tasks": ["one"]})
+    assert not evaluator.knows(ties, session)  # the other views are those of the first preset

@@ -103,6 +103,18 @@ def test_labels_stay_with_their_texts(folder: Path) -> None:
     assert names == ("0", "1", "2")
 
 
+def test_training_texts_are_none_of_the_others(folder: Path) -> None:
+    shared = {"test": "validation", "val_share": 0.25, "length": 64}
+    parts = {part: read(folder, part, **shared)[0] for part in ("train", "val")}
+    assert {part: len(rows) for part, rows in parts.items()} == {"train": 15, "val": 5}
+    together = sorted(spell(row) for rows in parts.values() for row in rows)
+    assert together == sorted(TEXTS)
+    own = read(folder, "train", val="validation", **shared)[0]
+    assert sorted(map(spell, own)) == sorted(TEXTS)
+    with pytest.raises(SuiteError, match="which split is for fine-tuning"):
+        read(folder, "train", test="train", val="validation")
+
+
 def test_pairs_are_joined_as_each_tokenizer_joins_them(folder: Path) -> None:
     pair = {"text_columns": ["text", "other"], "length": 64}
     gpt2 = {spell(row) for row in read(folder, **pair)[0]}

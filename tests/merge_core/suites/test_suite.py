@@ -141,6 +141,31 @@ def test_unknown_tasks_and_no_tasks_are_refused(synthetic_suite: Callable[..., S
         suite.select([])
 
 
+PRESETS = "{name: s, experts: {a: {weights: a}, b: {weights: b}, c: {weights: c}}, presets: %s}"
+
+
+def test_a_presets_name_stands_for_its_tasks(tmp_path: Path) -> None:
+    suite = load_suite(write_suite(tmp_path, PRESETS % "{'2': [b, a], more: [a, b, c]}"))
+    assert suite.select(["2"]) == ("a", "b")
+    assert suite.select(["c", "2"]) == suite.select(["more"]) == suite.select(None)
+    assert suite.select(["b"]) == ("b",)
+    with pytest.raises(SuiteError, match=r"no task '3'.*Its presets: 2, more\."):
+        suite.select(["3"])
+
+
+@pytest.mark.parametrize(
+    ("presets", "named"),
+    [
+        ("{'2': [a, d]}", "names 'd', which is no task"),
+        ("{a: [b, c]}", "'a' is called as a task"),
+        ("{'2': []}", "presets.2"),
+        ("{'a b': [a]}", "presets.a b"),
+    ],
+)
+def test_presets_that_name_no_tasks_are_refused(tmp_path: Path, presets: str, named: str) -> None:
+    assert named in refusal(write_suite(tmp_path, PRESETS % presets))
+
+
 def test_the_members_digest_tells_every_change_of_members(
     synthetic_suite: Callable[..., Suite],
 ) -> None:

@@ -1,0 +1,38 @@
+"""``mergescope record``: what the dashboard shows of a suite, in a file without its weights."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from mergescope.terminal import SuiteArgument, progress_bar, size
+
+
+def record(
+    suite: SuiteArgument,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", help="The file to write: NAME.mergescope.")
+    ],
+    weights_only: Annotated[
+        bool, typer.Option("--weights-only", help="Record spectra and interference alone.")
+    ] = False,
+) -> None:
+    """Pack a suite's card and frames, without weights or inputs, to be opened by anyone."""
+    from analysis.frames.recording import check_record_path, record_suite, write_record
+    from analysis.frames.store import FrameStore
+    from merge_core.factors.store import FactorStore
+    from merge_core.suites.suite import load_suite
+
+    check_record_path(output)
+    loaded = load_suite(suite)
+    begun = time.monotonic()
+    bar = progress_bar("recording")
+    data = record_suite(loaded, suite, FrameStore(), FactorStore(), bar, weights_only)
+    write_record(output, data)
+    typer.echo(
+        f"{output} ({size(len(data))}, {len(loaded.tasks)} tasks, "
+        f"{time.monotonic() - begun:.0f} s); open it with: mergescope app {output}"
+    )

@@ -1,0 +1,185 @@
+"""How does it scale?: accuracy over the number of tasks, and over the size of the model."""
+
+from __future__ import annotations
+
+import pandas as pd
+import streamlit as st
+
+from analysis.comparison.scaling import METHODS, draw_subsets, summarise_over, task_counts
+from analysis.figures import accuracy as figures
+from analysis.frames.scaling import scaling, scaling_if_known
+from merge_core.errors import MergeScopeError
+from merge_core.files import digest_of
+from merge_core.suites.suite import load_suite
+from ui import charts, shell
+from ui.controls import choice, multiselect
+from ui.progress import run_job
+from ui.server import resources, session_files
+from ui.server.resources import View
+from ui.words.scaling import describe_sizes, describe_tasks
+
+shell.enter()
+
+VALUES = {"normalised": "Of the experts", "accuracy": "Accuracy"}
+REPEATS = {3: "3", 5: "5", 10: "10"}
+
+
+def measured(
+    views: list[View], subsets: list[tuple[str, ...]], title: str, note: str
+) -> list[pd.DataFrame] | None:
+    """The accuracies of all subsets in each suite, computed in the background where asked for."""
+    asked = [(resources.output_frames(view), resources.factor_store(view.suite)) for view in views]
+    known = [scaling_if_known(outputs, subsets) for outputs, _ in asked]
+    if all(frame is not None for frame in known):
+        return [frame for frame in known if frame is not None]
+    job = run_job(
+        digest_of(
+            "scaling", *(view.key for view in views), *("+".join(subset) for subset in subsets)
+        ),
+        title,
+        "Merge and evaluate",
+        note,
+        lambda progress: [
+            scaling(outputs, subsets, factors, progress) for outputs, factors in asked
+        ],
+    )
+    return None if job is None else list(job.result)
+
+
+def over_tasks(view: View, value: str) -> None:
+    """Accuracy over the number of tasks, on random subsets of the chosen ones."""
+    st.subheader("What do more tasks cost?", anchor=False)
+    repeats = choice(
+        "Subsets of each size",
+        REPEATS,
+        "subsets",
+        "Which tasks are merged matters; so several sets of each size are drawn at random, and "
+        "each merge is evaluated on its own tasks.",
+    )
+    subsets = draw_subsets(view.tasks, task_counts(len(view.tasks)), repeats)
+    found = measured(
+        [view],
+        subsets,
+        "More and more tasks",
+        f"{len(subsets)} subsets of {len(view.tasks)} tasks, {len(METHODS)} methods each, on the "
+        "test split. What was evaluated before is not evaluated again.",
+    )
+    if found is None:
+        return
+    (frame,) = found
+    st.markdown(describe_tasks(frame))
+    charts.panel(
+        charts.Chart(
+            figures.accuracy_over(
+                summarise_over(frame, "count", value),
+                "count",
+                value,
+                title="How much is kept as tasks are added?",
+            ),
+            key="over_tasks",
+            alt=describe_tasks(frame),
+            height=460,
+        ),
+        how_to_read=charts.HowToRead(
+            "Each point is the mean over random subsets of that many tasks, evaluated on the "
+            "**test** split of the tasks that were merged; the band is the range from the worst "
+            "to the best subset. CART is at the rank and scale that its rule recommends from the "
+            "weights of these very experts; the others are at their published defaults. Subsets "
+            "share tasks, so neighbouring points are not independent.",
+            r"\tfrac1T\sum_t \frac{\mathrm{acc}_t(\theta_{\mathrm{merged}})}"
+            r"{\mathrm{acc}_t(\theta_t)}",
+        ),
+        numbers=charts.Numbers(frame, "accuracy_over_tasks"),
+    )
+
+
+def suites_alike(view: View) -> dict[str, View]:
+    """Other suites on offer that have all chosen tasks and can be evaluated: name to view."""
+    found = {}
+    for name, path in session_files.list_offered().items():
+        try:
+            suite = load_suite(path)
+            if name == view.name or not set(view.tasks) <= set(suite.tasks):
+                continue
+            tasks = tuple(task for task in suite.tasks if task in view.tasks)
+            other = View(name, resources.suite_key(name), suite, tasks, suite.matrices[0])
+            if resources.is_measurable(other):
+                found[name] = other
+        except MergeScopeError:  # said where it is opened
+            continue
+    return found
+
+
+def over_sizes(view: View, value: str) -> None:
+    """Accuracy of the same tasks in suites of other sizes."""
+    st.subheader("Do larger models merge better?", anchor=False)
+    others = suites_alike(view)
+    if not others:
+        st.markdown(
+            "No other suite on offer has these tasks. Open one whose experts have another size "
+            "and the same task names, and both are compared here."
+        )
+        return
+    names = multiselect("Beside", list(others), "beside", rest=list(others))
+    if not names:
+        return
+    views = [view, *(others[name] for name in names)]
+    found = measured(
+        views,
+        [view.tasks],
+        "Sizes of models",
+        f"{len(views)} suites of {len(view.tasks)} tasks, {len(METHODS)} methods each.",
+    )
+    if found is None:
+        return
+    frame = pd.concat(
+        [
+            part.assign(suite=each.name, parameters=resources.count_parameters(each))
+            for part, each in zip(found, views, strict=True)
+        ],
+        ignore_index=True,
+    )
+    st.markdown(describe_sizes(frame))
+    charts.panel(
+        charts.Chart(
+            figures.accuracy_over(
+                summarise_over(frame, "parameters", value),
+                "parameters",
+                value,
+                title="How much is kept at which size?",
+            ),
+            key="over_sizes",
+            alt=describe_sizes(frame),
+            height=460,
+        ),
+        how_to_read=charts.HowToRead(
+            "The same tasks in suites whose models have other sizes, each merge on the **test** "
+            "split. Suites of one size are one point with their range. Models that differ in more "
+            "than size differ here too.",
+            r"\tfrac1T\sum_t \frac{\mathrm{acc}_t(\theta_{\mathrm{merged}})}"
+            r"{\mathrm{acc}_t(\theta_t)}",
+        ),
+        numbers=charts.Numbers(frame, "accuracy_over_sizes"),
+    )
+
+
+def page() -> None:
+    """The page."""
+    view = shell.view()
+    charts.heading(
+        "How does it scale?",
+        "What does every further task cost, and do larger models lose less? How much of the "
+        "experts a merge keeps, for several methods.",
+    )
+    if not resources.is_measurable(view):
+        shell.explain_no_evaluation(view)
+        return
+    if len(view.tasks) < 2:
+        st.info("A merge needs at least two tasks; choose more in the sidebar.")
+        return
+    value = choice("Shown", VALUES, "shown")
+    over_tasks(view, value)
+    over_sizes(view, value)
+
+
+page()
