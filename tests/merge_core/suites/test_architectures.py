@@ -10,11 +10,19 @@ import pytest
 import torch
 
 from analysis.networks.towers import suite_network
+from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.opening.draft import write_suite
 from merge_core.opening.roles import draft_suite, with_base
 from merge_core.opening.search import find_models
-from merge_core.suites.architectures import WHOLE, of_config, runnable_types
+from merge_core.suites.architectures import (
+    WHOLE,
+    of_config,
+    read_architecture,
+    read_class_names,
+    runnable_types,
+)
 from merge_core.suites.suite import load_suite
+from merge_core.suites.suite_spec import ArchitectureSpec
 
 transformers = pytest.importorskip("transformers")
 
@@ -100,3 +108,72 @@ def test_a_backbone_saved_alone_is_the_base_of_classifiers(tmp_path: Path) -> No
     transformers.GPT2Model(CONFIGS["gpt2"]()).save_pretrained(tmp_path / "other")
     found = {each.label: each.role for each in find_models([str(tmp_path)])}
     assert found == {"base": "base", "mood": "expert", "news": "expert", "other": "left out"}
+
+
+MODULES = [
+    {"idx": 0, "name": "0", "path": "", "type": "sentence_transformers.models.Transformer"},
+    {"idx": 1, "name": "1", "path": "1_Pooling", "type": "sentence_transformers.models.Pooling"},
+]
+UNIT = {"idx": 2, "name": "2", "path": "2_Normalize", "type": "sentence_transformers.x.Normalize"}
+DENSE = {"idx": 2, "name": "2", "path": "2_Dense", "type": "sentence_transformers.models.Dense"}
+
+
+@pytest.mark.parametrize(
+    ("modules", "pooling", "told"),
+    [
+        (MODULES, {"pooling_mode_mean_tokens": True}, ("mean", None)),
+        ([*MODULES, UNIT], {"pooling_mode_cls_token": True}, ("first", True)),
+        (MODULES, {"pooling_mode": "lasttoken"}, ("last", None)),  # as version 6 writes it
+        (MODULES, {"pooling_mode": ["mean"], "pooling_mode_cls_token": False}, ("mean", None)),
+        (MODULES, {"pooling_mode": "max"}, (None, None)),
+        (MODULES, {"pooling_mode_cls_token": True, "pooling_mode_mean_tokens": True}, (None, None)),
+        ([*MODULES, DENSE], {"pooling_mode": "mean"}, (None, None)),  # another vector follows
+        (MODULES[:1], {"pooling_mode": "mean"}, (None, None)),
+        ({"0": MODULES}, {"pooling_mode": "mean"}, (None, None)),
+        ([{**MODULES[0]}, {**MODULES[1], "path": "../1_Pooling"}], {}, (None, None)),
+    ],
+)
+def test_pooling_is_what_the_files_of_sentence_transformers_say(
+    modules: Any, pooling: dict[str, Any], told: tuple[Any, Any], tmp_path: Path
+) -> None:
+    folder = tmp_path / "model"
+    transformers.RobertaModel(CONFIGS["roberta"]()).save_pretrained(folder)
+    for place in (folder / "1_Pooling", tmp_path / "1_Pooling"):  # one of them outside
+        place.mkdir()
+        given = pooling if place.parent == folder else {"pooling_mode": "mean"}
+        (place / "config.json").write_text(json.dumps(given), encoding="utf-8")
+    (folder / "modules.json").write_text(json.dumps(modules), encoding="utf-8")
+    found = read_architecture(Checkpoint(folder))
+    assert found is not None
+    assert (found.pooling, found.normalize) == told
+
+
+@pytest.mark.parametrize(
+    ("config", "names"),
+    [
+        ({"id2label": {"1": "no", "0": "yes"}}, ("yes", "no")),
+        ({"label_names": ["a", "b"]}, ("a", "b")),
+        ({"id2label": {"0": "LABEL_0", "1": "LABEL_1"}}, None),
+        ({"id2label": {"0": "yes", "2": "no"}}, None),
+        ({"id2label": {"0": "yes", "1": "yes"}}, None),
+        ({"id2label": ["yes"]}, None),
+        ({"label_names": [1, 2]}, None),
+        ({}, None),
+    ],
+)
+def test_names_of_classes_are_those_of_the_configuration(
+    config: dict[str, Any], names: tuple[str, ...] | None, tmp_path: Path
+) -> None:
+    transformers.RobertaModel(CONFIGS["roberta"]()).save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert read_class_names(Checkpoint(tmp_path)) == names
+
+
+def test_the_identity_of_architectures_is_as_it_was() -> None:
+    """By it predictions are kept; what is not said leaves it alone."""
+    spec = ArchitectureSpec(name="gpt2", args={"n_layer": 2}, library="transformers")
+    assert spec.identity == '{"name":"gpt2","args":{"n_layer":2},"library":"transformers"}'
+    named = spec.model_copy(update={"pooling": "mean", "normalize": True})
+    assert named.identity != spec.identity
+    with pytest.raises(ValueError, match="'pooling' is of architectures of transformers"):
+        ArchitectureSpec(name="vit", pooling="mean")
