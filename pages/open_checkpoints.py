@@ -121,11 +121,11 @@ def suite_section(collection: Collection) -> None:
     suite = open_by_headers(spec, collection.path, found)
     st.subheader("What fits?", anchor=False)
     fit_section(suite)
-    if spec.architecture is not None:
+    network = suite.network_in_words
+    if network is not None:
         lacking = suite.why_not_evaluated
         told = "Accuracies can be measured" if lacking is None else f"For accuracies: {lacking}"
-        network = f"**{plain(spec.architecture.name)}** of {plain(spec.architecture.library)}"
-        st.markdown(f"Network: {network}. {plain(told)}.")
+        st.markdown(f"Network: **{plain(network)}**. {plain(told)}.")
     st.subheader("Open it", anchor=False)
     chosen = [each.download for each in found if each.role in ("expert", "base")]
     if offer_download(suite, nbytes=sum(chosen)):
