@@ -134,9 +134,9 @@ VISION = Plan(
     domain=Domain(),
     test=400,
     auxiliary_share=48,
-    pretraining=Schedule(steps=4000, batch=8, rate=1.5e-3, weight_decay=0.02, warmup=100),
-    adaptation=Schedule(steps=250, batch=48, rate=5e-4, rest=0.05),
-    finetuning=Schedule(steps=200, batch=32, rate=3e-4, rest=0.05),
+    pretraining=Schedule(steps=6000, batch=8, rate=1.5e-3, weight_decay=0.02, warmup=100),
+    adaptation=Schedule(steps=300, batch=5, rate=6e-4, rest=0.05),
+    finetuning=Schedule(steps=150, batch=32, rate=3e-4, rest=0.05),
 )
 SMALL = replace(
     VISION,

@@ -164,8 +164,7 @@ def explain_no_evaluation(view: View) -> None:
         st.info(
             f"The {plain(view.suite.inputs)} of the suite **{plain(view.name)}** have no labels, "
             "so no accuracy can be measured. Add `val_labels` and `test_labels` to its data to see "
-            "accuracies here; "
-            "Rank and scale chooses both from inputs without labels."
+            "accuracies here; Rank and scale chooses both from inputs without labels."
         )
         return
     st.info(

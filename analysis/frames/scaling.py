@@ -31,6 +31,17 @@ def scaling(
         subsets: of its tasks.
         factors: where factors are kept.
         progress: told after each merge; cancels between two.
+
+    Example:
+        >>> from analysis.evaluation.evaluator import Evaluator
+        >>> from analysis.frames.store import FrameStore
+        >>> suite = load_suite("demo")
+        >>> session = lambda: MergeSession(suite, suite.tasks, FactorStore())
+        >>> evaluator = lambda: Evaluator(suite)
+        >>> outputs = OutputFrames("demo", suite, suite.tasks, FrameStore(), session, evaluator)
+        >>> frame = scaling(outputs, [("digits", "dots")], FactorStore())
+        >>> frame["count"].unique().tolist()
+        [2]
     """
     return ask(
         outputs.frames,
@@ -53,6 +64,16 @@ def scaling_if_known(outputs: OutputFrames, subsets: Subsets) -> pd.DataFrame | 
 
     Raises:
         NotRecorded: it was not, and cannot be.
+
+    Example:
+        >>> from analysis.evaluation.evaluator import Evaluator
+        >>> from analysis.frames.store import FrameStore
+        >>> suite = load_suite("demo")
+        >>> session = lambda: MergeSession(suite, suite.tasks, FactorStore())
+        >>> evaluator = lambda: Evaluator(suite)
+        >>> outputs = OutputFrames("demo", suite, suite.tasks, FrameStore(), session, evaluator)
+        >>> scaling_if_known(outputs, [("lines", "dots")]) is None
+        True
     """
     asked = _arguments(outputs, subsets)
     known = ask_if_known(outputs.frames, SCALING, outputs.inputs, asked, lambda: None)

@@ -52,8 +52,8 @@ class Domain:
 
     paper: Colour = (0.3, 0.3, 0.3)
     ink: Colour = (0.85, 0.85, 0.85)
-    shade: float = 0.2
-    mark: float = 0.15
+    shade: float = 0.25
+    mark: float = 0.1
     own: float = 0.0
     ruling: float = 0.0
     smoothness: float = 2.0

@@ -19,10 +19,7 @@ WHOLE = {
     "siglip2": ("siglip2_vision_model", "vision_config", ""),
 }
 TOWERS = frozenset(
-    (
-        *("clip_vision_model", "clip_text_model", "siglip_vision_model", "siglip_text_model"),
-        *("siglip2_vision_model", "siglip2_text_model"),
-    )
+    ("clip_vision_model", "clip_text_model", "siglip_vision_model", "siglip2_vision_model")
 )
 # Fields of a configuration that build no other network: training, tokens, labels, what is returned.
 NOT_SHAPE = re.compile(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
@@ -15,7 +16,10 @@ from merge_core.suites.preprocessors import read_transform
 from merge_core.suites.suite_spec import ArchitectureSpec
 
 # What is called a head and classifies no inputs.
-OTHER_HEADS = frozenset({"cls", "vocab_transform", "qa_outputs", "multiple_choice_head"})
+OTHER_HEADS = re.compile(
+    r"(^|\.)(cls|vocab_transform|qa_outputs|multiple_choice_head)\."
+    r"|(^|\.)head\.(attention|mlp|probe|layernorm)[._]|text_model\.head\."  # SigLIP pools by it
+)
 # What features are, by the name of a pooling.
 POOLED: Mapping[str | None, str] = {
     None: "what the library's own classifier takes",
@@ -92,7 +96,7 @@ def holds_classifier(expert: Checkpoint) -> bool:
 
 
 def _is_classifier(name: str, info: TensorInfo) -> bool:
-    if not info.is_floating or len(info.shape) != 2 or OTHER_HEADS & set(name.split(".")):
+    if not info.is_floating or len(info.shape) != 2 or OTHER_HEADS.search(name):
         return False
     return describe(name, info).kind == "head"
 

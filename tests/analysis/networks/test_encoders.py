@@ -11,10 +11,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from analysis.networks.classifiers import find_classifier
+from analysis.networks.limits import Size
 from analysis.networks.towers import suite_network
 from analysis.outputs.heads import load_head
 from merge_core.errors import SuiteError
 from merge_core.suites.suite import Suite, load_suite
+from merge_core.suites.suite_spec import ArchitectureSpec
 from tests.evaluable import write_document
 
 transformers = pytest.importorskip("transformers")
@@ -144,6 +147,37 @@ def test_experts_give_the_logits_of_their_library(
         torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("kind", "pooling", "layers"),
+    [
+        ("bert", "pooler", {"classifier": "nothing"}),
+        ("roberta", "first", {"classifier.dense": "nothing", "classifier.out_proj": "tanh"}),
+        ("electra", "first", {"classifier.dense": "nothing", "classifier.out_proj": "gelu"}),
+        ("distilbert", "first", {"pre_classifier": "nothing", "classifier": "relu"}),
+        ("mpnet", "first", {"classifier.dense": "nothing", "classifier.out_proj": "tanh"}),
+        ("deberta-v2", "first", {"pooler.dense": "nothing", "classifier": "gelu"}),
+        ("albert", "pooler", {"classifier": "nothing"}),
+        ("gpt2", "last", {"score": "nothing"}),
+        ("vit", "first", {"classifier": "nothing"}),
+        ("dinov2", "first_and_patches", {"classifier": "nothing"}),
+        ("swin", "mean", {"classifier": "nothing"}),
+        ("convnext", "pooler", {"classifier": "nothing"}),
+        ("clip_vision_model", "patches", {"classifier": "nothing"}),
+        ("siglip_vision_model", "mean", {"classifier": "nothing"}),
+    ],
+)
+def test_what_a_classifier_takes_is_read_off_its_run(
+    kind: str, pooling: str, layers: dict[str, str]
+) -> None:
+    """Against what stands in the forward methods of transformers 5."""
+    args = IMAGE if kind.endswith("vision_model") else KINDS[kind]
+    architecture = ArchitectureSpec(name=kind, args=args, library="transformers")
+    found = find_classifier(architecture, Path("suite.yaml"), Size())
+    assert found is not None
+    assert found.pooling == pooling
+    assert {layer.name: layer.before for layer in found.layers} == layers
+
+
 def bert_args(**args: Any) -> dict[str, Any]:
     return {"name": "bert", "library": "transformers", "args": {**TEXT, **args}}
 
@@ -217,3 +251,45 @@ def test_learners_find_layers_and_blocks_by_the_names_in_files(tmp_path: Path) -
         changed = {name: 1.5 * value for name, value in own.items()}
         assert not torch.allclose(torch.func.functional_call(copied, changed, (given,)), before)
         torch.testing.assert_close(module(given), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["clip", "siglip"])
+def test_towers_of_whole_models_give_their_embeddings(kind: str, tmp_path: Path) -> None:
+    """A whole model as the base, and experts that are its vision tower or the whole again."""
+    text = {
+        **{"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 1},
+        **{"num_attention_heads": 2, "vocab_size": VOCABULARY, "projection_size": 16},
+    }
+    make = transformers.CONFIG_MAPPING[kind]
+    whole = transformers.AutoModel.from_config(make(vision_config=IMAGE, text_config=text)).eval()
+    whole.save_pretrained(tmp_path / "base")
+    whole.save_pretrained(tmp_path / "one")
+    document = {"name": "s", "base": "base", "experts": {"one": {"weights": "one"}}}
+    suite = load_suite(write_document(tmp_path, document))
+    expert = suite.expert("one")
+    state = {name: expert.tensor(name) for name in expert}
+    images = inputs("vit")
+    with torch.no_grad():
+        expected = whole.get_image_features(pixel_values=images)
+    expected = getattr(expected, "pooler_output", expected)
+    got = suite_network(suite).features(state, images)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_text_tower_gives_its_pooled_vector(tmp_path: Path) -> None:
+    args = {
+        **{"hidden_size": 16, "intermediate_size": 20, "num_hidden_layers": 2},
+        **{"num_attention_heads": 2, "vocab_size": VOCABULARY, "max_position_embeddings": 24},
+        **{"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+    }
+    tower = transformers.AutoModel.from_config(transformers.CLIPTextConfig(**args)).eval()
+    tower.save_pretrained(tmp_path / "one")
+    suite = load_suite(
+        write_document(tmp_path, {"name": "s", "experts": {"one": {"weights": "one"}}})
+    )
+    tokens = torch.tensor([[1, 7, 9, 11, 2], [1, 30, 31, 32, 2]])
+    expert = suite.expert("one")
+    state = {name: expert.tensor(name) for name in expert}
+    with torch.no_grad():
+        expected = tower(input_ids=tokens).pooler_output
+    torch.testing.assert_close(suite_network(suite).features(state, tokens), expected)
