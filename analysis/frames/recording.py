@@ -240,6 +240,14 @@ def record_suite(
         SuiteError: the experts do not fit together.
         MergeScopeError: unfit inputs.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from analysis.frames.store import FrameStore
+        >>> stopped = Progress()
+        >>> stopped.cancel.set()
+        >>> record_suite(load_suite("demo"), "demo", FrameStore(), FactorStore(), stopped)
+        Traceback (most recent call last):
+        merge_core.errors.Cancelled: Cancelled after 0 of ... steps; nothing was written.
     """
     progress = progress or Progress()
     session = MergeSession(suite, suite.tasks, factors)  # says what does not fit before any work
