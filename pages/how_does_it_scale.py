@@ -8,6 +8,7 @@ import streamlit as st
 from analysis.comparison.scaling import METHODS, draw_subsets, summarise_over, task_counts
 from analysis.figures import accuracy as figures
 from analysis.frames.scaling import scaling, scaling_if_known
+from analysis.frames.usual import SUBSETS
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of
 from merge_core.suites.suite import load_suite
@@ -21,7 +22,7 @@ from ui.words.scaling import describe_sizes, describe_tasks
 shell.enter()
 
 VALUES = {"normalised": "Of the experts", "accuracy": "Accuracy"}
-REPEATS = {3: "3", 5: "5", 10: "10"}
+REPEATS = {count: str(count) for count in SUBSETS}
 
 
 def measured(

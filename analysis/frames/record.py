@@ -46,6 +46,7 @@ TITLES = {
     "accuracy.experts": "the accuracy of the experts",
     "accuracy.recipe": "the accuracy of this setting",
     "accuracy.first_result": "the first result",
+    "accuracy.scaling": "the accuracy over the number of tasks",
     "accuracy.comparison": "this comparison",
 }
 

@@ -10,13 +10,15 @@ from pathlib import Path
 from typing import get_args
 
 from analysis.comparison.run import usable_methods
+from analysis.comparison.scaling import draw_subsets, task_counts
 from analysis.evaluation.evaluator import Evaluator
 from analysis.frames.entries import Asked, Frames, Kept
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.from_weights import WeightFrames
 from analysis.frames.record import record_bytes
 from analysis.frames.results import default_recipe
-from analysis.frames.usual import ANGLE_SHARES, SEARCHED, SHARES
+from analysis.frames.scaling import scaling_if_known
+from analysis.frames.usual import ANGLE_SHARES, SEARCHED, SHARES, SUBSETS
 from analysis.outputs.inputs import Split, has_labels
 from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
@@ -186,6 +188,9 @@ class _Questions:
             space = search_space(name, frames.reference, tasks)
             yield title, partial(self._ask_suggested, space)
         yield "first result", self._ask_first
+        for repeats in SUBSETS:
+            drawn = draw_subsets(tasks, task_counts(len(tasks)), repeats)
+            yield "more tasks", partial(scaling_if_known, frames, drawn)
 
     def _ask_suggested(self, space: SearchSpace) -> None:
         """The setting that a stored search recommends, beside the method's defaults."""
@@ -235,6 +240,14 @@ def record_suite(
         SuiteError: the experts do not fit together.
         MergeScopeError: unfit inputs.
         Cancelled: by `progress`.
+
+    Example:
+        >>> from analysis.frames.store import FrameStore
+        >>> stopped = Progress()
+        >>> stopped.cancel.set()
+        >>> record_suite(load_suite("demo"), "demo", FrameStore(), FactorStore(), stopped)
+        Traceback (most recent call last):
+        merge_core.errors.Cancelled: Cancelled after 0 of ... steps; nothing was written.
     """
     progress = progress or Progress()
     session = MergeSession(suite, suite.tasks, factors)  # says what does not fit before any work

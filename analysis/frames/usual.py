@@ -15,3 +15,5 @@ SCALES = (0.7, 1.0, 1.4)
 ANGLE_SHARES = (0.02, 0.04, 0.08, 0.16, 0.32)
 # Methods whose rank and scale a record holds.
 SEARCHED = ("cart", "low_rank_task_arithmetic", "task_arithmetic")
+# How many sets of tasks of each size the page "How does it scale?" offers to draw.
+SUBSETS = (3, 5, 10)

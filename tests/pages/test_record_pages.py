@@ -28,6 +28,7 @@ from tests.evaluable import write_evaluable
 from tests.pages.test_foreign_texts import HOSTILE, assert_no_markdown
 from tests.pages.test_pages import assert_healthy, figures, finish, metrics, open_page
 from ui.sections import open_record
+from ui.shell import PAGES
 
 SHOWN = ("overview", "spectra", "interference", "rank_and_scale", "merge_lab", "compare")
 
@@ -71,6 +72,13 @@ def test_each_page_draws_a_record(name: str, offer: Callable[..., Path], tmp_pat
     assert figures(at), name
     assert "does not hold" not in infos(at)
     assert not list((tmp_path / "cache").rglob("*.safetensors"))  # nothing was decomposed
+
+
+@pytest.mark.parametrize("name", [page.name for page in PAGES if page.subject == "suite"])
+def test_every_page_of_suites_opens_on_a_record(name: str, offer: Callable[..., Path]) -> None:
+    offer()
+    at = assert_healthy(open_record_at(name))
+    assert figures(at) or "This record does not hold" in infos(at)
 
 
 def test_the_numbers_are_those_of_the_suite(offer: Callable[..., Path], tmp_path: Path) -> None:

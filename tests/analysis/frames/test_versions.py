@@ -25,6 +25,7 @@ from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.from_pools import PoolFrames, pool_inputs
 from analysis.frames.from_weights import WeightFrames
 from analysis.frames.record import TITLES
+from analysis.frames.scaling import scaling
 from analysis.outputs.pool_outputs import PoolEvaluator
 from analysis.rank_selection.select import SelectionOptions
 from analysis.rank_selection.space import search_space
@@ -90,6 +91,7 @@ def ask_outputs(folder: Path, listener: Listener) -> None:
     frames.suggestion(search_space("cart", "mine", suite.tasks))
     frames.first_result(frames.first_recipes())
     frames.first_result_if_known()
+    scaling(frames, [suite.tasks], FactorStore(folder / "f"))
 
 
 def ask_pools(folder: Path, listener: Listener) -> None:
