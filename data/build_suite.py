@@ -272,6 +272,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (the default)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="toys of the same layout, in seconds")
+    parser.add_argument("--keep", action="store_true", help="keep the pre-training for other plans")
     options = parser.parse_args(arguments)
     if options.plan is not None and options.output is None:
         parser.error("Only the suites of vision are bundled: name a folder with --output.")
@@ -288,7 +289,8 @@ def main(arguments: list[str] | None = None) -> None:
         build(output, plan, work, options.seed, options.device)
         if not options.quick:
             precompute(str(output / "suite.yaml"))
-    shutil.rmtree(work)
+    if not options.keep:
+        shutil.rmtree(work)
 
 
 if __name__ == "__main__":

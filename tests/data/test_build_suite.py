@@ -135,6 +135,29 @@ def test_the_bundled_suites_share_base_and_inputs(tmp_path: Path) -> None:
     assert suites["vision-apart"].spec.presets == {}
 
 
+def test_a_pre_training_is_kept_for_other_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(PLANS, "vision", (TINY, TINY))
+    apart = replace(TINY, name="apart", domain=None, adaptation=None)
+    monkeypatch.setitem(PLANS, "vision-apart", (apart, apart))
+    toy = ("--quick", "--device", "cpu")
+    main([*toy, "--plan", "vision", "--output", str(tmp_path / "one"), "--keep"])
+    kept = list((tmp_path / ".build").glob("pretraining-*.pt"))
+    assert len(kept) == 1
+    written = kept[0].stat().st_mtime_ns
+    main([*toy, "--plan", "vision-apart", "--output", str(tmp_path / "two"), "--keep"])
+    assert kept[0].stat().st_mtime_ns == written
+    assert_same_base(tmp_path)
+    main([*toy, "--plan", "vision-apart", "--output", str(tmp_path / "two")])
+    assert {path.name for path in tmp_path.iterdir()} == {"one", "two"}
+
+
+def assert_same_base(folder: Path) -> None:
+    first, second = (load_file(folder / name / "base.safetensors") for name in ("one", "two"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
 @pytest.mark.parametrize("plan", [plan for plan, _ in PLANS.values()], ids=list(PLANS))
 def test_plans_know_their_tasks(plan: Plan) -> None:
     names = [task.name for task in plan.pretrained]
