@@ -67,6 +67,14 @@ def build_suite(
 
     Source: heads that are frozen while the backbone is fine-tuned, Ilharco et al.,
     arXiv:2212.04089.
+
+    Example:
+        >>> from analysis.fine_tuning.plan import SuitePlan
+        >>> data = {"kind": "text", "path": "/absent", "text_columns": ["text"]}
+        >>> plan = SuitePlan(name="mine", base="/absent", tasks={"mood": {"data": data}})
+        >>> build_suite(plan, Path("mine"))
+        Traceback (most recent call last):
+        merge_core.errors.CheckpointError: ...
     """
     device = choose_device(plan.device)
     base = open_base(plan, fetch)

@@ -116,7 +116,7 @@ def test_the_fewest_images_are_the_fewest(comparisons: int, level: float) -> Non
 def test_the_fewest_images_are_said() -> None:
     hits = {name: {"t": np.arange(8) < i} for i, name in enumerate("abc")}
     said = words_for_few_images(hits)
-    assert "at least 7 images" in said
+    assert "at least 7 inputs" in said
     assert "3 pairs" in said
     assert "too few" not in said
     few = {name: {"t": each["t"][:6]} for name, each in hits.items()}

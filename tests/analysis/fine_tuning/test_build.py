@@ -90,7 +90,8 @@ def test_texts_are_classified_as_transformers_would(texts: Path, tmp_path: Path)
     assert suite.why_not_evaluated is None
     found = accuracies(suite)
     tokenizer = tf.AutoTokenizer.from_pretrained(suite.root / "base")
-    for task, sentence in zip(suite.tasks, said, strict=True):
+    told = [sentence for sentence in said if not sentence.startswith("note:")]
+    for task, sentence in zip(suite.tasks, told, strict=True):
         model = tf.RobertaForMaskedLM.from_pretrained(suite.root / "base").roberta.eval()
         state = load_file(suite.root / f"experts/{task}.safetensors")
         own = {name.removeprefix("roberta."): value for name, value in state.items()}

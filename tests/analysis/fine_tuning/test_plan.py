@@ -26,11 +26,8 @@ def test_what_is_said_once_holds_for_all_tasks(tmp_path: Path) -> None:
     plan = load_plan(write_plan(tmp_path, document), data=tmp_path / "data")
     one, two = plan.tasks["one"], plan.tasks["two"]
     assert (one.data.path, one.data.length, one.title) == (str(tmp_path / "data/one"), 128, None)
-    assert (two.data.path, two.data.length, two.title) == (
-        str(tmp_path / "data/other"),
-        9,
-        "Second",
-    )
+    other = str(tmp_path / "data/other")
+    assert (two.data.path, two.data.length, two.title) == (other, 9, "2nd")
     assert one.data.tokenizer == two.data.tokenizer == "base"
     assert (one.head, two.head) == (str(tmp_path / "heads/one.pt"), str(tmp_path / "own.pt"))
     assert plan.base == str(tmp_path / "base")
