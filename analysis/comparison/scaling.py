@@ -111,7 +111,7 @@ def accuracy_over_tasks(
 
     Example:
         >>> suite = load_suite("demo")
-        >>> subsets, evaluator = [tuple(suite.tasks)], Evaluator(suite)
+        >>> subsets, evaluator = [("digits", "dots")], Evaluator(suite)
         >>> frame = accuracy_over_tasks("demo", suite, subsets, evaluator, FactorStore())
         >>> frame["method"].tolist()
         ['Weight average', 'Task Arithmetic', 'TSV-M', 'Iso-C', 'CART']

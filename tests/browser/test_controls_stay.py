@@ -18,7 +18,7 @@ from tests.browser.conftest import Server
 pytestmark = pytest.mark.browser
 
 FOUND = """
-() => {
+(where) => {
     const kinds = ["stSelectbox", "stMultiSelect", "stButtonGroup", "stSlider", "stNumberInput",
                    "stTextInput", "stTextArea", "stCheckbox", "stRadio", "stTabs"];
     const words = (e) => e.textContent.trim();
@@ -36,8 +36,9 @@ FOUND = """
         const all = [...document.querySelectorAll(`[data-testid=${kind}]`)];
         return all.map((e, place) => {
             const label = e.querySelector("[data-testid=stWidgetLabel] p");
-            return [kind, place, label ? words(label) : kind, (value[kind] ?? typed)(e)];
-        });
+            const said = [kind, place, label ? words(label) : kind, (value[kind] ?? typed)(e)];
+            return where === "" || e.closest(where) ? [said] : [];
+        }).flat();
     });
 }
 """
@@ -65,8 +66,9 @@ LINKS = {
     "weights_or_features": "members=0&members=1",
     "magnitude_and_stability": "members=0&members=1&what=One+layer",
 }
-# What these show is of a comparison, which another choice of methods would take away.
-COMPARED = {"compare?tasks": "Drawn", "compare?costs": "Cost", "compare?published": "Source"}
+# In these only the tab is walked: the rest of the page was, and another choice of methods would
+# take a comparison away.
+TAB = "[role=tabpanel]"
 
 
 class Found(NamedTuple):
@@ -78,8 +80,9 @@ class Found(NamedTuple):
     value: Any
 
 
-def controls(page: Page) -> list[Found]:
-    return [Found(*each) for each in page.evaluate(FOUND)]
+def controls(page: Page, where: str = "") -> list[Found]:
+    """The controls of a page, or those within what a selector finds."""
+    return [Found(*each) for each in page.evaluate(FOUND, where)]
 
 
 def values(page: Page) -> dict[str, Any]:
@@ -93,12 +96,13 @@ def query(page: Page) -> dict[str, list[str]]:
 
 
 def rest(page: Page, milliseconds: int = 250) -> None:
-    """Wait until no script has run for a while."""
+    """Wait until no script has run for a while, and no job either."""
     page.wait_for_function(
         """(quiet) => {
             const app = document.querySelector('[data-testid=stApp]');
             const idle = app?.dataset.testScriptState === 'notRunning';
-            const loading = document.querySelector('[data-testid=stSkeleton]');
+            const waits = '[data-testid=stSkeleton], [data-testid=stProgress]';
+            const loading = document.querySelector(waits);
             if (!idle || loading) window.since = undefined;
             else window.since ??= performance.now();
             return window.since !== undefined && performance.now() - window.since > quiet;
@@ -172,24 +176,24 @@ def many(control: Locator) -> bool:
 
 def open_folds(page: Page) -> None:
     """Open what folds controls away."""
-    for fold in page.get_by_test_id("stExpander").all():
-        if fold.locator("input").count() and fold.locator("details[open]").count() == 0:
-            fold.locator("summary").click()
-    rest(page)
+    folded = "[data-testid=stExpander]:has(input):not(:has(details[open])) summary"
+    for fold in page.locator(folded).all():
+        fold.click()
+        rest(page)
 
 
-def change_all(page: Page, only: str = "") -> set[str]:
+def change_all(page: Page, where: str = "") -> set[str]:
     """Change every control once, and those that come to be by that; returns their labels.
 
     Args:
         page: the page.
-        only: controls whose label has this word.
+        where: a selector of what is walked; the whole page when empty.
     """
     done: set[str] = set()
     while True:
         open_folds(page)
-        names = {f"{each.kind} {each.label}" for each in controls(page) if only in each.label}
-        left = [name for name in sorted(names - done) if not LEFT.search(name)]
+        names = [f"{each.kind} {each.label}" for each in controls(page, where)]
+        left = [name for name in names if name not in done and not LEFT.search(name)]
         if not left:
             return done
         done.add(left[0])
@@ -207,6 +211,7 @@ def change_patiently(page: Page, name: str) -> None:
         except TimeoutError:
             if attempt == 2:
                 raise
+            page.keyboard.press("Escape")  # a list left open hides all else
             rest(page, 1_000)
         else:
             return
@@ -235,7 +240,7 @@ def test_every_control_keeps_its_value(place: str, server: Server, context: Brow
     page.set_default_timeout(20_000)
     page.goto(f"{server.url}/{name}?{LINKS[place]}".removesuffix("?"))
     rest(page, 500)
-    if place in COMPARED:
+    if place.startswith("compare?"):
         compare, compared = (
             page.get_by_role("button", name="Compare these"),
             page.get_by_role("tab"),
@@ -251,7 +256,7 @@ def test_every_control_keeps_its_value(place: str, server: Server, context: Brow
         visit(page, TITLES[name])
         assert values(page) == linked  # what a link says, on a control's grid or not
         assert query(page) == address
-    changed = change_all(page, COMPARED.get(place, ""))
+    changed = change_all(page, TAB if "?" in place else "")
     shown, address = values(page), query(page)
     assert len(changed) >= 1
     visit(page, other)
