@@ -114,6 +114,7 @@ def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.
         figure.add_scatter(
             x=np.concatenate([x, x[::-1]]),
             y=np.concatenate([high, low[::-1]]),
+            mode="lines",
             fill="toself",
             fillcolor=colour,
             opacity=0.12,
