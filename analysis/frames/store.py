@@ -11,8 +11,8 @@ from cachetools import LRUCache
 
 from analysis.frames.entries import Asked, Kept
 from analysis.frames.pack import Damaged, pack, read_pack
-from merge_core.errors import OutputError
-from merge_core.files import cache_dir, evict, write_atomically
+from merge_core.bounded_folder import BoundedFolder
+from merge_core.files import cache_dir
 
 DISK_BYTES = 2 << 30
 MEMORY_BYTES = 64 << 20
@@ -54,9 +54,9 @@ class FrameStore:
         memory_bytes: int = MEMORY_BYTES,
     ) -> None:
         self.folder = cache_dir() / "frames" if folder is None else folder
-        self._disk_limit = frames_limit() if disk_bytes is None else disk_bytes
+        limit = frames_limit() if disk_bytes is None else disk_bytes
+        self._files = BoundedFolder(self.folder, limit, SUFFIX, LOOK_EVERY)
         self._memory: LRUCache[str, Kept] = LRUCache(memory_bytes, _count_bytes)
-        self._written = 0
         self._lock = threading.Lock()
 
     def get(self, asked: Asked) -> Kept | None:
@@ -64,7 +64,7 @@ class FrameStore:
         with self._lock:
             kept = self._memory.get(asked.key)
         if kept is None:
-            path = self._path(asked.key)
+            path = self._files.path(asked.key)
             with suppress(OSError, Damaged):
                 kept = read_pack(path).get(asked)
                 os.utime(path)
@@ -76,27 +76,10 @@ class FrameStore:
 
     def put(self, asked: Asked, kept: Kept) -> None:
         """Keep an answer; a folder that cannot be written costs time, never a result."""
-        data = pack([(asked, kept)])
-        with suppress(OutputError):
-            write_atomically(self._path(asked.key), data)
-            self._make_room(len(data))
+        self._files.write(asked.key, pack([(asked, kept)]))
 
     def refuse(self, asked: Asked) -> None:
         """Nothing is refused: what is not kept is computed."""
-
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}{SUFFIX}"
-
-    def _make_room(self, written: int) -> None:
-        """Evict what was not used for longest, now and then."""
-        with self._lock:
-            self._written += written
-            due = self._written >= min(LOOK_EVERY, self._disk_limit // 4)
-            if due:
-                self._written = 0
-        if due:
-            with suppress(OSError):
-                evict(self.folder, self._disk_limit)
 
     def _remember(self, key: str, kept: Kept) -> None:
         with self._lock, suppress(ValueError):  # larger than all that may be held

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from merge_core.errors import OutputError
+from merge_core.bounded_folder import BoundedFolder
 from merge_core.factors.decomposition import (
     Route,
     Side,
@@ -31,7 +31,7 @@ from merge_core.factors.decomposition import (
     whole_side,
 )
 from merge_core.factors.low_rank import Directions, Truncations, complete, product
-from merge_core.files import cache_dir, digest_of, evict, factors_limit, write_atomically
+from merge_core.files import cache_dir, digest_of, factors_limit
 from merge_core.work_sizes import LEADING_SHARES, SMALL
 
 FORMAT = "factors-4"
@@ -90,8 +90,8 @@ class FactorStore:
         self.folder = cache_dir() / "factors" if folder is None else folder
         self.route = route
         self.decompositions = 0
-        self._disk_limit = factors_limit() if disk_bytes is None else disk_bytes
-        self._written = 0
+        limit = factors_limit() if disk_bytes is None else disk_bytes
+        self._files = BoundedFolder(self.folder, limit, ".safetensors", LOOK_EVERY)
         self._memory: LRUCache[str, Side] = LRUCache(memory_bytes, _count_bytes)
         self._lock = threading.Lock()
 
@@ -194,31 +194,13 @@ class FactorStore:
 
     def _keep(self, key: str, side: Side) -> Side:
         """Write to disk; what was written, whose pages can be dropped by the system."""
-        data = save(vars(side))
-        # A full or read-only cache costs time, never the result.
-        with suppress(OutputError):
-            write_atomically(self._path(key), data)
-            self._make_room(len(data))
+        self._files.write(key, save(vars(side)))
         side = self._read(key) or side
         self._remember(key, side)
         return side
 
-    def _path(self, key: str) -> Path:
-        return self.folder / key[:2] / f"{key}.safetensors"
-
-    def _make_room(self, written: int) -> None:
-        """Evict what was not used for longest, now and then."""
-        with self._lock:
-            self._written += written
-            due = self._written >= min(LOOK_EVERY, self._disk_limit // 4)
-            if due:
-                self._written = 0
-        if due:
-            with suppress(OSError):
-                evict(self.folder, self._disk_limit)
-
     def _read(self, key: str) -> Side | None:
-        path = self._path(key)
+        path = self._files.path(key)
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 side = Side(**{name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
