@@ -85,8 +85,9 @@ def over_tasks(view: View, value: str) -> None:
             "Each point is the mean over random subsets of that many tasks, evaluated on the "
             "**test** split of the tasks that were merged; the band is the range from the worst "
             "to the best subset. CART is at the rank and scale that its rule recommends from the "
-            "weights of these very experts; the others are at their published defaults. Subsets "
-            "share tasks, so neighbouring points are not independent.",
+            "weights of these very experts (of two tasks it is their average at any setting); the "
+            "others are at their published defaults. Subsets share tasks, so neighbouring points "
+            "are not independent.",
             r"\tfrac1T\sum_t \frac{\mathrm{acc}_t(\theta_{\mathrm{merged}})}"
             r"{\mathrm{acc}_t(\theta_t)}",
         ),

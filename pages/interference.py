@@ -27,8 +27,6 @@ from ui.words.interference import (
 shell.enter()
 
 SHORT = {"average": "Centred", "base": "Original"}
-# Up to this many parameters every layer is looked at while the page is drawn.
-LIVE_PARAMETERS = 5_000_000
 LABELS = {"average": "Centred (about the average)", "base": "Original (about the base)"}
 
 
@@ -192,7 +190,7 @@ def draw_centring(view: View, share: float, side: Side) -> None:
     if "base" not in origins(view):
         return
     st.subheader("Can centring help here?", anchor=False)
-    if resources.count_parameters(view) > LIVE_PARAMETERS and not toggle(
+    if not resources.is_small(view) and not toggle(
         "Look at every layer",
         "layers",
         "Every layer's directions are compared about the base and about the average, which takes "

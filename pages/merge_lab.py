@@ -35,8 +35,6 @@ from ui.widgets import controls, share_label
 shell.enter()
 
 DTYPES = ("input", "float32", "float16", "bfloat16")
-# Up to this many parameters a merge is evaluated at once, above it in the background.
-LIVE_PARAMETERS = 5_000_000
 DOWNLOAD_BYTES = 1_000_000_000
 
 
@@ -210,7 +208,7 @@ def result(
     """
     kept, size = resources.output_frames(view), resources.count_parameters(view)
     needed = [r for r in (recipe, other) if r is not None]
-    if size > LIVE_PARAMETERS and not (
+    if not resources.is_small(view) and not (
         kept.knows_experts(split) and all(kept.knows_recipe(r, split) for r in needed)
     ):
         job = run_job(

@@ -52,8 +52,6 @@ MODES: dict[Mode, str] = {
 SEARCHES = {False: "Adaptive", True: "Full grid"}
 # The same low-rank sum about the other origin: drawn beside the method's curve where it is known.
 SISTER = {"cart": "low_rank_task_arithmetic", "low_rank_task_arithmetic": "cart"}
-# Up to this many parameters what is stored is looked up at once, above it in the background.
-LIVE_PARAMETERS = 5_000_000
 SHOWN = ("reconstruction", "interference_row", "update_norm", "alignment")
 EVERY_NOTE = (
     "The rules that read inputs each take a search of their own; what other searches have run is "
@@ -119,7 +117,7 @@ def stored_choice(
     """The selection if it takes no forward pass (and the model is small)."""
     space = search_space(method, _view.name, tasks)
     options = SelectionOptions(mode, full_grid, every_proxy)
-    live = resources.count_parameters(_view) <= LIVE_PARAMETERS
+    live = resources.is_small(_view)
     return resources.output_frames(_view).select_if_known(space, options, live)
 
 

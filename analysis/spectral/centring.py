@@ -74,8 +74,8 @@ def centring_frame(
         SuiteError: no base.
         Cancelled: by `progress`.
 
-    Source: interference: CART, arXiv:2412.12153. The bound is where the cosines that centring
-    makes, −1/(T−1) on average, are smaller than those that it takes away.
+    Source: interference: CART, arXiv:2412.12153. The bound is a rule of thumb: cosines that
+    centring makes are −1/(T−1) on average, and a common share above about that takes larger away.
 
     Example:
         >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots", "lines"], FactorStore())

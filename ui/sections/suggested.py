@@ -15,8 +15,6 @@ from ui.server.resources import View
 from ui.widgets import RANK_UNITS, share_words
 from ui.words.rank_selection import setting_in_words
 
-# Up to this many parameters what is stored is looked up while a page is drawn.
-LIVE_PARAMETERS = 5_000_000
 FRESH = 20  # seconds until a search that ended meanwhile is seen
 
 
@@ -31,7 +29,7 @@ def find_suggestion(key: str, tasks: tuple[str, ...], method: str, _view: View) 
     """
     if not resources.is_measurable(_view) or method not in selectable_methods(_view.suite, tasks):
         return None
-    live = resources.count_parameters(_view) <= LIVE_PARAMETERS
+    live = resources.is_small(_view)
     space = search_space(method, _view.name, tasks)
     return resources.output_frames(_view).suggestion(space, live)
 

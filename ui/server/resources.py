@@ -31,6 +31,8 @@ from merge_core.task_vectors import TensorGroup
 from ui.server import session_files
 from ui.server.jobs import JobRunner
 
+# Up to this many, pages compute and look up while they are drawn.
+LIVE_PARAMETERS = 5_000_000
 PRIVATE_BYTES = 64 << 20  # of an uploaded suite's factors in memory
 
 
@@ -202,6 +204,11 @@ def output_frames(view: View) -> OutputFrames:
 def count_parameters(view: View) -> int:
     """Numbers in one merged model of the chosen tasks, from the headers alone."""
     return sum(info.numel for info in view.suite.manifest(view.tasks).infos.values())
+
+
+def is_small(view: View) -> bool:
+    """Whether what takes all of a model may be computed while a page is drawn."""
+    return count_parameters(view) <= LIVE_PARAMETERS
 
 
 def group(view: View) -> TensorGroup:
