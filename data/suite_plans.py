@@ -146,17 +146,20 @@ SMALL = replace(
     inputs="../vision/inputs",
 )
 CONTRAST = replace(
-    VISION,
+    SMALL,
     name="vision-apart",
     description=(
-        "Four tasks of the suite vision from the same base, fine-tuned each on a paper of its "
-        "own that has nothing in common with the others: the side on which centring cannot help."
+        "Eight tasks of the suite vision-small from the same base, fine-tuned each on a paper of "
+        "its own that has nothing in common with the others: the side on which centring cannot "
+        "help."
     ),
-    tasks=TASKS[:4],
+    tasks=EIGHT,
     presets={},
     domain=None,
     adaptation=None,
-    base="../vision/base.safetensors",
+    finetuning=TRANSFORMER.finetuning,
+    inputs="inputs",
+    base="../vision-small/base.safetensors",
 )
 
 

@@ -13,6 +13,7 @@ from data.tasks.canvas import SIZE, Images, Ink, column, ink_of_distance, pixel_
 
 # The clean papers oppose colour channels; here ink is brighter, or darker, in all three.
 BRIGHT_SHARE = 0.75
+SQUARES = 16  # of an image, as the patches of the suite's transformer
 
 Colour = tuple[float, float, float]
 
@@ -37,13 +38,15 @@ class Domain:
     """What the clean images of all tasks of a suite have in common, and how much is their own.
 
     The common part is one pair of colours and one shade, a smooth pattern of colours at a fixed
-    place, as a lamp and a lens leave it; the own part is a mark, such a pattern for each task,
-    and so much of the task's paper. Strengths are standard deviations in shares of full scale.
+    place, as a lamp and a lens leave it; the own part is a mark, such a pattern on squares of
+    its own for each task, and so much of the task's paper. Strengths are standard deviations over
+    the whole image in shares of full scale.
 
     Attributes:
         paper, ink: colours that all tasks share.
         shade: strength of the common pattern.
         mark: strength of the task's own.
+        squares: how many of the 16 squares of 8 x 8 pixels a mark covers.
         own: how far colours lie on the way to those of the task's own paper.
         ruling: how far a ruling's colour lies on the way from the paper's to the ink's, in shares
             of what the task's own paper says.
@@ -53,7 +56,8 @@ class Domain:
     paper: Colour = (0.3, 0.3, 0.3)
     ink: Colour = (0.85, 0.85, 0.85)
     shade: float = 0.25
-    mark: float = 0.1
+    mark: float = 0.09
+    squares: int = 4
     own: float = 0.0
     ruling: float = 0.0
     smoothness: float = 2.0
@@ -74,8 +78,11 @@ class Domain:
 
     def pattern(self, task: str) -> NDArray[np.floating]:
         """What is added to every image of a task: 32 x 32 x 3."""
-        own = _smooth_pattern(f"mark of {task}", self.smoothness) if task else 0.0
-        return self.shade * _smooth_pattern("shade", self.smoothness) + self.mark * own
+        shade = self.shade * _smooth_pattern("shade", self.smoothness)
+        if not task:
+            return shade
+        mark = _smooth_pattern(f"mark of {task}", self.smoothness) * _squares(task, self.squares)
+        return shade + self.mark * mark / np.sqrt(self.squares / SQUARES)
 
 
 def _smooth_pattern(name: str, smoothness: float) -> NDArray[np.floating]:
@@ -83,6 +90,14 @@ def _smooth_pattern(name: str, smoothness: float) -> NDArray[np.floating]:
     noise = np.random.default_rng(zlib.crc32(name.encode())).standard_normal((SIZE, SIZE, 3))
     pattern = gaussian_filter(noise, (smoothness, smoothness, 0), mode="wrap")
     return (pattern / pattern.std()).astype(np.float32)
+
+
+def _squares(task: str, count: int) -> NDArray[np.floating]:
+    """1 on a task's own squares and 0 elsewhere (32 x 32 x 1), the same for ever by its name."""
+    side = int(np.sqrt(SQUARES))
+    chosen = np.random.default_rng(zlib.crc32(f"squares of {task}".encode())).permutation(SQUARES)
+    mask = (np.argsort(chosen) < count).astype(np.float32).reshape(side, side)
+    return np.kron(mask, np.ones((SIZE // side, SIZE // side), np.float32))[..., None]
 
 
 def _to_images(values: NDArray[np.floating]) -> Images:

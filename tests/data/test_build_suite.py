@@ -119,12 +119,12 @@ def test_the_bundled_suites_share_base_and_inputs(tmp_path: Path) -> None:
     vision, small, apart = suites.values()
     assert vision.tasks == small.tasks == tuple(task.name for task in TASKS)
     assert [len(vision.select([name])) for name in ("8", "14", "20")] == [8, 14, 20]
-    assert apart.tasks == vision.tasks[:4]
-    assert vision.base is not None
+    assert apart.tasks == vision.tasks[:8]
+    assert small.base is not None
     assert apart.base is not None
-    assert apart.base.digest == vision.base.digest
+    assert apart.base.digest == small.base.digest
     # Frozen heads come of the same pre-training.
-    first, second = (load_file(s.root / "heads/digits.safetensors") for s in (vision, apart))
+    first, second = (load_file(s.root / "heads/digits.safetensors") for s in (small, apart))
     assert all(torch.equal(first[key], second[key]) for key in first)
     assert not (apart.root / "base.safetensors").exists()
     for suite in (vision, small):
@@ -181,6 +181,18 @@ def test_images_of_a_domain_have_its_pattern_in_common_and_one_of_their_own() ->
         assert abs(mark.std() - 0.03) < 0.005
     correlation = np.corrcoef([common.ravel(), *(mark.ravel() for mark in own)])
     assert np.abs(correlation - np.eye(3)).max() < 0.35
+
+
+def test_a_mark_covers_squares_of_the_tasks_own() -> None:
+    ink = np.zeros((1, 32, 32), dtype=np.float32)
+    paper, domain = Paper((0.9, 0.8, 0.7), (0.1, 0.2, 0.3)), Domain(shade=0.0, mark=0.1, squares=3)
+    covered = {}
+    for task in ("digits", "dots"):
+        (image,) = clean_style(ink, paper, stream(0, task), domain, task)
+        squares = image.reshape(4, 8, 4, 8, 3).swapaxes(1, 2).reshape(16, -1)
+        covered[task] = {place for place in range(16) if np.ptp(squares[place]) > 1}
+        assert len(covered[task]) == 3
+    assert covered["digits"] != covered["dots"]
 
 
 def test_a_domain_mixes_colours_and_rulings() -> None:
