@@ -23,7 +23,8 @@ from analysis.spectral.interference import interference_over_rank, mean_over_lay
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe
-from merge_core.suites.suite import BUNDLED, load_suite
+from merge_core.suites.bundled import BUNDLED
+from merge_core.suites.suite import load_suite
 
 MODELS = ("Base", "Experts", "Weight average", "Task Arithmetic", "CART")
 

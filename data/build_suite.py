@@ -24,12 +24,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from data.precompute import precompute
-from data.suite_plans import BUNDLED, PLANS, Plan
+from data.suite_plans import PLANS, Plan
 from data.tasks import SPLITS, Task, draw_auxiliary, stream
 from data.tasks.canvas import Images, Labels
 from data.tasks.glyphs import AUXILIARY
 from data.tasks.styles import Domain
 from data.training import Schedule, fine_tune, is_correct, train_jointly
+from merge_core.suites.bundled import bundled_suites
 from merge_core.yaml_text import dump_yaml
 
 LOG = logging.getLogger("data.build_suite")
@@ -278,7 +279,7 @@ def main(arguments: list[str] | None = None) -> None:
         parser.error("Only the suites of vision are bundled: name a folder with --output.")
     home = options.output or Path(__file__).parent
     outputs = (
-        {name: home / PLANS[name][0].name for name in BUNDLED}
+        {name: home / PLANS[name][0].name for name in bundled_suites()}
         if options.plan is None
         else {options.plan: home}
     )

@@ -1,6 +1,6 @@
 """Predictions that a suite ships, so that the dashboard's default views need no forward pass.
 
-Run ``python -m data.precompute`` after the bundled suite was rebuilt. Predictions are known by
+Run ``python -m data.precompute`` after the bundled suites were rebuilt. Predictions are known by
 the content of weights and data, so stale ones are never used, only useless.
 """
 
@@ -23,20 +23,21 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
 from merge_core.methods import methods
 from merge_core.progress import Progress
-from merge_core.suites.suite import BUNDLED, load_suite
+from merge_core.suites.bundled import bundled_suites
+from merge_core.suites.suite import load_suite
 
 # Of these the page "Rank and scale" shows rank and scale without being asked, in every mode.
 SELECTED = ("cart", "low_rank_task_arithmetic", "task_arithmetic")
 
 
-def precompute(reference: str = BUNDLED) -> Path:
+def precompute(reference: str) -> Path:
     """Evaluate what the default views show, and write it beside the suite.
 
     Of a suite with presets these are the views of the first one; of the others it is the first
     result alone.
 
     Args:
-        reference: ``demo``, or a suite.yaml whose folder may be written.
+        reference: the name of a bundled suite, or a suite.yaml whose folder may be written.
 
     Returns:
         The path of the store.
@@ -100,5 +101,6 @@ def _progress(title: str) -> Progress:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("suite", nargs="?", default=BUNDLED)
-    sys.stdout.write(f"{precompute(parser.parse_args().suite)}\n")
+    parser.add_argument("suites", nargs="*", default=list(bundled_suites()))
+    for each in parser.parse_args().suites:
+        sys.stdout.write(f"{precompute(each)}\n")

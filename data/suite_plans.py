@@ -76,7 +76,7 @@ def _vit(width: int, heads: int = 4) -> dict[str, Any]:
 
 
 TRANSFORMER = Plan(
-    name="demo",
+    name="transformer",
     description=(
         "Eight small vision tasks and one tiny ViT, pre-trained on noisy colours and fine-tuned "
         "on each task's own colours and background; made to show the effects of merging at a "
@@ -183,7 +183,6 @@ def _toy(plan: Plan) -> Plan:
     return replace(small, args={**plan.args, "layers": [1, 1], "channels": [16, 32]})
 
 
-BUNDLED = ("vision", "vision-small", "vision-apart")
 # Each plan and the toy of the same layout.
 PLANS: dict[str, tuple[Plan, Plan]] = {
     key: (plan, _toy(plan))

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from merge_core.progress import Progress
 
 SuiteArgument = Annotated[
-    str, typer.Argument(help="A suite.yaml, its folder, or 'demo' for the bundled suite.")
+    str, typer.Argument(help="A suite.yaml, its folder, or a bundled suite by name, say vision.")
 ]
 TasksOption = Annotated[
     str | None,

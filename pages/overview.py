@@ -17,10 +17,10 @@ from analysis.figures import accuracy as figures
 from analysis.outputs.inputs import load_inputs
 from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
+from merge_core.suites.bundled import bundled_name
 from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import Preflight, preflight
 from merge_core.suites.recorded import RecordedSuite
-from merge_core.suites.suite import BUNDLED_PATH
 from ui import charts, shell
 from ui.plain_text import code, plain
 from ui.progress import run_job
@@ -251,13 +251,12 @@ def page() -> None:
     first_section(view)
     st.subheader("The suite", anchor=False)
     card_section(view)
-    if view.suite.path == BUNDLED_PATH:
+    if bundled_name(view.suite.path):
         st.info(
-            "This suite was **made to show the effect at a small size**: a small ViT was "
-            "pre-trained on a harder, noisier domain and fine-tuned gently on each task's own "
-            "colours and background, and these choices were changed until the methods differed "
-            "clearly on the validation split. What holds for real models rests on published "
-            "figures and on suites that you open. data/README.md says how it was built."
+            "This suite was **made to show an effect at a small size**: its tasks, the look of "
+            "their images and the training were changed until the methods differed clearly on "
+            "the validation split. What holds for real models rests on published figures and on "
+            "suites that you open. data/README.md says how it was built."
         )
     tasks_section(view)
 

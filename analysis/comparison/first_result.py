@@ -31,10 +31,10 @@ def suggest_recipe(
         search for it runs is stored) rather than by default.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, ["digits", "dots"], FactorStore())
-        >>> recipe, chosen_on_validation = suggest_recipe("cart", "demo", session, Evaluator(suite))
-        >>> recipe.parameters["rank"], chosen_on_validation  # the default: nothing is stored
+        >>> recipe, chosen = suggest_recipe("cart", "vision", session, Evaluator(suite))
+        >>> recipe.parameters["rank"], chosen  # the default: nothing is stored
         (0.08, False)
     """
     space = search_space(method, suite, session.groups.tasks)
@@ -54,9 +54,9 @@ def first_recipes(
         Title to recipe and whether its setting was chosen on the validation split.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, ["digits", "dots"], FactorStore())
-        >>> list(first_recipes("demo", session, Evaluator(suite)))
+        >>> list(first_recipes("vision", session, Evaluator(suite)))
         ['Weight average', 'Task Arithmetic', 'CART']
     """
     average = make_recipe({"suite": suite, "tasks": session.groups.tasks, "method": "average"})
@@ -84,7 +84,7 @@ def first_result(
         Cancelled: between two models.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
         >>> recipes = {"Weight average": (make_recipe({"method": "average"}), True)}
         >>> frame = first_result(recipes, session, Evaluator(suite))
@@ -116,7 +116,7 @@ def knows_first_result(
     """Whether :func:`first_result` on the test split needs no forward pass.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
         >>> recipes = {"Weight average": (make_recipe({"method": "average"}), True)}
         >>> knows_first_result(recipes, session, Evaluator(suite))  # the suite ships predictions

@@ -70,7 +70,7 @@ def usable_methods(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
     """Methods that can merge these tasks of a suite at their usual origin, by name.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> ["slerp" in usable_methods(suite, suite.tasks[:count]) for count in (2, 8)]
         [True, False]
     """
@@ -89,7 +89,7 @@ def adapt_recipe(recipe: Recipe, reference: str, tasks: Sequence[str]) -> Recipe
         RecipeError: it gives a weight to another task.
 
     Example:
-        >>> adapt_recipe(make_recipe({"method": "cart"}), "demo", ["digits", "dots"]).tasks
+        >>> adapt_recipe(make_recipe({"method": "cart"}), "vision", ["digits", "dots"]).tasks
         ('digits', 'dots')
     """
     return make_recipe(
@@ -135,9 +135,9 @@ def run_comparison(
         Cancelled: by `progress`.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
-        >>> found = run_comparison("demo", ["average"], session, Evaluator(suite))
+        >>> found = run_comparison("vision", ["average"], session, Evaluator(suite))
         >>> found.summary["label"].tolist(), len(found.tasks)
         (['Weight average'], 8)
     """
@@ -326,7 +326,7 @@ def evaluate_recipes(
         Cancelled: between two recipes, or inside a long one.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
         >>> recipes = {"mean": make_recipe({"method": "average"})}
         >>> hits, costs = evaluate_recipes(recipes, session, Evaluator(suite))

@@ -110,9 +110,9 @@ def accuracy_over_tasks(
     arXiv:2412.00081.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> subsets, evaluator = [("digits", "dots")], Evaluator(suite)
-        >>> frame = accuracy_over_tasks("demo", suite, subsets, evaluator, FactorStore())
+        >>> frame = accuracy_over_tasks("vision", suite, subsets, evaluator, FactorStore())
         >>> frame["method"].tolist()
         ['Weight average', 'Task Arithmetic', 'TSV-M', 'Iso-C', 'CART']
     """

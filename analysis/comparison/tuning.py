@@ -95,7 +95,7 @@ def tune(
         Cancelled: between two settings.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
         >>> recipe = make_recipe({"method": "average"})
         >>> best, frame = tune(recipe, session, Evaluator(suite), budget=4)
@@ -126,7 +126,7 @@ def depends_on_seed(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) 
         tasks: that are merged.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> dare, average = (make_recipe({"method": name}) for name in ("dare_ties", "average"))
         >>> [depends_on_seed(recipe, Evaluator(suite), suite.tasks) for recipe in (dare, average)]
         [True, False]

@@ -22,7 +22,7 @@ def open_source(data: DataSpec, resolve: Resolve, what: str) -> Source:
         SuiteError: missing, of another form, or a package that is not installed.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> source = open_source(suite.spec.experts["digits"].data, suite.file, "digits")
         >>> sorted(source.splits), len(source.splits["test"]())
         (['test', 'val'], 500)

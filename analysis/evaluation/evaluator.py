@@ -44,7 +44,7 @@ class Evaluator:
         SuiteError: the suite cannot be evaluated.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
         >>> frame = Evaluator(suite).recipe(make_recipe({"method": "average"}), session, "test")
         >>> frame["task"].tolist() == list(suite.tasks), frame["images"].unique().tolist()

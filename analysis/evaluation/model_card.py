@@ -60,7 +60,7 @@ def write_card(
     Example:
         >>> from merge_core.output.model_folder import merge_to_folder
         >>> from merge_core.output.provenance import read_provenance
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> recipe = make_recipe({"method": "average", "tasks": ["dots"]})
         >>> folder = merge_to_folder(recipe, suite, Path("merged"))
         >>> write_card(folder, read_provenance(folder), suite, "test", limit=10)["images"].tolist()

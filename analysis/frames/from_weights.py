@@ -73,7 +73,7 @@ def members_inputs(suite: Suite, tasks: Sequence[str]) -> str:
         tasks: chosen tasks, in the suite's order.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> members_inputs(suite, ["digits", "dots"]) == members_inputs(suite, ["dots"])
         False
     """
@@ -110,7 +110,7 @@ def space_arguments(space: SearchSpace) -> dict[str, Any]:
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> space_arguments(search_space("ties", "demo", scales=[0.5]))["scales"]
+        >>> space_arguments(search_space("ties", "vision", scales=[0.5]))["scales"]
         [0.5]
     """
     ranks, scales = list(space.ranks), list(space.scales)

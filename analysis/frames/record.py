@@ -18,8 +18,8 @@ from analysis.frames.pack import Damaged, Pack, pack, read_pack
 from merge_core.errors import CheckpointError, MergeScopeError, SuiteError, explain_validation
 from merge_core.factors.store import FactorStore
 from merge_core.input_files import expand_path
+from merge_core.suites.bundled import RECORD_SUFFIX
 from merge_core.suites.recorded import RecordedSuite, SuiteCard
-from merge_core.suites.suite import RECORD_SUFFIX
 
 CARD = "card.json"
 CARD_BYTES = 10_000_000
@@ -189,7 +189,7 @@ def record_bytes(card: SuiteCard, entries: Iterable[tuple[Asked, Kept]]) -> byte
 
     Example:
         >>> from merge_core.suites.recorded import suite_card
-        >>> len(record_bytes(suite_card(load_suite("demo"), measured=False), [])) < 10_000
+        >>> len(record_bytes(suite_card(load_suite("vision"), measured=False), [])) < 10_000
         True
     """
     shortened = ((asked, _shorten(kept)) for asked, kept in entries)
@@ -223,10 +223,10 @@ def load_record(path: str | Path) -> Record:
 
     Example:
         >>> from merge_core.suites.recorded import suite_card
-        >>> card = suite_card(load_suite("demo"), measured=False)
-        >>> _ = Path("demo.mergescope").write_bytes(record_bytes(card, []))
-        >>> record = load_record("demo.mergescope")
-        >>> record.suite.tasks == load_suite("demo").tasks
+        >>> card = suite_card(load_suite("vision"), measured=False)
+        >>> _ = Path("vision.mergescope").write_bytes(record_bytes(card, []))
+        >>> record = load_record("vision.mergescope")
+        >>> record.suite.tasks == load_suite("vision").tasks
         True
     """
     path = expand_path(path, SuiteError)
@@ -259,7 +259,7 @@ def is_record(path: str | Path) -> bool:
     """Whether a name is that of a record.
 
     Example:
-        >>> is_record("demo.mergescope"), is_record("demo")
+        >>> is_record("vision.mergescope"), is_record("vision")
         (True, False)
     """
     return str(path).endswith(RECORD_SUFFIX)

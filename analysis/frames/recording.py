@@ -35,8 +35,9 @@ from merge_core.factors.store import FactorStore
 from merge_core.files import write_atomically
 from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
+from merge_core.suites.bundled import RECORD_SUFFIX
 from merge_core.suites.recorded import suite_card
-from merge_core.suites.suite import RECORD_SUFFIX, Suite
+from merge_core.suites.suite import Suite
 from merge_core.task_vectors import Origin, TensorGroup
 
 Step = tuple[str, Callable[[], object]]
@@ -245,7 +246,7 @@ def record_suite(
         >>> from analysis.frames.store import FrameStore
         >>> stopped = Progress()
         >>> stopped.cancel.set()
-        >>> record_suite(load_suite("demo"), "demo", FrameStore(), FactorStore(), stopped)
+        >>> record_suite(load_suite("vision"), "vision", FrameStore(), FactorStore(), stopped)
         Traceback (most recent call last):
         merge_core.errors.Cancelled: Cancelled after 0 of ... steps; nothing was written.
     """
@@ -288,9 +289,9 @@ def check_record_path(path: Path) -> None:
         OutputError: another ending, or a folder.
 
     Example:
-        >>> check_record_path(Path("demo.zip"))
+        >>> check_record_path(Path("vision.zip"))
         Traceback (most recent call last):
-        merge_core.errors.OutputError: demo.zip: a record's name ends in .mergescope. ...
+        merge_core.errors.OutputError: vision.zip: a record's name ends in .mergescope. ...
     """
     if path.suffix != RECORD_SUFFIX:
         raise OutputError(f"{path}: a record's name ends in {RECORD_SUFFIX}. Name it so.")
@@ -309,7 +310,7 @@ def write_record(path: Path, data: bytes) -> None:
         OutputError: it cannot be written.
 
     Example:
-        >>> write_record(Path("demo.mergescope"), b"as record_suite gives it")
+        >>> write_record(Path("vision.mergescope"), b"as record_suite gives it")
     """
     check_record_path(path)
     write_atomically(path, data)

@@ -35,10 +35,10 @@ def scaling(
     Example:
         >>> from analysis.evaluation.evaluator import Evaluator
         >>> from analysis.frames.store import FrameStore
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = lambda: MergeSession(suite, suite.tasks, FactorStore())
         >>> evaluator = lambda: Evaluator(suite)
-        >>> outputs = OutputFrames("demo", suite, suite.tasks, FrameStore(), session, evaluator)
+        >>> outputs = OutputFrames("vision", suite, suite.tasks, FrameStore(), session, evaluator)
         >>> frame = scaling(outputs, [("digits", "dots")], FactorStore())
         >>> frame["count"].unique().tolist()
         [2]
@@ -68,10 +68,10 @@ def scaling_if_known(outputs: OutputFrames, subsets: Subsets) -> pd.DataFrame | 
     Example:
         >>> from analysis.evaluation.evaluator import Evaluator
         >>> from analysis.frames.store import FrameStore
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = lambda: MergeSession(suite, suite.tasks, FactorStore())
         >>> evaluator = lambda: Evaluator(suite)
-        >>> outputs = OutputFrames("demo", suite, suite.tasks, FrameStore(), session, evaluator)
+        >>> outputs = OutputFrames("vision", suite, suite.tasks, FrameStore(), session, evaluator)
         >>> scaling_if_known(outputs, [("lines", "dots")]) is None
         True
     """

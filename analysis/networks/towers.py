@@ -76,7 +76,7 @@ def suite_network(suite: Suite) -> StatelessNetwork:
         CheckpointError: an expert or base that cannot be opened.
 
     Example:
-        >>> module = suite_network(load_suite("demo")).module
+        >>> module = suite_network(load_suite("vision")).module
         >>> type(module).__name__, module.training
         ('VisionTransformer', False)
     """

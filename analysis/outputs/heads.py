@@ -63,7 +63,7 @@ def load_head(suite: Suite, task: str) -> Head:
         MergeScopeError: a text tower that cannot be fetched or run.
 
     Example:
-        >>> load_head(load_suite("demo"), "digits").logits(torch.zeros(2, 256)).shape
+        >>> load_head(load_suite("vision"), "digits").logits(torch.zeros(2, 256)).shape
         torch.Size([2, 10])
     """
     given = suite.spec.experts[task].head

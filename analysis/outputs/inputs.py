@@ -52,7 +52,7 @@ def load_inputs(
         Cancelled: between two images.
 
     Example:
-        >>> inputs = load_inputs(load_suite("demo"), "digits", "test", limit=5)
+        >>> inputs = load_inputs(load_suite("vision"), "digits", "test", limit=5)
         >>> inputs.images.shape, inputs.labels.shape
         ((5, 32, 32, 3), (5,))
     """
@@ -104,7 +104,7 @@ def has_labels(suite: Suite, task: str, split: Split) -> bool:
         SuiteError: a file that is no archive.
 
     Example:
-        >>> has_labels(load_suite("demo"), "digits", "val")
+        >>> has_labels(load_suite("vision"), "digits", "val")
         True
     """
     spec = suite.spec.experts[task].data

@@ -174,7 +174,7 @@ def tensors_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """All tensors of a checkpoint, floating ones as float32.
 
     Example:
-        >>> tensors = tensors_of(load_suite("demo").expert("digits"))
+        >>> tensors = tensors_of(load_suite("vision").expert("digits"))
         >>> tensors["cls_token"].dtype
         torch.float32
     """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -30,7 +31,8 @@ from merge_core.executors.base import one_thread
 from merge_core.files import file_digest
 from merge_core.input_files import check_regular
 from merge_core.progress import Progress
-from merge_core.suites.suite import BUNDLED_PATH, Suite
+from merge_core.suites.bundled import bundled_suites
+from merge_core.suites.suite import Suite
 
 Images = Mapping[str, np.ndarray]
 # Task to measure to values, one per image.
@@ -346,17 +348,17 @@ def trusted_predictions(root: Path) -> tuple[Path, ...]:
     is computed.
 
     Args:
-        root: the suite's folder: the bundled one, or a copy of it.
+        root: the suite's folder: a bundled one, or a copy of it.
     """
-    path, own = root / SHIPPED_NAME, BUNDLED_PATH.with_name(SHIPPED_NAME)
-    try:
-        if path == own or (
-            check_regular(path).st_size == own.stat().st_size
-            and file_digest(path) == file_digest(own)
-        ):
-            return (path,)
-    except OSError:  # there is none
-        pass
+    path = root / SHIPPED_NAME
+    for suite in bundled_suites().values():
+        own = suite.with_name(SHIPPED_NAME)
+        with suppress(OSError):  # there is none
+            if path == own or (
+                check_regular(path).st_size == own.stat().st_size
+                and file_digest(path) == file_digest(own)
+            ):
+                return (path,)
     return ()
 
 

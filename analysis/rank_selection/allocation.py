@@ -60,7 +60,7 @@ def stored_numbers(groups: TensorGroups, ranks: Mapping[str, int]) -> int:
         ranks: directions kept of each decomposed parameter.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> ones = uniform_ranks(groups, 0.001)  # one direction of each matrix
         >>> stored_numbers(groups, ones) == 2 * sum(
         ...     sum(group.info.matrix_shape) + 1 for group in groups.members if group.decomposed
@@ -79,7 +79,7 @@ def uniform_ranks(groups: TensorGroups, share: float) -> dict[str, int]:
         share: in (0, 1].
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> set(uniform_ranks(groups, 0.08).values())
         {20}
     """
@@ -115,7 +115,7 @@ def allocate(
     Source: [derived] in the module's text; the greedy order is optimal for concave gains.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> ranks = allocate(groups, "base", 0.08)
         >>> stored_numbers(groups, ranks) <= stored_numbers(groups, uniform_ranks(groups, 0.08))
         True
@@ -209,9 +209,9 @@ def compare_with_uniform(
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, ["dots"], FactorStore())
-        >>> space = search_space("cart", "demo", ["dots"])
+        >>> space = search_space("cart", "vision", ["dots"])
         >>> frame = compare_with_uniform(space, session, Evaluator(suite), [0.08], [1.0], rules=[])
         >>> frame[["rule", "gain"]].values.tolist()
         [['uniform', 0.0]]

@@ -33,9 +33,11 @@ def ranks_per_layer(
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "letters", "dots"], FactorStore())
+        >>> suite, tasks = load_suite("vision"), ["digits", "letters", "dots"]
+        >>> groups = TensorGroups(suite, tasks, FactorStore())
         >>> groups.members = [g for g in groups.members if g.name == "blocks.0.attn.proj.weight"]
-        >>> frame = ranks_per_layer(groups, search_space("cart", "demo", groups.tasks), share=0.08)
+        >>> space = search_space("cart", "vision", groups.tasks)
+        >>> frame = ranks_per_layer(groups, space, share=0.08)
         >>> frame[frame["kind"] == "budget"]["rank"].tolist()  # one matrix takes the whole budget
         [20, 20, 20]
     """

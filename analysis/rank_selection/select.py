@@ -132,7 +132,7 @@ def selectable_methods(suite: Suite, tasks: Sequence[str]) -> dict[str, str]:
     They make one model of these tasks from weights alone.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> selectable_methods(suite, suite.tasks)["cart"]
         'CART'
     """
@@ -175,9 +175,9 @@ def select_rank(
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session = MergeSession(suite, ["digits", "dots"], FactorStore())
-        >>> space = search_space("task_arithmetic", "demo", session.groups.tasks)
+        >>> space = search_space("task_arithmetic", "vision", session.groups.tasks)
         >>> selection = select_rank(space, session, None, SelectionOptions("weights"))
         >>> selection.recipe.parameters["scale"] == selection.scale, selection.forward_images
         (True, 0)
@@ -230,9 +230,9 @@ def stored_selection(
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session, evaluator = MergeSession(suite, ["dots"], FactorStore()), Evaluator(suite)
-        >>> space = search_space("ties", "demo", ["dots"], scales=[0.5])
+        >>> space = search_space("ties", "vision", ["dots"], scales=[0.5])
         >>> stored_selection(space, session, evaluator, SelectionOptions("labels")) is None
         True
     """
@@ -255,9 +255,9 @@ def task_curves(selection: Selection, session: MergeSession, evaluator: Evaluato
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> session, evaluator = MergeSession(suite, ["dots"], FactorStore()), Evaluator(suite)
-        >>> space = search_space("ties", "demo", ["dots"], scales=[0.5, 1.0])
+        >>> space = search_space("ties", "vision", ["dots"], scales=[0.5, 1.0])
         >>> options = SelectionOptions("labels", full_grid=True, report=False)
         >>> selection = select_rank(space, session, evaluator, options)
         >>> task_curves(selection, session, evaluator)[["task", "scale"]].values.tolist()
@@ -284,7 +284,7 @@ def recipe_at(space: SearchSpace, rank: float, scale: float) -> Recipe:
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> recipe_at(search_space("cart", "demo", ranks=[4, 16]), 16.0, 2.0).parameters
+        >>> recipe_at(search_space("cart", "vision", ranks=[4, 16]), 16.0, 2.0).parameters
         {'rank': 16, 'scale': 2.0}
     """
     known = next((each for each in space.ranks if each == rank), rank)

@@ -83,7 +83,7 @@ def search_space(
             twice, none is given, or one is out of range.
 
     Example:
-        >>> space = search_space("cart", "demo", ranks=[0.04, 0.08], scales=[1.0, 2.0, 3.0])
+        >>> space = search_space("cart", "vision", ranks=[0.04, 0.08], scales=[1.0, 2.0, 3.0])
         >>> space.size, space.recipes()[0].parameters
         (6, {'rank': 0.04, 'scale': 1.0})
     """
@@ -133,7 +133,7 @@ def edge_words(
         asked: rank and scale that a rule gave before they were brought into the grid.
 
     Example:
-        >>> space = search_space("cart", "demo", scales=[1.0, 8.0])
+        >>> space = search_space("cart", "vision", scales=[1.0, 8.0])
         >>> edge_words(space, 0.113, 8.0, (0.113, 9.2))
         'The scale 8 is the highest of the grid, and the rule itself gives 9.2.'
         >>> edge_words(space, 0.113, 5.0)

@@ -181,9 +181,10 @@ def proxy_curves(
 
     Example:
         >>> from analysis.rank_selection.space import search_space
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "letters", "dots"], FactorStore())
+        >>> suite, tasks = load_suite("vision"), ["digits", "letters", "dots"]
+        >>> groups = TensorGroups(suite, tasks, FactorStore())
         >>> groups.members = [g for g in groups.members if g.name == "blocks.0.attn.proj.weight"]
-        >>> frame = proxy_curves(groups, search_space("cart", "demo", groups.tasks))
+        >>> frame = proxy_curves(groups, search_space("cart", "vision", groups.tasks))
         >>> kept = frame[frame["proxy"] == "energy"]["value"]
         >>> kept.is_monotonic_increasing, round(float(kept.iloc[-1]), 3)
         (True, 1.0)

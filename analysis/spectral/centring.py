@@ -35,7 +35,7 @@ def common_share(group: TensorGroup, k: int) -> float:
         SuiteError: no base.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> group = TensorGroup(suite, suite.tasks, "blocks.0.attn.proj.weight", FactorStore())
         >>> -1 < common_share(group, 20) < 1
         True
@@ -78,7 +78,7 @@ def centring_frame(
     centring makes are −1/(T−1) on average, and a common share above about that takes larger away.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots", "lines"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots", "lines"], FactorStore())
         >>> frame = centring_frame(groups, 0.08)
         >>> len(frame), frame["needed"].round(3).unique().tolist()
         (8, [0.333])

@@ -51,7 +51,7 @@ def cosine_similarity(
         Cancelled: by `progress`.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> cosine_similarity(groups, "average", "cls_token")["cosine"].round(3).tolist()
         [1.0, -1.0, -1.0, 1.0]
     """
@@ -158,7 +158,7 @@ def dimension_of(group: TensorGroup, side: Side) -> int:
     """The dimension of the space that a layer reads (rows) or writes (columns).
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> group = TensorGroup(suite, suite.tasks, "blocks.0.mlp.fc2.weight", FactorStore())
         >>> dimension_of(group, "row") > dimension_of(group, "column")
         True
@@ -186,7 +186,7 @@ def interference_pairs(
         SuiteError: origin "base" without a base.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> name = "blocks.0.attn.proj.weight"
         >>> group = TensorGroup(suite, suite.tasks[:2], name, FactorStore())
         >>> frame = interference_pairs(group, "base", k=8)
@@ -228,7 +228,7 @@ def interference_over_rank(
     Source: CART, arXiv:2412.12153.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> name = "blocks.0.attn.proj.weight"
         >>> group = TensorGroup(suite, suite.tasks[:2], name, FactorStore())
         >>> interference_over_rank(group, "base", [0.08, 1.0])["k"].tolist()
@@ -287,7 +287,7 @@ def mean_over_layers(frame: pd.DataFrame) -> pd.DataFrame:
         the whole update).
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> names = [f"blocks.{i}.attn.proj.weight" for i in (0, 1)]
         >>> groups = (TensorGroup(suite, suite.tasks[:2], name, FactorStore()) for name in names)
         >>> frame = pd.concat([interference_over_rank(group, "base", [0.08]) for group in groups])
@@ -331,7 +331,7 @@ def principal_angles(
     Source: Björck and Golub, 1973; small angles by their sine, which the cosine cannot resolve.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> name = "blocks.0.attn.proj.weight"
         >>> group = TensorGroup(suite, suite.tasks[:2], name, FactorStore())
         >>> principal_angles(group, "base", k=3)["index"].tolist()
@@ -419,7 +419,7 @@ def sign_conflict(
     Source: the sign conflicts of TIES, arXiv:2306.01708, section 3, weighted by magnitude.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> sign_conflict(groups, "average", "cls_token")["conflict"].round(3).tolist()
         [1.0]
     """

@@ -31,7 +31,7 @@ def overlap_pairs(group: TensorGroup, origin: Origin, k: int, side: Side = "row"
         SuiteError: origin "base" without a base.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> name = "blocks.0.attn.proj.weight"
         >>> group = TensorGroup(suite, suite.tasks[:2], name, FactorStore())
         >>> frame = overlap_pairs(group, "base", k=8)
@@ -69,7 +69,7 @@ def mean_overlap_pairs(
         Cancelled: by `progress`.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> mean_overlap_pairs(groups, "base", 0.08)["k"].tolist()
         [20.0, 20.0, 20.0, 20.0]
     """

@@ -93,7 +93,7 @@ def parts_of(group: TensorGroup) -> tuple[Part, ...]:
     """The parts a matrix can be looked at in: q, k and v too where it fuses them.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> {group.name: parts_of(group) for group in groups.members}["blocks.0.attn.qkv.weight"]
         ('whole', 'q', 'k', 'v')
     """
@@ -138,7 +138,7 @@ def spectrum(group: TensorGroup, origin: Origin, part: Part = "whole") -> pd.Dat
         ValueError: the matrix has no such part.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> group = TensorGroup(suite, suite.tasks, "blocks.0.attn.proj.weight", FactorStore())
         >>> frame = spectrum(group, "base")
         >>> len(frame), list(frame)
@@ -178,7 +178,7 @@ def cuts(group: TensorGroup, origin: Origin, part: Part = "whole") -> pd.DataFra
         ValueError: the matrix has no such part.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> group = TensorGroup(suite, suite.tasks, "blocks.0.attn.proj.weight", FactorStore())
         >>> bool((cuts(group, "base")["noise_rank"] < 256).all())
         True
@@ -222,7 +222,7 @@ def spectral_summary(
         Cancelled: by `progress`.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits"], FactorStore())
         >>> frame = spectral_summary(groups, "base")
         >>> len(frame), bool((frame["stable_rank"] <= frame["effective_rank"]).all())
         (8, True)

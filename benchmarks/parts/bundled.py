@@ -59,7 +59,7 @@ def authors_route(group: TensorGroup, rank: float, scale: float) -> torch.Tensor
 def one_more_setting(repeats: int) -> dict[str, float]:
     """Seconds per merge: at a new rank, a new scale, averaged, without factors: a job."""
     with tempfile.TemporaryDirectory() as folder:
-        session = MergeSession(load_suite("demo"), None, FactorStore(Path(folder)))
+        session = MergeSession(load_suite("vision"), None, FactorStore(Path(folder)))
         session.merge(cart(RANKS[0], 1.0))
         ranks, scales = iter(RANKS * 100), iter(range(1, 1000))
         groups = list(session.groups)
@@ -82,7 +82,7 @@ def many_settings(points: int) -> dict[str, float]:
 
     In the order of a sweep, so that most settings share their predecessor's rank.
     """
-    suite, space = load_suite("demo"), search_space("cart", "demo")
+    suite, space = load_suite("vision"), search_space("cart", "vision")
     with tempfile.TemporaryDirectory() as folder:
         evaluator = Evaluator(suite, PredictionStore(Path(folder) / "predictions.sqlite"))
         session = MergeSession(suite, None, FactorStore(Path(folder)))
@@ -121,7 +121,7 @@ def search(seeds: int, step: int) -> list[dict[str, float]]:
         seeds: how many searches.
         step: stride of the ranks and scales that are taken.
     """
-    suite, space = load_suite("demo"), search_space("cart", "demo")
+    suite, space = load_suite("vision"), search_space("cart", "vision")
     space = replace(space, ranks=space.ranks[::step], scales=space.scales[::step])
     session = MergeSession(suite, None, FactorStore())
     whole = exhaustive_search(space, session, Evaluator(suite)).points

@@ -153,7 +153,9 @@ def startup(laboratory: Laboratory, sheet: Sheet) -> None:
     help_text = laboratory.command([*program, "--help"], 5)
     sheet.add("mergescope --help", help_text.best, "s", "lower", at_most=0.5)
     laboratory.fresh_cache()
-    command = [*program, "inspect", "demo", "--headers-only"]
-    sheet.seconds("mergescope inspect demo --headers-only", laboratory.command(command, 5).seconds)
+    command = [*program, "inspect", "vision", "--headers-only"]
+    sheet.seconds(
+        "mergescope inspect vision --headers-only", laboratory.command(command, 5).seconds
+    )
     torch = laboratory.command([sys.executable, "-c", "import torch"], 5)
     sheet.seconds("of which 'import torch' alone takes", torch.seconds)

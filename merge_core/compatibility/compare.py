@@ -46,7 +46,7 @@ def compare_companions(suite: Suite, tasks: Sequence[str] | None = None) -> tupl
         SuiteError: unknown tasks.
 
     Example:
-        >>> compare_companions(load_suite("demo"))
+        >>> compare_companions(load_suite("vision"))
         ()
     """
     chosen = suite.select(tasks)
@@ -75,7 +75,7 @@ def refuse_incompatible(suite: Suite, tasks: Sequence[str] | None = None) -> tup
         SuiteError: the same weights mean something else in some members.
 
     Example:
-        >>> refuse_incompatible(load_suite("demo"), ["digits", "dots"])
+        >>> refuse_incompatible(load_suite("vision"), ["digits", "dots"])
         ()
     """
     found = compare_companions(suite, tasks)
@@ -94,7 +94,7 @@ def collect_companions(suite: Suite, tasks: Sequence[str]) -> dict[str, Companio
     """The files beside the weights of all members that can be read, by task or ``base``.
 
     Example:
-        >>> list(collect_companions(load_suite("demo"), ["dots"]))
+        >>> list(collect_companions(load_suite("vision"), ["dots"]))
         ['base', 'dots']
     """
     members: dict[str, Companions] = {}

@@ -132,7 +132,7 @@ def measure_kinship(suite: Suite, tasks: Sequence[str] | None = None) -> Kinship
         CheckpointError: a tensor cannot be read.
 
     Example:
-        >>> found = measure_kinship(load_suite("demo"), ["digits", "dots"])
+        >>> found = measure_kinship(load_suite("vision"), ["digits", "dots"])
         >>> [row.verdict for row in found.rows], found.warnings
         (['fine-tune', 'fine-tune'], ())
     """

@@ -46,7 +46,7 @@ def map_parameters(
         Exception: whatever `function` raises, in its parameter's place.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> names = list(map_parameters(lambda group: group.name, groups))
         >>> names == list(groups.suite.parameters)
         True
@@ -91,7 +91,7 @@ def map_matrices(
         Exception: whatever `function` raises, in its matrix's place.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> list(map_matrices(lambda group: group.info.shape, groups))[:2]
         [(256, 256), (768, 256)]
     """
@@ -122,7 +122,7 @@ def decompose_all(
         Cancelled: between two matrices.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> decompose_all(groups, "average")
         8
     """

@@ -33,7 +33,7 @@ def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
         SuiteError: keys missing, shapes that differ, or another network under the same shapes.
 
     Example:
-        >>> check_fits(load_suite("demo"), ("digits", "letters"))
+        >>> check_fits(load_suite("vision"), ("digits", "letters"))
     """
     suite.members(tasks)  # says of a member that cannot be read why
     blocking = preflight(suite, tasks).blocking
@@ -55,7 +55,7 @@ def check_recipe(suite: Suite, recipe: Recipe) -> None:
         SuiteError: no base where one is needed, an unknown task, or another number of tasks.
 
     Example:
-        >>> check_recipe(load_suite("demo"), make_recipe({"method": "slerp"}))
+        >>> check_recipe(load_suite("vision"), make_recipe({"method": "slerp"}))
         Traceback (most recent call last):
         merge_core.errors.SuiteError: SLERP merges 2 experts, not 8. Choose 2 tasks.
     """
@@ -125,7 +125,7 @@ def merge_parameters(
         Cancelled: between two parameters.
 
     Example:
-        >>> groups = TensorGroups(load_suite("demo"), ["digits", "dots"], FactorStore())
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
         >>> recipe = make_recipe({"method": "average", "tasks": groups.tasks})
         >>> [name for name, _ in merge_parameters(recipe, groups, names=["cls_token"])]
         ['cls_token']
@@ -243,7 +243,7 @@ class MergeSession:
         SuiteError: unknown tasks, or experts that do not fit together.
 
     Example:
-        >>> session = MergeSession(load_suite("demo"), ("digits", "dots"), FactorStore())
+        >>> session = MergeSession(load_suite("vision"), ("digits", "dots"), FactorStore())
         >>> merged = session.merge(make_recipe({"method": "average", "tasks": ("digits", "dots")}))
         >>> merged.keys() == set(session.suite.expert("digits"))
         True

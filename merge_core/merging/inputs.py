@@ -18,7 +18,8 @@ from merge_core.files import cache_dir, digest_of, path_below, write_atomically
 from merge_core.hub.files import is_hub_id
 from merge_core.places import name_without_place
 from merge_core.strict_model import StrictModel
-from merge_core.suites.suite import BUNDLED, BUNDLED_PATH, RECORD_SUFFIX, Suite, load_suite
+from merge_core.suites.bundled import RECORD_SUFFIX, bundled_name, bundled_suites
+from merge_core.suites.suite import Suite, load_suite
 from merge_core.suites.suite_spec import ExpertSpec, SuiteSpec
 from merge_core.yaml_text import dump_yaml
 
@@ -151,13 +152,13 @@ RULES_DIFFER = "'decompose', 'average' or 'vocabulary' of suite.yaml: not as at 
 
 
 def name_suite(suite: Suite) -> str:
-    """How what is published names a suite: ``demo`` for the bundled one, else by its own name.
+    """How what is published names a suite: as it is bundled, or by its own name.
 
     Example:
-        >>> name_suite(load_suite("demo"))
-        'demo'
+        >>> name_suite(load_suite("vision"))
+        'vision'
     """
-    return BUNDLED if suite.path == BUNDLED_PATH else name_without_place(suite.name)
+    return bundled_name(suite.path) or name_without_place(suite.name)
 
 
 def find_suite(
@@ -179,13 +180,13 @@ def find_suite(
         OutputError: the cache folder cannot be written, for members on the hub.
 
     Example:
-        >>> inputs = Inputs.of(load_suite("demo"), ["digits", "dots"])
-        >>> find_suite("demo", inputs).tasks[:2], list(inputs.experts)
+        >>> inputs = Inputs.of(load_suite("vision"), ["digits", "dots"])
+        >>> find_suite("vision", inputs).tasks[:2], list(inputs.experts)
         (('digits', 'letters'), ['digits', 'dots'])
     """
     if reference is not None:
         return load_suite(reference)
-    if folder is not None and name != BUNDLED:
+    if folder is not None and name not in bundled_suites():
         beside = path_below(folder, name, RecipeError)
         if beside.exists():
             return load_suite(beside)
@@ -198,8 +199,8 @@ def find_suite(
                 raise SuiteError(
                     f"{error} If the suite has moved, say where it is with --suite."
                 ) from error
-    if name == BUNDLED:
-        return load_suite(BUNDLED)
+    if name in bundled_suites():
+        return load_suite(name)
     spec = inputs.hub_suite
     if spec is None:
         shown = ", ".join(inputs.experts)

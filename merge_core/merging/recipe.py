@@ -25,8 +25,9 @@ from merge_core.methods.declaration import (
     digest_values,
 )
 from merge_core.strict_model import StrictModel
+from merge_core.suites.bundled import BUNDLED, bundled_name, bundled_suites
 from merge_core.suites.mergekit import explain_mergekit
-from merge_core.suites.suite import BUNDLED, BUNDLED_PATH, Suite, load_suite
+from merge_core.suites.suite import Suite, load_suite
 from merge_core.task_vectors import Origin
 from merge_core.yaml_text import dump_yaml, load_yaml, read_text_file
 
@@ -68,7 +69,7 @@ class Recipe(StrictModel):
     """Everything that determines a merge.
 
     Attributes:
-        suite: path of a suite.yaml, or ``demo``; of a published recipe, the suite's name.
+        suite: path of a suite.yaml, or ``vision``; of a published recipe, the suite's name.
         tasks: chosen tasks (all when None); their order does not matter.
         method: name of a method.
         parameters: its parameters; defaults are filled in.
@@ -226,7 +227,7 @@ class Recipe(StrictModel):
             SuiteError, CheckpointError: a member is missing or unreadable.
         """
         name = name_suite(suite)
-        if suite.path == BUNDLED_PATH:
+        if bundled_name(suite.path):
             return self.model_copy(update={"suite": name, "inputs": None})
         learns = self.declaration.learns is not None
         inputs = Inputs.of(suite, suite.select(self.tasks), with_data=learns)
@@ -319,7 +320,7 @@ def make_recipe(document: Any, where: str = "The recipe") -> Recipe:
     Example:
         >>> recipe = make_recipe({"method": "task_arithmetic", "parameters": {"scale": 0.4}})
         >>> recipe.suite, recipe.parameters
-        ('demo', {'scale': 0.4})
+        ('vision', {'scale': 0.4})
     """
     if not isinstance(document, dict):
         raise RecipeError(f"{where} must hold fields such as method and parameters.")
@@ -357,7 +358,7 @@ def recipe_from_query(query: str) -> Recipe:
         RecipeError: not a recipe.
 
     Example:
-        >>> recipe = recipe_from_query("?suite=demo&tasks=digits,dots&method=cart&rank=16")
+        >>> recipe = recipe_from_query("?suite=vision&tasks=digits,dots&method=cart&rank=16")
         >>> recipe.tasks, recipe.parameters["rank"]
         (('digits', 'dots'), 16)
     """
@@ -416,7 +417,7 @@ def load_recipe(path: str | Path, reference: str | None = None) -> tuple[Recipe,
         SuiteError: missing or wrong suite, or tasks that it does not have.
 
     Example:
-        >>> _ = Path("recipe.yaml").write_text("{suite: demo, method: average}")
+        >>> _ = Path("recipe.yaml").write_text("{suite: vision, method: average}")
         >>> recipe, suite = load_recipe("recipe.yaml")
         >>> recipe.method, len(suite.tasks)
         ('average', 8)
@@ -435,7 +436,9 @@ def load_recipe(path: str | Path, reference: str | None = None) -> tuple[Recipe,
             "recipe names its own: edit 'suite:'."
         )
     suite = load_suite(
-        BUNDLED if recipe.suite == BUNDLED else path_below(folder, recipe.suite, RecipeError)
+        recipe.suite
+        if recipe.suite in bundled_suites()
+        else path_below(folder, recipe.suite, RecipeError)
     )
     suite.select(recipe.tasks)
     return recipe, suite

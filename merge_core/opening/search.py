@@ -64,8 +64,8 @@ def find_models(
         Cancelled: `progress` says so.
 
     Example:
-        >>> demo = load_suite("demo")
-        >>> [each.task for each in find_models([str(demo.root / "experts")])][:3]
+        >>> suite = load_suite("vision")
+        >>> [each.task for each in find_models([str(suite.root / "experts")])][:3]
         ['digits', 'dots', 'greek']
     """
     listed = [found for place in places for found in _find_at(place, len(places) == 1)]

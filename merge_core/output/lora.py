@@ -64,7 +64,7 @@ def merge_to_adapter(
 
     Example:
         >>> recipe = make_recipe({"method": "average", "tasks": ("digits", "dots")})
-        >>> suite, rank = load_suite("demo"), AdapterRank(rank=4)
+        >>> suite, rank = load_suite("vision"), AdapterRank(rank=4)
         >>> report = merge_to_adapter(recipe, suite, Path("adapter"), rank)
         >>> set(report.ranks.values()), report.energy < 1
         ({4}, True)

@@ -14,7 +14,8 @@ from merge_core.hub.files import HubId
 from merge_core.merging.recipe import Recipe
 from merge_core.output.card_facts import BASE, CardFacts, card_facts
 from merge_core.output.provenance import Provenance
-from merge_core.suites.suite import BUNDLED, Suite
+from merge_core.suites.bundled import bundled_suites
+from merge_core.suites.suite import Suite
 
 # Underscores within a word mean nothing.
 MARKS = re.compile(r"[\\`*{}\[\]<>!|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
@@ -67,10 +68,10 @@ def model_card(
 
     Example:
         >>> from merge_core.output.provenance import provenance
-        >>> suite, recipe = load_suite("demo"), make_recipe({"method": "average"})
+        >>> suite, recipe = load_suite("vision"), make_recipe({"method": "average"})
         >>> card = model_card(recipe, suite, provenance(recipe, suite))
         >>> next(line for line in card.splitlines() if line.startswith("# "))
-        '# Weight average of 8 experts of demo'
+        '# Weight average of 8 experts of vision'
     """
     method = recipe.declaration
     tasks = suite.select(recipe.tasks)
@@ -135,7 +136,7 @@ def _recipe(about: Provenance) -> str:
     fence = "`" * max(3, longest + 1)
     run = "mergescope merge recipe.yaml --output FOLDER"
     where = ""
-    if about.recipe.suite != BUNDLED:
+    if about.recipe.suite not in bundled_suites():
         run += " --suite SUITE"
         where = ", where SUITE is a suite.yaml of the inputs below"
     return f"{fence}yaml\n{text}{fence}\n\nRun it again with `{run}`{where}.\n\n"

@@ -183,7 +183,7 @@ def merge_to_folder(
 
     Example:
         >>> recipe = make_recipe({"method": "average", "tasks": ("digits", "dots")})
-        >>> folder = merge_to_folder(recipe, load_suite("demo"), Path("merged"))
+        >>> folder = merge_to_folder(recipe, load_suite("vision"), Path("merged"))
         >>> sorted(path.name for path in folder.iterdir())
         ['README.md', 'model.safetensors', 'recipe.yaml']
     """
@@ -352,7 +352,7 @@ def merged_bytes(recipe: Recipe, groups: TensorGroups, suite: Suite, learned: An
         MergeScopeError: as :func:`merge_to_folder`.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> recipe = make_recipe({"method": "average", "tasks": ("digits", "dots")})
         >>> data = merged_bytes(recipe, TensorGroups(suite, recipe.tasks, FactorStore()), suite)
         >>> len(data) > suite.expert("digits").nbytes

@@ -101,7 +101,7 @@ def provenance(recipe: Recipe, suite: Suite, route: Route = "gram") -> Provenanc
         SuiteError, CheckpointError: an input is missing or unreadable.
 
     Example:
-        >>> about = provenance(make_recipe({"method": "average"}), load_suite("demo"))
+        >>> about = provenance(make_recipe({"method": "average"}), load_suite("vision"))
         >>> len(about.inputs), about.recipe.method
         (8, 'average')
     """
@@ -135,7 +135,7 @@ def read_provenance(path: Path) -> Provenance:
     Example:
         >>> from merge_core.output.model_folder import merge_to_folder
         >>> recipe = make_recipe({"method": "average", "tasks": ("digits", "dots")})
-        >>> folder = merge_to_folder(recipe, load_suite("demo"), Path("merged"))
+        >>> folder = merge_to_folder(recipe, load_suite("vision"), Path("merged"))
         >>> read_provenance(folder).recipe == recipe
         True
     """
@@ -174,7 +174,7 @@ def differences(about: Provenance, suite: Suite) -> list[str]:
         CheckpointError, SuiteError: an input is missing or unreadable.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> about = provenance(make_recipe({"method": "average"}), suite)
         >>> differences(about, suite)
         []
@@ -203,8 +203,8 @@ def rebuild_recipe(about: Provenance, suite: Suite, reference: str) -> Recipe:
         CheckpointError, SuiteError: an input is missing or unreadable.
 
     Example:
-        >>> suite, recipe = load_suite("demo"), make_recipe({"method": "average"})
-        >>> rebuild_recipe(provenance(recipe, suite), suite, "demo") == recipe
+        >>> suite, recipe = load_suite("vision"), make_recipe({"method": "average"})
+        >>> rebuild_recipe(provenance(recipe, suite), suite, "vision") == recipe
         True
     """
     found = differences(about, suite)

@@ -204,7 +204,7 @@ def describes_pool(reference: str | Path) -> bool:
     """Whether a path or name is a pool's rather than a suite's (False for what is neither).
 
     Example:
-        >>> describes_pool("digits-linear"), describes_pool("demo")
+        >>> describes_pool("digits-linear"), describes_pool("vision")
         (True, False)
     """
     if str(reference) in bundled_pools():

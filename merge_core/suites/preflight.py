@@ -127,7 +127,7 @@ def preflight(suite: Suite, tasks: Sequence[str] | None = None) -> Preflight:
         SuiteError: unknown tasks.
 
     Example:
-        >>> found = preflight(load_suite("demo"), ["digits", "dots"])
+        >>> found = preflight(load_suite("vision"), ["digits", "dots"])
         >>> found.blocking, sum(row.decomposed for row in found.plan)
         ((), 8)
     """
@@ -223,7 +223,7 @@ def merge_notes(suite: Suite, tasks: Sequence[str]) -> Iterator[str]:
         CheckpointError: a member is missing or unreadable.
 
     Example:
-        >>> list(merge_notes(load_suite("demo"), ("digits", "dots")))
+        >>> list(merge_notes(load_suite("vision"), ("digits", "dots")))
         []
     """
     yield from _prefix_notes(suite, tasks)

@@ -111,9 +111,9 @@ def suite_card(suite: Suite, measured: bool) -> SuiteCard:
         SuiteError, CheckpointError: a member is missing or unreadable.
 
     Example:
-        >>> card = suite_card(load_suite("demo"), measured=True)
+        >>> card = suite_card(load_suite("vision"), measured=True)
         >>> card.name, list(card.tasks)[:2], len(card.layouts)
-        ('demo', ['digits', 'letters'], 1)
+        ('vision', ['digits', 'letters'], 1)
     """
     spec, manifest, network = suite.spec, suite.manifest(suite.tasks), suite.architecture
     layouts: list[Any] = []

@@ -30,6 +30,7 @@ from merge_core.errors import (
 from merge_core.files import digest_of, path_below, read_yaml
 from merge_core.hub.files import is_hub_id
 from merge_core.hub.models import cache_path, require_cached, resolve_revision
+from merge_core.suites.bundled import RECORD_SUFFIX, bundled_suites
 from merge_core.suites.data_files import data_identity, head_identity
 from merge_core.suites.data_spec import DataSpec
 from merge_core.suites.manifest import Manifest, make_manifest
@@ -42,10 +43,6 @@ from merge_core.suites.told import (
     tell_architecture,
 )
 from merge_core.work_sizes import HASHED_AT_ONCE
-
-BUNDLED = "demo"
-RECORD_SUFFIX = ".mergescope"
-BUNDLED_PATH = Path(__file__).resolve().parents[2] / "data" / "demo" / "suite.yaml"
 
 
 class Suite:
@@ -421,13 +418,14 @@ def load_suite(reference: str | Path) -> Suite:
     """Read a ``suite.yaml``; nothing of the checkpoints is opened yet.
 
     Args:
-        reference: path of the file or of its folder, or ``"demo"`` for the bundled suite.
+        reference: path of the file or of its folder, or the name of a bundled suite
+            (:func:`merge_core.suites.bundled.bundled_suites`).
 
     Raises:
         SuiteError: missing file, not YAML, unknown or missing fields.
 
     Example:
-        >>> suite = load_suite("demo")
+        >>> suite = load_suite("vision")
         >>> suite.tasks[:3], len(suite.expert("digits"))
         (('digits', 'letters', 'greek'), 30)
     """
@@ -437,10 +435,10 @@ def load_suite(reference: str | Path) -> Suite:
             "anything else give the suite itself."
         )
     document, path = read_yaml(
-        BUNDLED_PATH if str(reference) == BUNDLED else Path(reference),
+        bundled_suites().get(str(reference), Path(reference)),
         "suite.yaml",
         SuiteError,
-        f"{BUNDLED!r} for the bundled suite",
+        f"the name of a bundled suite ({', '.join(bundled_suites())})",
     )
     if foreign := explain_mergekit(document):
         raise SuiteError(f"{path} is {foreign}")

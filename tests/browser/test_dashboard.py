@@ -195,7 +195,7 @@ def test_a_click_on_the_map_of_layers_opens_that_layer(
     page = context.new_page()
     page.goto(f"{server.url}/spectra")
     settle(page)
-    suite = load_suite("demo")
+    suite = load_suite("vision")
     click_cell(page, 2, 3, 5, len(suite.tasks), len(suite.matrices))
     page.wait_for_url("**/spectra?*layer=*")
     assert query(page)["layer"] == [suite.matrices[5]]
@@ -208,7 +208,7 @@ def test_a_click_on_the_map_chooses_that_setting_and_the_lab_opens_there(
     page = context.new_page()
     page.goto(f"{server.url}/rank_and_scale")
     settle(page)
-    ranks, scales = search_space("cart", "demo").ranks, search_space("cart", "demo").scales
+    ranks, scales = search_space("cart", "vision").ranks, search_space("cart", "vision").scales
     click_cell(page, 1, 3, len(scales) - 1 - 2, len(ranks), len(scales))
     rank, scale = share_label(ranks[3]), scales[2]
     assert query(page)["at_rank"] == [rank]
@@ -252,7 +252,7 @@ def test_the_downloaded_checkpoint_is_the_merge(
         page.get_by_role("button", name="Merged checkpoint").click()
     target = tmp_path / "merged.safetensors"
     download.value.save_as(target)
-    suite = load_suite("demo")
+    suite = load_suite("vision")
     assert suite.base is not None
     merged = load_file(target)
     assert set(merged) == set(suite.base)
@@ -279,7 +279,7 @@ def test_the_numbers_can_be_taken_away(
     download.value.save_as(target)
     header, *rows = target.read_text().splitlines()
     assert header.startswith("task,correct,images,accuracy")
-    assert len(rows) == 5 * len(load_suite("demo").tasks)
+    assert len(rows) == 5 * len(load_suite("vision").tasks)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

@@ -13,9 +13,10 @@ from safetensors.torch import load_file
 import data.build_suite
 import data.training
 from data.build_suite import Build, main
-from data.suite_plans import BUNDLED, PLANS, QUICK, Plan
+from data.suite_plans import PLANS, QUICK, Plan
 from data.tasks import TASKS, draw_auxiliary, stream
 from data.tasks.styles import Domain, Paper, clean_style
+from merge_core.suites.bundled import bundled_suites
 from merge_core.suites.suite import load_suite
 
 CPU = torch.device("cpu")
@@ -114,8 +115,8 @@ def test_all_experts_begin_from_the_adapted_base(tmp_path: Path) -> None:
 
 def test_the_bundled_suites_share_base_and_inputs(tmp_path: Path) -> None:
     main(["--quick", "--output", str(tmp_path), "--device", "cpu"])
-    assert {path.name for path in tmp_path.iterdir()} == set(BUNDLED)
-    suites = {name: load_suite(tmp_path / name) for name in BUNDLED}
+    assert {path.name for path in tmp_path.iterdir()} == set(bundled_suites())
+    suites = {name: load_suite(tmp_path / name) for name in bundled_suites()}
     vision, small, apart = suites.values()
     assert vision.tasks == small.tasks == tuple(task.name for task in TASKS)
     assert [len(vision.select([name])) for name in ("8", "14", "20")] == [8, 14, 20]

@@ -17,7 +17,7 @@ from tests.evaluable import copy_evaluable
 
 
 def test_cases_are_those_of_the_bundled_suite() -> None:
-    tasks = set(load_suite("demo").tasks)
+    tasks = set(load_suite("vision").tasks)
     for name, subset in SUBSETS.items():
         chosen = subset or tuple(tasks)
         assert set(chosen) <= tasks
@@ -28,12 +28,12 @@ def test_cases_are_those_of_the_bundled_suite() -> None:
 
 
 def test_a_coarse_case_takes_every_second_step_of_each_axis() -> None:
-    whole = search_space("cart", "demo", SUBSETS["4a"])
-    coarse = Case("4a", "cart", coarse=True).space("demo")
+    whole = search_space("cart", "vision", SUBSETS["4a"])
+    coarse = Case("4a", "cart", coarse=True).space("vision")
     assert coarse.ranks == tuple(whole.ranks[i] for i in range(1, 20, 2))
     assert coarse.scales == tuple(whole.scales[i] for i in range(1, 20, 2))
     assert coarse.base == whole.base
-    assert Case("4a", "cart").space("demo") == whole
+    assert Case("4a", "cart").space("vision") == whole
 
 
 def test_rebuild_writes_both_tables(

@@ -49,7 +49,7 @@ def test_all_options_reach_the_recipe_and_its_accuracy() -> None:
 
 def test_the_lab_evaluates_what_it_writes() -> None:
     at = assert_healthy(open_page("merge_lab", method="Task Arithmetic", weights="digits=3"))
-    suite = load_suite("demo")
+    suite = load_suite("vision")
     frame = Evaluator(suite).recipe(
         read_shown_recipe(at), MergeSession(suite, None, FactorStore()), "val"
     )

@@ -112,8 +112,8 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     at = assert_healthy(at.switch_page("pages/spectra.py").run())
     assert at.sidebar.selectbox(key="suite").value == "models"
     other = open_page("spectra", suite="models")
-    assert other.sidebar.selectbox(key="suite").options == ["demo"]
-    assert other.sidebar.selectbox(key="suite").value == "demo"
+    assert other.sidebar.selectbox(key="suite").options == ["vision"]
+    assert other.sidebar.selectbox(key="suite").value == "vision"
 
 
 def test_a_suite_that_is_there_is_opened_or_replaced_only_when_told(root: Path) -> None:
@@ -268,7 +268,7 @@ def test_uploads_are_seen_by_their_session_alone_and_removed_after_it(root: Path
     assert places[0].parent.parent.stat().st_mode & 0o077 == 0
     # Another visitor has neither the suite nor, by the same link, the files.
     other = open_page("overview", suite="uploads")
-    assert other.sidebar.selectbox(key="suite").options == ["demo"]
+    assert other.sidebar.selectbox(key="suite").options == ["vision"]
     assert not open_source("Upload").dataframe
     # What is derived from uploads lies beside them.
     assert_healthy(at.switch_page("pages/spectra.py").run())
@@ -277,7 +277,7 @@ def test_uploads_are_seen_by_their_session_alone_and_removed_after_it(root: Path
     session_files.janitor().sweep(time.monotonic() + 10_000)
     assert not list((root.parent / "cache").rglob("*.safetensors"))
     at = at.switch_page("pages/overview.py").run()
-    assert at.sidebar.selectbox(key="suite").options == ["demo"]
+    assert at.sidebar.selectbox(key="suite").options == ["vision"]
 
 
 def test_uploads_that_are_no_weights_are_refused_in_words(root: Path) -> None:

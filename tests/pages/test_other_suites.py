@@ -134,7 +134,7 @@ def test_a_damaged_suite_is_explained_on_the_page(
     assert "Traceback" not in messages[0]
     assert "unexpectedly" not in messages[0]
     # The sidebar still lets one choose another suite.
-    assert at.sidebar.selectbox(key="suite").options == ["demo", "mine"]
+    assert at.sidebar.selectbox(key="suite").options == ["vision", "mine"]
 
 
 def test_sets_of_tasks_are_offered_and_the_first_is_chosen(offer: Callable[..., Path]) -> None:

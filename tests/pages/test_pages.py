@@ -104,7 +104,7 @@ def metrics(at: AppTest) -> dict[str, str]:
 
 def weights(parameter: str) -> np.ndarray:
     """The parameter of all experts of the bundled suite, float64."""
-    suite = load_suite("demo")
+    suite = load_suite("vision")
     return np.stack([suite.expert(t).tensor(parameter).double().numpy() for t in suite.tasks])
 
 
@@ -120,8 +120,8 @@ def empty_caches() -> Iterator[None]:
 def test_each_page_opens_with_the_shell_around_it(name: str) -> None:
     at = assert_healthy(open_page(name))
     assert at.header[0].value.startswith(HEADINGS[name])
-    assert at.sidebar.selectbox(key="suite").value == "demo"
-    assert list(at.sidebar.get("button_group")[0].value) == list(load_suite("demo").tasks)
+    assert at.sidebar.selectbox(key="suite").value == "vision"
+    assert list(at.sidebar.get("button_group")[0].value) == list(load_suite("vision").tasks)
     assert figures(at)
     assert any(expander.label == "How to read this" for expander in at.expander)
     assert any(expander.label == "The numbers" for expander in at.expander)
@@ -168,7 +168,7 @@ def test_the_map_shows_fused_queries_keys_and_values_apart_when_asked_to() -> No
 
 
 def test_energy_kept_follows_the_rank() -> None:
-    layer = load_suite("demo").matrices[0]
+    layer = load_suite("vision").matrices[0]
     at = assert_healthy(open_page("spectra", layer=layer, share="16 %"))
     stacked = weights(layer)
     centred = stacked - stacked.mean(axis=0)
@@ -208,7 +208,7 @@ def test_the_whole_model_is_in_all_figures_that_say_so() -> None:
         assert len(set(alts)) == len(alts)
     maps = [array(trace(figures(at)[0], type="heatmap")["z"]) for at in (one, whole)]
     expected = []
-    for name in load_suite("demo").matrices:
+    for name in load_suite("vision").matrices:
         stacked = weights(name)
         k = int(0.16 * min(stacked.shape[1:]))
         factors = [np.linalg.svd(m, full_matrices=False) for m in stacked - stacked.mean(axis=0)]
@@ -290,11 +290,11 @@ def test_no_task_chosen_asks_for_one() -> None:
 
 
 def test_pages_leave_the_weights_as_they_are() -> None:
-    suite = load_suite("demo")
+    suite = load_suite("vision")
     before = {t: as_matrix(suite.expert(t).tensor(suite.matrices[0])).clone() for t in suite.tasks}
     for name in PAGES:
         open_page(name)
-    again = load_suite("demo")
+    again = load_suite("vision")
     for task, value in before.items():
         assert again.expert(task).tensor(suite.matrices[0]).equal(value)
 

@@ -36,7 +36,7 @@ VALUES: tuple[Any, ...] = (
     None, True, 0, -1, 10**18, -(10**30), 1e308, -1e-300, float("nan"), float("inf"), "", " ", ".",
     "..", "../../../etc/passwd", "/etc/passwd", "/dev/zero", "/dev/null", "/proc/self/mem", "~",
     "~nobody-here/x", "a\0b", "\ud800", "\x1b[2J", "n" * 5000, "*", "[", "a" * 200 + "*" * 200, "é",
-    "experts/shapes.safetensors", "demo", "cart", "ties", "numpy", "base", [], {}, [[]], {"": ""},
+    "experts/shapes.safetensors", "vision", "cart", "ties", "numpy", "base", [], {}, [[]], {"": ""},
     {"a": {"b": {"c": {}}}}, ["x"] * 300, [1, 2, 3], [None], {1: 2}, "1e5", "0.5", "true",
 )  # fmt: skip
 PIECES = (
@@ -248,7 +248,7 @@ def test_recipes(evaluable: Path) -> None:
 def test_links() -> None:
     """Whatever a link says, it is a recipe or one clear error."""
     source = random.Random(3)
-    goods = [Recipe.model_validate({**r, "suite": "demo"}).to_query() for r in RECIPES]
+    goods = [Recipe.model_validate({**r, "suite": "vision"}).to_query() for r in RECIPES]
 
     def one() -> str:
         text = source.choice(goods)

@@ -32,7 +32,7 @@ def draw(method: str = "a", page: str = "one") -> None:
         "count": controls.count("N", 1, "count", rest=16),
         "on": controls.toggle("T", "on"),
         "text": controls.text("X", "text"),
-        "suite": controls.selectbox("U", ["demo", "mine"], "suite"),
+        "suite": controls.selectbox("U", ["vision", "mine"], "suite"),
     }
     st.session_state["test_values"] = values
     st.session_state["test_unread"] = kept.take_unread()
@@ -40,7 +40,7 @@ def draw(method: str = "a", page: str = "one") -> None:
 
 REST = {
     "select": "x", "side": 1, "pills": [0, 1, 2], "many": ["x"], "share": 0.08, "scale": 1.0,
-    "count": 16, "on": False, "text": "", "suite": "demo",
+    "count": 16, "on": False, "text": "", "suite": "vision",
 }  # fmt: skip
 LINK = {
     "select": "y", "side": "Two", "pills": ["0", "2"], "many": [""], "share": "11.3456 %",

@@ -13,7 +13,7 @@ from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.files import write_atomically
 from merge_core.input_files import stays_inside
 from merge_core.opening.draft import task_name
-from merge_core.suites.suite import RECORD_SUFFIX
+from merge_core.suites.bundled import RECORD_SUFFIX
 from ui.controls import optional_selectbox
 from ui.plain_text import show_error
 from ui.server import roots, session_files

@@ -288,7 +288,7 @@ class TestForwardPasses:
         assert Evaluator(suite).experts(["digits"])["correct"].tolist() == [15]
 
     def test_those_of_the_bundled_suite_and_its_copies_are_believed(self, tmp_path: Path) -> None:
-        bundled = load_suite("demo").root / "predictions.sqlite"
+        bundled = load_suite("vision").root / "predictions.sqlite"
         assert trusted_predictions(bundled.parent) == (bundled,)
         copy = tmp_path / bundled.name
         copy.write_bytes(bundled.read_bytes())

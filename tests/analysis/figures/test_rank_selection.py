@@ -238,10 +238,10 @@ class TestEvidence:
 
     def test_regrets_with_their_means_and_what_lies_beyond(self) -> None:
         rows = [
-            ("good", "inputs", "demo", "8", 0.001),
-            ("good", "inputs", "demo", "4a", 0.003),
-            ("bad", "weights", "demo", "8", 0.40),
-            ("bad", "weights", "demo", "4a", 0.02),
+            ("good", "inputs", "vision", "8", 0.001),
+            ("good", "inputs", "vision", "4a", 0.003),
+            ("bad", "weights", "vision", "8", 0.40),
+            ("bad", "weights", "vision", "4a", 0.02),
         ]
         table = pd.DataFrame(rows, columns=["title", "mode", "suite", "subset", "test_regret"])
         figure = decode(rank_evidence.regret_dots(table.assign(proxy=table["title"]), "Who?"))
@@ -261,7 +261,7 @@ class TestEvidence:
             {
                 "tasks": [4, 4, 8],
                 "subset": ["4a", "4b", "8"],
-                "suite": "demo",
+                "suite": "vision",
                 "best_rank": [0.1, 0.2, 0.08],
                 "best_scale": [2.0, 3.0, 2.5],
                 "tied_rank_low": [0.05, 0.1, 0.07],

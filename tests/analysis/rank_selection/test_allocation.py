@@ -149,13 +149,13 @@ def test_every_task_counts(tmp_path: Path) -> None:
 
 
 def test_ranks_become_overrides_of_exactly_those_parameters() -> None:
-    recipe = with_ranks(search_space("cart", "demo").recipe(0.5, 2.0), {"a[0].weight": 3, "b": 5})
+    recipe = with_ranks(search_space("cart", "vision").recipe(0.5, 2.0), {"a[0].weight": 3, "b": 5})
     assert recipe.parameters_of("a[0].weight").rank == 3
     assert recipe.parameters_of("a0.weight").rank == 0.5
     assert recipe.parameters_of("b").rank == 5
     assert recipe.parameters_of("b").scale == 2.0
     with pytest.raises(RecipeError):
-        with_ranks(search_space("task_arithmetic", "demo").recipe(None, 1.0), {"b": 5})
+        with_ranks(search_space("task_arithmetic", "vision").recipe(None, 1.0), {"b": 5})
 
 
 def test_unknown_rules_are_refused(groups: TensorGroups) -> None:

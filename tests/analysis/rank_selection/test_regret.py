@@ -314,8 +314,8 @@ class TestSummary:
 class TestShipped:
     def test_covers_the_cases(self) -> None:
         table = evidence()
-        demo = table[table["suite"] == "demo"]
-        found = set(zip(demo["subset"], demo["method"], strict=True))
+        bundled = table[table["suite"] == "vision"]
+        found = set(zip(bundled["subset"], bundled["method"], strict=True))
         assert found == {(case.subset, case.method) for case in data.evidence.CASES}
         assert set(table["mode"]) == {"default", "weights", "inputs", "labels"}
 

@@ -56,7 +56,7 @@ def evidence() -> pd.DataFrame:
                 rows.append((case, "cart", mode, proxy, search, loss, loss, -0.01, 60))
     rows += [("a", "iso_c", *row[2:]) for row in rows if row[:1] == ("a",) and row[3] != "overlap"]
     columns = ["subset", "method", "mode", "proxy", "search", "regret", "test_regret", "test_low"]
-    return pd.DataFrame(rows, columns=[*columns, "images"]).assign(suite="demo")
+    return pd.DataFrame(rows, columns=[*columns, "images"]).assign(suite="vision")
 
 
 @pytest.fixture(autouse=True)

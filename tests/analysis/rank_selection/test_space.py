@@ -16,22 +16,22 @@ def test_usual_ranks_are_equal_steps_in_the_logarithm_from_one_percent_to_all() 
 
 
 def test_recipes_have_ranks_outermost() -> None:
-    space = search_space("cart", "demo", ["letters", "digits"], [8, 0.5], [2.5, 1])
+    space = search_space("cart", "vision", ["letters", "digits"], [8, 0.5], [2.5, 1])
     settings = [(r.parameters["rank"], r.parameters["scale"]) for r in space.recipes()]
     assert settings == [(0.5, 1.0), (0.5, 2.5), (8, 1.0), (8, 2.5)]
     assert space.size == 4
-    assert all(r.tasks == ("letters", "digits") and r.suite == "demo" for r in space.recipes())
+    assert all(r.tasks == ("letters", "digits") and r.suite == "vision" for r in space.recipes())
 
 
 def test_whole_ranks_are_directions_and_shares_are_shares() -> None:
-    (one,) = search_space("cart", "demo", None, [1], [1.0]).recipes()
-    (whole,) = search_space("cart", "demo", None, [1.0], [1]).recipes()
+    (one,) = search_space("cart", "vision", None, [1], [1.0]).recipes()
+    (whole,) = search_space("cart", "vision", None, [1.0], [1]).recipes()
     assert type(one.parameters["rank"]) is int
     assert type(whole.parameters["rank"]) is float
 
 
 def test_a_method_without_a_rank_has_one_axis() -> None:
-    space = search_space("task_arithmetic", "demo")
+    space = search_space("task_arithmetic", "vision")
     assert space.ranks == ()
     assert space.size == len(space.recipes()) == POINTS
     assert space.scales[-1] == 1.5  # where the slider ends
@@ -39,7 +39,7 @@ def test_a_method_without_a_rank_has_one_axis() -> None:
 
 
 def test_a_setting_between_the_points() -> None:
-    recipe = search_space("cart", "demo", None, [0.1], [1.0]).recipe(0.1234, 2.7)
+    recipe = search_space("cart", "vision", None, [0.1], [1.0]).recipe(0.1234, 2.7)
     assert (recipe.parameters["rank"], recipe.parameters["scale"]) == (0.1234, 2.7)
 
 
@@ -60,11 +60,11 @@ def test_what_cannot_be_searched_is_refused(
     method: str, axes: dict[str, list[float]], says: str
 ) -> None:
     with pytest.raises(RecipeError, match=says):
-        search_space(method, "demo", None, **axes)
+        search_space(method, "vision", None, **axes)
 
 
 def test_the_ends_of_every_axis_are_said() -> None:
-    space = search_space("cart", "demo")
+    space = search_space("cart", "vision")
     nan = float("nan")
     assert edge_words(space, 0.113, 5.6) == ""
     assert "scale 8 is the highest of the grid: a better one may lie beyond" in edge_words(
@@ -77,4 +77,4 @@ def test_the_ends_of_every_axis_are_said() -> None:
     both = edge_words(space, 0.01, 8.0)
     assert both.count("grid") == 2
     # An axis of one value was asked for, and has no ends.
-    assert edge_words(search_space("cart", "demo", None, [0.1], [1.0]), 0.1, 1.0) == ""
+    assert edge_words(search_space("cart", "vision", None, [0.1], [1.0]), 0.1, 1.0) == ""

@@ -75,7 +75,7 @@ def at(frame: pd.DataFrame, rank: float) -> pd.Series:
 
 @pytest.fixture(scope="module")
 def space() -> SearchSpace:
-    return search_space("cart", "demo", TASKS)
+    return search_space("cart", "vision", TASKS)
 
 
 @pytest.mark.parametrize("method", PROPORTIONAL)
@@ -83,7 +83,7 @@ def test_every_method_listed_is_its_origin_plus_the_scale_times_the_update(
     suite: Suite, store: FactorStore, method: str
 ) -> None:
     session = MergeSession(suite, None, store)
-    space = search_space(method, "demo", TASKS)
+    space = search_space(method, "vision", TASKS)
     recipe = space.recipe(0.4 if space.ranks else None, 1.0)
     merged = session.merge(recipe.with_parameters(scale=-1.7))
     for group in session.groups:
@@ -98,7 +98,7 @@ def test_every_method_listed_is_its_origin_plus_the_scale_times_the_update(
 def test_strength_and_overlap_give_the_error_at_every_scale(
     suite: Suite, groups: TensorGroups, method: str, share: float
 ) -> None:
-    frame = responses(groups, search_space(method, "demo", TASKS))
+    frame = responses(groups, search_space(method, "vision", TASKS))
     for name in MATRICES:
         row = at(frame[frame["parameter"] == name], share)
         D, C = by_hand(suite, method, name, share)
@@ -113,7 +113,7 @@ def test_strength_and_overlap_give_the_error_at_every_scale(
 def test_scales_do_what_they_are_named_after(
     suite: Suite, groups: TensorGroups, method: str
 ) -> None:
-    table = whole_model(responses(groups, search_space(method, "demo", TASKS)))
+    table = whole_model(responses(groups, search_space(method, "vision", TASKS)))
     share = RANKS[-4]
     row = at(table, share)
     parts = [by_hand(suite, method, name, share) for name in MATRICES]
@@ -175,7 +175,7 @@ def sum_responses(vectors: list[torch.Tensor]) -> pd.Series:
         experts = {f"t{i}": {FC: vector.clone()} for i, vector in enumerate(vectors)}
         suite = write_suite(Path(folder) / "s", base, experts)
         groups = TensorGroups(suite, None, FactorStore(Path(folder) / "f"))
-        found = whole_model(responses(groups, search_space("task_arithmetic", "demo")))
+        found = whole_model(responses(groups, search_space("task_arithmetic", "vision")))
     return found.iloc[0]
 
 
@@ -293,7 +293,7 @@ def test_knee_and_balance_by_hand() -> None:
 
 
 def test_each_proxy_takes_its_row_and_its_scale(groups: TensorGroups, space: SearchSpace) -> None:
-    wide_open = search_space("cart", "demo", TASKS, scales=[-10.0, 10.0])
+    wide_open = search_space("cart", "vision", TASKS, scales=[-10.0, 10.0])
     found = recommend_from_weights(groups, wide_open).set_index("proxy")
     assert list(found.index) == [n for n in PROXIES if defined_for(n, "cart")]
     table = whole_model(responses(groups, space)).set_index("rank")
@@ -320,33 +320,33 @@ def test_each_proxy_takes_its_row_and_its_scale(groups: TensorGroups, space: Sea
 
 
 def test_recommendations_stay_inside_the_space(groups: TensorGroups) -> None:
-    space = search_space("cart", "demo", TASKS, ranks=[0.3, 0.4], scales=[1.0, 1.5])
+    space = search_space("cart", "vision", TASKS, ranks=[0.3, 0.4], scales=[1.0, 1.5])
     found = recommend_from_weights(groups, space)
     assert found["rank"].between(0.3, 0.4).all()
     assert found["scale"].between(1.0, 1.5).all()
-    whole = search_space("cart", "demo", TASKS, ranks=[1, 2])
+    whole = search_space("cart", "vision", TASKS, ranks=[1, 2])
     assert recommend_from_weights(groups, whole)["rank"].between(0, 0.9).sum() > len(RULES) / 2
 
 
 def test_what_lies_beyond_the_grid_is_said(groups: TensorGroups) -> None:
-    wide = search_space("cart", "demo", TASKS, scales=[-10.0, 10.0])
+    wide = search_space("cart", "vision", TASKS, scales=[-10.0, 10.0])
     free = recommend_from_weights(groups, wide).set_index("proxy")
     assert free["at_edge"]["alignment"] == ""
     own = float(free["scale"]["alignment"])
-    narrow = search_space("cart", "demo", TASKS, scales=[own / 4, own / 2])
+    narrow = search_space("cart", "vision", TASKS, scales=[own / 4, own / 2])
     cut = recommend_from_weights(groups, narrow).set_index("proxy").loc["alignment"]
     assert cut["scale"] == pytest.approx(own / 2)
     assert cut["at_edge"] == (
         f"The scale {own / 2:.3g} is the highest of the grid, and the rule itself gives {own:.3g}."
     )
-    few = search_space("cart", "demo", TASKS, ranks=[0.01, 0.02], scales=[-10.0, 10.0])
+    few = search_space("cart", "vision", TASKS, ranks=[0.01, 0.02], scales=[-10.0, 10.0])
     said = recommend_from_weights(groups, few).set_index("proxy")["at_edge"]["energy_90"]
     assert "The rank 0.02 is the highest of the grid, and the rule itself gives" in said
 
 
 @pytest.mark.parametrize("method", ["task_arithmetic", "tsv_m", "iso_c"])
 def test_methods_without_a_rank_get_scales_only(groups: TensorGroups, method: str) -> None:
-    space = search_space(method, "demo", TASKS)
+    space = search_space(method, "vision", TASKS)
     found = recommend_from_weights(groups, space)
     assert found["rank"].isna().all()
     assert found["scale"].notna().all()
@@ -360,10 +360,10 @@ def test_methods_without_a_rank_get_scales_only(groups: TensorGroups, method: st
 def test_nothing_is_recommended_where_nothing_is_known(
     suite: Suite, groups: TensorGroups, store: FactorStore
 ) -> None:
-    ties = search_space("ties", "demo", TASKS)
+    ties = search_space("ties", "vision", TASKS)
     assert recommend_from_weights(groups, ties).empty
     pair = TensorGroups(suite, TASKS[:2], store)
-    space = search_space("cart", "demo", TASKS[:2])
+    space = search_space("cart", "vision", TASKS[:2])
     # C_1 = −C_2, and so are their truncations, up to rounding.
     assert recommend_from_weights(pair, space).empty
     assert layer_ranks(pair, space).empty

@@ -61,7 +61,7 @@ def test_the_random_level_is_what_random_rotations_give() -> None:
 
 
 def test_frames_are_means_of_pairs() -> None:
-    suite = load_suite("demo")
+    suite = load_suite("vision")
     names = suite.matrices[:2]
     store, tasks = FactorStore(), suite.tasks[:3]
     one = overlap_pairs(TensorGroup(suite, tasks, names[0], store), "base", 20)

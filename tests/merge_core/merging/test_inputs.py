@@ -69,12 +69,12 @@ def test_a_suite_that_is_called_by_a_path_is_named_without_it(
 def test_the_bundled_suite_is_known_everywhere_and_no_other_passes_for_it(
     synthetic_suite: Make, tmp_path: Path
 ) -> None:
-    demo = load_suite("demo")
+    bundled = load_suite("vision")
     recipe = make_recipe({"method": "average"})
-    assert recipe.publish(demo) == recipe
-    own = renamed(synthetic_suite(), name="demo")
+    assert recipe.publish(bundled) == recipe
+    own = renamed(synthetic_suite(), name="vision")
     published = recipe.publish(own)
-    assert published.suite == "demo"
+    assert published.suite == "vision"
     (tmp_path / "recipe.yaml").write_text(published.to_yaml())
     assert load_recipe(tmp_path / "recipe.yaml")[1].path == own.path
     shutil.rmtree(cache_dir())

@@ -85,7 +85,7 @@ def test_a_share_and_a_whole_number_stay_what_they_are(given: Any, meant: float)
         ({"method": "cart", "tasks": "a,b"}, ["tasks"]),
         ({"method": "cart", "suite": 3}, ["suite"]),
         ({"method": 3}, ["method"]),
-        ({"suite": "demo"}, ["method", "required"]),
+        ({"suite": "vision"}, ["method", "required"]),
         ([], ["fields"]),
         (None, ["fields"]),
     ],
@@ -117,7 +117,7 @@ def test_broken_links_are_refused(query: str) -> None:
 
 
 def test_a_link_gives_the_recipe_with_its_types() -> None:
-    link = "?suite=demo&tasks=b,a&method=cart&rank=1.0&scale=2&seed=3&dtype=float16"
+    link = "?suite=vision&tasks=b,a&method=cart&rank=1.0&scale=2&seed=3&dtype=float16"
     recipe = recipe_from_query(link)
     assert recipe == cart(
         tasks=("b", "a"), parameters={"rank": 1.0, "scale": 2.0}, seed=3, dtype="float16"

@@ -188,7 +188,7 @@ def test_a_file_is_replaced_only_when_told(tmp_path: Path) -> None:
 
 
 def test_any_suite_is_written_as_it_is(tmp_path: Path) -> None:
-    document = yaml.safe_load((Path(__file__).parents[3] / "data/demo/suite.yaml").read_text())
+    document = yaml.safe_load((Path(__file__).parents[3] / "data/vision/suite.yaml").read_text())
     spec = SuiteSpec.model_validate(document)
     write_suite(spec, tmp_path / "suite.yaml")
     assert load_suite(tmp_path).spec == spec

@@ -67,7 +67,7 @@ def test_the_method_is_named_as_it_is_here() -> None:
         None,
         [],
         {"name": "s", "experts": {"a": {"weights": "a"}}},
-        {"suite": "demo", "method": "ties"},
+        {"suite": "vision", "method": "ties"},
         {"models": {"model": "a"}},
         {"experts": ["a"]},
         {"slices": []},

@@ -11,8 +11,8 @@ import yaml
 from safetensors.torch import load_file
 
 from merge_core.errors import CheckpointError, PoolError
+from merge_core.suites.bundled import bundled_suites
 from merge_core.suites.pool import describes_pool, load_pool
-from merge_core.suites.suite import BUNDLED_PATH
 from merge_core.yaml_text import dump_yaml
 from tests.pools import write_pool
 
@@ -133,7 +133,7 @@ def test_a_pool_is_told_from_a_suite(folder: Path, tmp_path: Path) -> None:
     assert describes_pool(folder / "pool.yaml")
     renamed = shutil.copy(folder / "pool.yaml", tmp_path / "mine.yaml")
     assert describes_pool(renamed)
-    assert not describes_pool(BUNDLED_PATH)
-    assert not describes_pool(BUNDLED_PATH.parent)
-    assert not describes_pool("demo")
+    assert not describes_pool(bundled_suites()["vision"])
+    assert not describes_pool(bundled_suites()["vision"].parent)
+    assert not describes_pool("vision")
     assert not describes_pool(tmp_path / "nothing")

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import save_file
 
 from merge_core.errors import CheckpointError, SuiteError
+from merge_core.suites.bundled import bundled_name, bundled_suites
 from merge_core.suites.suite import Suite, load_suite
 
 MINIMAL = "name: s\nexperts:\n  a: {weights: a.safetensors}\n  b: {weights: b.safetensors}\n"
@@ -231,11 +232,11 @@ def test_only_common_parameters_are_listed(suite_of: Callable[..., Suite]) -> No
     assert sorted(suite.manifest(["x"]).names) == ["b", "own", "w.weight"]
 
 
-def test_the_bundled_demo_suite_goes_through_the_same_door() -> None:
-    from merge_core.suites.suite import BUNDLED_PATH
-
-    suite = load_suite("demo")
-    assert suite.path == BUNDLED_PATH
+@pytest.mark.parametrize("name", bundled_suites())
+def test_the_bundled_suites_go_through_the_same_door(name: str) -> None:
+    suite = load_suite(name)
+    assert suite.name == bundled_name(suite.path) == name
+    assert suite.path == bundled_suites()[name]
     assert suite.can_evaluate, suite.why_not_evaluated
     assert suite.base is not None
     assert len(suite.parameters) == len(suite.expert(suite.tasks[0]))

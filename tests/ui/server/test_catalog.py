@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from merge_core.errors import MergeScopeError
+from merge_core.suites.bundled import bundled_records, bundled_suites
 from merge_core.suites.pool import bundled_pools
-from merge_core.suites.suite import BUNDLED, BUNDLED_PATH
 from ui.server.catalog import POOLS, SUITES
 
 
@@ -20,7 +20,7 @@ def test_only_the_bundled_ones_by_default(monkeypatch: pytest.MonkeyPatch) -> No
                 monkeypatch.delenv(catalog.variable, raising=False)
             else:
                 monkeypatch.setenv(catalog.variable, value)
-        assert SUITES.list_offered() == {BUNDLED: BUNDLED_PATH}
+        assert SUITES.list_offered() == bundled_suites() | bundled_records()
         assert POOLS.list_offered() == bundled_pools()
 
 
@@ -30,21 +30,22 @@ def test_round_trip_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
         Path("/b/clip/suite.yaml"),  # the same folder name
         Path("/c/other.yaml"),
         Path("/d/with space, ü and 50%/suite.yaml"),
-        Path("/e/demo/suite.yaml"),  # the bundled one's name
+        Path("/e/vision/suite.yaml"),  # the bundled one's name
         Path("/f/clip.yaml"),
     ]
     environment = SUITES.environment(paths)
     assert list(environment) == [SUITES.variable]
     monkeypatch.setenv(SUITES.variable, environment[SUITES.variable])
     names = SUITES.list_offered()
-    assert list(names.values()) == [BUNDLED_PATH, *paths]
+    bundled = bundled_suites() | bundled_records()
+    assert list(names.values()) == [*bundled.values(), *paths]
     assert list(names) == [
-        "demo",
+        *bundled,
         "clip",
         "clip-2",
         "other",
         "with space, ü and 50%",
-        "demo-2",
+        "vision-2",
         "clip-3",
     ]
 

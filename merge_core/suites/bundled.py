@@ -1,0 +1,40 @@
+"""What comes with MergeScope: suites with their weights, and records of suites without."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+BUNDLED = "vision"  # the one that is opened first
+RECORD_SUFFIX = ".mergescope"
+_DATA = Path(__file__).resolve().parents[2] / "data"
+
+
+def bundled_suites() -> dict[str, Path]:
+    """Name to ``suite.yaml`` of the suites whose weights come with MergeScope.
+
+    Example:
+        >>> list(bundled_suites())
+        ['vision', 'vision-small', 'vision-apart']
+    """
+    names = (BUNDLED, "vision-small", "vision-apart")
+    return {name: _DATA / name / "suite.yaml" for name in names}
+
+
+def bundled_name(path: Path) -> str | None:
+    """The name of the bundled suite that a ``suite.yaml`` is; None for any other.
+
+    Example:
+        >>> bundled_name(bundled_suites()["vision"]), bundled_name(Path("suite.yaml"))
+        ('vision', None)
+    """
+    return next((name for name, own in bundled_suites().items() if own == path), None)
+
+
+def bundled_records() -> dict[str, Path]:
+    """Name to file of the records that come with MergeScope.
+
+    Example:
+        >>> all(path.suffix == ".mergescope" for path in bundled_records().values())
+        True
+    """
+    return {path.stem: path for path in sorted((_DATA / "records").glob(f"*{RECORD_SUFFIX}"))}
