@@ -22,7 +22,8 @@ from merge_core.factors.store import FactorStore
 from merge_core.files import write_atomically
 from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
-from merge_core.suites.suite import BUNDLED, Suite, load_suite
+from merge_core.suites.bundled import BUNDLED
+from merge_core.suites.suite import Suite, load_suite
 
 SUBSETS: dict[str, tuple[str, ...] | None] = {
     "8": None,

@@ -23,7 +23,8 @@ def inspect(
         str,
         typer.Argument(
             help="A suite.yaml, its folder, a bundled suite by name, say vision, or one model on "
-            "the hub: hf://org/name. What is on the hub alone shows its headers; no weights are downloaded."
+            "the hub: hf://org/name. What is on the hub alone shows its headers; no weights are "
+            "downloaded."
         ),
     ],
     tasks: TasksOption = None,
