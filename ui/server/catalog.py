@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from merge_core.errors import MergeScopeError
+from merge_core.suites.bundled import bundled_records, bundled_suites
 from merge_core.suites.pool import bundled_pools
-from merge_core.suites.suite import BUNDLED, BUNDLED_PATH
 
 
 @dataclass(frozen=True)
@@ -65,5 +65,7 @@ class Catalog:
         return found
 
 
-SUITES = Catalog("MERGESCOPE_SUITES", "suite.yaml", lambda: {BUNDLED: BUNDLED_PATH})
+SUITES = Catalog(
+    "MERGESCOPE_SUITES", "suite.yaml", lambda: {**bundled_suites(), **bundled_records()}
+)
 POOLS = Catalog("MERGESCOPE_POOLS", "pool.yaml", bundled_pools)

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from merge_core.errors import MergeScopeError
+from merge_core.suites.bundled import bundled_records, bundled_suites
 from merge_core.suites.pool import bundled_pools
-from merge_core.suites.suite import BUNDLED, BUNDLED_PATH
 from ui.server.catalog import POOLS, SUITES
 
 
@@ -20,7 +20,7 @@ def test_only_the_bundled_ones_by_default(monkeypatch: pytest.MonkeyPatch) -> No
                 monkeypatch.delenv(catalog.variable, raising=False)
             else:
                 monkeypatch.setenv(catalog.variable, value)
-        assert SUITES.list_offered() == {BUNDLED: BUNDLED_PATH}
+        assert SUITES.list_offered() == bundled_suites() | bundled_records()
         assert POOLS.list_offered() == bundled_pools()
 
 
@@ -37,9 +37,10 @@ def test_round_trip_through_the_environment(monkeypatch: pytest.MonkeyPatch) -> 
     assert list(environment) == [SUITES.variable]
     monkeypatch.setenv(SUITES.variable, environment[SUITES.variable])
     names = SUITES.list_offered()
-    assert list(names.values()) == [BUNDLED_PATH, *paths]
+    bundled = bundled_suites() | bundled_records()
+    assert list(names.values()) == [*bundled.values(), *paths]
     assert list(names) == [
-        "demo",
+        *bundled,
         "clip",
         "clip-2",
         "other",
