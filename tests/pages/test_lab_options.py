@@ -51,7 +51,7 @@ def test_the_lab_evaluates_what_it_writes() -> None:
     at = assert_healthy(open_page("merge_lab", method="Task Arithmetic", weights="digits=3"))
     suite = load_suite("vision")
     frame = Evaluator(suite).recipe(
-        read_shown_recipe(at), MergeSession(suite, None, FactorStore()), "val"
+        read_shown_recipe(at), MergeSession(suite, suite.select(["8"]), FactorStore()), "val"
     )
     assert metrics(at)["Mean accuracy"] == f"{frame['accuracy'].mean():.1%}"
 
