@@ -1,106 +1,105 @@
-"""Predictions that a suite ships, so that the dashboard's default views need no forward pass.
+"""Frames that a suite ships, so that the dashboard's default views compute nothing.
 
-Run ``python -m data.precompute`` after the bundled suites were rebuilt. Predictions are known by
-the content of weights and data, so stale ones are never used, only useless.
+Run ``python -m data.precompute`` after the bundled suites, the evidence for the rules or the
+meaning of a question changed. Frames are known by the content of weights and data, so stale ones
+are never used, only useless.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-import tempfile
+import time
 from pathlib import Path
 
-from analysis.comparison.first_result import first_recipes, first_result
+from analysis.comparison.scaling import draw_subsets, task_counts
 from analysis.evaluation.evaluator import Evaluator
-from analysis.outputs.prediction_store import SHIPPED_NAME, PredictionStore
-from analysis.rank_selection.adaptive import adaptive_search
+from analysis.frames.entries import Frames
+from analysis.frames.from_outputs import OutputFrames
+from analysis.frames.record import record_bytes
+from analysis.frames.recording import Recorder, usual_answers
+from analysis.frames.scaling import scaling
+from analysis.frames.store import FrameStore
+from analysis.frames.usual import SEARCHED, SUBSETS
 from analysis.rank_selection.rule import NEEDS
-from analysis.rank_selection.select import SelectionOptions, select_rank
+from analysis.rank_selection.select import SelectionOptions
 from analysis.rank_selection.space import search_space
 from merge_core.factors.store import FactorStore
+from merge_core.files import write_atomically
 from merge_core.merging.engine import MergeSession
-from merge_core.merging.recipe import make_recipe
-from merge_core.methods import methods
 from merge_core.progress import Progress
-from merge_core.suites.bundled import bundled_suites
-from merge_core.suites.suite import load_suite
-
-# Of these the page "Rank and scale" shows rank and scale without being asked, in every mode.
-SELECTED = ("cart", "low_rank_task_arithmetic", "task_arithmetic")
+from merge_core.suites.bundled import FRAMES_NAME, bundled_name, bundled_suites
+from merge_core.suites.recorded import suite_card
+from merge_core.suites.suite import Suite, load_suite
 
 
-def precompute(reference: str) -> Path:
-    """Evaluate what the default views show, and write it beside the suite.
+def precompute(reference: str, progress: Progress | None = None) -> Path:
+    """Ask what the default views show, and write the answers beside the suite.
 
     Of a suite with presets these are the views of the first one; of the others it is the first
-    result alone.
+    result and the accuracy over the number of tasks.
 
     Args:
         reference: the name of a bundled suite, or a suite.yaml whose folder may be written.
+        progress: reports what is asked.
 
     Returns:
-        The path of the store.
+        The path of the file.
 
     Raises:
         MergeScopeError: the suite cannot be evaluated.
     """
     suite = load_suite(reference)
-    target = suite.root / SHIPPED_NAME
-    with tempfile.TemporaryDirectory(dir=suite.root) as folder:
-        predictions = PredictionStore(Path(folder) / SHIPPED_NAME)
-        evaluator, factors = Evaluator(suite, predictions), FactorStore()
-        presets = [suite.select([name]) for name in suite.spec.presets] or [suite.tasks]
-        for position, tasks in enumerate(presets):
-            session = MergeSession(suite, tasks, factors)
-            if position == 0:
-                _run_views(reference, session, evaluator)
-            else:
-                for method in ("cart", "task_arithmetic"):
-                    adaptive_search(search_space(method, reference, tasks), session, evaluator)
-            evaluator.experts(tasks)
-            if suite.base is not None:
-                evaluator.checkpoint(suite.base, tasks)
-            # Only the settings chosen on the validation split are looked at on the test split.
-            first_result(first_recipes(reference, session, evaluator), session, evaluator)
-        predictions.path.replace(target)
+    progress, frames, factors = progress or Progress(), FrameStore(), FactorStore()
+    first, *others = [suite.restrict([name]) for name in suite.spec.presets] or [suite]
+    name = bundled_name(suite.path) or reference
+    answers = []
+    for part in (first, *others):
+        recorder = Recorder(frames)
+        _ask_accuracies(part, name, recorder, factors, progress, every_view=part is first)
+        answers += recorder.answers.items()
+    answers += [
+        (asked.key, (asked, kept))
+        for asked, kept in usual_answers(first, name, frames, factors, progress)
+    ]
+    target = suite.root / FRAMES_NAME
+    write_atomically(target, record_bytes(suite_card(first, measured=True), dict(answers).values()))
     return target
 
 
-def _run_views(reference: str, session: MergeSession, evaluator: Evaluator) -> None:
-    """Every method at its defaults, and the searches of the page on rank and scale."""
-    suite, tasks = session.suite, session.groups.tasks
-    usable = [
-        m.name
-        for m in methods().values()
-        if (suite.base is not None or not m.needs_base()) and m.tasks is None and not m.learns
-    ]
-    for name in usable:
-        recipe = make_recipe({"suite": reference, "tasks": tasks, "method": name})
-        evaluator.recipe(recipe, session)
-        for mode in NEEDS if name in SELECTED else ():
-            space = search_space(name, reference, tasks)
-            shown = _progress(f"{name}, {mode}")
-            options = SelectionOptions(mode, every_proxy=True)
-            select_rank(space, session, evaluator, options, progress=shown)
-        if name == "cart":  # the full map, which takes minutes
-            space = search_space(name, reference, tasks)
-            shown = _progress(f"{name}, full grid")
-            options = SelectionOptions("labels", full_grid=True)
-            select_rank(space, session, evaluator, options, progress=shown)
+def _ask_accuracies(
+    suite: Suite,
+    name: str,
+    frames: Frames,
+    factors: FactorStore,
+    progress: Progress,
+    every_view: bool,
+) -> None:
+    """The searches that take long, the first result, and the accuracy over the number of tasks."""
+    tasks, evaluator = suite.tasks, Evaluator(suite)
+    session = MergeSession(suite, tasks, factors)
+    outputs = OutputFrames(name, suite, tasks, frames, lambda: session, lambda: evaluator)
+    for method in SEARCHED if every_view else ("cart", "task_arithmetic"):
+        space = search_space(method, name, tasks)
+        for mode in NEEDS if every_view else ("labels",):
+            outputs.select(space, SelectionOptions(mode, every_proxy=every_view), progress)
+        if every_view and method == "cart":  # the full map
+            outputs.select(space, SelectionOptions("labels", full_grid=True), progress)
+    outputs.first_result(outputs.first_recipes())
+    outputs.first_result_if_known()
+    drawn = draw_subsets(tasks, task_counts(len(tasks)), SUBSETS[0])
+    scaling(outputs, drawn, factors, progress)
 
 
-def _progress(title: str) -> Progress:
-    def show(done: int, total: int, label: str) -> None:
-        end = "\n" if done == total else ""
-        sys.stderr.write(f"\r\x1b[2K{title}: {done}/{total} {label}{end}")
-        sys.stderr.flush()
-
-    return Progress(show)
+def _show(started: float, done: int, total: int, label: str) -> None:
+    sys.stderr.write(f"\r\x1b[2K{time.monotonic() - started:6.0f} s  {done}/{total} {label:60.60}")
+    sys.stderr.flush()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("suites", nargs="*", default=list(bundled_suites()))
+    begun = time.monotonic()
     for each in parser.parse_args().suites:
-        sys.stdout.write(f"{precompute(each)}\n")
+        path = precompute(each, Progress(lambda *what: _show(begun, *what)))
+        sys.stdout.write(f"\r{path}\n")

@@ -250,9 +250,38 @@ def record_suite(
         Traceback (most recent call last):
         merge_core.errors.Cancelled: Cancelled after 0 of ... steps; nothing was written.
     """
+    answers = usual_answers(suite, reference, frames, factors, progress, weights_only)
+    return record_bytes(suite_card(suite, _is_measured(suite, weights_only)), answers)
+
+
+def usual_answers(
+    suite: Suite,
+    reference: str,
+    frames: Frames,
+    factors: FactorStore,
+    progress: Progress | None = None,
+    weights_only: bool = False,
+) -> list[tuple[Asked, Kept]]:
+    """What pages ask of a suite at their usual settings, each question once, with its answer.
+
+    Args:
+        suite, reference, frames, factors, progress, weights_only: as in :func:`record_suite`.
+
+    Raises:
+        SuiteError: the experts do not fit together.
+        MergeScopeError: unfit inputs.
+        Cancelled: by `progress`.
+
+    Example:
+        >>> from analysis.frames.store import FrameStore
+        >>> suite = load_suite("vision").restrict(["digits"])
+        >>> found = usual_answers(suite, "vision", FrameStore(), FactorStore(), None, True)
+        >>> found[0][0].name
+        'spectral.spectrum'
+    """
     progress = progress or Progress()
     session = MergeSession(suite, suite.tasks, factors)  # says what does not fit before any work
-    measured = not weights_only and _is_measured(suite)
+    measured = _is_measured(suite, weights_only)
     recorder = Recorder(frames)
     questions = _Questions(
         suite,
@@ -272,13 +301,15 @@ def record_suite(
         progress.step(done, len(steps), label)
         step()
     progress.step(len(steps), len(steps), "packing")
-    return record_bytes(suite_card(suite, measured), recorder.answers.values())
+    return list(recorder.answers.values())
 
 
-def _is_measured(suite: Suite) -> bool:
-    """Whether accuracies can be measured on both splits of every task."""
-    return suite.can_evaluate and all(
-        has_labels(suite, task, split) for task in suite.tasks for split in get_args(Split)
+def _is_measured(suite: Suite, weights_only: bool) -> bool:
+    """Whether accuracies are asked for, and can be measured on both splits of every task."""
+    return (
+        not weights_only
+        and suite.can_evaluate
+        and all(has_labels(suite, task, split) for task in suite.tasks for split in get_args(Split))
     )
 
 

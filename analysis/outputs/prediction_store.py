@@ -2,10 +2,8 @@
 
 A vector is known by the digests of the weights (a checkpoint, or the recipe and its inputs) and of
 the task's data, head and architecture. It has one value per image of the split; images that were
-not asked for yet are marked in it, and are filled in when they are. The user's own store is a
-SQLite file in the cache folder; the bundled suite carries one of the same form,
-``predictions.sqlite``, which is only read. One beside another suite is not opened (see
-:func:`analysis.outputs.suite_outputs.trusted_predictions`).
+not asked for yet are marked in it, and are filled in when they are. The store is a SQLite file in
+the cache folder.
 """
 
 from __future__ import annotations
@@ -23,7 +21,7 @@ import numpy.typing as npt
 
 from merge_core.files import cache_dir, digest_of
 
-SHIPPED_NAME = "predictions.sqlite"
+FILE_NAME = "predictions.sqlite"
 FORMAT = "predictions-1"
 SCHEMA = "CREATE TABLE IF NOT EXISTS predictions (key TEXT PRIMARY KEY, labels BLOB NOT NULL)"
 CLASSES = "classes"
@@ -66,21 +64,16 @@ def fill_missing(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 class PredictionStore:
-    """Vectors by key, read from `shipped` and from the user's store, written there.
+    """Vectors by key, in one file.
 
     A store that cannot be opened or written costs time, never a result.
 
     Args:
-        path: the user's store; None for ``predictions.sqlite`` in the cache folder.
-        shipped: read-only stores, whose content is believed.
+        path: of the file; None for ``predictions.sqlite`` in the cache folder.
     """
 
-    def __init__(self, path: Path | None = None, shipped: tuple[Path, ...] = ()) -> None:
-        self.path = cache_dir() / SHIPPED_NAME if path is None else path
-        # Shipped stores are small and asked for often: a sweep looks up thousands of keys.
-        self._shipped: dict[str, Any] = {}
-        for file in shipped:
-            self._shipped |= _read(file)
+    def __init__(self, path: Path | None = None) -> None:
+        self.path = cache_dir() / FILE_NAME if path is None else path
         self._lock = threading.Lock()
 
     def get(self, wanted: Mapping[str, npt.DTypeLike]) -> Vectors:
@@ -89,11 +82,7 @@ class PredictionStore:
         Args:
             wanted: key to the dtype of its values.
         """
-        known = _unpack(_read(self.path, list(wanted)), wanted)
-        shipped = _unpack({key: self._shipped.get(key) for key in wanted}, wanted)
-        for key, values in shipped.items():
-            known[key] = fill_missing(values, known[key]) if key in known else values
-        return known
+        return _unpack(_read(self.path, list(wanted)), wanted)
 
     def put(self, vectors: Mapping[str, np.ndarray]) -> None:
         """Keep vectors in one transaction; what is missing in one stays as it was stored.
@@ -148,8 +137,8 @@ def _unpack(rows: Mapping[str, Any], types: Mapping[str, npt.DTypeLike]) -> Vect
     return found
 
 
-def _read(path: Path, keys: Sequence[str] | None = None) -> dict[str, Any]:
-    """Blobs by key, all where none are named; nothing where the store is missing or unreadable."""
+def _read(path: Path, keys: Sequence[str]) -> dict[str, Any]:
+    """Blobs by key; nothing where the store is missing or unreadable."""
     try:
         if not path.is_file():
             return {}
@@ -160,9 +149,7 @@ def _read(path: Path, keys: Sequence[str] | None = None) -> dict[str, Any]:
         return {}
 
 
-def _select(connection: sqlite3.Connection, keys: Sequence[str] | None) -> dict[str, Any]:
-    query = "SELECT key, labels FROM predictions"
-    if keys is None:
-        return dict(connection.execute(query).fetchall())
+def _select(connection: sqlite3.Connection, keys: Sequence[str]) -> dict[str, Any]:
     marks = ", ".join("?" * len(keys))
-    return dict(connection.execute(f"{query} WHERE key IN ({marks})", keys).fetchall())
+    query = f"SELECT key, labels FROM predictions WHERE key IN ({marks})"
+    return dict(connection.execute(query, keys).fetchall())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import suppress
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -19,7 +18,6 @@ from analysis.outputs.inputs import Split, load_inputs, normalise_for_task
 from analysis.outputs.measures import MEASURES
 from analysis.outputs.prediction_store import (
     CLASSES,
-    SHIPPED_NAME,
     PredictionStore,
     empty_vector,
     fill_missing,
@@ -28,10 +26,7 @@ from analysis.outputs.prediction_store import (
 )
 from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.executors.base import one_thread
-from merge_core.files import file_digest
-from merge_core.input_files import check_regular
 from merge_core.progress import Progress
-from merge_core.suites.bundled import bundled_suites
 from merge_core.suites.suite import Suite
 
 Images = Mapping[str, np.ndarray]
@@ -74,7 +69,7 @@ class SuiteOutputs:
                 f"{suite.why_not_evaluated}."
             )
         self.suite = suite
-        self.predictions = predictions or PredictionStore(shipped=trusted_predictions(suite.root))
+        self.predictions = predictions or PredictionStore()
         self._inputs: dict[tuple[str, Split, int | None], tuple[Tensor, np.ndarray]] = {}
         self._raw: dict[tuple[str, Split, int | None], TaskInputs] = {}
         self._heads: dict[str, Head] = {}
@@ -339,27 +334,6 @@ class SuiteOutputs:
         if task not in self._digests:
             self._digests[task] = self.suite.data_digest(task)
         return self._digests[task]
-
-
-def trusted_predictions(root: Path) -> tuple[Path, ...]:
-    """The stored outputs beside a suite, if they are those that come with MergeScope.
-
-    Others' could be made up, or be no table at all: such a file is not opened, and what it claims
-    is computed.
-
-    Args:
-        root: the suite's folder: a bundled one, or a copy of it.
-    """
-    path = root / SHIPPED_NAME
-    for suite in bundled_suites().values():
-        own = suite.with_name(SHIPPED_NAME)
-        with suppress(OSError):  # there is none
-            if path == own or (
-                check_regular(path).st_size == own.stat().st_size
-                and file_digest(path) == file_digest(own)
-            ):
-                return (path,)
-    return ()
 
 
 def _find_unknown(vectors: Measurements, images: Images) -> dict[str, np.ndarray]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 BUNDLED = "vision"  # the one that is opened first
 RECORD_SUFFIX = ".mergescope"
+FRAMES_NAME = "frames.mergescope"  # beside a bundled suite
 _DATA = Path(__file__).resolve().parents[2] / "data"
 
 
@@ -28,6 +29,16 @@ def bundled_name(path: Path) -> str | None:
         ('vision', None)
     """
     return next((name for name, own in bundled_suites().items() if own == path), None)
+
+
+def bundled_frames() -> list[Path]:
+    """The files that hold what pages show first of the bundled suites, computed beforehand.
+
+    Example:
+        >>> all(path.suffix == ".mergescope" for path in bundled_frames())
+        True
+    """
+    return [path.with_name(FRAMES_NAME) for path in bundled_suites().values()]
 
 
 def bundled_records() -> dict[str, Path]:

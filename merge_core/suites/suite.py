@@ -101,6 +101,15 @@ class Suite:
             raise SuiteError("Choose at least one task.")
         return tuple(task for task in self.tasks if task in named)
 
+    def restrict(self, tasks: Sequence[str] | None) -> Suite:
+        """The suite of these tasks alone (or of a preset's), in its own order.
+
+        Raises:
+            SuiteError: an unknown task, or none at all.
+        """
+        experts = {task: self.spec.experts[task] for task in self.select(tasks)}
+        return Suite(self.spec.model_copy(update={"experts": experts, "presets": {}}), self.path)
+
     def expert(self, task: str) -> Checkpoint:
         """The expert's checkpoint, under names that all members share.
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mergescope.terminal import SuiteArgument, progress_bar, size
+from mergescope.terminal import SuiteArgument, TasksOption, progress_bar, size, split_tasks
 
 
 def record(
@@ -16,6 +16,7 @@ def record(
     output: Annotated[
         Path, typer.Option("--output", "-o", help="The file to write: NAME.mergescope.")
     ],
+    tasks: TasksOption = None,
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Record spectra and interference alone.")
     ] = False,
@@ -28,6 +29,7 @@ def record(
 
     check_record_path(output)
     loaded = load_suite(suite)
+    loaded = loaded.restrict(split_tasks(tasks))
     begun = time.monotonic()
     bar = progress_bar("recording")
     data = record_suite(loaded, suite, FrameStore(), FactorStore(), bar, weights_only)

@@ -25,6 +25,7 @@ from merge_core.factors.store import FactorStore
 from merge_core.files import digest_of, file_digest
 from merge_core.input_files import file_stamp
 from merge_core.merging.engine import MergeSession
+from merge_core.suites.bundled import bundled_frames
 from merge_core.suites.recorded import RecordedSuite
 from merge_core.suites.suite import Suite, load_suite
 from merge_core.task_vectors import TensorGroup
@@ -110,7 +111,7 @@ def factor_store(suite: Suite) -> FactorStore:
 @st.cache_resource(show_spinner=False)
 def shared_frames() -> FrameStore:
     """The server's one store of frames."""
-    return FrameStore()
+    return FrameStore(shipped=bundled_frames())
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)
