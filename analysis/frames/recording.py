@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,6 +34,7 @@ from merge_core.errors import OutputError, RecipeError
 from merge_core.factors.store import FactorStore
 from merge_core.files import write_atomically
 from merge_core.merging.engine import MergeSession
+from merge_core.methods import get_method, methods
 from merge_core.progress import Progress
 from merge_core.suites.recorded import suite_card
 from merge_core.suites.suite import RECORD_SUFFIX, Suite
@@ -83,6 +84,7 @@ class _Questions:
     weights: WeightFrames
     outputs: OutputFrames
     measured: bool
+    methods: frozenset[str]
     progress: Progress
 
     @property
@@ -136,7 +138,7 @@ class _Questions:
     def of_settings(self) -> Iterator[Step]:
         """The choice of rank and scale of the methods that pages ask for first."""
         possible = selectable_methods(self.suite, self.suite.tasks)
-        for method in [name for name in SEARCHED if name in possible]:
+        for method in [name for name in SEARCHED if name in self.methods.intersection(possible)]:
             space = search_space(method, self.outputs.reference, self.suite.tasks)
             yield f"rank and scale of {possible[method]}", partial(self._ask_space, space)
 
@@ -172,12 +174,12 @@ class _Questions:
                 self.outputs.task_curves(selection)
 
     def of_accuracies(self) -> Iterator[Step]:
-        """Experts, every quick method at its defaults, and the first result."""
+        """Experts, every quick method asked for at its defaults, and the first result."""
         frames, tasks = self.outputs, self.suite.tasks
         for split in get_args(Split):
             yield "experts", partial(frames.experts, split)
         for name, method in usable_methods(self.suite, tasks).items():
-            if method.learns is not None:
+            if method.learns is not None or name not in self.methods:
                 continue
             yield method.title, partial(frames.compare, [name], 1, [])
             if not method.indexed:
@@ -185,6 +187,8 @@ class _Questions:
                 for split in get_args(Split):
                     yield method.title, partial(frames.recipe, recipe, split)
         for name, title in selectable_methods(self.suite, tasks).items():
+            if name not in self.methods:
+                continue
             space = search_space(name, frames.reference, tasks)
             yield title, partial(self._ask_suggested, space)
         yield "first result", self._ask_first
@@ -222,6 +226,7 @@ def record_suite(
     factors: FactorStore,
     progress: Progress | None = None,
     weights_only: bool = False,
+    only: Collection[str] | None = None,
 ) -> bytes:
     """Ask a suite what pages ask at their usual settings, and pack the answers.
 
@@ -232,11 +237,14 @@ def record_suite(
         factors: where factors are kept.
         progress: reports each question; cancels between two.
         weights_only: measure no accuracy.
+        only: methods that are searched and evaluated; all when None. The first result (average,
+            Task Arithmetic and CART) is recorded in any case.
 
     Returns:
         The bytes of a record.
 
     Raises:
+        RecipeError: an unknown method.
         SuiteError: the experts do not fit together.
         MergeScopeError: unfit inputs.
         Cancelled: by `progress`.
@@ -250,6 +258,7 @@ def record_suite(
         merge_core.errors.Cancelled: Cancelled after 0 of ... steps; nothing was written.
     """
     progress = progress or Progress()
+    wanted = frozenset(methods() if only is None else (get_method(name).name for name in only))
     session = MergeSession(suite, suite.tasks, factors)  # says what does not fit before any work
     measured = not weights_only and _is_measured(suite)
     recorder = Recorder(frames)
@@ -262,6 +271,7 @@ def record_suite(
             evaluated=measured,
         ),
         measured,
+        wanted,
         Progress(cancel=progress.cancel),
     )
     steps = [*questions.of_weights(), *questions.of_settings()]
