@@ -11,17 +11,18 @@ import argparse
 import sys
 import time
 from pathlib import Path
+from typing import get_args
 
 from analysis.comparison.scaling import draw_subsets, task_counts
 from analysis.evaluation.evaluator import Evaluator
-from analysis.frames.entries import Frames
+from analysis.frames.entries import Asked, Frames, Kept
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.record import record_bytes
 from analysis.frames.recording import Recorder, usual_answers
 from analysis.frames.scaling import scaling
 from analysis.frames.store import FrameStore
 from analysis.frames.usual import SEARCHED, SUBSETS
-from analysis.rank_selection.rule import NEEDS
+from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import SelectionOptions
 from analysis.rank_selection.space import search_space
 from merge_core.factors.store import FactorStore
@@ -53,7 +54,7 @@ def precompute(reference: str, progress: Progress | None = None) -> Path:
     progress, frames, factors = progress or Progress(), FrameStore(), FactorStore()
     first, *others = [suite.restrict([name]) for name in suite.spec.presets] or [suite]
     name = bundled_name(suite.path) or reference
-    answers = []
+    answers: list[tuple[str, tuple[Asked, Kept]]] = []
     for part in (first, *others):
         recorder = Recorder(frames)
         _ask_accuracies(part, name, recorder, factors, progress, every_view=part is first)
@@ -81,7 +82,8 @@ def _ask_accuracies(
     outputs = OutputFrames(name, suite, tasks, frames, lambda: session, lambda: evaluator)
     for method in SEARCHED if every_view else ("cart", "task_arithmetic"):
         space = search_space(method, name, tasks)
-        for mode in NEEDS if every_view else ("labels",):
+        modes: tuple[Mode, ...] = get_args(Mode) if every_view else ("labels",)
+        for mode in modes:
             outputs.select(space, SelectionOptions(mode, every_proxy=every_view), progress)
         if every_view and method == "cart":  # the full map
             outputs.select(space, SelectionOptions("labels", full_grid=True), progress)

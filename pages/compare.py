@@ -15,6 +15,7 @@ from analysis.comparison.seeds import join_seeds, titles_without_seeds
 from analysis.figures import compare as figures
 from merge_core.files import digest_of
 from merge_core.merging.recipe import Recipe
+from merge_core.methods import get_method
 from ui import charts, shell
 from ui.controls import choice, multiselect, tabs
 from ui.progress import run_job
@@ -37,7 +38,7 @@ def choose(view: View) -> tuple[list[str], int]:
         "Methods",
         offered,
         "methods",
-        rest=quick,
+        rest=which_are_known(view, quick, 1),
         words=lambda name: offered[name].title,
         help="Those that learn from data take longest; add them when you have minutes.",
     )
@@ -50,6 +51,24 @@ def choose(view: View) -> tuple[list[str], int]:
         "defaults, which the table says. Your own recipes stay as they are.",
     )
     return names, budget
+
+
+def which_are_known(view: View, names: list[str], budget: int) -> list[str]:
+    """Methods that can be compared: of a record, those that it holds."""
+    frames = resources.output_frames(view)
+    if frames.frames.computes:
+        return names
+    return [name for name in names if frames.compare_if_known([name], budget) is not None]
+
+
+def without_missing(view: View, names: list[str], budget: int) -> list[str]:
+    """The methods without those that a record does not hold, which are named; all if none is."""
+    known = which_are_known(view, names, budget)
+    missing = [get_method(name).title for name in names if name not in known]
+    if not known or not missing:
+        return names
+    st.info(f"This record does not hold the comparison of {', '.join(missing)}.")
+    return known
 
 
 def tuned_recipes(view: View, names: list[str]) -> list[Recipe]:
@@ -241,6 +260,7 @@ def page() -> None:
         published_figures()
         return
     names, budget = choose(view)
+    names = without_missing(view, names, budget)
     own, tuned = own_recipes(view), tuned_recipes(view, names)
     if not names and not own:
         st.info("Choose at least one method, or add a recipe of your own.")

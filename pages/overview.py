@@ -17,7 +17,7 @@ from analysis.figures import accuracy as figures
 from analysis.outputs.inputs import load_inputs
 from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
-from merge_core.suites.bundled import bundled_name
+from merge_core.suites.bundled import bundled_name, bundled_records
 from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import Preflight, preflight
 from merge_core.suites.recorded import RecordedSuite
@@ -257,6 +257,13 @@ def page() -> None:
             "their images and the training were changed until the methods differed clearly on "
             "the validation split. What holds for real models rests on published figures and on "
             "suites that you open. data/README.md says how it was built."
+        )
+    if view.suite.path in bundled_records().values():
+        st.info(
+            "These are **figures of a real model**: no weights, and no sentence of its data. What "
+            "was not recorded says so, on every page. To merge and measure it yourself, build the "
+            f"suite: `mergescope suite build {view.suite.name} --data FOLDER --output FOLDER`; "
+            "docs/build.md says which data it takes, and how long."
         )
     tasks_section(view)
 

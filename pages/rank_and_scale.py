@@ -275,10 +275,18 @@ def cost(selection: Selection) -> str:
         parts.append(
             f"{selection.asked_images:,} inputs decided "
             f"({selection.asked_images / selection.grid_images:.0%} of the full grid's); "
-            f"{selection.forward_images:,} were run just now, in {selection.seconds:.1f} s."
+            + (
+                f"{selection.forward_images:,} were run just now, in {selection.seconds:.1f} s."
+                if selection.seconds
+                else "none was run just now."
+            )
         )
     else:
-        parts.append(f"No input was run; {selection.seconds:.1f} s.")
+        parts.append(
+            f"No input was run; {selection.seconds:.1f} s."
+            if selection.seconds
+            else "No input was run."
+        )
     if selection.low_rank_bytes is not None:
         parts.append(
             f"The kept directions take {size_words(selection.low_rank_bytes)} in factored form,"

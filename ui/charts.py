@@ -18,9 +18,14 @@ from ui import kept
 from ui.plain_text import plain_figure
 
 CARD = 130  # pixels: half a phone's width
-# Columns that many tables have: shares, shown in percent, and those with a unit.
+# Columns that many tables have: shares, shown in percent, and those whose name says too little.
 SHARES = {"accuracy", "low", "high", "normalised", "worst"}
-UNITS = {"seconds": "Time (s)", "peak_mb": "Peak memory (MB)", "storage_mb": "Storage (MB)"}
+WORDS = {
+    "seconds": "Time (s)",
+    "peak_mb": "Peak memory (MB)",
+    "storage_mb": "Storage (MB)",
+    "images": "Inputs",  # which may be texts
+}
 
 
 def heading(question: str, purpose: str) -> None:
@@ -194,7 +199,7 @@ def table(frame: pd.DataFrame, name: str, key: str, words: Mapping[str, str] | N
         words: what stands above columns whose name says too little; the CSV keeps the names.
     """
     above = {name: name.replace("_", " ").capitalize() for name in map(str, frame)}
-    above |= UNITS | dict(words or {})
+    above |= WORDS | dict(words or {})
     columns: dict[str, Any] = dict(above)
     for column in SHARES & set(frame) if "accuracy" in frame else ():
         if frame[column].dropna().between(0, 1).all():

@@ -8,6 +8,7 @@ import streamlit as st
 
 from merge_core.merging.engine import check_fits
 from merge_core.suites.pool import REGIMES, Pool
+from merge_core.suites.recorded import RecordedSuite
 from merge_core.suites.suite import Suite
 from ui import kept
 from ui.controls import choice, pills, radio, selectbox
@@ -29,6 +30,8 @@ def choose_suite() -> View:
     )
     key = resources.suite_key(name)
     suite = resources.open_suite(name, key)
+    if isinstance(suite, RecordedSuite):
+        st.caption("A record: what was found in a suite, without its weights and data.")
     preset = _choose_preset(suite, name)
     chosen = pills(
         "Tasks to merge",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -34,6 +34,7 @@ from merge_core.errors import OutputError, RecipeError
 from merge_core.factors.store import FactorStore
 from merge_core.files import write_atomically
 from merge_core.merging.engine import MergeSession
+from merge_core.methods import get_method, methods
 from merge_core.progress import Progress
 from merge_core.suites.bundled import RECORD_SUFFIX
 from merge_core.suites.recorded import suite_card
@@ -84,6 +85,7 @@ class _Questions:
     weights: WeightFrames
     outputs: OutputFrames
     measured: bool
+    methods: frozenset[str]
     progress: Progress
 
     @property
@@ -137,7 +139,7 @@ class _Questions:
     def of_settings(self) -> Iterator[Step]:
         """The choice of rank and scale of the methods that pages ask for first."""
         possible = selectable_methods(self.suite, self.suite.tasks)
-        for method in [name for name in SEARCHED if name in possible]:
+        for method in [name for name in SEARCHED if name in self.methods.intersection(possible)]:
             space = search_space(method, self.outputs.reference, self.suite.tasks)
             yield f"rank and scale of {possible[method]}", partial(self._ask_space, space)
 
@@ -173,12 +175,12 @@ class _Questions:
                 self.outputs.task_curves(selection)
 
     def of_accuracies(self) -> Iterator[Step]:
-        """Experts, every quick method at its defaults, and the first result."""
+        """Experts, every quick method asked for at its defaults, and the first result."""
         frames, tasks = self.outputs, self.suite.tasks
         for split in get_args(Split):
             yield "experts", partial(frames.experts, split)
         for name, method in usable_methods(self.suite, tasks).items():
-            if method.learns is not None:
+            if method.learns is not None or name not in self.methods:
                 continue
             yield method.title, partial(frames.compare, [name], 1, [])
             if not method.indexed:
@@ -186,6 +188,8 @@ class _Questions:
                 for split in get_args(Split):
                     yield method.title, partial(frames.recipe, recipe, split)
         for name, title in selectable_methods(self.suite, tasks).items():
+            if name not in self.methods:
+                continue
             space = search_space(name, frames.reference, tasks)
             yield title, partial(self._ask_suggested, space)
         yield "first result", self._ask_first
@@ -223,6 +227,7 @@ def record_suite(
     factors: FactorStore,
     progress: Progress | None = None,
     weights_only: bool = False,
+    only: Collection[str] | None = None,
 ) -> bytes:
     """Ask a suite what pages ask at their usual settings, and pack the answers.
 
@@ -233,11 +238,14 @@ def record_suite(
         factors: where factors are kept.
         progress: reports each question; cancels between two.
         weights_only: measure no accuracy.
+        only: methods that are searched and evaluated; all when None. The first result (average,
+            Task Arithmetic and CART) is recorded in any case.
 
     Returns:
         The bytes of a record.
 
     Raises:
+        RecipeError: an unknown method.
         SuiteError: the experts do not fit together.
         MergeScopeError: unfit inputs.
         Cancelled: by `progress`.
@@ -250,7 +258,7 @@ def record_suite(
         Traceback (most recent call last):
         merge_core.errors.Cancelled: Cancelled after 0 of ... steps; nothing was written.
     """
-    answers = usual_answers(suite, reference, frames, factors, progress, weights_only)
+    answers = usual_answers(suite, reference, frames, factors, progress, weights_only, only)
     return record_bytes(suite_card(suite, _is_measured(suite, weights_only)), answers)
 
 
@@ -261,11 +269,13 @@ def usual_answers(
     factors: FactorStore,
     progress: Progress | None = None,
     weights_only: bool = False,
+    only: Sequence[str] | None = None,
 ) -> list[tuple[Asked, Kept]]:
     """What pages ask of a suite at their usual settings, each question once, with its answer.
 
     Args:
-        suite, reference, frames, factors, progress, weights_only: as in :func:`record_suite`.
+        suite, reference, frames, factors, progress, weights_only, only: as in
+            :func:`record_suite`.
 
     Raises:
         SuiteError: the experts do not fit together.
@@ -280,6 +290,7 @@ def usual_answers(
         'spectral.spectrum'
     """
     progress = progress or Progress()
+    wanted = frozenset(methods() if only is None else (get_method(name).name for name in only))
     session = MergeSession(suite, suite.tasks, factors)  # says what does not fit before any work
     measured = _is_measured(suite, weights_only)
     recorder = Recorder(frames)
@@ -292,6 +303,7 @@ def usual_answers(
             evaluated=measured,
         ),
         measured,
+        wanted,
         Progress(cancel=progress.cancel),
     )
     steps = [*questions.of_weights(), *questions.of_settings()]

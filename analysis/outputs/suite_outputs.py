@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import cache, cached_property
-from pathlib import Path
 
 import numpy as np
 import torch

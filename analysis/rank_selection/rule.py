@@ -81,7 +81,7 @@ def explain(mode: Mode, exhaustive: bool, method: str, chosen: pd.Series, tied: 
         if exhaustive:
             return (
                 f"{found}. That is the whole grid, which is the reference that the evidence "
-                "measures every rule against. Images that a setting was chosen on favour it: the "
+                "measures every rule against. Inputs that a setting was chosen on favour it: the "
                 "test split has the fairer number."
             )
         return (

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mergescope.terminal import SuiteArgument, TasksOption, progress_bar, size, split_tasks
+from mergescope.terminal import SuiteArgument, TasksOption, progress_bar, size, split_names
 
 
 def record(
@@ -20,6 +20,13 @@ def record(
     weights_only: Annotated[
         bool, typer.Option("--weights-only", help="Record spectra and interference alone.")
     ] = False,
+    methods: Annotated[
+        str | None,
+        typer.Option(
+            help="Methods whose accuracies are recorded, separated by commas; all that learn "
+            "nothing from data when left out. What was evaluated before is not evaluated again."
+        ),
+    ] = None,
 ) -> None:
     """Pack a suite's card and frames, without weights or inputs, to be opened by anyone."""
     from analysis.frames.recording import check_record_path, record_suite, write_record
@@ -28,11 +35,11 @@ def record(
     from merge_core.suites.suite import load_suite
 
     check_record_path(output)
-    loaded = load_suite(suite)
-    loaded = loaded.restrict(split_tasks(tasks))
+    loaded = load_suite(suite).restrict(split_names(tasks))
     begun = time.monotonic()
     bar = progress_bar("recording")
-    data = record_suite(loaded, suite, FrameStore(), FactorStore(), bar, weights_only)
+    only = split_names(methods)
+    data = record_suite(loaded, suite, FrameStore(), FactorStore(), bar, weights_only, only)
     write_record(output, data)
     typer.echo(
         f"{output} ({size(len(data))}, {len(loaded.tasks)} tasks, "

@@ -34,11 +34,12 @@ SHOWN = ("overview", "spectra", "interference", "rank_and_scale", "merge_lab", "
 
 
 @cache
-def recorded() -> bytes:
+def recorded(only: tuple[str, ...] | None = None) -> bytes:
     """A record of a suite that is no longer there."""
     folder = Path(mkdtemp())
     suite = load_suite(write_evaluable(folder / "suite"))
-    data = record_suite(suite, "mine", FrameStore(folder / "frames"), FactorStore(folder / "f"))
+    stores = FrameStore(folder / "frames"), FactorStore(folder / "f")
+    data = record_suite(suite, "mine", *stores, only=only)
     shutil.rmtree(folder)
     return data
 
@@ -127,6 +128,20 @@ def test_methods_that_were_not_compared_are_said_to_be_missing(
     offer()
     at = assert_healthy(open_record_at("compare", budget="Best of 16"))
     assert "does not hold this comparison" in infos(at)
+
+
+def test_a_record_compares_the_methods_that_it_holds_and_names_the_others(
+    offer: Callable[..., Path],
+) -> None:
+    offer(recorded(("average", "task_arithmetic", "cart")))
+    at = assert_healthy(finish(open_page("compare", suite="mine")))
+    (chosen,) = (each for each in at.multiselect if each.label == "Methods")
+    assert sorted(chosen.value) == ["average", "cart", "task_arithmetic"]
+    assert figures(at)
+    assert not infos(at)
+    at = assert_healthy(open_record_at("compare", methods=["CART", "Weight average", "TIES"]))
+    assert "does not hold the comparison of TIES" in infos(at)
+    assert figures(at)
 
 
 def test_a_damaged_record_is_told_on_the_page(offer: Callable[..., Path]) -> None:

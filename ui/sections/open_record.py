@@ -1,4 +1,4 @@
-"""Records on the page "Open checkpoints": those below an allowed folder, and uploaded ones."""
+"""Records on the page "Open checkpoints": bundled, below an allowed folder, and uploaded ones."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.files import write_atomically
 from merge_core.input_files import stays_inside
 from merge_core.opening.draft import task_name
-from merge_core.suites.bundled import RECORD_SUFFIX
+from merge_core.suites.bundled import RECORD_SUFFIX, bundled_records
 from ui.controls import optional_selectbox
 from ui.plain_text import show_error
 from ui.server import roots, session_files
@@ -41,8 +41,11 @@ def from_record(open_suite: Callable[[str, Path], None]) -> None:
 
 
 def _choose(open_suite: Callable[[str, Path], None]) -> None:
-    """A record below an allowed folder."""
-    found = {f"{root.name}/{name}": root / name for root in roots.roots() for name in list_of(root)}
+    """A record that comes with MergeScope, or one below an allowed folder."""
+    found = {f"{name} (comes with MergeScope)": path for name, path in bundled_records().items()}
+    found |= {
+        f"{root.name}/{name}": root / name for root in roots.roots() for name in list_of(root)
+    }
     if not found:
         st.markdown("No record was found below the allowed folders.")
         return
@@ -51,7 +54,8 @@ def _choose(open_suite: Callable[[str, Path], None]) -> None:
         list(found),
         "open_record",
         placeholder="Choose a record",
-        help="Files that end in .mergescope, in the allowed folders and the folders in them.",
+        help="Those that come with MergeScope, and files that end in .mergescope in the allowed "
+        "folders and the folders in them.",
     )
     if chosen is not None and st.button("Open this record", icon=":material/folder_open:"):
         path = found[chosen]

@@ -28,7 +28,7 @@ from analysis.frames.store import FrameStore
 from analysis.frames.usual import SHARES
 from analysis.rank_selection.select import SelectionOptions
 from analysis.rank_selection.space import search_space
-from merge_core.errors import Cancelled, MergeScopeError, OutputError, SuiteError
+from merge_core.errors import Cancelled, MergeScopeError, OutputError, RecipeError, SuiteError
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
@@ -142,6 +142,25 @@ def test_what_was_not_recorded_is_said_with_what_is_nearest(record: Record) -> N
     )
     with pytest.raises(NotRecorded, match="does not hold this choice"):
         record.outputs.select(space, options)
+
+
+def test_methods_that_were_not_asked_for_are_not_recorded(suite: Suite, folder: Path) -> None:
+    stores = FrameStore(folder / "frames"), FactorStore(folder / "f")
+    write_record(
+        folder / "few.mergescope",
+        record_suite(suite, "mine", *stores, only=["average", "cart"]),
+    )
+    few = load_record(folder / "few.mergescope").outputs
+    assert len(few.compare(["average", "cart"], 1).summary) == 2
+    assert few.first_result_if_known() is not None
+    options = SelectionOptions("labels")
+    assert few.select(search_space("cart", "mine", suite.tasks), options).recipe.method == "cart"
+    with pytest.raises(NotRecorded):
+        few.compare(["ties"], 1)
+    with pytest.raises(NotRecorded):
+        few.select(search_space("task_arithmetic", "mine", suite.tasks), options)
+    with pytest.raises(RecipeError, match="carte"):
+        record_suite(suite, "mine", *stores, only=["carte"])
 
 
 def test_weights_inputs_and_places_are_not_in_it(data: bytes, folder: Path, suite: Suite) -> None:
