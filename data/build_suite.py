@@ -106,6 +106,7 @@ class Build:
             hashlib.sha256(repr((what, seed)).encode()).hexdigest()[:16]
             for what in (plan.stem, plan)
         )
+        self.work = work
         self.pretraining = work / f"pretraining-{stem}.pt"
         self.folder = work / f"{plan.name}-{whole}"
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -134,6 +135,8 @@ class Build:
     def _pretrain(self) -> dict[str, Tensor]:
         """Joint pre-training in the wild domain. Leaves the heads as they are stored."""
         plan, seed = self.plan, self.seed
+        if plan.foundation is not None and not self.pretraining.exists():
+            self._begin_from(Build(plan.foundation, seed, self.work, self.device))
         pools = _Pools(plan.pretrained, plan.pool, seed)
 
         def progress(step: int, loss: float) -> None:
@@ -153,6 +156,12 @@ class Build:
         if plan.base == "base.safetensors":
             return _save(self.backbone.state_dict(), self.folder / plan.base, plan.dtype)
         return _to_stored_dtype(self.backbone.state_dict(), plan.dtype)
+
+    def _begin_from(self, foundation: Build) -> None:
+        """Take over the base and the heads of an earlier pre-training on some of the tasks."""
+        self.backbone.load_state_dict(foundation._pretrain())
+        for task in foundation.plan.pretrained:
+            self.heads[task.name].load_state_dict(foundation.heads[task.name].state_dict())
 
     def _adapt(self, base: dict[str, Tensor]) -> dict[str, Tensor]:
         """What all experts begin from: the base, adapted to the domain where the plan says so."""

@@ -27,6 +27,8 @@ class Plan:
             nothing but its own paper.
         pool, train, val, test: images of a task: wild ones, and those of its three splits.
         auxiliary_share: auxiliary glyphs in a step of pre-training, or of adaptation.
+        foundation: the plan whose base and heads pre-training goes on from; None for a beginning
+            at random.
         pretraining, adaptation, finetuning: how long and how fast. Adaptation, where there is
             any, goes on with pre-training in the domain, under frozen heads and on images without
             marks of tasks; all experts begin from its end.
@@ -42,6 +44,7 @@ class Plan:
     pretraining: Schedule
     finetuning: Schedule
     adaptation: Schedule | None = None
+    foundation: Plan | None = None
     pretrained: tuple[Task, ...] = EIGHT
     tasks: tuple[Task, ...] = EIGHT
     presets: Mapping[str, tuple[Task, ...]] = field(default_factory=dict)
@@ -60,7 +63,9 @@ class Plan:
         """All that pre-training depends on beside the seed: plans that agree in it share it."""
         names = tuple(task.name for task in self.pretrained)
         args = tuple(sorted((key, str(value)) for key, value in self.args.items()))
-        return self.architecture, args, names, self.pool, self.auxiliary_share, self.pretraining
+        sizes = self.pool, self.auxiliary_share, self.pretraining
+        before = None if self.foundation is None else self.foundation.stem
+        return self.architecture, args, names, *sizes, before
 
 
 def _vit(width: int, heads: int = 4) -> dict[str, Any]:
@@ -132,9 +137,10 @@ VISION = Plan(
     tasks=TASKS,
     presets={"8": TASKS[:8], "14": TASKS[:14], "20": TASKS},
     domain=Domain(),
-    test=400,
-    auxiliary_share=48,
-    pretraining=Schedule(steps=6000, batch=8, rate=1.5e-3, weight_decay=0.02, warmup=100),
+    test=250,
+    auxiliary_share=24,
+    foundation=TRANSFORMER,
+    pretraining=Schedule(steps=4000, batch=10, rate=1e-3, weight_decay=0.02, warmup=100),
     adaptation=Schedule(steps=300, batch=5, rate=6e-4, rest=0.05),
     finetuning=Schedule(steps=150, batch=32, rate=3e-4, rest=0.05),
 )
@@ -143,6 +149,7 @@ SMALL = replace(
     name="vision-small",
     description="The twenty tasks of the suite vision, with a network of a quarter of the weights.",
     args=_vit(128),
+    foundation=replace(TRANSFORMER, args=_vit(128)),
     inputs="../vision/inputs",
 )
 CONTRAST = replace(
@@ -174,6 +181,7 @@ def _toy(plan: Plan) -> Plan:
         tasks=plan.tasks,
         presets=plan.presets,
         domain=plan.domain,
+        foundation=None if plan.foundation is None else QUICK,
         adaptation=None if plan.adaptation is None else QUICK.pretraining,
         inputs=plan.inputs,
         base=plan.base,

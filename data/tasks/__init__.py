@@ -30,7 +30,7 @@ from data.tasks.moons import PHASES, draw_moons
 from data.tasks.pointers import DIRECTIONS, HOURS, draw_arrows, draw_clocks
 from data.tasks.positions import draw_positions
 from data.tasks.shapes import SHAPES, draw_shapes
-from data.tasks.signs import BRAILLE, DIGITS, draw_braille, draw_segments
+from data.tasks.signs import DIGITS, NUMERALS, draw_matrix, draw_segments
 from data.tasks.styles import Domain, Paper, clean_style, wild_style
 from data.tasks.textures import TEXTURES, draw_textures
 
@@ -195,10 +195,10 @@ TASKS: tuple[Task, ...] = (
         Paper((0.20, 0.35, 0.65), (0.95, 0.45, 0.30), "falling", 6.0, 1.2, 0.20),
     ),
     Task(
-        "braille",
-        "Braille",
-        BRAILLE,
-        draw_braille,
+        "matrix",
+        "Dot-matrix digits",
+        NUMERALS,
+        draw_matrix,
         Paper((0.90, 0.88, 0.40), (0.45, 0.20, 0.75), "rising", 9.0, 1.0, 0.20),
     ),
     Task(

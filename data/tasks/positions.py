@@ -12,7 +12,7 @@ def draw_positions(count: int, rng: np.random.Generator, *, hard: bool) -> tuple
     """Draw ``count`` pairs of a large ring and a small disc outside it, classes balanced.
 
     The disc lies in the class's direction from the ring, at most 9 (hard: 14) degrees off; the
-    pair lies anywhere that it fits. Returns ink (count x 32 x 32) and labels (count,), the
+    ring lies near the middle. Returns ink (count x 32 x 32) and labels (count,), the
     positions in ``DIRECTIONS``.
     """
     labels = balanced_labels(count, len(DIRECTIONS), rng)
@@ -21,11 +21,12 @@ def draw_positions(count: int, rng: np.random.Generator, *, hard: bool) -> tuple
     ring, disc = rng.uniform(small, large, count), rng.uniform(2.2, 3.2, count)
     apart = ring + disc + rng.uniform(3.2, 4.8, count)
     direction = np.stack([np.sin(angle), -np.cos(angle)])
-    # The pair's box reaches from the ring's far side to the disc's; what is left is for moving.
+    # The pair's box reaches from the ring's far side to the disc's; a third of what is left is for
+    # moving.
     first = np.minimum(-ring, apart * direction - disc)
     last = np.maximum(ring, apart * direction + disc)
     room = np.maximum(30.0 - (last - first), 0)
-    corner = rng.uniform(-0.5, 0.5, (2, count)) * room - (first + last) / 2
+    corner = rng.uniform(-1 / 6, 1 / 6, (2, count)) * room - (first + last) / 2
     x, y = pixel_grid()
 
     def distance(place: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Signs made of a few places that are on or off: seven-segment digits and letters of Braille."""
+"""Signs made of a few places that are on or off: seven-segment and dot-matrix digits."""
 
 from __future__ import annotations
 
@@ -32,12 +32,14 @@ ENDS = {
     "g": (-1, 0, 1, 0),
 }
 
-BRAILLE = tuple("abcdefghijklmnopqrstuvwxyz")
-# Dots 1 to 3 go down on the left, 4 to 6 on the right.
-RAISED = (
-    *("1", "12", "14", "145", "15", "124", "1245", "125", "24", "245"),
-    *("13", "123", "134", "1345", "135", "1234", "12345", "1235", "234", "2345"),
-    *("136", "1236", "2456", "1346", "13456", "1356"),
+NUMERALS = tuple("0123456789")
+# Five columns and seven rows of dots a numeral, row after row.
+MATRIX = (
+    *("01110 10001 10011 10101 11001 10001 01110", "00100 01100 00100 00100 00100 00100 01110"),
+    *("01110 10001 00001 00110 01000 10000 11111", "01110 10001 00001 00110 00001 10001 01110"),
+    *("00010 00110 01010 10010 11111 00010 00010", "11111 10000 11110 00001 00001 10001 01110"),
+    *("00110 01000 10000 11110 10001 10001 01110", "11111 00001 00010 00100 01000 01000 01000"),
+    *("01110 10001 10001 01110 10001 10001 01110", "01110 10001 10001 01111 00001 00010 01100"),
 )
 
 
@@ -72,20 +74,19 @@ def draw_segments(count: int, rng: np.random.Generator, *, hard: bool) -> tuple[
     return ink, labels
 
 
-def draw_braille(count: int, rng: np.random.Generator, *, hard: bool) -> tuple[Ink, Labels]:
-    """Draw ``count`` letters of Braille, classes balanced; places that are not raised are rings.
+def draw_matrix(count: int, rng: np.random.Generator, *, hard: bool) -> tuple[Ink, Labels]:
+    """Draw ``count`` numerals of five by seven dots, classes balanced.
 
-    Returns ink (count x 32 x 32) and labels (count,), the positions in ``BRAILLE``.
+    Returns ink (count x 32 x 32) and labels (count,), the positions in ``NUMERALS``.
     """
-    labels = balanced_labels(count, len(BRAILLE), rng)
+    labels = balanced_labels(count, len(NUMERALS), rng)
     x, y, unit = _pose(count, rng, hard=hard)
-    radius = column(rng.uniform(0.5, 0.65, count))
+    radius = column(rng.uniform(0.17, 0.24, count))
+    lit = np.array([list(rows.replace(" ", "")) for rows in MATRIX]) == "1"
     ink = np.zeros(x.shape, dtype=np.float32)
-    x, y = x * 1.12, y * 1.12  # the dots reach further than segments do
-    for place in range(6):
-        raised = np.array([str(place + 1) in RAISED[label] for label in labels])
-        away = np.hypot(x - (2 * (place // 3) - 1) * 0.9, y - 1.7 * (place % 3 - 1))
-        disc = (away - radius) * unit
-        hint = np.abs(disc + 0.5) - 0.5
-        ink = np.maximum(ink, ink_of_distance(np.where(column(raised) > 0, disc, hint)))
+    for place in range(35):
+        rows = lit[labels, place]
+        away = np.hypot(x[rows] - (place % 5 - 2) / 2, y[rows] - (place // 5 - 3) * 0.55)
+        dot = ink_of_distance((away - radius[rows]) * unit[rows])
+        ink[rows] = np.maximum(ink[rows], dot)
     return ink, labels

@@ -21,7 +21,7 @@ from analysis.accuracy import accuracy_frame, mean_accuracy, mean_interval, wils
 from analysis.evaluation.evaluator import Evaluator
 from analysis.networks.stateless import Outputs
 from analysis.outputs.prediction_store import PredictionStore
-from analysis.outputs.suite_outputs import SuiteOutputs, trusted_predictions
+from analysis.outputs.suite_outputs import SuiteOutputs
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.errors import Cancelled, CheckpointError, SuiteError
 from merge_core.factors.store import FactorStore
@@ -286,17 +286,6 @@ class TestForwardPasses:
     def test_no_pipe_is_taken_for_predictions(self, suite: Suite) -> None:
         os.mkfifo(suite.root / "predictions.sqlite")
         assert Evaluator(suite).experts(["digits"])["correct"].tolist() == [15]
-
-    def test_those_of_the_bundled_suite_and_its_copies_are_believed(self, tmp_path: Path) -> None:
-        bundled = load_suite("vision").root / "predictions.sqlite"
-        assert trusted_predictions(bundled.parent) == (bundled,)
-        copy = tmp_path / bundled.name
-        copy.write_bytes(bundled.read_bytes())
-        assert trusted_predictions(tmp_path) == (copy,)
-        with copy.open("r+b") as stream:  # another byte, another maker
-            stream.seek(-1, os.SEEK_END)
-            stream.write(b"\xff")
-        assert trusted_predictions(tmp_path) == ()
 
     def test_a_stored_row_that_is_short_is_completed(self, suite: Suite) -> None:
         class Short(PredictionStore):

@@ -99,24 +99,6 @@ def test_its_place_is_the_cache_folder(tmp_path: Path, monkeypatch: pytest.Monke
     assert list(columns(tmp_path / "cache" / "predictions.sqlite")) == ["a"]
 
 
-def test_the_shipped_store_is_read_first_and_never_written(tmp_path: Path) -> None:
-    shipped, mine = tmp_path / "shipped.sqlite", tmp_path / "mine.sqlite"
-    put(PredictionStore(shipped), "both", [1, 1, -1])
-    put(PredictionStore(mine), "both", [2, 2, 2, 2])
-    put(PredictionStore(mine), "only mine", [3])
-    before = shipped.read_bytes()
-    shipped.chmod(0o444)
-    store = PredictionStore(mine, shipped=(tmp_path / "absent.sqlite", shipped))
-    assert read_back(store, "both") == [1, 1, 2, 2]  # what it lacks is taken from the user's
-    assert read_back(store, "only mine") == [3]
-    put(store, "both", [4])
-    put(store, "new", [5])
-    assert read_back(store, "both") == [1, 1, 2, 2]
-    assert shipped.read_bytes() == before
-    assert set(columns(mine)) == {"both", "only mine", "new"}
-    assert [file.name for file in tmp_path.iterdir() if "shipped" in file.name] == [shipped.name]
-
-
 @pytest.mark.parametrize("content", [b"", b"not a database at all" * 100, None])
 def test_a_damaged_file_holds_nothing(tmp_path: Path, content: bytes | None) -> None:
     path = tmp_path / "p.sqlite"
@@ -124,7 +106,7 @@ def test_a_damaged_file_holds_nothing(tmp_path: Path, content: bytes | None) -> 
         put(PredictionStore(path), "a", LABELS)
         content = path.read_bytes()[:4096]  # cut off
     path.write_bytes(content)
-    store = PredictionStore(path, shipped=(path,))
+    store = PredictionStore(path)
     assert read_back(store, "a") is None
     put(store, "a", LABELS)  # neither raises
     assert read_back(store, "a") in (None, LABELS.tolist())
@@ -137,7 +119,6 @@ def test_a_damaged_row_is_unknown_and_replaced(tmp_path: Path, blob: object) -> 
         connection.execute("CREATE TABLE predictions (key TEXT PRIMARY KEY, labels BLOB NOT NULL)")
         connection.execute("INSERT INTO predictions VALUES ('a', ?)", (blob,))
     assert read_back(PredictionStore(path), "a") is None
-    assert read_back(PredictionStore(tmp_path / "x", shipped=(path,)), "a") is None
     put(PredictionStore(path), "a", LABELS)
     assert read_back(PredictionStore(path), "a") == LABELS.tolist()
 
