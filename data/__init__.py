@@ -1,1 +1,1 @@
-"""The bundled demo suite: seeded task generators and the program that trains and writes it."""
+"""The bundled suites and pools: seeded generators, and the programs that train and write them."""

@@ -32,7 +32,7 @@ from data.tasks.moons import PHASES, draw_moons
 from data.tasks.pointers import HOURS, draw_arrows, draw_clocks
 from data.tasks.positions import draw_positions
 from data.tasks.shapes import SHAPES, draw_shapes
-from data.tasks.signs import BRAILLE, DIGITS, ENDS, LIT, RAISED, draw_braille, draw_segments
+from data.tasks.signs import DIGITS, ENDS, LIT, MATRIX, NUMERALS, draw_matrix, draw_segments
 from data.tasks.styles import BRIGHT_SHARE, Paper, clean_style, wild_style
 from data.tasks.textures import TEXTURES, draw_textures
 
@@ -114,7 +114,7 @@ def test_task_order_is_the_one_documented() -> None:
         "georgian",
         "pieces",
         "segments",
-        "braille",
+        "matrix",
         "clocks",
         "arrows",
         "loops",
@@ -268,17 +268,24 @@ def test_signs_are_told_apart_by_what_is_lit() -> None:
     assert [len(lit) for lit in LIT[:10]] == [6, 2, 5, 5, 4, 5, 6, 3, 7, 6]
     assert len({frozenset(lit) for lit in LIT}) == len(DIGITS)
     assert all(set(lit) <= set(ENDS) for lit in LIT)
-    assert len({frozenset(raised) for raised in RAISED}) == len(BRAILLE)
-    # a to j use the upper four dots; k to t add dot 3, u, v, x, y, z add 3 and 6, w is French.
-    for first, second in zip(RAISED[:10], RAISED[10:20], strict=True):
-        assert set(second) == {*first, "3"}
-    for first, second in zip(RAISED[:5], (RAISED[i] for i in (20, 21, 23, 24, 25)), strict=True):
-        assert set(second) == {*first, "3", "6"}
+
+
+def test_numerals_look_like_their_dots() -> None:
+    rows = [text.split() for text in MATRIX]
+    assert all(len(each) == 7 and {len(row) for row in each} == {5} for each in rows)
+    ink, labels = draw_matrix(400, np.random.default_rng(3), hard=False)
+    mean = np.array([ink[labels == numeral].mean(axis=0) for numeral in range(len(NUMERALS))])
+    bitmaps = np.array([[list(row) for row in each] for each in rows]).astype(float)
+    templates = np.zeros((len(NUMERALS), 32, 32))
+    templates[:, 5:26, 8:23] = np.kron(bitmaps, np.ones((3, 3)))
+    templates = ndimage.gaussian_filter(templates, (0, 1.5, 1.5))
+    alike = np.corrcoef(mean.reshape(10, -1), templates.reshape(10, -1))[:10, 10:]
+    np.testing.assert_array_equal(alike.argmax(axis=1), np.arange(10))
 
 
 @pytest.mark.parametrize(
     ("draw", "classes"),
-    [(draw_segments, DIGITS), (draw_braille, BRAILLE), (draw_loops, LOOPS), (draw_moons, PHASES)],
+    [(draw_segments, DIGITS), (draw_matrix, NUMERALS), (draw_loops, LOOPS), (draw_moons, PHASES)],
 )
 @pytest.mark.parametrize("hard", [False, True])
 def test_drawn_classes_differ_and_fit_the_canvas(
