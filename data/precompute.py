@@ -41,7 +41,8 @@ def precompute(reference: str, progress: Progress | None = None) -> Path:
     result and the accuracy over the number of tasks.
 
     Args:
-        reference: the name of a bundled suite, or a suite.yaml whose folder may be written.
+        reference: the name of a bundled suite, or a suite.yaml with a base whose folder may be
+            written.
         progress: reports what is asked.
 
     Returns:

@@ -2,28 +2,38 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
+from analysis.comparison import first_result
 from analysis.comparison.scaling import draw_subsets, task_counts
 from analysis.evaluation.evaluator import Evaluator
+from analysis.frames import recording
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.from_weights import WeightFrames
 from analysis.frames.record import load_record
 from analysis.frames.scaling import scaling_if_known
 from analysis.frames.store import FrameStore
 from analysis.rank_selection.select import SelectionOptions
-from analysis.rank_selection.space import search_space
-from data.precompute import precompute
+from analysis.rank_selection.space import SearchSpace, search_space
+from data import precompute
 from merge_core.factors.store import FactorStore
 from merge_core.suites.suite import Suite, load_suite
 from tests.evaluable import copy_evaluable, edit_document
 
 
+def small_space(method: str, suite: str, tasks: Sequence[str] | None = None) -> SearchSpace:
+    whole = search_space(method, suite, tasks)
+    return SearchSpace(whole.base, whole.ranks[8:12:3], whole.scales[2:6:3])
+
+
 @pytest.fixture
 def suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Suite:
     monkeypatch.setenv("MERGESCOPE_CACHE", str(tmp_path / "cache"))
+    for module in (precompute, recording, first_result):
+        monkeypatch.setattr(module, "search_space", small_space)
     return copy_evaluable(tmp_path / "suite")
 
 
@@ -37,18 +47,13 @@ def stored(suite: Suite, target: Path, folder: Path) -> OutputFrames:
     return OutputFrames(str(suite.path), suite, suite.tasks, frames, none_here, none_here)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("with_base", [True, False])
-def test_what_is_shipped_makes_the_first_views_free(
-    suite: Suite, with_base: bool, tmp_path: Path
-) -> None:
-    if not with_base:
-        suite = edit_document(suite.root, base=None)
-    target = precompute(str(suite.path))
+def test_what_is_shipped_makes_the_first_views_free(suite: Suite, tmp_path: Path) -> None:
+    target = precompute.precompute(str(suite.path))
     assert target == suite.root / "frames.mergescope"
     outputs = stored(suite, target, tmp_path)
     live = Evaluator(suite).experts(suite.tasks)
     assert outputs.experts("val")["correct"].tolist() == live["correct"].tolist()
-    space = search_space("cart", str(suite.path), suite.tasks)
+    space = small_space("cart", str(suite.path), suite.tasks)
     for full in (False, True):
         assert outputs.select(space, SelectionOptions("labels", full_grid=full)).rank > 0
     assert outputs.first_result_if_known() is not None
@@ -65,7 +70,7 @@ def test_what_is_shipped_holds_the_first_result_of_every_preset(
 ) -> None:
     names = list(suite.tasks)
     suite = edit_document(suite.root, presets={"all": names, "two": names[:2]})
-    target = precompute(str(suite.path))
+    target = precompute.precompute(str(suite.path))
     assert load_record(target).suite.tasks == suite.select(["all"])
     for preset in ("all", "two"):
         chosen = load_suite(suite.path).restrict([preset])

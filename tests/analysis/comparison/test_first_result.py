@@ -14,16 +14,12 @@ from analysis.comparison.first_result import (
     suggest_recipe,
 )
 from analysis.evaluation.evaluator import Evaluator
-from analysis.outputs.prediction_store import PredictionStore
 from analysis.rank_selection import space as space_module
 from analysis.rank_selection.adaptive import adaptive_search
 from analysis.rank_selection.space import search_space
-from data.precompute import precompute
 from merge_core.errors import Cancelled
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
-from merge_core.merging.recipe import make_recipe
-from merge_core.methods import methods
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite, load_suite
 from tests.evaluable import CLASSES, IMAGES, TASKS, copy_evaluable, edit_arrays, edit_document
