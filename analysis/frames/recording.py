@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache, partial
@@ -269,7 +269,7 @@ def usual_answers(
     factors: FactorStore,
     progress: Progress | None = None,
     weights_only: bool = False,
-    only: Sequence[str] | None = None,
+    only: Collection[str] | None = None,
 ) -> list[tuple[Asked, Kept]]:
     """What pages ask of a suite at their usual settings, each question once, with its answer.
 
