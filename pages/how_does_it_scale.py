@@ -11,6 +11,7 @@ from analysis.frames.scaling import scaling, scaling_if_known
 from analysis.frames.usual import SUBSETS
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of
+from merge_core.suites.data_files import data_identity
 from merge_core.suites.suite import load_suite
 from ui import charts, shell
 from ui.controls import choice, multiselect
@@ -112,6 +113,21 @@ def suites_alike(view: View) -> dict[str, View]:
     return found
 
 
+def on_the_same_data(view: View, others: dict[str, View]) -> list[str]:
+    """Those that are evaluated on the very same inputs; all of them where none is."""
+
+    def identities(each: View) -> list[str]:
+        found = []
+        for task in view.tasks:
+            data = each.suite.data(task)
+            assert data is not None  # it can be evaluated
+            found.append(data_identity(data, each.suite.file, f"data of task {task!r}"))
+        return found
+
+    mine = identities(view)
+    return [name for name, other in others.items() if identities(other) == mine] or list(others)
+
+
 def over_sizes(view: View, value: str) -> None:
     """Accuracy of the same tasks in suites of other sizes."""
     st.subheader("Do larger models merge better?", anchor=False)
@@ -122,7 +138,7 @@ def over_sizes(view: View, value: str) -> None:
             "and the same task names, and both are compared here."
         )
         return
-    names = multiselect("Beside", list(others), "beside", rest=list(others))
+    names = multiselect("Beside", list(others), "beside", rest=on_the_same_data(view, others))
     if not names:
         return
     views = [view, *(others[name] for name in names)]
