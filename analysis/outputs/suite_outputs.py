@@ -49,7 +49,7 @@ class SuiteOutputs:
 
     Args:
         suite: a suite with architecture, heads and data.
-        predictions: where outputs are kept (with those of the bundled suite by default).
+        predictions: where outputs are kept (in the cache folder by default).
         stored_only: measure what is stored, and refuse to run the model for the rest.
 
     Attributes:

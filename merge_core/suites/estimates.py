@@ -260,7 +260,7 @@ def seconds(job: Job, speed: Rates | None = None) -> Seconds:
 
     Estimated and measured in seconds, two quiet cores: 8 ViT-B/32 averaged 3.3 and 2.7 to 3.2, by
     CART 17 and 16 to 18; 3 bfloat16 decoders of 1.1 G parameters averaged 14 and 18, by CART 150
-    and 177; the bundled suite, on a busy machine, averaged 0.1 and 0.1, by CART 0.4 and 0.4.
+    and 177; 8 ViT of 1.1 M, on a busy machine, averaged 0.1 and 0.1, by CART 0.4 and 0.4.
 
     Example:
         >>> job = Job((Part(1000, 4, (10, 100)),), tasks=8, read_bytes=32_000, written_bytes=4_000)
