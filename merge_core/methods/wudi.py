@@ -24,8 +24,8 @@ class WudiParameters(MethodParameters):
     The minimum itself is not what the paper's results are: the authors' descent stops after 300
     steps, long before it, and never reaches the weak directions of the inputs. A cut leaves them
     out likewise. On eight sentence experts of a 22 M BERT (base 71.0 %) the minimum gives 67.7 %,
-    the descent 82.9 % and a cut of 0.01 83.1 %; on eight experts of a small ViT (base
-    61.7 %) 61.4 %, 44.2 % and 76.5 %: the learning rate is in the unit of the weights, and a cut is not.
+    the descent 82.9 % and a cut of 0.01 83.1 %; on eight experts of a small ViT (base 61.7 %)
+    61.4 %, 44.2 % and 76.5 %: the learning rate is in the unit of the weights, a cut is not.
     """
 
     solver: Literal["closed", "descent"] = parameter(
