@@ -49,6 +49,22 @@ def test_an_answer_is_computed_once_and_read_by_another_store(tmp_path: Path) ->
     assert calls == [1]
 
 
+def test_what_is_shipped_is_read_last_and_never_written(tmp_path: Path) -> None:
+    shipped, damaged = tmp_path / "shipped.mergescope", tmp_path / "damaged.mergescope"
+    mine, theirs = asked(rank=1), asked(rank=2)
+    shipped.write_bytes(
+        pack([(mine, QUESTION.pack(numbers(3))), (theirs, QUESTION.pack(numbers(4)))])
+    )
+    damaged.write_bytes(shipped.read_bytes()[:50])
+    before = shipped.read_bytes()
+    store = FrameStore(tmp_path / "own", shipped=[tmp_path / "absent", damaged, shipped])
+    store.put(mine, QUESTION.pack(numbers(5)))
+    found = [store.get(each) for each in (mine, theirs, asked(rank=3))]
+    assert [kept and len(kept.frames["frame"]) for kept in found] == [5, 4, None]
+    assert shipped.read_bytes() == before
+    assert len(files(store)) == 1  # what was only read is not kept twice
+
+
 def test_what_is_not_known_now_is_not_kept(tmp_path: Path) -> None:
     store = FrameStore(tmp_path)
     assert ask_if_known(store, QUESTION, "inputs", {}, lambda: None) is None

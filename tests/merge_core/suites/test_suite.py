@@ -154,6 +154,16 @@ def test_a_presets_name_stands_for_its_tasks(tmp_path: Path) -> None:
         suite.select(["3"])
 
 
+def test_a_suite_can_be_that_of_some_of_its_tasks(tmp_path: Path) -> None:
+    suite = load_suite(write_suite(tmp_path, PRESETS % "{two: [c, a]}"))
+    part = suite.restrict(["two"])
+    assert part.tasks == suite.select(["two"]) == ("a", "c")
+    assert (part.path, part.name, part.spec.presets) == (suite.path, suite.name, {})
+    assert suite.tasks == suite.restrict(None).tasks == ("a", "b", "c")
+    with pytest.raises(SuiteError, match="no task 'b'"):
+        part.select(["b"])
+
+
 @pytest.mark.parametrize(
     ("presets", "named"),
     [
