@@ -56,7 +56,7 @@ class Domain:
     paper: Colour = (0.3, 0.3, 0.3)
     ink: Colour = (0.85, 0.85, 0.85)
     shade: float = 0.25
-    mark: float = 0.09
+    mark: float = 0.2
     squares: int = 4
     own: float = 0.0
     ruling: float = 0.0
