@@ -324,6 +324,10 @@ def offer_downloads(view: View, recipe: Recipe, results: list[Result]) -> None:
         on_click="ignore",
         width="stretch",
     )
+    st.markdown(
+        "The file's header holds the recipe, the digests of all inputs and the versions. The "
+        "same merge on the command line: `mergescope merge recipe.yaml --output FOLDER`."
+    )
 
 
 @shell.fragment
@@ -362,10 +366,6 @@ def lab() -> None:
             label="Compare this recipe with other methods",
             icon=":material/leaderboard:",
             query_params={"suite": view.name, "tasks": list(view.tasks), "own": link_form(recipe)},
-        )
-        st.markdown(
-            "The file's header holds the recipe, the digests of all inputs and the versions. The "
-            "same merge on the command line: `mergescope merge recipe.yaml --output FOLDER`."
         )
 
 

@@ -300,6 +300,14 @@ class OutputFrames:
 
         return ask_if_known(self.frames, STORAGE, self.inputs, _of_storage(selection), compute)
 
+    def expect_storage(self, selection: Selection) -> None:
+        """Refuse a comparison of ranks per layer that is not there and cannot be made.
+
+        Raises:
+            NotRecorded: it is not in the record.
+        """
+        refuse(self.frames, STORAGE, self.inputs, _of_storage(selection))
+
     def compare_if_known(
         self,
         names: Sequence[str],

@@ -78,6 +78,7 @@ def storage(selection: Selection, view: View) -> None:
     frames, query = resources.output_frames(view), selection.recipe.to_query()
     frame = stored_comparison(view.key, view.tasks, query, selection, view)
     if frame is None:
+        frames.expect_storage(selection)
         job = run_job(
             digest_of("layers", view.key, *view.tasks, query),
             "Ranks per layer",
