@@ -86,7 +86,8 @@ def read_description(suite: Path) -> dict[str, Any]:
 
 def test_description_names_the_tasks_and_existing_files(suite: Path) -> None:
     content = read_description(suite)
-    assert list(content["experts"])[:8] == NAMES
+    order = [task.name for task in TASKS if task.name in content["experts"]]
+    assert list(content["experts"]) == order
     for name, expert in content["experts"].items():
         assert expert["title"]
         for path in (expert["weights"], expert["head"], expert["data"]["file"]):
@@ -161,7 +162,7 @@ def test_heads_fit_width_and_classes(suite: Path) -> None:
     content = read_description(suite)
     args = content["architecture"]["args"]
     width = args["embed_dim"] if "embed_dim" in args else args["channels"][-1]
-    for task in TASKS[: len(content["experts"])]:
+    for task in (task for task in TASKS if task.name in content["experts"]):
         head = load_file(suite / content["experts"][task.name]["head"])
         assert {key: tuple(value.shape) for key, value in head.items()} == {
             "weight": (len(task.classes), width),
@@ -172,7 +173,7 @@ def test_heads_fit_width_and_classes(suite: Path) -> None:
 
 def test_inputs_are_well_formed_and_splits_share_no_image(suite: Path) -> None:
     content = read_description(suite)
-    for task in TASKS[: len(content["experts"])]:
+    for task in (task for task in TASKS if task.name in content["experts"]):
         with np.load(suite / content["experts"][task.name]["data"]["file"]) as stored:
             data = dict(stored)
         assert set(data) == {
