@@ -152,7 +152,7 @@ def regret_dots(table: pd.DataFrame, title: str, value: str = "test_regret") -> 
         value: the column drawn.
 
     Example:
-        >>> from analysis.rank_selection.regret import evidence
+        >>> from analysis.rank_selection.evidence.shipped import evidence
         >>> table = evidence().assign(title=lambda frame: frame["proxy"])
         >>> [trace.name for trace in regret_dots(table, "What does each rule lose?").data][:2]
         ['labels', 'inputs only']

@@ -37,7 +37,7 @@ from analysis.frames.usual import BUDGETS, SCALES
 from analysis.outputs.inputs import Split
 from analysis.outputs.suite_outputs import NotStored
 from analysis.rank_selection.allocation import compare_with_uniform
-from analysis.rank_selection.regret import evidence_digest
+from analysis.rank_selection.evidence.shipped import evidence_digest
 from analysis.rank_selection.select import (
     Selection,
     SelectionOptions,
@@ -412,7 +412,7 @@ class OutputFrames:
     def _selection(self, space: SearchSpace, options: SelectionOptions) -> Question[Selection]:
         return Question(
             "rank.selection",
-            1,
+            2,
             "the choice of rank and scale",
             pack_selection,
             lambda kept: unpack_selection(kept, space, options),

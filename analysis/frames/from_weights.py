@@ -44,7 +44,7 @@ CENTRING = frame_question("spectral.centring", 1, "what centring does to each la
 ANGLES = frame_question("spectral.angles", 1, "the principal angles")
 SIGNS = frame_question("spectral.signs", 1, "the clashes of signs")
 PROXIES = frame_question("rank.proxy_curves", 1, "the rules over the rank")
-PER_LAYER = frame_question("rank.per_layer", 1, "the ranks of each layer")
+PER_LAYER = frame_question("rank.per_layer", 2, "the ranks of each layer")
 QUESTIONS: tuple[Question[pd.DataFrame], ...] = (
     *(
         SPECTRUM,

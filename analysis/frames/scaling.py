@@ -13,7 +13,7 @@ from analysis.frames.entries import frame_question
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.from_weights import method_arguments
 from analysis.frames.results import default_recipe
-from analysis.rank_selection.regret import evidence_digest
+from analysis.rank_selection.evidence.shipped import evidence_digest
 from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
 

@@ -1,11 +1,9 @@
-"""What a recommended rank and scale loses against the best: the evidence for the defaults."""
+"""What a recommended rank and scale loses against the best, measured on one set of tasks."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,21 +13,19 @@ from analysis.accuracy import Difference, Hits, difference
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search, exhaustive_search
+from analysis.rank_selection.evidence.shipped import TIED
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
 from analysis.rank_selection.scores import SCORES, scores_at
 from analysis.rank_selection.space import SearchSpace
-from analysis.rank_selection.weight_proxies import recommend_from_weights
-from merge_core.errors import RecipeError
-from merge_core.files import digest_of
+from analysis.rank_selection.weight_proxies import CONTENDERS, recommend_from_weights
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
 
-EVIDENCE = Path(__file__).with_name("evidence.csv")
-EVIDENCE_IMAGES = Path(__file__).with_name("evidence_images.csv")
+FIXED: dict[str, tuple[float, float]] = {"fixed_4": (0.04, 1.5), "fixed_8": (0.08, 5.0)}
+"""Settings (rank, scale) that look at nothing, for comparison; of methods with both."""
 FEW_IMAGES = (10, 25, 50, 100)
 DRAWS = 20
-TIED = ["tied_rank_low", "tied_rank_high", "tied_scale_low", "tied_scale_high"]
 SETTINGS = ["rank", "scale", "best_rank", "best_scale", *TIED]
 ALL_SCORES: tuple[str, ...] = ("accuracy", *INPUT_PROXIES)
 
@@ -123,6 +119,7 @@ def regret_table(
     session: MergeSession,
     evaluator: Evaluator,
     seed: int = 0,
+    brief: bool = False,
     progress: Progress | None = None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """What every proxy recommends for one method on one set of tasks, and what it loses.
@@ -137,6 +134,7 @@ def regret_table(
         session: the merges.
         evaluator: where outputs are kept.
         seed: of the adaptive searches.
+        brief: of the rules that read weights, measure only :data:`CONTENDERS`.
         progress: reports settings.
 
     Returns:
@@ -166,8 +164,83 @@ def regret_table(
     best = recipes[best_setting(values["accuracy"])]
     top = _measure(best, session, evaluator)
     context = {**case, **_tied_range(space, session, evaluator)}
+    chosen = [
+        *rule_picks(space, session, brief, progress),
+        *score_picks(space, session, evaluator, values, seed, progress),
+    ]
+    table = _measured(chosen, best, top, context, space, session, evaluator, progress)
+    few = regret_by_images(values)
+    few = pd.DataFrame([{**case, **row} for row in few.to_dict("records")])
+    return table, few
+
+
+def rule_regret(
+    known: pd.DataFrame,
+    space: SearchSpace,
+    session: MergeSession,
+    evaluator: Evaluator,
+    brief: bool = False,
+    progress: Progress | None = None,
+) -> pd.DataFrame:
+    """What the recommendations that evaluate nothing lose, where the best setting is known.
+
+    A rule that still recommends what it did keeps its row: nothing is run for it.
+
+    Args:
+        known: rows of :func:`regret_table` of this method on these tasks.
+        space: the settings that it was measured on.
+        session: the merges.
+        evaluator: where outputs are kept.
+        brief: see :func:`regret_table`.
+        progress: reports recommendations.
+
+    Returns:
+        The rows of modes ``default`` and ``weights``, as :func:`regret_table` gives them.
+
+    Raises:
+        MergeScopeError: unfit inputs.
+        Cancelled: between two batches; what was run is kept.
+    """
+    first = known.iloc[0]
+    context = first[["suite", "subset", "tasks", "method", *TIED]].to_dict()
+    best = space.recipe(*(_none_if_missing(first[axis]) for axis in ("best_rank", "best_scale")))
+    chosen = rule_picks(space, session, brief, progress)
+    before = known[known["search"] == "rule"].set_index("proxy")
+    new = [pick for pick in chosen if not _is_known(pick, before)]
+    parts = []
+    if new:
+        top = _measure(best, session, evaluator)
+        parts = [_measured(new, best, top, context, space, session, evaluator, progress)]
+    same = [pick.proxy for pick in chosen if _is_known(pick, before)]
+    found = pd.concat([*parts, before.loc[same].reset_index()]).set_index("proxy")
+    order = found.loc[[pick.proxy for pick in chosen]].reset_index()
+    return order[list(known)].astype(dict.fromkeys(SETTINGS, float))
+
+
+def _is_known(pick: Pick, before: pd.DataFrame) -> bool:
+    """Whether the rows by proxy have one of this very setting, to the digits written."""
+    if pick.proxy not in before.index:
+        return False
+    row = before.loc[pick.proxy]
+    return all(
+        np.isclose(np.nan if asked is None else asked, row[axis], rtol=1e-4, equal_nan=True)
+        for axis, asked in (("rank", pick.rank), ("scale", pick.scale))
+    )
+
+
+def _measured(
+    chosen: Sequence[Pick],
+    best: Recipe,
+    top: dict[str, Hits],
+    context: Mapping[str, Any],
+    space: SearchSpace,
+    session: MergeSession,
+    evaluator: Evaluator,
+    progress: Progress | None,
+) -> pd.DataFrame:
+    """The rows of :func:`regret_table` of these recommendations."""
+    progress = progress or Progress()
     rows = []
-    chosen = picks(space, session, evaluator, values, seed, progress)
     for done, pick in enumerate(chosen):
         progress.step(done, len(chosen), f"{pick.mode}: {pick.proxy}")
         recipe = space.recipe(pick.rank, pick.scale)
@@ -186,13 +259,42 @@ def regret_table(
                 **_loss(top["test"], there["test"], "test_", recipe == best),
             }
         )
-    few = regret_by_images(values)
-    table = pd.DataFrame(rows)
-    few = pd.DataFrame([{**case, **row} for row in few.to_dict("records")])
-    return table.astype(dict.fromkeys(SETTINGS, float)), few
+    return pd.DataFrame(rows).astype(dict.fromkeys(SETTINGS, float))
 
 
-def picks(
+def rule_picks(
+    space: SearchSpace,
+    session: MergeSession,
+    brief: bool = False,
+    progress: Progress | None = None,
+) -> list[Pick]:
+    """The recommendations that evaluate nothing: defaults, fixed settings and those of weights.
+
+    Args:
+        space: the settings.
+        session: the merges.
+        brief: of those of weights, only :data:`CONTENDERS`.
+        progress: cancels.
+
+    Raises:
+        MergeScopeError: unfit inputs.
+        Cancelled: between two matrices.
+    """
+    inner = Progress(cancel=(progress or Progress()).cancel)
+    own = space.base.checked_parameters
+    rank, scale = getattr(own, "rank", None), getattr(own, "scale", None)
+    found = [Pick("default", "default", "rule", rank, scale, 0)]
+    if space.ranks and space.scales:
+        found += [Pick("default", name, "rule", *setting, 0) for name, setting in FIXED.items()]
+    weights = recommend_from_weights(session.groups, space, progress=inner)
+    for row in weights.to_dict("records"):
+        if not brief or row["proxy"] in CONTENDERS:
+            setting = (_none_if_missing(row["rank"]), _none_if_missing(row["scale"]))
+            found.append(Pick("weights", row["proxy"], "rule", *setting, 0))
+    return found
+
+
+def score_picks(
     space: SearchSpace,
     session: MergeSession,
     evaluator: Evaluator,
@@ -200,7 +302,7 @@ def picks(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> list[Pick]:
-    """Every recommendation: of the method's own defaults, weights, inputs and labels.
+    """The recommendations of inputs and labels, of the whole grid and of adaptive searches.
 
     Args:
         space: the settings.
@@ -215,14 +317,8 @@ def picks(
         Cancelled: inside a search.
     """
     inner = Progress(cancel=(progress or Progress()).cancel)
-    own = space.base.checked_parameters
-    rank, scale = getattr(own, "rank", None), getattr(own, "scale", None)
-    found = [Pick("default", "default", "rule", rank, scale, 0)]
-    weights = recommend_from_weights(session.groups, space, progress=inner)
-    for row in weights.to_dict("records"):
-        setting = (_none_if_missing(row["rank"]), _none_if_missing(row["scale"]))
-        found.append(Pick("weights", row["proxy"], "rule", *setting, 0))
     recipes = space.recipes()
+    found = []
     whole = sum(each.size for each in values["accuracy"].values())
     for name, each in values.items():
         mode = "labels" if SCORES[name].reference == "labels" else "inputs"
@@ -273,128 +369,6 @@ def regret_by_images(
             for name, each in losses.items()
         ]
     return pd.DataFrame(rows, columns=["proxy", "images", "draws", "mean", "worst"])
-
-
-def evidence() -> pd.DataFrame:
-    """The shipped regret table (see :func:`regret_table`), made by ``python -m data.evidence``.
-
-    Example:
-        >>> sorted(evidence()["mode"].unique())
-        ['default', 'inputs', 'labels', 'weights']
-    """
-    return _read(EVIDENCE).copy()
-
-
-@cache
-def evidence_digest() -> str:
-    """Digest (hex) of the shipped regret table, which decides what each mode recommends.
-
-    Example:
-        >>> len(evidence_digest())
-        64
-    """
-    return digest_of(EVIDENCE.read_bytes())
-
-
-def evidence_images() -> pd.DataFrame:
-    """The shipped effect of few inputs (see :func:`regret_by_images`), with the cases' columns.
-
-    Example:
-        >>> {"proxy", "images", "mean", "worst"} <= set(evidence_images())
-        True
-    """
-    return _read(EVIDENCE_IMAGES).copy()
-
-
-@cache
-def _read(path: Path) -> pd.DataFrame:
-    return pd.read_csv(path, dtype={"subset": str})
-
-
-def summary(table: pd.DataFrame) -> pd.DataFrame:
-    """Regret of each proxy over the cases in which it was measured.
-
-    Args:
-        table: of :func:`regret_table`, of one or several cases.
-
-    Returns:
-        One row per mode, proxy and search: cases, mean, worst (validation), test_mean,
-        test_worst (shares), lost (share of cases in which the pick is worse on the test split
-        beyond its interval), images (mean); ascending in worst within a mode.
-
-    Example:
-        >>> table = summary(evidence())
-        >>> bool((table["mean"] <= table["worst"]).all())
-        True
-    """
-    grouped = table.assign(lost=table["test_low"] > 0).groupby(["mode", "proxy", "search"])
-    frame = grouped.agg(
-        cases=("regret", "size"),
-        mean=("regret", "mean"),
-        worst=("regret", "max"),
-        test_mean=("test_regret", "mean"),
-        test_worst=("test_regret", "max"),
-        lost=("lost", "mean"),
-        images=("images", "mean"),
-    ).reset_index()
-    order = ["mode", "worst", "mean", "proxy"]
-    return frame.sort_values(order, ignore_index=True)
-
-
-def recommend_proxy(mode: str, method: str | None = None, table: pd.DataFrame | None = None) -> str:
-    """The proxy of a mode with the lowest worst regret, then the lowest mean one.
-
-    What is asked of a recommendation is to be good on every set of tasks. Regret is that of
-    validation: the test split has no part in a choice. A proxy counts only if it was measured in
-    every case, and in the search that is in use (adaptive where there is one).
-
-    Args:
-        mode: ``labels``, ``inputs`` or ``weights``.
-        method: only cases of this method count; all when None.
-        table: the evidence; :func:`evidence` when None.
-
-    Raises:
-        RecipeError: no proxy was measured in all these cases.
-
-    Source: minimax regret, Savage, JASA 46 (1951), 55.
-
-    Example:
-        >>> recommend_proxy("labels")
-        'accuracy'
-    """
-    table = evidence() if table is None else table
-    if method is not None:
-        table = table[table["method"] == method]
-    cases = len(table[["suite", "subset", "method"]].drop_duplicates())
-    measured = summary(table[(table["mode"] == mode) & (table["search"] != "grid")])
-    everywhere = measured[measured["cases"] == cases]
-    if everywhere.empty:
-        raise RecipeError(
-            f"No rule of mode {mode!r} has been measured for {method or 'every method'}; choose "
-            "another mode."
-        )
-    return str(everywhere["proxy"].iloc[0])
-
-
-def tasks_effect(table: pd.DataFrame) -> pd.DataFrame:
-    """The best rank and scale of each case, by number of tasks.
-
-    Args:
-        table: of :func:`regret_table`, of several cases.
-
-    Returns:
-        One row per case: suite, method, tasks, subset, best_rank, best_scale, best (accuracy),
-        tied_rank_low, tied_rank_high, tied_scale_low, tied_scale_high.
-
-    Example:
-        >>> frame = tasks_effect(evidence())
-        >>> bool((frame["best_rank"].dropna() <= 1).all())
-        True
-    """
-    columns = ["suite", "method", "tasks", "subset", "best_rank", "best_scale", "best"]
-    columns += TIED
-    rows = table[columns].drop_duplicates()
-    return rows.sort_values(["suite", "method", "tasks", "subset"], ignore_index=True)
 
 
 def _none_if_missing(value: Any) -> Any:

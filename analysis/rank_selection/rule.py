@@ -7,7 +7,12 @@ from typing import Literal
 
 import pandas as pd
 
-from analysis.rank_selection.regret import evidence, recommend_proxy, summary
+from analysis.rank_selection.evidence.shipped import (
+    evidence,
+    held_out,
+    recommend_proxy,
+    summary,
+)
 from merge_core.errors import RecipeError
 from merge_core.methods import get_method
 
@@ -91,5 +96,17 @@ def explain(mode: Mode, exhaustive: bool, method: str, chosen: pd.Series, tied: 
     needs = "inputs without labels" if mode == "inputs" else "nothing but weights"
     return (
         f"{chosen['title']} chose it, the rule that lost least in the evidence of those that need "
-        f"{needs}: it {regret}."
+        f"{needs}: it {regret}.{_held_out_words(mode, method)}"
+    )
+
+
+def _held_out_words(mode: Mode, method: str) -> str:
+    """What is to be expected on a suite that had no part in the choice; empty if unknown."""
+    frame = held_out(mode, method, _cases(method))
+    if frame.empty:
+        return ""
+    mean = (frame["mean"] * frame["cases"]).sum() / frame["cases"].sum()
+    return (
+        f" Where each suite's rule is chosen on the other suites alone, the loss is "
+        f"{_points(mean)} on average and {_points(frame['worst'].max())} at worst."
     )

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import pandas as pd
 
-from analysis.rank_selection.regret import evidence
+from analysis.rank_selection.evidence.shipped import evidence, kind_of
 from ui.widgets import share_label
 
 # Rules whose ranks (or scales) differ by more than this factor do not agree.
@@ -105,7 +105,7 @@ def candidates(
 
 
 def describe_evidence(suite: str, method: str, title: str) -> str:
-    """Where the evidence for the rules comes from.
+    """Where the evidence for the rules comes from, and on which kinds of models it rests.
 
     Args:
         suite: that is looked at.
@@ -116,11 +116,15 @@ def describe_evidence(suite: str, method: str, title: str) -> str:
     own = table[table["method"] == method]
     about = own if len(own) else table
     names = list(dict.fromkeys(about["suite"]))
-    sets = len(about[["suite", "subset"]].drop_duplicates())
+    sets = about[["suite", "subset"]].drop_duplicates().groupby("suite", sort=False).size()
+    kinds = "; ".join(
+        f"**{name}** ({count} set{'s' if count > 1 else ''}), {kind_of(name)}"
+        for name, count in sets.items()
+    )
     of = title if len(own) else "other methods (this one was never measured)"
     here = (
         "this very suite is among them"
         if suite in names
         else "this suite is not among them, and other models may behave otherwise"
     )
-    return f"Evidence: {of} on {sets} sets of tasks of {', '.join(names)}; {here}."
+    return f"Evidence: {of} on {sets.sum()} sets of tasks. {kinds}. {here.capitalize()}."

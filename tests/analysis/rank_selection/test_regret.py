@@ -1,4 +1,4 @@
-"""Regret by brute force on a tiny suite, and the evidence that is shipped."""
+"""Regret by brute force on a tiny suite."""
 
 from __future__ import annotations
 
@@ -12,23 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-import data.evidence
 from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.input_proxies import INPUT_PROXIES
 from analysis.rank_selection.regret import (
+    FIXED,
     best_setting,
-    evidence,
-    evidence_images,
     grid_scores,
-    recommend_proxy,
     regret_by_images,
     regret_table,
-    summary,
-    tasks_effect,
+    rule_regret,
 )
 from analysis.rank_selection.scores import image_scores
 from analysis.rank_selection.space import SearchSpace, search_space
-from merge_core.errors import Cancelled, RecipeError
+from analysis.rank_selection.weight_proxies import CONTENDERS
+from merge_core.errors import Cancelled
 from merge_core.factors.store import FactorStore
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import make_recipe
@@ -116,7 +113,7 @@ class TestTable:
             for mode, rows in table.groupby("mode")
         }
         both = ("grid", "adaptive")
-        assert found["default"] == {("default", "rule")}
+        assert found["default"] == {("default", "rule"), *((name, "rule") for name in FIXED)}
         assert found["labels"] == {("accuracy", search) for search in both}
         assert found["inputs"] == {(name, search) for name in INPUT_PROXIES for search in both}
         assert {search for _, search in found["weights"]} == {"rule"}
@@ -166,6 +163,32 @@ class TestTable:
         assert evaluator.outputs.forward_images == 0
         pd.testing.assert_frame_equal(again[0], tables[0])
         pd.testing.assert_frame_equal(again[1], tables[1])
+
+    def test_rules_alone_are_measured_against_the_known_best(
+        self,
+        suite: Suite,
+        session: MergeSession,
+        space: SearchSpace,
+        tables: tuple[pd.DataFrame, pd.DataFrame],
+    ) -> None:
+        table, _ = tables
+        mine = table["mode"].isin(["default", "weights"])
+        evaluator = Evaluator(suite)
+        before = evaluator.outputs.forward_images
+        found = rule_regret(table[~mine], space, session, evaluator)
+        assert evaluator.outputs.forward_images == before  # all of it is stored
+        expected = table[mine].reset_index(drop=True)
+        pd.testing.assert_frame_equal(found, expected[list(found)])
+        # A row whose setting still holds is kept, whatever it says; one that moved is not.
+        told = table.assign(accuracy=0.123)
+        told["scale"] = told["scale"].where(told["proxy"] != "half_power", 0.01)
+        again = rule_regret(told, space, session, evaluator).set_index("proxy")["accuracy"]
+        assert set(again.drop("half_power")) == {0.123}
+        assert again["half_power"] == found.set_index("proxy")["accuracy"]["half_power"]
+        brief = rule_regret(table, space, session, evaluator, brief=True)
+        kept = (expected["mode"] == "default") | expected["proxy"].isin(CONTENDERS)
+        assert brief["proxy"].tolist() == expected[kept]["proxy"].tolist()
+        assert len(brief) < len(found)
 
     def test_a_stopped_grid_goes_on(
         self, suite: Suite, session: MergeSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -223,131 +246,3 @@ class TestChoosing:
         hits = np.repeat(np.array([[0.0], [1.0], [0.0]]), 30, axis=1)
         frame = regret_by_images({"accuracy": {"a": hits}}, images=(10,), draws=3)
         assert frame["worst"].tolist() == [0.0]
-
-
-def rows(**columns: list) -> pd.DataFrame:
-    """A regret table by hand; what is not given is alike in all rows."""
-    count = len(next(iter(columns.values())))
-    usual = {
-        "suite": "s",
-        "subset": "8",
-        "method": "cart",
-        "mode": "inputs",
-        "search": "rule",
-        "images": 0,
-        "test_regret": 0.0,
-        "test_low": -0.1,
-    }
-    return pd.DataFrame({**{k: [v] * count for k, v in usual.items()}, **columns})
-
-
-class TestSummary:
-    TABLE = rows(
-        subset=["8", "4", "8", "4", "8"],
-        proxy=["a", "a", "b", "b", "c"],
-        regret=[0.01, 0.03, 0.015, 0.015, 0.0],
-        test_regret=[0.02, -0.04, 0.0, 0.01, 0.5],
-        test_low=[0.001, -0.1, -0.1, -0.1, 0.4],
-        images=[10, 20, 5, 5, 5],
-    )
-
-    def test_by_hand(self) -> None:
-        frame = summary(self.TABLE).set_index("proxy")
-        assert list(frame.index) == ["c", "b", "a"]
-        columns = ["cases", "mean", "worst", "test_mean", "test_worst", "lost", "images"]
-        assert frame.loc["a", columns].tolist() == pytest.approx(
-            [2, 0.02, 0.03, -0.01, 0.02, 0.5, 15]
-        )
-        assert frame.loc["b", columns].tolist() == pytest.approx(
-            [2, 0.015, 0.015, 0.005, 0.01, 0, 5]
-        )
-
-    def test_only_proxies_measured_in_every_case_are_recommended(self) -> None:
-        assert recommend_proxy("inputs", table=self.TABLE) == "b"
-
-    def test_the_worst_case_decides_and_then_the_mean(self) -> None:
-        names = {"subset": ["8", "4"] * 2, "proxy": ["a", "a", "b", "b"]}
-        table = rows(**names, regret=[0.0, 0.5, 0.3, 0.3])
-        assert recommend_proxy("inputs", table=table) == "b"
-        table = rows(**names, regret=[0.3, 0.5, 0.5, 0.2])
-        assert recommend_proxy("inputs", table=table) == "b"
-
-    def test_the_test_split_has_no_part(self) -> None:
-        table = rows(proxy=["a", "b"], regret=[0.1, 0.2], test_regret=[0.5, 0.0])
-        assert recommend_proxy("inputs", table=table) == "a"
-
-    def test_picks_from_the_full_grid_do_not_count(self) -> None:
-        table = rows(
-            proxy=["a", "a", "b", "b"],
-            search=["grid", "adaptive"] * 2,
-            regret=[0.0, 0.3, 0.2, 0.2],
-        )
-        assert recommend_proxy("inputs", table=table) == "b"
-
-    def test_by_method(self) -> None:
-        table = rows(
-            method=["cart", "cart", "iso_c", "iso_c"],
-            proxy=["a", "b"] * 2,
-            regret=[0.1, 0.0, 0.0, 0.3],
-        )
-        assert recommend_proxy("inputs", "cart", table) == "b"
-        assert recommend_proxy("inputs", "iso_c", table) == "a"
-        assert recommend_proxy("inputs", table=table) == "a"
-
-    def test_no_evidence_is_said(self) -> None:
-        table = rows(proxy=["a"], regret=[0.1])
-        with pytest.raises(RecipeError, match=r"mode 'weights'.*every method"):
-            recommend_proxy("weights", table=table)
-        with pytest.raises(RecipeError, match="measured for tsv_m"):
-            recommend_proxy("inputs", "tsv_m", table)
-
-    def test_one_row_per_case_by_number_of_tasks(
-        self, tables: tuple[pd.DataFrame, pd.DataFrame]
-    ) -> None:
-        table = pd.concat([tables[0], tables[0].assign(subset="two", tasks=2)])
-        frame = tasks_effect(table)
-        assert frame["tasks"].tolist() == [2, 3]
-        assert frame["subset"].tolist() == ["two", "all"]
-        assert len(set(frame["best"])) == 1
-
-
-class TestShipped:
-    def test_covers_the_cases(self) -> None:
-        table = evidence()
-        bundled = table[table["suite"] == "vision"]
-        found = set(zip(bundled["subset"], bundled["method"], strict=True))
-        assert found == {(case.subset, case.method) for case in data.evidence.CASES}
-        assert set(table["mode"]) == {"default", "weights", "inputs", "labels"}
-
-    def test_numbers_fit_each_other(self) -> None:
-        table = evidence()
-        close = {"abs": 2e-4}  # of five digits written
-        assert table["regret"].tolist() == pytest.approx(
-            (table["best"] - table["accuracy"]).tolist(), **close
-        )
-        assert table["test_regret"].tolist() == pytest.approx(
-            (table["test_best"] - table["test_accuracy"]).tolist(), **close
-        )
-        for prefix in ("", "test_"):
-            assert (table[f"{prefix}low"] <= table[f"{prefix}regret"]).all()
-            assert (table[f"{prefix}regret"] <= table[f"{prefix}high"]).all()
-        grid = table[table["search"] == "grid"]
-        assert (grid["regret"] >= -1e-9).all()
-        assert (table["tied_rank_low"].isna() == table["best_rank"].isna()).all()
-
-    def test_every_mode_has_a_default(self) -> None:
-        assert recommend_proxy("inputs") in INPUT_PROXIES
-        assert recommend_proxy("labels") == "accuracy"
-        for method in ("cart", "task_arithmetic"):
-            weights = evidence().query("mode == 'weights'")
-            assert recommend_proxy("weights", method) in set(weights["proxy"])
-
-    def test_few_images_lose_more(self) -> None:
-        frame = evidence_images().query("proxy == 'agreement'")
-        means = frame.groupby("images")["mean"].mean()
-        assert means.is_monotonic_decreasing
-
-    def test_a_copy_is_given(self) -> None:
-        table = evidence()
-        table["regret"] = 0.5
-        assert not (evidence()["regret"] == 0.5).all()

@@ -6,7 +6,7 @@ import math
 
 import pandas as pd
 
-from analysis.rank_selection.regret import evidence
+from analysis.rank_selection.evidence.shipped import evidence, kind_of
 from ui.words.rank_selection import candidates, describe_evidence, describe_spread
 
 
@@ -44,7 +44,7 @@ def test_candidates_are_the_recommendation_and_others() -> None:
 def test_the_evidence_says_where_it_is_from() -> None:
     suites = sorted(set(evidence()["suite"]))
     said = describe_evidence(suites[-1], "cart", "CART")
-    assert all(name in said for name in suites)
-    assert "this very suite is among them" in said
+    assert all(f"**{name}**" in said and kind_of(name) in said for name in suites)
+    assert "This very suite is among them" in said
     assert "not among them" in describe_evidence("mine", "cart", "CART")
     assert "never measured" in describe_evidence("mine", "unheard_of", "?")
