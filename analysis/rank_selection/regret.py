@@ -202,7 +202,7 @@ def rule_regret(
         Cancelled: between two batches; what was run is kept.
     """
     first = known.iloc[0]
-    context = first[["suite", "subset", "tasks", "method", *TIED]].to_dict()
+    context = {column: first[column] for column in ("suite", "subset", "tasks", "method", *TIED)}
     best = space.recipe(*(_none_if_missing(first[axis]) for axis in ("best_rank", "best_scale")))
     chosen = rule_picks(space, session, brief, progress)
     before = known[known["search"] == "rule"].set_index("proxy")

@@ -118,7 +118,7 @@ def describe_evidence(suite: str, method: str, title: str) -> str:
     names = list(dict.fromkeys(about["suite"]))
     sets = about[["suite", "subset"]].drop_duplicates().groupby("suite", sort=False).size()
     kinds = "; ".join(
-        f"**{name}** ({count} set{'s' if count > 1 else ''}), {kind_of(name)}"
+        f"**{name}** ({count} set{'s' if count > 1 else ''}), {kind_of(str(name))}"
         for name, count in sets.items()
     )
     of = title if len(own) else "other methods (this one was never measured)"
