@@ -142,7 +142,7 @@ VISION = Plan(
     foundation=TRANSFORMER,
     pretraining=Schedule(steps=4000, batch=10, rate=1e-3, weight_decay=0.02, warmup=100),
     adaptation=Schedule(steps=300, batch=5, rate=6e-4, rest=0.05),
-    finetuning=Schedule(steps=150, batch=32, rate=3e-4, rest=0.05),
+    finetuning=Schedule(steps=120, batch=32, rate=7e-4, rest=0.05),
 )
 SMALL = replace(
     VISION,
@@ -150,6 +150,7 @@ SMALL = replace(
     description="The twenty tasks of the suite vision, with a network of a quarter of the weights.",
     args=_vit(128),
     foundation=replace(TRANSFORMER, args=_vit(128)),
+    finetuning=Schedule(steps=150, batch=32, rate=3e-4, rest=0.05),
     inputs="../vision/inputs",
 )
 CONTRAST = replace(
