@@ -28,7 +28,7 @@ NAMES = [task.name for task in EIGHT]
 LIMIT_BYTES = 90 * 1000**2  # of all that is bundled
 OF_PLAN = {name: PLANS[name][0] for name in bundled_suites()}
 VISION = bundled_suites()["vision"].parent
-CART_RANK, CART_SCALE = 0.08, 3.0  # the best on validation, as data/README.md says
+CART_RANK, CART_SCALE = 0.089, 2.4  # the best on validation, as data/README.md says
 
 
 def layout(folder: Path) -> set[str]:
@@ -231,13 +231,16 @@ def accuracies(weights: dict[str, torch.Tensor], tasks: list[str] = NAMES) -> li
     return result
 
 
+def states_of(names: list[str]) -> list[dict[str, torch.Tensor]]:
+    files = [VISION / f"{name}.safetensors" for name in names]
+    return [{key: value.float() for key, value in load_file(path).items()} for path in files]
+
+
 def test_vision_meets_its_bars() -> None:
     """The bars of data/README.md, by formulas written here and not by the library's methods."""
-    names = ("base", *(f"experts/{name}" for name in NAMES))
-    states = [load_file(VISION / f"{name}.safetensors") for name in names]
-    base, *experts = ({key: value.float() for key, value in each.items()} for each in states)
+    base, *experts = states_of(["base", *(f"experts/{name}" for name in NAMES)])
     own = [accuracies(expert, [name])[0] for name, expert in zip(NAMES, experts, strict=True)]
-    assert np.mean(own) >= 90
+    assert np.mean(own) >= 92
     assert min(own) >= 80
 
     def mean(weights: dict[str, torch.Tensor]) -> float:
@@ -247,21 +250,43 @@ def test_vision_meets_its_bars() -> None:
     average = {key: value / len(experts) for key, value in total.items()}
     arithmetic = max(
         mean({key: base[key] + scale * (total[key] - len(experts) * base[key]) for key in base})
-        for scale in (0.125, 0.16, 0.2, 0.25, 0.3, 0.35, 0.4)
+        for scale in (0.1, 0.125, 0.15, 0.175, 0.2, 0.25, 0.3)
     )
-    cart = dict(average)
+    cart, published = dict(average), dict(average)
     for key in base:
         if not key.endswith(MATRICES):
             continue
-        rank = int(CART_RANK * min(base[key].shape))
+        rank, share = (int(r * min(base[key].shape)) for r in (CART_RANK, 0.08))
         for expert in experts:
             U, S, V = torch.linalg.svd(expert[key] - average[key], full_matrices=False)
             cart[key] = cart[key] + CART_SCALE * (U[:, :rank] * S[:rank]) @ V[:rank]
+            published[key] = published[key] + (U[:, :share] * S[:share]) @ V[:share]
     of_average, of_cart = mean(average), mean(cart)
     assert mean(base) <= np.mean(own) - 25
     assert of_average <= np.mean(own) - 8
     assert of_cart >= of_average + 4
     assert of_cart >= arithmetic + 3
+    assert mean(published) >= arithmetic + 1.5  # 2.0 found: a few images from the bar
+
+
+def test_centring_lowers_interference_in_vision() -> None:
+    """‖S_i V_iᵀ V_j S_j‖_F over pairs at 8 %, with S of norm 1, of centred over original."""
+    base, *experts = states_of(["base", *(f"experts/{name}" for name in NAMES)])
+    found = []
+    for key in (key for key in base if key.endswith(MATRICES)):
+        stack = torch.stack([expert[key] for expert in experts]).double()
+        rank = max(1, int(0.08 * min(base[key].shape)))
+        pair = []
+        for about in (stack.mean(dim=0), base[key].double()):
+            _, S, V = torch.linalg.svd(stack - about, full_matrices=False)
+            S, V = S[:, :rank] / S[:, :rank].norm(dim=1, keepdim=True), V[:, :rank]
+            products = torch.einsum("iad,jbd->ijab", S[..., None] * V, S[..., None] * V)
+            norms = products.norm(dim=(2, 3))
+            pair.append(float(norms.sum() - norms.trace()))
+        found.append(pair)
+    centred, original = np.array(found).T
+    assert centred.sum() <= 0.9 * original.sum()
+    assert (centred < original).mean() >= 0.75
 
 
 def test_quick_build_is_deterministic_and_replaces_what_was_there(
