@@ -14,6 +14,7 @@ from PIL import Image
 from analysis.accuracy import mean_accuracy
 from analysis.data_sources.source import UNLABELLED
 from analysis.figures import accuracy as figures
+from analysis.frames.entries import NotRecorded
 from analysis.outputs.inputs import load_inputs
 from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
@@ -22,7 +23,7 @@ from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import Preflight, preflight
 from merge_core.suites.recorded import RecordedSuite
 from ui import charts, shell
-from ui.plain_text import code, plain
+from ui.plain_text import code, plain, show_info
 from ui.progress import run_job
 from ui.server import resources
 from ui.server.resources import View
@@ -101,7 +102,11 @@ def first_section(view: View) -> None:
     if not resources.is_measurable(view):
         shell.explain_no_evaluation(view)
         return
-    recipes, frame = stored_result(view.key, view.tasks, view)
+    try:
+        recipes, frame = stored_result(view.key, view.tasks, view)
+    except NotRecorded as error:  # the rest of the page stands without it
+        show_info(error)
+        return
     if frame is None:
         frames = resources.output_frames(view)
         job = run_job(
