@@ -23,7 +23,7 @@ c² is the share of the experts' action that the update explains at its best λ,
 task vectors, where a direction counts with σ⁴: the maximum of c over the rank heeds the strongest
 few alone, and about the average further directions flatten D's spectrum before they cancel it. The
 *half-power point* is the highest rank at which c² is still half of its maximum. [heuristic: the
-half is the convention of filters, and the evidence, not a proof, speaks for it.]
+half is the convention of filters; whether a mode follows it is for the evidence to say.]
 """
 
 from __future__ import annotations
