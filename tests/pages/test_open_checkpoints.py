@@ -23,6 +23,7 @@ from tests.hub_server import Hub
 from tests.pages.test_pages import app_at, assert_healthy, finish, open_page
 from ui.sections.open_members import apply_edits, members_frame
 from ui.server import session_files
+from ui.server.catalog import SUITES
 
 __all__ = ["hub"]
 TASKS = ("cars", "dtd", "svhn")
@@ -112,7 +113,7 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     at = assert_healthy(at.switch_page("pages/spectra.py").run())
     assert at.sidebar.selectbox(key="suite").value == "models"
     other = open_page("spectra", suite="models")
-    assert other.sidebar.selectbox(key="suite").options == ["vision"]
+    assert other.sidebar.selectbox(key="suite").options == list(SUITES.list_offered())
     assert other.sidebar.selectbox(key="suite").value == "vision"
 
 
@@ -268,7 +269,7 @@ def test_uploads_are_seen_by_their_session_alone_and_removed_after_it(root: Path
     assert places[0].parent.parent.stat().st_mode & 0o077 == 0
     # Another visitor has neither the suite nor, by the same link, the files.
     other = open_page("overview", suite="uploads")
-    assert other.sidebar.selectbox(key="suite").options == ["vision"]
+    assert other.sidebar.selectbox(key="suite").options == list(SUITES.list_offered())
     assert not open_source("Upload").dataframe
     # What is derived from uploads lies beside them.
     assert_healthy(at.switch_page("pages/spectra.py").run())
@@ -277,7 +278,7 @@ def test_uploads_are_seen_by_their_session_alone_and_removed_after_it(root: Path
     session_files.janitor().sweep(time.monotonic() + 10_000)
     assert not list((root.parent / "cache").rglob("*.safetensors"))
     at = at.switch_page("pages/overview.py").run()
-    assert at.sidebar.selectbox(key="suite").options == ["vision"]
+    assert at.sidebar.selectbox(key="suite").options == list(SUITES.list_offered())
 
 
 def test_uploads_that_are_no_weights_are_refused_in_words(root: Path) -> None:

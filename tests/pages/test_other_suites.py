@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from analysis.outputs.suite_outputs import SuiteOutputs
+from merge_core.suites.bundled import bundled_records, bundled_suites
 from merge_core.yaml_text import dump_yaml
 from tests.evaluable import write_evaluable
 from tests.pages.test_pages import PAGES, figures, finish, metrics, open_page
@@ -134,7 +135,11 @@ def test_a_damaged_suite_is_explained_on_the_page(
     assert "Traceback" not in messages[0]
     assert "unexpectedly" not in messages[0]
     # The sidebar still lets one choose another suite.
-    assert at.sidebar.selectbox(key="suite").options == ["vision", "mine"]
+    assert at.sidebar.selectbox(key="suite").options == [
+        *bundled_suites(),
+        *bundled_records(),
+        "mine",
+    ]
 
 
 def test_sets_of_tasks_are_offered_and_the_first_is_chosen(offer: Callable[..., Path]) -> None:
