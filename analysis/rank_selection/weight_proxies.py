@@ -77,34 +77,7 @@ def _peak(name: str) -> Callable[[pd.DataFrame], int]:
     return lambda table: int(np.argmax(table[name].fillna(-np.inf)))
 
 
-def _half_power(table: pd.DataFrame) -> int:
-    """The highest rank at which alignment² is at least half of its maximum.
-
-    Where no rank explains anything (alignment never above zero), that of the highest alignment.
-    """
-    squares = table["alignment"].clip(lower=0).fillna(0) ** 2
-    if squares.max() == 0:
-        return _peak("alignment")(table)
-    return int(np.flatnonzero(squares >= squares.max() / 2)[-1])
-
-
 PROXIES: dict[str, Proxy] = {
-    "half_power": Proxy(
-        "Half-power point, balanced",
-        "up to this rank the merged update explains at least half of what it can explain of the "
-        "experts' own action at its best rank, and λ leaves the other tasks as much room as the "
-        "task itself",
-        DERIVED,
-        _half_power,
-        "balanced",
-    ),
-    "half_power_matched": Proxy(
-        "Half-power point, equal strength",
-        "up to this rank the merged update explains at least half of what it can explain of the "
-        "experts' own action at its best rank, and λ makes it act as strongly as they do",
-        DERIVED,
-        _half_power,
-    ),
     "alignment": Proxy(
         "Alignment and strength",
         "at this rank the merged update agrees most in direction with the experts' own on the "
@@ -157,11 +130,11 @@ PROXIES: dict[str, Proxy] = {
 }
 """Proxies by name."""
 CONTENDERS: tuple[str, ...] = (
-    "half_power",
-    "half_power_matched",
     "alignment",
+    "energy_80",
     "energy_90",
     "energy_95",
+    "share_8",
     "balance",
     "least_squares",
 )

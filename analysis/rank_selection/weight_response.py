@@ -13,17 +13,6 @@ E‖A x‖² ∝ ‖A C_tᵀ‖²_F. The merged update is λD, D that of scale 1
 actions, which no λ changes: least squares shrinks the update by c, the more the tasks disturb
 each other. λ = 1/√a leaves the shrinking out: the merged update then acts as strongly on the
 tasks' inputs as their own do. The least error, 1 − c², is smallest where c is largest.
-
-[derived] λ = √(2/a) leaves room for both: where the merged update holds the expert's own action
-whole (energy 1 on task t's inputs) and what other tasks do there is orthogonal to it, as nearly all
-of it is (c is far below 1), an energy λ²a of 2 means that the disturbance is just as strong as the
-signal. Beyond that, an update of this shape disturbs more than it can bring.
-
-c² is the share of the experts' action that the update explains at its best λ, in the metric of the
-task vectors, where a direction counts with σ⁴: the maximum of c over the rank heeds the strongest
-few alone, and about the average further directions flatten D's spectrum before they cancel it. The
-*half-power point* is the highest rank at which c² is still half of its maximum. [heuristic: the
-half is the convention of filters; whether a mode follows it is for the evidence to say.]
 """
 
 from __future__ import annotations
@@ -185,9 +174,8 @@ def whole_model(frame: pd.DataFrame) -> pd.DataFrame:
     Returns:
         One row per rank: rank, strength and overlap (means over matrices: each is relative, so
         every matrix counts alike), update_energy and task_energy (sums), alignment (b/√a),
-        matched (λ = 1/√a), balanced (λ = √(2/a)), least_squares (λ = b/a), equal_norm (λ at which
-        the update is as long as a task vector is on average: √(task_energy/update_energy)). NaN
-        where D is zero.
+        matched (λ = 1/√a), least_squares (λ = b/a), equal_norm (λ at which the update is as long
+        as a task vector is on average: √(task_energy/update_energy)). NaN where D is zero.
     """
     result = frame.groupby("rank", as_index=False, dropna=False).agg(
         strength=("strength", "mean"),
@@ -200,7 +188,6 @@ def whole_model(frame: pd.DataFrame) -> pd.DataFrame:
     return result.assign(
         alignment=result["overlap"] / np.sqrt(live),
         matched=1 / np.sqrt(live),
-        balanced=np.sqrt(2 / live),
         least_squares=result["overlap"] / live,
         equal_norm=np.sqrt(result["task_energy"] / length),
     )

@@ -181,10 +181,10 @@ class TestTable:
         pd.testing.assert_frame_equal(found, expected[list(found)])
         # A row whose setting still holds is kept, whatever it says; one that moved is not.
         told = table.assign(accuracy=0.123)
-        told["scale"] = told["scale"].where(told["proxy"] != "half_power", 0.01)
+        told["scale"] = told["scale"].where(told["proxy"] != "alignment", 0.01)
         again = rule_regret(told, space, session, evaluator).set_index("proxy")["accuracy"]
-        assert set(again.drop("half_power")) == {0.123}
-        assert again["half_power"] == found.set_index("proxy")["accuracy"]["half_power"]
+        assert set(again.drop("alignment")) == {0.123}
+        assert again["alignment"] == found.set_index("proxy")["accuracy"]["alignment"]
         brief = rule_regret(table, space, session, evaluator, brief=True)
         kept = (expected["mode"] == "default") | expected["proxy"].isin(CONTENDERS)
         assert brief["proxy"].tolist() == expected[kept]["proxy"].tolist()

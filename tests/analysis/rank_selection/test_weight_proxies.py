@@ -19,7 +19,6 @@ from analysis.rank_selection.weight_proxies import (
     CURVES,
     PROXIES,
     _balance,
-    _half_power,
     _knee,
     defined_for,
     layer_ranks,
@@ -128,7 +127,6 @@ def test_scales_do_what_they_are_named_after(
         for D, C in parts
     ]
     assert np.mean(strength) == pytest.approx(1, rel=1e-4)
-    assert row["balanced"] == pytest.approx(np.sqrt(2) * row["matched"])
     length = sum(np.sum((row["equal_norm"] * D) ** 2) for D, _ in parts)
     mean = sum(np.mean([np.sum(c**2) for c in C]) for _, C in parts)
     assert length == pytest.approx(mean, rel=1e-4)
@@ -141,7 +139,7 @@ def test_about_the_average_full_rank_has_no_update_and_no_scale(
 ) -> None:
     row = at(whole_model(responses(groups, space)), 1.0)
     assert row["strength"] == 0
-    assert row[["alignment", "matched", "balanced", "least_squares", "equal_norm"]].isna().all()
+    assert row[["alignment", "matched", "least_squares", "equal_norm"]].isna().all()
 
 
 @SEEDS
@@ -294,30 +292,6 @@ def test_knee_and_balance_by_hand() -> None:
     assert _knee(table * [7.0, 0.01] + [0.0, 3.0]) == 1
 
 
-def test_half_power_by_hand() -> None:
-    c = [0.2, 0.3, 0.25, 0.3 / np.sqrt(2) * 1.001, 0.2, np.nan]
-    assert _half_power(pd.DataFrame({"alignment": c})) == 3
-    assert _half_power(pd.DataFrame({"alignment": [0.1, 0.2, 0.3]})) == 2
-    # What falls below zero explains nothing, however far.
-    assert _half_power(pd.DataFrame({"alignment": [0.2, 0.1, -0.9]})) == 0
-    assert _half_power(pd.DataFrame({"alignment": [-0.2, -0.1, -0.9, np.nan]})) == 1
-
-
-@SEEDS
-@given(st.integers(0, 10**6), st.integers(2, 5))
-def test_balanced_leaves_the_disturbance_the_room_of_the_signal(seed: int, count: int) -> None:
-    """Tasks that share inputs and answer in outputs of their own: there λ²a is exactly 2 at λ = 1
-    for two tasks, whose signal and disturbance are alike, and T in general."""
-    random = np.random.default_rng(seed)
-    Q = np.linalg.qr(random.standard_normal((12, 12)))[0]
-    X = random.standard_normal((2, 8))
-    vectors = [torch.as_tensor(Q[:, 2 * t : 2 * t + 2] @ X) for t in range(count)]
-    row = sum_responses(vectors)
-    assert row["strength"] == pytest.approx(count, rel=1e-4)
-    assert row["overlap"] == pytest.approx(1, rel=1e-4)
-    assert row["balanced"] == pytest.approx(np.sqrt(2 / count), rel=1e-4)
-
-
 def test_each_proxy_takes_its_row_and_its_scale(groups: TensorGroups, space: SearchSpace) -> None:
     wide_open = search_space("cart", "vision", TASKS, scales=[-10.0, 10.0])
     found = recommend_from_weights(groups, wide_open).set_index("proxy")
@@ -328,13 +302,6 @@ def test_each_proxy_takes_its_row_and_its_scale(groups: TensorGroups, space: Sea
         peak,
         pytest.approx(table["matched"][peak]),
     ]
-    squares = table["alignment"].clip(lower=0) ** 2
-    wide = squares.index[squares >= squares.max() / 2].max()
-    assert found.loc["half_power", ["rank", "scale"]].tolist() == [
-        wide,
-        pytest.approx(np.sqrt(2) * table["matched"][wide]),
-    ]
-    assert found["scale"]["half_power_matched"] == pytest.approx(table["matched"][wide])
     assert found["scale"]["least_squares"] == pytest.approx(table["least_squares"][peak])
     assert found["scale"]["equal_norm"] == pytest.approx(table["equal_norm"][peak])
     assert found["rank"]["update_norm"] == table["update_energy"].idxmax()
