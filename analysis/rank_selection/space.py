@@ -19,6 +19,10 @@ RANKS: tuple[float, ...] = tuple(
 )
 
 
+SUMS_OF_TASK_VECTORS: tuple[str, ...] = ("task_arithmetic", "low_rank_task_arithmetic")
+SUMMED = 8  # tasks up to which the slider's scales are those of a sum
+
+
 @dataclass(frozen=True)
 class SearchSpace:
     """A recipe of which rank, scale or both are still open.
@@ -76,7 +80,8 @@ def search_space(
         tasks: chosen tasks (all when None).
         ranks: shares (floats) or numbers of directions (integers); :data:`RANKS` when None.
         scales: scaling coefficients; when None, :data:`POINTS` equal steps up to the largest
-            that the method's slider offers.
+            that the method's slider offers; of sums of more than :data:`SUMMED` task vectors up
+            to so much less, since they are as long at 1/T as one vector is.
 
     Raises:
         RecipeError: the method has neither, values are given for one that it has not, are named
@@ -93,7 +98,7 @@ def search_space(
     axes: dict[str, tuple[float | int, ...]] = {"rank": (), "scale": ()}
     for name, given in (("rank", ranks), ("scale", scales)):
         if name in specs:
-            usual = RANKS if name == "rank" else _steps(specs[name].high)
+            usual = RANKS if name == "rank" else _steps(_highest(method, specs[name].high, tasks))
             axes[name] = tuple(sorted(usual if given is None else given))
             _check(name, axes[name])
         elif given is not None:
@@ -106,6 +111,13 @@ def search_space(
     space = SearchSpace(make_recipe(document), axes["rank"], axes["scale"])
     space.recipes()  # refuses values out of range
     return space
+
+
+def _highest(method: str, offered: float, tasks: Sequence[str] | None) -> float:
+    """The largest scale of the grid; a sum of many task vectors needs less, in inverse ratio."""
+    if method not in SUMS_OF_TASK_VECTORS or tasks is None:
+        return offered
+    return offered * min(1.0, SUMMED / len(tasks))
 
 
 def _steps(highest: float) -> tuple[float, ...]:

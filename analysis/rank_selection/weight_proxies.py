@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 
-from analysis.rank_selection.space import SearchSpace, edge_words
+from analysis.rank_selection.space import SUMS_OF_TASK_VECTORS, SearchSpace, edge_words
 from analysis.rank_selection.weight_response import (
     PROPORTIONAL,
     responses,
@@ -140,7 +140,6 @@ CONTENDERS: tuple[str, ...] = (
 )
 """What is measured of these on suites whose evaluation takes long."""
 WITHOUT_RANK: tuple[str, ...] = ("alignment", "least_squares", "equal_norm", "metagpt")
-SUMS_OF_TASK_VECTORS: tuple[str, ...] = ("task_arithmetic", "low_rank_task_arithmetic")
 
 
 def defined_for(proxy: str, method: str) -> bool:

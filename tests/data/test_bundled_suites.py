@@ -14,18 +14,17 @@ import yaml
 from safetensors.torch import load_file
 from torch import nn
 
-from analysis.outputs.prediction_store import SHIPPED_NAME
 from data.build_suite import image_hashes, main
 from data.suite_plans import PLANS, Plan
 from data.tasks import EIGHT, TASKS
 from data.training import MATRICES
 from merge_core.checkpoints.parameter_roles import treatment
 from merge_core.checkpoints.shards import TensorInfo
-from merge_core.suites.bundled import bundled_suites
+from merge_core.suites.bundled import FRAMES_NAME, bundled_suites
 
 TOY = ("--plan", "transformer", "--quick", "--device", "cpu")
 NAMES = [task.name for task in EIGHT]
-LIMIT_BYTES = 90 * 1000**2  # of all that is bundled
+LIMIT_BYTES = 110 * 1000**2  # of all that is bundled
 OF_PLAN = {name: PLANS[name][0] for name in bundled_suites()}
 VISION = bundled_suites()["vision"].parent
 CART_RANK, CART_SCALE = 0.089, 2.4  # the best on validation, as data/README.md says
@@ -68,7 +67,7 @@ def suite(request: pytest.FixtureRequest) -> Path:
 def test_layout(quick: Path) -> None:
     found = {name: layout(path.parent) for name, path in bundled_suites().items()}
     for name, plan in OF_PLAN.items():
-        assert found[name] == expected(plan) | {SHIPPED_NAME}
+        assert found[name] == expected(plan) | {FRAMES_NAME}
     assert layout(quick) == expected(PLANS["transformer"][1])
 
 

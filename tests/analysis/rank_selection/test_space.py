@@ -9,6 +9,16 @@ from analysis.rank_selection.space import POINTS, RANKS, edge_words, search_spac
 from merge_core.errors import RecipeError
 
 
+def test_sums_of_many_task_vectors_are_scaled_down() -> None:
+    tasks = [f"task-{i}" for i in range(20)]
+    eight, twenty = (search_space("task_arithmetic", "vision", tasks[:n]).scales for n in (8, 20))
+    np.testing.assert_allclose(np.array(twenty) * 20, np.array(eight) * 8)
+    assert search_space("task_arithmetic", "vision").scales == eight
+    for method in ("cart", "ties"):
+        few, many = (search_space(method, "vision", tasks[:n]).scales for n in (8, 20))
+        assert few == many
+
+
 def test_usual_ranks_are_equal_steps_in_the_logarithm_from_one_percent_to_all() -> None:
     assert (RANKS[0], RANKS[-1], len(RANKS)) == (0.01, 1.0, POINTS)
     steps = np.diff(np.log(RANKS))
