@@ -18,6 +18,7 @@ from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
 from ui import charts, shell
 from ui.controls import choice, multiselect, tabs
+from ui.plain_text import show_info
 from ui.progress import run_job
 from ui.sections.own_recipes import own_recipes
 from ui.sections.suggested import describe_setting, find_suggestion
@@ -67,7 +68,7 @@ def without_missing(view: View, names: list[str], budget: int) -> list[str]:
     missing = [get_method(name).title for name in names if name not in known]
     if not known or not missing:
         return names
-    st.info(f"This record does not hold the comparison of {', '.join(missing)}.")
+    show_info(f"This record does not hold the comparison of {', '.join(missing)}.")
     return known
 
 

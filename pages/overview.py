@@ -267,7 +267,7 @@ def page() -> None:
         st.info(
             "These are **figures of a real model**: no weights, and no sentence of its data. What "
             "was not recorded says so, on every page. To merge and measure it yourself, build the "
-            f"suite: `mergescope suite build {view.suite.name} --data FOLDER --output FOLDER`; "
+            "suite: `mergescope suite build sentences --data FOLDER --output FOLDER`; "
             "docs/build.md says which data it takes, and how long."
         )
     tasks_section(view)
