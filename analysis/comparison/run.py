@@ -139,7 +139,7 @@ def run_comparison(
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
         >>> found = run_comparison("vision", ["average"], session, Evaluator(suite))
         >>> found.summary["label"].tolist(), len(found.tasks)
-        (['Weight average'], 8)
+        (['Weight average'], 20)
     """
     progress = progress or Progress()
     tasks = session.groups.tasks

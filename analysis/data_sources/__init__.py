@@ -25,7 +25,7 @@ def open_source(data: DataSpec, resolve: Resolve, what: str) -> Source:
         >>> suite = load_suite("vision")
         >>> source = open_source(suite.spec.experts["digits"].data, suite.file, "digits")
         >>> sorted(source.splits), len(source.splits["test"]())
-        (['test', 'val'], 500)
+        (['test', 'val'], 250)
     """
     # Each brings libraries of its own.
     from analysis.data_sources.archive import open_archive

@@ -48,7 +48,7 @@ class Evaluator:
         >>> session = MergeSession(suite, suite.tasks, FactorStore())
         >>> frame = Evaluator(suite).recipe(make_recipe({"method": "average"}), session, "test")
         >>> frame["task"].tolist() == list(suite.tasks), frame["images"].unique().tolist()
-        (True, [500])
+        (True, [250])
     """
 
     def __init__(

@@ -142,7 +142,7 @@ def spectrum(group: TensorGroup, origin: Origin, part: Part = "whole") -> pd.Dat
         >>> group = TensorGroup(suite, suite.tasks, "blocks.0.attn.proj.weight", FactorStore())
         >>> frame = spectrum(group, "base")
         >>> len(frame), list(frame)
-        (2048, ['task', 'origin', 'index', 'share', 'sigma', 'energy'])
+        (5120, ['task', 'origin', 'index', 'share', 'sigma', 'energy'])
     """
     _, spectra = _spectra(group, origin, part)
     r = spectra[0].size

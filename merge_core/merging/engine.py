@@ -57,7 +57,7 @@ def check_recipe(suite: Suite, recipe: Recipe) -> None:
     Example:
         >>> check_recipe(load_suite("vision"), make_recipe({"method": "slerp"}))
         Traceback (most recent call last):
-        merge_core.errors.SuiteError: SLERP merges 2 experts, not 8. Choose 2 tasks.
+        merge_core.errors.SuiteError: SLERP merges 2 experts, not 20. Choose 2 tasks.
     """
     method, tasks = recipe.declaration, suite.select(recipe.tasks)
     if recipe.needs_base and suite.base is None:

@@ -420,7 +420,7 @@ def load_recipe(path: str | Path, reference: str | None = None) -> tuple[Recipe,
         >>> _ = Path("recipe.yaml").write_text("{suite: vision, method: average}")
         >>> recipe, suite = load_recipe("recipe.yaml")
         >>> recipe.method, len(suite.tasks)
-        ('average', 8)
+        ('average', 20)
     """
     recipe = read_recipe(path)
     folder, inputs = expand_path(path, RecipeError).parent, recipe.inputs

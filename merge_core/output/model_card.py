@@ -71,7 +71,7 @@ def model_card(
         >>> suite, recipe = load_suite("vision"), make_recipe({"method": "average"})
         >>> card = model_card(recipe, suite, provenance(recipe, suite))
         >>> next(line for line in card.splitlines() if line.startswith("# "))
-        '# Weight average of 8 experts of vision'
+        '# Weight average of 20 experts of vision'
     """
     method = recipe.declaration
     tasks = suite.select(recipe.tasks)

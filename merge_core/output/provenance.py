@@ -103,7 +103,7 @@ def provenance(recipe: Recipe, suite: Suite, route: Route = "gram") -> Provenanc
     Example:
         >>> about = provenance(make_recipe({"method": "average"}), load_suite("vision"))
         >>> len(about.inputs), about.recipe.method
-        (8, 'average')
+        (20, 'average')
     """
     learns = recipe.declaration.learns is not None
     members = Inputs.of(suite, suite.select(recipe.tasks), with_data=learns)

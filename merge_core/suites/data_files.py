@@ -172,6 +172,11 @@ def data_identity(data: DataSpec, resolve: Resolve, what: str) -> str:
 
     Raises:
         SuiteError: the data are missing or cannot be read.
+
+    Example:
+        >>> suite = load_suite("vision")
+        >>> len(data_identity(suite.data("digits"), suite.file, "digits"))
+        64
     """
     path = locate_data(data, resolve, what)
     pattern = SVHN_FILES if data.dataset == "SVHN" and data.kind == "torchvision" else None
