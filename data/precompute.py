@@ -86,8 +86,6 @@ def _ask_accuracies(
         modes: tuple[Mode, ...] = get_args(Mode) if every_view else ("labels",)
         for mode in modes:
             outputs.select(space, SelectionOptions(mode, every_proxy=every_view), progress)
-        if every_view and method == "cart":  # the full map
-            outputs.select(space, SelectionOptions("labels", full_grid=True), progress)
     outputs.first_result(outputs.first_recipes())
     outputs.first_result_if_known()
     drawn = draw_subsets(tasks, task_counts(len(tasks)), SUBSETS[0])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -16,6 +17,7 @@ from analysis.frames.from_weights import WeightFrames
 from analysis.frames.record import load_record
 from analysis.frames.scaling import scaling_if_known
 from analysis.frames.store import FrameStore
+from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import SelectionOptions
 from analysis.rank_selection.space import SearchSpace, search_space
 from data import precompute
@@ -54,8 +56,8 @@ def test_what_is_shipped_makes_the_first_views_free(suite: Suite, tmp_path: Path
     live = Evaluator(suite).experts(suite.tasks)
     assert outputs.experts("val")["correct"].tolist() == live["correct"].tolist()
     space = small_space("cart", str(suite.path), suite.tasks)
-    for full in (False, True):
-        assert outputs.select(space, SelectionOptions("labels", full_grid=full)).rank > 0
+    for mode in get_args(Mode):
+        assert outputs.select(space, SelectionOptions(mode)).rank > 0
     assert outputs.first_result_if_known() is not None
     drawn = draw_subsets(suite.tasks, task_counts(len(suite.tasks)), 3)
     assert scaling_if_known(outputs, drawn) is not None
