@@ -37,8 +37,8 @@ from merge_core.suites.suite import Suite, load_suite
 def precompute(reference: str, progress: Progress | None = None) -> Path:
     """Ask what the default views show, and write the answers beside the suite.
 
-    Of a suite with presets these are the views of the first one; of the others it is the first
-    result and the accuracy over the number of tasks.
+    Of a suite with presets these are the views of the first one, and the first result of the
+    others.
 
     Args:
         reference: the name of a bundled suite, or a suite.yaml with a base whose folder may be
@@ -88,8 +88,9 @@ def _ask_accuracies(
             outputs.select(space, SelectionOptions(mode, every_proxy=every_view), progress)
     outputs.first_result(outputs.first_recipes())
     outputs.first_result_if_known()
-    drawn = draw_subsets(tasks, task_counts(len(tasks)), SUBSETS[0])
-    scaling(outputs, drawn, factors, progress)
+    if every_view:
+        drawn = draw_subsets(tasks, task_counts(len(tasks)), SUBSETS[0])
+        scaling(outputs, drawn, factors, progress)
 
 
 def _show(started: float, done: int, total: int, label: str) -> None:
