@@ -50,30 +50,23 @@ def stored(suite: Suite, target: Path, folder: Path) -> OutputFrames:
 
 
 def test_what_is_shipped_makes_the_first_views_free(suite: Suite, tmp_path: Path) -> None:
+    names = list(suite.tasks)
+    suite = edit_document(suite.root, presets={"all": names, "two": names[:2]})
     target = precompute.precompute(str(suite.path))
     assert target == suite.root / "frames.mergescope"
+    assert load_record(target).suite.tasks == suite.select(["all"])
     outputs = stored(suite, target, tmp_path)
     live = Evaluator(suite).experts(suite.tasks)
     assert outputs.experts("val")["correct"].tolist() == live["correct"].tolist()
     space = small_space("cart", str(suite.path), suite.tasks)
     for mode in get_args(Mode):
         assert outputs.select(space, SelectionOptions(mode)).rank > 0
-    assert outputs.first_result_if_known() is not None
     drawn = draw_subsets(suite.tasks, task_counts(len(suite.tasks)), 3)
     assert scaling_if_known(outputs, drawn) is not None
+    for preset in ("all", "two"):
+        chosen = load_suite(suite.path).restrict([preset])
+        assert stored(chosen, target, tmp_path).first_result_if_known() is not None
     weights = WeightFrames(suite, suite.tasks, outputs.frames, FactorStore())
     before = set((tmp_path / "empty").glob("*"))
     assert len(weights.summary("average", False)) > 0
     assert set((tmp_path / "empty").glob("*")) == before  # it was read, not computed and kept
-
-
-def test_what_is_shipped_holds_the_first_result_of_every_preset(
-    suite: Suite, tmp_path: Path
-) -> None:
-    names = list(suite.tasks)
-    suite = edit_document(suite.root, presets={"all": names, "two": names[:2]})
-    target = precompute.precompute(str(suite.path))
-    assert load_record(target).suite.tasks == suite.select(["all"])
-    for preset in ("all", "two"):
-        chosen = load_suite(suite.path).restrict([preset])
-        assert stored(chosen, target, tmp_path).first_result_if_known() is not None
