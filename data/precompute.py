@@ -66,6 +66,7 @@ def precompute(reference: str, progress: Progress | None = None) -> Path:
     ]
     target = suite.root / FRAMES_NAME
     write_atomically(target, record_bytes(suite_card(first, measured=True), dict(answers).values()))
+    target.chmod(0o644)  # a suite is for everyone
     return target
 
 
