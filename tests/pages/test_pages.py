@@ -279,7 +279,7 @@ def test_the_overview_names_the_settings_and_how_they_came_about() -> None:
     text = " ".join(m.value for m in at.markdown)
     assert "CART: rank" in text
     assert "best on the validation split" in text
-    assert "made to show the effect at a small size" in " ".join(i.value for i in at.info)
+    assert "made to show an effect at a small size" in " ".join(i.value for i in at.info)
 
 
 def test_no_task_chosen_asks_for_one() -> None:
