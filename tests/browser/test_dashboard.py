@@ -34,7 +34,7 @@ PAGES = {
     "weights_or_features": "Average the weights, or",
     "magnitude_and_stability": "What happens when parameters",
 }
-ASKED = {"compare": "Compare these methods", "how_does_it_scale": "Merge and evaluate"}
+ASKED = {"how_does_it_scale": "Merge and evaluate"}
 
 
 def query(page: Page) -> dict[str, list[str]]:
@@ -256,8 +256,9 @@ def test_the_downloaded_checkpoint_is_the_merge(
     assert suite.base is not None
     merged = load_file(target)
     assert set(merged) == set(suite.base)
-    recipe = make_recipe({"method": "task_arithmetic", "parameters": {"scale": 0.4}})
-    expected = MergeSession(suite, suite.select(["8"]), FactorStore()).merge(recipe)
+    tasks = suite.select(["8"])
+    document = {"method": "task_arithmetic", "parameters": {"scale": 0.4}, "tasks": tasks}
+    expected = MergeSession(suite, tasks, FactorStore()).merge(make_recipe(document))
     for name, value in merged.items():
         assert value.dtype == suite.base.info(name).dtype.torch
         assert value.equal(expected[name].to(value.dtype))
