@@ -190,7 +190,7 @@ def change_all(page: Page, where: str = "") -> set[str]:
 
     Args:
         page: the page.
-        where: a selector of what is walked, or ``seen`` for what no tab hides; the whole page when empty.
+        where: a selector of what is walked; ``seen`` for what no tab hides; all when empty.
     """
     done: set[str] = set()
     while True:
