@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -52,24 +51,42 @@ def test_jobs_run_in_fresh_processes_with_fixed_threads(tmp_path: Path) -> None:
     assert laboratory.run("os:getpid", {}).answer != os.getpid()
 
 
-def test_dropped_files_are_read_from_the_disk() -> None:
+def test_files_are_flushed_and_dropped_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[tuple[str, ...]] = []
+
+    def name(handle: int) -> str:
+        return Path(f"/proc/self/fd/{handle}").readlink().name
+
+    def advise(handle: int, offset: int, length: int, advice: int) -> None:
+        assert (offset, length) == (0, 0)  # from the start to the end
+        assert advice == os.POSIX_FADV_DONTNEED
+        done.append(("drop", name(handle)))
+
+    monkeypatch.setattr(os, "fsync", lambda handle: done.append(("flush", name(handle))))
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    paths = [tmp_path / "a", tmp_path / "b"]
+    for path in paths:
+        path.write_bytes(b"x")
+    drop(paths)
+    assert done == [("flush", "a"), ("drop", "a"), ("flush", "b"), ("drop", "b")]
+
+
+def test_the_cache_is_looked_at_and_not_changed() -> None:
     # The system's temporary folder may lie in memory, where nothing can be dropped.
     path = Path(__file__).parent / f".dropped-{os.getpid()}"
     try:
         path.write_bytes(os.urandom(4 << 20))
         warm([path])
-        assert cached_share([path]) == 1
-        for _ in range(50):
-            drop([path])
-            if cached_share([path]) < 0.5:
-                break
-            time.sleep(0.1)
-        if cached_share([path]) == 1:
+        assert cached_share([path]) > 0.9
+        drop([path])
+        # Dropping is advice: the system, or the file system, may keep what it likes.
+        if (left := cached_share([path])) > 0.5:
             pytest.skip("this file system keeps its pages")
-        # Dropping is advice: the system may keep a few pages that it is busy with.
-        assert cached_share([path]) < 0.5
+        assert cached_share([path]) <= left
         warm([path])
-        assert cached_share([path]) == 1
+        assert cached_share([path]) > 0.9
     finally:
         path.unlink(missing_ok=True)
 
