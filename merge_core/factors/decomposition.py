@@ -18,8 +18,10 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from merge_core.devices import compute
 from merge_core.factors.lapack import leading_eigenpairs
 from merge_core.factors.low_rank import Directions, complete
+from merge_core.work_sizes import SMALL
 
 Route = Literal["gram", "svd"]
 
@@ -36,6 +38,8 @@ GRAM_CLEAR = 1e-4
 @dataclass(frozen=True)
 class Side:
     """Singular values and vectors on a matrix's short side, as they are stored.
+
+    They lie where the matrix lay.
 
     Attributes:
         vectors: q x r, float32, orthonormal rows, one a direction, their largest entry positive.
@@ -56,7 +60,7 @@ def leading_side(B: Tensor, count: int) -> Side:
     is how far the span is off, which its residual bounds.
 
     Args:
-        B: m x n, m ≥ n, float32, finite.
+        B: m x n, m ≥ n, float32, finite; decomposed where it lies.
         count: how many directions, 1 to n.
 
     Raises:
@@ -70,7 +74,7 @@ def leading_side(B: Tensor, count: int) -> Side:
         (tensor([3., 2.]), True)
     """
     B, size = _scale(B)
-    _, rows = leading_eigenpairs(gram(B), count)
+    rows = _leading_rows(gram(B), count)
     X = torch.linalg.qr(rows.T.double()).Q
     Y = B @ X.float()
     theta, W = torch.linalg.eigh(Y.double().T @ Y.double())
@@ -132,7 +136,7 @@ def whole_side(B: Tensor, route: Route = "gram") -> Side:
     """All directions of a tall matrix, computed in float64.
 
     Args:
-        B: m x n, m ≥ n, finite; on a GPU it is decomposed there.
+        B: m x n, m ≥ n, finite; decomposed where it lies.
         route: ``"gram"`` takes the eigenvectors of BᵀB (directions below 3e-8 of the first are
             left undetermined, those below 1e-4 lose digits); ``"svd"`` calls LAPACK's SVD.
 
@@ -147,7 +151,7 @@ def whole_side(B: Tensor, route: Route = "gram") -> Side:
     else:
         theta, columns = torch.linalg.eigh(gram(B))
         S, rows = _values(theta.flip(0)), columns.T.flip(0)
-    return _side(rows, S * size, torch.full((len(S),), ROUNDED))
+    return _side(rows, S * size, torch.full_like(S, ROUNDED))
 
 
 def singular_values(A: Tensor) -> Tensor:
@@ -164,10 +168,7 @@ def singular_values(A: Tensor) -> Tensor:
         tensor([4., 3.], dtype=torch.float64)
     """
     B, size = _scale((A.T if A.shape[0] <= A.shape[1] else A).double())
-    theta = (
-        torch.linalg.eigvalsh(gram(B)).flip(0) if A.is_cuda else leading_eigenpairs(gram(B), 0)[0]
-    )
-    return _values(theta) * size
+    return _values(_eigenvalues(gram(B))) * size
 
 
 def decompose(A: Tensor, floor: float = 0.0) -> Directions:
@@ -188,6 +189,13 @@ def decompose(A: Tensor, floor: float = 0.0) -> Directions:
         >>> found.S
         tensor([4., 3.], dtype=torch.float64)
     """
+    if min(A.shape) < SMALL:
+        return _decompose_here(A, floor)
+    return compute(lambda device: _decompose_here(device.send(A), floor).fetch(device), exact=True)
+
+
+def _decompose_here(A: Tensor, floor: float) -> Directions:
+    """The same, where the matrix lies."""
     wide = A.shape[0] <= A.shape[1]
     B, size = _scale((A.T if wide else A).double())
     theta, columns = torch.linalg.eigh(gram(B))
@@ -231,13 +239,27 @@ def gram(B: Tensor, block: int = 96) -> Tensor:
         tensor([[1., 2.],
                 [2., 5.]])
     """
+    if not B.is_cpu:
+        return B.T @ B  # in one call: there, calls are what takes long
     n = B.shape[1]
-    G = torch.empty(n, n, dtype=B.dtype, device=B.device)
+    G = torch.empty(n, n, dtype=B.dtype)
     for start in range(0, n, block):
         stop = min(n, start + block)
         G[start:, start:stop] = B[:, start:].T @ B[:, start:stop]
         G[start:stop, stop:] = G[stop:, start:stop].T
     return G
+
+
+def _eigenvalues(G: Tensor) -> Tensor:
+    """Of a symmetric matrix, descending, by the solver of its device."""
+    return leading_eigenpairs(G, 0)[0] if G.is_cpu else torch.linalg.eigvalsh(G).flip(0)
+
+
+def _leading_rows(G: Tensor, count: int) -> Tensor:
+    """The first eigenvectors of a symmetric matrix, count x n, by the solver of its device."""
+    if G.is_cpu:
+        return leading_eigenpairs(G, count)[1]
+    return torch.linalg.eigh(G).eigenvectors[:, -count:].flip(1).T
 
 
 def _scale(B: Tensor) -> tuple[Tensor, float]:
@@ -265,5 +287,5 @@ def _sign(rows: Tensor) -> Tensor:
 
 
 def _side(rows: Tensor, S: Tensor, errors: Tensor) -> Side:
-    vectors = _sign(rows).float().contiguous().cpu()
-    return Side(vectors, S.float().cpu().contiguous(), errors.float().contiguous())
+    parts = (_sign(rows), S, errors)
+    return Side(*(part.float().contiguous() for part in parts))
