@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -60,6 +60,10 @@ class Device:
     def fetch(self, tensor: Tensor) -> Tensor:
         """A tensor of this device on the CPU."""
         return tensor.cpu()
+
+    def inference(self) -> AbstractContextManager[None]:
+        """Where nothing is kept for derivatives."""
+        return cast("AbstractContextManager[None]", torch.inference_mode())
 
     def free_bytes(self) -> int | None:
         """Free memory; None where nobody can say."""

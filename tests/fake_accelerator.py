@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
+import torch
 from torch import Tensor
+from torch.autograd import Function
 from torch.utils._pytree import tree_map
 
 from merge_core import devices
@@ -52,6 +54,30 @@ class There(Tensor):
         return tree_map(lambda v: There(v) if isinstance(v, Tensor) else v, result)
 
 
+class _Send(Function):
+    """To the accelerator, differentiable as torch's own copies are."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor) -> Tensor:
+        return There(tensor.detach())
+
+    @staticmethod
+    def backward(ctx: Any, slope: Any) -> Tensor:
+        return cast(Tensor, slope.inner)
+
+
+class _Fetch(Function):
+    """Back to the CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, tensor: Any) -> Tensor:
+        return cast(Tensor, tensor.inner.detach())
+
+    @staticmethod
+    def backward(ctx: Any, slope: Any) -> Tensor:
+        return There(slope)
+
+
 @dataclass(frozen=True)
 class Fake(Device):
     """An accelerator whose tensors are :class:`There`.
@@ -70,11 +96,19 @@ class Fake(Device):
             return tensor
         self.room(tensor)
         self.sent.append(tensor.numel())
-        return There(tensor)
+        sent: Tensor = _Send.apply(tensor)
+        return sent
 
     def fetch(self, tensor: Tensor) -> Tensor:
         """The tensor on the CPU."""
-        return tensor.inner if isinstance(tensor, There) else tensor
+        if not isinstance(tensor, There):
+            return tensor
+        fetched: Tensor = _Fetch.apply(tensor)
+        return fetched
+
+    def inference(self) -> AbstractContextManager[None]:
+        """Inference mode takes no tensors of a kind of one's own."""
+        return torch.no_grad()
 
     def free_bytes(self) -> int | None:
         """As much as a small card has."""

@@ -10,8 +10,10 @@ import typer
 from mergescope.terminal import (
     CsvOption,
     LimitOption,
+    PrecisionOption,
     check_csv,
     console,
+    parse_precision,
     parse_split,
     print_frame,
     progress_bar,
@@ -24,6 +26,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="val or test.")] = "val",
     limit: LimitOption = None,
     csv: CsvOption = None,
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Per-task accuracy with 95 % intervals: of a recipe, or of a suite's members."""
     import pandas as pd
@@ -31,6 +34,7 @@ def evaluate(
 
     from analysis.accuracy import mean_accuracy
     from analysis.evaluation.evaluator import Evaluator
+    from analysis.evaluation.precision import precision_words
     from merge_core.errors import SuiteError
     from merge_core.factors.store import FactorStore
     from merge_core.input_files import expand_path
@@ -39,7 +43,7 @@ def evaluate(
     from merge_core.suites.suite import load_suite
     from merge_core.yaml_text import load_yaml, read_text_file
 
-    part = parse_split(split)
+    part, computed = parse_split(split), parse_precision(precision)
     check_csv(csv)
     rows = []
     path = expand_path(target, SuiteError)
@@ -55,7 +59,7 @@ def evaluate(
         suite = load_suite(target)
         recipe = make_recipe({"suite": target, "method": "average"})
         recipes = {"average": recipe}
-    evaluator = Evaluator(suite)
+    evaluator = Evaluator(suite, precision=computed)
     session = MergeSession(suite, recipe.tasks, FactorStore())
     tasks = session.groups.tasks
     if not is_recipe:
@@ -71,4 +75,6 @@ def evaluate(
     table = pd.concat([table, mean], ignore_index=True)
     columns = ["model", "task", "accuracy", "low", "high", "correct", "images"]
     print_frame(console(), f"Accuracy on the {split} split, with 95 % intervals", table[columns])
+    if not is_recipe and (changed := precision_words(evaluator, tasks, part, limit)):
+        typer.echo(changed)
     write_csv(table[columns], csv)
