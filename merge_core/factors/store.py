@@ -30,7 +30,7 @@ from merge_core.factors.decomposition import (
     singular_values,
     whole_side,
 )
-from merge_core.factors.low_rank import Directions, Truncations, complete, product
+from merge_core.factors.low_rank import ORTHONORMAL, Directions, Truncations, complete, product
 from merge_core.files import cache_dir, digest_of, factors_limit
 from merge_core.work_sizes import LEADING_SHARES, SMALL
 
@@ -142,7 +142,8 @@ class FactorStore:
         rows, S = side.vectors[:k][live].double(), S[live]
         # In float64: what rounds here is measured by the first singular value, not by the own.
         weighted = product(partial(matrix.tall, torch.float64), max(matrix.shape), rows.T)
-        found = complete(rows, S, weighted, wide=matrix.shape[0] <= matrix.shape[1])
+        wide = matrix.shape[0] <= matrix.shape[1]
+        found = complete(rows, S, weighted, wide, defect=ORTHONORMAL)
         return Directions(found.U.float(), found.S.float(), found.V.float())
 
     def _is_large(self, matrix: TaskMatrix) -> bool:
