@@ -110,7 +110,7 @@ def ranking(result: Comparison) -> None:
         best = frame.iloc[0]
         drawn.append(
             charts.Chart(
-                figures.method_dots(frame, title=title, references=references),
+                charts.drawn(figures.method_dots, frame, title=title, references=references),
                 key=key,
                 alt=f"Mean test accuracy of each method with its interval: {len(frame)} methods, "
                 f"best {best['label']} at {best['accuracy']:.1%}",
@@ -122,8 +122,11 @@ def ranking(result: Comparison) -> None:
     pairs = accuracy.paired_differences(hits)
     drawn.append(
         charts.Chart(
-            figures.paired_map(
-                pairs, [*single["label"], *told["label"]], title="Which differences are real?"
+            charts.drawn(
+                figures.paired_map,
+                pairs,
+                [*single["label"], *told["label"]],
+                title="Which differences are real?",
             ),
             key="pairs",
             alt=f"Pairwise differences of mean accuracy of {len(joined)} methods",
@@ -196,7 +199,9 @@ def tasks(result: Comparison) -> None:
     left, right = st.columns(2)
     charts.panel(
         charts.Chart(
-            figures.task_radar(result.tasks, chosen, title="Which tasks does a method keep?"),
+            charts.drawn(
+                figures.task_radar, result.tasks, chosen, title="Which tasks does a method keep?"
+            ),
             key="radar",
             alt="Accuracy of the chosen methods over tasks",
         ),
@@ -218,7 +223,8 @@ def costs(result: Comparison) -> None:
     quantity = choice("Cost", COSTS, "cost")
     charts.panel(
         charts.Chart(
-            figures.cost_scatter(
+            charts.drawn(
+                figures.cost_scatter,
                 join_seeds(result.summary, result.recipes),
                 quantity,
                 title="What does accuracy cost?",

@@ -72,7 +72,8 @@ def over_tasks(view: View, value: str) -> None:
     st.markdown(describe_tasks(frame))
     charts.panel(
         charts.Chart(
-            figures.accuracy_over(
+            charts.drawn(
+                figures.accuracy_over,
                 summarise_over(frame, "count", value),
                 "count",
                 value,
@@ -160,7 +161,8 @@ def over_sizes(view: View, value: str) -> None:
     st.markdown(describe_sizes(frame))
     charts.panel(
         charts.Chart(
-            figures.accuracy_over(
+            charts.drawn(
+                figures.accuracy_over,
                 summarise_over(frame, "parameters", value),
                 "parameters",
                 value,

@@ -150,7 +150,8 @@ def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
 
     def chart(origin: Origin, frame: pd.DataFrame) -> charts.Chart:
         mean = different(frame)["overlap"].mean()
-        figure = figures.pair_map(
+        figure = charts.drawn(
+            figures.pair_map,
             frame,
             "overlap",
             title=f"{SHORT[origin]}, {where}: mean {mean:.3f} at {rank}",
@@ -203,14 +204,18 @@ def draw_centring(view: View, share: float, side: Side) -> None:
     falls, count = int((frame["ratio"] < 1).sum()), len(frame)
     charts.panel(
         charts.Chart(
-            figures.centring_map(frame, title=f"Interference in every layer, {rank} kept"),
+            charts.drawn(
+                figures.centring_map, frame, title=f"Interference in every layer, {rank} kept"
+            ),
             key="centring_map",
             alt=f"Mean interference of a pair about the average against about the base: lower in "
             f"{falls} of {count} layers",
             height=420,
         ),
         charts.Chart(
-            figures.centring_condition(frame, title="What must be in common for it to fall?"),
+            charts.drawn(
+                figures.centring_condition, frame, title="What must be in common for it to fall?"
+            ),
             key="centring_condition",
             alt="Interference about the average over that about the base, against the common "
             f"share of the leading directions: {frame['common'].mean():.1%} in the mean, "
@@ -244,7 +249,9 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
     where = place_of(layer)
 
     def chart(key: str, value: str, title: str, alt: str) -> charts.Chart:
-        figure = figures.curves_over_rank(curves, value, title=title, chosen_share=share)
+        figure = charts.drawn(
+            figures.curves_over_rank, curves, value, title=title, chosen_share=share
+        )
         return charts.Chart(figure, key=key, alt=alt, height=400)
 
     charts.panel(
@@ -261,8 +268,11 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
             f"Reconstruction error over rank in {where}",
         ),
         charts.Chart(
-            figures.trade_off(
-                curves, title=f"The trade-off along the rank, {where}", chosen_share=share
+            charts.drawn(
+                figures.trade_off,
+                curves,
+                title=f"The trade-off along the rank, {where}",
+                chosen_share=share,
             ),
             key="trade_off",
             alt=f"Interference against reconstruction error in {where}, one curve per origin",
@@ -296,7 +306,8 @@ def draw_cosines(view: View, layer: str | None) -> None:
     charts.panel(
         *(
             charts.Chart(
-                figures.pair_map(
+                charts.drawn(
+                    figures.pair_map,
                     frame,
                     "cosine",
                     title=f"{LABELS[origin]}, {place_of(layer)}",
@@ -337,7 +348,7 @@ def draw_angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
     if "base" in origins(view):
         signs = sign_frame(view.key, view.tasks, view)
         clashes = charts.Chart(
-            figures.conflict_bars(signs, title="Where do signs clash? (original)"),
+            charts.drawn(figures.conflict_bars, signs, title="Where do signs clash? (original)"),
             key="signs",
             alt="Share of magnitude that cancels and of entries with both signs per matrix",
             height=480,
@@ -345,7 +356,8 @@ def draw_angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
         )
     charts.panel(
         charts.Chart(
-            figures.pair_map(
+            charts.drawn(
+                figures.pair_map,
                 angles,
                 "angle",
                 title=f"{SHORT[origin]}, {short_name(view.layer)}: angles at k = {k}",

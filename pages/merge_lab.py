@@ -236,7 +236,9 @@ def result(
     drawn = pd.concat(shown, ignore_index=True)
     charts.panel(
         charts.Chart(
-            figures.dots_per_task(drawn, title="How well does the merged model do each task?"),
+            charts.drawn(
+                figures.dots_per_task, drawn, title="How well does the merged model do each task?"
+            ),
             key="per_task",
             alt="Accuracy of each task: experts, current recipe, pinned recipe",
             height=430,

@@ -145,7 +145,9 @@ def draw_first(view: View, recipes: Recipes, frame: pd.DataFrame) -> None:
     st.markdown(describe_settings(recipes))
     charts.panel(
         charts.Chart(
-            figures.dots_per_task(frame, title="Accuracy of each task on the test split"),
+            charts.drawn(
+                figures.dots_per_task, frame, title="Accuracy of each task on the test split"
+            ),
             key="first_result",
             alt="Accuracy per task of base, average, Task Arithmetic, CART and experts",
             height=470,

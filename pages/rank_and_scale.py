@@ -338,7 +338,8 @@ def proxies(selection: Selection, view: View) -> None:
     over_rank, picked = None, None
     if len(curves):
         over_rank = charts.Chart(
-            rank_evidence.proxies_over_rank(
+            charts.drawn(
+                rank_evidence.proxies_over_rank,
                 curves,
                 measured,
                 title="Do proxies from weights know the best rank?",
@@ -350,8 +351,11 @@ def proxies(selection: Selection, view: View) -> None:
         )
     if selection.picks["rank"].notna().any():
         picked = charts.Chart(
-            rank_evidence.picks_over_rank(
-                selection.picks, title="Which rank does each pick?", chosen=selection.rank
+            charts.drawn(
+                rank_evidence.picks_over_rank,
+                selection.picks,
+                title="Which rank does each pick?",
+                chosen=selection.rank,
             ),
             key="picks",
             alt="The rank that each proxy picks",
@@ -377,7 +381,8 @@ def tasks(selection: Selection, view: View) -> None:
         )
         charts.panel(
             charts.Chart(
-                figures.tasks_over_rank(
+                charts.drawn(
+                    figures.tasks_over_rank,
                     frame,
                     "normalised" if relative else "accuracy",
                     title=f"Which task wants which {axis}?",

@@ -59,7 +59,7 @@ def evidence_section(method: str) -> None:
     drawn = mine.assign(title=[title_of(name) for name in mine["proxy"]])
     charts.panel(
         charts.Chart(
-            figures.regret_dots(drawn, "How much does each rule lose?", value=split),
+            charts.drawn(figures.regret_dots, drawn, "How much does each rule lose?", value=split),
             key="regret",
             alt="Regret of each proxy on each set of tasks",
         ),
@@ -102,7 +102,9 @@ def more_tasks_section(method: str) -> None:
     suites = ", ".join(dict.fromkeys(frame["suite"]))
     charts.panel(
         charts.Chart(
-            figures.best_over_tasks(frame, "What do more tasks do to the best setting?"),
+            charts.drawn(
+                figures.best_over_tasks, frame, "What do more tasks do to the best setting?"
+            ),
             key="more_tasks",
             alt="Best rank and best scale over the number of tasks",
             caption=f"From the evidence, not from the tasks chosen now: {get_method(method).title} "
