@@ -13,6 +13,7 @@ from ui import charts, shell
 from ui.controls import choice, toggle
 from ui.plain_text import plain
 from ui.server import resources
+from ui.server.once import once
 from ui.server.resources import View
 from ui.widgets import share_label, share_slider
 from ui.words.interference import (
@@ -166,7 +167,7 @@ def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
             height=480,
         )
 
-    st.markdown(describe_level(pairs))
+    st.markdown(once(describe_level, pairs))
     charts.panel(
         *(chart(origin, frame) for origin, frame in zip(origins(view), pairs, strict=True)),
         key="pairs",
@@ -176,7 +177,7 @@ def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
             f"their singular values: 0 means that they share none, 1 that they have the same ones "
             "with the same relative strengths, as a task has with itself. Where several matrices "
             "are looked at, it is the mean over them. A merge adds all tasks up, so what is shared "
-            f"is what gets mixed. {describe_centring(pairs, plain(where))}",
+            f"is what gets mixed. {once(describe_centring, pairs, plain(where))}",
             r"\frac{I_{ij}(k)}{\sqrt{I_{ii}(k)\,I_{jj}(k)}},\qquad "
             r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\quad S_i = "
             r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)"
@@ -199,7 +200,7 @@ def draw_centring(view: View, share: float, side: Side) -> None:
     ):
         return
     frame = centring_frame(view.key, view.tasks, share, side, view)
-    st.markdown(describe_condition(frame))
+    st.markdown(once(describe_condition, frame))
     rank = share_label(share)
     falls, count = int((frame["ratio"] < 1).sum()), len(frame)
     charts.panel(
@@ -287,7 +288,7 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
         key="curves",
         columns=2,
         how_to_read=charts.HowToRead(
-            f"A higher rank always leaves less of each task out. {describe_rank(curves)} "
+            f"A higher rank always leaves less of each task out. {once(describe_rank, curves)} "
             "Down and to the left on the trade-off curve is better: little left out, little "
             "shared. The size of the centred update is zero at full rank, because the centred task "
             "vectors cancel: that is why CART at full rank is the plain average.",
@@ -324,7 +325,7 @@ def draw_cosines(view: View, layer: str | None) -> None:
         key="cosines",
         columns=len(cosines),
         how_to_read=charts.HowToRead(
-            describe_cosines(cosines),
+            once(describe_cosines, cosines),
             r"\cos(\tau_i, \tau_j) = \frac{\langle \tau_i, \tau_j\rangle}"
             r"{\|\tau_i\|\,\|\tau_j\|}",
         ),

@@ -32,6 +32,7 @@ from ui.sections.rank_evidence import evidence_section, more_tasks_section
 from ui.sections.rank_layers import layers_section
 from ui.sections.rank_settings import settings_section
 from ui.server import resources
+from ui.server.once import once
 from ui.server.resources import View
 from ui.widgets import share_label
 from ui.words.rank_selection import (
@@ -206,7 +207,7 @@ def answer(selection: Selection) -> None:
             ),
         )
     if selection.report is not None:
-        test = mean_accuracy(selection.report).iloc[0]
+        test = once(mean_accuracy, selection.report).iloc[0]
         charts.accuracy_card(
             cards,
             "Test accuracy",
@@ -251,10 +252,15 @@ def offer_selection(view: View, selection: Selection) -> None:
 def judge(view: View, selection: Selection) -> None:
     """How far the rules agree, other settings that are worth a look, and where all that is from."""
     method = selection.recipe.declaration
-    if spread := describe_spread(selection.picks):
+    if spread := once(describe_spread, selection.picks):
         show_info(spread)
-    found = candidates(
-        selection.rank, selection.scale, selection.points, selection.picks, selection.rule
+    found = once(
+        candidates,
+        selection.rank,
+        selection.scale,
+        selection.points,
+        selection.picks,
+        selection.rule,
     )
     for each, place in zip(found, st.columns(MOST), strict=False):
         recipe = recipe_at(selection.space, each.rank, each.scale)
@@ -265,7 +271,7 @@ def judge(view: View, selection: Selection) -> None:
             query_params=shell.lab_query(recipe),
         )
         place.caption(plain(each.why))
-    st.markdown(describe_evidence(view.name, method.name, method.title))
+    st.markdown(once(describe_evidence, view.name, method.name, method.title))
 
 
 def cost(selection: Selection) -> str:
