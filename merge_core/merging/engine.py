@@ -316,15 +316,28 @@ class MergeSession:
         Raises:
             MergeScopeError: unfit inputs.
         """
+        # Copies: an averaged tensor would otherwise share memory with one that the session holds.
+        tensors = self.stream(recipe, progress, task, learned)
+        return {name: value.clone() for name, value in tensors}
+
+    def stream(
+        self,
+        recipe: Recipe,
+        progress: Progress | None = None,
+        task: str | None = None,
+        learned: Any = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The merged tensors one by one, as :meth:`merge` has them; not to be written to.
+
+        Raises:
+            MergeScopeError: unfit inputs.
+        """
         if self.suite.select(recipe.tasks) != self.groups.tasks:
             raise SuiteError("The recipe's tasks are not the ones that this session holds.")
         check_recipe(self.suite, recipe)
-        # Copies: an averaged tensor would otherwise share memory with one that the session holds.
         # A small model is merged before a second thread has begun.
         where = Serial() if self.groups.keep else Threads()
-        tensors = merge_parameters(recipe, self.groups, progress, task, learned, where)
-        merged = {name: value.clone() for name, value in tensors}
+        yield from merge_parameters(recipe, self.groups, progress, task, learned, where)
         if self.suite.base is not None:
             for name in self.groups.manifest.kept:
-                merged[name] = self.suite.base.tensor(name).float()
-        return merged
+                yield name, self.suite.base.tensor(name).float()
