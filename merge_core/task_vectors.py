@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -449,6 +449,8 @@ class TensorGroups:
     Attributes:
         members: the parameters, each tensor under one name.
         manifest: what the merge consists of, and under which names it is written.
+        measured: what methods measured over all of it, by method and setting (see
+            :func:`merge_core.merging.engine.prepare`).
 
     Raises:
         SuiteError: unknown tasks.
@@ -464,6 +466,7 @@ class TensorGroups:
         self.manifest = suite.manifest(self.tasks)
         names = self.manifest.names
         self.members = [TensorGroup(suite, self.tasks, name, store) for name in names]
+        self.measured: dict[tuple[Any, ...], Any] = {}
 
     def __len__(self) -> int:
         return len(self.members)

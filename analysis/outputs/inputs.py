@@ -112,7 +112,7 @@ def has_labels(suite: Suite, task: str, split: Split) -> bool:
     if spec is None:
         return False
     if not spec.plain:
-        return spec.labelled
+        return spec.labelled  # of a language model's texts the tokens
     assert spec.file is not None
     path = suite.file(spec.file)
     try:

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import cache, cached_property, partial
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+import pandas as pd
 import torch
 from torch import Tensor
 
+from analysis.accuracy import accuracy_frame
 from analysis.data_sources.archive import TaskInputs
-from analysis.networks.stateless import Loaded, Outputs, StatelessNetwork
+from analysis.data_sources.source import UNLABELLED
+from analysis.metrics import ACCURACY, Metric
+from analysis.networks.stateless import Outputs, StatelessNetwork
 from analysis.networks.towers import suite_network
 from analysis.outputs.heads import Head, load_head
-from analysis.outputs.inputs import Split, load_inputs, normalise_for_task
-from analysis.outputs.measures import MEASURES
+from analysis.outputs.inputs import SPLIT_NAMES, Split, load_inputs, normalise_for_task
+from analysis.outputs.measures import MEASURES, Kind
 from analysis.outputs.prediction_store import (
     CLASSES,
     PredictionStore,
@@ -33,6 +37,8 @@ from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
 Images = Mapping[str, np.ndarray]
+# By name, or one after another.
+Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 # Task to measure to values, one per image.
 Measurements = dict[str, dict[str, np.ndarray]]
 
@@ -59,10 +65,15 @@ class SuiteOutputs:
 
     Attributes:
         forward_images: images run so far.
+        metric: what models are measured by.
+        kinds: what can be measured of each input.
 
     Raises:
         SuiteError: the suite cannot be evaluated.
     """
+
+    metric: Metric = ACCURACY
+    kinds: Mapping[str, Kind] = MEASURES
 
     def __init__(
         self,
@@ -176,7 +187,7 @@ class SuiteOutputs:
     def measure(
         self,
         digest: str,
-        weights: Callable[[], Mapping[str, Tensor]],
+        weights: Callable[[], Weights],
         images: Images,
         split: Split = "val",
         measures: Collection[str] = (CLASSES,),
@@ -213,10 +224,10 @@ class SuiteOutputs:
         try:
             for batch in _batches(unknown, READ_THERE if current_device().accelerates else READ):
                 progress.step(done, total, ", ".join(batch))
-                outputs = self._run(loaded(), batch, split)
+                found = self._measure_batch(loaded(), batch, split, measures)
                 for task, part in batch.items():
                     for name, values in vectors[task].items():
-                        values[part] = self._measure_part(name, outputs[task], task, split, part)
+                        values[part] = found[task][name]
                 touched.update(batch)
                 done += sum(len(part) for part in batch.values())
         finally:
@@ -265,12 +276,29 @@ class SuiteOutputs:
             for task in images
             for name in measures
         }
-        stored = self.predictions.get({k: MEASURES[name].dtype for (_, name), k in keys.items()})
+        stored = self.predictions.get({k: self.kinds[name].dtype for (_, name), k in keys.items()})
         vectors: Measurements = {task: {} for task in images}
         for (task, name), key in keys.items():
-            empty = empty_vector(int(images[task].max(initial=-1)) + 1, MEASURES[name].dtype)
+            empty = empty_vector(int(images[task].max(initial=-1)) + 1, self.kinds[name].dtype)
             vectors[task][name] = fill_missing(stored[key], empty) if key in stored else empty
         return keys, vectors
+
+    def _load(self, weights: Weights) -> Any:
+        """Weights as they are run."""
+        return self.network.load(dict(weights), DTYPES[self.precision])
+
+    def _measure_batch(
+        self, loaded: Any, images: Images, split: Split, measures: Collection[str]
+    ) -> Measurements:
+        """What weights, as they were loaded, give for some images."""
+        outputs = self._run(loaded, images, split)
+        return {
+            task: {
+                name: self._measure_part(name, outputs[task], task, split, part)
+                for name in measures
+            }
+            for task, part in images.items()
+        }
 
     def _measure_part(
         self, name: str, outputs: Outputs, task: str, split: Split, part: np.ndarray
@@ -291,10 +319,7 @@ class SuiteOutputs:
             self._expert_outputs[key] = self._run(self._load(weights), images, split)[task]
         return self._expert_outputs[key]
 
-    def _load(self, weights: Mapping[str, Tensor]) -> Loaded:
-        return self.network.load(weights, DTYPES[self.precision])
-
-    def _run(self, weights: Loaded, images: Images, split: Split) -> dict[str, Outputs]:
+    def _run(self, weights: Any, images: Images, split: Split) -> dict[str, Outputs]:
         """One pass over ascending images of some tasks together: few of many fill a batch too."""
         pixels = [self.pixels(task, split, part) for task, part in images.items()]
         alike = len({(part.shape[1:], part.is_cpu) for part in pixels}) == 1
@@ -314,6 +339,57 @@ class SuiteOutputs:
                 )
         self.forward_images += len(features)
         return outputs
+
+    def unit_scores(
+        self, measured: Measurements, images: Images, split: Split, limit: int | None
+    ) -> dict[str, np.ndarray]:
+        """The metric of each image, of which the mean is a task's: whether it is right (bool, N).
+
+        Args:
+            measured: the metric's measure, aligned with `images`.
+            images: task to numbers of images.
+            split: ``val`` or ``test``.
+            limit: of the first so many images.
+
+        Raises:
+            SuiteError: images without labels, or labels that the head does not know.
+        """
+        return {
+            task: measured[task][CLASSES] == self._checked_labels(task, numbers, split, limit)
+            for task, numbers in images.items()
+        }
+
+    def _checked_labels(
+        self, task: str, images: np.ndarray, split: Split, limit: int | None
+    ) -> np.ndarray:
+        labels = self.raw_inputs(task, split, limit).labels[images]
+        if int(labels.min()) == UNLABELLED:
+            raise SuiteError(
+                f"The {SPLIT_NAMES[split]} {self.suite.inputs} of task {task!r} have no "
+                f"labels, so no accuracy can be measured. Add {split}_labels to its data; "
+                "rank and scale can be chosen without labels."
+            )
+        if int(labels.max()) >= len(self.head(task).weight):
+            raise SuiteError(self.misfit_message(task, f"labels up to {int(labels.max())}"))
+        return labels
+
+    def unit_weights(
+        self,
+        task: str,  # noqa: ARG002 - of images all are alike
+        split: Split,  # noqa: ARG002
+        limit: int | None = None,  # noqa: ARG002
+    ) -> np.ndarray | None:
+        """By what each image's number counts in its task's mean (mean 1); None where all alike."""
+        return None
+
+    def frame(
+        self,
+        scores: Mapping[str, np.ndarray],
+        split: Split,  # noqa: ARG002 - hits say all
+        limit: int | None = None,  # noqa: ARG002
+    ) -> pd.DataFrame:
+        """The metric of each task with its interval, from :meth:`unit_scores`."""
+        return accuracy_frame(scores)
 
     def misfit_message(self, task: str, what: str) -> str:
         """The message that a task's head does not fit."""
@@ -342,7 +418,7 @@ class SuiteOutputs:
         return source[torch.from_numpy(images)]
 
     def _output_key(self, digest: str, task: str, split: Split, name: str) -> str:
-        if MEASURES[name].by_expert:
+        if self.kinds[name].by_expert:
             name = f"{name} {self.suite.expert(task).digest}"
         if self.precision != "float32":
             name = f"{name} in {self.precision}"

@@ -187,6 +187,7 @@ class _Run:
             task: _shuffle(len(numbers), task, seed)
             for task, numbers in evaluator.outputs.images(session.groups.tasks, split).items()
         }
+        self._weights = self._unit_weights()
         self._ends = _ends([len(order) for order in self._order.values()], shares)
         self._before = evaluator.outputs.forward_images
         self._known: list[Scores] = [{} for _ in self._recipes]
@@ -278,7 +279,7 @@ class _Run:
         rows = []
         for setting in np.flatnonzero(self.level):
             known = self._known[setting]
-            low, high = mean_interval(known)
+            low, high = mean_interval(known, self._weights_of(known))
             rows.append(
                 {
                     "rank": self._settings[setting, 0],
@@ -308,6 +309,19 @@ class _Run:
             forward_images=self._evaluator.outputs.forward_images - self._before,
             grid_images=self.grid_images,
         )
+
+    def _unit_weights(self) -> Scores | None:
+        """By what images count, in the order in which they are run; None where all alike."""
+        outputs = self._evaluator.outputs
+        found = {task: outputs.unit_weights(task, self._split) for task in self._order}
+        weights = {task: each for task, each in found.items() if each is not None}
+        return {task: each[self._order[task]] for task, each in weights.items()} or None
+
+    def _weights_of(self, known: Mapping[str, np.ndarray]) -> Scores | None:
+        """The weights of the images that a setting was run on."""
+        if self._weights is None:
+            return None
+        return {task: self._weights[task][: len(values)] for task, values in known.items()}
 
     def _is_tied(self, known: Mapping[str, np.ndarray], best: int) -> bool:
         """Whether the best setting is not better beyond chance."""

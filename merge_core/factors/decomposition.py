@@ -12,13 +12,14 @@ spectra are right one by one and computed in float64.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from merge_core.devices import compute
+from merge_core.devices import Device, compute
 from merge_core.factors.lapack import leading_eigenpairs
 from merge_core.factors.low_rank import Directions, complete
 from merge_core.work_sizes import SMALL
@@ -171,7 +172,7 @@ def singular_values(A: Tensor) -> Tensor:
     return _values(_eigenvalues(gram(B))) * size
 
 
-def decompose(A: Tensor, floor: float = 0.0) -> Directions:
+def decompose(A: Tensor, floor: float = 0.0, defect: float = 0.0) -> Directions:
     """The directions of a matrix, each right by itself, in float64.
 
     Args:
@@ -179,6 +180,8 @@ def decompose(A: Tensor, floor: float = 0.0) -> Directions:
         floor: singular values up to this one carry nothing and are dropped with their directions
             (see :func:`merge_core.factors.low_rank.resolution`); so is what float64 cannot tell
             from zero.
+        defect: how far from orthonormal the long side may be, ‖XᵀX − I‖_F; a long one takes as
+            much time to make orthonormal as all the rest.
 
     Returns:
         Directions in float64, as many as there are, the largest entry of each on the short side
@@ -190,21 +193,59 @@ def decompose(A: Tensor, floor: float = 0.0) -> Directions:
         tensor([4., 3.], dtype=torch.float64)
     """
     if min(A.shape) < SMALL:
-        return _decompose_here(A, floor)
-    return compute(lambda device: _decompose_here(device.send(A), floor).fetch(device), exact=True)
+        return _decompose_here(A, floor, defect)
+
+    def work(device: Device) -> Directions:
+        return _decompose_here(device.send(A), floor, defect).fetch(device)
+
+    return compute(work, exact=True)
 
 
-def _decompose_here(A: Tensor, floor: float) -> Directions:
+def _decompose_here(A: Tensor, floor: float, defect: float) -> Directions:
     """The same, where the matrix lies."""
     wide = A.shape[0] <= A.shape[1]
-    B, size = _scale((A.T if wide else A).double())
+    A, size = _scale(A.double())
+    B = A.T if wide else A
     theta, columns = torch.linalg.eigh(gram(B))
     S, rows = _values(theta.flip(0)), columns.T.flip(0)
     if not is_clear(S, floor / size):
         _, S, rows = torch.linalg.svd(B, full_matrices=False)
     live = S > max(floor / size, FLOAT64 * max(A.shape) * float(S[0]))
     rows = _sign(rows[live])
-    return complete(rows, S[live] * size, (B * size) @ rows.T, wide)
+    # Directions one after another, as whoever takes the long side apart reads them.
+    return complete(rows, S[live] * size, (rows @ B.T).T, wide, size, defect)
+
+
+def leading_triplets(A: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular triplets of a matrix in float64, whatever their values.
+
+    They are found from the Gram matrix and settled by a decomposition of A on their span, where
+    it resolves them; else LAPACK's SVD is asked.
+
+    Args:
+        A: m x n, float64, on the CPU, finite.
+        count: how many, 1 to min(m, n).
+
+    Returns:
+        U (m x count), S (descending) and V (n x count), orthonormal columns.
+
+    Example:
+        >>> U, S, V = leading_triplets(torch.diag(torch.tensor([3.0, 2.0, 1.0])).double(), 2)
+        >>> S
+        tensor([3., 2.], dtype=torch.float64)
+    """
+    if A.shape[0] < A.shape[1]:
+        V, S, U = leading_triplets(A.T, count)
+        return U, S, V
+    if min(A.shape) > 4 * count:
+        with suppress(ArithmeticError):
+            B, size = _scale(A)
+            _, rows = leading_eigenpairs(gram(B), count)
+            U, S, Vh = torch.linalg.svd(B @ rows.T, full_matrices=False)
+            if float(S[-1]) > GRAM_CLEAR * float(S[0]):
+                return U, S * size, (Vh @ rows).T
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U[:, :count], S[:count], Vh[:count].T
 
 
 def is_clear(S: Tensor, floor: float) -> bool:

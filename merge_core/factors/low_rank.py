@@ -22,6 +22,9 @@ from merge_core.work_sizes import SMALL, WORTH_SENDING
 ROWS = 512
 # What directions are known to: they are stored in float32.
 DIRECTION_NOISE = 1e-6
+# How far from orthonormal directions may be that are used in float32.
+ORTHONORMAL = 1e-9
+PROBES = 4
 
 
 @dataclass(frozen=True)
@@ -169,14 +172,24 @@ def multiply(left: Tensor, right: Tensor) -> Tensor:
     return compute(lambda device: device.fetch(device.send(left) @ device.send(right)), exact)
 
 
-def complete(rows: Tensor, S: Tensor, weighted: Tensor, wide: bool) -> Directions:
+def complete(
+    rows: Tensor,
+    S: Tensor,
+    weighted: Tensor,
+    wide: bool,
+    size: float = 1.0,
+    defect: float = 0.0,
+) -> Directions:
     """Directions from those on the short side.
 
     Args:
         rows: q x r, orthonormal: the short side's vectors.
         S: q singular values, positive.
-        weighted: the long side's vectors times their values, the matrix times the short side.
+        weighted: the long side's vectors times their values, the matrix times the short side; it
+            is overwritten.
         wide: whether the short side is U.
+        size: of the values, in the unit of `weighted`.
+        defect: how far from orthonormal the long side may be, ‖XᵀX − I‖_F.
 
     Example:
         >>> S = torch.tensor([3.0, 2.0])
@@ -185,11 +198,24 @@ def complete(rows: Tensor, S: Tensor, weighted: Tensor, wide: bool) -> Direction
         tensor([[3., 0.],
                 [0., 2.]])
     """
-    # What rounding of a strong direction leaves in a weak one is along the strong one: QR takes
-    # it out, in their order.
-    Q, R = torch.linalg.qr(weighted / S)
-    long, short = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype), rows.T
+    long, short = weighted.mul_(size / S), rows.T
+    if _defect(long) > defect:
+        # What rounding of a strong direction leaves in a weak one is along the strong one: QR
+        # takes it out, in their order.
+        Q, R = torch.linalg.qr(long)
+        long = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
     return Directions(short, S, long) if wide else Directions(long, S, short)
+
+
+def _defect(X: Tensor) -> float:
+    """About ‖XᵀX − I‖_F, by a few random vectors: of each the mean square is that of the norm.
+
+    Source: Hutchinson's estimator, Commun. Stat. Simul. Comput. 19 (1990), 433.
+    """
+    source = torch.Generator(X.device).manual_seed(0)
+    shape = (X.shape[1], PROBES)
+    signs = torch.randint(2, shape, generator=source, device=X.device).to(X.dtype) * 2 - 1
+    return float(torch.linalg.vector_norm(X.T @ (X @ signs) - signs)) / math.sqrt(PROBES)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:

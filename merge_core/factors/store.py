@@ -32,7 +32,14 @@ from merge_core.factors.decomposition import (
     singular_values,
     whole_side,
 )
-from merge_core.factors.low_rank import Directions, Truncations, complete, product, product_by_rows
+from merge_core.factors.low_rank import (
+    ORTHONORMAL,
+    Directions,
+    Truncations,
+    complete,
+    product,
+    product_by_rows,
+)
 from merge_core.files import cache_dir, digest_of, factors_limit
 from merge_core.work_sizes import LEADING_SHARES, SMALL
 
@@ -152,7 +159,8 @@ class FactorStore:
 
         def work(device: Device) -> Directions:
             there = [device.send(part) for part in (rows, S, weighted)]
-            return complete(there[0], there[1], there[2], wide).fetch(device)
+            found = complete(there[0], there[1], there[2], wide, defect=ORTHONORMAL)
+            return found.fetch(device)
 
         found = work(CPU) if min(matrix.shape) < SMALL else compute(work, exact=True)
         return Directions(found.U.float(), found.S.float(), found.V.float())

@@ -1,4 +1,4 @@
-"""``mergescope evaluate``: accuracy per task of a recipe or of a suite's members."""
+"""``mergescope evaluate``: a recipe, or a suite's members, measured on every task."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mergescope.terminal import (
     console,
     parse_precision,
     parse_split,
-    print_frame,
+    print_metric,
     progress_bar,
     write_csv,
 )
@@ -28,13 +28,16 @@ def evaluate(
     csv: CsvOption = None,
     precision: PrecisionOption = "float32",
 ) -> None:
-    """Per-task accuracy with 95 % intervals: of a recipe, or of a suite's members."""
+    """Per-task accuracy with 95 % intervals: of a recipe, or of a suite's members.
+
+    Of language models: cross-entropy in nats per token, and perplexity.
+    """
     import pandas as pd
     import yaml
 
-    from analysis.accuracy import mean_accuracy
     from analysis.evaluation.evaluator import Evaluator
     from analysis.evaluation.precision import precision_words
+    from analysis.metrics import mean_over_tasks
     from merge_core.errors import SuiteError
     from merge_core.factors.store import FactorStore
     from merge_core.input_files import expand_path
@@ -71,10 +74,9 @@ def evaluate(
         frame = evaluator.recipe(each, session, part, limit, progress_bar("evaluating"))
         rows.append(frame.assign(model=title))
     table = pd.concat(rows, ignore_index=True)
-    mean = mean_accuracy(table, by=["model"]).assign(task="mean over tasks")
-    table = pd.concat([table, mean], ignore_index=True)
-    columns = ["model", "task", "accuracy", "low", "high", "correct", "images"]
-    print_frame(console(), f"Accuracy on the {split} split, with 95 % intervals", table[columns])
+    mean = mean_over_tasks(table, by=["model"]).assign(task="mean over tasks")
+    table = evaluator.metric.tell(pd.concat([table, mean], ignore_index=True), ["model", "task"])
+    print_metric(console(), split, table)
     if not is_recipe and (changed := precision_words(evaluator, tasks, part, limit)):
         typer.echo(changed)
-    write_csv(table[columns], csv)
+    write_csv(table, csv)
