@@ -181,7 +181,7 @@ class Janitor:
         patience = float(st.get_option("server.disconnectedSessionTTL")) + SPARE_SECONDS
         with self._guard:
             for path, (session, seen) in list(self._folders.items()):
-                if _is_active(session):
+                if is_active(session):
                     self._folders[path] = (session, now)
                 elif now - seen > patience:
                     shutil.rmtree(path, ignore_errors=True)
@@ -195,7 +195,8 @@ def _lock_of(folder: Path) -> FileLock:
     return FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
 
 
-def _is_active(session: str) -> bool:
+def is_active(session: str) -> bool:
+    """Whether a session's browser is connected."""
     return runtime.exists() and runtime.get_instance().is_active_session(session)
 
 
