@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from merge_core.devices import Device, current_device, use_device
 from merge_core.errors import Cancelled, MergeScopeError
 from merge_core.progress import Progress
 
@@ -92,7 +93,7 @@ class JobRunner:
         self._is_active = is_active
         self._pool = ThreadPoolExecutor(1, "mergescope-job", initializer=self._prepare_worker)
         self._jobs: dict[str, Job] = {}
-        self._waiting: list[tuple[Job, Callable[[Progress], Any]]] = []
+        self._waiting: list[tuple[Job, Callable[[Progress], Any], Device]] = []
         self._took: dict[str, float] = {}
         self._lock = threading.Lock()
 
@@ -125,7 +126,7 @@ class JobRunner:
 
             job.progress.listener = listener
             self._jobs[key] = job
-            self._waiting.append((job, work))
+            self._waiting.append((job, work, current_device()))
         self._pool.submit(self._run_next)
         return job
 
@@ -183,11 +184,12 @@ class JobRunner:
 
         torch.set_num_threads(self._threads)
 
-    def _run(self, job: Job, work: Callable[[Progress], Any]) -> None:
+    def _run(self, job: Job, work: Callable[[Progress], Any], device: Device) -> None:
         try:
             job.progress.step(0, 0)
             job.state, begun = "running", time.monotonic()
-            job.result = work(job.progress)
+            with use_device(device):
+                job.result = work(job.progress)
             self._took[job.title] = time.monotonic() - begun
             job.state = "done"
         except Cancelled as error:
