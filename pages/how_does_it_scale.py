@@ -12,7 +12,6 @@ from analysis.frames.usual import SUBSETS
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of
 from merge_core.suites.data_files import data_identity
-from merge_core.suites.suite import load_suite
 from ui import charts, shell
 from ui.controls import choice, multiselect
 from ui.progress import run_job
@@ -101,13 +100,14 @@ def over_tasks(view: View, value: str) -> None:
 def suites_alike(view: View) -> dict[str, View]:
     """Other suites on offer that have all chosen tasks and can be evaluated: name to view."""
     found = {}
-    for name, path in session_files.list_offered().items():
+    for name in session_files.list_offered():
         try:
-            suite = load_suite(path)
+            key = resources.suite_key(name)
+            suite = resources.open_suite(name, key)
             if name == view.name or not set(view.tasks) <= set(suite.tasks):
                 continue
             tasks = tuple(task for task in suite.tasks if task in view.tasks)
-            other = View(name, resources.suite_key(name), suite, tasks, suite.matrices[0])
+            other = View(name, key, suite, tasks, suite.matrices[0])
             if resources.is_measurable(other):
                 found[name] = other
         except MergeScopeError:  # said where it is opened
