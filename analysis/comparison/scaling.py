@@ -152,7 +152,7 @@ def _recipe(name: str, reference: str, session: MergeSession, progress: Progress
     # Two centred task vectors cancel at any setting.
     if name != RECOMMENDED or len(tasks) == FEWEST:
         return make_recipe({"suite": reference, "tasks": tasks, "method": name})
-    options = SelectionOptions("weights", report=False)
+    options = SelectionOptions("weights", report=False, only_rule=True)
     space = search_space(name, reference, tasks)
     return select_rank(space, session, None, options, progress=progress).recipe
 

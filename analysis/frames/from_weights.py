@@ -14,7 +14,7 @@ from analysis.frames.entries import Frames, Question, frame_question
 from analysis.frames.usual import SHARES
 from analysis.rank_selection.per_layer import ranks_per_layer
 from analysis.rank_selection.space import SearchSpace
-from analysis.rank_selection.weight_proxies import proxy_curves
+from analysis.rank_selection.weight_proxies import proxy_curves, recommend_from_weights
 from analysis.spectral.centring import centring_frame
 from analysis.spectral.interference import (
     Side,
@@ -44,6 +44,7 @@ CENTRING = frame_question("spectral.centring", 1, "what centring does to each la
 ANGLES = frame_question("spectral.angles", 1, "the principal angles")
 SIGNS = frame_question("spectral.signs", 1, "the clashes of signs")
 PROXIES = frame_question("rank.proxy_curves", 1, "the rules over the rank")
+PICKS = frame_question("rank.weight_picks", 1, "what every rule picks")
 PER_LAYER = frame_question("rank.per_layer", 2, "the ranks of each layer")
 QUESTIONS: tuple[Question[pd.DataFrame], ...] = (
     *(
@@ -57,6 +58,7 @@ QUESTIONS: tuple[Question[pd.DataFrame], ...] = (
         ANGLES,
         SIGNS,
         PROXIES,
+        PICKS,
         PER_LAYER,
     ),
 )
@@ -242,6 +244,12 @@ class WeightFrames:
         """See :func:`analysis.rank_selection.weight_proxies.proxy_curves`."""
         return self._ask(
             PROXIES, space_arguments(space), lambda: proxy_curves(self._groups(), space)
+        )
+
+    def weight_picks(self, space: SearchSpace) -> pd.DataFrame:
+        """See :func:`analysis.rank_selection.weight_proxies.recommend_from_weights`."""
+        return self._ask(
+            PICKS, space_arguments(space), lambda: recommend_from_weights(self._groups(), space)
         )
 
     def ranks_per_layer(self, space: SearchSpace, share: float) -> pd.DataFrame:

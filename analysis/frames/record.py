@@ -38,6 +38,7 @@ TITLES = {
     "spectral.angles": "the angles between subspaces",
     "spectral.signs": "the clashes of signs",
     "rank.proxy_curves": "what the rules say of every rank",
+    "rank.weight_picks": "what every rule picks",
     "rank.per_layer": "the ranks of each layer",
     "rank.suggestion": "the recommended setting",
     "rank.selection": "this choice of rank and scale",

@@ -72,6 +72,7 @@ def ask_weights(suite: Suite, listener: Listener, folder: Path) -> None:
     frames.angles(FC, "average", 3)
     frames.signs()
     frames.proxy_curves(space)
+    frames.weight_picks(space)
     frames.ranks_per_layer(space, 0.25)
 
 
@@ -238,9 +239,10 @@ def test_whatever_is_asked_otherwise_makes_another_key(tmp_path: Path) -> None:
         for ranks in ([0.25, 0.5], [0.25, 0.75]):
             space = search_space(method, "tiny", suite.tasks, ranks=ranks, scales=[1.0])
             frames.proxy_curves(space)
+            frames.weight_picks(space)
             frames.ranks_per_layer(space, 0.25)
             frames.ranks_per_layer(space, 0.5)
-            asked += 3
+            asked += 4
     assert len(listener.heard) == asked + 2
 
 
