@@ -239,8 +239,7 @@ def compare_with_uniform(
             _, scale, hits = max(tried, key=lambda entry: entry[0])
             uniform_hits = uniform_hits or hits
             gain = NO_GAIN if rule == UNIFORM else difference(hits, uniform_hits)
-            frame = evaluator.outputs.frame(hits, "val")
-            (measured,) = metric.mean_over_tasks(frame, ()).to_dict("records")
+            measured = metric.mean_over_tasks(evaluator.outputs.frame(hits, "val"), ()).iloc[0]
             rows.append(
                 {
                     "share": share,
