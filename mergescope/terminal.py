@@ -32,6 +32,13 @@ CsvOption = Annotated[Path | None, typer.Option("--csv", help="Also write the ta
 LimitOption = Annotated[
     int | None, typer.Option(min=1, help="Only the first so many images of each task.")
 ]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        help="In which networks compute: float32, or bfloat16, which is faster where the device "
+        "has it; what it changes is said."
+    ),
+]
 SHARES = ("accuracy", "low", "high", "top 8 %")
 
 
@@ -51,6 +58,19 @@ def parse_split(text: str) -> Literal["val", "test"]:
     if text == "test":
         return "test"
     raise MergeScopeError(f"--split must be val or test, got {text!r}.")
+
+
+def parse_precision(text: str) -> Literal["float32", "bfloat16"]:
+    """The name of a precision.
+
+    Raises:
+        MergeScopeError: another word.
+    """
+    if text == "float32":
+        return "float32"
+    if text == "bfloat16":
+        return "bfloat16"
+    raise MergeScopeError(f"--precision must be float32 or bfloat16, got {text!r}.")
 
 
 def numbers(text: str | None, option: str) -> list[float | int] | None:

@@ -26,6 +26,7 @@ from ui import charts, shell
 from ui.plain_text import code, plain, show_info
 from ui.progress import run_job
 from ui.server import resources
+from ui.server.once import once
 from ui.server.resources import View
 from ui.widgets import share_label
 
@@ -124,7 +125,7 @@ def first_section(view: View) -> None:
 
 def draw_first(view: View, recipes: Recipes, frame: pd.DataFrame) -> None:
     """The first result, as cards and as a figure."""
-    mean = mean_accuracy(frame, by=["model"])
+    mean = once(mean_accuracy, frame, by=["model"])
     values = mean.set_index("model")["accuracy"]
     cards = charts.cards(len(values))
     for model in values.index:
@@ -145,7 +146,9 @@ def draw_first(view: View, recipes: Recipes, frame: pd.DataFrame) -> None:
     st.markdown(describe_settings(recipes))
     charts.panel(
         charts.Chart(
-            figures.dots_per_task(frame, title="Accuracy of each task on the test split"),
+            charts.drawn(
+                figures.dots_per_task, frame, title="Accuracy of each task on the test split"
+            ),
             key="first_result",
             alt="Accuracy per task of base, average, Task Arithmetic, CART and experts",
             height=470,

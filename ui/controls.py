@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -29,6 +30,7 @@ def selectbox(
     words: Callable[[Value], str] = str,
     help: str | None = None,
     slot: str = "",
+    linked: bool = True,
 ) -> Value:
     """One of several options; the first at rest, or the one that is named.
 
@@ -40,9 +42,10 @@ def selectbox(
         words: what is written on an option, and in the address.
         help: tooltip.
         slot: see :class:`ui.kept.Control`.
+        linked: see :class:`ui.kept.Control`.
     """
     offered = list(options)
-    control = _one_of(label, offered, name, rest, words, slot)
+    control = replace(_one_of(label, offered, name, rest, words, slot), linked=linked)
 
     def draw(_: Value) -> Value:
         return st.selectbox(label, offered, format_func=words, key=name, help=help)

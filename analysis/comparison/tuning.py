@@ -108,6 +108,9 @@ def tune(
     for done, recipe in enumerate(tried):
         progress.step(done, len(tried), f"{recipe.method}, setting {done + 1}")
         inner = Progress(cancel=progress.cancel)
+        for following in tried[done + 1 : done + 2]:
+            images = evaluator.outputs.images(session.groups.tasks, "val", limit)
+            evaluator.expect(following, session, images)
         row = mean_over_tasks(evaluator.recipe(recipe, session, "val", limit, inner)).iloc[0]
         rows.append({"parameters": json.dumps(recipe.parameters), **row})
     progress.step(len(tried), len(tried), base.method)

@@ -14,13 +14,15 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
+from analysis.evaluation.ahead import Ahead
 from analysis.language.outputs import open_outputs
 from analysis.learning.learn import learn
 from analysis.metrics import Metric
 from analysis.outputs.inputs import Split
 from analysis.outputs.prediction_store import CLASSES, PredictionStore
-from analysis.outputs.suite_outputs import Images, Measurements, SuiteOutputs
+from analysis.outputs.suite_outputs import Images, Measurements, Precision, SuiteOutputs, Weights
 from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.devices import current_device
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
 from merge_core.merging.engine import MergeSession, written_dtype
@@ -36,6 +38,7 @@ class Evaluator:
         suite: a suite with architecture, heads and data.
         predictions: where outputs are kept (with the suite's own store by default).
         stored_only: refuse to run the model (see :class:`SuiteOutputs`).
+        precision: in which networks compute.
 
     Attributes:
         outputs: runs the models, and keeps what they gave.
@@ -52,11 +55,17 @@ class Evaluator:
     """
 
     def __init__(
-        self, suite: Suite, predictions: PredictionStore | None = None, stored_only: bool = False
+        self,
+        suite: Suite,
+        predictions: PredictionStore | None = None,
+        stored_only: bool = False,
+        precision: Precision = "float32",
     ) -> None:
         self.suite = suite
-        self.outputs: SuiteOutputs = open_outputs(suite, predictions, stored_only)
+        self.precision = precision
+        self.outputs: SuiteOutputs = open_outputs(suite, predictions, stored_only, precision)
         self._learned: tuple[str, Any] = ("", None)
+        self._ahead = Ahead()
 
     @property
     def metric(self) -> Metric:
@@ -72,7 +81,7 @@ class Evaluator:
 
         For views that must not start to compute.
         """
-        return Evaluator(self.suite, self.outputs.predictions, stored_only=True)
+        return Evaluator(self.suite, self.outputs.predictions, True, self.precision)
 
     def knows(
         self, recipe: Recipe, session: MergeSession, split: Split = "val", limit: int | None = None
@@ -184,6 +193,39 @@ class Evaluator:
             self._learned = (wanted, state)
         return state
 
+    def expect(
+        self,
+        recipe: Recipe,
+        session: MergeSession,
+        images: Images,
+        split: Split = "val",
+        measures: Collection[str] = (CLASSES,),
+    ) -> None:
+        """Say which merge is measured after the next one.
+
+        On an accelerator its weights are made meanwhile. The CPU is busy with the forward passes
+        themselves; nor is anything made ahead that is stored, or learns from data.
+
+        Args:
+            recipe: what will be merged.
+            session: its members.
+            images: what it will be measured on.
+            split: ``val`` or ``test``.
+            measures: what of it.
+        """
+        method = recipe.declaration
+        if not self._makes_ahead or method.indexed or method.learns is not None:
+            return
+        digest = self._digest(recipe, session)
+        if not self.outputs.is_stored(digest, images, split, measures):
+            stream = partial(_merge_as_written, recipe, session, None, lambda: None)
+            self._ahead.expect(digest, lambda: dict(stream()))
+
+    @property
+    def _makes_ahead(self) -> bool:
+        """Whether whole merges are made while others run; language models are made in pieces."""
+        return current_device().accelerates and not self.suite.speaks
+
     def measure_recipe(
         self,
         recipe: Recipe,
@@ -212,7 +254,12 @@ class Evaluator:
         digest = self._digest(recipe, session)
         learned = partial(self.learn, recipe, session, progress)
         if not recipe.declaration.indexed:
-            model = partial(_merge_as_written, recipe, session, None, learned)
+            model: Callable[[], Weights] = partial(
+                _merge_as_written, recipe, session, None, learned
+            )
+            if self._makes_ahead:
+                stream = model
+                model = partial(self._ahead.take, digest, lambda: dict(stream()))
             return self.outputs.measure(digest, model, images, split, measures, progress)
         progress = progress or Progress()
         outputs: Measurements = {}

@@ -22,7 +22,13 @@ from analysis.networks.stateless import Outputs
 from analysis.outputs.inputs import Split
 from analysis.outputs.measures import MEASURES, Kind
 from analysis.outputs.prediction_store import PredictionStore
-from analysis.outputs.suite_outputs import Images, Measurements, SuiteOutputs, Weights
+from analysis.outputs.suite_outputs import (
+    Images,
+    Measurements,
+    Precision,
+    SuiteOutputs,
+    Weights,
+)
 from merge_core.errors import SuiteError
 from merge_core.executors.base import usual_workers
 from merge_core.executors.local import Serial, Threads
@@ -46,15 +52,22 @@ class PerToken:
 
 
 def open_outputs(
-    suite: Suite, predictions: PredictionStore | None = None, stored_only: bool = False
+    suite: Suite,
+    predictions: PredictionStore | None = None,
+    stored_only: bool = False,
+    precision: Precision = "float32",
 ) -> SuiteOutputs:
     """What runs the models of a suite: classifiers, or language models on texts or questions.
 
     Raises:
-        SuiteError: the suite cannot be evaluated.
+        SuiteError: the suite cannot be evaluated, or not in this precision.
     """
     if not suite.speaks:
-        return SuiteOutputs(suite, predictions, stored_only)
+        return SuiteOutputs(suite, predictions, stored_only, precision)
+    if precision != "float32":
+        raise SuiteError(
+            f"Language models are evaluated in float32; leave {precision} out for this suite."
+        )
     kind = TextOutputs if suite.measured_by == "cross_entropy" else ChoiceOutputs
     return kind(suite, predictions, stored_only)
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from functools import cache, cached_property
-from typing import Any
+from functools import cache, cached_property, partial
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,8 +28,11 @@ from analysis.outputs.prediction_store import (
     is_missing,
     output_key,
 )
+from analysis.outputs.prepared_inputs import PREPARED
+from merge_core.devices import compute, current_device
 from merge_core.errors import MergeScopeError, SuiteError
 from merge_core.executors.base import one_thread
+from merge_core.files import digest_of
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 
@@ -39,14 +42,16 @@ Weights = Mapping[str, Tensor] | Iterable[tuple[str, Tensor]]
 # Task to measure to values, one per image.
 Measurements = dict[str, dict[str, np.ndarray]]
 
-# Normalised images of a split up to this size stay in memory; of larger ones, a batch at a time.
-KEPT_BYTES = 1 << 28
-# Images that are decoded at a time.
-READ = 250
+Precision = Literal["float32", "bfloat16"]
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class NotStored(MergeScopeError):  # noqa: N818 - a state rather than a fault
     """Something has never been evaluated, and nothing may be evaluated now."""
+
+
+# Images that are normalised at a time; for an accelerator, which takes as many at once as fit.
+READ, READ_THERE = 250, 1024
 
 
 class SuiteOutputs:
@@ -56,6 +61,7 @@ class SuiteOutputs:
         suite: a suite with architecture, heads and data.
         predictions: where outputs are kept (in the cache folder by default).
         stored_only: measure what is stored, and refuse to run the model for the rest.
+        precision: in which the network computes; what each gives is kept apart.
 
     Attributes:
         forward_images: images run so far.
@@ -70,7 +76,11 @@ class SuiteOutputs:
     kinds: Mapping[str, Kind] = MEASURES
 
     def __init__(
-        self, suite: Suite, predictions: PredictionStore | None = None, stored_only: bool = False
+        self,
+        suite: Suite,
+        predictions: PredictionStore | None = None,
+        stored_only: bool = False,
+        precision: Precision = "float32",
     ) -> None:
         if suite.why_not_evaluated is not None:
             raise SuiteError(
@@ -79,7 +89,7 @@ class SuiteOutputs:
             )
         self.suite = suite
         self.predictions = predictions or PredictionStore()
-        self._inputs: dict[tuple[str, Split, int | None], tuple[Tensor, np.ndarray]] = {}
+        self.precision = precision
         self._raw: dict[tuple[str, Split, int | None], TaskInputs] = {}
         self._heads: dict[str, Head] = {}
         self._digests: dict[str, str] = {}
@@ -97,19 +107,19 @@ class SuiteOutputs:
         return suite_network(self.suite)
 
     def inputs(self, task: str, split: Split, limit: int | None) -> tuple[Tensor, np.ndarray]:
-        """Normalised images (N x 3 x H x W) and labels (N) of a task: all at once, in memory.
+        """Normalised images (N x 3 x H x W) and labels (N) of a task: all at once, on the device.
 
         Raises:
             MergeScopeError: missing or malformed data.
         """
-        key = (task, split, limit)
-        if key in self._inputs:
-            return self._inputs[key]
-        raw = self.raw_inputs(task, split, limit)
-        whole = (normalise_for_task(raw.images, self.suite, task), raw.labels)
-        if whole[0].nbytes <= KEPT_BYTES:
-            self._inputs[key] = whole
-        return whole
+        raw, device = self.raw_inputs(task, split, limit), current_device()
+        prepare = partial(self._normalise, raw.images, task)
+        if not PREPARED.fits(_prepared_bytes(raw), device):
+            return prepare(), raw.labels
+        return PREPARED.get(self._content(task, split, limit), device, prepare), raw.labels
+
+    def _normalise(self, images: np.ndarray, task: str) -> Tensor:
+        return compute(lambda device: normalise_for_task(images, self.suite, task, device))
 
     def raw_inputs(
         self,
@@ -126,8 +136,14 @@ class SuiteOutputs:
         """
         key = (task, split, limit)
         if key not in self._raw:
-            self._raw[key] = load_inputs(self.suite, task, split, limit, progress)
+            self._raw[key] = PREPARED.read(
+                self._content(task, split, limit),
+                lambda: load_inputs(self.suite, task, split, limit, progress),
+            )
         return self._raw[key]
+
+    def _content(self, task: str, split: Split, limit: int | None) -> str:
+        return digest_of(self.data_digest(task), split, str(limit))
 
     def images(
         self,
@@ -164,7 +180,7 @@ class SuiteOutputs:
         Raises:
             SuiteError: weights, head or data that do not fit; non-finite logits.
         """
-        whole = self._run(weights, self.images([task], split, limit), split)[task]
+        whole = self._run(self._load(weights), self.images([task], split, limit), split)[task]
         return whole.logits.argmax(dim=1).numpy()
 
     @one_thread()
@@ -206,7 +222,7 @@ class SuiteOutputs:
             raise NotStored("This has not been evaluated yet.")
         touched: set[str] = set()
         try:
-            for batch in _batches(unknown, READ):
+            for batch in _batches(unknown, READ_THERE if current_device().accelerates else READ):
                 progress.step(done, total, ", ".join(batch))
                 found = self._measure_batch(loaded(), batch, split, measures)
                 for task, part in batch.items():
@@ -269,7 +285,7 @@ class SuiteOutputs:
 
     def _load(self, weights: Weights) -> Any:
         """Weights as they are run."""
-        return dict(weights)
+        return self.network.load(dict(weights), DTYPES[self.precision])
 
     def _measure_batch(
         self, loaded: Any, images: Images, split: Split, measures: Collection[str]
@@ -299,16 +315,16 @@ class SuiteOutputs:
         if key not in self._expert_outputs:
             expert = self.suite.expert(task)
             weights = {name: expert.tensor(name) for name in expert}
-            loaded = self._load(weights)
-            self._expert_outputs[key] = self._run(loaded, self.images([task], split), split)[task]
+            images = self.images([task], split)
+            self._expert_outputs[key] = self._run(self._load(weights), images, split)[task]
         return self._expert_outputs[key]
 
     def _run(self, weights: Any, images: Images, split: Split) -> dict[str, Outputs]:
         """One pass over ascending images of some tasks together: few of many fill a batch too."""
         pixels = [self.pixels(task, split, part) for task, part in images.items()]
-        alike = len({part.shape[1:] for part in pixels}) == 1
+        alike = len({(part.shape[1:], part.is_cpu) for part in pixels}) == 1
         together = [torch.cat(pixels)] if alike and len(pixels) > 1 else pixels
-        features = torch.cat([self.network.features(weights, part) for part in together])
+        features = torch.cat([self.network.features(weights, part) for part in together]).float()
         outputs = {}
         sizes = [len(part) for part in images.values()]
         for task, mine in zip(images, features.split(sizes), strict=True):
@@ -383,7 +399,7 @@ class SuiteOutputs:
         )
 
     def pixels(self, task: str, split: Split, images: np.ndarray) -> Tensor:
-        """Normalised images of these numbers (at least one), float32, N x 3 x H x W.
+        """Normalised images of these numbers (at least one), on the device: float32, N x 3 x H x W.
 
         Raises:
             MergeScopeError: missing or malformed data.
@@ -393,8 +409,8 @@ class SuiteOutputs:
         held = [key for key, kept in list(self._raw.items()) if len(kept.labels) > last]
         limit = next((most for *place, most in held if place == [task, split]), None)
         raw = self.raw_inputs(task, split, limit)
-        if raw.images.size * torch.float32.itemsize > KEPT_BYTES:
-            return normalise_for_task(raw.images[images], self.suite, task)
+        if not PREPARED.fits(_prepared_bytes(raw), current_device()):
+            return self._normalise(raw.images[images], task)
         source = self.inputs(task, split, limit)[0]
         if np.array_equal(images, np.arange(first, last + 1)):
             return source[first : last + 1]  # without a copy
@@ -403,6 +419,8 @@ class SuiteOutputs:
     def _output_key(self, digest: str, task: str, split: Split, name: str) -> str:
         if self.kinds[name].by_expert:
             name = f"{name} {self.suite.expert(task).digest}"
+        if self.precision != "float32":
+            name = f"{name} in {self.precision}"
         return output_key(digest, self.data_digest(task), split, name)
 
     def data_digest(self, task: str) -> str:
@@ -410,6 +428,10 @@ class SuiteOutputs:
         if task not in self._digests:
             self._digests[task] = self.suite.data_digest(task)
         return self._digests[task]
+
+
+def _prepared_bytes(raw: TaskInputs) -> int:
+    return int(raw.images.size) * torch.float32.itemsize
 
 
 def _find_unknown(vectors: Measurements, images: Images) -> dict[str, np.ndarray]:

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,8 @@ import pandas as pd
 from analysis.accuracy import CONFIDENCE, Z, mean_interval
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
-from analysis.rank_selection.scores import image_scores
+from analysis.outputs.suite_outputs import Images
+from analysis.rank_selection.scores import image_scores, measures_of
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.surrogate import Levels, Surrogate, root
 from analysis.sign_flips import flip_tail
@@ -135,8 +137,8 @@ def adaptive_search(
             for p, spent in zip(promoted, np.cumsum([run.cost(p) for p in promoted]), strict=True)
             if run.spent + spent <= budget
         ]
-        for setting in sorted(affordable):  # one rank after another: truncations are made once
-            run.promote(setting, budget)
+        # One rank after another: truncations are made once.
+        run.promote_all(sorted(affordable), budget)
         if len(affordable) < len(promoted):
             break
     while not run.full.any():  # the budget was too small for one
@@ -210,8 +212,7 @@ class _Run:
 
     def begin(self, settings: np.ndarray, fitted: np.ndarray, budget: float) -> None:
         """Run settings on the first level, and fit the surrogate to some of them."""
-        for setting in settings:
-            self.promote(setting, budget)
+        self.promote_all(settings, budget)
         groups = np.diff(self._ends, axis=0)
         levels = Levels(
             images=groups.shape[1] / (1 / groups).mean(axis=1),
@@ -225,16 +226,30 @@ class _Run:
         places = (axes - axes.min(axis=0)) / np.where(spans > 0, spans, 1)
         self.surrogate = Surrogate(places, self._axes, levels, fitted, scores)
 
+    def promote_all(self, settings: Sequence[int] | np.ndarray, budget: float) -> None:
+        """Run settings on their next levels' images, each knowing which one follows."""
+        measures = measures_of([self._score_name])
+        for setting, following in zip_longest(settings, settings[1:]):
+            if following is not None:
+                images = self._next_images(following)
+                expected = self._recipes[following]
+                self._evaluator.expect(expected, self._session, images, self._split, measures)
+            self.promote(setting, budget)
+
+    def _next_images(self, setting: int) -> Images:
+        level = self.level[setting]
+        return {
+            task: order[self._ends[level, t] : self._ends[level + 1, t]]
+            for t, (task, order) in enumerate(self._order.items())
+        }
+
     def promote(self, setting: int, budget: float) -> None:
         """Run a setting on the next level's images."""
         level = self.level[setting]
         recipe = self._recipes[setting]
         label = ", ".join(f"{name} {recipe.parameters[name]:g}" for name in self._names)
         self._progress.step(self.spent, round(budget), label)
-        images = {
-            task: order[self._ends[level, t] : self._ends[level + 1, t]]
-            for t, (task, order) in enumerate(self._order.items())
-        }
+        images = self._next_images(setting)
         new = image_scores(
             self._score_name,
             recipe,

@@ -175,11 +175,8 @@ def scores_at(
         MergeScopeError: unfit inputs.
         Cancelled: between two batches.
     """
-    unknown = [name for name in scores if name not in SCORES]
-    if unknown:
-        raise RecipeError(f"There is no score {unknown[0]!r}; choose from {', '.join(SCORES)}.")
-    measures = dict.fromkeys(name for score in scores for name in SCORES[score].measures)
-    outputs = evaluator.measure_recipe(recipe, session, images, split, tuple(measures), progress)
+    measures = measures_of(scores)
+    outputs = evaluator.measure_recipe(recipe, session, images, split, measures, progress)
     references = {
         name: _reference(name, evaluator, images, split)
         for name in dict.fromkeys(SCORES[score].reference for score in scores)
@@ -195,6 +192,22 @@ def scores_at(
         }
         for name in scores
     }
+
+
+def measures_of(scores: Sequence[str]) -> tuple[str, ...]:
+    """What has to be measured for some scores.
+
+    Raises:
+        RecipeError: an unknown score.
+
+    Example:
+        >>> measures_of(["accuracy"])
+        ('classes',)
+    """
+    unknown = [name for name in scores if name not in SCORES]
+    if unknown:
+        raise RecipeError(f"There is no score {unknown[0]!r}; choose from {', '.join(SCORES)}.")
+    return tuple(dict.fromkeys(name for score in scores for name in SCORES[score].measures))
 
 
 def _weighted(values: np.ndarray, weights: np.ndarray | None, images: np.ndarray) -> np.ndarray:

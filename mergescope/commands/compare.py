@@ -12,10 +12,12 @@ from merge_core.errors import MergeScopeError
 from mergescope.terminal import (
     CsvOption,
     LimitOption,
+    PrecisionOption,
     SuiteArgument,
     TasksOption,
     check_csv,
     console,
+    parse_precision,
     parse_split,
     print_table,
     progress_bar,
@@ -61,21 +63,23 @@ def compare(
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     limit: LimitOption = None,
     csv: CsvOption = None,
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Methods on the same inputs: accuracy, cost, and which differences are real."""
     from analysis.comparison.run import run_comparison
     from analysis.evaluation.evaluator import Evaluator
+    from analysis.evaluation.precision import precision_words
     from merge_core.factors.store import FactorStore
     from merge_core.merging.engine import MergeSession
     from merge_core.suites.suite import load_suite
 
-    part = parse_split(split)
+    part, computed = parse_split(split), parse_precision(precision)
     check_csv(csv)
     loaded = load_suite(suite)
     chosen = loaded.select(split_names(tasks))
     names = _choose_methods(methods, loaded, chosen)
     own = [_read_own_recipe(text, loaded, chosen) for text in recipe or []]
-    evaluator = Evaluator(loaded)
+    evaluator = Evaluator(loaded, precision=computed)
     session = MergeSession(loaded, chosen, FactorStore())
     result = run_comparison(
         suite,
@@ -97,6 +101,8 @@ def compare(
         )
     out = console()
     _print_summary(out, result, split)
+    if changed := precision_words(evaluator, chosen, part, limit):
+        out.print(changed)
     _print_settings(out, result)
     _print_seeds(out, result)
     _print_differences(out, result)

@@ -10,8 +10,10 @@ import typer
 from mergescope.terminal import (
     CsvOption,
     LimitOption,
+    PrecisionOption,
     check_csv,
     console,
+    parse_precision,
     parse_split,
     print_metric,
     progress_bar,
@@ -24,6 +26,7 @@ def evaluate(
     split: Annotated[str, typer.Option(help="val or test.")] = "val",
     limit: LimitOption = None,
     csv: CsvOption = None,
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Per-task accuracy with 95 % intervals: of a recipe, or of a suite's members.
 
@@ -33,6 +36,7 @@ def evaluate(
     import yaml
 
     from analysis.evaluation.evaluator import Evaluator
+    from analysis.evaluation.precision import precision_words
     from analysis.metrics import mean_over_tasks
     from merge_core.errors import SuiteError
     from merge_core.factors.store import FactorStore
@@ -42,7 +46,7 @@ def evaluate(
     from merge_core.suites.suite import load_suite
     from merge_core.yaml_text import load_yaml, read_text_file
 
-    part = parse_split(split)
+    part, computed = parse_split(split), parse_precision(precision)
     check_csv(csv)
     rows = []
     path = expand_path(target, SuiteError)
@@ -58,7 +62,7 @@ def evaluate(
         suite = load_suite(target)
         recipe = make_recipe({"suite": target, "method": "average"})
         recipes = {"average": recipe}
-    evaluator = Evaluator(suite)
+    evaluator = Evaluator(suite, precision=computed)
     session = MergeSession(suite, recipe.tasks, FactorStore())
     tasks = session.groups.tasks
     if not is_recipe:
@@ -73,4 +77,6 @@ def evaluate(
     mean = mean_over_tasks(table, by=["model"]).assign(task="mean over tasks")
     table = evaluator.metric.tell(pd.concat([table, mean], ignore_index=True), ["model", "task"])
     print_metric(console(), split, table)
+    if not is_recipe and (changed := precision_words(evaluator, tasks, part, limit)):
+        typer.echo(changed)
     write_csv(table, csv)

@@ -11,11 +11,13 @@ from merge_core.errors import MergeScopeError, OutputError
 from mergescope.terminal import (
     SHARES,
     CsvOption,
+    PrecisionOption,
     SuiteArgument,
     TasksOption,
     check_csv,
     console,
     numbers,
+    parse_precision,
     print_frame,
     progress_bar,
     size,
@@ -72,6 +74,7 @@ def select(
             "processes:2, ray, ray://host:port. One after another if left out."
         ),
     ] = None,
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Which rank and scale: from labels, from inputs alone, or from weights alone."""
     from analysis.evaluation.evaluator import Evaluator
@@ -84,6 +87,7 @@ def select(
     from merge_core.suites.suite import load_suite
 
     check_csv(csv)
+    computed = parse_precision(precision)
     if output is not None and output.is_dir():
         raise OutputError(f"{output} is a folder; give a file name for the recipe.")
     where = None if executor is None else executor_named(executor)
@@ -91,7 +95,7 @@ def select(
     chosen = _parse_mode(mode, loaded.can_evaluate)
     axes = numbers(ranks, "--ranks"), numbers(scales, "--scales")
     space = search_space(method, suite, split_names(tasks), *axes)
-    evaluator = Evaluator(loaded) if loaded.can_evaluate else None
+    evaluator = Evaluator(loaded, precision=computed) if loaded.can_evaluate else None
     session = MergeSession(loaded, space.base.tasks, FactorStore())
     result = select_rank(
         space,
