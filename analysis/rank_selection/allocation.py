@@ -217,8 +217,8 @@ def compare_with_uniform(
         >>> frame[["rule", "gain"]].values.tolist()
         [['uniform', 0.0]]
     """
-    progress, metric = progress or Progress(), evaluator.metric
-    inner, groups = Progress(cancel=progress.cancel), session.groups
+    progress, metric, groups = progress or Progress(), evaluator.metric, session.groups
+    inner = Progress(cancel=progress.cancel)
     origin = space.base.run(groups.tasks).origin
     total, done, rows = len(shares) * (len(rules) + 1) * len(scales), 0, []
     for share in shares:
