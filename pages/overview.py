@@ -11,14 +11,15 @@ import pandas as pd
 import streamlit as st
 from PIL import Image
 
-from analysis.accuracy import mean_accuracy
 from analysis.data_sources.source import UNLABELLED
 from analysis.figures import accuracy as figures
 from analysis.frames.entries import NotRecorded
+from analysis.metrics import mean_over_tasks, metric_of
 from analysis.outputs.inputs import load_inputs
 from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
 from merge_core.suites.bundled import bundled_name, bundled_records
+from merge_core.suites.data_spec import OF_TEXTS
 from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import Preflight, preflight
 from merge_core.suites.recorded import RecordedSuite
@@ -125,39 +126,42 @@ def first_section(view: View) -> None:
 
 def draw_first(view: View, recipes: Recipes, frame: pd.DataFrame) -> None:
     """The first result, as cards and as a figure."""
-    mean = once(mean_accuracy, frame, by=["model"])
-    values = mean.set_index("model")["accuracy"]
+    metric, mean = metric_of(frame), once(mean_over_tasks, frame, by=["model"])
+    values = mean.set_index("model")[metric.column]
     cards = charts.cards(len(values))
     for model in values.index:
         row = mean[mean["model"] == model].iloc[0]
         charts.accuracy_card(
             cards,
             model,
-            f"{row['accuracy']:.1%}",
+            metric.show(row[metric.column]),
             "test",
             chip_of(model, recipes),
             delta=None
             if model in ("Base", "Experts", "Weight average")
-            else f"{100 * (row['accuracy'] - values['Weight average']):+.1f} vs average",
+            else f"{metric.show_difference(values[model] - values['Weight average'])} vs average",
+            delta_color=charts.delta_colour(metric),
             border=True,
-            help=f"Mean accuracy over {len(view.tasks)} tasks on the test split; 95 % interval "
-            f"{row['low']:.1%} to {row['high']:.1%}; differences in percentage points.",
+            help=f"Mean {metric.noun} over {len(view.tasks)} tasks on the test split; 95 % "
+            f"interval {charts.interval_words(metric, row)}; {charts.unit_words(metric)}.",
         )
     st.markdown(describe_settings(recipes))
     charts.panel(
         charts.Chart(
             charts.drawn(
-                figures.dots_per_task, frame, title="Accuracy of each task on the test split"
+                figures.dots_per_task,
+                frame,
+                title=f"{metric.title} of each task on the test split",
             ),
             key="first_result",
-            alt="Accuracy per task of base, average, Task Arithmetic, CART and experts",
+            alt=f"{metric.title} per task of base, average, Task Arithmetic, CART and experts",
             height=470,
         ),
         how_to_read=charts.HowToRead(
             f"The **experts** are {len(view.tasks)} models, one a task. The **base** is what all "
             "of them were fine-tuned from. The other rows are *one* model for all tasks, made "
             "from weights alone, without training. CART adds the leading directions of each "
-            "expert's difference to the average back to the average.",
+            f"expert's difference to the average back to the average.{charts.which_way(metric)}",
             get_method("cart").formula,
         ),
         numbers=charts.Numbers(frame, "first_result"),
@@ -227,7 +231,7 @@ def tasks_section(view: View) -> None:
         st.info("A record holds figures alone: no weights, and no images or texts.")
         return
     data = {task: expert.data for task, expert in view.suite.spec.experts.items() if expert.data}
-    shown = [task for task, spec in data.items() if spec.kind != "text"]
+    shown = [task for task, spec in data.items() if spec.kind not in OF_TEXTS]
     if not shown and data:
         st.info("The tasks are of texts, which are not shown.")
         return

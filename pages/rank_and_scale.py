@@ -8,10 +8,10 @@ from collections.abc import Callable
 import pandas as pd
 import streamlit as st
 
-from analysis.accuracy import mean_accuracy
 from analysis.figures import rank_evidence
 from analysis.figures import rank_selection as figures
 from analysis.frames.entries import NotRecorded
+from analysis.metrics import mean_over_tasks, metric_of
 from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
     Selection,
@@ -197,30 +197,32 @@ def answer(selection: Selection) -> None:
     for name, words in axes:
         cards.metric(name, words)
     if selection.accuracy is not None:
-        mean = selection.accuracy
+        mean, metric = selection.accuracy, metric_of(selection.accuracy)
         charts.accuracy_card(
             cards,
-            "Validation accuracy",
-            f"{mean['accuracy']:.1%}",
+            f"Validation {metric.noun}",
+            metric.show(mean[metric.column]),
             "validation",
             "tuned on these" if selection.mode == "labels" else "labels not used",
             delta=interval(mean),
             delta_color="off",
             delta_arrow="off",
-            help="Mean over tasks at the recommended setting with its 95 % interval. "
+            help=f"Mean over tasks at the recommended setting with its 95 % interval; "
+            f"{charts.unit_words(metric)}. "
             + (
-                "It was chosen for being high on these inputs, so the test split is the fairer "
-                "number."
+                f"It was chosen for being {metric.best_word} on these inputs, so the test split "
+                "is the fairer number."
                 if selection.mode == "labels"
                 else "Labels were not used to choose; they only show what came of it."
             ),
         )
     if selection.report is not None:
-        test = once(mean_accuracy, selection.report).iloc[0]
+        test = once(mean_over_tasks, selection.report).iloc[0]
+        metric = metric_of(test)
         charts.accuracy_card(
             cards,
-            "Test accuracy",
-            f"{test['accuracy']:.1%}",
+            f"Test {metric.noun}",
+            metric.show(test[metric.column]),
             "test",
             "tuned on validation" if selection.mode == "labels" else "labels not used",
             delta=interval(test),
@@ -235,7 +237,8 @@ def answer(selection: Selection) -> None:
 
 def interval(mean: pd.Series) -> str:
     """An interval in words."""
-    return f"{100 * mean['low']:.1f} to {100 * mean['high']:.1f} %"
+    metric = metric_of(mean)
+    return metric.show_interval(mean["low"], mean["high"]) + metric.ending
 
 
 def offer_selection(view: View, selection: Selection) -> None:
@@ -392,7 +395,12 @@ def proxies(selection: Selection, view: View) -> None:
         )
     charts.panel(over_rank, picked, columns=2)
     charts.table(
-        selection.picks[["title", "mode", "rank", "scale", "at_edge", "accuracy", "why", "source"]],
+        selection.picks[
+            [
+                *("title", "mode", "rank", "scale", "at_edge"),
+                *(metric_of(selection.picks).column, "why", "source"),
+            ]
+        ],
         "picks",
         key="picks",
     )
@@ -402,25 +410,26 @@ def proxies(selection: Selection, view: View) -> None:
 def tasks(selection: Selection, view: View) -> None:
     """Which task wants which rank, and what more tasks do."""
     axis = "rank" if selection.space.ranks else "scale"
-    if selection.score == "accuracy" and len(selection.curve):
+    metric = metric_of(selection.picks)
+    if selection.score == metric.rule and len(selection.curve):
         frame = resources.output_frames(view).task_curves(selection)
         relative = toggle(
-            "As a share of each expert's accuracy",
+            f"As a share of each expert's {metric.noun}",
             "relative",
-            "Divides by the expert's own accuracy, so that hard and easy tasks compare.",
+            f"Sets it against the expert's own {metric.noun}, so that hard and easy tasks compare.",
         )
         charts.panel(
             charts.Chart(
                 charts.drawn(
                     figures.tasks_over_rank,
                     frame,
-                    "normalised" if relative else "accuracy",
+                    "normalised" if relative else metric.column,
                     title=f"Which task wants which {axis}?",
                     axis=axis,
                     chosen=selection.rank if axis == "rank" else selection.scale,
                 ),
                 key="task_curves",
-                alt=f"Accuracy of each task over {axis}",
+                alt=f"{metric.title} of each task over {axis}",
                 caption="At each place the setting that is best on average; only settings that "
                 "were evaluated on every input are drawn (the full grid has them all). A task's "
                 "best is enlarged.",

@@ -8,13 +8,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, repeat
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from analysis.metrics import Metric
 from ui import kept
 from ui.plain_text import plain_figure
 from ui.server.once import once
@@ -64,6 +65,26 @@ def accuracy_card(
         st.metric(label, value, **options)
         chips = f":{'blue' if split == 'test' else 'orange'}-badge[{split}]"
         st.markdown(f"{chips} :gray-badge[{setting}]" if setting else chips)
+
+
+def delta_colour(metric: Metric) -> Literal["normal", "inverse"]:
+    """Of a difference: green where it is the better way."""
+    return "inverse" if metric.lower_is_better else "normal"
+
+
+def interval_words(metric: Metric, row: pd.Series) -> str:
+    """A row's interval in the metric's unit."""
+    return metric.show_interval(row["low"], row["high"]) + metric.ending
+
+
+def unit_words(metric: Metric) -> str:
+    """In what differences are."""
+    return f"in {metric.unit}" if metric.unit else "differences in percentage points"
+
+
+def which_way(metric: Metric) -> str:
+    """A sentence about which way is better, where it is not the usual one."""
+    return f" {metric.label}: lower is better." if metric.lower_is_better else ""
 
 
 class HowToRead(NamedTuple):

@@ -7,6 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, layout
+from analysis.metrics import metric_of
 
 # Fixed looks of what appears on several pages; anything else takes the next colour and marker.
 MODEL_LOOKS = {
@@ -31,7 +32,7 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
     """Dot plot: a row per task and one for their mean, a dot with its interval per model.
 
     Args:
-        frame: rows with model, task, accuracy, low, high (shares).
+        frame: rows with model, task, accuracy (or another metric), low, high.
         title: the question answered.
 
     Example:
@@ -40,6 +41,7 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
         >>> dots_per_task(frame, "How good is it?").data[0].name
         'CART'
     """
+    metric = metric_of(frame)
     tasks = list(dict.fromkeys(frame["task"]))
     models = list(dict.fromkeys(frame["model"]))
     place = {task: len(tasks) - i for i, task in enumerate(tasks)}
@@ -53,7 +55,7 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
     for offset, model in zip(offsets, models, strict=True):
         mine = frame[frame["model"] == model]
         colour, symbol = looks[model]
-        accuracy = 100 * mine["accuracy"].to_numpy()
+        accuracy = metric.factor * mine[metric.column].to_numpy()
         figure.add_scatter(
             x=np.append(accuracy, accuracy.mean()),
             y=np.append([place[task] + offset for task in mine["task"]], offset - 0.15),
@@ -65,16 +67,18 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
             error_x={
                 "type": "data",
                 "symmetric": False,
-                "array": np.append(100 * mine["high"].to_numpy() - accuracy, 0),
-                "arrayminus": np.append(accuracy - 100 * mine["low"].to_numpy(), 0),
+                "array": np.append(metric.factor * mine["high"].to_numpy() - accuracy, 0),
+                "arrayminus": np.append(accuracy - metric.factor * mine["low"].to_numpy(), 0),
                 "thickness": 1.2,
                 "width": 0,
                 "color": colour,
             },
-            hovertemplate="%{text}: %{x:.1f} %<extra>" + model + "</extra>",
+            hovertemplate=f"%{{text}}: %{{x:{metric.of_hover}}}{metric.ending}<extra>"
+            + model
+            + "</extra>",
         )
     figure.add_hline(y=0.4, line={"color": REFERENCE, "width": 1, "dash": "dot"})
-    layout(figure, title, x=ACCURACY, y="", height=110 + 44 * (len(tasks) + 1))
+    layout(figure, title, x=metric.axis, y="", height=110 + 44 * (len(tasks) + 1))
     figure.update_yaxes(
         tickmode="array",
         tickvals=[*place.values(), -0.15],
@@ -82,8 +86,9 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
         range=[-0.6, len(tasks) + 0.55],
         showgrid=False,
     )
-    lowest = 100 * float(frame["low"].min())
-    figure.update_xaxes(range=[max(0.0, lowest - 3), 101])
+    if metric.highest == 1:
+        lowest = 100 * float(frame["low"].min())
+        figure.update_xaxes(range=[max(0.0, lowest - 3), 101])
     return figure
 
 

@@ -217,8 +217,8 @@ def compare_with_uniform(
         >>> frame[["rule", "gain"]].values.tolist()
         [['uniform', 0.0]]
     """
-    progress, metric = progress or Progress(), evaluator.metric
-    inner, groups = Progress(cancel=progress.cancel), session.groups
+    progress, metric, groups = progress or Progress(), evaluator.metric, session.groups
+    inner = Progress(cancel=progress.cancel)
     origin = space.base.run(groups.tasks).origin
     total, done, rows = len(shares) * (len(rules) + 1) * len(scales), 0, []
     for share in shares:
@@ -237,8 +237,7 @@ def compare_with_uniform(
             _, scale, hits = max(tried, key=lambda entry: entry[0])
             uniform_hits = uniform_hits or hits
             gain = NO_GAIN if rule == UNIFORM else difference(hits, uniform_hits)
-            frame = evaluator.outputs.frame(hits, "val")
-            (measured,) = metric.mean_over_tasks(frame, ()).to_dict("records")
+            measured = metric.mean_over_tasks(evaluator.outputs.frame(hits, "val"), ()).iloc[0]
             rows.append(
                 {
                     "share": share,
