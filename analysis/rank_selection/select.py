@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.evaluation.side_by_side import evaluate_side_by_side
-from analysis.metrics import ACCURACY, METRICS, Metric
+from analysis.metrics import ACCURACY, METRICS, Metric, metric_of
 from analysis.outputs.inputs import Split, has_labels
 from analysis.outputs.suite_outputs import NotStored
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
@@ -279,11 +279,12 @@ def with_weight_picks(selection: Selection, picks: pd.DataFrame) -> Selection:
         >>> len(selection.picks), with_weight_picks(selection, found).picks.equals(whole.picks)
         (1, True)
     """
-    others = selection.picks[selection.picks["mode"] != "weights"].drop(columns="accuracy")
+    metric = metric_of(selection.picks)
+    others = selection.picks[selection.picks["mode"] != "weights"].drop(columns=metric.column)
     both = pd.concat([others, picks.assign(mode="weights")], ignore_index=True)
     both = both.astype({"rank": float, "scale": float})
-    points = selection.points if selection.score == "accuracy" else _no_points()
-    return replace(selection, picks=_with_accuracy(both, points))
+    points = selection.points if selection.score == metric.rule else _no_points()
+    return replace(selection, picks=_with_metric(both, points, metric))
 
 
 def task_curves(selection: Selection, session: MergeSession, evaluator: Evaluator) -> pd.DataFrame:
