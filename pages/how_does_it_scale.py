@@ -11,6 +11,7 @@ from analysis.frames.scaling import scaling, scaling_if_known
 from analysis.frames.usual import SUBSETS
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of
+from merge_core.suites.bundled import bundled_title
 from merge_core.suites.data_files import data_identity
 from merge_core.suites.suite import load_suite
 from ui import charts, shell
@@ -138,7 +139,8 @@ def over_sizes(view: View, value: str) -> None:
             "and the same task names, and both are compared here."
         )
         return
-    names = multiselect("Beside", list(others), "beside", rest=on_the_same_data(view, others))
+    rest = on_the_same_data(view, others)
+    names = multiselect("Beside", list(others), "beside", rest=rest, shown=bundled_title)
     if not names:
         return
     views = [view, *(others[name] for name in names)]
