@@ -16,6 +16,7 @@ from streamlit.delta_generator import DeltaGenerator
 
 from ui import kept
 from ui.plain_text import plain_figure
+from ui.words.glossary import link_terms
 
 CARD = 130  # pixels: half a phone's width
 # Columns that many tables have: shares, shown in percent, and those whose name says too little.
@@ -178,7 +179,7 @@ def _explain(how_to_read: HowToRead, key: str) -> None:
     label, icon = "How to read this", ":material/menu_book:"
     with st.expander(label, icon=icon, key=f"how_{key}", on_change="rerun") as opened:
         if opened.open:
-            st.markdown(how_to_read.text)
+            st.markdown(link_terms(how_to_read.text))
             st.latex(how_to_read.formula)
 
 

@@ -127,7 +127,12 @@ AVERAGING = (
         "digits-vgg-shared",
     ),
 )
-SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING}
+WORDS = (
+    PageEntry(
+        "glossary", "Glossary", ":material/dictionary:", "What the words of the field mean", "own"
+    ),
+)
+SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING, "Words": WORDS}
 PAGES = tuple(entry for entries in SECTIONS.values() for entry in entries)
 
 
