@@ -23,6 +23,7 @@ from ui.progress import run_job
 from ui.sections.own_recipes import own_recipes
 from ui.sections.suggested import describe_setting, find_suggestion
 from ui.server import resources
+from ui.server.once import once
 from ui.server.resources import View
 
 shell.enter()
@@ -98,7 +99,7 @@ def ranking(result: Comparison) -> None:
     references = {"experts": float(result.experts["accuracy"].mean())}
     if result.base is not None:
         references["base"] = result.base
-    joined = join_seeds(result.summary, result.recipes)
+    joined = once(join_seeds, result.summary, result.recipes)
     single, told = apart(joined, result.recipes)
     drawn = []
     for frame, key, title in (
@@ -110,7 +111,7 @@ def ranking(result: Comparison) -> None:
         best = frame.iloc[0]
         drawn.append(
             charts.Chart(
-                figures.method_dots(frame, title=title, references=references),
+                charts.drawn(figures.method_dots, frame, title=title, references=references),
                 key=key,
                 alt=f"Mean test accuracy of each method with its interval: {len(frame)} methods, "
                 f"best {best['label']} at {best['accuracy']:.1%}",
@@ -119,11 +120,14 @@ def ranking(result: Comparison) -> None:
         )
     # Of the seeds of a method the first stands in the pairs; its range stands in the ranking.
     hits = first_seeds(result.hits, result.recipes)
-    pairs = accuracy.paired_differences(hits)
+    pairs = once(accuracy.paired_differences, hits)
     drawn.append(
         charts.Chart(
-            figures.paired_map(
-                pairs, [*single["label"], *told["label"]], title="Which differences are real?"
+            charts.drawn(
+                figures.paired_map,
+                pairs,
+                [*single["label"], *told["label"]],
+                title="Which differences are real?",
             ),
             key="pairs",
             alt=f"Pairwise differences of mean accuracy of {len(joined)} methods",
@@ -142,7 +146,7 @@ def ranking(result: Comparison) -> None:
             "one model, then the others (of seeds the first one); a dot marks differences that "
             "stay significant at 5 % in McNemar's exact test, over all tasks at once, after Holm's "
             "correction for the number of pairs. They speak of these experts and tasks, not of "
-            "others. " + accuracy.words_for_few_images(result.hits),
+            "others. " + once(accuracy.words_for_few_images, result.hits),
             r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
             r"p = P\Big(\Big|\tfrac1T\sum_t \tfrac1{n_t}\sum_i \varepsilon_{ti} d_{ti}\Big| "
             r"\ge |\bar d|\Big),\quad \varepsilon_{ti} = \pm 1",
@@ -196,7 +200,9 @@ def tasks(result: Comparison) -> None:
     left, right = st.columns(2)
     charts.panel(
         charts.Chart(
-            figures.task_radar(result.tasks, chosen, title="Which tasks does a method keep?"),
+            charts.drawn(
+                figures.task_radar, result.tasks, chosen, title="Which tasks does a method keep?"
+            ),
             key="radar",
             alt="Accuracy of the chosen methods over tasks",
         ),
@@ -218,8 +224,9 @@ def costs(result: Comparison) -> None:
     quantity = choice("Cost", COSTS, "cost")
     charts.panel(
         charts.Chart(
-            figures.cost_scatter(
-                join_seeds(result.summary, result.recipes),
+            charts.drawn(
+                figures.cost_scatter,
+                once(join_seeds, result.summary, result.recipes),
                 quantity,
                 title="What does accuracy cost?",
             ),

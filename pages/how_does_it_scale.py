@@ -18,6 +18,7 @@ from ui import charts, shell
 from ui.controls import choice, multiselect
 from ui.progress import run_job
 from ui.server import resources, session_files
+from ui.server.once import once
 from ui.server.resources import View
 from ui.words.scaling import describe_sizes, describe_tasks
 
@@ -70,17 +71,18 @@ def over_tasks(view: View, value: str) -> None:
     if found is None:
         return
     (frame,) = found
-    st.markdown(describe_tasks(frame))
+    st.markdown(once(describe_tasks, frame))
     charts.panel(
         charts.Chart(
-            figures.accuracy_over(
-                summarise_over(frame, "count", value),
+            charts.drawn(
+                figures.accuracy_over,
+                once(summarise_over, frame, "count", value),
                 "count",
                 value,
                 title="How much is kept as tasks are added?",
             ),
             key="over_tasks",
-            alt=describe_tasks(frame),
+            alt=once(describe_tasks, frame),
             height=460,
         ),
         how_to_read=charts.HowToRead(
@@ -159,17 +161,18 @@ def over_sizes(view: View, value: str) -> None:
         ],
         ignore_index=True,
     )
-    st.markdown(describe_sizes(frame))
+    st.markdown(once(describe_sizes, frame))
     charts.panel(
         charts.Chart(
-            figures.accuracy_over(
-                summarise_over(frame, "parameters", value),
+            charts.drawn(
+                figures.accuracy_over,
+                once(summarise_over, frame, "parameters", value),
                 "parameters",
                 value,
                 title="How much is kept at which size?",
             ),
             key="over_sizes",
-            alt=describe_sizes(frame),
+            alt=once(describe_sizes, frame),
             height=460,
         ),
         how_to_read=charts.HowToRead(

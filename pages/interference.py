@@ -13,6 +13,7 @@ from ui import charts, shell
 from ui.controls import choice, toggle
 from ui.plain_text import plain
 from ui.server import resources
+from ui.server.once import once
 from ui.server.resources import View
 from ui.widgets import share_label, share_slider
 from ui.words.interference import (
@@ -150,7 +151,8 @@ def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
 
     def chart(origin: Origin, frame: pd.DataFrame) -> charts.Chart:
         mean = different(frame)["overlap"].mean()
-        figure = figures.pair_map(
+        figure = charts.drawn(
+            figures.pair_map,
             frame,
             "overlap",
             title=f"{SHORT[origin]}, {where}: mean {mean:.3f} at {rank}",
@@ -165,7 +167,7 @@ def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
             height=480,
         )
 
-    st.markdown(describe_level(pairs))
+    st.markdown(once(describe_level, pairs))
     charts.panel(
         *(chart(origin, frame) for origin, frame in zip(origins(view), pairs, strict=True)),
         key="pairs",
@@ -175,7 +177,7 @@ def draw_pairs(view: View, layer: str | None, share: float, side: Side) -> None:
             f"their singular values: 0 means that they share none, 1 that they have the same ones "
             "with the same relative strengths, as a task has with itself. Where several matrices "
             "are looked at, it is the mean over them. A merge adds all tasks up, so what is shared "
-            f"is what gets mixed. {describe_centring(pairs, plain(where))}",
+            f"is what gets mixed. {once(describe_centring, pairs, plain(where))}",
             r"\frac{I_{ij}(k)}{\sqrt{I_{ii}(k)\,I_{jj}(k)}},\qquad "
             r"I_{ij}(k) = \| S_i V_i^\top V_j S_j \|_F,\quad S_i = "
             r"\mathrm{diag}\Bigl(\sigma_i / \sqrt{\textstyle\sum_{a\le k}\sigma_{i,a}^2}\Bigr)"
@@ -198,19 +200,23 @@ def draw_centring(view: View, share: float, side: Side) -> None:
     ):
         return
     frame = centring_frame(view.key, view.tasks, share, side, view)
-    st.markdown(describe_condition(frame))
+    st.markdown(once(describe_condition, frame))
     rank = share_label(share)
     falls, count = int((frame["ratio"] < 1).sum()), len(frame)
     charts.panel(
         charts.Chart(
-            figures.centring_map(frame, title=f"Interference in every layer, {rank} kept"),
+            charts.drawn(
+                figures.centring_map, frame, title=f"Interference in every layer, {rank} kept"
+            ),
             key="centring_map",
             alt=f"Mean interference of a pair about the average against about the base: lower in "
             f"{falls} of {count} layers",
             height=420,
         ),
         charts.Chart(
-            figures.centring_condition(frame, title="What must be in common for it to fall?"),
+            charts.drawn(
+                figures.centring_condition, frame, title="What must be in common for it to fall?"
+            ),
             key="centring_condition",
             alt="Interference about the average over that about the base, against the common "
             f"share of the leading directions: {frame['common'].mean():.1%} in the mean, "
@@ -244,7 +250,9 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
     where = place_of(layer)
 
     def chart(key: str, value: str, title: str, alt: str) -> charts.Chart:
-        figure = figures.curves_over_rank(curves, value, title=title, chosen_share=share)
+        figure = charts.drawn(
+            figures.curves_over_rank, curves, value, title=title, chosen_share=share
+        )
         return charts.Chart(figure, key=key, alt=alt, height=400)
 
     charts.panel(
@@ -261,8 +269,11 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
             f"Reconstruction error over rank in {where}",
         ),
         charts.Chart(
-            figures.trade_off(
-                curves, title=f"The trade-off along the rank, {where}", chosen_share=share
+            charts.drawn(
+                figures.trade_off,
+                curves,
+                title=f"The trade-off along the rank, {where}",
+                chosen_share=share,
             ),
             key="trade_off",
             alt=f"Interference against reconstruction error in {where}, one curve per origin",
@@ -277,7 +288,7 @@ def draw_curves(view: View, layer: str | None, share: float, side: Side) -> None
         key="curves",
         columns=2,
         how_to_read=charts.HowToRead(
-            f"A higher rank always leaves less of each task out. {describe_rank(curves)} "
+            f"A higher rank always leaves less of each task out. {once(describe_rank, curves)} "
             "Down and to the left on the trade-off curve is better: little left out, little "
             "shared. The size of the centred update is zero at full rank, because the centred task "
             "vectors cancel: that is why CART at full rank is the plain average.",
@@ -296,7 +307,8 @@ def draw_cosines(view: View, layer: str | None) -> None:
     charts.panel(
         *(
             charts.Chart(
-                figures.pair_map(
+                charts.drawn(
+                    figures.pair_map,
                     frame,
                     "cosine",
                     title=f"{LABELS[origin]}, {place_of(layer)}",
@@ -313,7 +325,7 @@ def draw_cosines(view: View, layer: str | None) -> None:
         key="cosines",
         columns=len(cosines),
         how_to_read=charts.HowToRead(
-            describe_cosines(cosines),
+            once(describe_cosines, cosines),
             r"\cos(\tau_i, \tau_j) = \frac{\langle \tau_i, \tau_j\rangle}"
             r"{\|\tau_i\|\,\|\tau_j\|}",
         ),
@@ -337,7 +349,7 @@ def draw_angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
     if "base" in origins(view):
         signs = sign_frame(view.key, view.tasks, view)
         clashes = charts.Chart(
-            figures.conflict_bars(signs, title="Where do signs clash? (original)"),
+            charts.drawn(figures.conflict_bars, signs, title="Where do signs clash? (original)"),
             key="signs",
             alt="Share of magnitude that cancels and of entries with both signs per matrix",
             height=480,
@@ -345,7 +357,8 @@ def draw_angles_and_signs(view: View, share: float, k: int, side: Side) -> None:
         )
     charts.panel(
         charts.Chart(
-            figures.pair_map(
+            charts.drawn(
+                figures.pair_map,
                 angles,
                 "angle",
                 title=f"{SHORT[origin]}, {short_name(view.layer)}: angles at k = {k}",

@@ -206,8 +206,12 @@ def draw_scaling(
         )
     charts.panel(
         charts.Chart(
-            figures.magnitude_grid(
-                frame, overlay, title=f"Parameters times m: {view.pool.title}, {WHO[who]}", chosen=m
+            charts.drawn(
+                figures.magnitude_grid,
+                frame,
+                overlay,
+                title=f"Parameters times m: {view.pool.title}, {WHO[who]}",
+                chosen=m,
             ),
             key="magnitude",
             alt="Accuracy, stability, confidence, entropy, calibration error and logit norm over m",
@@ -231,8 +235,11 @@ def draw_dominance(view: PoolView, depth: int, m: float) -> None:
     frame = dominance([depth], len(view.members), MAGNITUDES)
     charts.panel(
         charts.Chart(
-            figures.dominance_lines(
-                frame, title="Who decides: one member scaled by m, the others not", chosen=m
+            charts.drawn(
+                figures.dominance_lines,
+                frame,
+                title="Who decides: one member scaled by m, the others not",
+                chosen=m,
             ),
             key="dominance",
             alt="Share of the scaled member in the soup's weights and in the ensemble's logits",
@@ -298,7 +305,9 @@ def chart_noise(view: PoolView) -> charts.Chart | None:
             return None
         frame = job.result
     return charts.Chart(
-        noise_figures.noise_lines(frame, relative, title="Accuracy under weight noise"),
+        charts.drawn(
+            noise_figures.noise_lines, frame, relative, title="Accuracy under weight noise"
+        ),
         key="noise",
         alt="Accuracy over the strength of weight noise",
         height=430,
@@ -328,7 +337,9 @@ def chart_corruption(view: PoolView) -> charts.Chart | None:
             return None
         frame = job.result
     return charts.Chart(
-        noise_figures.corruption_lines(frame, corruption, title="Accuracy on corrupted images"),
+        charts.drawn(
+            noise_figures.corruption_lines, frame, corruption, title="Accuracy on corrupted images"
+        ),
         key="corrupted",
         alt="Accuracy over the severity of a corruption",
         height=430,

@@ -29,6 +29,7 @@ from ui.sections.own_recipes import link_form
 from ui.sections.recipe_options import recipe_options
 from ui.sections.suggested import describe_setting, find_suggestion, offer_suggestion
 from ui.server import resources
+from ui.server.once import once
 from ui.server.resources import View
 from ui.widgets import controls, share_label
 
@@ -156,7 +157,7 @@ def draw_cards(
         setting: how the recipe's setting came about, in words.
         delta: mean accuracy against the pinned recipe's.
     """
-    mean, expert_mean = mean_accuracy(mine).iloc[0], experts["accuracy"].mean()
+    mean, expert_mean = once(mean_accuracy, mine).iloc[0], experts["accuracy"].mean()
     cards = charts.cards(4)
     charts.accuracy_card(
         cards,
@@ -236,7 +237,9 @@ def result(
     drawn = pd.concat(shown, ignore_index=True)
     charts.panel(
         charts.Chart(
-            figures.dots_per_task(drawn, title="How well does the merged model do each task?"),
+            charts.drawn(
+                figures.dots_per_task, drawn, title="How well does the merged model do each task?"
+            ),
             key="per_task",
             alt="Accuracy of each task: experts, current recipe, pinned recipe",
             height=430,

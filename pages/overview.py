@@ -27,6 +27,7 @@ from ui.plain_text import code, plain, show_info
 from ui.progress import run_job
 from ui.sections import first_look
 from ui.server import resources
+from ui.server.once import once
 from ui.server.resources import View
 from ui.widgets import share_label
 
@@ -133,7 +134,7 @@ def first_section(view: View, known: tuple[Recipes, pd.DataFrame | None] | None)
 
 def draw_first(view: View, recipes: Recipes, frame: pd.DataFrame) -> None:
     """The first result, as cards and as a figure."""
-    mean = mean_accuracy(frame, by=["model"])
+    mean = once(mean_accuracy, frame, by=["model"])
     values = mean.set_index("model")["accuracy"]
     cards = charts.cards(len(values))
     for model in values.index:
@@ -154,7 +155,9 @@ def draw_first(view: View, recipes: Recipes, frame: pd.DataFrame) -> None:
     st.markdown(describe_settings(recipes))
     charts.panel(
         charts.Chart(
-            figures.dots_per_task(frame, title="Accuracy of each task on the test split"),
+            charts.drawn(
+                figures.dots_per_task, frame, title="Accuracy of each task on the test split"
+            ),
             key="first_result",
             alt="Accuracy per task of base, average, Task Arithmetic, CART and experts",
             height=470,

@@ -244,7 +244,8 @@ def draw_templates(
     charts.panel(
         *(
             charts.Chart(
-                figures.template_grid(
+                charts.drawn(
+                    figures.template_grid,
                     {row: values[part] for row, values in rows.items()},
                     [names[i] for i in part],
                     title=f"A linear classifier's templates, {names[part[0]]} to {names[part[-1]]}",
@@ -298,8 +299,11 @@ def chart_cosines(classifier: Classifier, rows: dict[str, np.ndarray]) -> charts
     )
     frame = templates.cosine_frame(rows[TEMPLATE], rows[against], classifier.classes)
     return charts.Chart(
-        figures.cosine_map(
-            frame, title="Which class does a template resemble?", columns=options[against]
+        charts.drawn(
+            figures.cosine_map,
+            frame,
+            title="Which class does a template resemble?",
+            columns=options[against],
         ),
         key="cosines",
         alt=f"Cosine of each template with each class's {options[against]}",
@@ -326,8 +330,12 @@ def chart_measurement(classifier: Classifier) -> charts.Chart | None:
         show_info(error)
         return None
     return charts.Chart(
-        figures.dominance_lines(
-            measured, axis, value, title=f"{MEASUREMENTS[value]}: {axes[axis].lower()}"
+        charts.drawn(
+            figures.dominance_lines,
+            measured,
+            axis,
+            value,
+            title=f"{MEASUREMENTS[value]}: {axes[axis].lower()}",
         ),
         key="over_decay",
         alt=f"{MEASUREMENTS[value]} {axes[axis].lower()}",

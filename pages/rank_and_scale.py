@@ -32,6 +32,7 @@ from ui.sections.rank_evidence import evidence_section, more_tasks_section
 from ui.sections.rank_layers import layers_section
 from ui.sections.rank_settings import settings_section
 from ui.server import resources
+from ui.server.once import once
 from ui.server.resources import View
 from ui.widgets import share_label
 from ui.words.rank_selection import (
@@ -206,7 +207,7 @@ def answer(selection: Selection) -> None:
             ),
         )
     if selection.report is not None:
-        test = mean_accuracy(selection.report).iloc[0]
+        test = once(mean_accuracy, selection.report).iloc[0]
         charts.accuracy_card(
             cards,
             "Test accuracy",
@@ -251,10 +252,15 @@ def offer_selection(view: View, selection: Selection) -> None:
 def judge(view: View, selection: Selection) -> None:
     """How far the rules agree, other settings that are worth a look, and where all that is from."""
     method = selection.recipe.declaration
-    if spread := describe_spread(selection.picks):
+    if spread := once(describe_spread, selection.picks):
         show_info(spread)
-    found = candidates(
-        selection.rank, selection.scale, selection.points, selection.picks, selection.rule
+    found = once(
+        candidates,
+        selection.rank,
+        selection.scale,
+        selection.points,
+        selection.picks,
+        selection.rule,
     )
     for each, place in zip(found, st.columns(MOST), strict=False):
         recipe = recipe_at(selection.space, each.rank, each.scale)
@@ -265,7 +271,7 @@ def judge(view: View, selection: Selection) -> None:
             query_params=shell.lab_query(recipe),
         )
         place.caption(plain(each.why))
-    st.markdown(describe_evidence(view.name, method.name, method.title))
+    st.markdown(once(describe_evidence, view.name, method.name, method.title))
 
 
 def cost(selection: Selection) -> str:
@@ -338,7 +344,8 @@ def proxies(selection: Selection, view: View) -> None:
     over_rank, picked = None, None
     if len(curves):
         over_rank = charts.Chart(
-            rank_evidence.proxies_over_rank(
+            charts.drawn(
+                rank_evidence.proxies_over_rank,
                 curves,
                 measured,
                 title="Do proxies from weights know the best rank?",
@@ -350,8 +357,11 @@ def proxies(selection: Selection, view: View) -> None:
         )
     if selection.picks["rank"].notna().any():
         picked = charts.Chart(
-            rank_evidence.picks_over_rank(
-                selection.picks, title="Which rank does each pick?", chosen=selection.rank
+            charts.drawn(
+                rank_evidence.picks_over_rank,
+                selection.picks,
+                title="Which rank does each pick?",
+                chosen=selection.rank,
             ),
             key="picks",
             alt="The rank that each proxy picks",
@@ -377,7 +387,8 @@ def tasks(selection: Selection, view: View) -> None:
         )
         charts.panel(
             charts.Chart(
-                figures.tasks_over_rank(
+                charts.drawn(
+                    figures.tasks_over_rank,
                     frame,
                     "normalised" if relative else "accuracy",
                     title=f"Which task wants which {axis}?",

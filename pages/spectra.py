@@ -92,8 +92,11 @@ def energy_section(drawn: pd.DataFrame) -> None:
         )
     charts.panel(
         charts.Chart(
-            figures.cumulative_energy(
-                drawn, title="How many directions hold the energy?", chosen_share=share
+            charts.drawn(
+                figures.cumulative_energy,
+                drawn,
+                title="How many directions hold the energy?",
+                chosen_share=share,
             ),
             key="energy",
             alt=f"Cumulative energy of {shell.view().layer} over rank",
@@ -146,7 +149,9 @@ def layer_section() -> None:
         )
     charts.panel(
         charts.Chart(
-            figures.scree(drawn, lines, title="How fast do the singular values fall?"),
+            charts.drawn(
+                figures.scree, drawn, lines, title="How fast do the singular values fall?"
+            ),
             key="scree",
             alt=f"Singular values of {view.layer} per task on a log axis",
             height=460,
@@ -199,8 +204,11 @@ def map_section() -> None:
     frame = summary_frame(view.key, view.tasks, origin, apart, view)
     charts.panel(
         charts.Chart(
-            figures.summary_map(
-                frame, quantity, title=f"{QUANTITIES[quantity]} per layer and task"
+            charts.drawn(
+                figures.summary_map,
+                frame,
+                quantity,
+                title=f"{QUANTITIES[quantity]} per layer and task",
             ),
             key="summary_map",
             alt=f"{QUANTITIES[quantity]} for each layer and task",

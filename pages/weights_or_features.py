@@ -169,13 +169,20 @@ def draw_rules(frame: pd.DataFrame, chance: float, split: Split, view: PoolView)
     where = f"{view.pool.title} ({SPLIT_NAMES[split]})"
     charts.panel(
         charts.Chart(
-            figures.rules_dots(full, title=f"Which rule wins? {where}", chance=chance),
+            charts.drawn(
+                figures.rules_dots, full, title=f"Which rule wins? {where}", chance=chance
+            ),
             key="rules",
             alt=f"Accuracy of each rule for {view.pool.title}",
             height=460,
         ),
         charts.Chart(
-            figures.accuracy_over_n(frame, title="What does one more member bring?", chance=chance),
+            charts.drawn(
+                figures.accuracy_over_n,
+                frame,
+                title="What does one more member bring?",
+                chance=chance,
+            ),
             key="over_n",
             alt="Accuracy of each rule over the number of members",
             height=460,
@@ -219,7 +226,7 @@ def draw_starts(view: PoolView, frame: pd.DataFrame, split: Split, statistics: S
     charts.panel(
         *(
             charts.Chart(
-                figures.accuracy_over_n(each, title=name, chance=chance),
+                charts.drawn(figures.accuracy_over_n, each, title=name, chance=chance),
                 key=f"start_{place}",
                 alt=f"Accuracy of each rule over the number of members, {name.lower()}: uniform "
                 f"soup {at(each, 'uniform_soup')['accuracy']:.1%}",
@@ -249,15 +256,18 @@ def draw_costs(frame: pd.DataFrame, chance: float, pairs: pd.DataFrame, view: Po
     """Accuracy against forward passes, and how often two models predict alike."""
     charts.panel(
         charts.Chart(
-            figures.accuracy_against_cost(
-                frame, title="What does accuracy cost in forward passes?", chance=chance
+            charts.drawn(
+                figures.accuracy_against_cost,
+                frame,
+                title="What does accuracy cost in forward passes?",
+                chance=chance,
             ),
             key="cost",
             alt="Accuracy against forward passes per image",
             height=500,
         ),
         charts.Chart(
-            agreement_map(pairs, title="How often do two models predict alike?"),
+            charts.drawn(agreement_map, pairs, title="How often do two models predict alike?"),
             key="agreement",
             alt="Share of equal predictions for each pair of models",
             height=500,
@@ -284,8 +294,10 @@ def draw_greedy(view: PoolView, statistics: Statistics) -> None:
     )
     charts.panel(
         charts.Chart(
-            figures.greedy_trace(
-                trace, title="Validation accuracy as members are tried, best first"
+            charts.drawn(
+                figures.greedy_trace,
+                trace,
+                title="Validation accuracy as members are tried, best first",
             ),
             key="greedy",
             alt="Validation accuracy of the candidate soup at each step",
@@ -334,8 +346,10 @@ def draw_gap(view: PoolView, split: Split, statistics: Statistics) -> None:
         curvature = chart_curvature(view)
     charts.panel(
         charts.Chart(
-            figures.covariance_scatter(
-                term, title="What do heads and features lose when averaged apart?"
+            charts.drawn(
+                figures.covariance_scatter,
+                term,
+                title="What do heads and features lose when averaged apart?",
             ),
             key="covariance",
             alt="Logits of the averaged-head feature ensemble against the logit ensemble's",
@@ -385,7 +399,9 @@ def chart_curvature(view: PoolView) -> charts.Chart | None:
         return None
     said = taylor.gap_summary(job.result).iloc[0]
     return charts.Chart(
-        figures.gap_scatter(job.result, title="Soup − logit ensemble against its prediction"),
+        charts.drawn(
+            figures.gap_scatter, job.result, title="Soup − logit ensemble against its prediction"
+        ),
         key="taylor",
         alt="Measured soup minus ensemble against the second-order prediction",
         height=430,
@@ -418,7 +434,8 @@ def draw_similarity(view: PoolView) -> None:
         return
     charts.panel(
         charts.Chart(
-            cka_layers(
+            charts.drawn(
+                cka_layers,
                 similarity.mean_cka(job.result),
                 title="Linear CKA between members, from input to output",
             ),

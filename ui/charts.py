@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, repeat
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, ParamSpec
 
 import pandas as pd
 import plotly.graph_objects as go
@@ -16,8 +17,10 @@ from streamlit.delta_generator import DeltaGenerator
 
 from ui import kept
 from ui.plain_text import plain_figure
+from ui.server.once import once
 from ui.words.glossary import link_terms
 
+P = ParamSpec("P")
 CARD = 130  # pixels: half a phone's width
 # Columns that many tables have: shares, shown in percent, and those whose name says too little.
 SHARES = {"accuracy", "low", "high", "normalised", "worst"}
@@ -79,11 +82,54 @@ class Numbers(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """A figure as the browser is sent it; read-only, for all sessions are sent the same.
+
+    Attributes:
+        spec: its data and layout, of texts, numbers, lists and dictionaries.
+    """
+
+    spec: Mapping[str, Any]
+
+    def with_height(self, height: int | None) -> Drawn:
+        """The same figure, so many pixels high; itself at None."""
+        if height is None:
+            return self
+        return Drawn({**self.spec, "layout": {**self.spec["layout"], "height": height}})
+
+
+class _AsDrawn(go.Figure):
+    """Lets Streamlit send a figure as it is, where it would check every value of it again."""
+
+    def __init__(self, drawn: Drawn) -> None:
+        self._drawn = drawn
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self._drawn.spec)
+
+
+def drawn(make: Callable[P, go.Figure], *args: P.args, **kwargs: P.kwargs) -> Drawn:
+    """A figure, which is made once for all sessions.
+
+    Args:
+        make: one of :mod:`analysis.figures`.
+        args, kwargs: its arguments.
+    """
+    return once(_write, make, args, kwargs)
+
+
+def _write(
+    make: Callable[..., go.Figure], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> Drawn:
+    return Drawn(json.loads(plain_figure(make(*args, **kwargs)).to_json(validate=False)))
+
+
+@dataclass(frozen=True)
 class Chart:
     """A figure as it stands in a panel.
 
     Attributes:
-        figure: drawn as wide as its place.
+        figure: of :func:`drawn`; as wide as its place.
         key: unique on the page; the PNG file is named after it.
         alt: what a screen reader says.
         height: in pixels; the figure's own when None.
@@ -92,7 +138,7 @@ class Chart:
         on_click: called with the ``customdata`` of a mark that is clicked, before the next run.
     """
 
-    figure: go.Figure
+    figure: Drawn
     key: str
     alt: str
     height: int | None = None
@@ -145,15 +191,13 @@ def _places(
 
 def _draw(chart: Chart) -> None:
     """The figure with a PNG button, its caption and its own numbers."""
-    if chart.height is not None:
-        chart.figure.update_layout(height=chart.height)
     image = {"format": "png", "filename": f"mergescope_{chart.key}", "scale": 2}
     options: dict[str, Any] = {}
     if chart.on_click is not None:
         clicked = partial(_pass_on, chart.key, chart.on_click)
         options = {"on_select": clicked, "selection_mode": "points"}
     st.plotly_chart(
-        plain_figure(chart.figure),
+        _AsDrawn(chart.figure.with_height(chart.height)),
         key=chart.key,
         alt=chart.alt,
         config={"toImageButtonOptions": image, "displaylogo": False},

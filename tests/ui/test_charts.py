@@ -13,18 +13,23 @@ from streamlit.testing.v1 import AppTest
 from ui import charts
 
 
+def empty() -> go.Figure:
+    """A figure with nothing in it."""
+    return go.Figure()
+
+
 def script() -> None:
     """Two charts side by side, a place that is empty, and what is said of all."""
     import pandas as pd
-    import plotly.graph_objects as go
     import streamlit as st
 
+    from tests.ui.test_charts import empty
     from ui import charts
 
     frame = pd.DataFrame({"place": [1, 2]})
-    left = charts.Chart(go.Figure(), "left", "On the left", 300, "Small letters")
+    left = charts.Chart(charts.drawn(empty), "left", "On the left", 300, "Small letters")
     right = charts.Chart(
-        go.Figure(), "right", "On the right", numbers=charts.Numbers(frame, "right")
+        charts.drawn(empty), "right", "On the right", numbers=charts.Numbers(frame, "right")
     )
     explained = charts.HowToRead("Read **this**", r"\pi")
     charts.panel(
@@ -81,6 +86,6 @@ def test_a_click_hands_on_what_the_mark_carries(
     )
     monkeypatch.setattr(st, "session_state", {"map": {"selection": {"points": points}}})
     heard: list[Any] = []
-    charts.panel(charts.Chart(go.Figure(), "map", "A map", on_click=heard.append))
+    charts.panel(charts.Chart(charts.drawn(empty), "map", "A map", on_click=heard.append))
     clicked[0]()
     assert heard == told

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 import streamlit as st
 from torch import Tensor
 
@@ -28,13 +29,13 @@ class Blend:
         pair: the two templates.
         labels: their names.
         response: over λ.
-        figure: of the response.
+        draw: gives the figure of the response, a λ marked in it.
     """
 
     pair: tuple[np.ndarray, np.ndarray]
     labels: tuple[str, str]
     response: pd.DataFrame
-    figure: go.Figure
+    draw: Callable[[float], charts.Drawn]
 
 
 def blend_section(
@@ -75,8 +76,8 @@ def blend_section(
             words=lambda value: f"{value:g}",
             help="1 is the first template alone, 0 the second.",
         )
-    blend.figure.add_vline(x=lam, line={"color": "#888888", "dash": "dot", "width": 1.5})
-    strip = figures.blend_strip(
+    strip = charts.drawn(
+        figures.blend_strip,
         *blend.pair,
         lam,
         blend.labels,
@@ -91,7 +92,7 @@ def blend_section(
             alt=f"Templates {one} and {other}, their blend and their difference",
         ),
         charts.Chart(
-            blend.figure, key="response", alt="Response of test images along λ", height=380
+            blend.draw(lam), key="response", alt="Response of test images along λ", height=380
         ),
         key="blend",
         columns=2,
@@ -124,7 +125,14 @@ def blend_classes(evaluator: PoolEvaluator, weights: dict[str, Tensor], first: i
         (images[first], images[second]),
         labels,
         frame,
-        figures.response_lines(frame, "logit", labels, title="Who responds to the blend?"),
+        partial(
+            charts.drawn,
+            figures.response_lines,
+            frame,
+            "logit",
+            labels,
+            "Who responds to the blend?",
+        ),
     )
 
 
@@ -149,11 +157,13 @@ def blend_models(
         ),
         labels,
         frame,
-        figures.model_response_lines(
+        partial(
+            charts.drawn,
+            figures.model_response_lines,
             frame,
             "accuracy",
             evaluator.class_names[first],
             labels,
-            title="What does the blend recognise?",
+            "What does the blend recognise?",
         ),
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-import plotly.graph_objects as go
 import streamlit as st
 from torch import Tensor
 
@@ -102,7 +101,9 @@ def chart_filters(
 ) -> charts.Chart:
     """The first filters of a model."""
     filters = patterns.first_kernels(weights).filters
-    grid = figures.kernel_grid(filters, title=name, kind=levels, columns=PER_ROW, most=SHOWN)
+    grid = charts.drawn(
+        figures.kernel_grid, filters, title=name, kind=levels, columns=PER_ROW, most=SHOWN
+    )
     rows = math.ceil(min(len(filters), SHOWN) / PER_ROW)
     return charts.Chart(
         grid, key=f"{view}_{name}", alt=f"First filters of {name}", height=fit_height(grid, rows)
@@ -111,7 +112,8 @@ def chart_filters(
 
 def chart_components(name: str, weights: dict[str, Tensor], levels: Normalisation) -> charts.Chart:
     """What the first filters of a model are mixtures of."""
-    grid = figures.components_grid(
+    grid = charts.drawn(
+        figures.components_grid,
         patterns.filter_components(patterns.first_kernels(weights).filters),
         title=f"{name}: components",
         kind=levels,
@@ -130,7 +132,7 @@ def chart_norms(name: str, weights: dict[str, Tensor]) -> charts.Chart:
     """The norms of a model's filters, layer by layer."""
     frame = patterns.kernel_norms(weights)
     return charts.Chart(
-        figures.kernel_norm_map(frame, title=name),
+        charts.drawn(figures.kernel_norm_map, frame, title=name),
         key=f"norms_{name}",
         alt=f"Norms of {name}",
         numbers=charts.Numbers(frame, f"kernel_norms_{name}"),
@@ -141,15 +143,15 @@ def chart_positions(name: str, weights: dict[str, Tensor]) -> charts.Chart:
     """How alike a model's position embeddings are."""
     similar = patterns.position_similarity(patterns.position_embedding(weights))
     return charts.Chart(
-        figures.position_grid(similar, title=name),
+        charts.drawn(figures.position_grid, similar, title=name),
         key=f"positions_{name}",
         alt=f"Similar positions of {name}",
     )
 
 
-def fit_height(figure: go.Figure, rows: float) -> int:
+def fit_height(figure: charts.Drawn, rows: float) -> int:
     """The height at which rows of tiles fill a third of a wide page, or a phone's width."""
-    return round(figure.layout.margin.t + 24 + TILE * rows)
+    return round(figure.spec["layout"]["margin"]["t"] + 24 + TILE * rows)
 
 
 def draw_heads(source: Source, shown: dict[str, dict[str, Tensor]]) -> None:
@@ -173,7 +175,9 @@ def draw_heads(source: Source, shown: dict[str, dict[str, Tensor]]) -> None:
     charts.panel(
         *(
             charts.Chart(
-                figures.head_maps(patterns.query_key(weights, layer, heads), title=name),
+                charts.drawn(
+                    figures.head_maps, patterns.query_key(weights, layer, heads), title=name
+                ),
                 key=f"heads_{name}",
                 alt=f"Heads of {name}",
             )
@@ -190,7 +194,7 @@ def chart_spectrum(name: str, weights: dict[str, Tensor], layer: str, heads: int
     """The singular values of the heads of a layer."""
     frame = patterns.head_spectrum(weights, layer, heads)
     return charts.Chart(
-        figures.head_spectrum(frame, title=f"{name}: singular values"),
+        charts.drawn(figures.head_spectrum, frame, title=f"{name}: singular values"),
         key=f"spectrum_{name}",
         alt=f"Singular values of the heads of {name}",
         numbers=charts.Numbers(frame, f"heads_{name}"),

@@ -47,7 +47,7 @@ def build_up_section(view: View, recipe: Recipe | None) -> None:
     st.markdown(words)
     charts.panel(
         charts.Chart(
-            build_up_figure(frame, task, len(view.tasks), scale),
+            charts.drawn(build_up_figure, frame, task, len(view.tasks), scale),
             key="build_up",
             alt=words,
             caption=f"A part of {code(layer)}. Play, or drag: more and more directions of each "

@@ -75,13 +75,15 @@ def draw_norms(norms: pd.DataFrame, view: PoolView) -> None:
     height = max(430, 26 * len(norms) + 160)
     charts.panel(
         charts.Chart(
-            figures.norm_ratios(norms, title="How much of its norm does each tensor keep?"),
+            charts.drawn(
+                figures.norm_ratios, norms, title="How much of its norm does each tensor keep?"
+            ),
             key="ratios",
             alt="Norm of the average as a share of the members', per parameter",
             height=height,
         ),
         charts.Chart(
-            figures.norm_ranges(norms, quantity, title="Members and their average"),
+            charts.drawn(figures.norm_ranges, norms, quantity, title="Members and their average"),
             key="ranges",
             alt=f"{quantity} of members and average per parameter",
             height=height,
@@ -110,7 +112,8 @@ def draw_entries(identity: pd.DataFrame, norms: pd.DataFrame, view: PoolView) ->
     )
     charts.panel(
         charts.Chart(
-            figures.weight_histogram(
+            charts.drawn(
+                figures.weight_histogram,
                 histogram(view.key, view.members, parameter, view),
                 title=f"Entries of {parameter}",
             ),
@@ -119,8 +122,11 @@ def draw_entries(identity: pd.DataFrame, norms: pd.DataFrame, view: PoolView) ->
             height=420,
         ),
         charts.Chart(
-            figures.identity_bar(
-                identity, parameter, title=f"Both sides of the identity for {parameter}"
+            charts.drawn(
+                figures.identity_bar,
+                identity,
+                parameter,
+                title=f"Both sides of the identity for {parameter}",
             ),
             key="identity",
             alt="Mean squared norm beside squared norm of the average plus spread",

@@ -18,6 +18,7 @@ from analysis.rank_selection.weight_proxies import PROXIES
 from merge_core.methods import get_method
 from ui import charts, shell
 from ui.controls import choice, selectbox
+from ui.server.once import once
 
 EXPLAINED = charts.HowToRead(
     "**Regret** is what one loses by trusting a rule: accuracy at the best setting of the full "
@@ -59,7 +60,7 @@ def evidence_section(method: str) -> None:
     drawn = mine.assign(title=[title_of(name) for name in mine["proxy"]])
     charts.panel(
         charts.Chart(
-            figures.regret_dots(drawn, "How much does each rule lose?", value=split),
+            charts.drawn(figures.regret_dots, drawn, "How much does each rule lose?", value=split),
             key="regret",
             alt="Regret of each proxy on each set of tasks",
         ),
@@ -67,13 +68,8 @@ def evidence_section(method: str) -> None:
         how_to_read=EXPLAINED,
         numbers=charts.Numbers(table, "evidence"),
     )
-    charts.table(
-        summary(table[table["method"] == shown]).assign(method=shown), "regret", key="regret"
-    )
-    by_kind = pd.concat(
-        [held_out(mode, shown).assign(mode=mode) for mode in ("weights", "inputs")],
-        ignore_index=True,
-    )
+    charts.table(once(regret_of, shown), "regret", key="regret")
+    by_kind = once(regret_by_kind, shown)
     if len(by_kind):
         st.markdown(
             "**By kind of model**: what each mode loses on a suite where its rule is chosen on all "
@@ -81,6 +77,20 @@ def evidence_section(method: str) -> None:
         )
         named = by_kind.assign(proxy=[title_of(name) for name in by_kind["proxy"]])
         charts.table(named, "regret_by_kind", key="regret_by_kind")
+
+
+def regret_of(method: str) -> pd.DataFrame:
+    """What each rule lost with a method, over all sets of tasks."""
+    table = evidence()
+    return summary(table[table["method"] == method]).assign(method=method)
+
+
+def regret_by_kind(method: str) -> pd.DataFrame:
+    """What each mode loses with a method on each suite, chosen on the others."""
+    return pd.concat(
+        [held_out(mode, method).assign(mode=mode) for mode in ("weights", "inputs")],
+        ignore_index=True,
+    )
 
 
 def title_of(proxy: str) -> str:
@@ -102,7 +112,9 @@ def more_tasks_section(method: str) -> None:
     suites = ", ".join(dict.fromkeys(frame["suite"]))
     charts.panel(
         charts.Chart(
-            figures.best_over_tasks(frame, "What do more tasks do to the best setting?"),
+            charts.drawn(
+                figures.best_over_tasks, frame, "What do more tasks do to the best setting?"
+            ),
             key="more_tasks",
             alt="Best rank and best scale over the number of tasks",
             caption=f"From the evidence, not from the tasks chosen now: {get_method(method).title} "

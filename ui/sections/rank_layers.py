@@ -48,7 +48,8 @@ def layers_section(selection: Selection, view: View) -> None:
     left, right = st.columns(2)
     charts.panel(
         charts.Chart(
-            figures.layer_ranks(
+            charts.drawn(
+                figures.layer_ranks,
                 frame[frame["rule"].isin(chosen)],
                 "How many directions does each layer keep?",
                 uniform=selection.rank,
@@ -92,7 +93,9 @@ def storage(selection: Selection, view: View) -> None:
         frame = job.result
     charts.panel(
         charts.Chart(
-            figures.accuracy_over_storage(frame, "Do ranks per layer help at equal storage?"),
+            charts.drawn(
+                figures.accuracy_over_storage, frame, "Do ranks per layer help at equal storage?"
+            ),
             key="storage",
             alt="Accuracy over storage for allocated ranks and the uniform rank",
         ),

@@ -100,7 +100,8 @@ def settings_section(selection: Selection, other: Selection | None, view: View) 
     cells = None
     if space.ranks and space.scales:
         cells = charts.Chart(
-            rank_map.evaluated_map(
+            charts.drawn(
+                rank_map.evaluated_map,
                 points,
                 [float(rank) for rank in space.ranks],
                 space.scales,
@@ -135,7 +136,8 @@ def chart_curve(
         if each is not None
     ]
     return charts.Chart(
-        figures.score_curve(
+        charts.drawn(
+            figures.score_curve,
             pd.concat(curves),
             title=f"How does it move with the {axis}?",
             axis=axis,
@@ -155,7 +157,8 @@ def draw_picks(selection: Selection) -> None:
     space, cells = selection.space, None
     if space.ranks and space.scales:
         cells = charts.Chart(
-            rank_map.evaluated_map(
+            charts.drawn(
+                rank_map.evaluated_map,
                 selection.points,
                 [float(rank) for rank in space.ranks],
                 space.scales,

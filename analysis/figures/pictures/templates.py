@@ -14,6 +14,7 @@ from analysis.figures.style import (
     DIVERGING,
     MARKERS,
     OKABE_ITO,
+    REFERENCE,
     add_colour_bar,
     colour_cell_numbers,
     layout,
@@ -282,7 +283,11 @@ def _add_band(figure: go.Figure, stats: pd.DataFrame, name: str, index: int) -> 
 
 
 def response_lines(
-    frame: pd.DataFrame, value: str, names: tuple[str, str], title: str = ""
+    frame: pd.DataFrame,
+    value: str,
+    names: tuple[str, str],
+    title: str = "",
+    chosen: float | None = None,
 ) -> go.Figure:
     """How images of two classes, and all others, respond along the blend of the two.
 
@@ -291,6 +296,7 @@ def response_lines(
         value: "logit", or "share_as_a" for the share that is classified as the first class.
         names: of classes a and b.
         title: the figure's title.
+        chosen: a λ that is marked.
     """
     a, b = names
     lines = {"a": f"images of {a}", "b": f"images of {b}", "others": "all other images"}
@@ -299,11 +305,16 @@ def response_lines(
         for key, part in frame.groupby("images", sort=False)
     }
     label = "Mean logit of the blended row" if value == "logit" else f"Classified as {a} (%)"
-    return _lines_along_lambda(series, f"λ (1: {a} alone, 0: {b} alone)", label, title)
+    return _lines_along_lambda(series, f"λ (1: {a} alone, 0: {b} alone)", label, title, chosen)
 
 
 def model_response_lines(
-    frame: pd.DataFrame, value: str, class_name: str, names: tuple[str, str], title: str = ""
+    frame: pd.DataFrame,
+    value: str,
+    class_name: str,
+    names: tuple[str, str],
+    title: str = "",
+    chosen: float | None = None,
 ) -> go.Figure:
     """Accuracy or logits along the blend of two classifiers.
 
@@ -313,6 +324,7 @@ def model_response_lines(
         class_name: that class.
         names: of the first and the second model.
         title: the figure's title.
+        chosen: a λ that is marked.
     """
     if value == "logit":
         columns = {"logit": f"images of {class_name}", "logit_others": "all other images"}
@@ -322,12 +334,16 @@ def model_response_lines(
         label, scale = "Test accuracy (%)", 100
     series = {name: (frame["lam"], frame[column] * scale) for column, name in columns.items()}
     return _lines_along_lambda(
-        series, f"λ (1: {names[0]} alone, 0: {names[1]} alone)", label, title
+        series, f"λ (1: {names[0]} alone, 0: {names[1]} alone)", label, title, chosen
     )
 
 
 def _lines_along_lambda(
-    series: Mapping[str, tuple[pd.Series, pd.Series]], x: str, y: str, title: str
+    series: Mapping[str, tuple[pd.Series, pd.Series]],
+    x: str,
+    y: str,
+    title: str,
+    chosen: float | None,
 ) -> go.Figure:
     figure = go.Figure()
     for i, (name, (lam, values)) in enumerate(series.items()):
@@ -340,4 +356,6 @@ def _lines_along_lambda(
             marker={"symbol": MARKERS[i], "size": 6},
             hovertemplate=f"{name}<br>λ = %{{x:.3g}}: %{{y:.4g}}<extra></extra>",
         )
+    if chosen is not None:
+        figure.add_vline(x=chosen, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
     return layout(figure, title, x=x, y=y)
