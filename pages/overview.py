@@ -267,13 +267,13 @@ def draw_tasks(view: View, tasks: list[str]) -> None:
 
 def links() -> None:
     """Three ways on."""
-    grid = charts.cards(3)
-    for name, label in (
+    ways = (
         ("interference", "Learn why merges fail: interference"),
         ("rank_and_scale", "Explore: play with rank and scale"),
         ("open_checkpoints", "Merge my own models"),
-    ):
-        with grid.container(border=True):
+    )
+    for place, (name, label) in zip(st.columns(len(ways)), ways, strict=True):
+        with place.container(border=True):
             st.page_link(shell.page(name), label=label, icon=":material/arrow_forward:")
 
 

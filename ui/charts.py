@@ -15,7 +15,8 @@ import plotly.graph_objects as go
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from ui import kept
+from analysis.figures.legible import INK, colour_texts, enlarge
+from ui import kept, presenting
 from ui.plain_text import plain_figure
 from ui.server.once import once
 from ui.words.glossary import link_terms
@@ -124,6 +125,10 @@ def _write(
     return Drawn(json.loads(plain_figure(make(*args, **kwargs)).to_json(validate=False)))
 
 
+def _enlarge(figure: Drawn) -> Drawn:
+    return Drawn(enlarge(figure.spec, presenting.FACTOR))
+
+
 @dataclass(frozen=True)
 class Chart:
     """A figure as it stands in a panel.
@@ -196,8 +201,12 @@ def _draw(chart: Chart) -> None:
     if chart.on_click is not None:
         clicked = partial(_pass_on, chart.key, chart.on_click)
         options = {"on_select": clicked, "selection_mode": "points"}
+    ink = INK["dark" if st.context.theme.type == "dark" else "light"]
+    figure = Drawn(colour_texts(chart.figure.with_height(chart.height).spec, ink))
+    if presenting.is_on():
+        figure = once(_enlarge, figure)
     st.plotly_chart(
-        _AsDrawn(chart.figure.with_height(chart.height)),
+        _AsDrawn(figure),
         key=chart.key,
         alt=chart.alt,
         config={"toImageButtonOptions": image, "displaylogo": False},

@@ -25,7 +25,7 @@ from ui import history
 
 STATE = "_kept"
 # Chosen beside every page, and so the same on all of them.
-SHARED = ("suite", "preset", "tasks", "layer", "pool", "start", "members")
+SHARED = ("suite", "preset", "tasks", "layer", "pool", "start", "members", "present")
 Value = TypeVar("Value")
 Query = dict[str, list[str]]
 

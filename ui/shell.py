@@ -22,7 +22,7 @@ from merge_core.errors import MergeScopeError
 from merge_core.merging.recipe import Recipe
 from merge_core.suites.bundled import bundled_title
 from merge_core.suites.recorded import RecordedSuite
-from ui import brand, history, kept, sidebar
+from ui import brand, history, kept, presenting, sidebar
 from ui.plain_text import code, plain, show_error, show_info
 from ui.server import garbage, session_files
 from ui.server.catalog import POOLS, SUITES
@@ -202,6 +202,8 @@ def run() -> None:
     """Draw the shell, then the page that was asked for."""
     with suppress(OSError, MergeScopeError):  # said on the page that needs it
         session_files.janitor()
+    # Before the navigation, which would have the browser fetch the page's icon from elsewhere.
+    st.set_page_config(page_title="MergeScope", page_icon=brand.MARK, layout="wide")
     groups = {title: [_page(e) for e in entries] for title, entries in SECTIONS.items()}
     page = st.navigation(groups)
     entry = next(entry for entry in PAGES if entry.title == page.title)
@@ -262,6 +264,8 @@ def _run_page(page: Any, entry: PageEntry) -> None:
             st.session_state[VIEW] = sidebar.choose_suite()
         elif entry.subject == "pool":
             st.session_state[POOL_VIEW] = sidebar.choose_pool(entry.opened)
+        presenting.choose()
+    presenting.show()
     page.run()
     if unread := kept.take_unread():
         note.warning(
