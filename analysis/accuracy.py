@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 from scipy.special import ndtri, stdtrit
 
+from analysis.cross_entropy import linearised
 from analysis.sign_flips import fewest_images, two_sided
 
 CONFIDENCE = 0.95
@@ -70,18 +71,24 @@ def accuracy_frame(correct: Mapping[str, np.ndarray]) -> pd.DataFrame:
     return frame
 
 
-def task_frame(hits: Mapping[str, Hits]) -> pd.DataFrame:
-    """Accuracy of each label on each task.
+def task_frame(
+    hits: Mapping[str, Hits], frame: Callable[[Hits], pd.DataFrame] = accuracy_frame
+) -> pd.DataFrame:
+    """Accuracy, or another metric, of each label on each task.
+
+    Args:
+        hits: label to task to what is known of its images.
+        frame: gives a row per task from what is known of its images.
 
     Returns:
-        Columns label and those of :func:`accuracy_frame`.
+        Columns label and those of `frame`.
 
     Example:
         >>> hits = {"mean": {"digits": np.array([True, False]), "dots": np.array([True, True])}}
         >>> task_frame(hits)[["label", "task", "accuracy"]].values.tolist()
         [['mean', 'digits', 0.5], ['mean', 'dots', 1.0]]
     """
-    parts = [accuracy_frame(each).assign(label=label) for label, each in hits.items()]
+    parts = [frame(each).assign(label=label) for label, each in hits.items()]
     return pd.concat(parts, ignore_index=True)
 
 
@@ -141,7 +148,9 @@ def _shrunk(share: Any, images: Any, T: Any) -> tuple[Any, Any]:
     return p, p * (1 - p) / more
 
 
-def mean_interval(scores: Hits) -> tuple[float, float]:
+def mean_interval(
+    scores: Hits, weights: Mapping[str, np.ndarray] | None = None
+) -> tuple[float, float]:
     """The 95 % interval of the mean over tasks of a score of every image.
 
     Of hits that of :func:`mean_accuracy`, of other scores Student's with Welch and Satterthwaite's
@@ -149,6 +158,8 @@ def mean_interval(scores: Hits) -> tuple[float, float]:
 
     Args:
         scores: task to one number per image.
+        weights: where scores are contributions of unlike images: their weights (see
+            :func:`analysis.cross_entropy.linearised`).
 
     Source: Welch, Biometrika 34 (1947), 28.
 
@@ -165,6 +176,15 @@ def mean_interval(scores: Hits) -> tuple[float, float]:
         half = _quantile(images.sum()) * math.sqrt(variances.sum()) / T
         low, high = min(p.mean() - half, means.mean()), max(p.mean() + half, means.mean())
         return max(0.0, float(low)), min(1.0, float(high))
+    if weights is not None:
+        values = [linearised(x, weights[task]) for task, x in zip(scores, values, strict=True)]
+    return _student(values)
+
+
+def _student(values: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Of the mean over tasks of each task's mean; NaN where one has a single number."""
+    T, images = len(values), np.array([len(each) for each in values])
+    means = np.array([each.mean() for each in values])
     if images.min() < 2:
         return math.nan, math.nan
     variances = np.array([each.var(ddof=1) for each in values]) / images
@@ -174,10 +194,10 @@ def mean_interval(scores: Hits) -> tuple[float, float]:
 
 
 class Difference(NamedTuple):
-    """A difference of two mean accuracies on the same images.
+    """A difference of two means over tasks, of accuracies or other scores, on the same images.
 
     Attributes:
-        gap: first − second, mean over tasks, as a share.
+        gap: first − second, mean over tasks, as a share (of other scores in their unit).
         low, high: its 95 % interval.
         p: of the exact test that the two are equal, two-sided.
     """
@@ -197,11 +217,16 @@ def difference(first: Hits, second: Hits) -> Difference:
     task of few images its variance about a mean of its own cannot be told. Zero lies inside
     exactly where p is 5 % or more.
 
+    Other scores than hits have the same test; their interval is Student's of the paired
+    differences, with Welch and Satterthwaite's degrees of freedom (without bounds where a task has
+    a single image).
+
     Args:
-        first: task to booleans, one per image.
+        first: task to booleans, or to scores, one per image.
         second: the same tasks and images.
 
-    Source: Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479.
+    Source: Bonett and Price, Journal of Educational and Behavioral Statistics 37 (2012), 479; of
+    other scores Welch, Biometrika 34 (1947), 28.
 
     Example:
         >>> right = np.array([True, True, True, True])
@@ -210,6 +235,8 @@ def difference(first: Hits, second: Hits) -> Difference:
         (0.25, 1.0, True)
     """
     gaps = [first[task].astype(float) - second[task].astype(float) for task in first]
+    if any(np.asarray(each).dtype != bool for each in first.values()):
+        return _difference_of_scores(gaps)
     T = len(gaps)
     sizes = np.array([len(gap) for gap in gaps])
     images, unequal = sizes + 2 / T, np.array([np.count_nonzero(gap) for gap in gaps]) + 2 / T
@@ -217,13 +244,24 @@ def difference(first: Hits, second: Hits) -> Difference:
     half = float(_quantile(sizes.sum()) * math.sqrt(np.sum(unequal / images**2)) / T)
     gap, p = float(np.mean([each.mean() for each in gaps])), two_sided(gaps)
     low, high = max(-1.0, min(centre - half, gap)), min(1.0, max(centre + half, gap))
+    return Difference(gap, *_as_tested(gap, low, high, p), p)
+
+
+def _difference_of_scores(gaps: Sequence[np.ndarray]) -> Difference:
+    gap, p = float(np.mean([each.mean() for each in gaps])), two_sided(gaps)
+    low, high = _student([each.astype(float) for each in gaps])
+    if math.isnan(low):
+        low, high = -math.inf, math.inf
+    return Difference(gap, *_as_tested(gap, low, high, p), p)
+
+
+def _as_tested(gap: float, low: float, high: float, p: float) -> tuple[float, float]:
+    """An interval in which zero lies exactly where the test does not find a difference."""
     if p >= 1 - CONFIDENCE:
-        low, high = min(low, 0.0), max(high, 0.0)
-    elif gap > 0:
-        low = max(low, np.nextafter(0.0, 1.0))
-    else:
-        high = min(high, np.nextafter(0.0, -1.0))
-    return Difference(gap, low, high, p)
+        return min(low, 0.0), max(high, 0.0)
+    if gap > 0:
+        return max(low, np.nextafter(0.0, 1.0)), high
+    return low, min(high, np.nextafter(0.0, -1.0))
 
 
 def paired_differences(hits: Mapping[str, Hits]) -> pd.DataFrame:
@@ -269,7 +307,8 @@ def words_for_few_images(hits: Mapping[str, Hits]) -> str:
         'Two methods must differ on at least 6 inputs before ...; these are 4, too few ...'
     """
     pairs = len(hits) * (len(hits) - 1) // 2
-    least = fewest_images(1 - CONFIDENCE, max(1, pairs))
+    exact = all(each.dtype == bool for each in next(iter(hits.values())).values())
+    least = fewest_images(1 - CONFIDENCE, max(1, pairs), exact)
     images = sum(len(each) for each in next(iter(hits.values())).values())
     few = f"; these are {images}, too few to compare anything" if images < least else ""
     return (
@@ -311,12 +350,15 @@ def differences_to(pairs: pd.DataFrame, best: str) -> pd.DataFrame:
     return frame[columns].sort_values("difference", ascending=False).reset_index(drop=True)
 
 
-def spread_over_seeds(summary: pd.DataFrame, repeated: Mapping[str, str | None]) -> pd.DataFrame:
+def spread_over_seeds(
+    summary: pd.DataFrame, repeated: Mapping[str, str | None], column: str = "accuracy"
+) -> pd.DataFrame:
     """How far a method's accuracy depends on its seed.
 
     Args:
         summary: one row per label, with columns label and accuracy.
         repeated: label to the title under which its seeds are one, or None.
+        column: of the metric, where it is not the accuracy.
 
     Returns:
         One row per title: title, seeds (number of them), accuracy (mean over seeds of the mean
@@ -328,10 +370,11 @@ def spread_over_seeds(summary: pd.DataFrame, repeated: Mapping[str, str | None])
         >>> spread_over_seeds(frame, {"a 0": "a", "a 1": "a", "b": None})["accuracy"].tolist()
         [0.625]
     """
-    return (
+    frame: pd.DataFrame = (
         summary.assign(title=summary["label"].map(dict(repeated)))
         .dropna(subset=["title"])
-        .groupby("title", sort=False)["accuracy"]
-        .agg(seeds="size", accuracy="mean", spread="std", least="min", most="max")
+        .groupby("title", sort=False)[column]
+        .agg(seeds="size", mean="mean", spread="std", least="min", most="max")
         .reset_index()
     )
+    return frame.rename(columns={"mean": column})

@@ -61,17 +61,24 @@ def two_sided(gaps: Gaps) -> float:
     return min(1.0, 2 * flip_tail(gaps if ahead else [-each for each in gaps]))
 
 
-def fewest_images(level: float, comparisons: int = 1) -> int:
+def fewest_images(level: float, comparisons: int = 1, hits: bool = True) -> int:
     """Images on which two methods must differ before any difference can count.
 
     Args:
         level: of the test, below which a two-sided p must lie.
         comparisons: over how many it is shared (Bonferroni, or the first of Holm's steps).
+        hits: whether they are told apart by hits, rather than by other scores, whose test is on the
+            safe side.
 
     Example:
         >>> fewest_images(0.05), fewest_images(0.05, comparisons=10)
         (6, 9)
     """
+    if not hits:
+        count = 1
+        while 2 * BOUND * ndtr(-np.sqrt(count)) >= level / comparisons:
+            count += 1
+        return count
     return int(np.floor(1 - np.log2(level / comparisons))) + 1
 
 

@@ -30,6 +30,7 @@ from data.tasks.canvas import Images, Labels
 from data.tasks.glyphs import AUXILIARY
 from data.tasks.styles import Domain
 from data.training import Schedule, fine_tune, is_correct, train_jointly
+from merge_core.devices import choose_device
 from merge_core.suites.bundled import bundled_suites
 from merge_core.yaml_text import dump_yaml
 
@@ -250,10 +251,8 @@ def build(output: Path, plan: Plan, work: Path, seed: int = 0, device: str = "au
 
     Both lie in one file system. Raises ValueError if two splits of a task share an image.
     """
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
     started = time.monotonic()
-    folder = Build(plan, seed, work, torch.device(device)).run()
+    folder = Build(plan, seed, work, choose_device(device).torch).run()
     output.parent.mkdir(parents=True, exist_ok=True)
     (folder / "start.safetensors").unlink(missing_ok=True)
     # safetensors makes private files; a suite is for everyone.
@@ -279,7 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--plan", choices=PLANS, help="one suite; those of vision when left out")
     parser.add_argument("--output", type=Path, help="a folder; with --plan that of the suite")
-    parser.add_argument("--device", default="auto", help="cpu, cuda, or auto (the default)")
+    parser.add_argument("--device", default="auto", help="cpu, auto (the default), ...")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--quick", action="store_true", help="toys of the same layout, in seconds")
     parser.add_argument("--keep", action="store_true", help="keep the pre-training for other plans")

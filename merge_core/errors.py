@@ -39,6 +39,10 @@ class ExecutorError(MergeScopeError):
     """Work cannot be spread as asked: an unknown executor, no cluster, or workers that die."""
 
 
+class DeviceError(MergeScopeError):
+    """A device is asked for that has another name, or is not there."""
+
+
 class Cancelled(MergeScopeError):  # noqa: N818 - a state rather than a fault
     """The work was cancelled by the user; nothing was written."""
 

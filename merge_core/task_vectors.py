@@ -10,13 +10,14 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator, Sequence
 from functools import partial, reduce
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from merge_core.checkpoints.checkpoint import Checkpoint, is_finite
 from merge_core.checkpoints.vocabulary import complete_rows, filler
+from merge_core.devices import CPU, Device, compute
 from merge_core.errors import SuiteError
 from merge_core.factors.low_rank import (
     ROWS,
@@ -35,6 +36,8 @@ from merge_core.suites.manifest import BASE
 from merge_core.suites.suite import Suite
 
 Origin = Literal["base", "average"]
+# Entries of each member that are sent to an accelerator at a time.
+SENT = 1 << 24
 
 
 class TensorGroup:
@@ -138,11 +141,18 @@ class TensorGroup:
     def _rest(self) -> Tensor:
         """shape: the mean of the experts less the average as it is rounded."""
         flat, mean = [member.reshape(-1) for member in self.members], self.average.reshape(-1)
-        rest = torch.empty_like(mean)
-        for start in range(0, len(rest), PIECE):
-            part = slice(start, start + PIECE)
-            first = flat[0][part].double()
-            rest[part] = (first - mean[part]) + mean_offset([member[part] for member in flat])
+
+        def work(device: Device) -> Tensor:
+            rest = torch.empty_like(mean)
+            size = SENT if device.accelerates else PIECE
+            for start in range(0, len(rest), size):
+                part = slice(start, start + size)
+                pieces = [device.send(member[part]) for member in flat]
+                off = (pieces[0].double() - device.send(mean[part])) + mean_offset(pieces)
+                rest[part] = device.fetch(off)
+            return rest
+
+        rest = work(CPU) if len(mean) < SENT else compute(work, exact=True)
         return rest.reshape(self.info.shape)
 
     @property
@@ -324,6 +334,7 @@ class TensorGroup:
             torch.promote_types(torch.float32, stored),
             partial(self._tall_rows, origin, index),
             lambda: resolution(as_matrix(self.members[index]), stored),
+            lambda dtype, device: self._tall_rows(origin, index, dtype, slice(None), device),
         )
 
     def _centred_product(self, index: int) -> tuple[Tensor, Tensor] | None:
@@ -341,25 +352,28 @@ class TensorGroup:
         left = torch.cat([w * L for w, (L, _) in zip(shares, known, strict=True)], dim=1)
         return left, torch.cat([R for _, R in known])
 
-    def _tall_rows(self, origin: Origin, index: int, dtype: torch.dtype, part: slice) -> Tensor:
+    def _tall_rows(
+        self, origin: Origin, index: int, dtype: torch.dtype, part: slice, device: Device = CPU
+    ) -> Tensor:
         """Rows of a task vector as a matrix, of its transpose where that is the taller.
 
-        Float64 for such weights.
+        Float64 for such weights; on a device that has float64.
         """
         wide = operator.le(*self.info.matrix_shape)
 
         def rows(tensor: Tensor, part: slice, dtype: torch.dtype) -> Tensor:
             matrix = as_matrix(tensor)
-            return (matrix.T if wide else matrix)[part].to(dtype)
+            return device.send((matrix.T if wide else matrix)[part]).to(dtype)
 
         member, exact = self.members[index], torch.float64
         dtype = torch.promote_types(dtype, member.dtype)
         if origin == "base":
             return rows(member, part, dtype) - rows(self.base, part, dtype)
         start, stop, _ = part.indices(max(self.info.matrix_shape))
-        result = torch.empty(stop - start, min(self.info.matrix_shape), dtype=dtype)
-        for row in range(start, stop, ROWS):
-            few = slice(row, min(row + ROWS, stop))
+        size = SENT if device.accelerates else ROWS
+        result = device.send(torch.empty(stop - start, min(self.info.matrix_shape), dtype=dtype))
+        for row in range(start, stop, size):
+            few = slice(row, min(row + size, stop))
             # Near numbers are subtracted, which is exact; the second term is what rounding the
             # mean to a weight left.
             centred = rows(member, few, exact) - rows(self.average, few, exact)
@@ -435,6 +449,8 @@ class TensorGroups:
     Attributes:
         members: the parameters, each tensor under one name.
         manifest: what the merge consists of, and under which names it is written.
+        measured: what methods measured over all of it, by method and setting (see
+            :func:`merge_core.merging.engine.prepare`).
 
     Raises:
         SuiteError: unknown tasks.
@@ -450,6 +466,7 @@ class TensorGroups:
         self.manifest = suite.manifest(self.tasks)
         names = self.manifest.names
         self.members = [TensorGroup(suite, self.tasks, name, store) for name in names]
+        self.measured: dict[tuple[Any, ...], Any] = {}
 
     def __len__(self) -> int:
         return len(self.members)

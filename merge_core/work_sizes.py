@@ -12,3 +12,5 @@ SAMPLE = 1 << 19
 SMALL = 512
 # Shares of a large matrix's directions that are found in float32, whichever suffices.
 LEADING_SHARES = (8, 4)
+# Multiplications of a product of matrices that pay for sending them to an accelerator.
+WORTH_SENDING = 1 << 27

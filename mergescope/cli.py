@@ -26,6 +26,7 @@ from mergescope.commands.prepare import prepare
 from mergescope.commands.record import record
 from mergescope.commands.select_rank import select
 from mergescope.commands.suite import suite_app
+from mergescope.computing import computing
 
 app = typer.Typer(
     name="mergescope",
@@ -34,19 +35,19 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-app.command("app")(open_app)
-app.command()(inspect)
-app.command()(merge)
-app.command()(evaluate)
-app.command("select-rank")(select)
-app.command()(compare)
-app.command()(decompose)
+app.command("app")(computing(open_app))
+app.command()(computing(inspect))
+app.command()(computing(merge))
+app.command()(computing(evaluate))
+app.command("select-rank")(computing(select))
+app.command()(computing(compare))
+app.command()(computing(decompose))
 app.command("methods")(list_methods)
-app.command()(card)
+app.command()(computing(card))
 app.command()(download)
-app.command()(prepare)
+app.command()(computing(prepare))
 app.command()(push)
-app.command()(record)
+app.command()(computing(record))
 app.add_typer(pool_app)
 app.add_typer(suite_app)
 

@@ -32,6 +32,13 @@ CsvOption = Annotated[Path | None, typer.Option("--csv", help="Also write the ta
 LimitOption = Annotated[
     int | None, typer.Option(min=1, help="Only the first so many images of each task.")
 ]
+PrecisionOption = Annotated[
+    str,
+    typer.Option(
+        help="In which networks compute: float32, or bfloat16, which is faster where the device "
+        "has it; what it changes is said."
+    ),
+]
 SHARES = ("accuracy", "low", "high", "top 8 %")
 
 
@@ -51,6 +58,19 @@ def parse_split(text: str) -> Literal["val", "test"]:
     if text == "test":
         return "test"
     raise MergeScopeError(f"--split must be val or test, got {text!r}.")
+
+
+def parse_precision(text: str) -> Literal["float32", "bfloat16"]:
+    """The name of a precision.
+
+    Raises:
+        MergeScopeError: another word.
+    """
+    if text == "float32":
+        return "float32"
+    if text == "bfloat16":
+        return "bfloat16"
+    raise MergeScopeError(f"--precision must be float32 or bfloat16, got {text!r}.")
 
 
 def numbers(text: str | None, option: str) -> list[float | int] | None:
@@ -101,14 +121,16 @@ def print_table(
     target.print(table)
 
 
-def print_frame(target: Console, title: str, frame: pd.DataFrame) -> None:
-    """A frame as a table: shares in percent, NaN empty."""
+def print_frame(
+    target: Console, title: str, frame: pd.DataFrame, shares: Sequence[str] = SHARES
+) -> None:
+    """A frame as a table: shares (columns of these names) in percent, NaN empty."""
 
     def cell(column: str, value: object) -> str:
         if isinstance(value, float):
             if value != value:
                 return ""
-            return f"{value:.1%}" if column in SHARES else f"{value:.4g}"
+            return f"{value:.1%}" if column in shares else f"{value:.4g}"
         return str(value)
 
     rows = [
@@ -116,6 +138,16 @@ def print_frame(target: Console, title: str, frame: pd.DataFrame) -> None:
         for row in frame.astype(object).to_numpy().tolist()
     ]
     print_table(target, title, [str(name) for name in frame.columns], rows)
+
+
+def print_metric(target: Console, split: str, frame: pd.DataFrame) -> None:
+    """What models reach on tasks, in the metric that the frame is about."""
+    from analysis.metrics import metric_of
+
+    metric = metric_of(frame)
+    shares = () if metric.unit else SHARES
+    title = f"{metric.label} on the {split} split, with 95 % intervals"
+    print_frame(target, title + metric.hint, frame, shares)
 
 
 def check_csv(path: Path | None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 import textwrap
@@ -246,3 +247,49 @@ def test_every_control_is_drawn_by_the_one_mechanism_that_keeps_it() -> None:
     drawing_them = own.pop("ui.controls")
     assert [line for module, source in own.items() for line in unkept(module, source)] == []
     assert len(unkept("ui.controls", drawing_them)) >= 8
+
+
+# Where a device may be named: the one module, and a table of the modules that pickled files name.
+NAMES_DEVICES = {"merge_core.devices", "merge_core.checkpoints.pickled.tensors"}
+ASKED_OF_TORCH = {"cuda", "mps", "is_cuda", "is_mps", "xpu"}
+
+
+def device_names(source: str) -> list[str]:
+    """Where a file names a kind of accelerator: in a string, or by asking torch for it."""
+    tree = ast.parse(source)
+    owners = (ast.Module, ast.ClassDef, ast.FunctionDef)
+    prose = {
+        id(node.body[0].value)
+        for node in ast.walk(tree)
+        if isinstance(node, owners) and node.body and isinstance(node.body[0], ast.Expr)
+    }
+    found = []
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and node.attr in ASKED_OF_TORCH:
+            found.append(ast.unparse(node))
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            named = re.search(r"\b(cuda|mps)\b", node.value.lower())
+            found += [node.value] if named and id(node) not in prose else []
+    return found
+
+
+def test_one_module_alone_knows_devices(sources: dict[str, str]) -> None:
+    benchmarks = {
+        module_of(file): file.read_text() for file in sorted((ROOT / "benchmarks").rglob("*.py"))
+    }
+    everything = {**sources, **benchmarks}
+    found = {module: device_names(source) for module, source in everything.items()}
+    assert {m: names for m, names in found.items() if names and m not in NAMES_DEVICES} == {}
+    assert found["merge_core.devices"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "place = 'cuda:1'", "there = torch.cuda.is_available()", "B = B.cuda()",
+        "fast = A.is_cuda", "x = torch.backends.mps", "help = 'cpu or CUDA'",
+    ],
+)  # fmt: skip
+def test_a_device_named_elsewhere_would_be_found(line: str) -> None:
+    assert device_names(line)
+    assert device_names(f"'''About {line.replace(chr(39), '')} in prose.'''") == []

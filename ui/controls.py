@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -30,6 +31,7 @@ def selectbox(
     shown: Callable[[Value], str] | None = None,
     help: str | None = None,
     slot: str = "",
+    linked: bool = True,
 ) -> Value:
     """One of several options; the first at rest, or the one that is named.
 
@@ -42,9 +44,10 @@ def selectbox(
         shown: what is written on an option instead.
         help: tooltip.
         slot: see :class:`ui.kept.Control`.
+        linked: see :class:`ui.kept.Control`.
     """
     offered = list(options)
-    control = _one_of(label, offered, name, rest, words, slot)
+    control = replace(_one_of(label, offered, name, rest, words, slot), linked=linked)
 
     def draw(_: Value) -> Value:
         return st.selectbox(label, offered, format_func=shown or words, key=name, help=help)

@@ -25,7 +25,7 @@ from ui import history
 
 STATE = "_kept"
 # Chosen beside every page, and so the same on all of them.
-SHARED = ("suite", "preset", "tasks", "layer", "pool", "start", "members", "present")
+SHARED = (*("suite", "preset", "tasks", "layer", "pool", "start", "members", "device", "present"),)
 Value = TypeVar("Value")
 Query = dict[str, list[str]]
 
@@ -43,6 +43,8 @@ class Control(Generic[Value]):
         fits: whether it can stand at a value.
         slot: what the value is kept for, where a control of one name means different things, such
             as the scale of different methods; the name where it always means the same.
+        linked: whether the address says it. What depends on the machine is kept for the session
+            alone.
     """
 
     name: str
@@ -52,6 +54,7 @@ class Control(Generic[Value]):
     write: Callable[[Value], list[str]]
     fits: Callable[[Value], bool]
     slot: str
+    linked: bool = True
 
 
 @dataclass
@@ -180,6 +183,11 @@ def take_unread() -> list[str]:
     return found
 
 
+def shared_value(slot: str) -> Any:
+    """What a control beside every page stands at, where that is not at rest; else None."""
+    return kept().values.get("", {}).get(slot)
+
+
 def _present(control: Control[Value], known: Kept) -> Value:
     """Where a control stands before it is drawn."""
     name = control.name
@@ -190,7 +198,7 @@ def _present(control: Control[Value], known: Kept) -> Value:
         at_rest = name in known.rests and value == known.rests[name]
         return control.rest if at_rest or not control.fits(value) else value
     words = known.asked.pop(name, None)
-    if words is not None:
+    if words is not None and control.linked:
         try:
             value = control.read(words)
             if control.fits(value):
@@ -200,7 +208,7 @@ def _present(control: Control[Value], known: Kept) -> Value:
         if name in known.linked:
             known.unread.append(control.label)
     scope = known.scope(name)
-    if name not in known.seeded and scope in known.complete:
+    if name not in known.seeded and scope in known.complete and control.linked:
         return control.rest
     value = known.values.get(scope, {}).get(control.slot, control.rest)
     return value if control.fits(value) else control.rest
@@ -209,12 +217,13 @@ def _present(control: Control[Value], known: Kept) -> Value:
 def _keep(control: Control[Value], value: Value, known: Kept) -> None:
     """Keep a value, and write it in the address."""
     values = known.values.setdefault(known.scope(control.name), {})
+    known.address.pop(control.name, None)
     if value == control.rest:
         values.pop(control.slot, None)
-        known.address.pop(control.name, None)
     else:
         values[control.slot] = value
-        known.address[control.name] = control.write(value) or [""]
+        if control.linked:
+            known.address[control.name] = control.write(value) or [""]
     if known.address != _current_query():
         st.query_params.from_dict({**known.address, history.PAGE: [known.page]})
 

@@ -244,10 +244,14 @@ def fragment(function: Callable[..., None] | None = None, *, run_every: float | 
     """Like ``st.fragment``, with errors shown in words on reruns of the fragment alone too."""
 
     def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        def run_there(*args: Any, **kwargs: Any) -> None:
+            sidebar.use_kept_device()  # a rerun of the fragment alone draws no sidebar
+            body(*args, **kwargs)
+
         @wraps(body)
         def run_guarded(*args: Any, **kwargs: Any) -> None:
             try:
-                _explain_errors(lambda: body(*args, **kwargs))
+                _explain_errors(lambda: run_there(*args, **kwargs))
             finally:
                 if not st.session_state.get(RUNNING):  # else the shell's own run does it
                     garbage.freeze_objects()
@@ -264,6 +268,7 @@ def _run_page(page: Any, entry: PageEntry) -> None:
             st.session_state[VIEW] = sidebar.choose_suite()
         elif entry.subject == "pool":
             st.session_state[POOL_VIEW] = sidebar.choose_pool(entry.opened)
+        sidebar.choose_device()
         presenting.choose()
     presenting.show()
     page.run()

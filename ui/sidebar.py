@@ -6,6 +6,8 @@ from collections.abc import Mapping
 
 import streamlit as st
 
+from merge_core.devices import GIB, find_devices, set_device
+from merge_core.devices import choose_device as choose_named_device
 from merge_core.merging.engine import check_fits
 from merge_core.suites.bundled import bundled_title
 from merge_core.suites.pool import REGIMES, Pool
@@ -58,6 +60,35 @@ def choose_suite() -> View:
         slot=f"layer of {name}",
     )
     return View(name, key, suite, suite.select(chosen), layer)
+
+
+def choose_device() -> None:
+    """What computes, kept for the session and in no link: a stranger's machine has others."""
+    there = {device.name: device for device in find_devices()}
+
+    def words(name: str) -> str:
+        device = there[name]
+        return f"{device.title} ({name})" if device.accelerates else device.title
+
+    name = selectbox(
+        "Computes on",
+        there,
+        "device",
+        rest=choose_named_device().name,
+        words=words,
+        help="Decompositions, forward passes and learning. Results agree but for rounding.",
+        linked=False,
+    )
+    free = there[name].free_bytes()
+    if free is not None:
+        st.caption(f"{free / GIB:.1f} GiB of memory free")
+    set_device(there[name])
+
+
+def use_kept_device() -> None:
+    """Compute on the device that this session chose, in a run that does not draw the sidebar."""
+    name = kept.shared_value("device")
+    set_device(choose_named_device() if name is None else choose_named_device(name))
 
 
 def _choose_preset(suite: Suite, name: str) -> str | None:

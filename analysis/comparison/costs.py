@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from analysis.evaluation.evaluator import Evaluator
@@ -20,7 +20,7 @@ from merge_core.errors import OutputError
 from merge_core.executors.base import one_thread
 from merge_core.factors.store import FactorStore
 from merge_core.files import cache_dir, digest_of, write_atomically
-from merge_core.merging.engine import MergeSession, written_dtype
+from merge_core.merging.engine import MergeSession, prepare, written_dtype
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
 
@@ -134,9 +134,8 @@ def storage_bytes(recipe: Recipe, session: MergeSession) -> int:
     One model in its output dtype; for methods that need the task, what they say themselves.
     """
     method, run = recipe.declaration, recipe.run(session.groups.tasks)
-    if method.storage is not None and method.prepare is not None:
-        state = method.prepare(session.groups, recipe.checked_parameters, run, Progress())
-        run = replace(run, state=state)
+    if method.storage is not None:
+        run = prepare(recipe, session.groups)
     total = 0
     for group in session.groups:
         if method.storage is not None and group.info.is_floating:

@@ -39,7 +39,8 @@ def suggest_recipe(
     """
     space = search_space(method, suite, session.groups.tasks)
     try:
-        search = adaptive_search(space, session, evaluator.stored_only())
+        stored = evaluator.stored_only()
+        search = adaptive_search(space, session, stored, evaluator.metric.rule)
     except NotStored:
         return space.base, False
     return recipe_at(space, search.rank, search.scale), True
@@ -74,10 +75,10 @@ def first_result(
     split: Split = "test",
     progress: Progress | None = None,
 ) -> pd.DataFrame:
-    """Per-task accuracy of base, experts and the recipes.
+    """What base, experts and the recipes reach on each task.
 
     Returns:
-        One row per model and task: model, task, correct, images, accuracy, low, high.
+        One row per model and task: model and the columns of :meth:`Evaluator.recipe`.
 
     Raises:
         MergeScopeError: unfit inputs.

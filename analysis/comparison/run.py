@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from analysis.accuracy import mean_accuracy, spread_over_seeds, task_frame
+from analysis.accuracy import spread_over_seeds, task_frame
 from analysis.comparison import tuning
 from analysis.comparison.costs import cost
 from analysis.evaluation.evaluator import Evaluator
+from analysis.metrics import mean_over_tasks, metric_of
 from analysis.outputs.inputs import Split
 from merge_core.merging.engine import MergeSession, check_recipe
 from merge_core.merging.recipe import Recipe, make_recipe
@@ -32,14 +34,15 @@ class Comparison:
     """What a comparison found; a method whose seed counts has one label per seed.
 
     Attributes:
-        hits: label to task to booleans.
+        hits: label to task to booleans; of language models to every text's contribution to the
+            cross-entropy.
         summary: of :func:`summarise`, with columns chosen (how the setting came about), setting and
             needs (words), the best first.
         seeds: of :func:`analysis.accuracy.spread_over_seeds`.
         tasks: of :func:`analysis.accuracy.task_frame`.
         recipes: label to recipe.
         experts: each expert on its task.
-        base: accuracy of the base, mean over tasks, or None.
+        base: the metric of the base, mean over tasks, or None.
     """
 
     hits: dict[str, dict[str, np.ndarray]]
@@ -79,6 +82,7 @@ def usable_methods(suite: Suite, tasks: Sequence[str]) -> dict[str, Method]:
         for name, method in methods().items()
         if (suite.base is not None or not method.needs_base())
         and method.tasks in (None, len(tasks))
+        and not (suite.speaks and method.learns is not None)
     }
 
 
@@ -158,20 +162,24 @@ def run_comparison(
     half = _second_half(progress, split)
     hits, costs = evaluate_recipes(recipes, session, evaluator, split, limit, half)
     experts = evaluator.experts(tasks, split, limit)
-    frame = task_frame(hits)
+    frame = task_frame(hits, partial(evaluator.outputs.frame, split=split, limit=limit))
     table = summarise(frame, experts, costs)
     told = _describe_settings(table, entries)
     base = session.suite.base
     return Comparison(
         hits,
-        told.sort_values("accuracy", ascending=False, kind="stable"),
-        spread_over_seeds(table, {label: entry.repeated for label, entry in entries.items()}),
+        evaluator.metric.rank(told),
+        spread_over_seeds(
+            table,
+            {label: entry.repeated for label, entry in entries.items()},
+            evaluator.metric.column,
+        ),
         frame,
         recipes,
         experts,
         None
         if base is None
-        else float(evaluator.checkpoint(base, tasks, split, limit)["accuracy"].mean()),
+        else float(evaluator.checkpoint(base, tasks, split, limit)[evaluator.metric.column].mean()),
     )
 
 
@@ -317,8 +325,8 @@ def evaluate_recipes(
         progress: reports each recipe, and cancels between two.
 
     Returns:
-        Which images each recipe classifies correctly (label to task to booleans), and one row
-        per recipe: label, seconds, peak_mb, storage_mb (see
+        Which images each recipe classifies correctly (label to task to booleans; of language models
+        see :class:`Comparison`), and one row per recipe: label, seconds, peak_mb, storage_mb (see
         :class:`analysis.comparison.costs.Cost`).
 
     Raises:
@@ -354,9 +362,10 @@ def summarise(frame: pd.DataFrame, experts: pd.DataFrame, costs: pd.DataFrame) -
         costs: of :func:`evaluate_recipes`.
 
     Returns:
-        Columns label, accuracy, low, high (mean over tasks, 95 %), normalised (mean over tasks of
-        accuracy / the expert's; NaN where an expert gets nothing right), worst_task, worst,
-        seconds, peak_mb, storage_mb.
+        Columns label, accuracy (or another metric), low, high (mean over tasks, 95 %), normalised
+        (mean over tasks of accuracy / the expert's, of metrics where less is better the expert's /
+        it; NaN where an expert gets nothing right), worst_task, worst, seconds, peak_mb,
+        storage_mb.
 
     Example:
         >>> from analysis.accuracy import accuracy_frame
@@ -367,18 +376,22 @@ def summarise(frame: pd.DataFrame, experts: pd.DataFrame, costs: pd.DataFrame) -
         >>> frame[["accuracy", "normalised", "worst_task"]].values.tolist()
         [[0.75, 1.0, 'digits']]
     """
-    own = experts.set_index("task")["accuracy"].replace(0, np.nan)
-    relative = frame.assign(normalised=frame["accuracy"] / frame["task"].map(own))
-    lowest = frame.loc[frame.groupby("label", sort=False)["accuracy"].idxmin()]
+    metric = metric_of(frame)
+    own = experts.set_index("task")[metric.column].replace(0, np.nan)
+    relative = frame.assign(
+        normalised=metric.relative(frame[metric.column], frame["task"].map(own))
+    )
+    worst = (metric.sign * frame[metric.column]).groupby(frame["label"], sort=False).idxmin()
+    lowest = frame.loc[worst]
     return (
-        mean_accuracy(frame, ["label"])
+        mean_over_tasks(frame, ["label"])
         .merge(
             relative.groupby("label", sort=False)["normalised"].agg(lambda x: x.mean(skipna=False)),
             on="label",
         )
         .merge(
-            lowest[["label", "task", "accuracy"]].rename(
-                columns={"task": "worst_task", "accuracy": "worst"}
+            lowest[["label", "task", metric.column]].rename(
+                columns={"task": "worst_task", metric.column: "worst"}
             ),
             on="label",
         )

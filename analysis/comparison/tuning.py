@@ -9,9 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import pandas as pd
 
-from analysis.accuracy import mean_accuracy
 from analysis.evaluation.evaluator import Evaluator
 from analysis.learning.context import SPLIT
+from analysis.metrics import mean_over_tasks
 from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe, make_recipe
 from merge_core.methods.declaration import ParameterSpec
@@ -88,7 +88,7 @@ def tune(
 
     Returns:
         The best recipe (the first of several alike), and one row per setting: its parameters
-        (JSON), accuracy, low, high.
+        (JSON), accuracy (or another metric), low, high.
 
     Raises:
         MergeScopeError: unfit inputs.
@@ -108,11 +108,14 @@ def tune(
     for done, recipe in enumerate(tried):
         progress.step(done, len(tried), f"{recipe.method}, setting {done + 1}")
         inner = Progress(cancel=progress.cancel)
-        row = mean_accuracy(evaluator.recipe(recipe, session, "val", limit, inner)).iloc[0]
+        for following in tried[done + 1 : done + 2]:
+            images = evaluator.outputs.images(session.groups.tasks, "val", limit)
+            evaluator.expect(following, session, images)
+        row = mean_over_tasks(evaluator.recipe(recipe, session, "val", limit, inner)).iloc[0]
         rows.append({"parameters": json.dumps(recipe.parameters), **row})
     progress.step(len(tried), len(tried), base.method)
     frame = pd.DataFrame(rows)
-    return tried[int(frame["accuracy"].to_numpy().argmax())], frame
+    return tried[evaluator.metric.best(frame[evaluator.metric.column])], frame
 
 
 def depends_on_seed(recipe: Recipe, evaluator: Evaluator, tasks: Sequence[str]) -> bool:

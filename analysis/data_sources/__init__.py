@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from analysis.data_sources.source import Request, Source
 from merge_core.errors import SuiteError
 from merge_core.suites.data_files import Resolve, locate_data
-from merge_core.suites.data_spec import DataSpec, Kind
+from merge_core.suites.data_spec import OF_TEXTS, DataSpec, Kind
 
 
 def open_source(data: DataSpec, resolve: Resolve, what: str) -> Source:
@@ -65,5 +65,5 @@ def download(data: DataSpec, resolve: Resolve, what: str) -> None:
 
     if data.kind == "torchvision":
         fetch(data.dataset or "", resolve(data.path or ""), what)
-    elif data.kind in ("huggingface", "text") and data.path is None:
+    elif data.kind in ("huggingface", *OF_TEXTS) and data.path is None:
         locate_data(data, resolve, what, download=True)

@@ -91,13 +91,13 @@ def read_delimited(files: Sequence[Path], root: Path, what: str) -> dict[str, Ta
     """
     parts: dict[str, list[pd.DataFrame]] = defaultdict(list)
     for file in files:
-        parts[_split_of(file, root)].append(_read(file, what))
+        parts[split_of(file, root)].append(_read(file, what))
     if len(parts) > 1:
         parts.pop(WHOLE, None)  # beside splits: notes, lists of classes
     return {split: Table(pd.concat(tables)) for split, tables in parts.items()}
 
 
-def _split_of(file: Path, root: Path) -> str:
+def split_of(file: Path, root: Path) -> str:
     """The split that a file's name, or a folder's on the way to it, says."""
     below = file.relative_to(root).parts if root != file else (file.name,)
     for name in reversed(below):

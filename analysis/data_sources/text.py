@@ -153,14 +153,14 @@ def open_tokenizer(folder: Path) -> Any:
             "Texts need the package transformers: pip install 'mergescope[text]'."
         ) from fault
     try:
-        _check_files(folder)
+        check_tokenizer_files(folder)
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as fault:  # files of another form make the library raise almost anything
         reason = " ".join(str(fault).split())
         raise SuiteError(f"{folder} holds no tokenizer of transformers: {reason:.200}") from fault
 
 
-def _check_files(folder: Path) -> None:
+def check_tokenizer_files(folder: Path) -> None:
     """Refuse files of a tokenizer that are no files, too large, or have a name for each of many.
 
     Raises:

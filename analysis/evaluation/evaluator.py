@@ -1,4 +1,4 @@
-"""Accuracy of a suite's members and merges, with its sampling error.
+"""A suite's members and merges measured: accuracy, or cross-entropy, with its sampling error.
 
 Evaluation mode, frozen heads, fixed splits. Choices are made on the validation split; the test
 split is for reporting.
@@ -6,7 +6,7 @@ split is for reporting.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,14 +14,15 @@ import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from analysis.accuracy import accuracy_frame
-from analysis.data_sources.source import UNLABELLED
+from analysis.evaluation.ahead import Ahead
+from analysis.language.outputs import open_outputs
 from analysis.learning.learn import learn
-from analysis.outputs.inputs import SPLIT_NAMES, Split
+from analysis.metrics import Metric
+from analysis.outputs.inputs import Split
 from analysis.outputs.prediction_store import CLASSES, PredictionStore
-from analysis.outputs.suite_outputs import Images, Measurements, SuiteOutputs
+from analysis.outputs.suite_outputs import Images, Measurements, Precision, SuiteOutputs, Weights
 from merge_core.checkpoints.checkpoint import Checkpoint
-from merge_core.errors import SuiteError
+from merge_core.devices import current_device
 from merge_core.files import digest_of
 from merge_core.merging.engine import MergeSession, written_dtype
 from merge_core.merging.recipe import Recipe
@@ -36,6 +37,7 @@ class Evaluator:
         suite: a suite with architecture, heads and data.
         predictions: where outputs are kept (with the suite's own store by default).
         stored_only: refuse to run the model (see :class:`SuiteOutputs`).
+        precision: in which networks compute.
 
     Attributes:
         outputs: runs the models, and keeps what they gave.
@@ -52,18 +54,33 @@ class Evaluator:
     """
 
     def __init__(
-        self, suite: Suite, predictions: PredictionStore | None = None, stored_only: bool = False
+        self,
+        suite: Suite,
+        predictions: PredictionStore | None = None,
+        stored_only: bool = False,
+        precision: Precision = "float32",
     ) -> None:
         self.suite = suite
-        self.outputs = SuiteOutputs(suite, predictions, stored_only)
+        self.precision = precision
+        self.outputs: SuiteOutputs = open_outputs(suite, predictions, stored_only, precision)
         self._learned: tuple[str, Any] = ("", None)
+        self._ahead = Ahead()
+
+    @property
+    def metric(self) -> Metric:
+        """What models are measured by."""
+        return self.outputs.metric
+
+    @property
+    def _scored(self) -> tuple[str, ...]:
+        return (self.metric.measure,)
 
     def stored_only(self) -> Evaluator:
         """An evaluator of the same suite and store that gives what is stored or raises NotStored.
 
         For views that must not start to compute.
         """
-        return Evaluator(self.suite, self.outputs.predictions, stored_only=True)
+        return Evaluator(self.suite, self.outputs.predictions, True, self.precision)
 
     def knows(
         self, recipe: Recipe, session: MergeSession, split: Split = "val", limit: int | None = None
@@ -89,15 +106,17 @@ class Evaluator:
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
-        """Accuracy of a member's checkpoint on some tasks (see :func:`accuracy_frame`).
+        """A member's checkpoint measured on some tasks (see :meth:`SuiteOutputs.frame`).
 
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
             Cancelled: between two batches.
         """
         images = self.outputs.images(tasks, split, limit, progress)
-        outputs = self.measure_member(checkpoint, images, split, progress=progress)
-        return accuracy_frame(self._hits(outputs, images, split, limit))
+        outputs = self.measure_member(checkpoint, images, split, self._scored, progress)
+        return self.outputs.frame(
+            self.outputs.unit_scores(outputs, images, split, limit), split, limit
+        )
 
     def experts(
         self,
@@ -106,7 +125,7 @@ class Evaluator:
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
-        """Accuracy of each expert on its own task.
+        """Each expert measured on its own task.
 
         Raises:
             MergeScopeError: unreadable or unfit weights, heads or data.
@@ -130,8 +149,8 @@ class Evaluator:
             Cancelled: between two batches.
         """
 
-        def weights() -> dict[str, Tensor]:
-            return {name: checkpoint.tensor(name) for name in checkpoint}
+        def weights() -> Iterator[tuple[str, Tensor]]:
+            return ((name, checkpoint.tensor(name)) for name in checkpoint)
 
         return self.outputs.measure(checkpoint.digest, weights, images, split, measures, progress)
 
@@ -167,6 +186,39 @@ class Evaluator:
             self._learned = (wanted, state)
         return state
 
+    def expect(
+        self,
+        recipe: Recipe,
+        session: MergeSession,
+        images: Images,
+        split: Split = "val",
+        measures: Collection[str] = (CLASSES,),
+    ) -> None:
+        """Say which merge is measured after the next one.
+
+        On an accelerator its weights are made meanwhile. The CPU is busy with the forward passes
+        themselves; nor is anything made ahead that is stored, or learns from data.
+
+        Args:
+            recipe: what will be merged.
+            session: its members.
+            images: what it will be measured on.
+            split: ``val`` or ``test``.
+            measures: what of it.
+        """
+        method = recipe.declaration
+        if not self._makes_ahead or method.indexed or method.learns is not None:
+            return
+        digest = self._digest(recipe, session)
+        if not self.outputs.is_stored(digest, images, split, measures):
+            stream = partial(_merge_as_written, recipe, session, None, lambda: None)
+            self._ahead.expect(digest, lambda: dict(stream()))
+
+    @property
+    def _makes_ahead(self) -> bool:
+        """Whether whole merges are made while others run; language models are made in pieces."""
+        return current_device().accelerates and not self.suite.speaks
+
     def measure_recipe(
         self,
         recipe: Recipe,
@@ -195,7 +247,12 @@ class Evaluator:
         digest = self._digest(recipe, session)
         learned = partial(self.learn, recipe, session, progress)
         if not recipe.declaration.indexed:
-            model = partial(_merge_as_written, recipe, session, None, learned)
+            model: Callable[[], Weights] = partial(
+                _merge_as_written, recipe, session, None, learned
+            )
+            if self._makes_ahead:
+                stream = model
+                model = partial(self._ahead.take, digest, lambda: dict(stream()))
             return self.outputs.measure(digest, model, images, split, measures, progress)
         progress = progress or Progress()
         outputs: Measurements = {}
@@ -217,13 +274,15 @@ class Evaluator:
     ) -> dict[str, np.ndarray]:
         """Which images (bool, N) of each of its tasks a merge classifies correctly.
 
+        Of language models see :meth:`analysis.language.outputs.TextOutputs.unit_scores`.
+
         Raises:
             MergeScopeError: unfit inputs.
             Cancelled: between two batches, or between two steps of learning.
         """
         images = self.outputs.images(session.groups.tasks, split, limit, progress)
-        outputs = self.measure_recipe(recipe, session, images, split, progress=progress)
-        return self._hits(outputs, images, split, limit)
+        outputs = self.measure_recipe(recipe, session, images, split, self._scored, progress)
+        return self.outputs.unit_scores(outputs, images, split, limit)
 
     def recipe(
         self,
@@ -233,37 +292,20 @@ class Evaluator:
         limit: int | None = None,
         progress: Progress | None = None,
     ) -> pd.DataFrame:
-        """Accuracy of a merge on its tasks (see :func:`accuracy_frame`).
+        """A merge measured on its tasks (see :meth:`SuiteOutputs.frame`).
 
         Raises:
             MergeScopeError: unfit inputs.
             Cancelled: between two batches, or between two steps of learning.
         """
-        return accuracy_frame(self.recipe_hits(recipe, session, split, limit, progress))
-
-    def _hits(
-        self, outputs: Measurements, images: Images, split: Split, limit: int | None
-    ) -> dict[str, np.ndarray]:
-        hits = {}
-        for task, numbers in images.items():
-            labels = self.outputs.raw_inputs(task, split, limit).labels[numbers]
-            if int(labels.min()) == UNLABELLED:
-                raise SuiteError(
-                    f"The {SPLIT_NAMES[split]} {self.suite.inputs} of task {task!r} have no "
-                    f"labels, so no accuracy can be measured. Add {split}_labels to its data; "
-                    "rank and scale can be chosen without labels."
-                )
-            if int(labels.max()) >= len(self.outputs.head(task).weight):
-                raise SuiteError(
-                    self.outputs.misfit_message(task, f"labels up to {int(labels.max())}")
-                )
-            hits[task] = outputs[task][CLASSES] == labels
-        return hits
+        hits = self.recipe_hits(recipe, session, split, limit, progress)
+        return self.outputs.frame(hits, split, limit)
 
     def _has_outputs(
         self, digest: str, tasks: Sequence[str], split: Split, limit: int | None
     ) -> bool:
-        return self.outputs.is_stored(digest, self.outputs.images(tasks, split, limit), split)
+        images = self.outputs.images(tasks, split, limit)
+        return self.outputs.is_stored(digest, images, split, self._scored)
 
     def _digest(self, recipe: Recipe, session: MergeSession) -> str:
         """Of what determines the merged weights: data, too, where the method learns from them."""
@@ -275,10 +317,12 @@ class Evaluator:
 
 def _merge_as_written(
     recipe: Recipe, session: MergeSession, task: str | None, learned: Callable[[], Any]
-) -> dict[str, Tensor]:
-    """The merged weights, rounded to the dtypes that a file of them would have."""
+) -> Iterator[tuple[str, Tensor]]:
+    """The merged weights, one by one, rounded to the dtypes that a file of them would have."""
     stored = session.groups.dtypes
-    return {
-        name: value.to(written_dtype(recipe, stored[name]))
-        for name, value in session.merge(recipe, task=task, learned=learned()).items()
-    }
+    merged: tuple[Tensor, Tensor] | None = None
+    for name, value in session.stream(recipe, task=task, learned=learned()):
+        written = written_dtype(recipe, stored[name])
+        if merged is None or merged[0] is not value or merged[1].dtype != written:
+            merged = (value, value.to(written))  # one tensor may have several names
+        yield name, merged[1]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
-from analysis.outputs.suite_outputs import Images, Measurements
+from analysis.outputs.suite_outputs import Images, Measurements, Precision
 from merge_core.executors.base import Executor
 from merge_core.factors.factorise import StoredGroups
 from merge_core.merging.engine import MergeSession
@@ -51,7 +51,8 @@ def evaluate_side_by_side(
         for recipe in recipes
         if not evaluator.outputs.is_stored(recipe.digest(evaluator.suite), images, split, measures)
     ]
-    evaluate = _Evaluate(StoredGroups.of(session.groups), tuple(measures), split)
+    stored = StoredGroups.of(session.groups)
+    evaluate = _Evaluate(stored, tuple(measures), split, evaluator.precision)
     results = executor.map(evaluate, unknown, progress.cancel)
     for done, recipe in enumerate(unknown, start=1):
         outputs = next(results)
@@ -67,6 +68,7 @@ class _Evaluate:
     stored: StoredGroups
     measures: tuple[str, ...]
     split: Split
+    precision: Precision
 
     def __call__(self, recipe: Recipe) -> Measurements:
         session, evaluator, images = self._open()
@@ -78,7 +80,7 @@ class _Evaluate:
         if held is None or held[0] != self:
             suite = load_suite(self.stored.suite)
             session = MergeSession(suite, self.stored.tasks, self.stored.store())
-            evaluator = Evaluator(suite)
+            evaluator = Evaluator(suite, precision=self.precision)
             images = evaluator.outputs.images(session.groups.tasks, self.split)
             held = _WORKER.held = (self, (session, evaluator, images))
         opened: tuple[MergeSession, Evaluator, Images] = held[1]

@@ -19,11 +19,12 @@ from analysis.fine_tuning.base import (
     open_base,
 )
 from analysis.fine_tuning.examples import read_part
-from analysis.fine_tuning.expert import ExpertBuilder, choose_device
+from analysis.fine_tuning.expert import ExpertBuilder
 from analysis.fine_tuning.plan import BASE, SuitePlan
 from analysis.fine_tuning.steps import RECORD, Steps
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.dtypes import DTYPES
+from merge_core.devices import AUTO, choose_device, current_device, use_device
 from merge_core.errors import OutputError, SuiteError
 from merge_core.files import check_output, digest_of, explain_os_error, lock_output
 from merge_core.opening.draft import write_suite
@@ -76,7 +77,7 @@ def build_suite(
         Traceback (most recent call last):
         merge_core.errors.CheckpointError: ...
     """
-    device = choose_device(plan.device)
+    device = current_device() if plan.device == AUTO else choose_device(plan.device)
     base = open_base(plan, fetch)
     spec = _suite_spec(plan, architecture_of(plan, base))
     target = output.resolve()
@@ -85,6 +86,7 @@ def build_suite(
     if not (target / RECORD).is_file():
         check_output(output)
     with ExitStack() as held:
+        held.enter_context(use_device(device))
         try:
             target.mkdir(parents=True, exist_ok=True)
             held.enter_context(lock_output(target, output))
@@ -103,7 +105,7 @@ def build_suite(
                 report(note)
         whole = _identity(plan, spec, draft, base)
         _make_way(path, steps.is_done("suite", whole), overwrite)
-        builder = ExpertBuilder(plan, Suite(spec, path), draft, steps, device)
+        builder = ExpertBuilder(plan, Suite(spec, path), draft, steps, device.torch)
         total = UNITS * len(draft.tasks)
         for number, task in enumerate(draft.tasks):
             sentence = builder.build(task, _part(progress, UNITS * number, total))

@@ -33,18 +33,6 @@ READ = 500  # examples that pass the network between two reports of progress
 FIT, TRAIN = 30, 70  # units of progress
 
 
-def choose_device(name: str) -> torch.device:
-    """The device of a plan.
-
-    Raises:
-        SuiteError: cuda, where there is none.
-    """
-    there = torch.cuda.is_available()
-    if name == "cuda" and not there:
-        raise SuiteError("PyTorch finds no CUDA device here. Use the device cpu, or auto.")
-    return torch.device("cuda" if there and name != "cpu" else "cpu")
-
-
 class ExpertBuilder:
     """Fits heads and fine-tunes experts of a suite whose base is there.
 

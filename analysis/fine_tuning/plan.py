@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AfterValidator, Field, ValidationError, model_validator
 
+from merge_core.devices import AUTO, is_device_name
 from merge_core.errors import SuiteError, explain_validation
 from merge_core.files import path_below, read_yaml
 from merge_core.hub.files import is_hub_id
@@ -23,6 +24,12 @@ BASE = "base"
 PACKAGE = "package:"
 Dtype = Literal["float32", "float16", "bfloat16"]
 Count = Annotated[int, Field(ge=1, le=10_000_000)]
+
+
+def _check_device(name: str) -> str:
+    if not is_device_name(name):
+        raise ValueError(f"{name!r:.60} is no device; leave it out, or give cpu")
+    return name
 
 
 class ProbeSpec(StrictModel):
@@ -105,7 +112,7 @@ class SuitePlan(StrictModel):
         probe: how heads are fitted where none is given.
         fine_tuning: of each expert.
         seed: of the order of the examples and of LoRA's start.
-        device: ``auto`` takes cuda where there is one.
+        device: ``auto`` takes what is chosen for the whole process, a GPU where there is one.
         dtype: of the weights that are written; the base's own if left out.
     """
 
@@ -117,7 +124,7 @@ class SuitePlan(StrictModel):
     probe: ProbeSpec = ProbeSpec()
     fine_tuning: FineTuningSpec = FineTuningSpec()
     seed: int = Field(default=0, ge=0)
-    device: Literal["auto", "cpu", "cuda"] = "auto"
+    device: Annotated[str, AfterValidator(_check_device)] = AUTO
     dtype: Dtype | None = None
 
     @model_validator(mode="before")

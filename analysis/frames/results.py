@@ -12,6 +12,7 @@ import pandas as pd
 
 from analysis.comparison.run import OWN, SEARCHED, Comparison, label_of
 from analysis.frames.entries import Kept
+from analysis.metrics import ACCURACY, Metric, metric_of
 from analysis.rank_selection.select import Selection, SelectionOptions, recipe_at
 from analysis.rank_selection.space import SearchSpace
 from merge_core.merging.recipe import Recipe, make_recipe
@@ -120,9 +121,12 @@ def unpack_first(kept: Kept, suite: str, tasks: Sequence[str]) -> FirstResult:
 
 
 def pack_comparison(found: Comparison) -> Kept:
-    """A comparison; which images are right is a text of 0 and 1 for each label and task."""
+    """A comparison; which images are right is a text of 0 and 1 for each label and task.
+
+    Of other scores than hits it is a text of numbers, apart by spaces.
+    """
     rows = [
-        (label, task, "".join("1" if hit else "0" for hit in vector))
+        (label, task, _write_scores(vector))
         for label, by_task in found.hits.items()
         for task, vector in by_task.items()
     ]
@@ -138,14 +142,31 @@ def pack_comparison(found: Comparison) -> Kept:
     return Kept(frames, {"recipes": recipes, "base": found.base})
 
 
+def _write_scores(vector: np.ndarray) -> str:
+    if vector.dtype == bool:
+        return "".join("1" if hit else "0" for hit in vector)
+    return " ".join(repr(float(value)) for value in vector)
+
+
+def _read_scores(text: str, metric: Metric) -> np.ndarray:
+    if metric is not ACCURACY:
+        values = np.array([float(value) for value in text.split()])
+        if not len(values) or not np.isfinite(values).all():
+            raise ValueError("scores that are none")
+        return values
+    if set(text) - {"0", "1"}:
+        raise ValueError("hits that are none")
+    hits: np.ndarray = np.frombuffer(text.encode(), np.uint8) == ord("1")
+    return hits
+
+
 def unpack_comparison(kept: Kept, suite: str, tasks: Sequence[str]) -> Comparison:
     """The comparison of recipes on a suite as it is called here."""
     frames = kept.frames
+    metric = metric_of(frames["tasks"])
     hits: dict[str, dict[str, np.ndarray]] = {}
     for label, task, text in frames["hits"].itertuples(index=False):
-        if set(text) - {"0", "1"}:
-            raise ValueError("hits that are none")
-        hits.setdefault(label, {})[task] = np.frombuffer(text.encode(), np.uint8) == ord("1")
+        hits.setdefault(label, {})[task] = _read_scores(text, metric)
     recipes = {
         label: unpack_recipe(document, suite, tasks) for label, document in kept.values["recipes"]
     }
@@ -189,7 +210,7 @@ def join_comparisons(parts: Sequence[Comparison]) -> Comparison:
     summary = stacked("summary").drop_duplicates("label")
     return Comparison(
         {label: hits for part in reversed(parts) for label, hits in part.hits.items()},
-        summary.sort_values("accuracy", ascending=False, kind="stable", ignore_index=True),
+        metric_of(summary).rank(summary).reset_index(drop=True),
         stacked("seeds").drop_duplicates("title", ignore_index=True),
         stacked("tasks").drop_duplicates(["label", "task"], ignore_index=True),
         {label: recipe for part in parts for label, recipe in part.recipes.items()},

@@ -13,6 +13,7 @@ from analysis.networks.stateless import ModuleCopies, State, StatelessNetwork
 from analysis.networks.towers import suite_network
 from analysis.outputs.inputs import Split
 from analysis.outputs.suite_outputs import SuiteOutputs
+from merge_core.devices import current_device
 from merge_core.errors import SuiteError
 from merge_core.files import digest_of
 from merge_core.merging.engine import MergeSession
@@ -31,6 +32,9 @@ class LearningContext:
         recipe: what is learnt for.
         session: its members.
         progress: told between units of work.
+
+    Attributes:
+        device: where networks run: images and the weights of networks lie there.
     """
 
     def __init__(
@@ -42,6 +46,7 @@ class LearningContext:
         self.tasks = session.groups.tasks
         self.suite = session.suite
         self.progress = progress
+        self.device = current_device()
 
     @cached_property
     def _stateless(self) -> StatelessNetwork:
@@ -57,7 +62,7 @@ class LearningContext:
     @cached_property
     def copies(self) -> ModuleCopies:
         """The network, for threads that run it side by side."""
-        return ModuleCopies(self.network)
+        return ModuleCopies(self.network, self._stateless.fixed)
 
     @cached_property
     def names(self) -> frozenset[str]:
@@ -82,7 +87,7 @@ class LearningContext:
             SuiteError: weights, images or heads that do not fit the architecture.
         """
         state = {
-            name: value.float() if value.is_floating_point() else value
+            name: self.device.send(value.float() if value.is_floating_point() else value)
             for name, value in weights.items()
             if name in self.names
         }
@@ -98,9 +103,9 @@ class LearningContext:
         return state
 
     def features(self, weights: State, images: Tensor) -> Tensor:
-        """Features (N x width) under the weights, differentiable in them."""
-        features: Tensor = self.copies.call(weights, images)
-        return features
+        """Features (N x width) under the weights, differentiable in them; on the CPU."""
+        features: Tensor = self.copies.call(weights, images, self.device)
+        return self.device.fetch(features)
 
     def log_probabilities(self, weights: State, images: Tensor, task: str) -> Tensor:
         """Logarithms of the predicted probabilities, N x classes, differentiable in the weights.
@@ -119,10 +124,10 @@ class LearningContext:
     def images(self, task: str, most: int) -> Tensor:
         """Normalised validation images, N x 3 x H x W: all, or `most` of them by the seed."""
         count = self._count(task)
-        if count <= most:
-            return self._outputs.pixels(task, SPLIT, np.arange(count))
-        order = torch.randperm(count, generator=self._source(task))
-        return self._outputs.pixels(task, SPLIT, order[:most].numpy())
+        order = torch.arange(count)
+        if count > most:
+            order = torch.randperm(count, generator=self._source(task))[:most]
+        return self._pixels(task, order)
 
     def batches(self, task: str, size: int) -> Iterator[Tensor]:
         """Validation images without end, shuffled by the seed anew in every pass.
@@ -137,7 +142,10 @@ class LearningContext:
         while True:
             order = torch.randperm(count, generator=source)
             for part in order[:whole].split(size):
-                yield self._outputs.pixels(task, SPLIT, part.numpy())
+                yield self._pixels(task, part)
+
+    def _pixels(self, task: str, numbers: Tensor) -> Tensor:
+        return self.device.send(self._outputs.pixels(task, SPLIT, numbers.numpy()))
 
     def _count(self, task: str) -> int:
         return len(self._outputs.raw_inputs(task, SPLIT).labels)

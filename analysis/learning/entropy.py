@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from analysis.learning.context import LearningContext, State
+from merge_core.devices import CPU, Device
 from merge_core.executors.local import Threads
 from merge_core.methods.adamerging import Coefficients, limits, vectors
 from merge_core.methods.cart_adaptive import truncations
@@ -25,16 +26,19 @@ class Family:
         origin: weights of the whole network.
         vectors: T x shape, for the parameters that move.
         rows: which row of λ counts for each of them.
+        device: where origin and vectors lie.
     """
 
     origin: State
     vectors: Mapping[str, Tensor]
     rows: Mapping[str, int]
+    device: Device = CPU
 
     def weights(self, values: Tensor) -> dict[str, Tensor]:
         """The moving parameters at coefficients λ (rows x T), differentiable in them."""
         return {
-            name: self.origin[name] + torch.tensordot(values[self.rows[name]], moved, dims=1)
+            name: self.origin[name]
+            + torch.tensordot(self.device.send(values[self.rows[name]]), moved, dims=1)
             for name, moved in self.vectors.items()
         }
 
@@ -60,7 +64,7 @@ def learn_adamerging(context: LearningContext) -> Coefficients:
         origin[group.name] = group.base
         if group.name in settings and group.name in context.names:
             own = vectors(group, settings[group.name], run, found)
-            moved[group.name] = own.float()
+            moved[group.name] = context.device.send(own.float())
     # One row for all parameters of level task, which has no name of its own.
     shared = {name: name if own.level == "layer" else "" for name, own in settings.items()}
     keys = list(dict.fromkeys(shared.values()))
@@ -68,7 +72,7 @@ def learn_adamerging(context: LearningContext) -> Coefficients:
     start = torch.empty(len(keys), len(context.tasks))
     for name, row in rows.items():
         start[row] = settings[name].start
-    family = Family(context.check_fit(origin, context.tasks), moved, rows)
+    family = Family(context.check_fit(origin, context.tasks), moved, rows, context.device)
     values = minimise_entropy(context, family, start, bounds=(0.0, 1.0))
     return Coefficients({name: values[row] for name, row in rows.items()}, found)
 
@@ -90,11 +94,11 @@ def learn_cart_adaptive(context: LearningContext) -> dict[str, Tensor]:
             names.append(group.name)
             start.append([own.scale] * len(context.tasks))
             if group.name in context.names:
-                moved[group.name] = truncations(group, own).float()
+                moved[group.name] = context.device.send(truncations(group, own).float())
     if not names:
         return {}
     rows = {name: row for row, name in enumerate(names)}
-    family = Family(context.check_fit(origin, context.tasks), moved, rows)
+    family = Family(context.check_fit(origin, context.tasks), moved, rows, context.device)
     values = minimise_entropy(context, family, torch.tensor(start))
     return {name: values[row] for name, row in rows.items()}
 

@@ -81,4 +81,4 @@ def squared_gradients(context: LearningContext, weights: State, image: Tensor, t
         (gradients,) = torch.func.vmap(pull_back)(part)
         for name, value in gradients.items():
             total[name] += value.square().sum(dim=0)
-    return total
+    return {name: context.device.fetch(value) for name, value in total.items()}

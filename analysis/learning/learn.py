@@ -10,6 +10,7 @@ from analysis.learning.entropy import learn_adamerging, learn_cart_adaptive
 from analysis.learning.fisher import learn_fisher
 from analysis.learning.regmean import learn_regmean, learn_regmean_plus_plus
 from analysis.outputs.suite_outputs import SuiteOutputs
+from merge_core.devices import current_device, use_device
 from merge_core.errors import SuiteError
 from merge_core.executors.base import one_thread
 from merge_core.merging.engine import MergeSession, check_recipe
@@ -59,5 +60,6 @@ def learn(
     if session.suite.select(recipe.tasks) != session.groups.tasks:
         raise SuiteError("The recipe's tasks are not the ones that this session holds.")
     check_recipe(session.suite, recipe)
-    with one_thread():
+    # Some learn in float64.
+    with one_thread(), use_device(current_device().exact):
         return LEARNERS[name](LearningContext(outputs, recipe, session, progress or Progress()))

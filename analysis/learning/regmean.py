@@ -38,10 +38,10 @@ def learn_regmean(context: LearningContext) -> dict[str, Tensor]:
     @torch.no_grad()
     def grams_of(task: str) -> dict[str, Tensor]:
         weights = context.expert(task)
-        with context.copies.lend() as network, collect(network, layers) as grams:
+        with context.copies.lend(context.device) as network, collect(network, layers) as grams:
             for batch in context.images(task, parameters.examples).split(BATCH):
                 torch.func.functional_call(network, weights, (batch,))
-        return grams
+        return {layer: context.device.fetch(gram) for layer, gram in grams.items()}
 
     found = Threads().map(grams_of, context.tasks, context.progress.cancel)
     for index, task in enumerate(context.tasks):
@@ -71,7 +71,7 @@ def learn_regmean_plus_plus(context: LearningContext) -> dict[str, Tensor]:
     merged = dict(experts[context.tasks[0]])
     for group in context.groups:
         if group.info.is_floating and group.name in merged:
-            merged[group.name] = group.average.float()
+            merged[group.name] = context.device.send(group.average.float())
     fit = Fit(context, layers)
     blocks = blocks_in_order(context, layers, merged, images[context.tasks[0]][:1])
     for done, (block, inside) in enumerate(blocks.items()):
@@ -84,7 +84,8 @@ def learn_regmean_plus_plus(context: LearningContext) -> dict[str, Tensor]:
             for layer, gram in next(found).items():
                 fit.add(layer, task, gram)
         for layer in inside:
-            merged[f"{layer}.weight"] = (fit.averages[layer] + fit.update(layer)).float()
+            fitted = (fit.averages[layer] + fit.update(layer)).float()
+            merged[f"{layer}.weight"] = context.device.send(fitted)
     return fit.updates()
 
 
@@ -114,7 +115,7 @@ def block_grams(
         for name, value in expert.items()
         if name.startswith(prefix)
     }
-    with context.copies.lend() as network:
+    with context.copies.lend(context.device) as network:
         module = network.get_submodule(block)
         with record_calls(module) as inputs:
             for batch in images.split(BATCH):
@@ -122,7 +123,7 @@ def block_grams(
         with collect(network, layers) as grams:
             for args, keywords in inputs:
                 torch.func.functional_call(module, own, args, keywords)
-    return grams
+    return {layer: context.device.fetch(gram) for layer, gram in grams.items()}
 
 
 class Fit:
@@ -182,7 +183,7 @@ def blocks_in_order(
     order: list[str] = []
     numbered = {name: re.match(r"(.*\.)?\d+(?=\.|$)", name) for name in layers}
     candidates = {*layers, *(found.group() for found in numbered.values() if found)}
-    with context.copies.lend() as network:
+    with context.copies.lend(context.device) as network:
         handles = [
             network.get_submodule(name).register_forward_pre_hook(
                 lambda _module, _args, name=name: order.append(name)

@@ -238,7 +238,8 @@ def pool(output: Any, there: Tensor | None, pooling: Pooling, config: Any) -> Te
     if pooling == "last":
         if there is None:
             return hidden[:, -1]
-        return hidden[torch.arange(len(hidden)), (there.sum(dim=1) - 1).clamp(min=0)]
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return hidden[rows, (there.sum(dim=1) - 1).clamp(min=0)]
     if pooling == "mean":
         if there is None:
             return hidden.mean(dim=1)

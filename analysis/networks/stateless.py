@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from merge_core.devices import CPU, Device, compute, current_device, ran_out_of_memory
 from merge_core.errors import MergeScopeError
 from merge_core.executors.base import one_thread
 from merge_core.executors.local import Threads
@@ -21,6 +22,8 @@ from merge_core.suites.suite_spec import ArchitectureSpec
 
 # Few enough for every thread to have some of them, and enough for large products.
 BATCH = 50
+# Of texts on an accelerator, which are padded to the longest of them.
+TEXTS = 256
 
 # What networks raise about inputs, or a configuration, that do not fit.
 FAULTS = (RuntimeError, AssertionError, ValueError, IndexError, AttributeError, TypeError, KeyError)
@@ -44,8 +47,23 @@ class Outputs:
         return Outputs(self.features[images], self.logits[images])
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """Weights as a network runs them: checked, in one dtype, on one device.
+
+    Attributes:
+        state: tensor by parameter or buffer.
+        dtype: of the floating ones, in which everything is computed.
+        device: where they lie.
+    """
+
+    state: State
+    dtype: torch.dtype
+    device: Device
+
+
 class ModuleCopies:
-    """A module that runs on several threads at once, with any weights.
+    """A module that runs on several threads at once, with any weights, on any device.
 
     Running a module with other weights puts them into it for that while, so that two threads
     with one module would run each other's weights: each takes a copy that no other has. Copies
@@ -53,38 +71,53 @@ class ModuleCopies:
 
     Args:
         module: copied, never run.
+        fixed: names that weights may leave out.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: nn.Module, fixed: Collection[str] = ()) -> None:
         self._module = module
-        self._idle: list[nn.Module] = []
+        self._fixed = fixed
+        self._idle: dict[str, list[nn.Module]] = {}
 
     @contextmanager
-    def lend(self) -> Iterator[nn.Module]:
-        """A copy for one thread at a time."""
+    def lend(self, device: Device = CPU) -> Iterator[nn.Module]:
+        """A copy for one thread at a time, whose own tensors are on a device."""
+        idle = self._idle.setdefault(device.name, [])
         try:
-            module = self._idle.pop()
+            module = idle.pop()
         except IndexError:
-            own = (*self._module.parameters(), *self._module.buffers())
-            module = copy.deepcopy(self._module, {id(tensor): tensor for tensor in own})
+            module = self._copy(device)
         try:
             yield module
         finally:
-            self._idle.append(module)
+            idle.append(module)
 
-    def call(self, weights: State, value: Tensor) -> Any:
+    def _copy(self, device: Device) -> nn.Module:
+        own = (*self._module.parameters(), *self._module.buffers())
+        kept = {id(tensor): tensor for tensor in own}
+        if device.accelerates:
+            given = self._module.state_dict(keep_vars=True)
+            replaced = {id(value) for name, value in given.items() if name not in self._fixed}
+            kept = {
+                number: tensor if number in replaced else device.send(tensor.detach())
+                for number, tensor in kept.items()
+            }
+        return copy.deepcopy(self._module, kept)
+
+    def call(self, weights: State, value: Tensor, device: Device = CPU) -> Any:
         """The module's output under weights, differentiable in them.
 
         Args:
             weights: one tensor per parameter and buffer.
             value: images, or tokens.
+            device: where both lie.
         """
-        with self.lend() as module:
+        with self.lend(device) as module:
             return torch.func.functional_call(module, dict(weights), (value,))
 
     def run(self, weights: State, values: Iterable[Tensor]) -> list[Any]:
-        """Outputs for several inputs, side by side, each by one torch thread."""
-        return list(Threads().map(torch.no_grad()(partial(self.call, weights)), values))
+        """Outputs for several inputs on the CPU, side by side, each by one torch thread."""
+        return list(Threads().map(torch.inference_mode()(partial(self.call, weights)), values))
 
 
 class StatelessNetwork:
@@ -117,9 +150,12 @@ class StatelessNetwork:
         self.head_name = head_name
         self._architecture, self._path, self._error = architecture, path, error
         self._shapes = {name: value.shape for name, value in module.state_dict().items()}
-        self._fixed = fixed
+        self.fixed = fixed
         self._channels_last = channels_last
-        self._copies = ModuleCopies(_Features(module, bool(head_name)))
+        self._copies = ModuleCopies(
+            _Features(module, bool(head_name)), {f"network.{name}" for name in fixed}
+        )
+        self._fitting: dict[tuple[str, torch.Size], int] = {}
 
     def check(self, weights: State) -> None:
         """Refuse weights that do not fill the architecture; more of them are ignored.
@@ -128,7 +164,7 @@ class StatelessNetwork:
             MergeScopeError: of the network's kind: a parameter missing or of another shape.
         """
         name = self._architecture.name
-        expected = {key: shape for key, shape in self._shapes.items() if key not in self._fixed}
+        expected = {key: shape for key, shape in self._shapes.items() if key not in self.fixed}
         missing = [key for key in expected if key not in weights]
         if 2 * len(missing) > len(expected) and weights:
             other = next((key for key in weights if key not in expected), next(iter(weights)))
@@ -151,44 +187,64 @@ class StatelessNetwork:
                     f"needs {tuple(shape)}. Correct the architecture's args in {self._path}."
                 )
 
+    def load(self, weights: State, dtype: torch.dtype = torch.float32) -> Loaded:
+        """Weights made ready to be run, once for all inputs.
+
+        On the current device; on the CPU where that has no float64 for such a dtype, or too
+        little memory.
+
+        Args:
+            weights: one tensor per parameter and buffer (more are ignored).
+            dtype: in which everything is computed; float64 where float32 would overflow.
+
+        Raises:
+            MergeScopeError: of the network's kind: weights that do not fit it.
+        """
+        self.check(weights)
+        own = {name: value for name, value in weights.items() if name in self._shapes}
+
+        def work(device: Device) -> Loaded:
+            state = {
+                f"network.{name}": self._cast(device.send(value), dtype)
+                for name, value in own.items()
+            }
+            return Loaded(state, dtype, device)
+
+        return compute(work, exact=dtype == torch.float64)
+
     @one_thread()
     def features(
         self,
-        weights: State,
+        weights: State | Loaded,
         images: Tensor,
         dtype: torch.dtype = torch.float32,
         batch: int = BATCH,
     ) -> Tensor:
-        """Pooled features after any final norm, the input of the head: N x width.
+        """Pooled features after any final norm, the input of the head: N x width, on the CPU.
 
         Args:
-            weights: one tensor per parameter and buffer (more are ignored).
+            weights: one tensor per parameter and buffer (more are ignored); or what :meth:`load`
+                made of them.
             images: N x channels x H x W, normalised; or tokens of texts, int64, N x L.
-            dtype: in which everything is computed; float64 where float32 would overflow.
-            batch: images per forward pass; several run side by side.
+            dtype: see :meth:`load`, where the weights are not loaded yet.
+            batch: images per forward pass on the CPU; several run side by side. An accelerator
+                takes as many at once as fit.
 
         Raises:
             MergeScopeError: of the network's kind: weights or images that do not fit it.
         """
-        self.check(weights)
-        state = {
-            f"network.{name}": self._cast(value, dtype)
-            for name, value in weights.items()
-            if name in self._shapes
-        }
+        loaded = weights if isinstance(weights, Loaded) else self.load(weights, dtype)
         order = _by_length(images)
         inputs = images if order is None else images[order]
         try:
-            parts = self._copies.run(
-                state, (self._cast(part, dtype) for part in inputs.split(batch))
-            )
+            parts = self._run(loaded, inputs, batch)
         except FAULTS as fault:
             kind = "texts" if images.ndim == 2 else "images"
             raise self._error(
                 f"{self._path}: {kind} of shape {tuple(images.shape[1:])} do not fit the "
                 f"architecture: {(str(fault).splitlines() or [type(fault).__name__])[0]:.200}"
             ) from fault
-        features = torch.cat(parts)
+        features = loaded.device.fetch(torch.cat(parts))
         if features.ndim != 2:
             raise self._error(
                 f"{self._path}: the architecture gives features of shape "
@@ -196,6 +252,45 @@ class StatelessNetwork:
                 "global_pool (such as 'avg' or 'token')."
             )
         return features if order is None else features[order.argsort()]
+
+    def _run(self, loaded: Loaded, inputs: Tensor, batch: int) -> list[Tensor]:
+        """Features of one part of the inputs after another, where the weights lie."""
+        dtype, device = loaded.dtype, loaded.device
+        if not device.accelerates:
+            # Prepared inputs may lie on the accelerator that had no room for the weights.
+            fetch = current_device().fetch
+            here = (self._cast(fetch(part), dtype) for part in inputs.split(batch))
+            return self._copies.run(loaded.state, here)
+        parts: list[Tensor] = []
+        kind = (device.name, inputs.shape[1:])
+        size = self._fitting.get(kind, TEXTS if inputs.ndim == 2 else len(inputs))
+        rest = inputs
+        while len(rest):
+            found = self._try(loaded, rest[:size])
+            if found is not None:
+                parts.append(found)
+                rest = rest[size:]
+                continue
+            device.release()
+            if min(size, len(rest)) == 1:
+                state = {name: device.fetch(value) for name, value in loaded.state.items()}
+                left = self._run(Loaded(state, dtype, CPU), rest, batch)
+                return [*parts, *(device.send(part) for part in left)]
+            size = self._fitting[kind] = min(size, len(rest)) // 2
+        return parts
+
+    def _try(self, loaded: Loaded, inputs: Tensor) -> Tensor | None:
+        """Features of some inputs on an accelerator; None where its memory does not suffice."""
+        device = loaded.device
+        try:
+            with device.inference():
+                there = self._cast(device.send(inputs), loaded.dtype)
+                features: Tensor = self._copies.call(loaded.state, there, device)
+        except RuntimeError as error:
+            if not ran_out_of_memory(error):
+                raise
+            return None
+        return features
 
     def head(self, weights: State, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
         """Weight (classes x width) and bias (classes; zeros where it has none) of the last layer.

@@ -125,7 +125,7 @@ def _build_encoder(
     model = build_model(architecture, suite.path, size, classifier is not None).eval()
     names = names_in(model, shapes)
     prefix = common_prefix({names[name]: shape for name, shape in shapes_of(model).items()}, shapes)
-    _refuse_deeper(architecture, {prefix + name for name in names.values()}, shapes, suite.path)
+    refuse_deeper(architecture, {prefix + name for name in names.values()}, shapes, suite.path)
     missing = {own for own, saved in names.items() if prefix + saved not in shapes}
     pooling = architecture.pooling or _usual_pooling(architecture, classifier, own, missing)
     try:
@@ -158,7 +158,7 @@ def _usual_pooling(
     return "mean" if lacks and not own_heads else usual
 
 
-def _refuse_deeper(
+def refuse_deeper(
     architecture: ArchitectureSpec, known: Collection[str], shapes: Shapes, path: Path
 ) -> None:
     """Refuse an encoder that would leave out layers of the weights.

@@ -15,6 +15,7 @@ from analysis.data_sources.prepared import prepare_split
 from analysis.data_sources.source import UNLABELLED
 from analysis.data_sources.text import read_texts
 from analysis.data_sources.transforms import resolve_transform
+from merge_core.devices import CPU, Device
 from merge_core.errors import SuiteError
 from merge_core.progress import Progress
 from merge_core.suites.architectures import read_class_names
@@ -111,7 +112,7 @@ def has_labels(suite: Suite, task: str, split: Split) -> bool:
     if spec is None:
         return False
     if not spec.plain:
-        return spec.labelled
+        return spec.labelled  # of a language model's texts the tokens
     assert spec.file is not None
     path = suite.file(spec.file)
     try:
@@ -121,8 +122,10 @@ def has_labels(suite: Suite, task: str, split: Split) -> bool:
         raise SuiteError(f"{path} (data of task {task!r}) cannot be read: {fault}.") from fault
 
 
-def normalise_for_task(images: np.ndarray, suite: Suite, task: str) -> Tensor:
+def normalise_for_task(images: np.ndarray, suite: Suite, task: str, device: Device = CPU) -> Tensor:
     """float32, N x 3 x H x W: scaled to [0, 1], then (x − mean) / std of the task's data.
+
+    Computed on a device and left there; tokens of texts stay on the CPU, as they are few.
 
     Raises:
         SuiteError: the task has no data, or its transform is not known.
@@ -132,11 +135,19 @@ def normalise_for_task(images: np.ndarray, suite: Suite, task: str) -> Tensor:
         return torch.from_numpy(images.astype(np.int64))
     transform = resolve_transform(spec, suite.architecture, f"data of task {task!r}")
     mean, std = spec.constants if transform is None else (transform.mean, transform.std)
-    return normalise_pixels(images, mean, std)
+    return normalise_pixels(images, mean, std, device)
 
 
-def normalise_pixels(images: np.ndarray, mean: Sequence[float], std: Sequence[float]) -> Tensor:
-    """float32, N x C x H x W: (x / 255 − mean) / std of uint8 images N x H x W x C."""
-    shift, scale = (torch.tensor(constants).reshape(-1, 1, 1) for constants in (mean, std))
-    pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
+def normalise_pixels(
+    images: np.ndarray, mean: Sequence[float], std: Sequence[float], device: Device = CPU
+) -> Tensor:
+    """float32, N x C x H x W: (x / 255 − mean) / std of uint8 images N x H x W x C, on a device."""
+    shift, scale = (
+        device.send(torch.tensor(constants).reshape(-1, 1, 1)) for constants in (mean, std)
+    )
+    if device.accelerates:  # bytes travel, and are laid out there
+        there = device.send(torch.from_numpy(np.array(images)))
+        pixels = there.permute(0, 3, 1, 2).contiguous().float()
+    else:
+        pixels = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).float()
     return (pixels / 255 - shift) / scale

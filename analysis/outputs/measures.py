@@ -4,13 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
 from analysis.networks.stateless import Outputs
 from analysis.outputs.prediction_store import CLASSES
+
+
+class Kind(Protocol):
+    """What is known of a number per input before it is measured.
+
+    Attributes:
+        by_expert: whether the outputs of the task's expert are used.
+        dtype: in which it is kept.
+    """
+
+    @property
+    def by_expert(self) -> bool:
+        """See above."""
+
+    @property
+    def dtype(self) -> Literal["int16", "float32"]:
+        """See above."""
 
 
 @dataclass(frozen=True)

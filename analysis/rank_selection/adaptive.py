@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 import pandas as pd
@@ -21,7 +22,8 @@ import pandas as pd
 from analysis.accuracy import CONFIDENCE, Z, mean_interval
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
-from analysis.rank_selection.scores import image_scores
+from analysis.outputs.suite_outputs import Images
+from analysis.rank_selection.scores import image_scores, measures_of
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.surrogate import Levels, Surrogate, root
 from analysis.sign_flips import flip_tail
@@ -135,8 +137,8 @@ def adaptive_search(
             for p, spent in zip(promoted, np.cumsum([run.cost(p) for p in promoted]), strict=True)
             if run.spent + spent <= budget
         ]
-        for setting in sorted(affordable):  # one rank after another: truncations are made once
-            run.promote(setting, budget)
+        # One rank after another: truncations are made once.
+        run.promote_all(sorted(affordable), budget)
         if len(affordable) < len(promoted):
             break
     while not run.full.any():  # the budget was too small for one
@@ -185,6 +187,7 @@ class _Run:
             task: _shuffle(len(numbers), task, seed)
             for task, numbers in evaluator.outputs.images(session.groups.tasks, split).items()
         }
+        self._weights = self._unit_weights()
         self._ends = _ends([len(order) for order in self._order.values()], shares)
         self._before = evaluator.outputs.forward_images
         self._known: list[Scores] = [{} for _ in self._recipes]
@@ -209,8 +212,7 @@ class _Run:
 
     def begin(self, settings: np.ndarray, fitted: np.ndarray, budget: float) -> None:
         """Run settings on the first level, and fit the surrogate to some of them."""
-        for setting in settings:
-            self.promote(setting, budget)
+        self.promote_all(settings, budget)
         groups = np.diff(self._ends, axis=0)
         levels = Levels(
             images=groups.shape[1] / (1 / groups).mean(axis=1),
@@ -224,16 +226,30 @@ class _Run:
         places = (axes - axes.min(axis=0)) / np.where(spans > 0, spans, 1)
         self.surrogate = Surrogate(places, self._axes, levels, fitted, scores)
 
+    def promote_all(self, settings: Sequence[int] | np.ndarray, budget: float) -> None:
+        """Run settings on their next levels' images, each knowing which one follows."""
+        measures = measures_of([self._score_name])
+        for setting, following in zip_longest(settings, settings[1:]):
+            if following is not None:
+                images = self._next_images(following)
+                expected = self._recipes[following]
+                self._evaluator.expect(expected, self._session, images, self._split, measures)
+            self.promote(setting, budget)
+
+    def _next_images(self, setting: int) -> Images:
+        level = self.level[setting]
+        return {
+            task: order[self._ends[level, t] : self._ends[level + 1, t]]
+            for t, (task, order) in enumerate(self._order.items())
+        }
+
     def promote(self, setting: int, budget: float) -> None:
         """Run a setting on the next level's images."""
         level = self.level[setting]
         recipe = self._recipes[setting]
         label = ", ".join(f"{name} {recipe.parameters[name]:g}" for name in self._names)
         self._progress.step(self.spent, round(budget), label)
-        images = {
-            task: order[self._ends[level, t] : self._ends[level + 1, t]]
-            for t, (task, order) in enumerate(self._order.items())
-        }
+        images = self._next_images(setting)
         new = image_scores(
             self._score_name,
             recipe,
@@ -263,7 +279,7 @@ class _Run:
         rows = []
         for setting in np.flatnonzero(self.level):
             known = self._known[setting]
-            low, high = mean_interval(known)
+            low, high = mean_interval(known, self._weights_of(known))
             rows.append(
                 {
                     "rank": self._settings[setting, 0],
@@ -293,6 +309,19 @@ class _Run:
             forward_images=self._evaluator.outputs.forward_images - self._before,
             grid_images=self.grid_images,
         )
+
+    def _unit_weights(self) -> Scores | None:
+        """By what images count, in the order in which they are run; None where all alike."""
+        outputs = self._evaluator.outputs
+        found = {task: outputs.unit_weights(task, self._split) for task in self._order}
+        weights = {task: each for task, each in found.items() if each is not None}
+        return {task: each[self._order[task]] for task, each in weights.items()} or None
+
+    def _weights_of(self, known: Mapping[str, np.ndarray]) -> Scores | None:
+        """The weights of the images that a setting was run on."""
+        if self._weights is None:
+            return None
+        return {task: self._weights[task][: len(values)] for task, values in known.items()}
 
     def _is_tied(self, known: Mapping[str, np.ndarray], best: int) -> bool:
         """Whether the best setting is not better beyond chance."""

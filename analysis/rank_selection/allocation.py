@@ -15,7 +15,7 @@ from glob import escape
 import numpy as np
 import pandas as pd
 
-from analysis.accuracy import Difference, accuracy_frame, difference, mean_accuracy
+from analysis.accuracy import Difference, difference
 from analysis.evaluation.evaluator import Evaluator
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
@@ -198,8 +198,9 @@ def compare_with_uniform(
 
     Returns:
         One row per budget and rule, uniform first: share, rule, title, numbers (stored, all
-        tasks), scale (the best), accuracy, low, high (95 %), gain (over uniform, at each one's
-        best scale), gain_low, gain_high (95 %, paired on the same images; the choice of the
+        tasks), scale (the best), accuracy (or another metric), low, high (95 %), gain (over
+        uniform, at each one's best scale; of a metric where less is better it is negative where the
+        rule is better), gain_low, gain_high (95 %, paired on the same images; the choice of the
         scale is not in it).
 
     Raises:
@@ -216,28 +217,28 @@ def compare_with_uniform(
         >>> frame[["rule", "gain"]].values.tolist()
         [['uniform', 0.0]]
     """
-    progress = progress or Progress()
+    progress, metric = progress or Progress(), evaluator.metric
     inner, groups = Progress(cancel=progress.cancel), session.groups
     origin = space.base.run(groups.tasks).origin
     total, done, rows = len(shares) * (len(rules) + 1) * len(scales), 0, []
     for share in shares:
         uniform_hits = None
         for rule in (UNIFORM, *rules):
-            if rule == UNIFORM:
-                ranks, title = uniform_ranks(groups, share), "Uniform rank"
-            else:
-                ranks, title = allocate(groups, origin, share, rule, inner), ALLOCATIONS[rule][0]
+            title = "Uniform rank" if rule == UNIFORM else ALLOCATIONS[rule][0]
+            ranks = _ranks(groups, origin, share, rule, inner)
             tried = []
             for scale in scales:
                 progress.step(done, total, f"{title}, share {share:g}, scale {scale:g}")
                 recipe = with_ranks(space.recipe(None, scale), ranks)
                 hits = evaluator.recipe_hits(recipe, session, progress=inner)
-                tried.append((float(np.mean([h.mean() for h in hits.values()])), scale, hits))
+                mean = metric.sign * float(np.mean([h.mean() for h in hits.values()]))
+                tried.append((mean, scale, hits))
                 done += 1
             _, scale, hits = max(tried, key=lambda entry: entry[0])
             uniform_hits = uniform_hits or hits
             gain = NO_GAIN if rule == UNIFORM else difference(hits, uniform_hits)
-            (measured,) = mean_accuracy(accuracy_frame(hits)).to_dict("records")
+            frame = evaluator.outputs.frame(hits, "val")
+            (measured,) = metric.mean_over_tasks(frame, ()).to_dict("records")
             rows.append(
                 {
                     "share": share,
@@ -245,7 +246,7 @@ def compare_with_uniform(
                     "title": title,
                     "numbers": stored_numbers(groups, ranks),
                     "scale": scale,
-                    **{name: measured[name] for name in ("accuracy", "low", "high")},
+                    **{name: measured[name] for name in (metric.column, "low", "high")},
                     "gain": gain.gap,
                     "gain_low": gain.low,
                     "gain_high": gain.high,
@@ -253,3 +254,11 @@ def compare_with_uniform(
             )
     progress.step(total, total, "ranks per layer")
     return pd.DataFrame(rows)
+
+
+def _ranks(
+    groups: TensorGroups, origin: Origin, share: float, rule: str, progress: Progress
+) -> dict[str, int]:
+    if rule == UNIFORM:
+        return uniform_ranks(groups, share)
+    return allocate(groups, origin, share, rule, progress)

@@ -9,15 +9,17 @@ import pandas as pd
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search
-from analysis.rank_selection.scores import SCORES
+from analysis.rank_selection.scores import SCORES, usable_scores
 from analysis.rank_selection.space import SearchSpace
 from merge_core.merging.engine import MergeSession
 from merge_core.progress import Progress
 
 INPUT_PROXIES: tuple[str, ...] = tuple(
-    name for name, score in SCORES.items() if score.reference != "labels"
+    name
+    for name, score in SCORES.items()
+    if score.reference != "labels" and name != "cross_entropy"
 )
-"""The scores that read no label."""
+"""The scores that read no label; of a language model its texts are the labels."""
 
 
 def recommend_from_inputs(
@@ -50,6 +52,8 @@ def recommend_from_inputs(
     """
     progress = progress or Progress()
     rows = []
+    usable = usable_scores(evaluator)
+    proxies = [name for name in proxies if name in usable]
     for done, name in enumerate(proxies):
         score = SCORES[name]
         progress.step(done, len(proxies), score.title)

@@ -15,7 +15,7 @@ from analysis.outputs.inputs import Split
 from analysis.rank_selection.adaptive import adaptive_search, exhaustive_search
 from analysis.rank_selection.evidence.shipped import TIED
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
-from analysis.rank_selection.scores import SCORES, scores_at
+from analysis.rank_selection.scores import SCORES, measures_of, scores_at
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_proxies import CONTENDERS, recommend_from_weights
 from merge_core.merging.engine import MergeSession
@@ -84,6 +84,8 @@ def grid_scores(
     for done, recipe in enumerate(recipes):
         progress.step(done, len(recipes), f"{recipe.method}, setting {done + 1}")
         inner = Progress(cancel=progress.cancel)
+        for following in recipes[done + 1 : done + 2]:
+            evaluator.expect(following, session, images, split, measures_of(scores))
         found.append(scores_at(scores, recipe, session, evaluator, images, split, inner))
     progress.step(len(recipes), len(recipes), space.base.method)
     return {

@@ -7,6 +7,7 @@ from typing import Literal
 
 import pandas as pd
 
+from analysis.metrics import ACCURACY, Metric
 from analysis.rank_selection.evidence.shipped import (
     evidence,
     held_out,
@@ -53,12 +54,33 @@ def choose_rule(mode: Mode, method: str, from_weights: Sequence[str]) -> str:
         ) from error
 
 
+def language_rule(mode: Mode, metric: str) -> str:
+    """The rule for language models, on which the evidence has no cases: what is wanted itself.
+
+    Args:
+        mode: ``labels`` or ``inputs``.
+        metric: of the suite.
+
+    Returns:
+        With labels (the tokens of texts themselves) the metric; without, the divergence from the
+        experts, which is what distillation from them minimises.
+    """
+    return metric if mode == "labels" else "divergence"
+
+
 def _points(regret: float) -> str:
     """A loss in words; a setting off the grid can be better than the grid's best."""
     return "nothing" if regret < 0.0005 else f"{100 * regret:.1f} points"
 
 
-def explain(mode: Mode, exhaustive: bool, method: str, chosen: pd.Series, tied: int) -> str:
+def explain(
+    mode: Mode,
+    exhaustive: bool,
+    method: str,
+    chosen: pd.Series,
+    tied: int,
+    metric: Metric = ACCURACY,
+) -> str:
     """One sentence or two: the rule, and its regret in the evidence.
 
     Args:
@@ -67,7 +89,10 @@ def explain(mode: Mode, exhaustive: bool, method: str, chosen: pd.Series, tied: 
         method: that a setting was chosen for.
         chosen: proxy and title of the rule.
         tied: how many settings are tied for the best, itself among them.
+        metric: of the suite.
     """
+    if metric.lower_is_better and mode != "weights":
+        return _explain_unmeasured(mode, exhaustive, chosen, tied, metric)
     cases = _cases(method)
     table = summary(cases)
     mine = table[(table["mode"] == mode) & (table["proxy"] == chosen["proxy"])]
@@ -93,11 +118,30 @@ def explain(mode: Mode, exhaustive: bool, method: str, chosen: pd.Series, tied: 
             f"{found} (of the settings that it passed over, the search says nothing). In the "
             f"evidence such a search {regret}."
         )
+    if metric.lower_is_better:
+        regret += ", all of classifiers"
     needs = "inputs without labels" if mode == "inputs" else "nothing but weights"
     return (
         f"{chosen['title']} chose it, the rule that lost least in the evidence of those that need "
         f"{needs}: it {regret}.{_held_out_words(mode, method)}"
     )
+
+
+def _explain_unmeasured(
+    mode: Mode, exhaustive: bool, chosen: pd.Series, tied: int, metric: Metric
+) -> str:
+    """The same where the evidence, which is of classifiers, has no cases."""
+    others = {0: "no other one", 1: "1 other one"}.get(tied - 1, f"{tied - 1} others")
+    unknown = "The evidence on rules is of classifiers: what this one loses here is not known."
+    if mode == "inputs":
+        return f"{chosen['title']} chose it: {chosen['why']}. {unknown}"
+    found = (
+        f"This setting has the {metric.best_word} {metric.noun} on the validation texts among "
+        f"those evaluated on all of them; these texts do not tell {others} from it"
+    )
+    if exhaustive:
+        return f"{found}. Texts that a setting was chosen on favour it: the test split is fairer."
+    return f"{found} (of the settings that it passed over, the search says nothing). {unknown}"
 
 
 def _held_out_words(mode: Mode, method: str) -> str:

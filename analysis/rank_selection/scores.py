@@ -1,4 +1,4 @@
-"""Scores of settings: one number per image, the higher the better."""
+"""Scores of settings: one number per input, the higher the better."""
 
 from __future__ import annotations
 
@@ -61,6 +61,13 @@ SCORES: dict[str, Score] = {
         of=_agreement,
         reference="labels",
     ),
+    "cross_entropy": Score(
+        title="Cross-entropy",
+        why="it is what is wanted",
+        source="texts",
+        measures=("cross_entropy",),
+        of=_measure("cross_entropy", -1),
+    ),
     "agreement": Score(
         title="Agreement with the experts",
         why="it differs from the accuracy only on inputs that the expert gets wrong",
@@ -112,6 +119,15 @@ where merge and expert agree, so accuracy and agreement differ by at most the ex
 and the setting of the highest agreement is within 2e of the highest accuracy on the same images."""
 
 
+def usable_scores(evaluator: Evaluator) -> tuple[str, ...]:
+    """Names of the scores that its outputs have: features are those of classifiers alone."""
+    return tuple(
+        name
+        for name, score in SCORES.items()
+        if set(score.measures) <= evaluator.outputs.kinds.keys()
+    )
+
+
 def image_scores(
     score: str,
     recipe: Recipe,
@@ -159,22 +175,43 @@ def scores_at(
         MergeScopeError: unfit inputs.
         Cancelled: between two batches.
     """
-    unknown = [name for name in scores if name not in SCORES]
-    if unknown:
-        raise RecipeError(f"There is no score {unknown[0]!r}; choose from {', '.join(SCORES)}.")
-    measures = dict.fromkeys(name for score in scores for name in SCORES[score].measures)
-    outputs = evaluator.measure_recipe(recipe, session, images, split, tuple(measures), progress)
+    measures = measures_of(scores)
+    outputs = evaluator.measure_recipe(recipe, session, images, split, measures, progress)
     references = {
         name: _reference(name, evaluator, images, split)
         for name in dict.fromkeys(SCORES[score].reference for score in scores)
     }
     return {
         name: {
-            task: SCORES[name].of(values, references[SCORES[name].reference][task])
+            task: _weighted(
+                SCORES[name].of(values, references[SCORES[name].reference][task]),
+                evaluator.outputs.unit_weights(task, split),
+                images[task],
+            )
             for task, values in outputs.items()
         }
         for name in scores
     }
+
+
+def measures_of(scores: Sequence[str]) -> tuple[str, ...]:
+    """What has to be measured for some scores.
+
+    Raises:
+        RecipeError: an unknown score.
+
+    Example:
+        >>> measures_of(["accuracy"])
+        ('classes',)
+    """
+    unknown = [name for name in scores if name not in SCORES]
+    if unknown:
+        raise RecipeError(f"There is no score {unknown[0]!r}; choose from {', '.join(SCORES)}.")
+    return tuple(dict.fromkeys(name for score in scores for name in SCORES[score].measures))
+
+
+def _weighted(values: np.ndarray, weights: np.ndarray | None, images: np.ndarray) -> np.ndarray:
+    return values if weights is None else values * weights[images]
 
 
 def _reference(

@@ -7,18 +7,19 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import cast
 
 import numpy as np
 import pandas as pd
 
-from analysis.accuracy import mean_accuracy
 from analysis.evaluation.evaluator import Evaluator
 from analysis.evaluation.side_by_side import evaluate_side_by_side
+from analysis.metrics import ACCURACY, METRICS, Metric
 from analysis.outputs.inputs import Split, has_labels
 from analysis.outputs.suite_outputs import NotStored
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
 from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_inputs
-from analysis.rank_selection.rule import NEEDS, Mode, choose_rule, explain
+from analysis.rank_selection.rule import NEEDS, Mode, choose_rule, explain, language_rule
 from analysis.rank_selection.scores import SCORES
 from analysis.rank_selection.space import SearchSpace, edge_words
 from analysis.rank_selection.weight_proxies import recommend_from_weights
@@ -29,6 +30,7 @@ from merge_core.merging.engine import MergeSession
 from merge_core.merging.recipe import Recipe
 from merge_core.methods import methods
 from merge_core.progress import Progress
+from merge_core.suites.data_spec import MetricName
 from merge_core.suites.suite import Suite
 
 
@@ -74,17 +76,19 @@ class Selection:
         rank, scale: its values; NaN where the method has none.
         rule: the proxy, or the search, that chose it.
         why: one sentence.
-        accuracy: mean over tasks on the validation split with low and high, or None where there
-            is nothing to evaluate. Only in mode ``labels`` was it looked at for choosing.
-        report: per-task accuracy on the test split of the recommended recipe, or None.
+        accuracy: mean over tasks on the validation split with low and high (of the suite's metric,
+            by its name), or None where there is nothing to evaluate. Only in mode ``labels`` was it
+            looked at for choosing.
+        report: of each task on the test split, of the recommended recipe, or None.
         points: what was evaluated, a row per setting: rank, scale, images (per task), score, low,
             high, expected, expected_low, expected_high, tied (see
-            :class:`analysis.rank_selection.adaptive.Search`).
+            :class:`analysis.rank_selection.adaptive.Search`); the score of a metric where less is
+            better in its own unit, all others the higher the better.
         curve: the best of them at each rank (at each scale for methods without a rank).
         score: what the score is.
         picks: a row per proxy: proxy, title, mode, rank, scale, why, source, at_edge (what is to be
-            said of a setting at the end of an axis; empty inside the grid), accuracy (NaN where it
-            was not measured).
+            said of a setting at the end of an axis; empty inside the grid), accuracy or another
+            metric (NaN where it was not measured).
         asked_images: images that the choice took, run now or known before.
         grid_images: images that the full grid takes.
         forward_images: images run now, report included.
@@ -193,7 +197,8 @@ def select_rank(
     rank, scale = _round_to_digits(chosen["rank"]), _round_to_digits(chosen["scale"])
     recipe = recipe_at(space, rank, scale)
     accuracy, report = choice.accuracies(recipe)
-    points = search.points if search else _no_points()
+    metric = ACCURACY if evaluator is None else evaluator.metric
+    points = oriented(search.points, rule) if search else _no_points()
     return Selection(
         mode=options.mode,
         full_grid=options.exhaustive,
@@ -203,14 +208,19 @@ def select_rank(
         scale=scale,
         rule=rule,
         why=explain(
-            options.mode, options.exhaustive, space.base.method, chosen, int(points["tied"].sum())
+            options.mode,
+            options.exhaustive,
+            space.base.method,
+            chosen,
+            int(points["tied"].sum()),
+            metric,
         ),
         accuracy=accuracy,
         report=report,
         points=points,
-        curve=search.curve if search else _no_points(),
-        score=rule if search else "accuracy",
-        picks=_with_accuracy(picks, points if rule == "accuracy" else _no_points()),
+        curve=oriented(search.curve, rule) if search else _no_points(),
+        score=rule if search else metric.rule,
+        picks=_with_metric(picks, points if rule == metric.rule else _no_points(), metric),
         asked_images=search.asked_images if search else 0,
         grid_images=search.grid_images if search else 0,
         forward_images=evaluator.outputs.forward_images - before if evaluator else 0,
@@ -244,11 +254,11 @@ def stored_selection(
 
 
 def task_curves(selection: Selection, session: MergeSession, evaluator: Evaluator) -> pd.DataFrame:
-    """Accuracy of each task at the points of the curve that were evaluated on every image.
+    """The metric of each task at the points of the curve that were evaluated on every image.
 
     Returns:
-        Columns rank, scale, task, correct, images, accuracy, low, high, and normalised: the
-        accuracy as a share of the expert's.
+        Columns rank, scale, those of :meth:`Evaluator.recipe`, and normalised: the accuracy as a
+        share of the expert's (see :meth:`analysis.metrics.Metric.relative`).
 
     Raises:
         MergeScopeError: unfit inputs.
@@ -263,7 +273,8 @@ def task_curves(selection: Selection, session: MergeSession, evaluator: Evaluato
         >>> task_curves(selection, session, evaluator)[["task", "scale"]].values.tolist()
         [['dots', 0.5], ['dots', 1.0]]
     """
-    experts = evaluator.experts(session.groups.tasks).set_index("task")["accuracy"]
+    metric = evaluator.metric
+    experts = evaluator.experts(session.groups.tasks).set_index("task")[metric.column]
     parts = []
     for row in selection.curve.to_dict("records"):
         if row["images"] == selection.curve["images"].max():
@@ -271,7 +282,8 @@ def task_curves(selection: Selection, session: MergeSession, evaluator: Evaluato
             frame = evaluator.recipe(recipe, session)
             parts.append(frame.assign(rank=row["rank"], scale=row["scale"]))
     frame = pd.concat(parts, ignore_index=True)
-    return frame.assign(normalised=frame["accuracy"] / frame["task"].map(experts))
+    own = frame["task"].map(experts)
+    return frame.assign(normalised=metric.relative(frame[metric.column], own))
 
 
 def recipe_at(space: SearchSpace, rank: float, scale: float) -> Recipe:
@@ -353,6 +365,9 @@ class _Choice:
     def rule(self) -> str:
         """The proxy that the evidence supports for the mode."""
         mode = self.options.mode
+        metric = ACCURACY if self.evaluator is None else self.evaluator.metric
+        if mode != "weights" and metric.lower_is_better:
+            return language_rule(mode, metric.rule)
         proxies = self.from_weights["proxy"].tolist() if mode == "weights" else []
         return choose_rule(mode, self.space.base.method, proxies)
 
@@ -391,7 +406,7 @@ class _Choice:
                 self.evaluator,
                 self.options.seed,
                 "val",
-                [name for name in INPUT_PROXIES if name != rule],
+                [name for name in INPUT_PROXIES if name != rule],  # those that it has
                 self.progress,
             )
             parts.append(found.drop(columns="images").assign(mode="inputs"))
@@ -412,7 +427,7 @@ class _Choice:
         asked = self.options.report
         if self.options.mode == "labels" or (asked and _has_labels(self.session, "val")):
             frame = self.evaluator.recipe(recipe, self.session, progress=self.quiet)
-            mean = mean_accuracy(frame).iloc[0]
+            mean = self.evaluator.metric.mean_over_tasks(frame, ()).iloc[0]
         if asked and _has_labels(self.session, "test"):
             tested = self.evaluator.recipe(recipe, self.session, "test", progress=self.quiet)
         return mean, tested
@@ -446,16 +461,35 @@ def _no_points() -> pd.DataFrame:
     return pd.DataFrame({name: pd.Series(dtype=float) for name in columns}).astype({"tied": bool})
 
 
-def _with_accuracy(picks: pd.DataFrame, points: pd.DataFrame) -> pd.DataFrame:
-    """Picks with the accuracy where that very setting was evaluated on every image."""
+def oriented(points: pd.DataFrame, score: str) -> pd.DataFrame:
+    """Points of a search, whose scores are the higher the better, in the score's own sense.
+
+    Example:
+        >>> points = pd.DataFrame({"score": [-2.5], "low": [-3.0], "high": [-2.0]})
+        >>> points = points.assign(expected=-2.4, expected_low=-2.8, expected_high=-2.0)
+        >>> oriented(points, "cross_entropy")[["score", "low", "high"]].values.tolist()
+        [[2.5, 2.0, 3.0]]
+    """
+    metric = METRICS.get(cast("MetricName", score))
+    if metric is None or not metric.lower_is_better:
+        return points
+    turned = {name: -points[name] for name in ("score", "expected")}
+    for start in ("", "expected_"):
+        turned |= {f"{start}low": -points[f"{start}high"], f"{start}high": -points[f"{start}low"]}
+    return points.assign(**turned)
+
+
+def _with_metric(picks: pd.DataFrame, points: pd.DataFrame, metric: Metric) -> pd.DataFrame:
+    """Picks with the metric where that very setting was evaluated on every image."""
     whole = points[points["images"] == points["images"].max()]
     accuracy = []
     for row in picks.to_dict("records"):
         same = np.ones(len(whole), dtype=bool)
         for name in ("rank", "scale"):
             same &= np.isclose(whole[name], row[name], equal_nan=True)
-        accuracy.append(float(whole["score"][same].max()) if same.any() else math.nan)
-    return picks.assign(accuracy=accuracy)
+        found = whole["score"][same].to_numpy()
+        accuracy.append(float(found[metric.best(found)]) if same.any() else math.nan)
+    return picks.assign(**{metric.column: accuracy})
 
 
 def _low_rank_bytes(recipe: Recipe, session: MergeSession) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from contextvars import copy_context
 from typing import Any
 
 import torch
@@ -119,7 +120,8 @@ class _ThreadFutures(_Futures):
         self._function = function
 
     def begin(self, item: Any) -> Future[Any]:
-        return self._pool.submit(self._function, item)
+        # The thread computes on the device that was chosen where the work began.
+        return self._pool.submit(copy_context().run, self._function, item)
 
 
 class _ProcessFutures(_Futures):

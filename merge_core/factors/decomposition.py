@@ -12,14 +12,17 @@ spectra are right one by one and computed in float64.
 from __future__ import annotations
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Literal
 
 import torch
 from torch import Tensor
 
+from merge_core.devices import Device, compute
 from merge_core.factors.lapack import leading_eigenpairs
 from merge_core.factors.low_rank import Directions, complete
+from merge_core.work_sizes import SMALL
 
 Route = Literal["gram", "svd"]
 
@@ -36,6 +39,8 @@ GRAM_CLEAR = 1e-4
 @dataclass(frozen=True)
 class Side:
     """Singular values and vectors on a matrix's short side, as they are stored.
+
+    They lie where the matrix lay.
 
     Attributes:
         vectors: q x r, float32, orthonormal rows, one a direction, their largest entry positive.
@@ -56,7 +61,7 @@ def leading_side(B: Tensor, count: int) -> Side:
     is how far the span is off, which its residual bounds.
 
     Args:
-        B: m x n, m ≥ n, float32, finite.
+        B: m x n, m ≥ n, float32, finite; decomposed where it lies.
         count: how many directions, 1 to n.
 
     Raises:
@@ -70,7 +75,7 @@ def leading_side(B: Tensor, count: int) -> Side:
         (tensor([3., 2.]), True)
     """
     B, size = _scale(B)
-    _, rows = leading_eigenpairs(gram(B), count)
+    rows = _leading_rows(gram(B), count)
     X = torch.linalg.qr(rows.T.double()).Q
     Y = B @ X.float()
     theta, W = torch.linalg.eigh(Y.double().T @ Y.double())
@@ -132,7 +137,7 @@ def whole_side(B: Tensor, route: Route = "gram") -> Side:
     """All directions of a tall matrix, computed in float64.
 
     Args:
-        B: m x n, m ≥ n, finite; on a GPU it is decomposed there.
+        B: m x n, m ≥ n, finite; decomposed where it lies.
         route: ``"gram"`` takes the eigenvectors of BᵀB (directions below 3e-8 of the first are
             left undetermined, those below 1e-4 lose digits); ``"svd"`` calls LAPACK's SVD.
 
@@ -147,7 +152,7 @@ def whole_side(B: Tensor, route: Route = "gram") -> Side:
     else:
         theta, columns = torch.linalg.eigh(gram(B))
         S, rows = _values(theta.flip(0)), columns.T.flip(0)
-    return _side(rows, S * size, torch.full((len(S),), ROUNDED))
+    return _side(rows, S * size, torch.full_like(S, ROUNDED))
 
 
 def singular_values(A: Tensor) -> Tensor:
@@ -164,13 +169,10 @@ def singular_values(A: Tensor) -> Tensor:
         tensor([4., 3.], dtype=torch.float64)
     """
     B, size = _scale((A.T if A.shape[0] <= A.shape[1] else A).double())
-    theta = (
-        torch.linalg.eigvalsh(gram(B)).flip(0) if A.is_cuda else leading_eigenpairs(gram(B), 0)[0]
-    )
-    return _values(theta) * size
+    return _values(_eigenvalues(gram(B))) * size
 
 
-def decompose(A: Tensor, floor: float = 0.0) -> Directions:
+def decompose(A: Tensor, floor: float = 0.0, defect: float = 0.0) -> Directions:
     """The directions of a matrix, each right by itself, in float64.
 
     Args:
@@ -178,6 +180,8 @@ def decompose(A: Tensor, floor: float = 0.0) -> Directions:
         floor: singular values up to this one carry nothing and are dropped with their directions
             (see :func:`merge_core.factors.low_rank.resolution`); so is what float64 cannot tell
             from zero.
+        defect: how far from orthonormal the long side may be, ‖XᵀX − I‖_F; a long one takes as
+            much time to make orthonormal as all the rest.
 
     Returns:
         Directions in float64, as many as there are, the largest entry of each on the short side
@@ -188,15 +192,60 @@ def decompose(A: Tensor, floor: float = 0.0) -> Directions:
         >>> found.S
         tensor([4., 3.], dtype=torch.float64)
     """
+    if min(A.shape) < SMALL:
+        return _decompose_here(A, floor, defect)
+
+    def work(device: Device) -> Directions:
+        return _decompose_here(device.send(A), floor, defect).fetch(device)
+
+    return compute(work, exact=True)
+
+
+def _decompose_here(A: Tensor, floor: float, defect: float) -> Directions:
+    """The same, where the matrix lies."""
     wide = A.shape[0] <= A.shape[1]
-    B, size = _scale((A.T if wide else A).double())
+    A, size = _scale(A.double())
+    B = A.T if wide else A
     theta, columns = torch.linalg.eigh(gram(B))
     S, rows = _values(theta.flip(0)), columns.T.flip(0)
     if not is_clear(S, floor / size):
         _, S, rows = torch.linalg.svd(B, full_matrices=False)
     live = S > max(floor / size, FLOAT64 * max(A.shape) * float(S[0]))
     rows = _sign(rows[live])
-    return complete(rows, S[live] * size, (B * size) @ rows.T, wide)
+    # Directions one after another, as whoever takes the long side apart reads them.
+    return complete(rows, S[live] * size, (rows @ B.T).T, wide, size, defect)
+
+
+def leading_triplets(A: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The first singular triplets of a matrix in float64, whatever their values.
+
+    They are found from the Gram matrix and settled by a decomposition of A on their span, where
+    it resolves them; else LAPACK's SVD is asked.
+
+    Args:
+        A: m x n, float64, on the CPU, finite.
+        count: how many, 1 to min(m, n).
+
+    Returns:
+        U (m x count), S (descending) and V (n x count), orthonormal columns.
+
+    Example:
+        >>> U, S, V = leading_triplets(torch.diag(torch.tensor([3.0, 2.0, 1.0])).double(), 2)
+        >>> S
+        tensor([3., 2.], dtype=torch.float64)
+    """
+    if A.shape[0] < A.shape[1]:
+        V, S, U = leading_triplets(A.T, count)
+        return U, S, V
+    if min(A.shape) > 4 * count:
+        with suppress(ArithmeticError):
+            B, size = _scale(A)
+            _, rows = leading_eigenpairs(gram(B), count)
+            U, S, Vh = torch.linalg.svd(B @ rows.T, full_matrices=False)
+            if float(S[-1]) > GRAM_CLEAR * float(S[0]):
+                return U, S * size, (Vh @ rows).T
+    U, S, Vh = torch.linalg.svd(A, full_matrices=False)
+    return U[:, :count], S[:count], Vh[:count].T
 
 
 def is_clear(S: Tensor, floor: float) -> bool:
@@ -231,13 +280,27 @@ def gram(B: Tensor, block: int = 96) -> Tensor:
         tensor([[1., 2.],
                 [2., 5.]])
     """
+    if not B.is_cpu:
+        return B.T @ B  # in one call: there, calls are what takes long
     n = B.shape[1]
-    G = torch.empty(n, n, dtype=B.dtype, device=B.device)
+    G = torch.empty(n, n, dtype=B.dtype)
     for start in range(0, n, block):
         stop = min(n, start + block)
         G[start:, start:stop] = B[:, start:].T @ B[:, start:stop]
         G[start:stop, stop:] = G[stop:, start:stop].T
     return G
+
+
+def _eigenvalues(G: Tensor) -> Tensor:
+    """Of a symmetric matrix, descending, by the solver of its device."""
+    return leading_eigenpairs(G, 0)[0] if G.is_cpu else torch.linalg.eigvalsh(G).flip(0)
+
+
+def _leading_rows(G: Tensor, count: int) -> Tensor:
+    """The first eigenvectors of a symmetric matrix, count x n, by the solver of its device."""
+    if G.is_cpu:
+        return leading_eigenpairs(G, count)[1]
+    return torch.linalg.eigh(G).eigenvectors[:, -count:].flip(1).T
 
 
 def _scale(B: Tensor) -> tuple[Tensor, float]:
@@ -265,5 +328,5 @@ def _sign(rows: Tensor) -> Tensor:
 
 
 def _side(rows: Tensor, S: Tensor, errors: Tensor) -> Side:
-    vectors = _sign(rows).float().contiguous().cpu()
-    return Side(vectors, S.float().cpu().contiguous(), errors.float().contiguous())
+    parts = (_sign(rows), S, errors)
+    return Side(*(part.float().contiguous() for part in parts))

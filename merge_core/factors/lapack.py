@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+POWERS = 8
+SLACK = 1e-6  # of bounds that rounding must not make too narrow
 _BLOCK = 64  # columns that LAPACK takes at a time, at most
 
 
@@ -33,6 +35,52 @@ def leading_eigenpairs(G: Tensor, count: int) -> tuple[Tensor, Tensor]:
     Source: syevr, https://www.netlib.org/lapack/explore-html/, through scipy's table,
     https://docs.scipy.org/doc/scipy/reference/linalg.cython_lapack.html.
     """
+    n = G.shape[0]
+    values, vectors = _syevr(G, count, "I" if count else "A", (n - count + 1, n), (0.0, 0.0))
+    if len(values) != (count or n):
+        raise ArithmeticError(f"LAPACK finds {len(values)} of {count or n} eigenvalues")
+    return values, vectors
+
+
+def eigenpairs_above(G: Tensor, share: float) -> tuple[Tensor, Tensor]:
+    """The eigenvalues of a symmetric matrix above a share of the largest, and their eigenvectors.
+
+    Where they are a part of all, their vectors take a part of the work.
+
+    Args:
+        G: n x n, no negative eigenvalues, float32 or float64, on the CPU, finite.
+        share: at least that of rounding.
+
+    Returns:
+        Values, descending, and vectors, one a row, orthonormal; none of a matrix of zeros.
+
+    Raises:
+        ArithmeticError: LAPACK does not find them.
+
+    Example:
+        >>> values, vectors = eigenpairs_above(torch.diag(torch.tensor([9.0, 4.0, 0.5])), 0.1)
+        >>> values, vectors.abs()
+        (tensor([9., 4.]), tensor([[1., 0., 0.],
+                [0., 1., 0.]]))
+    """
+    n, most = G.shape[0], float(torch.linalg.matrix_norm(G))
+    if not most:
+        return G.new_zeros(0), G.new_zeros(0, n)
+    # Power iteration comes close to the largest eigenvalue from below: what lies under its share
+    # is none that is asked for, and the largest one found says which of the others are.
+    x = G[:, int(G.diagonal().argmax())]
+    for _ in range(POWERS):
+        x = G @ (x / x.norm())
+    lowest = share * float(x.norm()) * (1 - SLACK)
+    values, vectors = _syevr(G, n, "V", (1, n), (lowest, most * (1 + SLACK)))
+    live = values > share * values[0]
+    return values[live], vectors[live]
+
+
+def _syevr(
+    G: Tensor, count: int, range_: str, places: tuple[int, int], limits: tuple[float, float]
+) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, descending, of a range of places or values, with at most `count` vectors."""
     n, dtype = G.shape[0], G.dtype
     square = G.contiguous().clone()  # it is overwritten; symmetric, so rows may be columns
     values, vectors = torch.empty(n, dtype=dtype), torch.empty(count, n, dtype=dtype)
@@ -41,16 +89,17 @@ def leading_eigenpairs(G: Tensor, count: int) -> tuple[Tensor, Tensor]:
     integers = torch.empty(10 * n, dtype=torch.int32)
     real = ctypes.c_float if dtype == torch.float32 else ctypes.c_double
     status = ctypes.c_int(0)
+    low, high = (ctypes.byref(real(limit)) for limit in limits)
     _routine("ssyevr" if dtype == torch.float32 else "dsyevr")(
-        _char(b"V" if count else b"N"), _char(b"I" if count else b"A"), _char(b"L"), _int(n),
-        _pointer(square), _int(n), ctypes.byref(real(0)), ctypes.byref(real(0)),
-        _int(n - count + 1), _int(n), ctypes.byref(real(0)), ctypes.byref(found),
+        _char(b"V" if count else b"N"), _char(range_.encode()), _char(b"L"), _int(n),
+        _pointer(square), _int(n), low, high,
+        _int(places[0]), _int(places[1]), ctypes.byref(real(0)), ctypes.byref(found),
         _pointer(values), _pointer(vectors), _int(n), _pointer(support), _pointer(work),
         _int(work.numel()), _pointer(integers), _int(integers.numel()), ctypes.byref(status),
     )  # fmt: skip
-    if status.value or found.value != (count or n):
-        raise ArithmeticError(f"LAPACK finds {found.value} of {count or n} eigenvalues")
-    return values[: found.value].flip(0), vectors.flip(0)
+    if status.value:
+        raise ArithmeticError(f"LAPACK ends with {status.value}")
+    return values[: found.value].flip(0), vectors[: found.value].flip(0)
 
 
 def _char(letter: bytes) -> Any:

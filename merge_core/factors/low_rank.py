@@ -15,12 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from merge_core.work_sizes import SMALL
+from merge_core.devices import CPU, Device, compute
+from merge_core.work_sizes import SMALL, WORTH_SENDING
 
 # Rows of a matrix that are made at a time, so that they stay in the processor's cache.
 ROWS = 512
 # What directions are known to: they are stored in float32.
 DIRECTION_NOISE = 1e-6
+# How far from orthonormal directions may be that are used in float32.
+ORTHONORMAL = 1e-9
+PROBES = 4
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,10 @@ class Directions:
     U: Tensor
     S: Tensor
     V: Tensor
+
+    def fetch(self, device: Device) -> Directions:
+        """The same on the CPU, where they were computed on a device."""
+        return Directions(device.fetch(self.U), device.fetch(self.S), device.fetch(self.V))
 
     @property
     def rank(self) -> int:
@@ -105,7 +113,7 @@ class Truncations:
     def truncate(self, k: int) -> Tensor:
         """SVD_k(A), m x n (k ≥ r gives all of A)."""
         left, right = self.head(k)
-        return left @ right.T
+        return multiply(left, right.T)
 
     def _pair(self, kept: slice) -> tuple[Tensor, Tensor]:
         start, stop, _ = kept.indices(len(self._vectors))
@@ -118,21 +126,32 @@ class Truncations:
 
 
 def product(tall: Callable[[slice], Tensor], rows: int, X: Tensor) -> Tensor:
-    """B X for a matrix that is made a few rows at a time.
+    """B X for a matrix that is made a few rows at a time; on an accelerator, all at once.
 
     Args:
-        tall: gives rows of B, rows x n.
+        tall: gives rows of B, rows x n, on the CPU.
         rows: how many it has.
-        X: n x k.
+        X: n x k, on the CPU.
 
     Returns:
-        rows x k, in the dtype of X.
+        rows x k, on the CPU, in the dtype of X.
 
     Example:
         >>> B = torch.arange(6.0).reshape(3, 2)
         >>> torch.equal(product(lambda part: B[part], 3, torch.eye(2)), B)
         True
     """
+
+    def work(device: Device) -> Tensor:
+        if device.accelerates:
+            return device.fetch(device.send(tall(slice(None))).to(X.dtype) @ device.send(X))
+        return product_by_rows(tall, rows, X)
+
+    return work(CPU) if len(X) < SMALL else compute(work, exact=X.dtype == torch.float64)
+
+
+def product_by_rows(tall: Callable[[slice], Tensor], rows: int, X: Tensor) -> Tensor:
+    """The same on the CPU, from rows there."""
     result = torch.empty(rows, X.shape[1], dtype=X.dtype)
     for start in range(0, rows, ROWS):
         part = slice(start, start + ROWS)
@@ -140,14 +159,37 @@ def product(tall: Callable[[slice], Tensor], rows: int, X: Tensor) -> Tensor:
     return result
 
 
-def complete(rows: Tensor, S: Tensor, weighted: Tensor, wide: bool) -> Directions:
+def multiply(left: Tensor, right: Tensor) -> Tensor:
+    """L R of matrices on the CPU, computed where that is quickest.
+
+    Example:
+        >>> multiply(torch.eye(2), torch.ones(2, 1)).T
+        tensor([[1., 1.]])
+    """
+    if left.numel() * right.shape[1] < WORTH_SENDING:
+        return left @ right
+    exact = left.dtype == torch.float64
+    return compute(lambda device: device.fetch(device.send(left) @ device.send(right)), exact)
+
+
+def complete(
+    rows: Tensor,
+    S: Tensor,
+    weighted: Tensor,
+    wide: bool,
+    size: float = 1.0,
+    defect: float = 0.0,
+) -> Directions:
     """Directions from those on the short side.
 
     Args:
         rows: q x r, orthonormal: the short side's vectors.
         S: q singular values, positive.
-        weighted: the long side's vectors times their values, the matrix times the short side.
+        weighted: the long side's vectors times their values, the matrix times the short side; it
+            is overwritten.
         wide: whether the short side is U.
+        size: of the values, in the unit of `weighted`.
+        defect: how far from orthonormal the long side may be, ‖XᵀX − I‖_F.
 
     Example:
         >>> S = torch.tensor([3.0, 2.0])
@@ -156,11 +198,24 @@ def complete(rows: Tensor, S: Tensor, weighted: Tensor, wide: bool) -> Direction
         tensor([[3., 0.],
                 [0., 2.]])
     """
-    # What rounding of a strong direction leaves in a weak one is along the strong one: QR takes
-    # it out, in their order.
-    Q, R = torch.linalg.qr(weighted / S)
-    long, short = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype), rows.T
+    long, short = weighted.mul_(size / S), rows.T
+    if _defect(long) > defect:
+        # What rounding of a strong direction leaves in a weak one is along the strong one: QR
+        # takes it out, in their order.
+        Q, R = torch.linalg.qr(long)
+        long = Q * torch.where(R.diagonal() < 0, -1.0, 1.0).to(Q.dtype)
     return Directions(short, S, long) if wide else Directions(long, S, short)
+
+
+def _defect(X: Tensor) -> float:
+    """About ‖XᵀX − I‖_F, by a few random vectors: of each the mean square is that of the norm.
+
+    Source: Hutchinson's estimator, Commun. Stat. Simul. Comput. 19 (1990), 433.
+    """
+    source = torch.Generator(X.device).manual_seed(0)
+    shape = (X.shape[1], PROBES)
+    signs = torch.randint(2, shape, generator=source, device=X.device).to(X.dtype) * 2 - 1
+    return float(torch.linalg.vector_norm(X.T @ (X @ signs) - signs)) / math.sqrt(PROBES)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
@@ -235,7 +290,7 @@ def sum_of_truncations(
         for term, rank in zip(terms, ranks, strict=True)
     ]
     left = torch.cat([left for left, _ in pairs], dim=1)
-    update = left @ torch.cat([right for _, right in pairs], dim=1).T
+    update = multiply(left, torch.cat([right for _, right in pairs], dim=1).T)
     return total() - update if from_the_end else update
 
 
@@ -280,9 +335,13 @@ def orthogonalize(X: Tensor, noise: float = 1e-12) -> Tensor:
         tensor([[1., 0.],
                 [0., 1.]])
     """
-    P, D, Qh = torch.linalg.svd(X, full_matrices=False)
-    live = D > noise * D[0] if D.numel() else D > 0
-    return (P * live) @ Qh
+
+    def work(device: Device) -> Tensor:
+        P, D, Qh = torch.linalg.svd(device.send(X), full_matrices=False)
+        live = D > noise * D[0] if D.numel() else D > 0
+        return device.fetch((P * live) @ Qh)
+
+    return work(CPU) if min(X.shape) < SMALL else compute(work, exact=True)
 
 
 def count_directions(rank: float | int, r: int) -> int:

@@ -7,6 +7,7 @@ side is stored; the long one is a product with the task vector itself.
 
 from __future__ import annotations
 
+import operator
 import os
 import threading
 from collections.abc import Callable
@@ -22,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from merge_core.bounded_folder import BoundedFolder
+from merge_core.devices import CPU, Device, compute
 from merge_core.factors.decomposition import (
     Route,
     Side,
@@ -30,7 +32,14 @@ from merge_core.factors.decomposition import (
     singular_values,
     whole_side,
 )
-from merge_core.factors.low_rank import Directions, Truncations, complete, product
+from merge_core.factors.low_rank import (
+    ORTHONORMAL,
+    Directions,
+    Truncations,
+    complete,
+    product,
+    product_by_rows,
+)
 from merge_core.files import cache_dir, digest_of, factors_limit
 from merge_core.work_sizes import LEADING_SHARES, SMALL
 
@@ -50,6 +59,7 @@ class TaskMatrix:
         dtype: that it can be made in at least, float32 or float64.
         tall: makes rows of it, of its transpose where m ≤ n.
         floor: gives the singular value up to which the stored numbers resolve nothing.
+        there: makes all rows on an accelerator, where the CPU need not make them.
     """
 
     key: tuple[str, str, str]
@@ -57,10 +67,13 @@ class TaskMatrix:
     dtype: torch.dtype
     tall: Callable[[torch.dtype, slice], Tensor]
     floor: Callable[[], float]
+    there: Callable[[torch.dtype, Device], Tensor] | None = None
 
-    def whole(self) -> Tensor:
-        """All rows of the taller of the matrix and its transpose."""
-        return self.tall(self.dtype, slice(None))
+    def whole(self, device: Device) -> Tensor:
+        """All rows of the taller of the matrix and its transpose, on a device."""
+        if device.accelerates and self.there is not None:
+            return self.there(self.dtype, device)
+        return device.send(self.tall(self.dtype, slice(None)))
 
 
 class FactorStore:
@@ -142,13 +155,20 @@ class FactorStore:
         rows, S = side.vectors[:k][live].double(), S[live]
         # In float64: what rounds here is measured by the first singular value, not by the own.
         weighted = product(partial(matrix.tall, torch.float64), max(matrix.shape), rows.T)
-        found = complete(rows, S, weighted, wide=matrix.shape[0] <= matrix.shape[1])
+        wide = operator.le(*matrix.shape)
+
+        def work(device: Device) -> Directions:
+            there = [device.send(part) for part in (rows, S, weighted)]
+            found = complete(there[0], there[1], there[2], wide, defect=ORTHONORMAL)
+            return found.fetch(device)
+
+        found = work(CPU) if min(matrix.shape) < SMALL else compute(work, exact=True)
         return Directions(found.U.float(), found.S.float(), found.V.float())
 
     def _is_large(self, matrix: TaskMatrix) -> bool:
-        """Whether float32 on the CPU is worth its care."""
+        """Whether float32 is worth its care."""
         exact = self.route == "svd" or matrix.dtype == torch.float64
-        return min(matrix.shape) >= SMALL and not exact and not torch.cuda.is_available()
+        return min(matrix.shape) >= SMALL and not exact
 
     def _get(self, matrix: TaskMatrix, kind: str) -> Side:
         """One kind of decomposition, made if it was never made before.
@@ -156,7 +176,7 @@ class FactorStore:
         Raises:
             ArithmeticError: LAPACK fails.
         """
-        return self._find(matrix, kind) or self._make(matrix, kind, matrix.whole())
+        return self._find(matrix, kind) or self._make(matrix, kind, 0)[0]
 
     def _lead(self, matrix: TaskMatrix, count: int, k: int) -> tuple[Side, Tensor | None]:
         """Leading directions; the long side of the first k too, while the matrix is at hand."""
@@ -164,15 +184,25 @@ class FactorStore:
         side = self._find(matrix, kind)
         if side is not None:
             return side, None
-        B = matrix.whole()
-        side = self._make(matrix, kind, B)
-        return side, product(B.__getitem__, len(B), side.vectors[:k].T)
+        return self._make(matrix, kind, k)
 
-    def _make(self, matrix: TaskMatrix, kind: str, B: Tensor) -> Side:
-        side = self._keep(self._key(matrix, kind), _decompose(B, kind))
+    def _make(self, matrix: TaskMatrix, kind: str, k: int) -> tuple[Side, Tensor]:
+        """A decomposition, kept; and the long side of its first k directions."""
+        small = min(matrix.shape) < SMALL
+
+        def work(device: Device) -> tuple[Side, Tensor]:
+            B = matrix.whole(device)
+            side = _decompose(B, kind)
+            X = side.vectors[:k].T
+            long = B @ X if device.accelerates else product_by_rows(B.__getitem__, len(B), X)
+            fetched = {name: device.fetch(tensor) for name, tensor in vars(side).items()}
+            return Side(**fetched), device.fetch(long)
+
+        side, long = work(CPU) if small else compute(work, exact=True)
+        side = self._keep(self._key(matrix, kind), side)
         with self._lock:
             self.decompositions += 1
-        return side
+        return side, long
 
     def _find(self, matrix: TaskMatrix, kind: str) -> Side | None:
         """What is stored of a matrix, in memory or on disk."""
@@ -218,11 +248,9 @@ def _decompose(B: Tensor, kind: str) -> Side:
     """A decomposition of one kind: of all directions by a route, of leading ones, or values."""
     if kind.startswith("leading-"):
         return leading_side(B, int(kind.removeprefix("leading-")))
-    if B.shape[1] >= SMALL and torch.cuda.is_available():
-        B = B.cuda()
     if kind == "values":
-        S = singular_values(B).float().cpu()
-        return Side(torch.empty(0, len(S)), S, torch.empty(0))
+        S = singular_values(B).float()
+        return Side(S.new_empty(0, len(S)), S, S.new_empty(0))
     return whole_side(B, "svd" if kind == "svd" else "gram")
 
 

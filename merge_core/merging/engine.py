@@ -24,6 +24,8 @@ from merge_core.suites.suite import Suite
 from merge_core.task_vectors import TensorGroup, TensorGroups
 
 HELD_BYTES = 2 << 30
+# Settings of which is remembered what a method measured over the whole model.
+MEASURED = 8
 
 
 def check_fits(suite: Suite, tasks: tuple[str, ...]) -> None:
@@ -132,18 +134,16 @@ def merge_parameters(
     """
     progress = progress or Progress()
     _rule(recipe, groups.tasks, task)  # refuses what does not go together before the work
-    method, run = recipe.declaration, recipe.run(groups.tasks)
+    method = recipe.declaration
     if method.learns is not None:
         if learned is None:
             raise RecipeError(
                 f"{method.title} learns from the suite's data before it merges. Use "
                 "'mergescope merge' or the dashboard, with a suite that can be evaluated."
             )
-        run = replace(run, state=learned)
-    elif method.prepare is not None:
-        with one_thread():
-            state = method.prepare(groups, recipe.checked_parameters, run, progress)
-        run = replace(run, state=state)
+        run = replace(recipe.run(groups.tasks), state=learned)
+    else:
+        run = prepare(recipe, groups, progress)
     where = executor or Serial()
 
     def output_names(group: TensorGroup) -> list[str]:
@@ -167,6 +167,45 @@ def merge_parameters(
         for name in output_names(group):
             yield name, merged
     progress.step(len(groups), len(groups), "merged")
+
+
+def prepare(recipe: Recipe, groups: TensorGroups, progress: Progress | None = None) -> Run:
+    """A recipe's run with what its method measures over the whole model before it merges.
+
+    That is measured once for all models of a method that gives one per task, and for all settings
+    that differ in their scale: the parameters keep the last of it.
+
+    Args:
+        recipe: of a method that does not learn from data.
+        groups: the parameters.
+        progress: reports each parameter of each pass, and cancels between two.
+
+    Raises:
+        MergeScopeError: unreadable or unfit inputs.
+        Cancelled: between two parameters.
+
+    Example:
+        >>> groups = TensorGroups(load_suite("vision"), ["digits", "dots"], FactorStore())
+        >>> recipe = make_recipe({"method": "emr", "tasks": groups.tasks})
+        >>> run = prepare(recipe, groups)
+        >>> len(run.state.factors), prepare(recipe, groups).state is run.state
+        (2, True)
+    """
+    method, run = recipe.declaration, recipe.run(groups.tasks)
+    if method.prepare is None:
+        return run
+    parameters = recipe.checked_parameters
+    asked = parameters.model_dump_json(exclude={"scale"})
+    key = (method.name, asked, run.origin, run.weights, run.seed)
+    known = groups.measured
+    state = known.get(key)
+    if state is None:
+        with one_thread():
+            state = method.prepare(groups, parameters, run, progress or Progress())
+        known[key] = state
+        for oldest in list(known)[:-MEASURED]:
+            known.pop(oldest, None)
+    return replace(run, state=state)
 
 
 @torch.no_grad()
@@ -277,15 +316,28 @@ class MergeSession:
         Raises:
             MergeScopeError: unfit inputs.
         """
+        # Copies: an averaged tensor would otherwise share memory with one that the session holds.
+        tensors = self.stream(recipe, progress, task, learned)
+        return {name: value.clone() for name, value in tensors}
+
+    def stream(
+        self,
+        recipe: Recipe,
+        progress: Progress | None = None,
+        task: str | None = None,
+        learned: Any = None,
+    ) -> Iterator[tuple[str, Tensor]]:
+        """The merged tensors one by one, as :meth:`merge` has them; not to be written to.
+
+        Raises:
+            MergeScopeError: unfit inputs.
+        """
         if self.suite.select(recipe.tasks) != self.groups.tasks:
             raise SuiteError("The recipe's tasks are not the ones that this session holds.")
         check_recipe(self.suite, recipe)
-        # Copies: an averaged tensor would otherwise share memory with one that the session holds.
         # A small model is merged before a second thread has begun.
         where = Serial() if self.groups.keep else Threads()
-        tensors = merge_parameters(recipe, self.groups, progress, task, learned, where)
-        merged = {name: value.clone() for name, value in tensors}
+        yield from merge_parameters(recipe, self.groups, progress, task, learned, where)
         if self.suite.base is not None:
             for name in self.groups.manifest.kept:
-                merged[name] = self.suite.base.tensor(name).float()
-        return merged
+                yield name, self.suite.base.tensor(name).float()

@@ -29,11 +29,33 @@ def elect_sign(votes: Tensor, task_vectors: Tensor | None = None) -> Tensor:
         votes: T x n.
         task_vectors: T x n, what the votes were taken from, where entries were dropped.
     """
-    total = votes.sum(dim=0, dtype=torch.float64)
-    largest = votes.abs().amax(dim=0)
+    largest = torch.maximum(votes.amax(dim=0), -votes.amin(dim=0))
     if task_vectors is not None:
         largest = torch.maximum(largest, task_vectors.abs().amax(dim=0))
-    return torch.where(total.abs() > EVEN * largest, total.sign(), 0)
+    return sign_of_vote(votes.sum(dim=0, dtype=torch.float64), largest)
+
+
+def sign_of_vote(total: Tensor, largest: Tensor) -> Tensor:
+    """n: the sign of a vote, float64, 0 where it is even but for what rounding leaves.
+
+    Args:
+        total: n, the sum over tasks, float64.
+        largest: n, the largest magnitude among them.
+    """
+    return total.sign() * (total.abs() > EVEN * largest).to(total.dtype)
+
+
+def agreement(votes: Tensor, sign: Tensor) -> Tensor:
+    """1 where an entry that is not zero has the sign, 0 elsewhere; shape and dtype of the votes.
+
+    Numbers rather than booleans: what they let through is then a product, several times faster
+    than a choice by a condition that no processor can foresee.
+
+    Args:
+        votes: T x n, or n of one task.
+        sign: n, of 1, −1 and 0.
+    """
+    return (votes * sign.to(votes.dtype)).sign_().clamp_min_(0)
 
 
 def merge_entrywise(

@@ -190,7 +190,8 @@ class Method:
         gradients: whether it differentiates the model.
         averaged: which parameters it only averages, in words.
         deviations: where it differs from the paper or the authors' code, in words.
-        prepare: a pass over the whole model before merging, for methods that need one.
+        prepare: a pass over the whole model before merging, for methods that need one. What it
+            gives must not depend on a parameter `scale`: settings that differ there share it.
         isotropic: whether all singular values of its update are equal, so that single directions
             of it mean nothing.
         revisions: by origin, the number of times that its results were corrected; it enters the

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from merge_core.factors.decomposition import leading_triplets
 from merge_core.factors.low_rank import orthogonalize
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.spectral import (
@@ -57,22 +58,41 @@ def merge(group: TensorGroup, parameters: IsoCtsParameters, run: Run) -> Tensor:
     tau = task_matrices(group, run.origin)
     k, each = split(min(tau.shape[1:]), len(tau), parameters.common)
     U, S, Vh = torch.linalg.svd(tau.sum(dim=0), full_matrices=False)
-    common = U[:, :k]
-    lefts, values, rights = [common], [S[:k]], [Vh[:k].T]
-    if each:
-        for matrix in tau:
-            own, s, right = torch.linalg.svd(
-                matrix - common @ (common.T @ matrix), full_matrices=False
-            )
-            lefts.append(own[:, :each])
-            values.append(s[:each])
-            rights.append(right[:each].T)
+    values, lefts, rights = [S[:k]], [], [Vh[:k].T]
+    for matrix in tau if each else ():
+        own, s, right = outside(matrix, U, k, each)
+        lefts.append(own)
+        values.append(s)
+        rights.append(right)
     kept = torch.cat(values)
     # Directions without weight are arbitrary: they count in the mean but add nothing.
     live = kept > DEAD * torch.linalg.matrix_norm(tau).max()
-    left = orthogonalize(torch.cat(lefts, dim=1) * live)
+    # The common left directions are orthonormal, and orthogonal to all others: of the nearest
+    # orthonormal columns they are a part as they are.
+    own = orthogonalize(torch.cat(lefts, dim=1) * live[k:]) if each else U[:, :0]
+    left = torch.cat([U[:, :k] * live[:k], own], dim=1)
     right = orthogonalize(torch.cat(rights, dim=1) * live)
     return add_to_origin(group, run.origin, parameters.scale * kept.mean() * left @ right.T)
+
+
+def outside(matrix: Tensor, U: Tensor, k: int, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The leading singular triplets of (I − U_c U_cᵀ) τ, U_c the first k columns of U.
+
+    Args:
+        matrix: τ, m x n.
+        U: m x min(m, n), orthonormal columns.
+        k: of them, how many are common.
+        count: of triplets, at most min(m, n) − k.
+
+    Returns:
+        m x count, count values, and n x count.
+    """
+    if U.shape[0] == U.shape[1]:  # what is left of the space has few dimensions
+        rest = U[:, k:]
+        left, values, right = leading_triplets(rest.T @ matrix, count)
+        return rest @ left, values, right
+    common = U[:, :k]
+    return leading_triplets(matrix - common @ (common.T @ matrix), count)
 
 
 METHOD = Method(

@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 
 from merge_core.factors.decomposition import decompose
-from merge_core.factors.low_rank import resolution
+from merge_core.factors.low_rank import ORTHONORMAL, as_matrix
+from merge_core.methods.blockwise import BLOCK
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
-from merge_core.methods.selection import count_kept
+from merge_core.methods.selection import count_kept, kth_of_rows
 from merge_core.methods.sparse import combine, elect_signs
-from merge_core.methods.spectral import AVERAGED, DEAD, add_to_origin, task_matrices
+from merge_core.methods.spectral import AVERAGED, DEAD, add_to_origin, orient
 from merge_core.task_vectors import TensorGroup
 
 
@@ -48,36 +49,64 @@ class KnotsParameters(MethodParameters):
     )
 
 
-def trim(parts: Tensor, density: float) -> Tensor:
-    """T x r x n: the largest entries of each task's part (ties kept), others zero."""
-    size = parts.abs().flatten(1)
-    keep = count_kept(density, size.shape[1])
+def side_by_side(group: TensorGroup) -> Tensor:
+    """m x T x n, float64: the task vectors about the base as exact matrices (out x in)."""
+    base = orient(group, as_matrix(group.base)).double()
+    joint = base.new_empty(len(base), len(group.tasks), base.shape[1])
+    for t, member in enumerate(group.members):
+        joint[:, t] = orient(group, as_matrix(member))
+    return joint.sub_(base[:, None])
+
+
+def joint_resolution(group: TensorGroup) -> float:
+    """See :func:`merge_core.factors.low_rank.resolution`, of all experts' weights side by side."""
+    rows, column = torch.zeros(()).double(), 0.0
+    for member in group.members:
+        squares = orient(group, as_matrix(member)).double().square()
+        rows = rows + squares.sum(dim=1)
+        column = max(column, float(squares.sum(dim=0).max()))
+    return torch.finfo(group.widest_dtype(None)).eps * (float(rows.max()) ** 0.5 + column**0.5)
+
+
+def merge_ties(parts: Tensor, density: float) -> Tensor:
+    """r x n: the mean of each entry's trimmed values of the elected sign.
+
+    Args:
+        parts: T x r x n.
+        density: share of the largest entries of each task's part that stay (ties kept).
+    """
+    tasks, r, n = parts.shape
+    keep = count_kept(density, r * n)
+    merged = parts.new_zeros(r, n)
     if keep == 0:
-        return torch.zeros_like(parts)
-    limit = size.kthvalue(size.shape[1] - keep + 1, dim=1).values
-    return torch.where(parts.abs() >= limit[:, None, None], parts, 0.0)
+        return merged
+    limit = kth_of_rows(parts.abs().reshape(tasks, -1), keep)[:, None]
+    few = max(1, BLOCK // n)
+    for start in range(0, r, few):
+        block = parts[:, start : start + few].reshape(tasks, -1)
+        kept = block * (block.abs() >= limit).to(block.dtype)
+        merged[start : start + few] = combine(elect_signs(kept), "mean").reshape(-1, n)
+    return merged
 
 
 def merge(group: TensorGroup, parameters: KnotsParameters, run: Run) -> Tensor:
     """θ_0 + λ U Σ merge(V_1 … V_T)ᵀ of one matrix; the average of anything else."""
     if not group.decomposed:
         return group.average
-    tau = task_matrices(group, run.origin)
-    tasks, m, n = tau.shape
-    weights = group.experts.reshape(tasks, m, n).transpose(0, 1).reshape(m, tasks * n)
+    joint = side_by_side(group)
+    m, tasks, n = joint.shape
     # Rounding has directions too, of unit length in V.
-    joint = decompose(tau.transpose(0, 1).reshape(m, tasks * n), resolution(weights))
-    U, S, V = joint.U, joint.S, joint.V
+    found = decompose(joint.reshape(m, tasks * n), joint_resolution(group), ORTHONORMAL)
+    U, S = found.U, found.S
     # Zeros of a task vector are zeros of its V_t but for rounding, which must not vote.
-    V = torch.where(V.abs() > DEAD, V, 0.0)
-    parts = V.T.reshape(-1, tasks, n).transpose(0, 1)
+    V = torch.nn.functional.hardshrink(found.V.T, DEAD)
+    parts = V.reshape(-1, tasks, n).transpose(0, 1)
     if parameters.variant == "code":
         parts = S[:, None] * parts
     else:
         U = U * S
-    if parameters.rule == "ties":
-        parts = elect_signs(trim(parts, parameters.density))
-    merged = combine(parts, "mean" if parameters.rule == "ties" else "sum")
+    ties = parameters.rule == "ties"
+    merged = merge_ties(parts, parameters.density) if ties else combine(parts, "sum")
     return add_to_origin(group, run.origin, parameters.scale * U @ merged)
 
 

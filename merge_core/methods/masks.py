@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from merge_core.methods.blockwise import elect_sign, merge_entrywise
+from merge_core.methods.blockwise import agreement, merge_entrywise, sign_of_vote
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.selection import Passes, sum_pairs
 from merge_core.progress import Progress
@@ -73,7 +73,9 @@ def tall_model(group: TensorGroup, parameters: TallMasksParameters, run: Run, in
     """θ_0 + m_t ∘ τ_MTL of one parameter."""
 
     def update(tau: Tensor, _: slice) -> Tensor:
-        return torch.where(active_mask(tau, parameters.threshold)[index], tau.sum(dim=0), 0)
+        total, own = tau.sum(dim=0), tau[index]  # the others' masks are not looked at
+        active = own.abs() >= parameters.threshold * (total - own).abs()
+        return total * active.to(total.dtype)
 
     return merge_entrywise(group, run, update)
 
@@ -107,15 +109,16 @@ class Rescale:
     first: str
 
 
-def unify(tau: Tensor) -> tuple[Tensor, Tensor]:
-    """EMR's unified task vector and masks: shape, and T x shape.
+def unify(tau: Tensor) -> Tensor:
+    """EMR's unified task vector: n, in the dtype of T x n.
 
     Per entry the sign of the sum over tasks, and the largest magnitude among the tasks that have
-    it; a task's mask says where it has it.
+    it. Of a positive vote that is the largest entry itself, of a negative one the smallest.
     """
-    sign = elect_sign(tau).to(tau.dtype)
-    masks = tau.sign() == sign
-    return sign * torch.where(masks, tau.abs(), 0).amax(dim=0), masks
+    low, high = tau.amin(dim=0), tau.amax(dim=0)
+    sign = sign_of_vote(tau.sum(dim=0, dtype=torch.float64), torch.maximum(high, -low))
+    sign = sign.to(tau.dtype)
+    return high * sign.clamp_min(0) - low * sign.clamp_max(0)
 
 
 def measure_rescaling(
@@ -134,9 +137,8 @@ def measure_rescaling(
     common = torch.zeros_like(own)
 
     def sums(tau: Tensor) -> tuple[Tensor, Tensor]:
-        vector, masks = unify(tau)
-        seen = torch.where(masks, vector.abs().double(), 0)
-        return tau.double().abs().sum(dim=1), seen.sum(dim=1)
+        unified = unify(tau)
+        return tau.abs().sum(dim=1), agreement(tau, unified.sign()) @ unified.abs()
 
     for mine, seen in passes.run("rescaling", sums, sum_pairs):
         own += mine
@@ -151,8 +153,8 @@ def emr_model(group: TensorGroup, parameters: EmrParameters, run: Run, index: in
     factor = float(run.state.factors[index])
 
     def update(tau: Tensor, _: slice) -> Tensor:
-        vector, masks = unify(tau)
-        return factor * torch.where(masks[index], vector, 0)
+        unified = unify(tau)
+        return factor * agreement(tau[index], unified.sign()) * unified
 
     return merge_entrywise(group, run, update, torch.float64)
 

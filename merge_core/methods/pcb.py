@@ -80,14 +80,35 @@ def _unit(values: Tensor, low: Tensor, high: Tensor) -> Tensor:
     return (values - low[:, None]) / step[:, None]
 
 
-def _exponentials(tau: Tensor, low: Tensor, high: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """For each task i, exp(T (Norm(τ_i²) − 1)) as n, and exp(Norm(τ_i τ_j)) as T x n.
+def _pairs(tau: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """For each task i, the products τ_i τ_j with the tasks j ≥ i: those before have them already.
 
-    A softmax does not see the constant e^(−T), which keeps many tasks from overflowing.
+    A product is made once for both of its tasks, as all that is made of it is.
     """
     for i, vector in enumerate(tau):
-        unit = _unit(vector * tau, low[i], high[i])
-        yield (len(tau) * (unit[i] - 1)).exp(), unit.exp()
+        yield i, vector * tau[i:]
+
+
+def _exponentials(
+    tau: Tensor, low: Tensor, high: Tensor, subtracted: Tensor | None = None
+) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """For each task i, exp(T (Norm(τ_i²) − 1)) as n, and exp(Norm(τ_i τ_j) − subtracted_ij).
+
+    The second as (T − i) x n, for the tasks j ≥ i. A softmax does not see the constant e^(−T),
+    which keeps many tasks from overflowing.
+
+    Args:
+        tau: T x n.
+        low, high: T x T, of each product over the whole model; symmetric.
+        subtracted: T x T, symmetric; zeros when None.
+    """
+    between = high - low
+    slope = torch.where(between >= torch.finfo(low.dtype).tiny, 1 / between, 0.0)
+    for i, products in _pairs(tau):
+        # Near numbers are subtracted before they are stretched.
+        unit = products.sub_(low[i, i:, None]).mul_(slope[i, i:, None])
+        own = (len(tau) * (unit[0] - 1)).exp_()
+        yield i, own, (unit if subtracted is None else unit.sub_(subtracted[i, i:, None])).exp_()
 
 
 def _paper_score(tau: Tensor, low: Tensor, high: Tensor, intra: Tensor, inter: Tensor) -> Tensor:
@@ -99,11 +120,12 @@ def _paper_score(tau: Tensor, low: Tensor, high: Tensor, intra: Tensor, inter: T
         intra, inter: T and T x T means of the exponentials over the whole model: a softmax
             divides by the sum, D times as much, and that factor cancels in the weighted mean.
     """
-    balance = [
-        (own / intra[i]) * (pairs / inter[i, :, None]).sum(dim=0)
-        for i, (own, pairs) in enumerate(_exponentials(tau, low, high))
-    ]
-    return torch.stack(balance)
+    balance, others = torch.empty_like(tau), torch.zeros_like(tau)
+    for i, own, pairs in _exponentials(tau, low, high, inter.log()):
+        torch.div(own, intra[i], out=balance[i])
+        others[i] += pairs.sum(dim=0)
+        others[i + 1 :] += pairs[1:]
+    return balance.mul_(others)
 
 
 def _code_score(tau: Tensor, clip: Tensor) -> Tensor:
@@ -122,8 +144,10 @@ def _paper_balance(passes: Passes, density: float) -> Balance:
     high = -low
 
     def extremes(tau: Tensor) -> Tensor:
-        found = [torch.stack((vector * tau).aminmax(dim=1)) for vector in tau]
-        return torch.stack(found, dim=1)
+        found = low.new_empty(2, tasks, tasks)
+        for i, products in _pairs(tau):
+            found[:, i, i:] = found[:, i:, i] = torch.stack(products.aminmax(dim=1))
+        return found
 
     def take_outermost(parts: list[Tensor]) -> Tensor:
         least, most = torch.stack(parts, dim=1)
@@ -135,9 +159,11 @@ def _paper_balance(passes: Passes, density: float) -> Balance:
     inter = torch.zeros_like(low)
 
     def sums(tau: Tensor) -> tuple[Tensor, Tensor]:
-        found = [(own.sum(), pairs.sum(dim=1)) for own, pairs in _exponentials(tau, low, high)]
-        own, pairs = zip(*found, strict=True)
-        return torch.stack(own), torch.stack(pairs)
+        intra, inter = low.new_empty(tasks), torch.empty_like(low)
+        for i, own, pairs in _exponentials(tau, low, high):
+            intra[i] = own.sum()
+            inter[i, i:] = inter[i:, i] = pairs.sum(dim=1)
+        return intra, inter
 
     for own, pairs in passes.run("sums of exponentials", sums, sum_pairs):
         intra += own / passes.entries
@@ -182,7 +208,7 @@ def _merge_block(tau: Tensor, balance: Balance, run: Run) -> Tensor:
     score = balance.score(tau)
     kept = score >= (balance.threshold - TIED * balance.threshold.abs())[:, None]
     if balance.clip is None:
-        weight, least = torch.where(kept, score, 0), torch.finfo(torch.float64).tiny
+        weight, least = score * kept.to(score.dtype), torch.finfo(torch.float64).tiny
     else:
         tau, least = _clip(tau, balance.clip), 1e-12  # the authors' floor
         above = _unit(score, balance.threshold, balance.most)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from merge_core.errors import RecipeError
 from merge_core.files import digest_of
-from merge_core.methods.blockwise import BLOCK, elect_sign, merge_entrywise
+from merge_core.methods.blockwise import BLOCK, agreement, elect_sign, merge_entrywise
 from merge_core.methods.declaration import (
     Method,
     MethodParameters,
@@ -245,7 +245,7 @@ def keep_middle(group: TensorGroup, parameters: BreadcrumbsParameters, run: Run)
 
 def elect_signs(votes: Tensor, task_vectors: Tensor | None = None) -> Tensor:
     """T x n: entries of the elected sign (see :func:`elect_sign`), others zero."""
-    return torch.where(votes.sign() == elect_sign(votes, task_vectors), votes, 0)
+    return votes * agreement(votes, elect_sign(votes, task_vectors))
 
 
 def combine(tau: Tensor, how: Combine) -> Tensor:

@@ -7,12 +7,16 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from merge_core.factors.decomposition import gram
+from merge_core.factors.lapack import eigenpairs_above
 from merge_core.methods.declaration import Method, MethodParameters, Run, parameter
 from merge_core.methods.spectral import AVERAGED, CHOSEN, add_to_origin, task_matrices
 from merge_core.task_vectors import TensorGroup
 
 # Eigenvalues below this share of the largest are rounding noise of float64.
 ROUNDING = 1e-14
+# From this share on the eigenvalues above it are taken for a part of all.
+PART = 1e-3
 # Adam's constants, PyTorch's defaults.
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8
@@ -76,16 +80,17 @@ def normal_equations(tau: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     Returns:
         n x n and m x n.
     """
-    power = 2 if norm == "squared" else 1
-    A = tau.new_zeros(tau.shape[2], tau.shape[2])
-    B = tau.new_zeros(tau.shape[1:])
-    for matrix in tau:
-        size = torch.linalg.matrix_norm(matrix)
-        if size > 0:
-            gram = (matrix / size).T @ (matrix / size) * size ** (2 - power)
-            A += gram
-            B += matrix @ gram
-    return A, B
+    _, m, n = tau.shape
+    sizes = torch.linalg.matrix_norm(tau)
+    live = sizes > 0
+    tau, sizes = tau[live], sizes[live][:, None, None]
+    weights = 1 if norm == "squared" else sizes
+    units = tau / sizes * weights**0.5
+    B = tau.new_zeros(m, n)
+    for matrix, unit in zip(tau, units, strict=True):
+        # τ (τᵀτ) or (τ τᵀ) τ, of which the smaller matrix is made.
+        B += (matrix @ unit.T) @ unit if m < n else matrix @ gram(unit)
+    return gram(units.reshape(-1, n)), B
 
 
 def solve_closed_form(A: Tensor, B: Tensor, cut: float) -> Tensor:
@@ -97,10 +102,13 @@ def solve_closed_form(A: Tensor, B: Tensor, cut: float) -> Tensor:
         cut: eigenvalues up to this share of the largest count as zero (and those that float64
             cannot tell from zero always do).
     """
-    values, vectors = torch.linalg.eigh(A)
-    live = values > max(cut, ROUNDING) * values[-1]
-    inverse = torch.where(live, 1 / torch.where(live, values, 1.0), 0.0)
-    return (B @ vectors * inverse) @ vectors.T
+    if cut >= PART:
+        values, rows = eigenpairs_above(A, cut)
+    else:
+        values, columns = torch.linalg.eigh(A)
+        live = values > max(cut, ROUNDING) * values[-1]
+        values, rows = values[live], columns[:, live].T
+    return (B @ rows.T / values) @ rows
 
 
 def descend(start: Tensor, A: Tensor, B: Tensor, rate: float, steps: int) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -28,6 +28,16 @@ NOT_SHAPE = re.compile(
     r"^(architectures|auto_map|dtype|torch_dtype|transformers_version|model_type|id2label|label2id|"
     r"num_labels|problem_type|tokenizer_class|task_specific_params|gradient_checkpointing|"
     r"stage_names|out_features|out_indices|is_encoder_decoder|tie_word_embeddings)$"
+)
+# Fields that change nothing about what a model says of a text: training, generation, the names of
+# tokens, what is returned, how numbers are stored. Ties are told from the weights.
+IRRELEVANT = re.compile(
+    r"^_|dropout|_drop$|_pdrop$|^initializer|_initializer|_token_id$|^output_|^return_dict|"
+    r"^use_cache$|attn_implementation|name_or_path|"
+    r"^(architectures|auto_map|dtype|torch_dtype|transformers_version|model_type|id2label|label2id|"
+    r"num_labels|problem_type|tokenizer_class|task_specific_params|gradient_checkpointing|"
+    r"is_encoder_decoder|tie_word_embeddings|pretraining_tp|quantization_config|summary_.*|"
+    r"max_length|min_length|do_sample|temperature|top_k|top_p|num_beams|repetition_penalty)$"
 )
 TIMM_NAME = re.compile(r"[a-z0-9_]{1,80}(\.[a-z0-9_]{1,80})?")
 MODULES = "modules.json"  # of sentence-transformers: the steps from a text to its vector
@@ -139,6 +149,49 @@ def of_config(config: Mapping[str, Any]) -> ArchitectureSpec | None:
         if _is_plain(value) and value != defaults[name]
     }
     return ArchitectureSpec(name=kind, args=args, library="transformers") if defaults else None
+
+
+def tell_language_model(members: Iterable[Checkpoint]) -> ArchitectureSpec | None:
+    """The network of the first member with a ``config.json`` of a causal language model.
+
+    Unlike an encoder's, its arguments are all that the file says, not what departs from the
+    library's defaults: some defaults follow from other fields, and a file of transformers 4 names
+    fields (``rope_theta``) that later configurations keep elsewhere.
+    """
+    for member in members:
+        files = companions_of(member) if member.files else None
+        config = None if files is None else files.document("config.json")
+        if config is not None:
+            return of_language_config(config)
+    return None
+
+
+def of_language_config(config: Mapping[str, Any]) -> ArchitectureSpec | None:
+    """The network of a configuration of transformers; None where it is no causal language model.
+
+    Example:
+        >>> of_language_config({"model_type": "llama", "rope_theta": 5e5, "use_cache": True}).args
+        {'rope_theta': 500000.0}
+    """
+    kind = config.get("model_type")
+    if not isinstance(kind, str) or kind not in causal_types():
+        return None
+    args = {
+        name: value
+        for name, value in config.items()
+        if not IRRELEVANT.search(name) and _is_plain(value, 3)
+    }
+    return ArchitectureSpec(name=kind, args=args, library="transformers")
+
+
+@lru_cache(maxsize=1)
+def causal_types() -> frozenset[str]:
+    """Types of which transformers has a causal language model; empty where it is not installed."""
+    try:
+        from transformers.models.auto import modeling_auto as auto
+    except ImportError:
+        return frozenset()
+    return frozenset(auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def read_class_names(member: Checkpoint) -> tuple[str, ...] | None:

@@ -13,6 +13,7 @@ from merge_core.errors import OutputError, SuiteError
 from merge_core.files import cache_dir, digest_of, file_digest, hash_of, write_atomically
 from merge_core.input_files import file_stamp
 from merge_core.suites.data_spec import (
+    OF_TEXTS,
     TORCHVISION,
     DataSpec,
     HeadSpec,
@@ -26,6 +27,7 @@ Resolve = Callable[[str], Path]  # a path of suite.yaml, made absolute
 
 # Endings of tables of texts.
 TABLES = (".parquet", ".csv", ".tsv", ".jsonl", ".json")
+PLAIN_TEXT = (".txt", ".text")
 # SVHN's files lie in the root itself, perhaps beside other datasets.
 SVHN_FILES = "*_32x32.mat"
 
@@ -67,7 +69,7 @@ def locate_data(data: DataSpec, resolve: Resolve, what: str, download: bool = Fa
     Raises:
         SuiteError: there is none.
     """
-    if data.kind in ("huggingface", "text") and data.path is None:
+    if data.kind in ("huggingface", *OF_TEXTS) and data.path is None:
         return _hub_dataset(data, what, download)
     written = data.path if data.file is None else data.file
     assert written is not None
@@ -80,7 +82,8 @@ def locate_data(data: DataSpec, resolve: Resolve, what: str, download: bool = Fa
             f"{path} ({what}) does not exist. Correct the path in suite.yaml, or leave the field "
             "out."
         )
-    if data.kind == "text" and path.is_file() and path.suffix.lower() in TABLES:
+    endings = TABLES if data.kind == "text" else (*TABLES, *PLAIN_TEXT)
+    if data.kind in OF_TEXTS and path.is_file() and path.suffix.lower() in endings:
         return path
     if data.kind != "numpy" and not path.is_dir():
         hint = ""
@@ -88,7 +91,7 @@ def locate_data(data: DataSpec, resolve: Resolve, what: str, download: bool = Fa
             hint = " `mergescope prepare SUITE --download` fetches it where torchvision can."
         raise SuiteError(
             f"{path} ({what}) is not a folder"
-            + (f" or a file {', '.join(TABLES)}" if data.kind == "text" else "")
+            + (f" or a file {', '.join(endings)}" if data.kind in OF_TEXTS else "")
             + f". Correct the path in suite.yaml; archives must be unpacked.{hint}"
         )
     return path
@@ -188,8 +191,10 @@ def data_identity(data: DataSpec, resolve: Resolve, what: str) -> str:
         return content
     apart = {"file", "path", "revision"}
     fields = data.model_dump(mode="json", exclude=apart, exclude_defaults=True)
-    if data.kind == "text":
+    if data.kind in OF_TEXTS:
         fields["tokenizer"] = _tokenizer_identity(tokenizer_path(data, resolve), what)
+    if data.kind == "language":
+        fields["length"] = data.window
     if data.classes is not None:
         fields["classes"] = read_names(data.classes, resolve, f"classes of {what}")
     return digest_of("data", json.dumps(fields, sort_keys=True), content)

@@ -5,14 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from merge_core.strict_model import StrictModel
 
-Kind = Literal["numpy", "folder", "idx", "cifar", "torchvision", "huggingface", "text"]
+Kind = Literal["numpy", "folder", "idx", "cifar", "torchvision", "huggingface", "text", "language"]
+WINDOW = 512  # tokens, where a language model's data name no length
+MetricName = Literal["accuracy", "cross_entropy"]
 Positive = Annotated[float, Field(gt=0)]
 Three = tuple[float, float, float]
 ThreePositive = tuple[Positive, Positive, Positive]
@@ -42,7 +44,14 @@ FIELDS: dict[Kind, tuple[frozenset[str], frozenset[str]]] = {
         | {"tokenizer", "length"},
         frozenset({"text_columns"}),
     ),
+    "language": (
+        frozenset({"path", "dataset", "config", "revision", "text_columns", "tokenizer", "length"})
+        | {"blocks", "choices_column", "answer_column", "length_normalised"},
+        frozenset(),
+    ),
 }
+# Kinds that hold texts, which a tokenizer cuts.
+OF_TEXTS: frozenset[Kind] = frozenset({"text", "language"})
 # What a numpy archive is read by as it is; anything more makes a prepared copy.
 PLAIN = {"kind", "file", "mean", "std"}
 
@@ -116,10 +125,20 @@ class DataSpec(StrictModel):
         revision: of the hub's repository.
         image_column: of a Hugging Face dataset; found by its type where not named.
         label_column: likewise.
-        text_columns: of texts: one, or two that are read as a pair.
+        text_columns: of texts: one, or two that are read as a pair. Of a language model's: one,
+            ``text`` where a table has it and none is named; with choices, the question's.
         tokenizer: of texts: a folder or hub id that holds a fast tokenizer of transformers; the
             suite's base where it is not named.
-        length: of texts: tokens that are kept at most.
+        length: of texts: tokens that are kept at most; of a language model's texts tokens of a
+            window, into as many of which a text is cut as it takes (512).
+        blocks: of a language model's texts: all texts of a split are one, cut into blocks of
+            `length` tokens, which are the units that are drawn and counted.
+        choices_column: of a language model's: the texts of which one follows the question, as a
+            list; the likeliest is the model's answer.
+        answer_column: with choices: the number of the right one, from 0, its letter (A, B, ...) or
+            its text.
+        length_normalised: with choices: whether the likelihood of a choice is that of one token,
+            the mean over its own, rather than of all together.
         labelled: whether there are labels.
         classes: class names in the order of the head's outputs.
         val: the source's own split to choose on.
@@ -144,6 +163,10 @@ class DataSpec(StrictModel):
     text_columns: Annotated[list[str], Field(min_length=1, max_length=2)] | None = None
     tokenizer: str | None = None
     length: int = Field(default=128, ge=2, le=8192)
+    blocks: bool = False
+    choices_column: str | None = None
+    answer_column: str | None = None
+    length_normalised: bool = False
     labelled: bool = True
     classes: Names | None = None
     val: str | None = None
@@ -166,11 +189,11 @@ class DataSpec(StrictModel):
             )
         if missing := sorted(needed - given):
             raise ValueError(f"the kind {self.kind!r} needs {missing[0]!r}")
-        on_hub = self.kind in ("huggingface", "text")
+        on_hub = self.kind == "huggingface" or self.kind in OF_TEXTS
         if on_hub and (self.path is None) == (self.dataset is None):
             raise ValueError(
                 f"the kind {self.kind!r} needs either 'path', a folder"
-                + (" or file" if self.kind == "text" else "")
+                + (" or file" if self.kind in OF_TEXTS else "")
                 + ", or 'dataset', a name on the hub"
             )
         if self.kind == "torchvision" and self.dataset not in TORCHVISION:
@@ -178,18 +201,58 @@ class DataSpec(StrictModel):
                 f"no dataset {self.dataset!r}; those of torchvision that can be read are "
                 f"{', '.join(TORCHVISION)}"
             )
-        if self.kind == "text" and given & {"transform", "mean", "std"}:
-            raise ValueError("the kind 'text' takes no transform, mean or std")
+        if self.kind in OF_TEXTS and given & {"transform", "mean", "std"}:
+            raise ValueError(f"the kind {self.kind!r} takes no transform, mean or std")
+        if self.kind == "language":
+            self._check_language(given)
         if self.transform is not None and given & {"mean", "std"}:
             raise ValueError("a transform brings its own mean and std; leave out these two")
         if self.val_share == 1 and self.val is not None and self.val == self.test:
             raise ValueError("val_share must be less than 1 where val and test are one split")
         return self
 
+    def _check_language(self, given: Set[str]) -> None:
+        """Refuse fields that do not go together.
+
+        Raises:
+            ValueError: there are such.
+        """
+        if odd := given & {"labelled", "classes"}:
+            raise ValueError(
+                f"the kind 'language' takes no {min(odd)!r}: each next token is its own label, and "
+                "choices have an answer_column"
+            )
+        if len(self.text_columns or ()) > 1:
+            raise ValueError("the kind 'language' takes one text column")
+        if (self.choices_column is None) != (self.answer_column is None):
+            raise ValueError("choices_column and answer_column go together")
+        if self.length_normalised and self.choices_column is None:
+            raise ValueError("length_normalised is of choices; name the choices_column")
+        if self.choices_column is not None and self.blocks:
+            raise ValueError("questions with choices are not cut into blocks")
+        if self.choices_column is not None and self.text_columns is None:
+            raise ValueError("name the question's column in text_columns, as [question]")
+
     @property
-    def inputs(self) -> Literal["images", "texts"]:
+    def inputs(self) -> Literal["images", "texts", "blocks", "questions"]:
         """What these are, for messages."""
-        return "texts" if self.kind == "text" else "images"
+        if self.choices_column is not None:
+            return "questions"
+        if self.blocks:
+            return "blocks"
+        return "texts" if self.kind in OF_TEXTS else "images"
+
+    @property
+    def window(self) -> int:
+        """Tokens of a language model's texts that are run at once."""
+        return self.length if "length" in self.model_fields_set else WINDOW
+
+    @property
+    def measured_by(self) -> str:
+        """In what way: inputs of different ways have no common mean."""
+        if self.kind != "language":
+            return "classifier"
+        return "cross-entropy" if self.choices_column is None else "choices"
 
     @property
     def plain(self) -> bool:

@@ -30,9 +30,10 @@ from merge_core.errors import (
 from merge_core.files import digest_of, path_below, read_yaml
 from merge_core.hub.files import is_hub_id
 from merge_core.hub.models import cache_path, require_cached, resolve_revision
+from merge_core.suites.architectures import tell_language_model
 from merge_core.suites.bundled import RECORD_SUFFIX, bundled_suites
 from merge_core.suites.data_files import data_identity, head_identity
-from merge_core.suites.data_spec import DataSpec
+from merge_core.suites.data_spec import DataSpec, MetricName
 from merge_core.suites.manifest import Manifest, make_manifest
 from merge_core.suites.mergekit import explain_mergekit
 from merge_core.suites.suite_spec import ArchitectureSpec, SuiteSpec
@@ -211,6 +212,8 @@ class Suite:
         files of sentence-transformers beside the base; but classifiers within the experts'
         checkpoints take what they were trained on.
         """
+        if self.speaks:
+            return self.spec.architecture or tell_language_model(self._opened())
         own = any(map(self.has_own_head, self.tasks))
         return tell_architecture(self.spec.architecture, self._opened(), own)
 
@@ -246,8 +249,24 @@ class Suite:
         return self._data.get(task)
 
     @property
+    def speaks(self) -> bool:
+        """Whether its models are evaluated as language models, by what they say of texts."""
+        return any(data.kind == "language" for data in self._known_data())
+
+    @property
+    def measured_by(self) -> MetricName:
+        """What its models are measured by: the column of frames about them."""
+        texts = any(d.kind == "language" and d.choices_column is None for d in self._known_data())
+        return "cross_entropy" if texts else "accuracy"
+
+    def _known_data(self) -> list[DataSpec]:
+        """The data of its tasks, as suite.yaml gives them."""
+        return [each.data for each in self.spec.experts.values() if each.data is not None]
+
+    @property
     def inputs(self) -> str:
-        """What the data of its tasks are: ``images``, ``texts``, or ``inputs`` for both or none."""
+        """What the data of its tasks are: ``images``, ``texts`` and so on; ``inputs`` for several
+        kinds or none."""
         kinds = {spec.data.inputs for spec in self.spec.experts.values() if spec.data is not None}
         return kinds.pop() if len(kinds) == 1 else "inputs"
 
@@ -269,8 +288,14 @@ class Suite:
         """What the suite lacks for evaluation, in words; None if nothing."""
         if self.architecture is None:
             return "the suite names no architecture"
+        if len({each.measured_by for each in self._known_data()}) > 1:
+            return (
+                "its tasks are measured in several ways (texts by cross-entropy, questions with "
+                "choices by likelihood, others by classifiers), of which there is no mean; make a "
+                "suite of each"
+            )
         experts = self.spec.experts.items()
-        headless = [task for task, spec in experts if spec.head is None]
+        headless = [task for task, spec in experts if spec.head is None and not self.speaks]
         lacking = {
             "head": [task for task in headless if not self.has_own_head(task)],
             "data": [task for task, spec in experts if spec.data is None],
@@ -373,14 +398,17 @@ class Suite:
             HubError: a head, tower or tokenizer on the hub is not downloaded.
         """
         spec = self.spec.experts[task]
-        headless = spec.head is None and not self.has_own_head(task)
+        headless = spec.head is None and not self.speaks and not self.has_own_head(task)
         data = self.data(task)
         if data is None or headless or self.architecture is None:
             raise SuiteError(f"Task {task!r} cannot be evaluated: {self.why_not_evaluated}.")
+        given = data_identity(data, self.file, f"data of task {task!r} of {self.path}")
+        if data.kind == "language":
+            return digest_of("language", self.architecture.identity, given)
         parts = [
             *map(repr, data.constants),
             self.architecture.identity,
-            data_identity(data, self.file, f"data of task {task!r} of {self.path}"),
+            given,
             digest_of("own head", self.expert(task).digest)
             if spec.head is None
             else head_identity(spec.head, self.file, f"head of task {task!r} of {self.path}"),

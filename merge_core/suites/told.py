@@ -11,7 +11,7 @@ from merge_core.checkpoints.parameter_roles import describe
 from merge_core.checkpoints.shards import TensorInfo
 from merge_core.compatibility.companions import companions_of
 from merge_core.suites.architectures import add_pooling, read_architecture
-from merge_core.suites.data_spec import DataSpec
+from merge_core.suites.data_spec import OF_TEXTS, DataSpec
 from merge_core.suites.preprocessors import read_transform
 from merge_core.suites.suite_spec import ArchitectureSpec
 
@@ -116,10 +116,10 @@ def complete_data(
         members: the base, where there is one, and the experts.
     """
     update: dict[str, Any] = {}
-    if data.kind == "text" and data.tokenizer is None:
+    if data.kind in OF_TEXTS and data.tokenizer is None:
         update["tokenizer"] = base
     by_transformers = architecture is not None and architecture.library == "transformers"
-    pictures = data.kind != "text" and data.transform is None and not data.normalised_only
+    pictures = data.kind not in OF_TEXTS and data.transform is None and not data.normalised_only
     if by_transformers and pictures and architecture is not None and architecture.name != CLIP:
         update["transform"] = next(filter(None, map(read_transform, members)), None)
     return data.model_copy(update=update) if any(update.values()) else data

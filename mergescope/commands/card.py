@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mergescope.terminal import LimitOption, console, parse_split, print_frame
+from mergescope.terminal import LimitOption, console, parse_split, print_metric
 
 
 def card(
@@ -21,6 +21,7 @@ def card(
 ) -> None:
     """Evaluate a merged model and write its model card anew, with the accuracies."""
     from analysis.evaluation.model_card import write_card
+    from analysis.metrics import metric_of
     from merge_core.merging.inputs import find_suite
     from merge_core.output.provenance import read_provenance
 
@@ -28,6 +29,5 @@ def card(
     about = read_provenance(folder)
     members = find_suite(about.recipe.suite, about.members, suite)
     frame = write_card(folder, about, members, part, limit)
-    columns = ["task", "accuracy", "low", "high", "correct", "images"]
-    print_frame(console(), f"Accuracy on the {part} split, with 95 % intervals", frame[columns])
+    print_metric(console(), part, metric_of(frame).tell(frame, ["task"]))
     typer.echo(str(folder / "README.md"))

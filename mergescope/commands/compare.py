@@ -12,10 +12,12 @@ from merge_core.errors import MergeScopeError
 from mergescope.terminal import (
     CsvOption,
     LimitOption,
+    PrecisionOption,
     SuiteArgument,
     TasksOption,
     check_csv,
     console,
+    parse_precision,
     parse_split,
     print_table,
     progress_bar,
@@ -61,21 +63,23 @@ def compare(
     split: Annotated[str, typer.Option(help="val or test.")] = "test",
     limit: LimitOption = None,
     csv: CsvOption = None,
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Methods on the same inputs: accuracy, cost, and which differences are real."""
     from analysis.comparison.run import run_comparison
     from analysis.evaluation.evaluator import Evaluator
+    from analysis.evaluation.precision import precision_words
     from merge_core.factors.store import FactorStore
     from merge_core.merging.engine import MergeSession
     from merge_core.suites.suite import load_suite
 
-    part = parse_split(split)
+    part, computed = parse_split(split), parse_precision(precision)
     check_csv(csv)
     loaded = load_suite(suite)
     chosen = loaded.select(split_names(tasks))
     names = _choose_methods(methods, loaded, chosen)
     own = [_read_own_recipe(text, loaded, chosen) for text in recipe or []]
-    evaluator = Evaluator(loaded)
+    evaluator = Evaluator(loaded, precision=computed)
     session = MergeSession(loaded, chosen, FactorStore())
     result = run_comparison(
         suite,
@@ -97,6 +101,8 @@ def compare(
         )
     out = console()
     _print_summary(out, result, split)
+    if changed := precision_words(evaluator, chosen, part, limit):
+        out.print(changed)
     _print_settings(out, result)
     _print_seeds(out, result)
     _print_differences(out, result)
@@ -134,25 +140,32 @@ def _read_own_recipe(text: str, suite: Suite, tasks: tuple[str, ...]) -> Recipe:
 
 
 def _print_summary(out: Console, result: Comparison, split: str) -> None:
+    from analysis.metrics import metric_of
+
+    metric = metric_of(result.summary)
+    unit = f" ({metric.unit})" if metric.unit else ""
     rows = result.summary.to_dict("records")
     # Two tables, so that each fits a narrow terminal.
     print_table(
         out,
-        f"Mean accuracy on the {split} split, with 95 % intervals",
-        ["method", "accuracy", "95 %", "normalised", "worst task"],
+        f"Mean {metric.noun}{unit} on the {split} split, with 95 % intervals{metric.hint}",
+        ["method", metric.column, "95 %", "normalised", "worst task"],
         [
             [
                 row["label"],
-                f"{row['accuracy']:.1%}",
-                f"{100 * row['low']:.1f} to {100 * row['high']:.1f}",
+                metric.show(row[metric.column]),
+                metric.show_interval(row["low"], row["high"]),
                 _format_known(row["normalised"], ".1%"),
-                f"{row['worst_task']} {row['worst']:.1%}",
+                f"{row['worst_task']} {metric.show(row['worst'])}",
             ]
             for row in rows
         ],
     )
-    references = f"experts, each on its own task: {result.experts['accuracy'].mean():.1%}"
-    out.print(references if result.base is None else f"{references}; base: {result.base:.1%}")
+    own = metric.show(result.experts[metric.column].mean())
+    references = f"experts, each on its own task: {own}"
+    out.print(
+        references if result.base is None else f"{references}; base: {metric.show(result.base)}"
+    )
     print_table(
         out,
         "What each takes: processor seconds to learn, decompose and merge here, from experts in "
@@ -184,32 +197,37 @@ def _format_known(value: float, form: str) -> str:
 
 
 def _print_seeds(out: Console, result: Comparison) -> None:
+    from analysis.metrics import metric_of
+
+    metric = metric_of(result.summary)
     for row in result.seeds.to_dict("records"):
         if row["seeds"] > 1:
             out.print(
-                f"{row['title']}, {row['seeds']} seeds: {row['accuracy']:.1%} ± "
-                f"{100 * row['spread']:.1f} (standard deviation over seeds; "
-                f"{row['least']:.1%} to {row['most']:.1%})"
+                f"{row['title']}, {row['seeds']} seeds: {metric.show(row[metric.column])} ± "
+                f"{metric.show_difference(row['spread'])[1:]} (standard deviation over seeds; "
+                f"{metric.show(row['least'])} to {metric.show(row['most'])})"
             )
 
 
 def _print_differences(out: Console, result: Comparison) -> None:
     from analysis.accuracy import differences_to, paired_differences, words_for_few_images
+    from analysis.metrics import metric_of
 
+    metric = metric_of(result.summary)
     best, *others = result.summary["label"].tolist()
     if not others:
         return
     real = differences_to(paired_differences(result.hits), best)
     print_table(
         out,
-        f"Real differences to {best}, in points (same inputs; 5 % after Holm's correction for "
-        "all pairs; each interval of its pair alone)",
+        f"Real differences to {best}, in {metric.points} (same inputs; 5 % after Holm's correction "
+        "for all pairs; each interval of its pair alone)",
         ["method", "difference", "95 %", "p"],
         [
             [
                 row["label"],
-                f"{100 * row['difference']:+.1f}",
-                f"{100 * row['low']:+.1f} to {100 * row['high']:+.1f}",
+                metric.show_difference(row["difference"]),
+                f"{metric.show_difference(row['low'])} to {metric.show_difference(row['high'])}",
                 f"{row['p']:.1g}",
             ]
             for row in real.to_dict("records")

@@ -1,4 +1,4 @@
-"""``mergescope evaluate``: accuracy per task of a recipe or of a suite's members."""
+"""``mergescope evaluate``: a recipe, or a suite's members, measured on every task."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ import typer
 from mergescope.terminal import (
     CsvOption,
     LimitOption,
+    PrecisionOption,
     check_csv,
     console,
+    parse_precision,
     parse_split,
-    print_frame,
+    print_metric,
     progress_bar,
     write_csv,
 )
@@ -24,13 +26,18 @@ def evaluate(
     split: Annotated[str, typer.Option(help="val or test.")] = "val",
     limit: LimitOption = None,
     csv: CsvOption = None,
+    precision: PrecisionOption = "float32",
 ) -> None:
-    """Per-task accuracy with 95 % intervals: of a recipe, or of a suite's members."""
+    """Per-task accuracy with 95 % intervals: of a recipe, or of a suite's members.
+
+    Of language models: cross-entropy in nats per token, and perplexity.
+    """
     import pandas as pd
     import yaml
 
-    from analysis.accuracy import mean_accuracy
     from analysis.evaluation.evaluator import Evaluator
+    from analysis.evaluation.precision import precision_words
+    from analysis.metrics import mean_over_tasks
     from merge_core.errors import SuiteError
     from merge_core.factors.store import FactorStore
     from merge_core.input_files import expand_path
@@ -39,7 +46,7 @@ def evaluate(
     from merge_core.suites.suite import load_suite
     from merge_core.yaml_text import load_yaml, read_text_file
 
-    part = parse_split(split)
+    part, computed = parse_split(split), parse_precision(precision)
     check_csv(csv)
     rows = []
     path = expand_path(target, SuiteError)
@@ -55,7 +62,7 @@ def evaluate(
         suite = load_suite(target)
         recipe = make_recipe({"suite": target, "method": "average"})
         recipes = {"average": recipe}
-    evaluator = Evaluator(suite)
+    evaluator = Evaluator(suite, precision=computed)
     session = MergeSession(suite, recipe.tasks, FactorStore())
     tasks = session.groups.tasks
     if not is_recipe:
@@ -67,8 +74,9 @@ def evaluate(
         frame = evaluator.recipe(each, session, part, limit, progress_bar("evaluating"))
         rows.append(frame.assign(model=title))
     table = pd.concat(rows, ignore_index=True)
-    mean = mean_accuracy(table, by=["model"]).assign(task="mean over tasks")
-    table = pd.concat([table, mean], ignore_index=True)
-    columns = ["model", "task", "accuracy", "low", "high", "correct", "images"]
-    print_frame(console(), f"Accuracy on the {split} split, with 95 % intervals", table[columns])
-    write_csv(table[columns], csv)
+    mean = mean_over_tasks(table, by=["model"]).assign(task="mean over tasks")
+    table = evaluator.metric.tell(pd.concat([table, mean], ignore_index=True), ["model", "task"])
+    print_metric(console(), split, table)
+    if not is_recipe and (changed := precision_words(evaluator, tasks, part, limit)):
+        typer.echo(changed)
+    write_csv(table, csv)

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from merge_core.errors import PoolError
+from mergescope.computing import computing
 from mergescope.terminal import progress_bar
 
 pool_app = typer.Typer(
@@ -24,6 +25,7 @@ def pool() -> None:
 
 
 @pool_app.command()
+@computing
 def build(
     output: Annotated[Path, typer.Argument(help="Folder to make.")],
     dataset: Annotated[
@@ -59,7 +61,6 @@ def build(
         int | None, typer.Option(min=1, help="Of each model; the preset's if left out.")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is random.")] = 0,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
 ) -> None:
     """Train a pool and write its folder with pool.yaml, weights and images."""
     from data.pool_building import build_pool
@@ -67,8 +68,8 @@ def build(
     from data.pool_presets import Request, plan_request
     from data.pool_tasks import POOL_TASKS, Sizes
     from data.vision_datasets import VISION_DATASETS, load_vision_dataset
+    from merge_core.devices import current_device
 
-    place = _device(device)
     task: ImageTask
     if dataset in POOL_TASKS:
         if root is not None or download:
@@ -91,7 +92,7 @@ def build(
         preset=preset,  # type: ignore[arg-type]  # checked there
     )
     plan, task = plan_request(request, task)
-    build_pool(output, plan, task, seed, place, progress_bar("training"))
+    build_pool(output, plan, task, seed, current_device().torch, progress_bar("training"))
     typer.echo(str(output))
 
 
@@ -110,16 +111,6 @@ def _name(output: Path) -> str:
             f"{name!r} cannot be a pool's name. Call the folder by letters, digits and . _ + - "
             "(at most 80)."
         ) from error
-
-
-def _device(name: str) -> Any:
-    import torch
-
-    if name not in ("cpu", "cuda"):
-        raise PoolError(f"--device must be cpu or cuda, got {name!r}.")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise PoolError("PyTorch finds no CUDA device here. Use --device cpu.")
-    return torch.device(name)
 
 
 def _arguments(pairs: list[str]) -> dict[str, Any]:

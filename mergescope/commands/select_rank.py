@@ -9,12 +9,15 @@ import typer
 
 from merge_core.errors import MergeScopeError, OutputError
 from mergescope.terminal import (
+    SHARES,
     CsvOption,
+    PrecisionOption,
     SuiteArgument,
     TasksOption,
     check_csv,
     console,
     numbers,
+    parse_precision,
     print_frame,
     progress_bar,
     size,
@@ -71,6 +74,7 @@ def select(
             "processes:2, ray, ray://host:port. One after another if left out."
         ),
     ] = None,
+    precision: PrecisionOption = "float32",
 ) -> None:
     """Which rank and scale: from labels, from inputs alone, or from weights alone."""
     from analysis.evaluation.evaluator import Evaluator
@@ -83,6 +87,7 @@ def select(
     from merge_core.suites.suite import load_suite
 
     check_csv(csv)
+    computed = parse_precision(precision)
     if output is not None and output.is_dir():
         raise OutputError(f"{output} is a folder; give a file name for the recipe.")
     where = None if executor is None else executor_named(executor)
@@ -90,7 +95,7 @@ def select(
     chosen = _parse_mode(mode, loaded.can_evaluate)
     axes = numbers(ranks, "--ranks"), numbers(scales, "--scales")
     space = search_space(method, suite, split_names(tasks), *axes)
-    evaluator = Evaluator(loaded) if loaded.can_evaluate else None
+    evaluator = Evaluator(loaded, precision=computed) if loaded.can_evaluate else None
     session = MergeSession(loaded, space.base.tasks, FactorStore())
     result = select_rank(
         space,
@@ -115,7 +120,7 @@ def _parse_mode(text: str | None, can_evaluate: bool) -> Mode:
 
 
 def _print(out: Console, result: Selection) -> None:
-    from analysis.accuracy import mean_accuracy
+    from analysis.metrics import mean_over_tasks, metric_of
     from analysis.rank_selection.select import setting_words
 
     out.print(f"recommended: {setting_words(result.rank, result.scale)}")
@@ -125,7 +130,7 @@ def _print(out: Console, result: Selection) -> None:
     if result.accuracy is not None:
         out.print(f"validation: {_share(result.accuracy)}")
     if result.report is not None:
-        out.print(f"test: {_share(mean_accuracy(result.report).iloc[0])}")
+        out.print(f"test: {_share(mean_over_tasks(result.report).iloc[0])}")
     tied = result.tied
     for axis in ("rank", "scale"):
         values = tied[axis].dropna()
@@ -134,8 +139,10 @@ def _print(out: Console, result: Selection) -> None:
                 f"{axis} of the {len(tied)} settings that these inputs do not tell apart: "
                 f"{values.min():g} to {values.max():g}"
             )
-    columns = ["title", "mode", "rank", "scale", "accuracy"]
-    print_frame(out, "What each rule picks", result.picks[columns].dropna(axis=1, how="all"))
+    metric = metric_of(result.picks)
+    columns = ["title", "mode", "rank", "scale", metric.column]
+    picks = result.picks[columns].dropna(axis=1, how="all")
+    print_frame(out, "What each rule picks", picks, () if metric.unit else SHARES)
     for row in result.picks[result.picks["at_edge"] != ""].to_dict("records"):
         if row["proxy"] != result.rule:
             out.print(f"{row['title']}: {row['at_edge']}")
@@ -150,4 +157,10 @@ def _print(out: Console, result: Selection) -> None:
 
 
 def _share(row: pd.Series) -> str:
-    return f"{row['accuracy']:.1%} ({row['low']:.1%} to {row['high']:.1%})"
+    from analysis.metrics import metric_of
+
+    metric = metric_of(row)
+    if not metric.unit:
+        return f"{row['accuracy']:.1%} ({row['low']:.1%} to {row['high']:.1%})"
+    interval = metric.show_interval(row["low"], row["high"])
+    return f"{metric.show(row[metric.column])} {metric.unit} ({interval})"

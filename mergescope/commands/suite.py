@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from merge_core.errors import SuiteError
+from mergescope.computing import DeviceOption, computing
 from mergescope.terminal import (
     console,
     print_above,
@@ -112,6 +113,7 @@ def init(
 
 
 @suite_app.command()
+@computing
 def build(
     plan: Annotated[
         str, typer.Argument(help="A plan's file, or a plan that comes with MergeScope: sentences.")
@@ -124,9 +126,7 @@ def build(
         str | None,
         typer.Option(help="In place of the plan's: a path, a hub id or package:NAME."),
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="In place of the plan's: cpu, cuda or auto.")
-    ] = None,
+    device: DeviceOption = None,
     download: Annotated[
         bool, typer.Option("--download", help="Fetch a base or datasets of the hub if missing.")
     ] = False,

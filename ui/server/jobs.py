@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from merge_core.devices import Device, current_device, use_device
 from merge_core.errors import Cancelled, MergeScopeError
 from merge_core.progress import Progress
 
@@ -91,7 +92,7 @@ class JobRunner:
 
             job.progress.listener = listener
             self._jobs[key] = job
-        self._pool.submit(self._run, job, work)
+        self._pool.submit(self._run, job, work, current_device())
         return job
 
     def get(self, key: str) -> Job | None:
@@ -109,11 +110,12 @@ class JobRunner:
 
         torch.set_num_threads(self._threads)
 
-    def _run(self, job: Job, work: Callable[[Progress], Any]) -> None:
+    def _run(self, job: Job, work: Callable[[Progress], Any], device: Device) -> None:
         try:
             job.progress.step(0, 0)
             job.state = "running"
-            job.result = work(job.progress)
+            with use_device(device):
+                job.result = work(job.progress)
             job.state = "done"
         except Cancelled as error:
             job.state, job.error = "cancelled", str(error)

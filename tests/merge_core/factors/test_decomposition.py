@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from merge_core.factors import store as store_module
-from merge_core.factors.decomposition import gram, leading_side, truncation_errors
+from merge_core.factors.decomposition import (
+    decompose,
+    gram,
+    leading_side,
+    leading_triplets,
+    truncation_errors,
+)
 from merge_core.factors.low_rank import decompose_product, sum_of_truncations
 from merge_core.factors.store import TOLERANCE, FactorStore, TaskMatrix
 
@@ -264,3 +270,41 @@ def test_the_folder_is_kept_within_its_limit_and_the_oldest_goes_first(tmp_path:
     assert fresh.decompositions == 0
     ask(fresh, 0)
     assert fresh.decompositions == 1
+
+
+@pytest.mark.parametrize("shape", [(90, 40), (40, 90), (50, 50), (6, 4)])
+@pytest.mark.parametrize("kind", ["falling", "low rank", "zero"])
+def test_leading_triplets_are_numpys(shape: tuple[int, int], kind: str) -> None:
+    count, r = 3, min(shape)
+    source = np.random.default_rng(4)
+    values = {
+        "falling": 0.8 ** np.arange(r),
+        "low rank": (np.arange(r) < 2).astype(float),  # fewer than are asked for
+        "zero": np.zeros(r),
+    }[kind]
+    U, V = (np.linalg.qr(source.standard_normal((side, r)))[0] for side in shape)
+    A = (U * values) @ V.T
+    found = leading_triplets(torch.from_numpy(A), count)
+    left, S, right = (part.numpy() for part in found)
+    np.testing.assert_allclose(S, np.linalg.svd(A, compute_uv=False)[:count], atol=1e-14)
+    for side in (left, right):
+        np.testing.assert_allclose(side.T @ side, np.eye(count), atol=1e-13)
+    # Values that differ by a fifth: vectors are off by a few roundings over that distance.
+    np.testing.assert_allclose(
+        (left * S) @ right.T,
+        (U * values)[:, :count] @ V[:, :count].T,
+        atol=1e-13 if kind != "low rank" else 1e-12,
+    )
+
+
+def test_a_long_side_is_made_orthonormal_where_it_is_not() -> None:
+    source = torch.Generator().manual_seed(3)
+    U, V = (
+        torch.linalg.qr(torch.randn(side, 30, generator=source).double()).Q for side in (300, 30)
+    )
+    S = torch.logspace(0, -3.5, 30).double()  # of the Gram matrix, seven digits
+    A = (U * S) @ V.T
+    strict, loose = decompose(A), decompose(A, defect=1e-3)
+    eye = torch.eye(30).double()
+    defects = [float((f.U.T @ f.U - eye).norm()) for f in (strict, loose)]
+    assert defects[0] < 1e-13 < defects[1] < 1e-3

@@ -15,7 +15,7 @@ from merge_core.errors import Cancelled
 from merge_core.factors.store import FactorStore
 from merge_core.methods import blockwise, get_method, selection
 from merge_core.methods.declaration import Run
-from merge_core.methods.selection import Passes, kth_largest
+from merge_core.methods.selection import Passes, kth_largest, kth_of_rows
 from merge_core.progress import Progress
 from merge_core.suites.suite import Suite
 from merge_core.task_vectors import TensorGroups
@@ -117,3 +117,18 @@ def test_passes_report_every_parameter_and_can_be_cancelled(
     stopped.cancel.set()
     with pytest.raises(Cancelled):
         method.prepare(groups, checked, Run(), stopped)
+
+
+@pytest.mark.parametrize("sample", [8, 64, 1 << 14])
+@given(st.integers(1, 3), st.integers(1, 700), st.integers(0, 99), st.sampled_from([0, 1, 6]))
+def test_order_statistics_of_rows_are_the_full_sorts(
+    sample: int, rows: int, size: int, seed: int, digits: int
+) -> None:
+    source = np.random.default_rng(seed)
+    values = torch.from_numpy(source.standard_normal((rows, size)).round(digits))
+    before, rank = values.clone(), int(source.integers(1, size + 1))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(selection, "ROW_SAMPLE", sample)
+        got = kth_of_rows(values, rank)
+    assert torch.equal(values, before)
+    assert got.tolist() == np.sort(values.numpy(), axis=1)[:, size - rank].tolist()

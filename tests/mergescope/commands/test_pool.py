@@ -126,7 +126,7 @@ def test_mistakes(call: Any, tmp_path: Path, capsys: Any) -> None:
         ([output, "--arg", "channels=["], "is not a value"),
         ([output, "--arg", "channels=7"], "cannot build 'vgg'"),
         ([output, "--architecture", "resnet99"], "resnet99"),
-        ([output, "--device", "tpu"], "cpu or cuda"),
+        ([output, "--device", "tpu"], "is no device"),
         ([tmp_path / "two words"], "cannot be a pool's name"),
         ([output, "--members", 0], "--members"),
     ]

@@ -1,0 +1,1 @@
+"""Causal language models evaluated on texts: cross-entropy, and the likeliest of choices."""
