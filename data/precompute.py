@@ -93,6 +93,7 @@ def _ask_accuracies(
     if found is not None:
         recipes = {title: recipe for title, (recipe, _) in found[0].items()}
         flips_if_known(outputs, recipes["Weight average"], recipes["CART"], lambda: session)
+    scaling(outputs, [tasks], factors, progress)  # as beside a suite of another size
     if every_view:
         drawn = draw_subsets(tasks, task_counts(len(tasks)), SUBSETS[0])
         scaling(outputs, drawn, factors, progress)

@@ -88,10 +88,10 @@ def over_tasks(view: View, value: str) -> None:
         how_to_read=charts.HowToRead(
             "Each point is the mean over random subsets of that many tasks, evaluated on the "
             "**test** split of the tasks that were merged; the band is the range from the worst "
-            "to the best subset. CART is at the rank and scale that its rule recommends from the "
-            "weights of these very experts (of two tasks it is their average at any setting); the "
-            "others are at their published defaults. Subsets share tasks, so neighbouring points "
-            "are not independent.",
+            "to the best subset. CART and Task Arithmetic are at the rank and scale that their "
+            "rules recommend from the weights of these very experts (CART of two tasks is their "
+            "average at any setting); the others are at their published defaults. Subsets share "
+            "tasks, so neighbouring points are not independent.",
             r"\tfrac1T\sum_t \frac{\mathrm{acc}_t(\theta_{\mathrm{merged}})}"
             r"{\mathrm{acc}_t(\theta_t)}",
         ),
