@@ -15,6 +15,7 @@ from analysis.frames.usual import SHARES
 from analysis.rank_selection.per_layer import ranks_per_layer
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_proxies import proxy_curves, recommend_from_weights
+from analysis.spectral.build_up import build_up_shown
 from analysis.spectral.centring import centring_frame
 from analysis.spectral.interference import (
     Side,
@@ -43,6 +44,7 @@ OVER_RANK = frame_question("spectral.over_rank", 1, "interference over the rank"
 CENTRING = frame_question("spectral.centring", 1, "what centring does to each layer")
 ANGLES = frame_question("spectral.angles", 1, "the principal angles")
 SIGNS = frame_question("spectral.signs", 1, "the clashes of signs")
+BUILD_UP = frame_question("spectral.build_up", 1, "the picture of a matrix")
 PROXIES = frame_question("rank.proxy_curves", 1, "the rules over the rank")
 PICKS = frame_question("rank.weight_picks", 1, "what every rule picks")
 PER_LAYER = frame_question("rank.per_layer", 2, "the ranks of each layer")
@@ -57,6 +59,7 @@ QUESTIONS: tuple[Question[pd.DataFrame], ...] = (
         CENTRING,
         ANGLES,
         SIGNS,
+        BUILD_UP,
         PROXIES,
         PICKS,
         PER_LAYER,
@@ -239,6 +242,10 @@ class WeightFrames:
             return frame[frame["parameter"].isin(self.suite.matrices)].reset_index(drop=True)
 
         return self._ask(SIGNS, {}, compute)
+
+    def build_up(self, task: str) -> pd.DataFrame:
+        """See :func:`analysis.spectral.build_up.build_up_shown`."""
+        return self._ask(BUILD_UP, {"task": task}, lambda: build_up_shown(self._groups(), task))
 
     def proxy_curves(self, space: SearchSpace) -> pd.DataFrame:
         """See :func:`analysis.rank_selection.weight_proxies.proxy_curves`."""

@@ -21,6 +21,7 @@ import torch
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.frames.entries import Asked, Kept
+from analysis.frames.flips import flips_if_known
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.from_pools import PoolFrames, pool_inputs
 from analysis.frames.from_weights import WeightFrames
@@ -71,6 +72,7 @@ def ask_weights(suite: Suite, listener: Listener, folder: Path) -> None:
     frames.centring(0.5)
     frames.angles(FC, "average", 3)
     frames.signs()
+    frames.build_up(suite.tasks[0])
     frames.proxy_curves(space)
     frames.weight_picks(space)
     frames.ranks_per_layer(space, 0.25)
@@ -92,6 +94,13 @@ def ask_outputs(folder: Path, listener: Listener) -> None:
     frames.suggestion(search_space("cart", "mine", suite.tasks))
     frames.first_result(frames.first_recipes())
     frames.first_result_if_known()
+    average, cart = (
+        make_recipe({"suite": "mine", "tasks": suite.tasks, "method": name})
+        for name in ("average", "cart")
+    )
+    frames.recipe(average, "test")
+    frames.recipe(cart, "test")
+    assert flips_if_known(frames, average, cart, lambda: session) is not None
     scaling(frames, [suite.tasks], FactorStore(folder / "f"))
 
 
