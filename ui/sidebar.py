@@ -63,8 +63,14 @@ def choose_suite() -> View:
 
 
 def choose_device() -> None:
-    """What computes, kept for the session and in no link: a stranger's machine has others."""
+    """What computes, kept for the session and in no link: a stranger's machine has others.
+
+    Nothing is drawn where there is nothing to choose.
+    """
     there = {device.name: device for device in find_devices()}
+    if len(there) == 1:
+        set_device(choose_named_device())
+        return
 
     def words(name: str) -> str:
         device = there[name]
