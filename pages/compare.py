@@ -147,10 +147,10 @@ def ranking(result: Comparison) -> None:
         columns=2,
         how_to_read=charts.HowToRead(
             f"Dots: mean {metric.noun} over the tasks on the **test** split with its 95 % "
-            "interval, and the worst task; the number is the place. Methods that need to be told which task an "
-            "input is of hold more than one model, and are ranked by themselves. A method whose "
-            "seed changes the merge is one row: the mean over its seeds, and their range. Map: row "
-            "minus column on the **same inputs**, in "
+            "interval, and the worst task; the number is the place. Methods that need to be told "
+            "which task an input is of hold more than one model, and are ranked by themselves. A "
+            "method whose seed changes the merge is one row: the mean over its seeds, and their "
+            "range. Map: row minus column on the **same inputs**, in "
             f"{metric.points}, by place: first the methods that give "
             "one model, then the others (of seeds the first one); a dot marks differences that "
             f"stay significant at 5 % in {EXACT[metric.column]}, over all tasks at once, after "

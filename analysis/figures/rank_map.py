@@ -138,9 +138,7 @@ def _add_cells(
             coloraxis="coloraxis",
             xgap=gap,
             ygap=gap,
-            texttemplate=f"%{{z:{'.1f' if factor == 100 else '.2f'}}}"
-            if values.size <= CELLS_WITH_TEXT
-            else "",
+            texttemplate=written if values.size <= CELLS_WITH_TEXT else "",
             hoverinfo="skip",
             hoverongaps=False,
         )
