@@ -12,8 +12,8 @@ from analysis.frames.usual import SUBSETS
 from analysis.metrics import METRICS
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of
+from merge_core.suites.bundled import bundled_title
 from merge_core.suites.data_files import data_identity
-from merge_core.suites.suite import load_suite
 from ui import charts, shell
 from ui.controls import choice, multiselect
 from ui.progress import run_job
@@ -87,10 +87,10 @@ def over_tasks(view: View, value: str) -> None:
         how_to_read=charts.HowToRead(
             "Each point is the mean over random subsets of that many tasks, evaluated on the "
             "**test** split of the tasks that were merged; the band is the range from the worst "
-            "to the best subset. CART is at the rank and scale that its rule recommends from the "
-            "weights of these very experts (of two tasks it is their average at any setting); the "
-            "others are at their published defaults. Subsets share tasks, so neighbouring points "
-            "are not independent.",
+            "to the best subset. CART and Task Arithmetic are at the rank and scale that their "
+            "rules recommend from the weights of these very experts (CART of two tasks is their "
+            "average at any setting); the others are at their published defaults. Subsets share "
+            "tasks, so neighbouring points are not independent.",
             r"\tfrac1T\sum_t \frac{\mathrm{acc}_t(\theta_{\mathrm{merged}})}"
             r"{\mathrm{acc}_t(\theta_t)}",
         ),
@@ -101,13 +101,14 @@ def over_tasks(view: View, value: str) -> None:
 def suites_alike(view: View) -> dict[str, View]:
     """Other suites on offer that have all chosen tasks and can be evaluated: name to view."""
     found = {}
-    for name, path in session_files.list_offered().items():
+    for name in session_files.list_offered():
         try:
-            suite = load_suite(path)
+            key = resources.suite_key(name)
+            suite = resources.open_suite(name, key)
             if name == view.name or not set(view.tasks) <= set(suite.tasks):
                 continue
             tasks = tuple(task for task in suite.tasks if task in view.tasks)
-            other = View(name, resources.suite_key(name), suite, tasks, suite.matrices[0])
+            other = View(name, key, suite, tasks, suite.matrices[0])
             if resources.is_measurable(other):
                 found[name] = other
         except MergeScopeError:  # said where it is opened
@@ -140,7 +141,8 @@ def over_sizes(view: View, value: str) -> None:
             "and the same task names, and both are compared here."
         )
         return
-    names = multiselect("Beside", list(others), "beside", rest=on_the_same_data(view, others))
+    rest = on_the_same_data(view, others)
+    names = multiselect("Beside", list(others), "beside", rest=rest, shown=bundled_title)
     if not names:
         return
     views = [view, *(others[name] for name in names)]

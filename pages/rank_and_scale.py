@@ -18,8 +18,10 @@ from analysis.rank_selection.select import (
     SelectionOptions,
     recipe_at,
     selectable_methods,
+    with_weight_picks,
 )
 from analysis.rank_selection.space import search_space
+from analysis.rank_selection.weight_proxies import PROXIES, defined_for
 from analysis.rank_selection.weight_response import PROPORTIONAL
 from merge_core.files import digest_of
 from merge_core.methods import get_method
@@ -117,9 +119,16 @@ def stored_choice(
 ) -> Selection | None:
     """The selection if it takes no forward pass (and the model is small)."""
     space = search_space(method, _view.name, tasks)
-    options = SelectionOptions(mode, full_grid, every_proxy)
+    options = SelectionOptions(mode, full_grid, every_proxy, only_rule=not every_proxy)
     live = resources.is_small(_view)
     return resources.output_frames(_view).select_if_known(space, options, live)
+
+
+@st.cache_data(max_entries=16, show_spinner="Asking the rules that need weights alone …")
+def picks_from_weights(key: str, tasks: tuple[str, ...], method: str, _view: View) -> pd.DataFrame:
+    """What every rule that needs weights alone picks."""
+    space = search_space(method, _view.name, tasks)
+    return resources.weight_frames(_view).weight_picks(space)
 
 
 @st.cache_data(max_entries=16, show_spinner="Following the rules over the rank …")
@@ -138,7 +147,7 @@ def find_selection(
         return known
     frames = resources.output_frames(view)
     space = search_space(method, view.name, view.tasks)
-    options = SelectionOptions(mode, full_grid, every_proxy)
+    options = SelectionOptions(mode, full_grid, every_proxy, only_rule=not every_proxy)
     frames.expect_selection(space, options)
 
     def work(progress: Progress) -> Selection:
@@ -163,8 +172,8 @@ def note(size: int, mode: Mode, full_grid: bool) -> str:
     """What the button will do, before it is pressed."""
     if mode == "weights":
         return (
-            "Decomposes the task vectors and asks every rule that needs weights alone. No input is "
-            "run."
+            "Decomposes the task vectors and asks the rule that the evidence recommends; the "
+            "others are asked when they are looked at. No input is run."
         )
     how = (
         f"Evaluates all {size} settings on every input of the validation split."
@@ -317,31 +326,46 @@ def curve_and_map(selection: Selection, view: View) -> None:
         known = (view.key, view.tasks, method, mode)
         other = stored_choice(*known, selection.full_grid, False, view)
         other = other or stored_choice(*known, False, False, view)
-    if view.suite.can_evaluate and toggle(
+    if toggle(
         "Mark every rule's pick",
         "marks",
-        "Rules that read weights are marked anyway; those that read inputs take a search each.",
+        "Rules that read weights take seconds; those that read inputs take a search each.",
     ):
         selection = add_every_pick(selection, view)
     settings_section(selection, other, view)
 
 
 def add_every_pick(selection: Selection, view: View) -> Selection:
-    """The selection with the picks of rules that read inputs, once they have been found."""
+    """The selection with the picks of all rules, once they have been found."""
     method, mode = selection.recipe.method, selection.mode
+    if not view.suite.can_evaluate:
+        return add_weight_picks(selection, view)
     try:
         found = find_selection(view, method, mode, selection.full_grid, every_proxy=True)
     except NotRecorded as error:
         show_info(error)
+        return add_weight_picks(selection, view)
+    return found or add_weight_picks(selection, view)
+
+
+def add_weight_picks(selection: Selection, view: View) -> Selection:
+    """The selection with the picks of all rules that need weights alone, where it lacks them."""
+    method = selection.recipe.method
+    asked = {name for name in PROXIES if defined_for(name, method)}
+    if len(asked.intersection(selection.picks["proxy"])) > 1 or not asked:
+        return selection  # they were looked at together
+    try:
+        picks = picks_from_weights(view.key, view.tasks, method, view)
+    except NotRecorded as error:
+        show_info(error)
         return selection
-    return found or selection
+    return with_weight_picks(selection, picks)
 
 
 @shell.fragment
 def proxies(selection: Selection, view: View) -> None:
     """Every proxy on the rank axis, and what each picks."""
-    if view.suite.can_evaluate:
-        selection = add_every_pick(selection, view)
+    selection = add_every_pick(selection, view)
     curves = curves_over_rank(view.key, view.tasks, selection.recipe.method, view)
     measured = selection.curve if selection.space.ranks else selection.curve.iloc[:0]
     over_rank, picked = None, None

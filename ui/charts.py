@@ -15,10 +15,12 @@ import plotly.graph_objects as go
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
+from analysis.figures.legible import INK, colour_texts, enlarge
 from analysis.metrics import Metric
-from ui import kept
+from ui import kept, presenting
 from ui.plain_text import plain_figure
 from ui.server.once import once
+from ui.words.glossary import link_terms
 
 P = ParamSpec("P")
 CARD = 130  # pixels: half a phone's width
@@ -144,6 +146,10 @@ def _write(
     return Drawn(json.loads(plain_figure(make(*args, **kwargs)).to_json(validate=False)))
 
 
+def _enlarge(figure: Drawn) -> Drawn:
+    return Drawn(enlarge(figure.spec, presenting.FACTOR))
+
+
 @dataclass(frozen=True)
 class Chart:
     """A figure as it stands in a panel.
@@ -216,8 +222,12 @@ def _draw(chart: Chart) -> None:
     if chart.on_click is not None:
         clicked = partial(_pass_on, chart.key, chart.on_click)
         options = {"on_select": clicked, "selection_mode": "points"}
+    ink = INK["dark" if st.context.theme.type == "dark" else "light"]
+    figure = Drawn(colour_texts(chart.figure.with_height(chart.height).spec, ink))
+    if presenting.is_on():
+        figure = once(_enlarge, figure)
     st.plotly_chart(
-        _AsDrawn(chart.figure.with_height(chart.height)),
+        _AsDrawn(figure),
         key=chart.key,
         alt=chart.alt,
         config={"toImageButtonOptions": image, "displaylogo": False},
@@ -243,7 +253,7 @@ def _explain(how_to_read: HowToRead, key: str) -> None:
     label, icon = "How to read this", ":material/menu_book:"
     with st.expander(label, icon=icon, key=f"how_{key}", on_change="rerun") as opened:
         if opened.open:
-            st.markdown(how_to_read.text)
+            st.markdown(link_terms(how_to_read.text))
             st.latex(how_to_read.formula)
 
 

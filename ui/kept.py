@@ -25,7 +25,7 @@ from ui import history
 
 STATE = "_kept"
 # Chosen beside every page, and so the same on all of them.
-SHARED = ("suite", "preset", "tasks", "layer", "pool", "start", "members", "device")
+SHARED = (*("suite", "preset", "tasks", "layer", "pool", "start", "members", "device", "present"),)
 Value = TypeVar("Value")
 Query = dict[str, list[str]]
 

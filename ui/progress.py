@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import streamlit as st
+from streamlit.runtime.scriptrunner import get_script_run_ctx
 
 from merge_core.progress import Progress
 from ui import shell
@@ -56,12 +57,18 @@ def run_job(
             args=(key, title, work),
         )
         return None
+    runner.join(key, _session())
     _watch(key)
     return None
 
 
 def _start(key: str, title: str, work: Callable[[Progress], Any]) -> None:
-    resources.job_runner().submit(key, title, work)
+    resources.job_runner().submit(key, title, work, _session())
+
+
+def _session() -> str:
+    context = get_script_run_ctx()
+    return "" if context is None else context.session_id
 
 
 @shell.fragment(run_every=POLL_SECONDS)

@@ -9,6 +9,7 @@ import streamlit as st
 from merge_core.devices import GIB, find_devices, set_device
 from merge_core.devices import choose_device as choose_named_device
 from merge_core.merging.engine import check_fits
+from merge_core.suites.bundled import bundled_title
 from merge_core.suites.pool import REGIMES, Pool
 from merge_core.suites.recorded import RecordedSuite
 from merge_core.suites.suite import Suite
@@ -27,6 +28,7 @@ def choose_suite() -> View:
         session_files.list_offered(),
         "suite",
         rest=SUITES.opened(),
+        shown=bundled_title,
         help="Experts fine-tuned from one base. The page Open checkpoints adds your own, "
         "and records.",
     )

@@ -225,10 +225,8 @@ def compare_with_uniform(
     for share in shares:
         uniform_hits = None
         for rule in (UNIFORM, *rules):
-            if rule == UNIFORM:
-                ranks, title = uniform_ranks(groups, share), "Uniform rank"
-            else:
-                ranks, title = allocate(groups, origin, share, rule, inner), ALLOCATIONS[rule][0]
+            title = "Uniform rank" if rule == UNIFORM else ALLOCATIONS[rule][0]
+            ranks = _ranks(groups, origin, share, rule, inner)
             tried = []
             for scale in scales:
                 progress.step(done, total, f"{title}, share {share:g}, scale {scale:g}")
@@ -255,3 +253,11 @@ def compare_with_uniform(
             )
     progress.step(total, total, "ranks per layer")
     return pd.DataFrame(rows)
+
+
+def _ranks(
+    groups: TensorGroups, origin: Origin, share: float, rule: str, progress: Progress
+) -> dict[str, int]:
+    if rule == UNIFORM:
+        return uniform_ranks(groups, share)
+    return allocate(groups, origin, share, rule, progress)

@@ -63,14 +63,22 @@ def suite_key(name: str) -> str:
         SuiteError: the suite's file is missing or wrong.
     """
     path = session_files.list_offered()[name]
+    state = stamp(path)
     if is_record(path):
-        return digest_of(stamp(path))
-    suite = load_suite(path)
+        return digest_of(state)
+    described, files = _read_description(str(path), state)
+    return digest_of(described, *map(stamp, files))
+
+
+@st.cache_resource(max_entries=64, show_spinner=False)
+def _read_description(path: str, state: str) -> tuple[str, tuple[Path, ...]]:
+    """The digest of a suite's file, as it is in that state, and the files that it names."""
+    suite = load_suite(Path(path))
     files = [suite.spec.base] if suite.spec.base else []
     for expert in suite.spec.experts.values():
         files += expert.files
-    stamps = [stamp(split_part(suite.file(relative))[0]) for relative in filter(None, files)]
-    return digest_of(str(suite.path), file_digest(suite.path), *stamps)
+    named = (split_part(suite.file(relative))[0] for relative in filter(None, files))
+    return digest_of(str(suite.path), file_digest(suite.path)), tuple(named)
 
 
 def stamp(path: Path) -> str:
@@ -78,7 +86,7 @@ def stamp(path: Path) -> str:
     return f"{path}:{file_stamp(path)}"
 
 
-@st.cache_resource(max_entries=8, show_spinner=False)
+@st.cache_resource(max_entries=32, show_spinner=False)
 def open_suite(name: str, key: str) -> Suite:
     """The suite of that name, as it is at that key; of a record, what it says of its suite."""
     path = session_files.list_offered()[name]
@@ -134,7 +142,7 @@ def frame_store(suite: Suite) -> Frames:
 @st.cache_resource(show_spinner=False)
 def job_runner() -> JobRunner:
     """The one job runner of the server."""
-    return JobRunner()
+    return JobRunner(is_active=session_files.is_active)
 
 
 @st.cache_resource(max_entries=4, show_spinner=False)

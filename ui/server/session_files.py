@@ -19,6 +19,7 @@ from functools import cache
 from pathlib import Path
 
 import streamlit as st
+from cachetools import Cache, TTLCache
 from filelock import FileLock
 from streamlit import runtime
 from streamlit.runtime.memory_uploaded_file_manager import MemoryUploadedFileManager
@@ -28,6 +29,7 @@ from streamlit.runtime.uploaded_file_manager import UploadedFile
 from merge_core.files import cache_dir, explain_os_error
 from merge_core.hub.files import is_hub_id
 from merge_core.suites.suite import Suite
+from ui.server import garbage
 from ui.server.catalog import SUITES
 
 STATE = "_own_files"
@@ -151,6 +153,7 @@ class Janitor:
             while True:
                 time.sleep(SWEEP_SECONDS)
                 self.sweep(time.monotonic())
+                release_sessions()
 
         threading.Thread(target=forever, name="mergescope-janitor", daemon=True).start()
         atexit.register(self.close)
@@ -181,7 +184,7 @@ class Janitor:
         patience = float(st.get_option("server.disconnectedSessionTTL")) + SPARE_SECONDS
         with self._guard:
             for path, (session, seen) in list(self._folders.items()):
-                if _is_active(session):
+                if is_active(session):
                     self._folders[path] = (session, now)
                 elif now - seen > patience:
                     shutil.rmtree(path, ignore_errors=True)
@@ -190,12 +193,34 @@ class Janitor:
                         runtime.get_instance().uploaded_file_mgr.remove_session_files(session)
 
 
+def release_sessions() -> None:
+    """Give back what sessions held, once no browser is connected.
+
+    Streamlit forgets sessions whose time is over only when another one leaves, so that the last
+    ones would stay for ever. It has no way of its own to ask for that.
+    """
+    if not runtime.exists():
+        return
+    server = runtime.get_instance()
+    if server.state != runtime.RuntimeState.NO_SESSIONS_CONNECTED:
+        return
+    manager = getattr(server, "_session_mgr", None)
+    stored = getattr(getattr(manager, "_session_storage", None), "_cache", None)
+    loop = getattr(getattr(server, "_async_objs", None), "eventloop", None)
+    remaining = 0
+    if isinstance(stored, TTLCache) and loop is not None:
+        loop.call_soon_threadsafe(stored.expire)  # the next sweep collects what it lets go
+        remaining = Cache.__len__(stored)
+    garbage.release(complete=remaining == 0)
+
+
 def _lock_of(folder: Path) -> FileLock:
     """What is held for as long as somebody uses the folder, by whichever of its threads."""
     return FileLock(folder / LOCK, thread_local=False, fallback_to_soft=False)
 
 
-def _is_active(session: str) -> bool:
+def is_active(session: str) -> bool:
+    """Whether a session's browser is connected."""
     return runtime.exists() and runtime.get_instance().is_active_session(session)
 
 

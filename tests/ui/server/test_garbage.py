@@ -50,3 +50,25 @@ def test_a_run_of_a_page_ends_with_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(garbage, "freeze_objects", lambda: calls.append(1))
     assert_healthy(open_page("merge_lab"))
     assert calls == [1]
+
+
+def test_what_is_hidden_is_released_once_everybody_has_left(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(garbage, "_last", garbage.time.monotonic())
+    loop = Loop()
+    watched = weakref.ref(loop)
+    del loop
+    garbage.freeze_objects()
+    gc.collect()
+    assert watched() is not None
+    garbage.release(complete=False)
+    assert watched() is None
+    collected: list[int] = []
+    monkeypatch.setattr(garbage.gc, "collect", lambda: collected.append(1))
+    garbage.release(complete=True)
+    garbage.release(complete=True)  # nothing has run since
+    assert collected == [1]
+    garbage.freeze_objects()
+    garbage.release(complete=True)
+    assert collected == [1, 1]

@@ -207,3 +207,86 @@ def test_the_worker_leaves_a_core_to_the_pages() -> None:
     finally:
         runner._pool.shutdown()
         torch.set_num_threads(1)
+
+
+def finish_order(runner: JobRunner, *asked: tuple[str, str, str]) -> list[str]:
+    """Keys in the order in which they are run, asked for (key, title, session) at once."""
+    gate, seen = Gate(), list[str]()
+    first = runner.submit("first", "Anything", gate, "nobody")
+    assert gate.running.wait(20)
+
+    def work(key: str) -> Callable[[Progress], None]:
+        return lambda progress: seen.append(key)
+
+    jobs = [runner.submit(key, title, work(key), session) for key, title, session in asked]
+    gate.open.set()
+    for job in (first, *jobs):
+        wait_finished(job)
+    return seen
+
+
+def test_what_took_little_before_comes_first(
+    runner: JobRunner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr(jobs.time, "monotonic", lambda: clock[0])
+
+    def taking(seconds: float) -> Callable[[Progress], None]:
+        def work(progress: Progress) -> None:
+            clock[0] += seconds
+
+        return work
+
+    runner.submit("a", "A sweep", taking(100.0))
+    runner.submit("b", "A glance", taking(1.0))
+    runner._pool.submit(lambda: None).result(20)
+    monkeypatch.undo()
+    order = finish_order(
+        runner, ("long", "A sweep", "one"), ("new", "New", "two"), ("short", "A glance", "three")
+    )
+    assert order == ["short", "new", "long"]
+
+
+def test_everyones_first_comes_before_anyones_second(runner: JobRunner) -> None:
+    order = finish_order(
+        runner,
+        ("one 1", "A", "one"),
+        ("one 2", "A", "one"),
+        ("one 3", "A", "one"),
+        ("two 1", "A", "two"),
+        ("three 1", "A", "three"),
+        ("two 2", "A", "two"),
+    )
+    assert order == ["one 1", "two 1", "three 1", "one 2", "two 2", "one 3"]
+
+
+def test_one_session_does_not_fill_the_queue_of_others(runner: JobRunner) -> None:
+    gate = Gate()
+    for i in range(QUEUE_LIMIT):
+        runner.submit(str(i), str(i), gate, "one")
+    with pytest.raises(MergeScopeError, match="are waiting already"):
+        runner.submit("one more", "X", gate, "one")
+    assert runner.submit("theirs", "X", gate, "two").state == "queued"
+    gate.open.set()
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_a_job_that_nobody_waits_for_ends(monkeypatch: pytest.MonkeyPatch, joined: bool) -> None:
+    there = {"one", "two"}
+    runner = JobRunner(threads=1, is_active=there.__contains__)
+    monkeypatch.setattr(jobs, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(jobs, "LEFT_SECONDS", 0.05)
+    gate = Gate("kept")
+    try:
+        job = runner.submit("k", "A", gate, "one")
+        if joined:
+            runner.join("k", "two")
+        assert gate.running.wait(20)
+        there.remove("one")
+        time.sleep(0.2)
+        assert job.active == joined
+        there.clear()
+        assert wait_finished(job).state == "cancelled"
+    finally:
+        gate.open.set()
+        runner._pool.shutdown()

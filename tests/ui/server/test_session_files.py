@@ -20,7 +20,7 @@ PATIENCE = 120 + session_files.SPARE_SECONDS
 def active(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     """The sessions that are under way."""
     sessions: set[str] = set()
-    monkeypatch.setattr(session_files, "_is_active", sessions.__contains__)
+    monkeypatch.setattr(session_files, "is_active", sessions.__contains__)
     return sessions
 
 
