@@ -60,7 +60,8 @@ class Metric:
     @property
     def axis(self) -> str:
         """The title on an axis, with the unit of what is drawn."""
-        return self.label if self.unit else f"{self.title} (%)"
+        words = f"{self.title} ({self.unit or '%'})"
+        return f"{words}, lower is better" if self.lower_is_better else words
 
     @property
     def of_hover(self) -> str:

@@ -9,6 +9,7 @@ from analysis.comparison.scaling import METHODS, draw_subsets, summarise_over, t
 from analysis.figures import accuracy as figures
 from analysis.frames.scaling import scaling, scaling_if_known
 from analysis.frames.usual import SUBSETS
+from analysis.metrics import METRICS
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of
 from merge_core.suites.bundled import bundled_title
@@ -23,7 +24,6 @@ from ui.words.scaling import describe_sizes, describe_tasks
 
 shell.enter()
 
-VALUES = {"normalised": "Of the experts", "accuracy": "Accuracy"}
 REPEATS = {count: str(count) for count in SUBSETS}
 
 
@@ -200,7 +200,8 @@ def page() -> None:
     if len(view.tasks) < 2:
         st.info("A merge needs at least two tasks; choose more in the sidebar.")
         return
-    value = choice("Shown", VALUES, "shown")
+    metric = METRICS[view.suite.measured_by]
+    value = choice("Shown", {"normalised": "Of the experts", metric.column: metric.title}, "shown")
     over_tasks(view, value)
     over_sizes(view, value)
 

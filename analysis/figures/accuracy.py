@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, layout
-from analysis.metrics import metric_of
+from analysis.metrics import ACCURACY, METRICS, metric_of
+from merge_core.suites.data_spec import MetricName
 
 # Fixed looks of what appears on several pages; anything else takes the next colour and marker.
 MODEL_LOOKS = {
@@ -18,12 +21,10 @@ MODEL_LOOKS = {
     "CART": (OKABE_ITO[3], "circle"),
 }
 OTHER_LOOKS = ((OKABE_ITO[3], "circle"), (OKABE_ITO[0], "square"), (OKABE_ITO[2], "triangle-up"))
-ACCURACY = "Accuracy (%)"
 OVER = {
     "count": "Tasks merged",
     "parameters": "Parameters of a model",
-    "accuracy": ACCURACY,
-    "normalised": "Accuracy, share of the experts' (%)",
+    "normalised": "Share of the experts' (%)",
 }
 FURTHER_LOOKS = ((OKABE_ITO[2], "diamond"), (OKABE_ITO[4], "cross"))
 
@@ -98,7 +99,7 @@ def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.
     Args:
         summary: of :func:`analysis.comparison.scaling.summarise_over`.
         by: its column along the x axis, ``count`` or ``parameters``.
-        value: what the mean is of, ``accuracy`` or ``normalised``.
+        value: what the mean is of, ``accuracy`` or another metric, or ``normalised``.
         title: the question answered.
 
     Example:
@@ -108,14 +109,15 @@ def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.
         >>> accuracy_over(summary, "count", "accuracy", "How?").data[-1].y.tolist()
         [70.0, 50.0]
     """
-    figure = go.Figure()
+    figure, metric = go.Figure(), METRICS.get(cast("MetricName", value), ACCURACY)
+    form = metric.of_hover
     others = iter(FURTHER_LOOKS * len(summary))
     for place, (method, part) in enumerate(summary.groupby("method", sort=False)):
         named = str(method)
         colour, symbol = MODEL_LOOKS[named] if named in MODEL_LOOKS else next(others)
         part = part.sort_values(by)
         x = part[by].to_numpy()
-        low, high = (100 * part[name].to_numpy() for name in ("least", "most"))
+        low, high = (metric.factor * part[name].to_numpy() for name in ("least", "most"))
         figure.add_scatter(
             x=np.concatenate([x, x[::-1]]),
             y=np.concatenate([high, low[::-1]]),
@@ -130,17 +132,18 @@ def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.
         )
         figure.add_scatter(
             x=x,
-            y=100 * part["mean"].to_numpy(),
+            y=metric.factor * part["mean"].to_numpy(),
             customdata=np.column_stack([low, high, part["subsets"]]),
             mode="lines+markers",
             name=named,
             legendgroup=named,
             line={"color": colour, "dash": DASHES[place % len(DASHES)], "width": 2},
             marker={"symbol": symbol if symbol in MARKERS else "circle", "size": 9},
-            hovertemplate=f"{named}<br>%{{x:,}}: %{{y:.1f}} % (%{{customdata[0]:.1f}} to "
-            "%{customdata[1]:.1f} over %{customdata[2]:.0f})<extra></extra>",
+            hovertemplate=f"{named}<br>%{{x:,}}: %{{y:{form}}}{metric.ending} "
+            f"(%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}} "
+            "over %{customdata[2]:.0f})<extra></extra>",
         )
-    layout(figure, title, x=OVER[by], y=OVER[value])
+    layout(figure, title, x=OVER[by], y=OVER.get(value, metric.axis))
     ticks = sorted(summary[by].unique())
     if by == "parameters":
         texts = [f"{tick / 1e6:.3g} M" for tick in ticks]

@@ -174,7 +174,7 @@ class _Questions:
                 self.outputs.storage_if_known(selection)
             for split in get_args(Split):
                 self.outputs.recipe(selection.recipe, split)
-            if selection.score == "accuracy" and len(selection.curve):
+            if selection.score == self.suite.measured_by and len(selection.curve):
                 self.outputs.task_curves(selection)
 
     def of_accuracies(self) -> Iterator[Step]:

@@ -17,6 +17,7 @@ import pandas as pd
 
 from analysis.accuracy import Difference, difference
 from analysis.evaluation.evaluator import Evaluator
+from analysis.metrics import mean_over_tasks
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
 from analysis.spectral.spectra import cumulative_energy
@@ -217,8 +218,8 @@ def compare_with_uniform(
         >>> frame[["rule", "gain"]].values.tolist()
         [['uniform', 0.0]]
     """
-    progress, metric, groups = progress or Progress(), evaluator.metric, session.groups
-    inner = Progress(cancel=progress.cancel)
+    progress = progress or Progress()
+    inner, groups = Progress(cancel=progress.cancel), session.groups
     origin = space.base.run(groups.tasks).origin
     total, done, rows = len(shares) * (len(rules) + 1) * len(scales), 0, []
     for share in shares:
@@ -231,13 +232,12 @@ def compare_with_uniform(
                 progress.step(done, total, f"{title}, share {share:g}, scale {scale:g}")
                 recipe = with_ranks(space.recipe(None, scale), ranks)
                 hits = evaluator.recipe_hits(recipe, session, progress=inner)
-                mean = metric.sign * float(np.mean([h.mean() for h in hits.values()]))
-                tried.append((mean, scale, hits))
+                tried.append((float(np.mean([h.mean() for h in hits.values()])), scale, hits))
                 done += 1
-            _, scale, hits = max(tried, key=lambda entry: entry[0])
+            _, scale, hits = tried[evaluator.metric.best([mean for mean, *_ in tried])]
             uniform_hits = uniform_hits or hits
             gain = NO_GAIN if rule == UNIFORM else difference(hits, uniform_hits)
-            measured = metric.mean_over_tasks(evaluator.outputs.frame(hits, "val"), ()).iloc[0]
+            measured = mean_over_tasks(evaluator.outputs.frame(hits, "val")).iloc[0]
             rows.append(
                 {
                     "share": share,
@@ -245,7 +245,7 @@ def compare_with_uniform(
                     "title": title,
                     "numbers": stored_numbers(groups, ranks),
                     "scale": scale,
-                    **{name: measured[name] for name in (metric.column, "low", "high")},
+                    **{name: measured[name] for name in (evaluator.metric.column, "low", "high")},
                     "gain": gain.gap,
                     "gain_low": gain.low,
                     "gain_high": gain.high,
