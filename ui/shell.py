@@ -270,6 +270,13 @@ def _run_page(page: Any, entry: PageEntry) -> None:
             st.session_state[POOL_VIEW] = sidebar.choose_pool(entry.opened)
         sidebar.choose_device()
         presenting.choose()
+        st.button(
+            "Reset this page",
+            icon=":material/restart_alt:",
+            type="tertiary",
+            help="Every control of this page as it was at first, and the usual tasks and layer.",
+            on_click=kept.reset,
+        )
     presenting.show()
     page.run()
     if unread := kept.take_unread():
