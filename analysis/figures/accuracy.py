@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, layout
+from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, layout, set_axes
 
 # Fixed looks of what appears on several pages; anything else takes the next colour and marker.
 MODEL_LOOKS = {
@@ -75,15 +75,18 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
         )
     figure.add_hline(y=0.4, line={"color": REFERENCE, "width": 1, "dash": "dot"})
     layout(figure, title, x=ACCURACY, y="", height=110 + 44 * (len(tasks) + 1))
-    figure.update_yaxes(
-        tickmode="array",
-        tickvals=[*place.values(), -0.15],
-        ticktext=[*place, "<b>mean</b>"],
-        range=[-0.6, len(tasks) + 0.55],
-        showgrid=False,
+    set_axes(
+        figure,
+        y={
+            "tickmode": "array",
+            "tickvals": [*place.values(), -0.15],
+            "ticktext": [*place, "<b>mean</b>"],
+            "range": [-0.6, len(tasks) + 0.55],
+            "showgrid": False,
+        },
     )
     lowest = 100 * float(frame["low"].min())
-    figure.update_xaxes(range=[max(0.0, lowest - 3), 101])
+    set_axes(figure, x={"range": [max(0.0, lowest - 3), 101]})
     return figure
 
 
@@ -139,8 +142,8 @@ def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.
     ticks = sorted(summary[by].unique())
     if by == "parameters":
         texts = [f"{tick / 1e6:.3g} M" for tick in ticks]
-        figure.update_xaxes(type="log")
+        set_axes(figure, x={"type": "log"})
     else:
         texts = [f"{tick:d}" for tick in ticks]
-    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=texts)
+    set_axes(figure, x={"tickmode": "array", "tickvals": ticks, "ticktext": texts})
     return figure
