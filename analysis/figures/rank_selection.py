@@ -18,6 +18,7 @@ from analysis.figures.style import (
     layout,
     mark_share,
     percent,
+    set_axes,
     share_axis,
     task_colours,
     task_markers,
@@ -97,7 +98,7 @@ def score_curve(
         )
     layout(figure, title, x=SHARE_OF_RANK if axis == "rank" else SCALE, y=label, height=460)
     if axis == "rank":
-        figure.update_xaxes(**share_axis(curves["rank"].unique()))
+        set_axes(figure, x=share_axis(curves["rank"].unique()))
     if chosen is not None:
         _mark(figure, axis, chosen)
     return figure
@@ -240,7 +241,7 @@ def tasks_over_rank(
     label = f"{metric_of(frame).title} (% of the expert's)" if metric is None else metric.axis
     layout(figure, title, x=SHARE_OF_RANK if axis == "rank" else SCALE, y=label, height=420)
     if axis == "rank":
-        figure.update_xaxes(**share_axis(frame["rank"].unique()))
+        set_axes(figure, x=share_axis(frame["rank"].unique()))
     if chosen is not None:
         _mark(figure, axis, chosen)
     return figure

@@ -170,6 +170,18 @@ def set_layout(
     figure.layout = known
 
 
+def set_axes(
+    figure: go.Figure, x: Mapping[str, Any] | None = None, y: Mapping[str, Any] | None = None
+) -> None:
+    """Change all of a figure's axes, as :func:`set_layout` does.
+
+    Args:
+        figure: changed in place.
+        x, y: of every x axis, and of every y axis.
+    """
+    set_layout(figure, {}, x or {}, y or {})
+
+
 def _merge(known: dict[str, Any], changes: Mapping[str, Any]) -> None:
     """Take nested changes over."""
     for name, value in changes.items():
@@ -243,7 +255,7 @@ def make_cells_square(figure: go.Figure) -> None:
     axis = {"type": "category", "showgrid": False, "constrain": "domain"}
     # Under the colour bar, where a phone's width makes it small.
     below = {"autorange": "reversed", "scaleanchor": "x", "constraintoward": "top"}
-    set_layout(figure, {}, axis, axis | below)
+    set_axes(figure, axis, axis | below)
 
 
 def mark_share(figure: go.Figure, share: float, name: str = "chosen") -> None:

@@ -67,7 +67,7 @@ def build_up_figure(
             scaleanchor=anchor.plotly_name.replace("axis", ""),
             constrain="domain",
         )
-    strength = f"{float(f'{weights / changes:.2g}'):,.3g} x magnified"
+    strength = f"{float(f'{weights / changes:.2g}'):,g} x magnified"
     names = {
         (1, 1): "average<br>of the experts",
         (1, 2): f"change of {task},<br>{strength}",

@@ -19,6 +19,7 @@ from analysis.figures.style import (
     colour_cell_numbers,
     layout,
     make_cells_square,
+    set_axes,
 )
 from analysis.patterns.blending import blend
 from analysis.patterns.images import NORMALISATIONS, Normalisation, Tiles, normalise, tile_png
@@ -243,7 +244,7 @@ def dominance_lines(
         _add_band(figure, stats, name, index)
     layout(figure, title, x=f"{AXES[x]}, mean and range over members", y=label, legend=not alone)
     if x == "weight_decay":
-        figure.update_xaxes(type="category")
+        set_axes(figure, x={"type": "category"})
     return figure
 
 
