@@ -39,6 +39,7 @@ from merge_core.suites.mergekit import explain_mergekit
 from merge_core.suites.suite_spec import ArchitectureSpec, SuiteSpec
 from merge_core.suites.told import (
     complete_data,
+    describe_language_model,
     describe_network,
     holds_classifier,
     tell_architecture,
@@ -275,6 +276,8 @@ class Suite:
         """What the network is, by whose word, and what its features are; None for none."""
         if self.architecture is None:
             return None
+        if self.speaks:
+            return describe_language_model(self.architecture, self.spec.architecture is not None)
         own = [task for task in self.tasks if self.has_own_head(task)]
         return describe_network(self.architecture, self.spec.architecture is not None, own)
 
