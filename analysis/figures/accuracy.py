@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, layout, set_axes
+from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, add_line, layout, set_axes
 
 # Fixed looks of what appears on several pages; anything else takes the next colour and marker.
 MODEL_LOOKS = {
@@ -73,7 +73,7 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
             },
             hovertemplate="%{text}: %{x:.1f} %<extra>" + model + "</extra>",
         )
-    figure.add_hline(y=0.4, line={"color": REFERENCE, "width": 1, "dash": "dot"})
+    add_line(figure, {"color": REFERENCE, "width": 1, "dash": "dot"}, y=0.4)
     layout(figure, title, x=ACCURACY, y="", height=110 + 44 * (len(tasks) + 1))
     set_axes(
         figure,
