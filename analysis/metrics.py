@@ -58,6 +58,22 @@ class Metric:
         return f"{self.title} ({self.unit})" if self.unit else self.title
 
     @property
+    def axis(self) -> str:
+        """The title on an axis, with the unit of what is drawn."""
+        words = f"{self.title} ({self.unit or '%'})"
+        return f"{words}, lower is better" if self.lower_is_better else words
+
+    @property
+    def of_hover(self) -> str:
+        """How a drawn value is written in plotly's hover texts, without its name."""
+        return ".3f" if self.unit else ".1f"
+
+    @property
+    def ending(self) -> str:
+        """What stands after a drawn value."""
+        return "" if self.unit else " %"
+
+    @property
     def noun(self) -> str:
         """The title within a sentence."""
         return self.title[0].lower() + self.title[1:]

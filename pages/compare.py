@@ -13,6 +13,7 @@ from analysis.comparison.published import published_results
 from analysis.comparison.run import SEEDS, Comparison, usable_methods
 from analysis.comparison.seeds import join_seeds, titles_without_seeds
 from analysis.figures import compare as figures
+from analysis.metrics import metric_of
 from merge_core.files import digest_of
 from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
@@ -29,6 +30,11 @@ from ui.server.resources import View
 shell.enter()
 
 BUDGETS = {1: "Its defaults", 4: "Best of 4", 16: "Best of 16"}
+# The tests of paired differences, by metric.
+EXACT = {
+    "accuracy": "McNemar's exact test",
+    "cross_entropy": "a test by random signs, on the safe side,",
+}
 COSTS = {"seconds": "Time", "storage_mb": "Storage", "peak_mb": "Memory"}
 
 
@@ -96,7 +102,8 @@ def size_of(names: list[str], tuned: list[Recipe], own: list[Recipe]) -> str:
 
 def ranking(result: Comparison) -> None:
     """Who is best, and where the differences are real."""
-    references = {"experts": float(result.experts["accuracy"].mean())}
+    metric = metric_of(result.summary)
+    references = {"experts": float(result.experts[metric.column].mean())}
     if result.base is not None:
         references["base"] = result.base
     joined = once(join_seeds, result.summary, result.recipes)
@@ -113,8 +120,8 @@ def ranking(result: Comparison) -> None:
             charts.Chart(
                 charts.drawn(figures.method_dots, frame, title=title, references=references),
                 key=key,
-                alt=f"Mean test accuracy of each method with its interval: {len(frame)} methods, "
-                f"best {best['label']} at {best['accuracy']:.1%}",
+                alt=f"Mean test {metric.noun} of each method with its interval: {len(frame)} "
+                f"methods, best {best['label']} at {metric.show(best[metric.column])}",
                 caption=describe_settings(frame),
             )
         )
@@ -128,9 +135,10 @@ def ranking(result: Comparison) -> None:
                 pairs,
                 [*single["label"], *told["label"]],
                 title="Which differences are real?",
+                metric=metric,
             ),
             key="pairs",
-            alt=f"Pairwise differences of mean accuracy of {len(joined)} methods",
+            alt=f"Pairwise differences of mean {metric.noun} of {len(joined)} methods",
         )
     )
     charts.panel(
@@ -138,15 +146,18 @@ def ranking(result: Comparison) -> None:
         key="ranking",
         columns=2,
         how_to_read=charts.HowToRead(
-            "Dots: mean accuracy over the tasks on the **test** split with its 95 % interval, and "
-            "the worst task; the number is the place. Methods that need to be told which task an "
-            "input is of hold more than one model, and are ranked by themselves. A method whose "
-            "seed changes the merge is one row: the mean over its seeds, and their range. Map: row "
-            "minus column on the **same inputs**, in points, by place: first the methods that give "
+            f"Dots: mean {metric.noun} over the tasks on the **test** split with its 95 % "
+            "interval, and the worst task; the number is the place. Methods that need to be told "
+            "which task an input is of hold more than one model, and are ranked by themselves. A "
+            "method whose seed changes the merge is one row: the mean over its seeds, and their "
+            "range. Map: row minus column on the **same inputs**, in "
+            f"{metric.points}, by place: first the methods that give "
             "one model, then the others (of seeds the first one); a dot marks differences that "
-            "stay significant at 5 % in McNemar's exact test, over all tasks at once, after Holm's "
-            "correction for the number of pairs. They speak of these experts and tasks, not of "
-            "others. " + once(accuracy.words_for_few_images, result.hits),
+            f"stay significant at 5 % in {EXACT[metric.column]}, over all tasks at once, after "
+            "Holm's correction for the number of pairs. They speak of these experts and tasks, not "
+            "of others. "
+            + once(accuracy.words_for_few_images, result.hits)
+            + charts.which_way(metric),
             r"\bar d = \tfrac1T\sum_t \tfrac1{n_t}\sum_i d_{ti},\qquad "
             r"p = P\Big(\Big|\tfrac1T\sum_t \tfrac1{n_t}\sum_i \varepsilon_{ti} d_{ti}\Big| "
             r"\ge |\bar d|\Big),\quad \varepsilon_{ti} = \pm 1",
@@ -204,12 +215,13 @@ def tasks(result: Comparison) -> None:
                 figures.task_radar, result.tasks, chosen, title="Which tasks does a method keep?"
             ),
             key="radar",
-            alt="Accuracy of the chosen methods over tasks",
+            alt=f"{metric_of(result.tasks).title} of the chosen methods over tasks",
         ),
         columns=[left],
     )
     with right:
-        wide = result.tasks.pivot(index="label", columns="task", values="accuracy")
+        column = metric_of(result.tasks).column
+        wide = result.tasks.pivot(index="label", columns="task", values=column)
         wide = wide.loc[order, result.experts["task"]]
         charts.table(
             wide.reset_index(),
@@ -228,10 +240,10 @@ def costs(result: Comparison) -> None:
                 figures.cost_scatter,
                 once(join_seeds, result.summary, result.recipes),
                 quantity,
-                title="What does accuracy cost?",
+                title=f"What does {metric_of(result.summary).noun} cost?",
             ),
             key="costs",
-            alt=f"Accuracy against {COSTS[quantity].lower()}",
+            alt=f"{metric_of(result.summary).title} against {COSTS[quantity].lower()}",
             caption="Time (of the processor) and memory: to learn, decompose and merge for all "
             "tasks, from experts in memory with nothing decomposed before, measured once on this "
             "machine. Storage: backbones for all tasks; a merge is one model, methods that know "

@@ -9,8 +9,10 @@ from analysis.comparison.scaling import METHODS, draw_subsets, summarise_over, t
 from analysis.figures import accuracy as figures
 from analysis.frames.scaling import scaling, scaling_if_known
 from analysis.frames.usual import SUBSETS
+from analysis.metrics import METRICS
 from merge_core.errors import MergeScopeError
 from merge_core.files import digest_of
+from merge_core.suites.bundled import bundled_title
 from merge_core.suites.data_files import data_identity
 from ui import charts, shell
 from ui.controls import choice, multiselect
@@ -22,7 +24,6 @@ from ui.words.scaling import describe_sizes, describe_tasks
 
 shell.enter()
 
-VALUES = {"normalised": "Of the experts", "accuracy": "Accuracy"}
 REPEATS = {count: str(count) for count in SUBSETS}
 
 
@@ -86,10 +87,10 @@ def over_tasks(view: View, value: str) -> None:
         how_to_read=charts.HowToRead(
             "Each point is the mean over random subsets of that many tasks, evaluated on the "
             "**test** split of the tasks that were merged; the band is the range from the worst "
-            "to the best subset. CART is at the rank and scale that its rule recommends from the "
-            "weights of these very experts (of two tasks it is their average at any setting); the "
-            "others are at their published defaults. Subsets share tasks, so neighbouring points "
-            "are not independent.",
+            "to the best subset. CART and Task Arithmetic are at the rank and scale that their "
+            "rules recommend from the weights of these very experts (CART of two tasks is their "
+            "average at any setting); the others are at their published defaults. Subsets share "
+            "tasks, so neighbouring points are not independent.",
             r"\tfrac1T\sum_t \frac{\mathrm{acc}_t(\theta_{\mathrm{merged}})}"
             r"{\mathrm{acc}_t(\theta_t)}",
         ),
@@ -140,7 +141,8 @@ def over_sizes(view: View, value: str) -> None:
             "and the same task names, and both are compared here."
         )
         return
-    names = multiselect("Beside", list(others), "beside", rest=on_the_same_data(view, others))
+    rest = on_the_same_data(view, others)
+    names = multiselect("Beside", list(others), "beside", rest=rest, shown=bundled_title)
     if not names:
         return
     views = [view, *(others[name] for name in names)]
@@ -198,7 +200,8 @@ def page() -> None:
     if len(view.tasks) < 2:
         st.info("A merge needs at least two tasks; choose more in the sidebar.")
         return
-    value = choice("Shown", VALUES, "shown")
+    metric = METRICS[view.suite.measured_by]
+    value = choice("Shown", {"normalised": "Of the experts", metric.column: metric.title}, "shown")
     over_tasks(view, value)
     over_sizes(view, value)
 

@@ -7,10 +7,10 @@ from contextlib import suppress
 import pandas as pd
 import streamlit as st
 
-from analysis.accuracy import mean_accuracy
 from analysis.evaluation.model_card import results_of
 from analysis.figures import accuracy as figures
 from analysis.frames.entries import NotRecorded
+from analysis.metrics import mean_over_tasks, metric_of
 from analysis.outputs.inputs import SPLIT_NAMES, Split
 from merge_core.errors import MergeScopeError, RecipeError
 from merge_core.merging.recipe import Recipe, make_recipe, recipe_from_query
@@ -157,38 +157,49 @@ def draw_cards(
         setting: how the recipe's setting came about, in words.
         delta: mean accuracy against the pinned recipe's.
     """
-    mean, expert_mean = once(mean_accuracy, mine).iloc[0], experts["accuracy"].mean()
+    metric, mean = metric_of(mine), once(mean_over_tasks, mine).iloc[0]
+    values, own = (each[metric.column].to_numpy() for each in (mine, experts))
     cards = charts.cards(4)
     charts.accuracy_card(
         cards,
-        "Mean accuracy",
-        f"{mean['accuracy']:.1%}",
+        f"Mean {metric.noun}",
+        metric.show(mean[metric.column]),
         where,
         setting,
-        delta=None if delta is None else f"{100 * delta:+.1f} points against the pinned one",
-        help=f"95 % interval {mean['low']:.1%} to {mean['high']:.1%}, mean over tasks.",
+        delta=None
+        if delta is None
+        else f"{metric.show_difference(delta)} {metric.points} against the pinned one",
+        delta_color=charts.delta_colour(metric),
+        help=f"95 % interval {charts.interval_words(metric, mean)}, mean over tasks; "
+        f"{charts.unit_words(metric)}.",
     )
     charts.accuracy_card(
         cards,
         "Experts",
-        f"{expert_mean:.1%}",
+        metric.show(own.mean()),
         where,
         "each on its own task",
         help="Each expert on its own task, mean over tasks.",
     )
-    right = experts["accuracy"].to_numpy() > 0
-    relative = mine["accuracy"].to_numpy()[right] / experts["accuracy"].to_numpy()[right]
+    right = own > 0
+    relative = metric.relative(values[right], own[right])
     charts.accuracy_card(
         cards,
         "Normalised",
         f"{relative.mean():.1%}" if right.any() else "–",
         where,
         setting,
-        help="Each task's accuracy over its expert's, mean.",
+        help=f"Each expert's {metric.noun} over the merge's, mean over tasks."
+        if metric.lower_is_better
+        else "Each task's accuracy over its expert's, mean.",
     )
-    worst = mine.iloc[int(mine["accuracy"].to_numpy().argmin())]
+    worst = mine.iloc[int((metric.sign * values).argmin())]
     charts.accuracy_card(
-        cards, f"Worst task: {plain(worst['task'])}", f"{worst['accuracy']:.1%}", where, setting
+        cards,
+        f"Worst task: {plain(worst['task'])}",
+        metric.show(worst[metric.column]),
+        where,
+        setting,
     )
 
 
@@ -232,7 +243,8 @@ def result(
     if other is not None and other != recipe:
         theirs = accuracy(view.key, view.tasks, other.to_query(), split, view)
         shown.append(theirs.assign(model="Pinned: " + title_of(other)))
-        delta = float(mine["accuracy"].mean() - theirs["accuracy"].mean())
+        column = metric_of(mine).column
+        delta = float(mine[column].mean() - theirs[column].mean())
     draw_cards(mine, experts, SPLIT_NAMES[split], setting, delta)
     drawn = pd.concat(shown, ignore_index=True)
     charts.panel(
@@ -241,16 +253,18 @@ def result(
                 figures.dots_per_task, drawn, title="How well does the merged model do each task?"
             ),
             key="per_task",
-            alt="Accuracy of each task: experts, current recipe, pinned recipe",
+            alt=f"{metric_of(mine).title} of each task: experts, current recipe, pinned recipe",
             height=430,
         ),
         how_to_read=charts.HowToRead(
-            "One row is one task; a dot is a model's accuracy and its bar the 95 % sampling "
-            "interval. The gap between the expert and the merge is what merging costs that task. "
-            "Where the bars of two recipes overlap widely, these inputs do not tell them apart.",
+            f"One row is one task; a dot is a model's {metric_of(mine).noun} and its bar the 95 % "
+            "sampling interval. The gap between the expert and the merge is what merging costs "
+            "that task. "
+            "Where the bars of two recipes overlap widely, these inputs do not tell them apart."
+            + charts.which_way(metric_of(mine)),
             recipe.declaration.formula,
         ),
-        numbers=charts.Numbers(drawn, f"accuracy_{recipe.method}"),
+        numbers=charts.Numbers(drawn, f"{metric_of(mine).column}_{recipe.method}"),
     )
     return results_of(mine, split)
 

@@ -19,9 +19,9 @@ from ui import charts, shell
 from ui.controls import choice, text
 from ui.plain_text import plain, show_warning
 from ui.progress import run_job
-from ui.sections.open_members import fit_section, members_table
-from ui.sections.open_record import from_record
-from ui.sections.open_sources import (
+from ui.sections.opening.members import fit_section, members_table
+from ui.sections.opening.record import from_record
+from ui.sections.opening.sources import (
     FILE,
     Collection,
     from_folder,

@@ -11,20 +11,22 @@ import pandas as pd
 import streamlit as st
 from PIL import Image
 
-from analysis.accuracy import mean_accuracy
 from analysis.data_sources.source import UNLABELLED
 from analysis.figures import accuracy as figures
 from analysis.frames.entries import NotRecorded
+from analysis.metrics import mean_over_tasks, metric_of
 from analysis.outputs.inputs import load_inputs
 from merge_core.merging.recipe import Recipe
 from merge_core.methods import get_method
-from merge_core.suites.bundled import bundled_name, bundled_records
+from merge_core.suites.bundled import bundled_name, bundled_records, bundled_title
+from merge_core.suites.data_spec import OF_TEXTS
 from merge_core.suites.estimates import TIME_NOTE, seconds, time_in_words
 from merge_core.suites.preflight import Preflight, preflight
 from merge_core.suites.recorded import RecordedSuite
 from ui import charts, shell
 from ui.plain_text import code, plain, show_info
 from ui.progress import run_job
+from ui.sections import first_look
 from ui.server import resources
 from ui.server.once import once
 from ui.server.resources import View
@@ -97,17 +99,25 @@ def chip_of(model: str, recipes: Recipes) -> str:
     return "tuned on validation" if recipes[model][1] else "default setting"
 
 
-def first_section(view: View) -> None:
-    """Base, experts and three merges side by side, on the test split."""
-    st.subheader("What does merging give?", anchor=False)
+def known_result(view: View) -> tuple[Recipes, pd.DataFrame | None] | None:
+    """The first result's recipes, and its frame where it is stored; None if there can be none."""
     if not resources.is_measurable(view):
-        shell.explain_no_evaluation(view)
-        return
+        return None
     try:
-        recipes, frame = stored_result(view.key, view.tasks, view)
+        return stored_result(view.key, view.tasks, view)
     except NotRecorded as error:  # the rest of the page stands without it
         show_info(error)
+        return None
+
+
+def first_section(view: View, known: tuple[Recipes, pd.DataFrame | None] | None) -> None:
+    """Base, experts and three merges side by side, on the test split."""
+    if known is None:
+        if not resources.is_measurable(view):
+            shell.explain_no_evaluation(view)
         return
+    recipes, frame = known
+    st.subheader("What does merging give?", anchor=False)
     if frame is None:
         frames = resources.output_frames(view)
         job = run_job(
@@ -125,39 +135,42 @@ def first_section(view: View) -> None:
 
 def draw_first(view: View, recipes: Recipes, frame: pd.DataFrame) -> None:
     """The first result, as cards and as a figure."""
-    mean = once(mean_accuracy, frame, by=["model"])
-    values = mean.set_index("model")["accuracy"]
+    metric, mean = metric_of(frame), once(mean_over_tasks, frame, by=["model"])
+    values = mean.set_index("model")[metric.column]
     cards = charts.cards(len(values))
     for model in values.index:
         row = mean[mean["model"] == model].iloc[0]
         charts.accuracy_card(
             cards,
             model,
-            f"{row['accuracy']:.1%}",
+            metric.show(row[metric.column]),
             "test",
             chip_of(model, recipes),
             delta=None
             if model in ("Base", "Experts", "Weight average")
-            else f"{100 * (row['accuracy'] - values['Weight average']):+.1f} vs average",
+            else f"{metric.show_difference(values[model] - values['Weight average'])} vs average",
+            delta_color=charts.delta_colour(metric),
             border=True,
-            help=f"Mean accuracy over {len(view.tasks)} tasks on the test split; 95 % interval "
-            f"{row['low']:.1%} to {row['high']:.1%}; differences in percentage points.",
+            help=f"Mean {metric.noun} over {len(view.tasks)} tasks on the test split; 95 % "
+            f"interval {charts.interval_words(metric, row)}; {charts.unit_words(metric)}.",
         )
     st.markdown(describe_settings(recipes))
     charts.panel(
         charts.Chart(
             charts.drawn(
-                figures.dots_per_task, frame, title="Accuracy of each task on the test split"
+                figures.dots_per_task,
+                frame,
+                title=f"{metric.title} of each task on the test split",
             ),
             key="first_result",
-            alt="Accuracy per task of base, average, Task Arithmetic, CART and experts",
+            alt=f"{metric.title} per task of base, average, Task Arithmetic, CART and experts",
             height=470,
         ),
         how_to_read=charts.HowToRead(
             f"The **experts** are {len(view.tasks)} models, one a task. The **base** is what all "
             "of them were fine-tuned from. The other rows are *one* model for all tasks, made "
             "from weights alone, without training. CART adds the leading directions of each "
-            "expert's difference to the average back to the average.",
+            f"expert's difference to the average back to the average.{charts.which_way(metric)}",
             get_method("cart").formula,
         ),
         numbers=charts.Numbers(frame, "first_result"),
@@ -227,23 +240,45 @@ def tasks_section(view: View) -> None:
         st.info("A record holds figures alone: no weights, and no images or texts.")
         return
     data = {task: expert.data for task, expert in view.suite.spec.experts.items() if expert.data}
-    shown = [task for task, spec in data.items() if spec.kind != "text"]
+    shown = [task for task, spec in data.items() if spec.kind not in OF_TEXTS]
     if not shown and data:
         st.info("The tasks are of texts, which are not shown.")
         return
     if not shown:
         st.info("This suite names no data, so there are no images to show.")
         return
-    for i, task in enumerate(shown):
-        if i % PER_ROW == 0:
-            columns = st.columns(PER_ROW)
+    draw_tasks(view, [task for task in shown if task in view.tasks])
+    others = [task for task in shown if task not in view.tasks]
+    if others:
+        label, icon = f"{len(others)} more tasks", ":material/collections:"
+        with st.expander(label, icon=icon, key="more_tasks", on_change="rerun") as opened:
+            if opened.open:
+                draw_tasks(view, others)
+
+
+def draw_tasks(view: View, tasks: list[str]) -> None:
+    """A strip of images of each task, two tasks beside each other on a phone."""
+    grid = charts.cards(PER_ROW)
+    for task in tasks:
         image, names, classes, images = sample_strip(view.key, task, view)
-        with columns[i % PER_ROW]:
+        with grid.container(gap="xxsmall"):
             source = "data:image/png;base64," + base64.b64encode(image).decode()
             st.image(source, width="stretch", alt=f"Sample images of {task}: {names}")
             known = f"{classes} classes" if classes else "no labels"
             title = plain(view.suite.title(task))
             st.markdown(f"**{title}**  \n{known}, {images} validation images")
+
+
+def links() -> None:
+    """Three ways on."""
+    ways = (
+        ("interference", "Learn why merges fail: interference"),
+        ("rank_and_scale", "Explore: play with rank and scale"),
+        ("open_checkpoints", "Merge my own models"),
+    )
+    for place, (name, label) in zip(st.columns(len(ways)), ways, strict=True):
+        with place.container(border=True):
+            st.page_link(shell.page(name), label=label, icon=":material/arrow_forward:")
 
 
 def page() -> None:
@@ -253,11 +288,19 @@ def page() -> None:
         "Why does averaging fine-tuned models work, and how can it work better?",
         "MergeScope looks inside a merge of fine-tuned models: how many directions each task "
         "needs, where tasks get into each other's way, and which rank and scale merge best. "
-        f"You are looking at the suite **{plain(view.name)}**"
-        + (f": {plain(about)}" if (about := view.suite.spec.description) else "."),
+        f"You are looking at **{plain(bundled_title(view.name))}**.",
     )
-    first_section(view)
+    known = known_result(view)
+    recipes = known[0] if known is not None else {}
+    cart = recipes["CART"][0] if "CART" in recipes else None
+    first_look.build_up_section(view, cart)
+    if cart is not None:
+        first_look.flips_section(view, recipes["Weight average"][0], cart)
+    first_section(view, known)
+    links()
     st.subheader("The suite", anchor=False)
+    if about := view.suite.spec.description:
+        st.markdown(plain(about))
     card_section(view)
     if bundled_name(view.suite.path):
         st.info(

@@ -10,7 +10,7 @@ import pandas as pd
 import streamlit as st
 from torch import Tensor
 
-from analysis.figures import templates as figures
+from analysis.figures.pictures import templates as figures
 from analysis.outputs.pool_outputs import PoolEvaluator, tensors_of
 from analysis.patterns import templates
 from analysis.patterns.images import Normalisation

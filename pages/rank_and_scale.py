@@ -8,18 +8,20 @@ from collections.abc import Callable
 import pandas as pd
 import streamlit as st
 
-from analysis.accuracy import mean_accuracy
 from analysis.figures import rank_evidence
 from analysis.figures import rank_selection as figures
 from analysis.frames.entries import NotRecorded
+from analysis.metrics import mean_over_tasks, metric_of
 from analysis.rank_selection.rule import Mode
 from analysis.rank_selection.select import (
     Selection,
     SelectionOptions,
     recipe_at,
     selectable_methods,
+    with_weight_picks,
 )
 from analysis.rank_selection.space import search_space
+from analysis.rank_selection.weight_proxies import PROXIES, defined_for
 from analysis.rank_selection.weight_response import PROPORTIONAL
 from merge_core.files import digest_of
 from merge_core.methods import get_method
@@ -117,9 +119,16 @@ def stored_choice(
 ) -> Selection | None:
     """The selection if it takes no forward pass (and the model is small)."""
     space = search_space(method, _view.name, tasks)
-    options = SelectionOptions(mode, full_grid, every_proxy)
+    options = SelectionOptions(mode, full_grid, every_proxy, only_rule=not every_proxy)
     live = resources.is_small(_view)
     return resources.output_frames(_view).select_if_known(space, options, live)
+
+
+@st.cache_data(max_entries=16, show_spinner="Asking the rules that need weights alone …")
+def picks_from_weights(key: str, tasks: tuple[str, ...], method: str, _view: View) -> pd.DataFrame:
+    """What every rule that needs weights alone picks."""
+    space = search_space(method, _view.name, tasks)
+    return resources.weight_frames(_view).weight_picks(space)
 
 
 @st.cache_data(max_entries=16, show_spinner="Following the rules over the rank …")
@@ -138,7 +147,7 @@ def find_selection(
         return known
     frames = resources.output_frames(view)
     space = search_space(method, view.name, view.tasks)
-    options = SelectionOptions(mode, full_grid, every_proxy)
+    options = SelectionOptions(mode, full_grid, every_proxy, only_rule=not every_proxy)
     frames.expect_selection(space, options)
 
     def work(progress: Progress) -> Selection:
@@ -163,8 +172,8 @@ def note(size: int, mode: Mode, full_grid: bool) -> str:
     """What the button will do, before it is pressed."""
     if mode == "weights":
         return (
-            "Decomposes the task vectors and asks every rule that needs weights alone. No input is "
-            "run."
+            "Decomposes the task vectors and asks the rule that the evidence recommends; the "
+            "others are asked when they are looked at. No input is run."
         )
     how = (
         f"Evaluates all {size} settings on every input of the validation split."
@@ -188,30 +197,32 @@ def answer(selection: Selection) -> None:
     for name, words in axes:
         cards.metric(name, words)
     if selection.accuracy is not None:
-        mean = selection.accuracy
+        mean, metric = selection.accuracy, metric_of(selection.accuracy)
         charts.accuracy_card(
             cards,
-            "Validation accuracy",
-            f"{mean['accuracy']:.1%}",
+            f"Validation {metric.noun}",
+            metric.show(mean[metric.column]),
             "validation",
             "tuned on these" if selection.mode == "labels" else "labels not used",
             delta=interval(mean),
             delta_color="off",
             delta_arrow="off",
-            help="Mean over tasks at the recommended setting with its 95 % interval. "
+            help=f"Mean over tasks at the recommended setting with its 95 % interval; "
+            f"{charts.unit_words(metric)}. "
             + (
-                "It was chosen for being high on these inputs, so the test split is the fairer "
-                "number."
+                f"It was chosen for being {metric.best_word} on these inputs, so the test split "
+                "is the fairer number."
                 if selection.mode == "labels"
                 else "Labels were not used to choose; they only show what came of it."
             ),
         )
     if selection.report is not None:
-        test = once(mean_accuracy, selection.report).iloc[0]
+        test = once(mean_over_tasks, selection.report).iloc[0]
+        metric = metric_of(test)
         charts.accuracy_card(
             cards,
-            "Test accuracy",
-            f"{test['accuracy']:.1%}",
+            f"Test {metric.noun}",
+            metric.show(test[metric.column]),
             "test",
             "tuned on validation" if selection.mode == "labels" else "labels not used",
             delta=interval(test),
@@ -226,7 +237,8 @@ def answer(selection: Selection) -> None:
 
 def interval(mean: pd.Series) -> str:
     """An interval in words."""
-    return f"{100 * mean['low']:.1f} to {100 * mean['high']:.1f} %"
+    metric = metric_of(mean)
+    return metric.show_interval(mean["low"], mean["high"]) + metric.ending
 
 
 def offer_selection(view: View, selection: Selection) -> None:
@@ -314,31 +326,46 @@ def curve_and_map(selection: Selection, view: View) -> None:
         known = (view.key, view.tasks, method, mode)
         other = stored_choice(*known, selection.full_grid, False, view)
         other = other or stored_choice(*known, False, False, view)
-    if view.suite.can_evaluate and toggle(
+    if toggle(
         "Mark every rule's pick",
         "marks",
-        "Rules that read weights are marked anyway; those that read inputs take a search each.",
+        "Rules that read weights take seconds; those that read inputs take a search each.",
     ):
         selection = add_every_pick(selection, view)
     settings_section(selection, other, view)
 
 
 def add_every_pick(selection: Selection, view: View) -> Selection:
-    """The selection with the picks of rules that read inputs, once they have been found."""
+    """The selection with the picks of all rules, once they have been found."""
     method, mode = selection.recipe.method, selection.mode
+    if not view.suite.can_evaluate:
+        return add_weight_picks(selection, view)
     try:
         found = find_selection(view, method, mode, selection.full_grid, every_proxy=True)
     except NotRecorded as error:
         show_info(error)
+        return add_weight_picks(selection, view)
+    return found or add_weight_picks(selection, view)
+
+
+def add_weight_picks(selection: Selection, view: View) -> Selection:
+    """The selection with the picks of all rules that need weights alone, where it lacks them."""
+    method = selection.recipe.method
+    asked = {name for name in PROXIES if defined_for(name, method)}
+    if len(asked.intersection(selection.picks["proxy"])) > 1 or not asked:
+        return selection  # they were looked at together
+    try:
+        picks = picks_from_weights(view.key, view.tasks, method, view)
+    except NotRecorded as error:
+        show_info(error)
         return selection
-    return found or selection
+    return with_weight_picks(selection, picks)
 
 
 @shell.fragment
 def proxies(selection: Selection, view: View) -> None:
     """Every proxy on the rank axis, and what each picks."""
-    if view.suite.can_evaluate:
-        selection = add_every_pick(selection, view)
+    selection = add_every_pick(selection, view)
     curves = curves_over_rank(view.key, view.tasks, selection.recipe.method, view)
     measured = selection.curve if selection.space.ranks else selection.curve.iloc[:0]
     over_rank, picked = None, None
@@ -368,7 +395,12 @@ def proxies(selection: Selection, view: View) -> None:
         )
     charts.panel(over_rank, picked, columns=2)
     charts.table(
-        selection.picks[["title", "mode", "rank", "scale", "at_edge", "accuracy", "why", "source"]],
+        selection.picks[
+            [
+                *("title", "mode", "rank", "scale", "at_edge"),
+                *(metric_of(selection.picks).column, "why", "source"),
+            ]
+        ],
         "picks",
         key="picks",
     )
@@ -378,25 +410,26 @@ def proxies(selection: Selection, view: View) -> None:
 def tasks(selection: Selection, view: View) -> None:
     """Which task wants which rank, and what more tasks do."""
     axis = "rank" if selection.space.ranks else "scale"
-    if selection.score == "accuracy" and len(selection.curve):
+    metric = metric_of(selection.picks)
+    if selection.score == metric.rule and len(selection.curve):
         frame = resources.output_frames(view).task_curves(selection)
         relative = toggle(
-            "As a share of each expert's accuracy",
+            f"As a share of each expert's {metric.noun}",
             "relative",
-            "Divides by the expert's own accuracy, so that hard and easy tasks compare.",
+            f"Sets it against the expert's own {metric.noun}, so that hard and easy tasks compare.",
         )
         charts.panel(
             charts.Chart(
                 charts.drawn(
                     figures.tasks_over_rank,
                     frame,
-                    "normalised" if relative else "accuracy",
+                    "normalised" if relative else metric.column,
                     title=f"Which task wants which {axis}?",
                     axis=axis,
                     chosen=selection.rank if axis == "rank" else selection.scale,
                 ),
                 key="task_curves",
-                alt=f"Accuracy of each task over {axis}",
+                alt=f"{metric.title} of each task over {axis}",
                 caption="At each place the setting that is best on average; only settings that "
                 "were evaluated on every input are drawn (the full grid has them all). A task's "
                 "best is enlarged.",

@@ -114,13 +114,13 @@ def trained_suite(folder: Path, examples: int = 32) -> Path:
     tokenizer = save_tokenizer(folder / "base")
     model = build("llama", **LLAMA)
     every = [line for task in TASKS for line in texts(task, 60, 1)]
-    train(model, tokenizer, every, 60, 3e-3)
+    train(model, tokenizer, every, 40, 4e-3)
     model.save_pretrained(folder / "base")
     start = {name: value.clone() for name, value in model.state_dict().items()}
     experts = {}
     for task in TASKS:
         model.load_state_dict(start)
-        train(model, tokenizer, texts(task, 120, 2), 40, 2e-3)
+        train(model, tokenizer, texts(task, 120, 2), 25, 3e-3)
         model.save_pretrained(folder / task)
         data = folder / f"{task}-data"
         data.mkdir()

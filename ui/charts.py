@@ -8,16 +8,19 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle, repeat
-from typing import Any, NamedTuple, ParamSpec
+from typing import Any, Literal, NamedTuple, ParamSpec
 
 import pandas as pd
 import plotly.graph_objects as go
 import streamlit as st
 from streamlit.delta_generator import DeltaGenerator
 
-from ui import kept
+from analysis.figures.legible import INK, colour_texts, enlarge
+from analysis.metrics import Metric
+from ui import kept, presenting
 from ui.plain_text import plain_figure
 from ui.server.once import once
+from ui.words.glossary import link_terms
 
 P = ParamSpec("P")
 CARD = 130  # pixels: half a phone's width
@@ -64,6 +67,26 @@ def accuracy_card(
         st.metric(label, value, **options)
         chips = f":{'blue' if split == 'test' else 'orange'}-badge[{split}]"
         st.markdown(f"{chips} :gray-badge[{setting}]" if setting else chips)
+
+
+def delta_colour(metric: Metric) -> Literal["normal", "inverse"]:
+    """Of a difference: green where it is the better way."""
+    return "inverse" if metric.lower_is_better else "normal"
+
+
+def interval_words(metric: Metric, row: pd.Series) -> str:
+    """A row's interval in the metric's unit."""
+    return metric.show_interval(row["low"], row["high"]) + metric.ending
+
+
+def unit_words(metric: Metric) -> str:
+    """In what differences are."""
+    return f"in {metric.unit}" if metric.unit else "differences in percentage points"
+
+
+def which_way(metric: Metric) -> str:
+    """A sentence about which way is better, where it is not the usual one."""
+    return f" {metric.label}: lower is better." if metric.lower_is_better else ""
 
 
 class HowToRead(NamedTuple):
@@ -121,6 +144,10 @@ def _write(
     make: Callable[..., go.Figure], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> Drawn:
     return Drawn(json.loads(plain_figure(make(*args, **kwargs)).to_json(validate=False)))
+
+
+def _enlarge(figure: Drawn) -> Drawn:
+    return Drawn(enlarge(figure.spec, presenting.FACTOR))
 
 
 @dataclass(frozen=True)
@@ -195,8 +222,12 @@ def _draw(chart: Chart) -> None:
     if chart.on_click is not None:
         clicked = partial(_pass_on, chart.key, chart.on_click)
         options = {"on_select": clicked, "selection_mode": "points"}
+    ink = INK["dark" if st.context.theme.type == "dark" else "light"]
+    figure = Drawn(colour_texts(chart.figure.with_height(chart.height).spec, ink))
+    if presenting.is_on():
+        figure = once(_enlarge, figure)
     st.plotly_chart(
-        _AsDrawn(chart.figure.with_height(chart.height)),
+        _AsDrawn(figure),
         key=chart.key,
         alt=chart.alt,
         config={"toImageButtonOptions": image, "displaylogo": False},
@@ -222,7 +253,7 @@ def _explain(how_to_read: HowToRead, key: str) -> None:
     label, icon = "How to read this", ":material/menu_book:"
     with st.expander(label, icon=icon, key=f"how_{key}", on_change="rerun") as opened:
         if opened.open:
-            st.markdown(how_to_read.text)
+            st.markdown(link_terms(how_to_read.text))
             st.latex(how_to_read.formula)
 
 

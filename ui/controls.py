@@ -28,6 +28,7 @@ def selectbox(
     *,
     rest: Value | None = None,
     words: Callable[[Value], str] = str,
+    shown: Callable[[Value], str] | None = None,
     help: str | None = None,
     slot: str = "",
     linked: bool = True,
@@ -40,6 +41,7 @@ def selectbox(
         name: in the address.
         rest: at rest.
         words: what is written on an option, and in the address.
+        shown: what is written on an option instead.
         help: tooltip.
         slot: see :class:`ui.kept.Control`.
         linked: see :class:`ui.kept.Control`.
@@ -48,7 +50,7 @@ def selectbox(
     control = replace(_one_of(label, offered, name, rest, words, slot), linked=linked)
 
     def draw(_: Value) -> Value:
-        return st.selectbox(label, offered, format_func=words, key=name, help=help)
+        return st.selectbox(label, offered, format_func=shown or words, key=name, help=help)
 
     return stand(control, draw)
 
@@ -189,6 +191,7 @@ def multiselect(
     *,
     rest: Iterable[Value] = (),
     words: Callable[[Value], str] = str,
+    shown: Callable[[Value], str] | None = None,
     most: int | None = None,
     help: str | None = None,
     slot: str = "",
@@ -201,6 +204,7 @@ def multiselect(
         name: in the address.
         rest: chosen at rest.
         words: what is written on an option, and in the address.
+        shown: what is written on an option instead.
         most: so many can be chosen.
         help: tooltip.
         slot: see :class:`ui.kept.Control`.
@@ -210,7 +214,7 @@ def multiselect(
 
     def draw(_: list[Value]) -> list[Value]:
         return st.multiselect(
-            label, offered, format_func=words, max_selections=most, key=name, help=help
+            label, offered, format_func=shown or words, max_selections=most, key=name, help=help
         )
 
     return stand(control, draw)

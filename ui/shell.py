@@ -20,8 +20,9 @@ import streamlit as st
 from analysis.frames.entries import NotRecorded
 from merge_core.errors import MergeScopeError
 from merge_core.merging.recipe import Recipe
+from merge_core.suites.bundled import bundled_title
 from merge_core.suites.recorded import RecordedSuite
-from ui import history, kept, sidebar
+from ui import brand, history, kept, presenting, sidebar
 from ui.plain_text import code, plain, show_error, show_info
 from ui.server import garbage, session_files
 from ui.server.catalog import POOLS, SUITES
@@ -126,7 +127,12 @@ AVERAGING = (
         "digits-vgg-shared",
     ),
 )
-SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING}
+WORDS = (
+    PageEntry(
+        "glossary", "Glossary", ":material/dictionary:", "What the words of the field mean", "own"
+    ),
+)
+SECTIONS = {"Merging experts": MERGING, "Averaging weights": AVERAGING, "Words": WORDS}
 PAGES = tuple(entry for entries in SECTIONS.values() for entry in entries)
 
 
@@ -154,21 +160,22 @@ def page(name: str) -> Any:
 
 def explain_no_evaluation(view: View) -> None:
     """Say what a suite lacks for evaluation, and what can be done with it all the same."""
+    name = bundled_title(view.name)
     if isinstance(view.suite, RecordedSuite):
         st.info(
-            f"The record **{plain(view.name)}** holds no accuracies: "
+            f"The record **{plain(name)}** holds no accuracies: "
             f"{plain(view.suite.why_not_evaluated)}. Spectra and Interference show what it holds."
         )
         return
     if view.suite.can_evaluate:
         st.info(
-            f"The {plain(view.suite.inputs)} of the suite **{plain(view.name)}** have no labels, "
+            f"The {plain(view.suite.inputs)} of the suite **{plain(name)}** have no labels, "
             "so no accuracy can be measured. Add `val_labels` and `test_labels` to its data to see "
             "accuracies here; Rank and scale chooses both from inputs without labels."
         )
         return
     st.info(
-        f"The suite **{plain(view.name)}** can be analysed and merged but not evaluated: "
+        f"The suite **{plain(name)}** can be analysed and merged but not evaluated: "
         f"{plain(view.suite.why_not_evaluated)}. Add it to {code(view.suite.path.name)} to see "
         "accuracies here; Spectra, Interference and the Merge lab's download work without it."
     )
@@ -195,10 +202,15 @@ def run() -> None:
     """Draw the shell, then the page that was asked for."""
     with suppress(OSError, MergeScopeError):  # said on the page that needs it
         session_files.janitor()
-    st.set_page_config(page_title="MergeScope", page_icon="🔬", layout="wide")
+    # Before the navigation, which would have the browser fetch the page's icon from elsewhere.
+    st.set_page_config(page_title="MergeScope", page_icon=brand.MARK, layout="wide")
     groups = {title: [_page(e) for e in entries] for title, entries in SECTIONS.items()}
     page = st.navigation(groups)
     entry = next(entry for entry in PAGES if entry.title == page.title)
+    st.set_page_config(
+        page_title=f"{entry.title} · MergeScope", page_icon=brand.MARK, layout="wide"
+    )
+    st.logo(brand.LOGO, size="large", icon_image=brand.MARK)
     history.keep_one_entry_a_page([first_page().name, *(each.name for each in PAGES)])
     kept.enter(entry.name)
     st.session_state[RUNNING] = True
@@ -250,13 +262,33 @@ def fragment(function: Callable[..., None] | None = None, *, run_every: float | 
 
 
 def _run_page(page: Any, entry: PageEntry) -> None:
-    note = st.container()
+    note, missing = st.container(), ""
     with st.sidebar:
-        if entry.subject == "suite":
-            st.session_state[VIEW] = sidebar.choose_suite()
-        elif entry.subject == "pool":
-            st.session_state[POOL_VIEW] = sidebar.choose_pool(entry.opened)
+        try:
+            if entry.subject == "suite":
+                st.session_state[VIEW] = sidebar.choose_suite()
+            elif entry.subject == "pool":
+                st.session_state[POOL_VIEW] = sidebar.choose_pool(entry.opened)
+        except sidebar.NothingChosen as error:
+            missing = str(error)
         sidebar.choose_device()
+        presenting.choose()
+        st.button(
+            "Reset this page",
+            icon=":material/restart_alt:",
+            type="tertiary",
+            help="Every control of this page as it was at first, and the usual tasks and layer.",
+            on_click=kept.reset,
+        )
+    presenting.show()
+    if missing:
+        st.info(plain(missing))
+        return
+    if entry.subject == "suite" and len(view().tasks) == 2:
+        note.info(
+            "Two tasks are chosen. Their changes about the average are opposite, so CART is the "
+            "average at every rank and scale; choose three tasks or more to see it differ."
+        )
     page.run()
     if unread := kept.take_unread():
         note.warning(

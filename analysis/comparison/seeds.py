@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from analysis.metrics import metric_of
 from merge_core.merging.recipe import Recipe
 
 
@@ -33,7 +34,7 @@ def join_seeds(summary: pd.DataFrame, recipes: Mapping[str, Recipe]) -> pd.DataF
 
     Returns:
         The summary, the best first, with accuracy, low, high, normalised and costs as means over
-        seeds, worst and worst_task of the seed in which that is lowest, and columns seeds (their
+        seeds, worst and worst_task of the seed in which that is worst, and columns seeds (their
         number), least and most (accuracy over seeds; the accuracy itself where there is one).
 
     Example:
@@ -44,14 +45,14 @@ def join_seeds(summary: pd.DataFrame, recipes: Mapping[str, Recipe]) -> pd.DataF
         >>> frame[["label", "seeds", "least", "most", "worst_task"]].values.tolist()
         [['DARE', 2, 0.5, 0.7, 'cars']]
     """
-    titles = titles_without_seeds(recipes)
+    titles, metric = titles_without_seeds(recipes), metric_of(summary)
     rows = []
     for title, part in summary.groupby(summary["label"].map(titles), sort=False):
-        lowest = part.iloc[int(part["worst"].to_numpy().argmin())]
+        lowest = part.iloc[int((metric.sign * part["worst"].to_numpy()).argmin())]
         means = part.mean(numeric_only=True)
         row = {**lowest.to_dict(), **means.to_dict()}
         row |= {"label": title, "worst": lowest["worst"], "seeds": len(part)}
-        row |= {"least": part["accuracy"].min(), "most": part["accuracy"].max()}
+        row |= {"least": part[metric.column].min(), "most": part[metric.column].max()}
         rows.append(row)
     frame = pd.DataFrame(rows, columns=[*summary.columns, "seeds", "least", "most"])
-    return frame.sort_values("accuracy", ascending=False, kind="stable", ignore_index=True)
+    return metric.rank(frame).reset_index(drop=True)

@@ -23,6 +23,7 @@ from analysis.outputs.prediction_store import CLASSES, PredictionStore
 from analysis.outputs.suite_outputs import Images, Measurements, Precision, SuiteOutputs, Weights
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.devices import current_device
+from merge_core.errors import SuiteError
 from merge_core.files import digest_of
 from merge_core.merging.engine import MergeSession, written_dtype
 from merge_core.merging.recipe import Recipe
@@ -179,6 +180,12 @@ class Evaluator:
         """
         if recipe.declaration.learns is None:
             return None
+        if self.suite.speaks:
+            raise SuiteError(
+                f"{recipe.declaration.title} learns from the inputs of classifiers, and "
+                f"{self.suite.name!r} is a suite of language models. Take a method that learns "
+                "nothing from data."
+            )
         digest, state = self._learned
         wanted = self._digest(recipe, session)
         if digest != wanted:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.evaluation.evaluator import Evaluator
+from analysis.metrics import metric_of
 from analysis.outputs.inputs import Split
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.files import write_atomically
@@ -16,22 +17,24 @@ from merge_core.suites.suite import Suite
 
 
 def results_of(frame: pd.DataFrame, split: Split) -> list[Result]:
-    """What a card says, from a frame of accuracies.
+    """What a card says, from a frame of accuracies, or of another metric.
 
     Args:
-        frame: of :func:`analysis.accuracy.accuracy_frame`, one row a task.
+        frame: of :meth:`Evaluator.recipe`, one row a task.
         split: which it was measured on.
 
     Example:
         >>> from analysis.accuracy import accuracy_frame
         >>> (result,) = results_of(accuracy_frame({"digits": np.array([True, False])}), "test")
-        >>> result.task, result.accuracy, result.examples
+        >>> result.task, result.value, result.examples
         ('digits', 0.5, 2)
     """
+    metric = metric_of(frame).column
+    kind = "text-generation" if metric == "cross_entropy" else "image-classification"
     return [
-        Result(str(task), split, float(accuracy), float(low), float(high), int(images))
-        for task, accuracy, low, high, images in frame[
-            ["task", "accuracy", "low", "high", "images"]
+        Result(str(task), split, float(value), float(low), float(high), int(images), kind, metric)
+        for task, value, low, high, images in frame[
+            ["task", metric, "low", "high", "images"]
         ].itertuples(index=False)
     ]
 
@@ -49,7 +52,7 @@ def write_card(
         limit: only the first so many examples of each task.
 
     Returns:
-        As :func:`analysis.accuracy.accuracy_frame`.
+        As :meth:`Evaluator.checkpoint`.
 
     Raises:
         RecipeError: the suite's members are no longer those that were merged.

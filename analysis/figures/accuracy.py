@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import cast
+
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, add_line, layout, set_axes
+from analysis.metrics import ACCURACY, METRICS, metric_of
+from merge_core.suites.data_spec import MetricName
 
 # Fixed looks of what appears on several pages; anything else takes the next colour and marker.
 MODEL_LOOKS = {
@@ -17,12 +21,10 @@ MODEL_LOOKS = {
     "CART": (OKABE_ITO[3], "circle"),
 }
 OTHER_LOOKS = ((OKABE_ITO[3], "circle"), (OKABE_ITO[0], "square"), (OKABE_ITO[2], "triangle-up"))
-ACCURACY = "Accuracy (%)"
 OVER = {
     "count": "Tasks merged",
     "parameters": "Parameters of a model",
-    "accuracy": ACCURACY,
-    "normalised": "Accuracy, share of the experts' (%)",
+    "normalised": "Share of the experts' (%)",
 }
 FURTHER_LOOKS = ((OKABE_ITO[2], "diamond"), (OKABE_ITO[4], "cross"))
 
@@ -31,7 +33,7 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
     """Dot plot: a row per task and one for their mean, a dot with its interval per model.
 
     Args:
-        frame: rows with model, task, accuracy, low, high (shares).
+        frame: rows with model, task, accuracy (or another metric), low, high.
         title: the question answered.
 
     Example:
@@ -40,6 +42,7 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
         >>> dots_per_task(frame, "How good is it?").data[0].name
         'CART'
     """
+    metric = metric_of(frame)
     tasks = list(dict.fromkeys(frame["task"]))
     models = list(dict.fromkeys(frame["model"]))
     place = {task: len(tasks) - i for i, task in enumerate(tasks)}
@@ -53,7 +56,7 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
     for offset, model in zip(offsets, models, strict=True):
         mine = frame[frame["model"] == model]
         colour, symbol = looks[model]
-        accuracy = 100 * mine["accuracy"].to_numpy()
+        accuracy = metric.factor * mine[metric.column].to_numpy()
         figure.add_scatter(
             x=np.append(accuracy, accuracy.mean()),
             y=np.append([place[task] + offset for task in mine["task"]], offset - 0.15),
@@ -65,16 +68,18 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
             error_x={
                 "type": "data",
                 "symmetric": False,
-                "array": np.append(100 * mine["high"].to_numpy() - accuracy, 0),
-                "arrayminus": np.append(accuracy - 100 * mine["low"].to_numpy(), 0),
+                "array": np.append(metric.factor * mine["high"].to_numpy() - accuracy, 0),
+                "arrayminus": np.append(accuracy - metric.factor * mine["low"].to_numpy(), 0),
                 "thickness": 1.2,
                 "width": 0,
                 "color": colour,
             },
-            hovertemplate="%{text}: %{x:.1f} %<extra>" + model + "</extra>",
+            hovertemplate=f"%{{text}}: %{{x:{metric.of_hover}}}{metric.ending}<extra>"
+            + model
+            + "</extra>",
         )
     add_line(figure, {"color": REFERENCE, "width": 1, "dash": "dot"}, y=0.4)
-    layout(figure, title, x=ACCURACY, y="", height=110 + 44 * (len(tasks) + 1))
+    layout(figure, title, x=metric.axis, y="", height=110 + 44 * (len(tasks) + 1))
     set_axes(
         figure,
         y={
@@ -85,8 +90,9 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
             "showgrid": False,
         },
     )
-    lowest = 100 * float(frame["low"].min())
-    set_axes(figure, x={"range": [max(0.0, lowest - 3), 101]})
+    if metric.highest == 1:
+        lowest = 100 * float(frame["low"].min())
+        set_axes(figure, x={"range": [max(0.0, lowest - 3), 101]})
     return figure
 
 
@@ -96,7 +102,7 @@ def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.
     Args:
         summary: of :func:`analysis.comparison.scaling.summarise_over`.
         by: its column along the x axis, ``count`` or ``parameters``.
-        value: what the mean is of, ``accuracy`` or ``normalised``.
+        value: what the mean is of, ``accuracy`` or another metric, or ``normalised``.
         title: the question answered.
 
     Example:
@@ -106,14 +112,15 @@ def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.
         >>> accuracy_over(summary, "count", "accuracy", "How?").data[-1].y.tolist()
         [70.0, 50.0]
     """
-    figure = go.Figure()
+    figure, metric = go.Figure(), METRICS.get(cast("MetricName", value), ACCURACY)
+    form = metric.of_hover
     others = iter(FURTHER_LOOKS * len(summary))
     for place, (method, part) in enumerate(summary.groupby("method", sort=False)):
         named = str(method)
         colour, symbol = MODEL_LOOKS[named] if named in MODEL_LOOKS else next(others)
         part = part.sort_values(by)
         x = part[by].to_numpy()
-        low, high = (100 * part[name].to_numpy() for name in ("least", "most"))
+        low, high = (metric.factor * part[name].to_numpy() for name in ("least", "most"))
         figure.add_scatter(
             x=np.concatenate([x, x[::-1]]),
             y=np.concatenate([high, low[::-1]]),
@@ -128,17 +135,18 @@ def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.
         )
         figure.add_scatter(
             x=x,
-            y=100 * part["mean"].to_numpy(),
+            y=metric.factor * part["mean"].to_numpy(),
             customdata=np.column_stack([low, high, part["subsets"]]),
             mode="lines+markers",
             name=named,
             legendgroup=named,
             line={"color": colour, "dash": DASHES[place % len(DASHES)], "width": 2},
             marker={"symbol": symbol if symbol in MARKERS else "circle", "size": 9},
-            hovertemplate=f"{named}<br>%{{x:,}}: %{{y:.1f}} % (%{{customdata[0]:.1f}} to "
-            "%{customdata[1]:.1f} over %{customdata[2]:.0f})<extra></extra>",
+            hovertemplate=f"{named}<br>%{{x:,}}: %{{y:{form}}}{metric.ending} "
+            f"(%{{customdata[0]:{form}}} to %{{customdata[1]:{form}}} "
+            "over %{customdata[2]:.0f})<extra></extra>",
         )
-    layout(figure, title, x=OVER[by], y=OVER[value])
+    layout(figure, title, x=OVER[by], y=OVER.get(value, metric.axis))
     ticks = sorted(summary[by].unique())
     if by == "parameters":
         texts = [f"{tick / 1e6:.3g} M" for tick in ticks]

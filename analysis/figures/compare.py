@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -18,6 +19,7 @@ from analysis.figures.style import (
     layout,
     set_axes,
 )
+from analysis.metrics import ACCURACY, Metric, metric_of
 
 MOST_ON_RADAR = 6
 # Names of methods are broken into two lines of this many letters, which leaves room on a phone.
@@ -41,8 +43,10 @@ def method_dots(
         title: the question answered.
         references: vertical lines by name, such as the experts' mean (shares).
     """
-    frame = summary.sort_values("accuracy", ascending=False, kind="stable")[::-1]
-    accuracy = 100 * frame["accuracy"].to_numpy()
+    metric = metric_of(summary)
+    frame = metric.rank(summary)[::-1]
+    accuracy = metric.factor * frame[metric.column].to_numpy()
+    shown = f"%{{x:{metric.of_hover}}}{metric.ending}"
     figure = go.Figure()
     figure.add_scatter(
         x=accuracy,
@@ -53,26 +57,26 @@ def method_dots(
         error_x={
             "type": "data",
             "symmetric": False,
-            "array": 100 * frame["high"].to_numpy() - accuracy,
-            "arrayminus": accuracy - 100 * frame["low"].to_numpy(),
+            "array": metric.factor * frame["high"].to_numpy() - accuracy,
+            "arrayminus": accuracy - metric.factor * frame["low"].to_numpy(),
             "thickness": 1.4,
             "width": 0,
         },
-        hovertemplate="%{y}: %{x:.1f} %<extra></extra>",
+        hovertemplate=f"%{{y}}: {shown}<extra></extra>",
     )
     figure.add_scatter(
-        x=100 * frame["worst"].to_numpy(),
+        x=metric.factor * frame["worst"].to_numpy(),
         y=frame["label"],
         mode="markers",
         name="worst task",
         text=frame["worst_task"],
         marker={"color": OKABE_ITO[3], "symbol": "line-ns-open", "size": 10},
-        hovertemplate="%{y}, worst task %{text}: %{x:.1f} %<extra></extra>",
+        hovertemplate=f"%{{y}}, worst task %{{text}}: {shown}<extra></extra>",
     )
     if "least" in frame and (frame["most"] > frame["least"]).any():
         add_seed_ranges(figure, frame[frame["most"] > frame["least"]])
     names = [f"{len(frame) - row}  {label}" for row, label in enumerate(frame["label"])]
-    layout(figure, title, x="Accuracy (%)", y="", height=150 + ROW * len(frame))
+    layout(figure, title, x=metric.axis, y="", height=150 + ROW * len(frame))
     figure.layout.margin.t += 14
     set_axes(
         figure,
@@ -87,7 +91,7 @@ def method_dots(
     )
     for name, value in (references or {}).items():
         figure.add_vline(
-            x=100 * value,
+            x=metric.factor * value,
             line={"color": REFERENCE, "dash": "dot", "width": 1.5},
             annotation={"text": name, "font": {"size": 11}},
             annotation_position="top",
@@ -102,8 +106,8 @@ def add_seed_ranges(figure: go.Figure, frame: pd.DataFrame) -> None:
         figure: of methods, changed in place.
         frame: with columns label, least and most (shares).
     """
-    gap = [None] * len(frame)
-    ends = zip(100 * frame["least"], 100 * frame["most"], gap, strict=True)
+    metric, gap = metric_of(frame), [None] * len(frame)
+    ends = zip(metric.factor * frame["least"], metric.factor * frame["most"], gap, strict=True)
     labels = zip(frame["label"], frame["label"], gap, strict=True)
     figure.add_scatter(
         x=[value for ends_of_one in ends for value in ends_of_one],
@@ -113,7 +117,7 @@ def add_seed_ranges(figure: go.Figure, frame: pd.DataFrame) -> None:
         line={"color": OKABE_ITO[1], "width": 5},
         marker={"symbol": "line-ns-open", "size": 9, "color": OKABE_ITO[1]},
         opacity=0.8,
-        hovertemplate="%{y}, over seeds: %{x:.1f} %<extra></extra>",
+        hovertemplate=f"%{{y}}, over seeds: %{{x:{metric.of_hover}}}{metric.ending}<extra></extra>",
     )
 
 
@@ -125,10 +129,10 @@ def task_radar(frame: pd.DataFrame, labels: Sequence[str], title: str) -> go.Fig
         labels: the methods drawn.
         title: the question answered.
     """
-    figure = go.Figure()
+    metric, figure = metric_of(frame), go.Figure()
     for i, label in enumerate(labels[:MOST_ON_RADAR]):
         mine = frame[frame["label"] == label]
-        r, theta = 100 * mine["accuracy"].to_numpy(), mine["task"].tolist()
+        r, theta = metric.factor * mine[metric.column].to_numpy(), mine["task"].tolist()
         figure.add_scatterpolar(
             r=np.append(r, r[:1]),
             theta=[*theta, *theta[:1]],
@@ -136,29 +140,34 @@ def task_radar(frame: pd.DataFrame, labels: Sequence[str], title: str) -> go.Fig
             name=label,
             line={"color": OKABE_ITO[i % len(OKABE_ITO)], "width": 2},
             marker={"symbol": MARKERS[i % len(MARKERS)], "size": 7},
-            hovertemplate=f"{label}, %{{theta}}: %{{r:.1f}} %<extra></extra>",
+            hovertemplate=f"{label}, %{{theta}}: %{{r:{metric.of_hover}}}{metric.ending}"
+            "<extra></extra>",
         )
     rows = -(-len(labels) // 2)  # of the legend on a phone
     layout(figure, title, x="", y="", height=450 + 20 * rows)
     figure.layout.margin.update(l=62, r=62, t=figure.layout.margin.t + 24, b=40 + 20 * rows)
-    drawn = frame[frame["label"].isin(labels)]["accuracy"]
-    low = 100 * float(drawn.min()) if len(drawn) else 0.0
-    figure.update_layout(
-        polar={
-            "bgcolor": "rgba(0,0,0,0)",
-            "radialaxis": {"range": [max(0.0, low - 5), 100], "ticksuffix": " %", "nticks": 5},
-        }
-    )
+    drawn = metric.factor * frame[frame["label"].isin(labels)][metric.column]
+    axis: dict[str, Any] = {"ticksuffix": metric.ending, "nticks": 5}
+    if metric.highest == 1:
+        axis["range"] = [max(0.0, float(drawn.min()) - 5 if len(drawn) else 0.0), 100]
+    elif len(drawn):  # the smaller the better, as it says: the centre is none at all
+        axis["range"] = [0.0, 1.05 * float(drawn.max())]
+    figure.update_layout(polar={"bgcolor": "rgba(0,0,0,0)", "radialaxis": axis})
     return figure
 
 
-def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figure:
+def paired_map(
+    pairs: pd.DataFrame, order: Sequence[str], title: str, metric: Metric = ACCURACY
+) -> go.Figure:
     """Differences row − column in points by place; a dot marks those that are real.
+
+    Red is where the row is the better one, whichever way the metric goes.
 
     Args:
         pairs: of :func:`analysis.accuracy.paired_differences`.
         order: labels, best first.
         title: the question answered.
+        metric: that differs.
 
     Example:
         >>> columns = ["first", "second", "difference", "real"]
@@ -171,9 +180,10 @@ def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figu
     mark = np.full(z.shape, "", dtype=object)
     for row in pairs.to_dict("records"):
         i, j = place[row["first"]], place[row["second"]]
-        z[i, j], z[j, i] = 100 * row["difference"], -100 * row["difference"]
+        gap = metric.factor * row["difference"]
+        z[i, j], z[j, i] = gap, -gap
         mark[i, j] = mark[j, i] = "●" if row["real"] else ""
-    limit = max(1.0, float(np.abs(z).max()))
+    limit = max(metric.factor / 100, float(np.abs(z).max()))
     figure = go.Figure(
         go.Heatmap(
             z=z,
@@ -183,9 +193,11 @@ def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figu
             texttemplate="%{text}",
             textfont={"size": 7},
             colorscale=DIVERGING,
+            reversescale=metric.lower_is_better,
             zmin=-limit,
             zmax=limit,
-            hovertemplate="%{y} − %{x}: %{z:+.1f} points %{text}<extra></extra>",
+            hovertemplate=f"%{{y}} − %{{x}}: %{{z:{metric.difference_form}}} {metric.points} "
+            "%{text}<extra></extra>",
         )
     )
     layout(
@@ -196,7 +208,7 @@ def paired_map(pairs: pd.DataFrame, order: Sequence[str], title: str) -> go.Figu
         height=340 + 14 * len(order),
         legend=False,
     )
-    add_colour_bar(figure, "Difference of mean accuracy (points)")
+    add_colour_bar(figure, f"Difference of mean {metric.noun} ({metric.points})")
     # Each row has its number; columns have as many as fit a phone.
     shown = [label for label, i in place.items() if len(order) <= 12 or i == 0 or i % 5 == 4]
     set_axes(
@@ -229,14 +241,15 @@ def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
         "peak_mb": "Peak memory of the merge (MB)",
         "storage_mb": "Storage for all tasks (MB)",
     }
-    frame = summary.dropna(subset=[quantity]).sort_values([quantity, "accuracy"])
+    metric = metric_of(summary)
+    frame = summary.dropna(subset=[quantity]).sort_values([quantity, metric.column])
+    value = metric.sign * frame[metric.column]
     # Those that nothing cheaper is better than are named; more names would hide each other.
-    best_before = frame["accuracy"].cummax().shift(fill_value=-1.0)
-    named = frame["accuracy"] > best_before
+    named = value > value.cummax().shift(fill_value=-np.inf)
     figure = go.Figure()
     figure.add_scatter(
         x=frame[quantity].to_numpy(),
-        y=100 * frame["accuracy"].to_numpy(),
+        y=metric.factor * frame[metric.column].to_numpy(),
         mode="markers+text",
         text=[
             _break_lines(label) if own else ""
@@ -247,9 +260,10 @@ def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
         cliponaxis=False,
         customdata=frame["label"],
         marker={"color": OKABE_ITO[0], "size": 11},
-        hovertemplate="%{customdata}<br>%{x:.3g}, %{y:.1f} %<extra></extra>",
+        hovertemplate=f"%{{customdata}}<br>%{{x:.3g}}, %{{y:{metric.of_hover}}}{metric.ending}"
+        "<extra></extra>",
     )
-    layout(figure, title, x=names[quantity], y="Accuracy (%)", legend=False)
+    layout(figure, title, x=names[quantity], y=metric.axis, legend=False)
     if quantity == "seconds":
         set_axes(figure, x={"type": "log", "minorloglabels": "none"})
     return figure
@@ -259,7 +273,7 @@ def _label_positions(frame: pd.DataFrame, quantity: str, named: pd.Series) -> li
     """Where names stand at their points: beside each other where points are near each other."""
     x = frame[quantity].to_numpy(dtype=float)
     x = np.log(x) if quantity == "seconds" else x
-    y = frame["accuracy"].to_numpy(dtype=float)
+    y = frame[metric_of(frame).column].to_numpy(dtype=float)
     places = np.full(len(frame), "top center", dtype=object)
     shown = np.flatnonzero(named)
     near = (np.diff(x[shown]) < 0.15 * np.ptp(x)) & (np.diff(y[shown]) < 0.1 * np.ptp(y))

@@ -28,6 +28,7 @@ from analysis.figures.style import (
     set_axes,
     share_axis,
 )
+from analysis.metrics import metric_of
 
 # Regrets beyond this many points are drawn at the edge: settings that destroy the model would
 # otherwise leave no room for the differences that matter.
@@ -126,7 +127,7 @@ def picks_over_rank(picks: pd.DataFrame, title: str, chosen: float) -> go.Figure
         chosen: the recommended rank, a vertical line.
     """
     frame = picks.dropna(subset=["rank"]).sort_values("rank", ascending=False, kind="stable")
-    figure = go.Figure()
+    figure, metric = go.Figure(), metric_of(picks)
     for mode, (name, colour, symbol) in MODE_LOOKS.items():
         mine = frame[frame["mode"] == mode]
         if len(mine):
@@ -138,7 +139,11 @@ def picks_over_rank(picks: pd.DataFrame, title: str, chosen: float) -> go.Figure
                 marker={"symbol": symbol, "size": 11, "color": colour},
                 text=[
                     setting_words(row)
-                    + ("" if np.isnan(row["accuracy"]) else f": {row['accuracy']:.1%}")
+                    + (
+                        ""
+                        if np.isnan(row[metric.column])
+                        else f": {metric.show(row[metric.column])}"
+                    )
                     for row in mine.to_dict("records")
                 ],
                 hovertemplate="%{y}<br>%{text}<extra></extra>",
@@ -309,10 +314,10 @@ def accuracy_over_storage(frame: pd.DataFrame, title: str) -> go.Figure:
         frame: of :func:`analysis.rank_selection.allocation.compare_with_uniform`.
         title: the question answered.
     """
-    figure = go.Figure()
+    figure, metric = go.Figure(), metric_of(frame)
     for i, (rule, mine) in enumerate(frame.groupby("title", sort=False)):
         mine = mine.sort_values("numbers")
-        accuracy = 100 * mine["accuracy"].to_numpy()
+        accuracy = metric.factor * mine[metric.column].to_numpy()
         figure.add_scatter(
             x=mine["numbers"].to_numpy() / 1e6,
             y=accuracy,
@@ -323,8 +328,8 @@ def accuracy_over_storage(frame: pd.DataFrame, title: str) -> go.Figure:
             error_y={
                 "type": "data",
                 "symmetric": False,
-                "array": 100 * mine["high"].to_numpy() - accuracy,
-                "arrayminus": accuracy - 100 * mine["low"].to_numpy(),
+                "array": metric.factor * mine["high"].to_numpy() - accuracy,
+                "arrayminus": accuracy - metric.factor * mine["low"].to_numpy(),
                 "thickness": 1,
                 "width": 0,
             },
@@ -333,7 +338,9 @@ def accuracy_over_storage(frame: pd.DataFrame, title: str) -> go.Figure:
                 f"λ = {row['scale']:.3g}"
                 for row in mine.to_dict("records")
             ],
-            hovertemplate="%{text}: %{y:.1f} %<extra>" + str(rule) + "</extra>",
+            hovertemplate=f"%{{text}}: %{{y:{metric.of_hover}}}{metric.ending}<extra>"
+            + str(rule)
+            + "</extra>",
         )
     label = "Numbers that the kept directions take (millions)"
-    return layout(figure, title, x=label, y="Accuracy (%)", height=420)
+    return layout(figure, title, x=label, y=metric.axis, height=420)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import cast
 
 import numpy as np
 import pandas as pd
@@ -25,10 +26,13 @@ from analysis.figures.style import (
     add_colour_bar,
     layout,
 )
+from analysis.metrics import ACCURACY, METRICS
+from merge_core.suites.data_spec import MetricName
 
 # Colours end this many points below the best: settings that destroy the model would otherwise
 # take the whole scale and leave none for the differences that matter.
 MAP_SPAN = 15.0
+WORST_OVER_BEST = 1.5  # likewise of a metric where less is better
 # Pixels between cells that were judged on part of the images: they are drawn smaller.
 SMALL_CELL_GAP = 4
 MOST_TICKS = 7
@@ -115,6 +119,7 @@ def _add_cells(
     Cells are in two layers: all images, and part of them (smaller).
     """
     label, factor = unit(value)
+    written = "%{z:.1f}" if factor == 100 else "%{z:.2f}"
     at = (
         known["scale"].map({s: j for j, s in enumerate(scales)}).to_numpy(dtype=int),
         known["rank"].map({r: i for i, r in enumerate(ranks)}).to_numpy(dtype=int),
@@ -133,7 +138,7 @@ def _add_cells(
             coloraxis="coloraxis",
             xgap=gap,
             ygap=gap,
-            texttemplate="%{z:.1f}" if values.size <= CELLS_WITH_TEXT else "",
+            texttemplate=written if values.size <= CELLS_WITH_TEXT else "",
             hoverinfo="skip",
             hoverongaps=False,
         )
@@ -141,7 +146,17 @@ def _add_cells(
     highest, lowest = float(np.nanmax(values)), float(np.nanmin(values))
     if factor == 100.0:
         lowest = max(lowest, highest - MAP_SPAN)
-    figure.update_layout(coloraxis={"colorscale": SEQUENTIAL, "cmin": lowest, "cmax": highest})
+    better = METRICS.get(cast("MetricName", value), ACCURACY)
+    if better.lower_is_better:  # the worst settings would take the whole scale here too
+        highest = min(highest, lowest * WORST_OVER_BEST)
+    figure.update_layout(
+        coloraxis={
+            "colorscale": SEQUENTIAL,
+            "cmin": lowest,
+            "cmax": highest,
+            "reversescale": better.lower_is_better,
+        }
+    )
     add_colour_bar(figure, label)
 
 

@@ -6,7 +6,7 @@ Shares are drawn in percent. Scores that are no shares (such as minus the entrop
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pandas as pd
@@ -24,7 +24,9 @@ from analysis.figures.style import (
     task_colours,
     task_markers,
 )
+from analysis.metrics import METRICS, metric_of
 from analysis.rank_selection.scores import SCORES
+from merge_core.suites.data_spec import MetricName
 
 MARK = "#D62728"
 METHOD_LOOKS = {
@@ -49,8 +51,13 @@ def unit(score: str) -> tuple[str, float]:
         >>> unit("accuracy"), unit("entropy")
         (('Accuracy (%)', 100.0), ('Entropy', 1.0))
     """
-    title = SCORES[score].title
+    title = METRICS[score].label if score in METRICS else SCORES[score].title
     return (f"{title} (%)", 100.0) if score in SHARES else (title, 1.0)
+
+
+def _words(score: float, value: str) -> str:
+    """A score as it is written."""
+    return f"{score:.1%}" if value in SHARES else f"{score:.3g}"
 
 
 def score_curve(
@@ -87,7 +94,7 @@ def score_curve(
         figure.add_hline(
             y=factor * height,
             line={"color": REFERENCE, "dash": "dot", "width": 1.5},
-            annotation={"text": f"{name} {height:.1%}", "font": {"size": 11}},
+            annotation={"text": f"{name} {_words(height, value)}", "font": {"size": 11}},
             annotation_position="top left",
         )
     layout(figure, title, x=SHARE_OF_RANK if axis == "rank" else SCALE, y=label, height=460)
@@ -202,7 +209,7 @@ def tasks_over_rank(
 
     Args:
         frame: rows with task, rank, scale and `value` (shares), one per task and place.
-        value: ``accuracy``, or ``normalised`` (share of the expert's).
+        value: ``accuracy`` or another metric, or ``normalised`` (share of the expert's).
         title: the question answered.
         axis: ``rank`` or ``scale``.
         chosen: marked by a vertical line.
@@ -214,21 +221,25 @@ def tasks_over_rank(
     """
     tasks = list(dict.fromkeys(frame["task"]))
     colours, markers = task_colours(tasks), task_markers(tasks)
-    figure = go.Figure()
+    figure, metric = go.Figure(), METRICS.get(cast("MetricName", value))
+    lower, factor = (False, 100.0) if metric is None else (metric.lower_is_better, metric.factor)
+    shown = ".1f" if factor == 100 else ".3f"
     for task in tasks:
         mine = frame[frame["task"] == task].sort_values(axis)
-        best = mine[value].to_numpy() == mine[value].max()
+        best = mine[value].to_numpy() == (mine[value].min() if lower else mine[value].max())
         figure.add_scatter(
             x=mine[axis].to_numpy(),
-            y=100 * mine[value].to_numpy(),
+            y=factor * mine[value].to_numpy(),
             mode="lines+markers",
             name=task,
             line={"color": colours[task], "width": 2},
             marker={"symbol": markers[task], "size": np.where(best, 13, 6)},
             text=[setting_words(row) for row in mine.to_dict("records")],
-            hovertemplate="%{text}: %{y:.1f} %<extra>" + task + "</extra>",
+            hovertemplate=f"%{{text}}: %{{y:{shown}}}{' %' if factor == 100 else ''}<extra>"
+            + task
+            + "</extra>",
         )
-    label = "Accuracy (%)" if value == "accuracy" else "Accuracy (% of the expert's)"
+    label = f"{metric_of(frame).title} (% of the expert's)" if metric is None else metric.axis
     layout(figure, title, x=SHARE_OF_RANK if axis == "rank" else SCALE, y=label, height=420)
     if axis == "rank":
         set_axes(figure, x=share_axis(frame["rank"].unique()))

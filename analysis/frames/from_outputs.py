@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -223,7 +224,12 @@ class OutputFrames:
     def select(
         self, space: SearchSpace, options: SelectionOptions, progress: Progress | None = None
     ) -> Selection:
-        """See :func:`analysis.rank_selection.select.select_rank`."""
+        """See :func:`analysis.rank_selection.select.select_rank`.
+
+        Where only the rule's pick is asked for, an answer with those of all rules is one as well.
+        """
+        if (known := self._with_all_picks(space, options)) is not None:
+            return known
         return ask(
             self.frames,
             self._selection(space, options),
@@ -247,6 +253,8 @@ class OutputFrames:
                 return None
             return stored_selection(space, self._session(), self._chooser, options)
 
+        if (known := self._with_all_picks(space, options)) is not None:
+            return known
         return ask_if_known(
             self.frames,
             self._selection(space, options),
@@ -261,8 +269,17 @@ class OutputFrames:
         Raises:
             NotRecorded: it is not in the record.
         """
-        question = self._selection(space, options)
-        refuse(self.frames, question, self.inputs, _of_selection(space, options))
+        if self._with_all_picks(space, options) is None:
+            question = self._selection(space, options)
+            refuse(self.frames, question, self.inputs, _of_selection(space, options))
+
+    def _with_all_picks(self, space: SearchSpace, options: SelectionOptions) -> Selection | None:
+        """The kept answer that has the picks of all rules, where only the rule's is asked for."""
+        if not options.only_rule:
+            return None
+        whole = replace(options, only_rule=False)
+        question, asked = self._selection(space, whole), _of_selection(space, whole)
+        return ask_if_known(self.frames, question, self.inputs, asked, lambda: None)
 
     def task_curves(self, selection: Selection) -> pd.DataFrame:
         """See :func:`analysis.rank_selection.select.task_curves`."""
@@ -430,8 +447,10 @@ class OutputFrames:
 
 def _of_selection(space: SearchSpace, options: SelectionOptions) -> dict[str, Any]:
     """What a choice of a setting is asked by; the evidence decides which rule recommends."""
+    narrow = {"only_rule": True} if options.only_rule else {}
     return {
         **space_arguments(space),
+        **narrow,
         "mode": options.mode,
         "full_grid": options.exhaustive,
         "every_proxy": options.every_proxy,

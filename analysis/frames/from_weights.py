@@ -14,7 +14,8 @@ from analysis.frames.entries import Frames, Question, frame_question
 from analysis.frames.usual import SHARES
 from analysis.rank_selection.per_layer import ranks_per_layer
 from analysis.rank_selection.space import SearchSpace
-from analysis.rank_selection.weight_proxies import proxy_curves
+from analysis.rank_selection.weight_proxies import proxy_curves, recommend_from_weights
+from analysis.spectral.build_up import build_up_shown
 from analysis.spectral.centring import centring_frame
 from analysis.spectral.interference import (
     Side,
@@ -43,7 +44,9 @@ OVER_RANK = frame_question("spectral.over_rank", 1, "interference over the rank"
 CENTRING = frame_question("spectral.centring", 1, "what centring does to each layer")
 ANGLES = frame_question("spectral.angles", 1, "the principal angles")
 SIGNS = frame_question("spectral.signs", 1, "the clashes of signs")
+BUILD_UP = frame_question("spectral.build_up", 1, "the picture of a matrix")
 PROXIES = frame_question("rank.proxy_curves", 1, "the rules over the rank")
+PICKS = frame_question("rank.weight_picks", 1, "what every rule picks")
 PER_LAYER = frame_question("rank.per_layer", 2, "the ranks of each layer")
 QUESTIONS: tuple[Question[pd.DataFrame], ...] = (
     *(
@@ -56,7 +59,9 @@ QUESTIONS: tuple[Question[pd.DataFrame], ...] = (
         CENTRING,
         ANGLES,
         SIGNS,
+        BUILD_UP,
         PROXIES,
+        PICKS,
         PER_LAYER,
     ),
 )
@@ -238,10 +243,20 @@ class WeightFrames:
 
         return self._ask(SIGNS, {}, compute)
 
+    def build_up(self, task: str) -> pd.DataFrame:
+        """See :func:`analysis.spectral.build_up.build_up_shown`."""
+        return self._ask(BUILD_UP, {"task": task}, lambda: build_up_shown(self._groups(), task))
+
     def proxy_curves(self, space: SearchSpace) -> pd.DataFrame:
         """See :func:`analysis.rank_selection.weight_proxies.proxy_curves`."""
         return self._ask(
             PROXIES, space_arguments(space), lambda: proxy_curves(self._groups(), space)
+        )
+
+    def weight_picks(self, space: SearchSpace) -> pd.DataFrame:
+        """See :func:`analysis.rank_selection.weight_proxies.recommend_from_weights`."""
+        return self._ask(
+            PICKS, space_arguments(space), lambda: recommend_from_weights(self._groups(), space)
         )
 
     def ranks_per_layer(self, space: SearchSpace, share: float) -> pd.DataFrame:

@@ -37,7 +37,9 @@ TITLES = {
     "spectral.centring": "what centring does to each layer",
     "spectral.angles": "the angles between subspaces",
     "spectral.signs": "the clashes of signs",
+    "spectral.build_up": "the picture of a matrix",
     "rank.proxy_curves": "what the rules say of every rank",
+    "rank.weight_picks": "what every rule picks",
     "rank.per_layer": "the ranks of each layer",
     "rank.suggestion": "the recommended setting",
     "rank.selection": "this choice of rank and scale",
@@ -46,6 +48,7 @@ TITLES = {
     "accuracy.experts": "the accuracy of the experts",
     "accuracy.recipe": "the accuracy of this setting",
     "accuracy.first_result": "the first result",
+    "accuracy.flips": "the inputs on which two merges differ",
     "accuracy.scaling": "the accuracy over the number of tasks",
     "accuracy.comparison": "this comparison",
 }

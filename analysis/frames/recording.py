@@ -13,6 +13,7 @@ from analysis.comparison.run import usable_methods
 from analysis.comparison.scaling import draw_subsets, task_counts
 from analysis.evaluation.evaluator import Evaluator
 from analysis.frames.entries import Asked, Frames, Kept
+from analysis.frames.flips import flips_if_known
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.from_weights import WeightFrames
 from analysis.frames.record import record_bytes
@@ -84,6 +85,7 @@ class _Questions:
     suite: Suite
     weights: WeightFrames
     outputs: OutputFrames
+    session: Callable[[], MergeSession]
     measured: bool
     methods: frozenset[str]
     progress: Progress
@@ -101,6 +103,7 @@ class _Questions:
             for apart in (False, True) if self._is_fused() else (False,):
                 yield "all layers", partial(frames.summary, origin, apart)
         if len(self.suite.tasks) > 1:
+            yield "a matrix", partial(frames.build_up, self.suite.tasks[0])
             yield "the whole model", partial(self._ask_pairs, None)
             if self.suite.base is not None:
                 yield "signs", frames.signs
@@ -171,7 +174,7 @@ class _Questions:
                 self.outputs.storage_if_known(selection)
             for split in get_args(Split):
                 self.outputs.recipe(selection.recipe, split)
-            if selection.score == "accuracy" and len(selection.curve):
+            if selection.score == self.suite.measured_by and len(selection.curve):
                 self.outputs.task_curves(selection)
 
     def of_accuracies(self) -> Iterator[Step]:
@@ -209,7 +212,11 @@ class _Questions:
 
     def _ask_first(self) -> None:
         self.outputs.first_result(self.outputs.first_recipes())  # its outputs are known from here
-        self.outputs.first_result_if_known()
+        found = self.outputs.first_result_if_known()
+        if found is not None:
+            recipes = {title: recipe for title, (recipe, _) in found[0].items()}
+            before, after = recipes["Weight average"], recipes["CART"]
+            flips_if_known(self.outputs, before, after, self.session)
 
 
 _MODES: tuple[tuple[Mode, bool], ...] = (("labels", True), ("labels", False), ("inputs", False))
@@ -302,6 +309,7 @@ def usual_answers(
             cache(lambda: Evaluator(suite)),
             evaluated=measured,
         ),
+        lambda: session,
         measured,
         wanted,
         Progress(cancel=progress.cancel),

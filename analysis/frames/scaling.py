@@ -17,7 +17,7 @@ from analysis.rank_selection.evidence.shipped import evidence_digest
 from merge_core.factors.store import FactorStore
 from merge_core.progress import Progress
 
-SCALING = frame_question("accuracy.scaling", 1, "the accuracy over the number of tasks")
+SCALING = frame_question("accuracy.scaling", 2, "the accuracy over the number of tasks")
 Subsets = Sequence[tuple[str, ...]]
 
 

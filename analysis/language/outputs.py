@@ -29,6 +29,7 @@ from analysis.outputs.suite_outputs import (
     SuiteOutputs,
     Weights,
 )
+from merge_core.devices import ran_out_of_memory
 from merge_core.errors import SuiteError
 from merge_core.executors.base import usual_workers
 from merge_core.executors.local import Serial, Threads
@@ -137,7 +138,8 @@ class LanguageOutputs(SuiteOutputs):
         """Batches of similar length, by their places among the sequences, and what `run` gives."""
         batches = list(_batches(sequences, model.vocabulary))
         work = [[sequences[place] for place in batch] for batch in batches]
-        where = Threads() if len(batches) > 1 else Serial()
+        side_by_side = len(batches) > 1 and not model.device.accelerates
+        where = Threads() if side_by_side else Serial()
         yield from zip(batches, where.map(run, work), strict=True)
 
 
@@ -255,6 +257,30 @@ def _say(
     measures: Sequence[str],
     sequences: Sequence[Scored],
 ) -> np.ndarray:
+    """What :func:`_say_at_once` gives: half of the sequences at a time where memory is too short.
+
+    One that does not fit into an accelerator alone is run on the CPU.
+    """
+    try:
+        return _say_at_once(model, expert, measures, sequences)
+    except RuntimeError as error:
+        if not (model.device.accelerates and ran_out_of_memory(error)):
+            raise
+    model.device.release()
+    if len(sequences) == 1:
+        there = None if expert is None else expert.on_cpu()
+        return _say_at_once(model.on_cpu(), there, measures, sequences)
+    half = len(sequences) // 2
+    parts = (sequences[:half], sequences[half:])
+    return np.concatenate([_say(model, expert, measures, part) for part in parts])
+
+
+def _say_at_once(
+    model: LanguageModel,
+    expert: LanguageModel | None,
+    measures: Sequence[str],
+    sequences: Sequence[Scored],
+) -> np.ndarray:
     """Sums over the scored tokens of each sequence, float64, sequences x measures.
 
     Of −log p of the token that stands there (`cross_entropy`), of the entropy of p (`entropy`), and
@@ -265,12 +291,14 @@ def _say(
     for row, each in zip(tokens, sequences, strict=True):
         row[: len(each.tokens)] = torch.from_numpy(each.tokens.astype(np.int64))
     logs = model.logits(tokens)[:, :-1]
-    reference = None if expert is None else expert.logits(tokens)[:, :-1]
+    reference = None
+    if expert is not None:  # which may lie elsewhere
+        reference = model.device.send(expert.device.fetch(expert.logits(tokens)))[:, :-1]
     sums = np.zeros((len(sequences), len(measures)))
     for row, each in enumerate(sequences):
         scored = slice(each.start - 1, len(each.tokens) - 1)
         own = logs[row, scored].log_softmax(dim=-1)
-        wanted = tokens[row, each.start : len(each.tokens), None]
+        wanted = model.device.send(tokens[row, each.start : len(each.tokens), None])
         for column, name in enumerate(measures):
             sums[row, column] = _sum(name, own, wanted, reference, (row, scored))
     return sums

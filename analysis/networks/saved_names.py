@@ -19,6 +19,9 @@ from torch import nn
 ITERATED = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 Shapes = Mapping[str, tuple[int, ...]]
 
+# Where a module notes which of its buffers were parameters that nothing depends on.
+UNUSED = "_left_unused"
+
 
 def names_in(model: Any, shapes: Shapes) -> dict[str, str]:
     """What a checkpoint calls each parameter of a model: as the library saves it, or as it is.
@@ -168,6 +171,7 @@ def leave_unused(encoder: Any, names: Collection[str]) -> None:
         elif name not in used:
             del owner._parameters[own]
             owner.register_buffer(own, value.detach(), persistent=False)
+            setattr(owner, UNUSED, {own, *getattr(owner, UNUSED, ())})
 
 
 def _used(encoder: Any, parameters: Mapping[str, nn.Parameter]) -> set[str]:

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from analysis.networks.saved_names import UNUSED
 from merge_core.devices import CPU, Device, compute, current_device, ran_out_of_memory
 from merge_core.errors import MergeScopeError
 from merge_core.executors.base import one_thread
@@ -77,22 +78,27 @@ class ModuleCopies:
     def __init__(self, module: nn.Module, fixed: Collection[str] = ()) -> None:
         self._module = module
         self._fixed = fixed
-        self._idle: dict[str, list[nn.Module]] = {}
+        self._idle: dict[tuple[str, torch.dtype], list[nn.Module]] = {}
 
     @contextmanager
-    def lend(self, device: Device = CPU) -> Iterator[nn.Module]:
-        """A copy for one thread at a time, whose own tensors are on a device."""
-        idle = self._idle.setdefault(device.name, [])
+    def lend(self, device: Device = CPU, dtype: torch.dtype = torch.float32) -> Iterator[nn.Module]:
+        """A copy for one thread at a time, whose own tensors are on a device.
+
+        Args:
+            device: where it runs.
+            dtype: of the weights that it is called with.
+        """
+        idle = self._idle.setdefault((device.name, dtype), [])
         try:
             module = idle.pop()
         except IndexError:
-            module = self._copy(device)
+            module = self._copy(device, dtype)
         try:
             yield module
         finally:
             idle.append(module)
 
-    def _copy(self, device: Device) -> nn.Module:
+    def _copy(self, device: Device, dtype: torch.dtype) -> nn.Module:
         own = (*self._module.parameters(), *self._module.buffers())
         kept = {id(tensor): tensor for tensor in own}
         if device.accelerates:
@@ -102,22 +108,34 @@ class ModuleCopies:
                 number: tensor if number in replaced else device.send(tensor.detach())
                 for number, tensor in kept.items()
             }
-        return copy.deepcopy(self._module, kept)
+        made = copy.deepcopy(self._module, kept)
+        for module in made.modules():
+            for name in getattr(module, UNUSED, ()):  # they are computed with all the same
+                module._buffers[name] = module.get_buffer(name).to(dtype)
+        return made
 
-    def call(self, weights: State, value: Tensor, device: Device = CPU) -> Any:
+    def call(
+        self,
+        weights: State,
+        value: Tensor,
+        device: Device = CPU,
+        dtype: torch.dtype = torch.float32,
+    ) -> Any:
         """The module's output under weights, differentiable in them.
 
         Args:
             weights: one tensor per parameter and buffer.
             value: images, or tokens.
             device: where both lie.
+            dtype: of the weights.
         """
-        with self.lend(device) as module:
+        with self.lend(device, dtype) as module:
             return torch.func.functional_call(module, dict(weights), (value,))
 
-    def run(self, weights: State, values: Iterable[Tensor]) -> list[Any]:
+    def run(self, weights: Loaded, values: Iterable[Tensor]) -> list[Any]:
         """Outputs for several inputs on the CPU, side by side, each by one torch thread."""
-        return list(Threads().map(torch.inference_mode()(partial(self.call, weights)), values))
+        call = partial(self.call, weights.state, dtype=weights.dtype)
+        return list(Threads().map(torch.inference_mode()(call), values))
 
 
 class StatelessNetwork:
@@ -201,18 +219,20 @@ class StatelessNetwork:
             MergeScopeError: of the network's kind: weights that do not fit it.
         """
         self.check(weights)
-        own = {name: value for name, value in weights.items() if name in self._shapes}
+        # What weights leave out is the module's: of one dtype with the rest.
+        own = {name: value.detach() for name, value in self.module.named_parameters()}
+        own = {name: value for name, value in own.items() if name not in weights}
+        own |= {name: value for name, value in weights.items() if name in self._shapes}
 
         def work(device: Device) -> Loaded:
             state = {
-                f"network.{name}": self._cast(device.send(value), dtype)
+                f"network.{name}": self._cast(device.send(_narrow(value, dtype)), dtype)
                 for name, value in own.items()
             }
             return Loaded(state, dtype, device)
 
         return compute(work, exact=dtype == torch.float64)
 
-    @one_thread()
     def features(
         self,
         weights: State | Loaded,
@@ -234,6 +254,15 @@ class StatelessNetwork:
             MergeScopeError: of the network's kind: weights or images that do not fit it.
         """
         loaded = weights if isinstance(weights, Loaded) else self.load(weights, dtype)
+        return loaded.device.fetch(self.run(loaded, images, batch))
+
+    @one_thread()
+    def run(self, loaded: Loaded, images: Tensor, batch: int = BATCH) -> Tensor:
+        """The same, left where the weights lie.
+
+        Raises:
+            MergeScopeError: of the network's kind: images that do not fit it.
+        """
         order = _by_length(images)
         inputs = images if order is None else images[order]
         try:
@@ -244,7 +273,7 @@ class StatelessNetwork:
                 f"{self._path}: {kind} of shape {tuple(images.shape[1:])} do not fit the "
                 f"architecture: {(str(fault).splitlines() or [type(fault).__name__])[0]:.200}"
             ) from fault
-        features = loaded.device.fetch(torch.cat(parts))
+        features = torch.cat(parts)
         if features.ndim != 2:
             raise self._error(
                 f"{self._path}: the architecture gives features of shape "
@@ -260,7 +289,7 @@ class StatelessNetwork:
             # Prepared inputs may lie on the accelerator that had no room for the weights.
             fetch = current_device().fetch
             here = (self._cast(fetch(part), dtype) for part in inputs.split(batch))
-            return self._copies.run(loaded.state, here)
+            return self._copies.run(loaded, here)
         parts: list[Tensor] = []
         kind = (device.name, inputs.shape[1:])
         size = self._fitting.get(kind, TEXTS if inputs.ndim == 2 else len(inputs))
@@ -285,7 +314,7 @@ class StatelessNetwork:
         try:
             with device.inference():
                 there = self._cast(device.send(inputs), loaded.dtype)
-                features: Tensor = self._copies.call(loaded.state, there, device)
+                features: Tensor = self._copies.call(loaded.state, there, device, loaded.dtype)
         except RuntimeError as error:
             if not ran_out_of_memory(error):
                 raise
@@ -329,6 +358,11 @@ class StatelessNetwork:
         tensor = tensor.to(dtype)
         laid_out = self._channels_last and tensor.ndim == 4
         return tensor.contiguous(memory_format=torch.channels_last) if laid_out else tensor
+
+
+def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 in the dtype that is wanted, as not every device has it; what is short as it is."""
+    return value.to(dtype) if value.dtype == torch.float64 else value
 
 
 def _by_length(inputs: Tensor) -> Tensor | None:

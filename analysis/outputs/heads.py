@@ -14,6 +14,7 @@ from torch.nn import functional
 from analysis.outputs.own_heads import dense_activation, read_own_head
 from analysis.outputs.zero_shot import zero_shot_weight
 from merge_core.checkpoints.checkpoint import Checkpoint
+from merge_core.devices import CPU, Device
 from merge_core.errors import CheckpointError, SuiteError
 from merge_core.suites.data_files import head_path
 from merge_core.suites.data_spec import head_spec
@@ -43,13 +44,19 @@ class Head:
         """Of the features that it takes."""
         return self.takes or self.weight.shape[1]
 
-    def logits(self, features: Tensor) -> Tensor:
-        """N x classes from N x width."""
+    def logits(self, features: Tensor, device: Device = CPU) -> Tensor:
+        """N x classes, on the CPU, from N x width on a device.
+
+        Layers before it are run on the CPU.
+        """
+        if self.before:
+            features, device = device.fetch(features), CPU
         if self.normalizes:
             features = features / features.norm(dim=-1, keepdim=True)
         for layer in self.before:
             features = layer(features)
-        return features @ self.weight.T + self.bias
+        weight, bias = device.send(self.weight), device.send(self.bias)
+        return device.fetch(features @ weight.T + bias)
 
 
 def load_head(suite: Suite, task: str) -> Head:

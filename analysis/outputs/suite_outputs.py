@@ -324,14 +324,15 @@ class SuiteOutputs:
         pixels = [self.pixels(task, split, part) for task, part in images.items()]
         alike = len({(part.shape[1:], part.is_cpu) for part in pixels}) == 1
         together = [torch.cat(pixels)] if alike and len(pixels) > 1 else pixels
-        features = torch.cat([self.network.features(weights, part) for part in together]).float()
+        features = torch.cat([self.network.run(weights, part) for part in together]).float()
         outputs = {}
         sizes = [len(part) for part in images.values()]
         for task, mine in zip(images, features.split(sizes), strict=True):
             head = self.head(task)
             if mine.shape[-1] != head.width:
                 raise SuiteError(self.misfit_message(task, f"features of width {mine.shape[-1]}"))
-            outputs[task] = Outputs(mine, head.logits(mine))
+            logits = head.logits(mine, weights.device)
+            outputs[task] = Outputs(weights.device.fetch(mine), logits)
             if not bool(torch.isfinite(outputs[task].logits).all()):
                 raise SuiteError(
                     f"The model gives non-finite outputs on task {task!r}; choose a smaller scale."

@@ -17,6 +17,7 @@ import pandas as pd
 
 from analysis.accuracy import Difference, difference
 from analysis.evaluation.evaluator import Evaluator
+from analysis.metrics import mean_over_tasks
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.weight_rules import nuclear_share
 from analysis.spectral.spectra import cumulative_energy
@@ -217,30 +218,26 @@ def compare_with_uniform(
         >>> frame[["rule", "gain"]].values.tolist()
         [['uniform', 0.0]]
     """
-    progress, metric = progress or Progress(), evaluator.metric
+    progress = progress or Progress()
     inner, groups = Progress(cancel=progress.cancel), session.groups
     origin = space.base.run(groups.tasks).origin
     total, done, rows = len(shares) * (len(rules) + 1) * len(scales), 0, []
     for share in shares:
         uniform_hits = None
         for rule in (UNIFORM, *rules):
-            if rule == UNIFORM:
-                ranks, title = uniform_ranks(groups, share), "Uniform rank"
-            else:
-                ranks, title = allocate(groups, origin, share, rule, inner), ALLOCATIONS[rule][0]
+            title = "Uniform rank" if rule == UNIFORM else ALLOCATIONS[rule][0]
+            ranks = _ranks(groups, origin, share, rule, inner)
             tried = []
             for scale in scales:
                 progress.step(done, total, f"{title}, share {share:g}, scale {scale:g}")
                 recipe = with_ranks(space.recipe(None, scale), ranks)
                 hits = evaluator.recipe_hits(recipe, session, progress=inner)
-                mean = metric.sign * float(np.mean([h.mean() for h in hits.values()]))
-                tried.append((mean, scale, hits))
+                tried.append((float(np.mean([h.mean() for h in hits.values()])), scale, hits))
                 done += 1
-            _, scale, hits = max(tried, key=lambda entry: entry[0])
+            _, scale, hits = tried[evaluator.metric.best([mean for mean, *_ in tried])]
             uniform_hits = uniform_hits or hits
             gain = NO_GAIN if rule == UNIFORM else difference(hits, uniform_hits)
-            frame = evaluator.outputs.frame(hits, "val")
-            (measured,) = metric.mean_over_tasks(frame, ()).to_dict("records")
+            measured = mean_over_tasks(evaluator.outputs.frame(hits, "val")).iloc[0]
             rows.append(
                 {
                     "share": share,
@@ -248,7 +245,7 @@ def compare_with_uniform(
                     "title": title,
                     "numbers": stored_numbers(groups, ranks),
                     "scale": scale,
-                    **{name: measured[name] for name in (metric.column, "low", "high")},
+                    **{name: measured[name] for name in (evaluator.metric.column, "low", "high")},
                     "gain": gain.gap,
                     "gain_low": gain.low,
                     "gain_high": gain.high,
@@ -256,3 +253,11 @@ def compare_with_uniform(
             )
     progress.step(total, total, "ranks per layer")
     return pd.DataFrame(rows)
+
+
+def _ranks(
+    groups: TensorGroups, origin: Origin, share: float, rule: str, progress: Progress
+) -> dict[str, int]:
+    if rule == UNIFORM:
+        return uniform_ranks(groups, share)
+    return allocate(groups, origin, share, rule, progress)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import cast
 
@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.evaluation.side_by_side import evaluate_side_by_side
-from analysis.metrics import ACCURACY, METRICS, Metric
+from analysis.metrics import ACCURACY, METRICS, Metric, metric_of
 from analysis.outputs.inputs import Split, has_labels
 from analysis.outputs.suite_outputs import NotStored
 from analysis.rank_selection.adaptive import Search, adaptive_search, exhaustive_search
@@ -22,7 +22,11 @@ from analysis.rank_selection.input_proxies import INPUT_PROXIES, recommend_from_
 from analysis.rank_selection.rule import NEEDS, Mode, choose_rule, explain, language_rule
 from analysis.rank_selection.scores import SCORES
 from analysis.rank_selection.space import SearchSpace, edge_words
-from analysis.rank_selection.weight_proxies import recommend_from_weights
+from analysis.rank_selection.weight_proxies import (
+    PROXIES,
+    defined_for,
+    recommend_from_weights,
+)
 from merge_core.errors import RecipeError
 from merge_core.executors.base import Executor
 from merge_core.factors.low_rank import count_directions
@@ -46,6 +50,8 @@ class SelectionOptions:
         report: evaluate the recommended recipe, in the end: on the test split (and in modes
             that read no label on the validation split too), where there are labels.
         seed: of the images that the adaptive search begins with.
+        only_rule: leave out what the other rules that need weights alone pick: the choice does not
+            need it, and :func:`with_weight_picks` adds it.
 
     Example:
         >>> SelectionOptions("labels", full_grid=True).exhaustive
@@ -57,6 +63,7 @@ class SelectionOptions:
     every_proxy: bool = False
     report: bool = True
     seed: int = 0
+    only_rule: bool = False
 
     @property
     def exhaustive(self) -> bool:
@@ -253,6 +260,33 @@ def stored_selection(
         return None
 
 
+def with_weight_picks(selection: Selection, picks: pd.DataFrame) -> Selection:
+    """A selection that lists what all rules pick that need weights alone.
+
+    Args:
+        selection: with the pick of the rule that recommends, at least.
+        picks: of :func:`analysis.rank_selection.weight_proxies.recommend_from_weights`, for the
+            same settings.
+
+    Example:
+        >>> from analysis.rank_selection.space import search_space
+        >>> session = MergeSession(load_suite("vision"), ("digits", "dots"), FactorStore())
+        >>> space = search_space("task_arithmetic", "vision", session.groups.tasks)
+        >>> options = SelectionOptions("weights", only_rule=True)
+        >>> selection = select_rank(space, session, None, options)
+        >>> found = recommend_from_weights(session.groups, space)
+        >>> whole = select_rank(space, session, None, SelectionOptions("weights"))
+        >>> len(selection.picks), with_weight_picks(selection, found).picks.equals(whole.picks)
+        (1, True)
+    """
+    metric = metric_of(selection.picks)
+    others = selection.picks[selection.picks["mode"] != "weights"].drop(columns=metric.column)
+    both = pd.concat([others, picks.assign(mode="weights")], ignore_index=True)
+    both = both.astype({"rank": float, "scale": float})
+    points = selection.points if selection.score == metric.rule else _no_points()
+    return replace(selection, picks=_with_metric(both, points, metric))
+
+
 def task_curves(selection: Selection, session: MergeSession, evaluator: Evaluator) -> pd.DataFrame:
     """The metric of each task at the points of the curve that were evaluated on every image.
 
@@ -359,8 +393,17 @@ class _Choice:
 
     @cached_property
     def from_weights(self) -> pd.DataFrame:
-        """The picks of all proxies that need weights alone."""
-        return recommend_from_weights(self.session.groups, self.space, self.quiet)
+        """The picks of all proxies that need weights alone; of one where that suffices."""
+        mode, method = self.options.mode, self.space.base.method
+        groups = self.session.groups
+        defined = [name for name in PROXIES if defined_for(name, method)]
+        if self.options.only_rule and mode == "weights" and defined:
+            rule = choose_rule(mode, method, defined)
+            found = recommend_from_weights(groups, self.space, self.progress, only=rule)
+            if len(found):
+                return found
+        progress = self.progress if mode == "weights" else self.quiet
+        return recommend_from_weights(groups, self.space, progress)
 
     def rule(self) -> str:
         """The proxy that the evidence supports for the mode."""
@@ -413,7 +456,8 @@ class _Choice:
         for i, found in enumerate(parts):
             settings = zip(found["rank"], found["scale"], strict=True)
             parts[i] = found.assign(at_edge=[edge_words(self.space, *each) for each in settings])
-        parts.append(self.from_weights.assign(mode="weights"))
+        if self.options.mode == "weights" or not self.options.only_rule:
+            parts.append(self.from_weights.assign(mode="weights"))
         return pd.concat(parts, ignore_index=True).astype({"rank": float, "scale": float})
 
     def accuracies(self, recipe: Recipe) -> tuple[pd.Series | None, pd.DataFrame | None]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import pandas as pd
@@ -11,19 +12,22 @@ import pandas as pd
 from analysis.rank_selection.space import SUMS_OF_TASK_VECTORS, SearchSpace, edge_words
 from analysis.rank_selection.weight_response import (
     PROPORTIONAL,
+    look_at_responses,
     responses,
     shares_of,
     split_progress,
     whole_model,
 )
-from analysis.rank_selection.weight_rules import RULES, nuclear_share, rule_ranks
+from analysis.rank_selection.weight_rules import RULES, look_at_rules, nuclear_share, rule_ranks
 from analysis.spectral.interference import Side, pair_interference
 from analysis.spectral.noise_bounds import as_array
 from merge_core.factors.factorise import map_matrices
 from merge_core.factors.low_rank import count_directions
 from merge_core.methods import get_method
 from merge_core.progress import Progress
-from merge_core.task_vectors import TensorGroup, TensorGroups
+from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
+
+Row = dict[str, object]
 
 CART_PAPER = "CART, arXiv:2412.12153"
 DERIVED = "[derived] in analysis/rank_selection/weight_response.py"
@@ -139,6 +143,7 @@ CONTENDERS: tuple[str, ...] = (
     "least_squares",
 )
 """What is measured of these on suites whose evaluation takes long."""
+NEED_CURVES: tuple[str, ...] = ("knee", "balance")
 WITHOUT_RANK: tuple[str, ...] = ("alignment", "least_squares", "equal_norm", "metagpt")
 
 
@@ -199,12 +204,10 @@ def proxy_curves(
         (True, 1.0)
     """
     columns = ["proxy", "title", "rank", "value"]
-    if not space.ranks or space.base.method not in PROPORTIONAL:
+    if not space.ranks or space.base.method not in PROPORTIONAL or not _has_matrices(groups):
         return pd.DataFrame(columns=columns)
-    response, spectral = split_progress(progress, 2)
-    table = _whole_model(
-        responses(groups, space, response), _spectra(groups, space, spectral), groups
-    )
+    measured, spectra, _ = _measure_all(groups, space, progress, with_rules=False)
+    table = _whole_model(measured, spectra, groups)
     parts = [
         pd.DataFrame({"proxy": name, "title": title, "rank": table["rank"], "value": table[name]})
         for name, title in CURVES.items()
@@ -213,7 +216,10 @@ def proxy_curves(
 
 
 def recommend_from_weights(
-    groups: TensorGroups, space: SearchSpace, progress: Progress | None = None
+    groups: TensorGroups,
+    space: SearchSpace,
+    progress: Progress | None = None,
+    only: str | None = None,
 ) -> pd.DataFrame:
     """The setting that each proxy recommends for the whole model.
 
@@ -223,7 +229,8 @@ def recommend_from_weights(
     Args:
         groups: the suite's parameters.
         space: a method and its axes.
-        progress: told after each matrix of each pass.
+        progress: told after each matrix of each pass: one for all proxies.
+        only: the proxy that is asked for, with as little work as it takes; all when None.
 
     Returns:
         One row per proxy that is defined for the method: proxy, title, rank (NaN where the method
@@ -236,7 +243,7 @@ def recommend_from_weights(
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
-    found = _recommend(groups, space, progress, by_matrix=False)
+    found = _recommend(groups, space, progress, by_matrix=False, only=only)
     return found.drop(columns="parameter")
 
 
@@ -272,17 +279,18 @@ def layer_ranks(
 
 
 def _recommend(
-    groups: TensorGroups, space: SearchSpace, progress: Progress | None, by_matrix: bool
+    groups: TensorGroups,
+    space: SearchSpace,
+    progress: Progress | None,
+    by_matrix: bool,
+    only: str | None = None,
 ) -> pd.DataFrame:
     columns = ["proxy", "title", "parameter", "rank", "scale", "why", "source", "at_edge"]
-    if space.base.method not in PROPORTIONAL:
+    method = space.base.method
+    names = [name for name in PROXIES if only in (None, name) and defined_for(name, method)]
+    if not names or not _has_matrices(groups):
         return pd.DataFrame(columns=columns)
-    response, spectral, ruling = split_progress(progress, 3)
-    measured = responses(groups, space, response)
-    spectra = rules = None
-    if space.ranks:
-        spectra = _spectra(groups, space, spectral)
-        rules = rule_ranks(groups, space.base.run(groups.tasks).origin, ruling)
+    measured, spectra, rules = _measure(groups, space, progress, names)
     rows = []
     for part in measured["parameter"].unique() if by_matrix else ("",):
         inside = [
@@ -294,19 +302,93 @@ def _recommend(
         if table["matched"].isna().all():
             continue
         shares = {} if inside[2] is None else dict(inside[2].groupby("proxy")["share"].mean())
-        for name, proxy in PROXIES.items():
-            if not defined_for(name, space.base.method):
-                continue
+        for name in names:
+            proxy = PROXIES[name]
             chosen = rank = np.nan
             if space.ranks:
                 chosen = float(table["rank"][proxy.pick(table)] if proxy.pick else shares[name])
-                rank = _clip_to_axis(chosen, [r for r in space.ranks if isinstance(r, float)])
+                rank = _clip_to_axis(chosen, _shares_of_axis(space))
             asked = _scale_at(table, rank, proxy.scale)
             scale = _clip_to_axis(asked, space.scales)
             if not np.isnan(scale):
                 said = edge_words(space, rank, scale, (chosen, asked))
                 rows.append((name, proxy.title, part, rank, scale, proxy.why, proxy.source, said))
     return pd.DataFrame(rows, columns=columns)
+
+
+def _has_matrices(groups: TensorGroups) -> bool:
+    return any(group.decomposed for group in groups.members)
+
+
+def _shares_of_axis(space: SearchSpace) -> list[float]:
+    return [rank for rank in space.ranks if isinstance(rank, float)]
+
+
+Measured = tuple[pd.DataFrame, pd.DataFrame | None, pd.DataFrame | None]
+
+
+def _measure(
+    groups: TensorGroups, space: SearchSpace, progress: Progress | None, names: Sequence[str]
+) -> Measured:
+    """Responses, curves and the rules' ranks, as far as these proxies need them."""
+    if not space.ranks:
+        return responses(groups, space, progress), None, None
+    if len(names) > 1 or names[0] in NEED_CURVES:
+        return _measure_all(groups, space, progress)
+    if names[0] not in RULES:
+        return responses(groups, space, progress), None, None
+    # The rank is the rule's: the scale needs the responses on either side of it and no others.
+    first, second = split_progress(progress, 2)
+    rules = rule_ranks(groups, space.base.run(groups.tasks).origin, first)
+    share = float(rules.loc[rules["proxy"] == names[0], "share"].mean())
+    rank = _clip_to_axis(share, _shares_of_axis(space))
+    parts: list[pd.DataFrame] = []
+    while wanted := _lacking_around(rank, shares_of(space), parts):
+        parts.append(responses(groups, space, second, ranks=wanted))
+        second = None if progress is None else Progress(cancel=progress.cancel)
+    measured = pd.concat(parts, ignore_index=True)
+    return measured.sort_values("rank", kind="stable", ignore_index=True), None, rules
+
+
+def _lacking_around(
+    rank: float, grid: Sequence[float], parts: Sequence[pd.DataFrame]
+) -> list[float]:
+    """Shares whose responses have yet to be measured to know the scale at a rank.
+
+    The nearest share with a scale is needed on either side, or the rank itself.
+    """
+    looked: set[float] = set()
+    known: set[float] = set()
+    if parts:
+        table = whole_model(pd.concat(parts, ignore_index=True))
+        looked, known = set(table["rank"]), set(table.loc[table["matched"] > 0, "rank"])
+    if rank in known:
+        return []
+    lacking = set()
+    for side in ([s for s in reversed(grid) if s <= rank], [s for s in grid if s >= rank]):
+        nearest = next((s for s in side if s in known or s not in looked), None)
+        if nearest is not None and nearest not in known:
+            lacking.add(nearest)
+    return sorted(lacking)
+
+
+def _measure_all(
+    groups: TensorGroups, space: SearchSpace, progress: Progress | None, with_rules: bool = True
+) -> Measured:
+    """All that is measured, in one pass over the matrices."""
+    origin = space.base.run(groups.tasks).origin
+    respond, rule = look_at_responses(groups.tasks, space), look_at_rules(origin)
+    shares = shares_of(space)
+
+    def look(group: TensorGroup) -> tuple[list[Row], pd.DataFrame, list[Row]]:
+        return respond(group), _curves(group, origin, shares), rule(group) if with_rules else []
+
+    found, curves, ranks = zip(*map_matrices(look, groups, progress), strict=True)
+    return (
+        pd.DataFrame(list(chain.from_iterable(found))),
+        pd.concat(curves, ignore_index=True),
+        pd.DataFrame(list(chain.from_iterable(ranks))) if with_rules else None,
+    )
 
 
 def _whole_model(
@@ -331,36 +413,29 @@ def _whole_model(
     return table.merge(mean.drop(columns=["lost", "whole"]), on="rank")
 
 
-def _spectra(groups: TensorGroups, space: SearchSpace, progress: Progress | None) -> pd.DataFrame:
-    """One row per matrix and share: parameter, rank, lost (R), whole (R(0)), nuclear,
+def _curves(group: TensorGroup, origin: Origin, shares: Sequence[float]) -> pd.DataFrame:
+    """One row per share of one matrix: parameter, rank, lost (R), whole (R(0)), nuclear,
     interference_row, interference_column."""
-    origin = space.base.run(groups.tasks).origin
-    shares = shares_of(space)
-
-    def curves(group: TensorGroup) -> pd.DataFrame:
-        r = min(group.info.matrix_shape)
-        spectra, factors = group.singular_values(origin), group.directions(origin)
-        pairs = max(1, len(factors) * (len(factors) - 1))
-        at = [count_directions(share, r) - 1 for share in shares]
-        # Summed from the small end, so that what little is lost near full rank stays exact.
-        squares = np.sum([S.double().numpy() ** 2 for S in spectra], axis=0)
-        tail = np.append(squares[::-1].cumsum()[::-1], 0.0)
-        values = {
-            "parameter": group.name,
-            "rank": shares,
-            "lost": tail[1:][at],
-            "whole": tail[0],
-            "nuclear": np.mean([nuclear_share(as_array(S)) for S in spectra], axis=0)[at],
-        }
-        sides: tuple[Side, Side] = ("row", "column")
-        for side in sides:
-            between = pair_interference(factors, side, r)
-            summed = between.sum(axis=(0, 1)) - np.trace(between)
-            values[f"interference_{side}"] = summed[at] / pairs
-        return pd.DataFrame(values)
-
-    found = map_matrices(curves, groups, progress)
-    return pd.concat(found, ignore_index=True)
+    r = min(group.info.matrix_shape)
+    spectra, factors = group.singular_values(origin), group.directions(origin)
+    pairs = max(1, len(factors) * (len(factors) - 1))
+    at = [count_directions(share, r) - 1 for share in shares]
+    # Summed from the small end, so that what little is lost near full rank stays exact.
+    squares = np.sum([S.double().numpy() ** 2 for S in spectra], axis=0)
+    tail = np.append(squares[::-1].cumsum()[::-1], 0.0)
+    values = {
+        "parameter": group.name,
+        "rank": shares,
+        "lost": tail[1:][at],
+        "whole": tail[0],
+        "nuclear": np.mean([nuclear_share(as_array(S)) for S in spectra], axis=0)[at],
+    }
+    sides: tuple[Side, Side] = ("row", "column")
+    for side in sides:
+        between = pair_interference(factors, side, r)
+        summed = between.sum(axis=(0, 1)) - np.trace(between)
+        values[f"interference_{side}"] = summed[at] / pairs
+    return pd.DataFrame(values)
 
 
 def _scale_at(table: pd.DataFrame, rank: float, column: str) -> float:

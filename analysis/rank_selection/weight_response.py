@@ -17,7 +17,7 @@ tasks' inputs as their own do. The least error, 1 − c², is smallest where c i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import chain
 
 import numpy as np
@@ -26,11 +26,12 @@ import torch
 from torch import Tensor
 
 from analysis.rank_selection.space import RANKS, SearchSpace
+from merge_core.factors.decomposition import gram
 from merge_core.factors.factorise import map_matrices
 from merge_core.factors.low_rank import as_matrix
 from merge_core.merging.recipe import Recipe
 from merge_core.progress import Progress
-from merge_core.task_vectors import Origin, TensorGroup, TensorGroups
+from merge_core.task_vectors import TensorGroup, TensorGroups
 
 PROPORTIONAL: tuple[str, ...] = (
     "cart",
@@ -91,35 +92,55 @@ def update(group: TensorGroup, recipe: Recipe) -> Tensor:
     return D if size(D) > rounding else torch.zeros_like(D)
 
 
-def targets(group: TensorGroup, origin: Origin) -> tuple[Tensor, Tensor, float]:
-    """What strength and overlap of one matrix are taken against.
+def targets(vectors: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """What strength and overlap of one matrix are taken against, for any number of updates.
 
     Args:
-        group: a decomposed parameter.
-        origin: what the task vectors C_t are taken about.
+        vectors: task vectors C_t, m x n; those that changed nothing do not count.
 
     Returns:
-        mean_t C_tᵀC_t / ‖C_t C_tᵀ‖² (n x n), mean_t C_t C_tᵀC_t / ‖C_t C_tᵀ‖² (m x n), and
-        mean_t ‖C_t‖². Means over the tasks that changed the matrix; zeros if none did.
+        mean_t C_tᵀC_t / ‖C_t C_tᵀ‖² (n x n), mean_t C_t C_tᵀC_t / ‖C_t C_tᵀ‖² (m x n). Means over
+        the tasks that changed the matrix; zeros if none did.
     """
-    vectors = [as_matrix(vector) for vector in group.task_vectors(origin)]
     m, n = vectors[0].shape
     covariance = vectors[0].new_zeros(n, n)
     response = vectors[0].new_zeros(m, n)
     live = 0
     for C in vectors:
-        gram = C.T @ C
-        size = float(gram.double().square().sum())
+        inputs = gram(C)
+        size = float(inputs.double().square().sum())
         if size > 0:
             live += 1
-            covariance += gram / size
-            response += C @ gram / size
-    energy = float(np.mean([float(C.double().square().sum()) for C in vectors]))
-    return covariance / max(1, live), response / max(1, live), energy
+            covariance += inputs / size
+            response += (gram(C.T) @ C if m < n else C @ inputs) / size
+    return covariance / max(1, live), response / max(1, live)
+
+
+def act(D: Tensor, vectors: Sequence[Tensor]) -> tuple[float, float]:
+    """Strength and overlap of one update, from the products D C_tᵀ: no n x n matrix is made.
+
+    Args:
+        D: m x n.
+        vectors: as for :func:`targets`.
+    """
+    strength = overlap = 0.0
+    live = 0
+    for C in vectors:
+        outputs = gram(C.T)
+        size = float(outputs.double().square().sum())
+        if size > 0:
+            live += 1
+            acted = D @ C.T
+            strength += float(acted.double().square().sum()) / size
+            overlap += float((acted * outputs).double().sum()) / size
+    return strength / max(1, live), overlap / max(1, live)
 
 
 def responses(
-    groups: TensorGroups, space: SearchSpace, progress: Progress | None = None
+    groups: TensorGroups,
+    space: SearchSpace,
+    progress: Progress | None = None,
+    ranks: Sequence[float] | None = None,
 ) -> pd.DataFrame:
     """Strength and overlap of the merged update in every matrix, over the rank.
 
@@ -128,6 +149,7 @@ def responses(
         space: a method of :data:`PROPORTIONAL`; its ranks (see :func:`shares_of`) and, where it
             has none, its one update.
         progress: told after each matrix.
+        ranks: the shares that are looked at; all of :func:`shares_of` when None.
 
     Returns:
         One row per matrix and rank: parameter, rank (share; NaN where the method has none),
@@ -138,31 +160,50 @@ def responses(
         SuiteError: origin "base" without a base.
         Cancelled: by `progress`.
     """
-    ranks: Sequence[float | None] = shares_of(space) or (None,)
-    recipes = [space.recipe(rank, 1.0) for rank in ranks]
-    origin = recipes[0].run(groups.tasks).origin
+    look = look_at_responses(groups.tasks, space, ranks)
+    found = map_matrices(look, groups, progress)
+    return pd.DataFrame(list(chain.from_iterable(found)))
+
+
+def look_at_responses(
+    tasks: Sequence[str], space: SearchSpace, ranks: Sequence[float] | None = None
+) -> Callable[[TensorGroup], list[dict[str, object]]]:
+    """What gives one matrix's rows of :func:`responses`."""
+    shares: Sequence[float | None] = ranks or shares_of(space) or (None,)
+    recipes = [space.recipe(share, 1.0) for share in shares]
+    origin = recipes[0].run(tuple(tasks)).origin
 
     @torch.no_grad()
     def rows(group: TensorGroup) -> list[dict[str, object]]:
-        covariance, response, task_energy = targets(group, origin)
+        vectors = [as_matrix(vector) for vector in group.task_vectors(origin)]
+        m, n = vectors[0].shape
+        # Products of m n² or m² n numbers: to make the targets, and then one for each update.
+        T, count = len(vectors), len(shares)
+        few = (1 + 2 * count) * T * m < T * (n + 3 * min(m, n)) + 2 * count * n
+        covariance, response = (None, None) if few else targets(vectors)
+        task_energy = float(np.mean([float(C.double().square().sum()) for C in vectors]))
         found: list[dict[str, object]] = []
-        for rank, recipe in zip(ranks, recipes, strict=True):
+        for share, recipe in zip(shares, recipes, strict=True):
             D = update(group, recipe)
+            if covariance is None or response is None:
+                strength, overlap = act(D, vectors)
+            else:
+                # tr(D A Dᵀ) and ⟨D, B⟩: one product a rank, however many tasks.
+                strength = float(((D @ covariance) * D).double().sum())
+                overlap = float((D * response).double().sum())
             found.append(
                 {
                     "parameter": group.name,
-                    "rank": np.nan if rank is None else rank,
-                    # tr(D A Dᵀ) and ⟨D, B⟩: one product a rank, however many tasks.
-                    "strength": float(((D @ covariance) * D).double().sum()),
-                    "overlap": float((D * response).double().sum()),
+                    "rank": np.nan if share is None else share,
+                    "strength": strength,
+                    "overlap": overlap,
                     "update_energy": float(D.double().square().sum()),
                     "task_energy": task_energy,
                 }
             )
         return found
 
-    found = map_matrices(rows, groups, progress)
-    return pd.DataFrame(list(chain.from_iterable(found)))
+    return rows
 
 
 def whole_model(frame: pd.DataFrame) -> pd.DataFrame:

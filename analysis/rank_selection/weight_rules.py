@@ -131,7 +131,7 @@ RULES: dict[str, Rule] = {
 def rule_ranks(
     groups: TensorGroups, origin: Origin, progress: Progress | None = None
 ) -> pd.DataFrame:
-    """The rank that every rule gives to every matrix.
+    """The rank that every rule gives to every matrix, from singular values alone.
 
     Args:
         groups: the suite's parameters; those not decomposed are passed over.
@@ -147,6 +147,13 @@ def rule_ranks(
         Cancelled: by `progress`.
     """
 
+    found = map_matrices(look_at_rules(origin), groups, progress)
+    return pd.DataFrame(list(chain.from_iterable(found)))
+
+
+def look_at_rules(origin: Origin) -> Callable[[TensorGroup], list[dict[str, object]]]:
+    """What gives one matrix's rows of :func:`rule_ranks`."""
+
     def rows(group: TensorGroup) -> list[dict[str, object]]:
         shape, values = group.info.matrix_shape, group.singular_values(origin)
         spectra = [Spectrum(as_array(S), *shape, len(values)) for S in values]
@@ -159,5 +166,4 @@ def rule_ranks(
             found.append({"proxy": name, "parameter": group.name, "share": share})
         return found
 
-    found = map_matrices(rows, groups, progress)
-    return pd.DataFrame(list(chain.from_iterable(found)))
+    return rows

@@ -212,9 +212,8 @@ def _defect(X: Tensor) -> float:
 
     Source: Hutchinson's estimator, Commun. Stat. Simul. Comput. 19 (1990), 433.
     """
-    source = torch.Generator(X.device).manual_seed(0)
-    shape = (X.shape[1], PROBES)
-    signs = torch.randint(2, shape, generator=source, device=X.device).to(X.dtype) * 2 - 1
+    source, shape = torch.Generator().manual_seed(0), (X.shape[1], PROBES)
+    signs = X.new_empty(shape).copy_(torch.randint(2, shape, generator=source) * 2 - 1)
     return float(torch.linalg.vector_norm(X.T @ (X @ signs) - signs)) / math.sqrt(PROBES)
 
 

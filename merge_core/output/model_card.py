@@ -15,11 +15,19 @@ from merge_core.merging.recipe import Recipe
 from merge_core.output.card_facts import BASE, CardFacts, card_facts
 from merge_core.output.provenance import Provenance
 from merge_core.suites.bundled import bundled_suites
+from merge_core.suites.data_spec import MetricName
 from merge_core.suites.suite import Suite
 
 # Underscores within a word mean nothing.
 MARKS = re.compile(r"[\\`*{}\[\]<>!|~$&]|(?<![A-Za-z0-9])_|_(?![A-Za-z0-9])")
 SHOWN_HEADS = 4
+
+
+# Title and form of each metric.
+WRITTEN: dict[MetricName, tuple[str, str]] = {
+    "accuracy": ("Accuracy", ".1%"),
+    "cross_entropy": ("Cross-entropy (nats per token; lower is better)", ".3f"),
+}
 
 
 @dataclass(frozen=True)
@@ -29,20 +37,22 @@ class Result:
     Attributes:
         task: the task.
         split: of its data.
-        accuracy: share of examples (0 to 1) that are right.
+        value: share of examples (0 to 1) that are right, or another metric.
         low: lower end of the 95 % interval.
         high: upper end.
         examples: how many there were.
         kind: the hub's name for this sort of task.
+        metric: what was measured.
     """
 
     task: str
     split: str
-    accuracy: float
+    value: float
     low: float
     high: float
     examples: int
     kind: str = "image-classification"
+    metric: MetricName = "accuracy"
 
 
 def model_card(
@@ -113,8 +123,8 @@ def _metadata(
             dataset_type=result.task,
             dataset_name=suite.title(result.task),
             dataset_split=result.split,
-            metric_type="accuracy",
-            metric_value=round(result.accuracy, 4),
+            metric_type=result.metric,
+            metric_value=round(result.value, 4),
         )
         for result in results
     ]
@@ -198,17 +208,18 @@ def escape_markdown(text: str) -> str:
 def _accuracies(suite: Suite, results: Sequence[Result]) -> str:
     if not results:
         return ""
+    title, form = WRITTEN[results[0].metric]
     rows = [
         [
             escape_markdown(suite.title(result.task)),
-            f"{result.accuracy:.1%}",
-            f"{result.low:.1%} to {result.high:.1%}",
+            format(result.value, form),
+            f"{format(result.low, form)} to {format(result.high, form)}",
             f"{result.examples:,} ({result.split})",
         ]
         for result in results
     ]
-    table = _table(["task", "accuracy", "95 % interval", "examples"], rows)
-    return f"## Accuracy\n\n{table}\n"
+    table = _table(["task", title.lower(), "95 % interval", "examples"], rows)
+    return f"## {title}\n\n{table}\n"
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -7,6 +7,12 @@ from pathlib import Path
 BUNDLED = "vision"  # the one that is opened first
 RECORD_SUFFIX = ".mergescope"
 FRAMES_NAME = "frames.mergescope"  # beside a bundled suite
+_TITLES = {
+    BUNDLED: "Twenty vision tasks (1.1 M)",
+    "vision-small": "Twenty vision tasks (0.3 M)",
+    "vision-apart": "Six vision tasks apart (0.3 M)",
+    "sentences": "Eight sentence tasks (MiniLM)",
+}
 _DATA = Path(__file__).resolve().parents[2] / "data"
 
 
@@ -29,6 +35,16 @@ def bundled_name(path: Path) -> str | None:
         ('vision', None)
     """
     return next((name for name, own in bundled_suites().items() if own == path), None)
+
+
+def bundled_title(name: str) -> str:
+    """What people read instead of the name of a bundled suite or record; any other name as it is.
+
+    Example:
+        >>> bundled_title("vision"), bundled_title("mine")
+        ('Twenty vision tasks (1.1 M)', 'mine')
+    """
+    return _TITLES.get(name, name)
 
 
 def bundled_frames() -> list[Path]:

@@ -17,6 +17,7 @@ from merge_core.checkpoints.shards import PlainShard, TensorInfo
 from merge_core.errors import CheckpointError, SuiteError
 from merge_core.places import is_place, name_without_place
 from merge_core.strict_model import StrictModel
+from merge_core.suites.data_spec import MetricName
 from merge_core.suites.manifest import Manifest
 from merge_core.suites.suite import Suite
 from merge_core.suites.suite_spec import ArchitectureSpec, ExpertSpec, SuiteSpec, TaskName
@@ -81,6 +82,7 @@ class SuiteCard(StrictModel):
         buffers: which of them are copied, and from whom.
         completed: which of them are embeddings of several lengths.
         lacks: why no accuracy was recorded; None if they were.
+        measured_by: what was measured; None for accuracies.
     """
 
     format: Literal["record-1"] = "record-1"
@@ -98,6 +100,7 @@ class SuiteCard(StrictModel):
     average: list[Text] = Field(default_factory=list)
     vocabulary: Literal["refuse", "base", "common"] = "refuse"
     lacks: Text | None = None
+    measured_by: Literal["cross_entropy"] | None = None
 
 
 def suite_card(suite: Suite, measured: bool) -> SuiteCard:
@@ -152,6 +155,7 @@ def suite_card(suite: Suite, measured: bool) -> SuiteCard:
         average=spec.average,
         vocabulary=spec.vocabulary,
         lacks=None if measured else suite.why_not_evaluated or "no accuracy was recorded",
+        measured_by="cross_entropy" if suite.measured_by == "cross_entropy" else None,
     )
 
 
@@ -249,6 +253,11 @@ class RecordedSuite(Suite):
     def architecture(self) -> ArchitectureSpec | None:
         """The network, as it was recorded."""
         return self.card.architecture
+
+    @property
+    def measured_by(self) -> MetricName:
+        """What was measured when it was recorded."""
+        return self.card.measured_by or "accuracy"
 
     def source(self, task: str | None) -> str | None:
         """The hub's name of a member at its commit, as it was recorded."""

@@ -86,6 +86,21 @@ def describe_network(
     return said
 
 
+def describe_language_model(architecture: ArchitectureSpec, given: bool) -> str:
+    """A suite's language model in words, for people.
+
+    Args:
+        architecture: of the suite.
+        given: whether suite.yaml names it.
+
+    Example:
+        >>> describe_language_model(ArchitectureSpec(name="gpt2", library="transformers"), True)
+        'gpt2 of transformers, as a causal language model'
+    """
+    told = "" if given else ", from config.json beside a member"
+    return f"{architecture.name} of {architecture.library}, as a causal language model{told}"
+
+
 def holds_classifier(expert: Checkpoint) -> bool:
     """Whether a checkpoint holds, beside its encoder, a classifier of inputs.
 

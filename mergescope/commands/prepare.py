@@ -19,6 +19,7 @@ from mergescope.terminal import (
 SHOWN = 5  # classes of each task
 
 if TYPE_CHECKING:
+    from merge_core.suites.data_spec import DataSpec
     from merge_core.suites.suite import Suite
 
 
@@ -65,6 +66,8 @@ def _images(suite: Suite, task: str) -> list[str]:
     data = suite.spec.experts[task].data
     if data is None:
         return ["none", "", "", "", ""]
+    if data.kind == "language":
+        return _texts(suite, task, data)
     bar = progress_bar(f"reading {task}")
     found = {split: load_inputs(suite, task, split, None, bar) for split in get_args(Split)}
     size = found["test"].images.shape[1:3]
@@ -76,11 +79,32 @@ def _images(suite: Suite, task: str) -> list[str]:
     ]
 
 
+def _texts(suite: Suite, task: str, data: DataSpec) -> list[str]:
+    """Kind of a language model's inputs, their longest window, and their numbers and tokens."""
+    from analysis.language.inputs import read_language
+    from analysis.outputs.inputs import Split
+
+    completed = suite.data(task) or data
+    parts = [
+        read_language(completed, split, suite.file, f"data of task {task!r}")
+        for split in get_args(Split)
+    ]
+    longest = max(len(each.tokens) for part in parts for each in part.sequences)
+    return [
+        data.inputs,
+        f"{longest} tokens",
+        *(f"{len(part.labels):,} ({part.tokens.sum():,} tokens)" for part in parts),
+        "",
+    ]
+
+
 def _classes(suite: Suite, task: str) -> str | None:
     """The first classes of a task by number and name; None where they have none."""
     from analysis.outputs.inputs import load_inputs
 
-    names = () if suite.data(task) is None else load_inputs(suite, task, "test").class_names
+    data = suite.data(task)
+    known = data is not None and data.kind != "language"
+    names = load_inputs(suite, task, "test").class_names if known else ()
     if not names or all(name.isdigit() for name in names):
         return None
     shown = ", ".join(f"{number} {name}" for number, name in enumerate(names[:SHOWN]))
@@ -96,6 +120,8 @@ def _head(suite: Suite, task: str) -> str:
     from analysis.outputs.heads import load_head
     from analysis.outputs.inputs import has_labels, load_inputs
 
+    if suite.speaks:
+        return "the model's own"
     own = suite.has_own_head(task)
     if suite.spec.experts[task].head is None and not own:
         return "none"

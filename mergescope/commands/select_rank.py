@@ -56,7 +56,9 @@ def select(
     every_proxy: Annotated[
         bool,
         typer.Option(
-            "--every-proxy", help="Also what each rule that reads inputs picks: a search for each."
+            "--every-proxy",
+            help="Also what every other rule picks: those that read weights in one pass over the "
+            "matrices, those that read inputs by a search each.",
         ),
     ] = False,
     seed: Annotated[int, typer.Option(min=0, help="Of the inputs that a search begins with.")] = 0,
@@ -101,11 +103,11 @@ def select(
         space,
         session,
         evaluator,
-        SelectionOptions(chosen, full_grid, every_proxy, report, seed),
+        SelectionOptions(chosen, full_grid, every_proxy, report, seed, not every_proxy),
         progress=progress_bar("searching"),
         executor=where,
     )
-    _print(console(), result)
+    _print(console(), result, every_proxy)
     write_csv(result.points, csv)
     if output is not None:
         write_atomically(output, result.recipe.publish(loaded).to_yaml().encode())
@@ -119,7 +121,7 @@ def _parse_mode(text: str | None, can_evaluate: bool) -> Mode:
     return cast("Mode", text)
 
 
-def _print(out: Console, result: Selection) -> None:
+def _print(out: Console, result: Selection, every: bool) -> None:
     from analysis.metrics import mean_over_tasks, metric_of
     from analysis.rank_selection.select import setting_words
 
@@ -141,8 +143,14 @@ def _print(out: Console, result: Selection) -> None:
             )
     metric = metric_of(result.picks)
     columns = ["title", "mode", "rank", "scale", metric.column]
-    picks = result.picks[columns].dropna(axis=1, how="all")
-    print_frame(out, "What each rule picks", picks, () if metric.unit else SHARES)
+    print_frame(
+        out,
+        "What each rule picks" if every else "What the rule picks",
+        result.picks[columns].dropna(axis=1, how="all"),
+        () if metric.unit else SHARES,
+    )
+    if not every:
+        out.print("what the other rules pick: --every-proxy")
     for row in result.picks[result.picks["at_edge"] != ""].to_dict("records"):
         if row["proxy"] != result.rule:
             out.print(f"{row['title']}: {row['at_edge']}")

@@ -43,8 +43,9 @@ FOUND = """
     });
 }
 """
-# Tabs are opened by the links below. Replacing a file is confirmed each time.
-LEFT = re.compile("stTabs|Replace the")
+# Tabs are opened by the links below. Replacing a file is confirmed each time. A presenter has no
+# sidebar to click (test_presenting.py).
+LEFT = re.compile("stTabs|Replace the|Presenter mode")
 THREE = "tasks=digits&tasks=lines&tasks=dots"  # which are quicker than all
 TWO = "tasks=digits&tasks=lines&methods=Weight+average&methods=Task+Arithmetic"
 # What is drawn only after something else was chosen is opened by its link.

@@ -21,7 +21,7 @@ from tests.conftest import random_states
 from tests.hub_client import files_of, hub, weights
 from tests.hub_server import Hub
 from tests.pages.test_pages import app_at, assert_healthy, finish, open_page
-from ui.sections.open_members import apply_edits, members_frame
+from ui.sections.opening.members import apply_edits, members_frame
 from ui.server import session_files
 from ui.server.catalog import SUITES
 

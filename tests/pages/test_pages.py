@@ -282,6 +282,25 @@ def test_the_overview_names_the_settings_and_how_they_came_about() -> None:
     assert "made to show an effect at a small size" in " ".join(i.value for i in at.info)
 
 
+def test_the_overview_opens_with_pictures() -> None:
+    at = assert_healthy(open_page("overview"))
+    headings = [each.value for each in at.subheader]
+    assert headings[0] == "How does a merge come about?"
+    text = " ".join(m.value for m in at.markdown)
+    assert "directions hold" in text
+    assert "right that the average gets wrong" in text
+    # One test image of each task in which CART rights any.
+    pictured = [m.value for m in at.markdown if "Average:" in m.value]
+    titles = [load_suite("vision").title(task) for task in load_suite("vision").select(["8"])]
+    assert 1 <= len(pictured) <= len(titles)
+    assert all(any(title in text for title in titles) for text in pictured)
+
+
+def test_one_expert_has_no_picture_of_a_merge() -> None:
+    at = assert_healthy(open_page("overview", tasks="digits"))
+    assert "How does a merge come about?" not in [each.value for each in at.subheader]
+
+
 def test_no_task_chosen_asks_for_one() -> None:
     at = open_page("spectra")
     at.sidebar.get("button_group")[1].set_value([])

@@ -27,7 +27,7 @@ from merge_core.suites.suite import load_suite
 from tests.evaluable import write_evaluable
 from tests.pages.test_foreign_texts import HOSTILE, assert_no_markdown
 from tests.pages.test_pages import assert_healthy, figures, finish, metrics, open_page
-from ui.sections import open_record
+from ui.sections.opening import record as open_record
 from ui.shell import PAGES
 
 SHOWN = ("overview", "spectra", "interference", "rank_and_scale", "merge_lab", "compare")

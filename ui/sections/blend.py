@@ -11,7 +11,7 @@ import pandas as pd
 import streamlit as st
 from torch import Tensor
 
-from analysis.figures import templates as figures
+from analysis.figures.pictures import templates as figures
 from analysis.outputs.pool_outputs import PoolEvaluator
 from analysis.patterns import blending, templates
 from analysis.patterns.images import Normalisation

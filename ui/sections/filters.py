@@ -7,7 +7,7 @@ import math
 import streamlit as st
 from torch import Tensor
 
-from analysis.figures import patterns as figures
+from analysis.figures.pictures import patterns as figures
 from analysis.patterns import filters as patterns
 from analysis.patterns.images import Normalisation
 from ui import charts, shell

@@ -10,6 +10,7 @@ import streamlit as st
 
 from analysis.figures import rank_map
 from analysis.figures import rank_selection as figures
+from analysis.metrics import METRICS, metric_of
 from analysis.rank_selection.select import Selection
 from ui import charts, shell
 from ui.controls import grid
@@ -32,9 +33,9 @@ EXPLAINED = (
 
 
 def references(view: View) -> dict[str, float]:
-    """Horizontal lines: the experts' mean accuracy, each on its own task."""
+    """Horizontal lines: the experts' mean accuracy, or other metric, each on its own task."""
     experts = resources.output_frames(view).experts("val")
-    return {"Experts": float(experts["accuracy"].mean())}
+    return {"Experts": float(experts[metric_of(experts).column].mean())}
 
 
 def pick(setting: Sequence[float]) -> None:
@@ -143,7 +144,7 @@ def chart_curve(
             axis=axis,
             value=selection.score,
             picks=selection.picks,
-            references=references(view) if selection.score == "accuracy" else None,
+            references=references(view) if selection.score in METRICS else None,
             chosen=chosen[axis],
         ),
         key="curve",

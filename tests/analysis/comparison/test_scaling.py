@@ -78,8 +78,8 @@ def test_each_subset_is_merged_and_evaluated_on_its_own_tasks(
         session = MergeSession(suite, subset, FactorStore())
         for name, title in NAMES.items():
             recipe = make_recipe({"suite": str(suite.path), "tasks": subset, "method": name})
-            if name == "cart" and len(subset) > 2:
-                space = search_space("cart", str(suite.path), subset)
+            if name == "task_arithmetic" or (name == "cart" and len(subset) > 2):
+                space = search_space(name, str(suite.path), subset)
                 recipe = select_rank(space, session, None, SelectionOptions("weights")).recipe
             wanted = evaluator.recipe(recipe, session, "test").set_index("task")["accuracy"]
             row = frame[(frame["method"] == title) & (frame["count"] == len(subset))].iloc[0]

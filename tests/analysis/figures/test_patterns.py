@@ -13,8 +13,8 @@ import pytest
 import torch
 from PIL import Image
 
-from analysis.figures import patterns as deep
-from analysis.figures import templates as flat
+from analysis.figures.pictures import patterns as deep
+from analysis.figures.pictures import templates as flat
 from analysis.patterns.filters import (
     Components,
     filter_components,

@@ -21,6 +21,7 @@ import torch
 
 from analysis.evaluation.evaluator import Evaluator
 from analysis.frames.entries import Asked, Kept
+from analysis.frames.flips import flips_if_known
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.from_pools import PoolFrames, pool_inputs
 from analysis.frames.from_weights import WeightFrames
@@ -71,7 +72,9 @@ def ask_weights(suite: Suite, listener: Listener, folder: Path) -> None:
     frames.centring(0.5)
     frames.angles(FC, "average", 3)
     frames.signs()
+    frames.build_up(suite.tasks[0])
     frames.proxy_curves(space)
+    frames.weight_picks(space)
     frames.ranks_per_layer(space, 0.25)
 
 
@@ -91,6 +94,13 @@ def ask_outputs(folder: Path, listener: Listener) -> None:
     frames.suggestion(search_space("cart", "mine", suite.tasks))
     frames.first_result(frames.first_recipes())
     frames.first_result_if_known()
+    average, cart = (
+        make_recipe({"suite": "mine", "tasks": suite.tasks, "method": name})
+        for name in ("average", "cart")
+    )
+    frames.recipe(average, "test")
+    frames.recipe(cart, "test")
+    assert flips_if_known(frames, average, cart, lambda: session) is not None
     scaling(frames, [suite.tasks], FactorStore(folder / "f"))
 
 
@@ -238,9 +248,10 @@ def test_whatever_is_asked_otherwise_makes_another_key(tmp_path: Path) -> None:
         for ranks in ([0.25, 0.5], [0.25, 0.75]):
             space = search_space(method, "tiny", suite.tasks, ranks=ranks, scales=[1.0])
             frames.proxy_curves(space)
+            frames.weight_picks(space)
             frames.ranks_per_layer(space, 0.25)
             frames.ranks_per_layer(space, 0.5)
-            asked += 3
+            asked += 4
     assert len(listener.heard) == asked + 2
 
 

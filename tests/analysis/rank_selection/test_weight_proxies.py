@@ -25,7 +25,14 @@ from analysis.rank_selection.weight_proxies import (
     proxy_curves,
     recommend_from_weights,
 )
-from analysis.rank_selection.weight_response import PROPORTIONAL, responses, update, whole_model
+from analysis.rank_selection.weight_response import (
+    PROPORTIONAL,
+    act,
+    responses,
+    targets,
+    update,
+    whole_model,
+)
 from analysis.rank_selection.weight_rules import RULES, Spectrum, rule_ranks
 from analysis.spectral.interference import interference_over_rank, mean_over_layers
 from analysis.spectral.noise_bounds import gavish_donoho_cut, noise_edge
@@ -384,13 +391,68 @@ def test_layers_get_the_setting_that_they_would_get_alone(
     assert (layer["rank"] == [max(1, int(s * 8 + 1e-9)) for s in layer["share"]]).all()
 
 
+@pytest.mark.parametrize("method", PROPORTIONAL)
+def test_one_rule_alone_picks_what_it_picks_among_all(groups: TensorGroups, method: str) -> None:
+    narrow = search_space(method, "vision", TASKS, scales=[0.5, 1.5])
+    spaces = [search_space(method, "vision", TASKS), narrow]
+    if spaces[0].ranks:
+        spaces.append(search_space(method, "vision", TASKS, ranks=[0.04, 0.9, 1.0]))
+        spaces.append(search_space(method, "vision", TASKS, ranks=[1.0]))
+    for space in spaces:
+        whole = recommend_from_weights(groups, space).set_index("proxy")
+        for name in PROXIES:
+            alone = recommend_from_weights(groups, space, only=name).set_index("proxy")
+            assert list(alone.index) == [name] * (name in whole.index)
+            for row in alone.index:
+                # A few float32 products in another order.
+                assert alone["rank"][row] == pytest.approx(whole["rank"][row], nan_ok=True)
+                assert alone["scale"][row] == pytest.approx(whole["scale"][row], rel=1e-5)
+                assert alone["at_edge"][row] == whole["at_edge"][row]
+
+
+def test_a_rule_of_the_rank_looks_at_the_two_ranks_around_it(
+    groups: TensorGroups, space: SearchSpace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[float] = []
+
+    def counted(*given: object, ranks: list[float], **named: object) -> pd.DataFrame:
+        looked.extend(ranks)
+        return responses(*given, ranks=ranks, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("analysis.rank_selection.weight_proxies.responses", counted)
+    (found,) = recommend_from_weights(groups, space, only="energy_90").to_dict("records")
+    below, above = (
+        max(r for r in RANKS if r <= found["rank"]),
+        min(r for r in RANKS if r >= found["rank"]),
+    )
+    assert looked == [below, above]
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6), (8, 8)])
+def test_either_way_of_multiplying_gives_the_same_responses(shape: tuple[int, int]) -> None:
+    source = torch.Generator().manual_seed(8)
+    vectors = [torch.randn(shape, generator=source) for _ in range(3)] + [torch.zeros(shape)]
+    D = torch.randn(shape, generator=source)
+    covariance, response = targets(vectors)
+    strength, overlap = act(D, vectors)
+    live = [C.double().numpy() for C in vectors[:3]]
+    sizes = [np.sum((C @ C.T) ** 2) for C in live]
+    exact = D.double().numpy()
+    a = np.mean([np.sum((exact @ C.T) ** 2) / s for C, s in zip(live, sizes, strict=True)])
+    b = np.mean([np.sum(exact @ C.T * (C @ C.T)) / s for C, s in zip(live, sizes, strict=True)])
+    assert (strength, overlap) == (pytest.approx(a, rel=1e-5), pytest.approx(b, abs=1e-5 * a))
+    assert float(((D @ covariance) * D).sum()) == pytest.approx(a, rel=1e-5)
+    assert float((D * response).sum()) == pytest.approx(b, abs=1e-5 * a)
+
+
 def test_passes_count_as_one_work_and_can_be_cancelled(groups: TensorGroups, space) -> None:
     seen: list[tuple[int, int]] = []
     recommend_from_weights(
         groups, space, Progress(lambda done, total, _: seen.append((done, total)))
     )
-    assert [done for done, _ in seen] == list(range(1, 3 * len(MATRICES) + 1))
-    assert {total for _, total in seen} == {3 * len(MATRICES)}
+    # One pass over the matrices for all rules, ranks and scales.
+    assert [done for done, _ in seen] == list(range(1, len(MATRICES) + 1))
+    assert {total for _, total in seen} == {len(MATRICES)}
     stop = threading.Event()
     stop.set()
     with pytest.raises(Cancelled):

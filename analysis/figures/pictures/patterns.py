@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
+from analysis.figures.pictures.templates import tile_figure, title_with_scale
 from analysis.figures.spectra import short_names
 from analysis.figures.style import (
     DASHES,
@@ -20,7 +21,6 @@ from analysis.figures.style import (
     set_axes,
     thin_indices,
 )
-from analysis.figures.templates import tile_figure, title_with_scale
 from analysis.patterns.filters import Components
 from analysis.patterns.images import Normalisation, block_means, normalise, stitch, tile_png
 
