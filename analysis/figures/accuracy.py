@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, layout, set_axes
+from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, add_line, layout, set_axes
 from analysis.metrics import ACCURACY, METRICS, metric_of
 from merge_core.suites.data_spec import MetricName
 
@@ -78,7 +78,7 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
             + model
             + "</extra>",
         )
-    figure.add_hline(y=0.4, line={"color": REFERENCE, "width": 1, "dash": "dot"})
+    add_line(figure, {"color": REFERENCE, "width": 1, "dash": "dot"}, y=0.4)
     layout(figure, title, x=metric.axis, y="", height=110 + 44 * (len(tasks) + 1))
     set_axes(
         figure,

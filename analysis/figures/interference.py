@@ -20,6 +20,7 @@ from analysis.figures.style import (
     REFERENCE,
     SEQUENTIAL,
     add_colour_bar,
+    add_line,
     colour_cell_numbers,
     layout,
     make_cells_square,
@@ -289,7 +290,7 @@ def centring_condition(frame: pd.DataFrame, title: str = "") -> go.Figure:
         annotation={"text": f"1/T = {needed:.1%}", "font": {"size": 12}},
         annotation_position="top left" if 2 * needed > high else "top right",
     )
-    figure.add_hline(1, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
+    add_line(figure, {"color": REFERENCE, "dash": "dot", "width": 1.5}, y=1)
     set_axes(
         figure,
         x={"tickformat": ".0%", "range": [min(low, 0) - 0.02, max(high, needed) * 1.15]},
@@ -345,7 +346,7 @@ def conflict_bars(frame: pd.DataFrame, title: str = "") -> go.Figure:
             hovertemplate="%{y}: %{x:.1f} %<extra>" + name + "</extra>",
         )
     layout(figure, title, x="Share (%)", y="Matrix", height=140 + 34 * len(labels))
-    figure.update_layout(barmode="group")
+    figure.layout.barmode = "group"
     set_axes(
         figure,
         x={"range": [0, 100]},

@@ -66,7 +66,7 @@ def magnitude_grid(
         _draw(figure, frame, quantity, prediction, cell)
         _set_y_axis(figure, quantity, **cell)
     layout(figure, title, x="", y="", height=860)
-    figure.update_layout(margin_t=figure.layout.margin.t + 24)
+    figure.layout.margin.t += 24
     _set_axes(figure, frame, chosen, every=3)
     figure.update_xaxes(title={"text": M_AXIS, "font": {"size": 11}}, row=3)
     return figure

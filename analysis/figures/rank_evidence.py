@@ -21,6 +21,7 @@ from analysis.figures.style import (
     MARKERS,
     OKABE_ITO,
     REFERENCE,
+    add_line,
     layout,
     mark_share,
     percent,
@@ -150,7 +151,7 @@ def picks_over_rank(picks: pd.DataFrame, title: str, chosen: float) -> go.Figure
     layout(figure, title, x="Rank (log scale)", y="", height=150 + ROW * len(frame))
     _set_rank_axis(figure)
     _set_name_axis(figure, frame["title"].tolist())
-    figure.add_vline(x=chosen, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
+    add_line(figure, {"color": REFERENCE, "dash": "dot", "width": 1.5}, x=chosen)
     return figure
 
 

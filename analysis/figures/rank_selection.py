@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 from analysis.figures.style import (
     OKABE_ITO,
     REFERENCE,
+    add_line,
     layout,
     mark_share,
     percent,
@@ -108,7 +109,7 @@ def _mark(figure: go.Figure, axis: str, place: float) -> None:
     if axis == "rank":
         mark_share(figure, place)
     else:
-        figure.add_vline(x=place, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
+        add_line(figure, {"color": REFERENCE, "dash": "dot", "width": 1.5}, x=place)
 
 
 def _add_curve(

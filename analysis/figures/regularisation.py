@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.figures.magnitude import COLOURS, LINES, SYMBOLS
-from analysis.figures.style import OKABE_ITO, REFERENCE, layout, set_axes
+from analysis.figures.style import OKABE_ITO, REFERENCE, add_line, layout, set_axes
 from analysis.magnitude.robustness import CORRUPTIONS, Corruption
 from analysis.magnitude.sweep import SUBJECTS
 
@@ -57,8 +57,8 @@ def norm_ratios(frame: pd.DataFrame, title: str = "") -> go.Figure:
         y="",
         height=160 + 24 * len(labels),
     )
-    figure.update_layout(margin_t=figure.layout.margin.t + 14)
-    figure.add_vline(x=independent, line={"color": REFERENCE, "dash": "dash", "width": 1.5})
+    figure.layout.margin.t += 14
+    add_line(figure, {"color": REFERENCE, "dash": "dash", "width": 1.5}, x=independent)
     figure.add_annotation(
         x=independent,
         y=1,
@@ -181,7 +181,7 @@ def identity_bar(frame: pd.DataFrame, parameter: str, title: str = "") -> go.Fig
             hovertemplate=f"{name}: %{{x:.8g}}<extra></extra>",
         )
     layout(figure, title, x="Squared norm (squared weight units)", y="", height=280)
-    figure.update_layout(barmode="stack")
+    figure.layout.barmode = "stack"
     set_axes(figure, y={"type": "category", "autorange": "reversed", "showgrid": False})
     return figure
 

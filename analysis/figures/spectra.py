@@ -17,6 +17,7 @@ from analysis.figures.style import (
     SEQUENTIAL,
     TRANSPARENT,
     add_colour_bar,
+    add_line,
     colour_cell_numbers,
     layout,
     mark_share,
@@ -227,9 +228,9 @@ def cumulative_energy(
         x={"range": [0, 1.02], "tickformat": ".0%"},
         y={"range": [0, 1.02], "tickformat": ".0%"},
     )
-    figure.update_layout(margin_r=40)
+    figure.layout.margin.r = 40
     for mark in marks:
-        figure.add_hline(y=mark, line={"color": REFERENCE, "dash": "dot", "width": 1})
+        add_line(figure, {"color": REFERENCE, "dash": "dot", "width": 1}, y=mark)
         figure.add_annotation(
             x=1,
             xref="paper",
