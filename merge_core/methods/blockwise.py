@@ -13,7 +13,7 @@ from torch import Tensor
 from merge_core.methods.declaration import Run
 from merge_core.task_vectors import Origin, TensorGroup
 
-BLOCK = 1 << 14  # entries of each expert: T of them stay near the cache, in float64 too
+BLOCK = 1 << 14  # entries of each expert: T of them stay near the cache, in float64
 # A vote's total below this share of its largest entry is what float64 leaves of an even one: each
 # of T entries is off by some 2⁻⁵³ of the largest, times 1/(1 − p) ≤ 1000 where DARE rescales.
 EVEN = 1e-10
@@ -79,7 +79,8 @@ def merge_entrywise(
     origin = group.origin(run.origin)
     merged = torch.empty(origin.shape, dtype=group.widest_dtype(run.origin))
     whole, flat = merged.view(-1), origin.ravel()
-    for part, tau in group.blocks(run.origin, BLOCK, dtype=dtype):
+    narrow = run.origin == "base" and (dtype or merged.dtype) == torch.float32
+    for part, tau in group.blocks(run.origin, 2 * BLOCK if narrow else BLOCK, dtype=dtype):
         whole[part] = flat[part] + update(run.apply_weights(tau), part)
     return merged
 

@@ -83,9 +83,11 @@ def normal_equations(tau: Tensor, norm: str) -> tuple[Tensor, Tensor]:
     _, m, n = tau.shape
     sizes = torch.linalg.matrix_norm(tau)
     live = sizes > 0
-    tau, sizes = tau[live], sizes[live][:, None, None]
-    weights = 1 if norm == "squared" else sizes
-    units = tau / sizes * weights**0.5
+    if not live.all():
+        tau, sizes = tau[live], sizes[live]
+    units = tau / sizes[:, None, None]
+    if norm == "plain":
+        units *= sizes[:, None, None].sqrt()
     B = tau.new_zeros(m, n)
     for matrix, unit in zip(tau, units, strict=True):
         # τ (τᵀτ) or (τ τᵀ) τ, of which the smaller matrix is made.
