@@ -22,6 +22,7 @@ from analysis.networks.limits import Size, build_within, find_fetching
 from analysis.networks.saved_names import saved_names
 from analysis.networks.stateless import FAULTS
 from analysis.networks.towers import common_prefix, refuse_deeper
+from merge_core.devices import Device, current_device, ran_out_of_memory
 from merge_core.errors import SuiteError
 from merge_core.suites.architectures import causal_types
 from merge_core.suites.suite import Suite
@@ -62,7 +63,7 @@ class LanguageNetwork:
         self._module = _build(architecture, suite.path, self._size)
         if not self.in_float32:
             _compute_in_float32(self._module)
-        self._idle: list[nn.Module] = []
+        self._idle: dict[str, list[nn.Module]] = {}
         self._expected = dict(self._module.named_parameters(remove_duplicate=False))
         self._vocabularies = _vocabularies(self._module)
         shapes = {name: tuple(expert.info(name).shape) for name in expert}
@@ -88,14 +89,14 @@ class LanguageNetwork:
         wanted: dict[str, list[str]] = {}
         for own, place in self._places.items():
             wanted.setdefault(place, []).append(own)
-        state: dict[str, nn.Parameter] = {}
+        device, state = current_device(), dict[str, nn.Parameter]()
         last: tuple[Tensor, nn.Parameter] | None = None
         for name, value in weights:
             for own in wanted.get(name, ()):
                 self._check_shape(own, name, value)
                 if last is None or last[0] is not value:  # two names of one tensor
                     kept = value.to(torch.float32 if self.in_float32 else value.dtype, copy=True)
-                    last = (value, nn.Parameter(kept, requires_grad=False))
+                    last = (value, nn.Parameter(device.send(kept), requires_grad=False))
                 state[own] = last[1]
         if len(self._vocabularies) == 2:  # a head that the weights have not is the embedding
             embedding, head = self._vocabularies
@@ -107,7 +108,7 @@ class LanguageNetwork:
                 f"{self.name!r} needs ({len(missing)} of {len(self._expected)} are missing). "
                 f"Correct the architecture in {self.path}, or config.json beside the base."
             )
-        return LanguageModel(self, state, self._vocabularies)
+        return LanguageModel(self, state, self._vocabularies, device)
 
     def _check_shape(self, own: str, name: str, value: Tensor) -> None:
         """Refuse another shape; a vocabulary may have more rows than the configuration says."""
@@ -121,19 +122,20 @@ class LanguageNetwork:
             )
 
     @contextmanager
-    def lend(self, state: Mapping[str, nn.Parameter]) -> Iterator[Any]:
-        """The network with weights, for one thread at a time."""
+    def lend(self, state: Mapping[str, nn.Parameter], device: Device) -> Iterator[Any]:
+        """The network with weights on a device, for one thread at a time."""
+        idle = self._idle.setdefault(device.name, [])
         try:
-            module = self._idle.pop()
+            module = idle.pop()
         except IndexError:
-            buffers = {id(value): value for value in self._module.buffers()}
+            buffers = {id(value): device.send(value) for value in self._module.buffers()}
             module = copy.deepcopy(self._module, buffers)
         try:
             _put(module, state)
             yield module
         finally:
             _put(module, self._expected)
-            self._idle.append(module)
+            idle.append(module)
 
 
 class LanguageModel:
@@ -143,10 +145,12 @@ class LanguageModel:
         network: that they are put into.
         state: one tensor per parameter, by the library's name.
         vocabularies: names of the embedding and of the head.
+        device: where they lie.
 
     Attributes:
         nbytes: of its weights in memory.
         vocabulary: how many tokens its head knows.
+        device: where it runs.
     """
 
     def __init__(
@@ -154,8 +158,9 @@ class LanguageModel:
         network: LanguageNetwork,
         state: Mapping[str, nn.Parameter],
         vocabularies: Sequence[str],
+        device: Device,
     ) -> None:
-        self._network, self._state = network, state
+        self._network, self._state, self.device = network, state, device
         self.nbytes = sum(value.nbytes for value in {id(v): v for v in state.values()}.values())
         self._known, self.vocabulary = (len(state[vocabularies[i]]) for i in (0, -1))
 
@@ -164,10 +169,11 @@ class LanguageModel:
         """What it says of the next token at every place: float32, N x L x vocabulary.
 
         Args:
-            tokens: int64, N x L, negative after the end of a text.
+            tokens: int64, N x L, on its device, negative after the end of a text.
 
         Raises:
             SuiteError: the texts do not fit the network.
+            RuntimeError: the device has too little memory for so many at once.
         """
         there = tokens >= 0
         arguments: dict[str, Any] = {"input_ids": tokens.clamp(min=0), "use_cache": False}
@@ -179,9 +185,11 @@ class LanguageModel:
                 f"{self._known} of them. Name the base's own tokenizer in the data."
             )
         try:
-            with self._network.lend(self._state) as module:
+            with self._network.lend(self._state, self.device) as module:
                 found: Tensor = module(**arguments).logits
         except FAULTS as fault:
+            if ran_out_of_memory(fault):
+                raise
             reason = (str(fault).splitlines() or [type(fault).__name__])[0]
             raise SuiteError(
                 f"{self._network.path}: texts of {tokens.shape[1]} tokens do not fit the language "

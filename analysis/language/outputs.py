@@ -29,6 +29,7 @@ from analysis.outputs.suite_outputs import (
     SuiteOutputs,
     Weights,
 )
+from merge_core.devices import ran_out_of_memory
 from merge_core.errors import SuiteError
 from merge_core.executors.base import usual_workers
 from merge_core.executors.local import Serial, Threads
@@ -137,7 +138,8 @@ class LanguageOutputs(SuiteOutputs):
         """Batches of similar length, by their places among the sequences, and what `run` gives."""
         batches = list(_batches(sequences, model.vocabulary))
         work = [[sequences[place] for place in batch] for batch in batches]
-        where = Threads() if len(batches) > 1 else Serial()
+        alone = len(batches) < 2 or model.device.accelerates
+        where = Serial() if alone else Threads()
         yield from zip(batches, where.map(run, work), strict=True)
 
 
@@ -195,6 +197,8 @@ class TextOutputs(LanguageOutputs):
                 name: means[:, column].astype(self.kinds[name].dtype)
                 for column, name in enumerate(measures)
             }
+            if expert is not None and expert.nbytes > KEPT_EXPERT_BYTES:
+                self._experts.clear()  # no third model beside the next two
             self.forward_images += len(units)
         return found
 
@@ -258,12 +262,31 @@ def _say(
     """Sums over the scored tokens of each sequence, float64, sequences x measures.
 
     Of −log p of the token that stands there (`cross_entropy`), of the entropy of p (`entropy`), and
-    of KL(q ‖ p) with the expert's q (`divergence`), all in nats.
+    of KL(q ‖ p) with the expert's q (`divergence`), all in nats. Where the device has too little
+    memory, half of the sequences are run at a time.
     """
+    try:
+        return _say_at_once(model, expert, measures, sequences)
+    except RuntimeError as error:
+        if not ran_out_of_memory(error) or len(sequences) == 1:
+            raise
+    model.device.release()
+    half = len(sequences) // 2
+    parts = (sequences[:half], sequences[half:])
+    return np.concatenate([_say(model, expert, measures, part) for part in parts])
+
+
+def _say_at_once(
+    model: LanguageModel,
+    expert: LanguageModel | None,
+    measures: Sequence[str],
+    sequences: Sequence[Scored],
+) -> np.ndarray:
     longest = max(len(each.tokens) for each in sequences)
     tokens = torch.full((len(sequences), longest), -1, dtype=torch.int64)
     for row, each in zip(tokens, sequences, strict=True):
         row[: len(each.tokens)] = torch.from_numpy(each.tokens.astype(np.int64))
+    tokens = model.device.send(tokens)
     logs = model.logits(tokens)[:, :-1]
     reference = None if expert is None else expert.logits(tokens)[:, :-1]
     sums = np.zeros((len(sequences), len(measures)))
