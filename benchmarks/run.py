@@ -19,6 +19,7 @@ from pathlib import Path
 from benchmarks.measure import FailedError, Laboratory
 from benchmarks.parts import larger, scaling, vision
 from benchmarks.parts.bundled import bundled
+from benchmarks.parts.methods import slow_methods
 from benchmarks.parts.neighbour import beside_a_neighbour
 from benchmarks.record import Part, Results, Sheet, load, machine
 
@@ -59,6 +60,7 @@ PLANS = {
     "large": Plan(larger.vit_large, "vit-1024"),
     "decoder": Plan(larger.decoder, "decoder"),
     "neighbour": Plan(beside_a_neighbour, "vit-384"),
+    "methods": Plan(slow_methods, "vit-384"),
     "bundled": Plan(bundled),
     "dashboard": Plan(dashboard),
 }

@@ -34,7 +34,7 @@ STORED = {
     "compare": ("layer", "show", "cost", "source"),
     "how_does_it_scale": ("layer", "shown"),
     "patterns": ("classifiers", "levels", "against", "measure", "over", "lam", "view"),
-    "weights_or_features": ("split", "bn"),
+    "weights_or_features": ("split",),
     "magnitude_and_stability": ("m", "law", "size", "parameter"),
 }
 EXPANDERS = ("how_", "numbers_", "preflight")
@@ -51,6 +51,7 @@ class Seen:
         opened: seconds of each page that was opened.
         changed: seconds of each control that was changed.
         bytes: that the server sent.
+        slowest: seconds, and what was opened or changed.
         faults: exceptions on pages.
     """
 
@@ -58,10 +59,12 @@ class Seen:
     changed: list[float] = field(default_factory=list)
     bytes: int = 0
     faults: list[str] = field(default_factory=list)
+    slowest: tuple[float, str] = (0.0, "")
 
-    def note(self, answer: Answer, into: list[float]) -> None:
-        """Note one answer."""
+    def note(self, answer: Answer, into: list[float], what: str) -> None:
+        """Note one answer, to what was opened or changed."""
         into.append(answer.seconds)
+        self.slowest = max(self.slowest, (answer.seconds, what))
         self.bytes += answer.bytes
         self.faults += answer.faults
 
@@ -76,7 +79,8 @@ class Seen:
         return (
             f"{len(self.changed)} changes: median {median:.2f} s, 95 % {high:.2f} s, worst "
             f"{max(self.changed):.2f} s; {len(self.opened)} pages opened: median "
-            f"{np.median(self.opened):.2f} s, worst {max(self.opened):.2f} s; "
+            f"{np.median(self.opened):.2f} s, worst {max(self.opened):.2f} s "
+            f"(slowest: {self.slowest[1]}); "
             f"{1000 * cpu / len(both):.0f} ms of processor and "
             f"{self.bytes / 1000 / len(both):.0f} kB each"
         )
@@ -96,14 +100,15 @@ def look_around(server: Server, seen: Seen) -> None:
     """One visitor looks at every place of every control, one after the other."""
     visitor = Visitor(server.port)
     for page in STORED:
-        seen.note(visitor.open(page), seen.opened)
+        seen.note(visitor.open(page), seen.opened, page)
         for name in [widget.name for widget in offered(visitor)]:
             for place in range(PLACES):
                 found = next((each for each in offered(visitor) if each.name == name), None)
                 if found is None or place >= len(found.options):
                     break
                 if found.options[place] != found.value:
-                    seen.note(visitor.change(found, found.options[place]), seen.changed)
+                    answer = visitor.change(found, found.options[place])
+                    seen.note(answer, seen.changed, f"{page}, {name}")
     visitor.close()
 
 
@@ -117,11 +122,12 @@ def visit(server: Server, number: int, pause: float, end: float, seen: Seen) -> 
         widgets = offered(visitor) if visitor.page else []
         if not widgets or source.random() < 1 / STAY:
             page = source.choice([name for name in STORED if name != visitor.page])
-            seen.note(visitor.open(page), seen.opened)
+            seen.note(visitor.open(page), seen.opened, page)
         else:
             widget = source.choice(widgets)
             others = [option for option in widget.options if option != widget.value]
-            seen.note(visitor.change(widget, source.choice(others)), seen.changed)
+            answer = visitor.change(widget, source.choice(others))
+            seen.note(answer, seen.changed, f"{visitor.page}, {widget.name}")
         due = max(due + pause, time.monotonic())
         time.sleep(max(0.0, due - time.monotonic()))
     visitor.close()
@@ -187,7 +193,7 @@ def main() -> None:
     parser.add_argument("--sessions", type=int, default=30)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--pause", type=float, default=3.0, help="between two changes of a visitor")
-    parser.add_argument("--after", type=float, default=180.0, help="seconds waited at the end")
+    parser.add_argument("--after", type=float, default=240.0, help="seconds waited at the end")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         server = Server(Path(folder))

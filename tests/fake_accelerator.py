@@ -21,6 +21,8 @@ class There(Tensor):
 
     inner: Tensor
     is_cpu = False  # type: ignore[assignment]
+    # Whether it may meet what a library makes by `device=x.device`, which is the CPU's here.
+    lenient = False
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> There:
@@ -43,7 +45,8 @@ class There(Tensor):
             if isinstance(value, There):
                 return value.inner
             # Numbers of both may meet, as in torch; integers may be made by `device=x.device`.
-            if isinstance(value, Tensor) and value.ndim > 0 and value.is_floating_point():
+            floats = isinstance(value, Tensor) and value.ndim > 0 and value.is_floating_point()
+            if floats and not There.lenient:
                 raise RuntimeError(f"{func} meets tensors of two devices")
             return value
 

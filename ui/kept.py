@@ -26,6 +26,7 @@ from ui import history
 STATE = "_kept"
 # Chosen beside every page, and so the same on all of them.
 SHARED = (*("suite", "preset", "tasks", "layer", "pool", "start", "members", "device", "present"),)
+STAYING = ("suite", "pool", "start", "device", "present")  # when a page is reset
 Value = TypeVar("Value")
 Query = dict[str, list[str]]
 
@@ -174,6 +175,21 @@ def move(name: str, words: str) -> None:
     known = kept()
     known.seeded.pop(name, None)
     known.asked[name] = [words]
+
+
+def reset() -> None:
+    """Put every control of the page in view to rest, and tasks and layer with them.
+
+    The suite or pool stays, and what is about the room and the machine. Called between two runs.
+    """
+    known = kept()
+    known.values[""] = {slot: v for slot, v in known.values.get("", {}).items() if slot in STAYING}
+    known.values.pop(known.page, None)
+    known.addresses[known.page] = {k: v for k, v in known.address.items() if k in STAYING}
+    known.asked, known.linked, known.complete = {}, set(), set()
+    for name in [name for name in known.drawn if name not in STAYING]:
+        known.seeded.pop(name, None)
+        st.session_state.pop(name, None)
 
 
 def take_unread() -> list[str]:

@@ -262,15 +262,33 @@ def fragment(function: Callable[..., None] | None = None, *, run_every: float | 
 
 
 def _run_page(page: Any, entry: PageEntry) -> None:
-    note = st.container()
+    note, missing = st.container(), ""
     with st.sidebar:
-        if entry.subject == "suite":
-            st.session_state[VIEW] = sidebar.choose_suite()
-        elif entry.subject == "pool":
-            st.session_state[POOL_VIEW] = sidebar.choose_pool(entry.opened)
+        try:
+            if entry.subject == "suite":
+                st.session_state[VIEW] = sidebar.choose_suite()
+            elif entry.subject == "pool":
+                st.session_state[POOL_VIEW] = sidebar.choose_pool(entry.opened)
+        except sidebar.NothingChosen as error:
+            missing = str(error)
         sidebar.choose_device()
         presenting.choose()
+        st.button(
+            "Reset this page",
+            icon=":material/restart_alt:",
+            type="tertiary",
+            help="Every control of this page as it was at first, and the usual tasks and layer.",
+            on_click=kept.reset,
+        )
     presenting.show()
+    if missing:
+        st.info(plain(missing))
+        return
+    if entry.subject == "suite" and len(view().tasks) == 2:
+        note.info(
+            "Two tasks are chosen. Their changes about the average are opposite, so CART is the "
+            "average at every rank and scale; choose three tasks or more to see it differ."
+        )
     page.run()
     if unread := kept.take_unread():
         note.warning(

@@ -8,6 +8,7 @@ import streamlit as st
 
 from merge_core.devices import GIB, find_devices, set_device
 from merge_core.devices import choose_device as choose_named_device
+from merge_core.errors import MergeScopeError
 from merge_core.merging.engine import check_fits
 from merge_core.suites.bundled import bundled_title
 from merge_core.suites.pool import REGIMES, Pool
@@ -21,8 +22,16 @@ from ui.server.pool_resources import PoolView
 from ui.server.resources import View
 
 
+class NothingChosen(MergeScopeError):  # noqa: N818 - a state rather than a fault
+    """A page has nothing to show, since nothing is chosen beside it."""
+
+
 def choose_suite() -> View:
-    """Suite, tasks and layer, kept across pages and in the link."""
+    """Suite, tasks and layer, kept across pages and in the link.
+
+    Raises:
+        NothingChosen: no task.
+    """
     name = selectbox(
         "Suite",
         session_files.list_offered(),
@@ -46,8 +55,7 @@ def choose_suite() -> View:
         rest=None if preset is None else suite.select([preset]),
     )
     if not chosen:
-        st.info("Choose at least one task.")
-        st.stop()
+        raise NothingChosen("No task is chosen. Choose at least one task in the sidebar.")
     if not suite.matrices:
         check_fits(suite, suite.tasks)  # says which member has other shapes
         st.warning("This suite has no weight matrix to decompose.")
@@ -63,8 +71,14 @@ def choose_suite() -> View:
 
 
 def choose_device() -> None:
-    """What computes, kept for the session and in no link: a stranger's machine has others."""
+    """What computes, kept for the session and in no link: a stranger's machine has others.
+
+    Nothing is drawn where there is nothing to choose.
+    """
     there = {device.name: device for device in find_devices()}
+    if len(there) == 1:
+        set_device(choose_named_device())
+        return
 
     def words(name: str) -> str:
         device = there[name]
@@ -110,6 +124,9 @@ def choose_pool(opened: str) -> PoolView:
 
     Args:
         opened: the pool that is chosen at first, where it is on offer.
+
+    Raises:
+        NothingChosen: no member.
     """
     pools = pool_resources.describe_pools()
     if not pools:
@@ -147,8 +164,7 @@ def choose_pool(opened: str) -> PoolView:
         slot=f"members of {name}",
     )
     if not chosen:
-        st.info("Choose at least one member.")
-        st.stop()
+        raise NothingChosen("No member is chosen. Choose at least one member in the sidebar.")
     return PoolView(name, key, pool, pool.select(chosen))
 
 

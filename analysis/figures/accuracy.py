@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, layout
+from analysis.figures.style import DASHES, MARKERS, OKABE_ITO, REFERENCE, add_line, layout, set_axes
 from analysis.metrics import ACCURACY, METRICS, metric_of
 from merge_core.suites.data_spec import MetricName
 
@@ -78,18 +78,21 @@ def dots_per_task(frame: pd.DataFrame, title: str) -> go.Figure:
             + model
             + "</extra>",
         )
-    figure.add_hline(y=0.4, line={"color": REFERENCE, "width": 1, "dash": "dot"})
+    add_line(figure, {"color": REFERENCE, "width": 1, "dash": "dot"}, y=0.4)
     layout(figure, title, x=metric.axis, y="", height=110 + 44 * (len(tasks) + 1))
-    figure.update_yaxes(
-        tickmode="array",
-        tickvals=[*place.values(), -0.15],
-        ticktext=[*place, "<b>mean</b>"],
-        range=[-0.6, len(tasks) + 0.55],
-        showgrid=False,
+    set_axes(
+        figure,
+        y={
+            "tickmode": "array",
+            "tickvals": [*place.values(), -0.15],
+            "ticktext": [*place, "<b>mean</b>"],
+            "range": [-0.6, len(tasks) + 0.55],
+            "showgrid": False,
+        },
     )
     if metric.highest == 1:
         lowest = 100 * float(frame["low"].min())
-        figure.update_xaxes(range=[max(0.0, lowest - 3), 101])
+        set_axes(figure, x={"range": [max(0.0, lowest - 3), 101]})
     return figure
 
 
@@ -147,8 +150,8 @@ def accuracy_over(summary: pd.DataFrame, by: str, value: str, title: str) -> go.
     ticks = sorted(summary[by].unique())
     if by == "parameters":
         texts = [f"{tick / 1e6:.3g} M" for tick in ticks]
-        figure.update_xaxes(type="log")
+        set_axes(figure, x={"type": "log"})
     else:
         texts = [f"{tick:d}" for tick in ticks]
-    figure.update_xaxes(tickmode="array", tickvals=ticks, ticktext=texts)
+    set_axes(figure, x={"tickmode": "array", "tickvals": ticks, "ticktext": texts})
     return figure

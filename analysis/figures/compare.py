@@ -17,6 +17,7 @@ from analysis.figures.style import (
     REFERENCE,
     add_colour_bar,
     layout,
+    set_axes,
 )
 from analysis.metrics import ACCURACY, Metric, metric_of
 
@@ -77,13 +78,16 @@ def method_dots(
     names = [f"{len(frame) - row}  {label}" for row, label in enumerate(frame["label"])]
     layout(figure, title, x=metric.axis, y="", height=150 + ROW * len(frame))
     figure.layout.margin.t += 14
-    figure.update_yaxes(
-        type="category",
-        range=[-0.7, len(frame) - 0.3],
-        tickmode="array",
-        tickvals=frame["label"],
-        ticktext=[_break_lines(name) for name in names],
-        tickfont={"size": 11},
+    set_axes(
+        figure,
+        y={
+            "type": "category",
+            "range": [-0.7, len(frame) - 0.3],
+            "tickmode": "array",
+            "tickvals": frame["label"],
+            "ticktext": [_break_lines(name) for name in names],
+            "tickfont": {"size": 11},
+        },
     )
     for name, value in (references or {}).items():
         figure.add_vline(
@@ -207,12 +211,20 @@ def paired_map(
     add_colour_bar(figure, f"Difference of mean {metric.noun} ({metric.points})")
     # Each row has its number; columns have as many as fit a phone.
     shown = [label for label, i in place.items() if len(order) <= 12 or i == 0 or i % 5 == 4]
-    figure.update_xaxes(tickvals=shown, ticktext=[str(place[label] + 1) for label in shown])
-    figure.update_yaxes(
-        tickvals=list(order), ticktext=[str(i + 1) for i in range(len(order))], autorange="reversed"
+    set_axes(
+        figure,
+        x={"tickvals": shown, "ticktext": [str(place[label] + 1) for label in shown]},
+        y={
+            "tickvals": list(order),
+            "ticktext": [str(i + 1) for i in range(len(order))],
+            "autorange": "reversed",
+        },
     )
-    figure.update_xaxes(type="category", tickmode="array", tickangle=0, showgrid=False)
-    figure.update_yaxes(type="category", tickmode="array", showgrid=False)
+    set_axes(
+        figure,
+        x={"type": "category", "tickmode": "array", "tickangle": 0, "showgrid": False},
+        y={"type": "category", "tickmode": "array", "showgrid": False},
+    )
     return figure
 
 
@@ -253,7 +265,7 @@ def cost_scatter(summary: pd.DataFrame, quantity: str, title: str) -> go.Figure:
     )
     layout(figure, title, x=names[quantity], y=metric.axis, legend=False)
     if quantity == "seconds":
-        figure.update_xaxes(type="log", minorloglabels="none")
+        set_axes(figure, x={"type": "log", "minorloglabels": "none"})
     return figure
 
 

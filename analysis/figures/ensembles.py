@@ -13,6 +13,7 @@ from analysis.figures.style import (
     REFERENCE,
     layout,
     percent,
+    set_axes,
     thin_indices,
 )
 
@@ -62,15 +63,18 @@ def rules_dots(frame: pd.DataFrame, title: str = "", chance: float | None = None
     _mark_chance(figure, chance, vertical=True)
     # Long names would leave no room on a phone: broken before the comma or the bracket.
     texts = [label.replace(", ", ",<br>").replace(" (", "<br>(") for label in frame["label"]]
-    figure.update_yaxes(
-        type="category",
-        tickmode="array",
-        tickvals=list(frame["label"]),
-        ticktext=texts,
-        autorange="reversed",
-        showgrid=False,
+    set_axes(
+        figure,
+        y={
+            "type": "category",
+            "tickmode": "array",
+            "tickvals": list(frame["label"]),
+            "ticktext": texts,
+            "autorange": "reversed",
+            "showgrid": False,
+        },
+        x={"range": _range(frame, chance)},
     )
-    figure.update_xaxes(range=_range(frame, chance))
     return figure
 
 
@@ -110,8 +114,7 @@ def accuracy_over_n(frame: pd.DataFrame, title: str = "", chance: float | None =
         )
     _mark_chance(figure, chance, vertical=False)
     layout(figure, title, x="Members N", y=ACCURACY, height=520)
-    figure.update_xaxes(dtick=1)
-    figure.update_yaxes(range=_range(frame, chance))
+    set_axes(figure, x={"dtick": 1}, y={"range": _range(frame, chance)})
     return figure
 
 
@@ -152,8 +155,7 @@ def accuracy_against_cost(
         )
     _mark_chance(figure, chance, vertical=False)
     layout(figure, title, x="Forward passes per image", y=ACCURACY, height=520)
-    figure.update_xaxes(dtick=1)
-    figure.update_yaxes(range=_range(last, chance))
+    set_axes(figure, x={"dtick": 1}, y={"range": _range(last, chance)})
     return figure
 
 
@@ -237,7 +239,7 @@ def greedy_trace(trace: pd.DataFrame, title: str = "") -> go.Figure:
         )
     label = "Validation accuracy (%)"
     layout(figure, title, x="Members, best first on validation", y=label, height=460)
-    figure.update_xaxes(type="category", categoryorder="array", categoryarray=names)
+    set_axes(figure, x={"type": "category", "categoryorder": "array", "categoryarray": names})
     return figure
 
 

@@ -20,11 +20,13 @@ from analysis.figures.style import (
     REFERENCE,
     SEQUENTIAL,
     add_colour_bar,
+    add_line,
     colour_cell_numbers,
     layout,
     make_cells_square,
     mark_share,
     percent,
+    set_axes,
     share_axis,
 )
 
@@ -145,8 +147,7 @@ def curves_over_rank(
         if value == "overlap" and len(curves) <= 2:
             add_random_level(figure, origin, part)
     layout(figure, title, x="Share of directions kept, k / r (%, log scale)", y=VALUES[value])
-    figure.update_xaxes(**share_axis(frame["share"].to_numpy()))
-    figure.update_yaxes(rangemode="tozero")
+    set_axes(figure, x=share_axis(frame["share"].to_numpy()), y={"rangemode": "tozero"})
     if chosen_share is not None:
         mark_share(figure, chosen_share)
     return figure
@@ -237,8 +238,7 @@ def trade_off(frame: pd.DataFrame, title: str = "", chosen_share: float | None =
         x="Energy lost, R(k) / Σσ² (%)",
         y=VALUES["interference_normalised"],
     )
-    figure.update_xaxes(tickformat=".0%")
-    figure.update_yaxes(rangemode="tozero")
+    set_axes(figure, x={"tickformat": ".0%"}, y={"rangemode": "tozero"})
     return figure
 
 
@@ -263,8 +263,7 @@ def centring_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
     )
     _add_expected(figure, frame, "original", "centred")
     layout(figure, title, x="Interference about the base (0 to 1)", y="About the average (0 to 1)")
-    figure.update_xaxes(range=[0, top])
-    figure.update_yaxes(range=[0, top])
+    set_axes(figure, x={"range": [0, top]}, y={"range": [0, top]})
     return figure
 
 
@@ -291,9 +290,12 @@ def centring_condition(frame: pd.DataFrame, title: str = "") -> go.Figure:
         annotation={"text": f"1/T = {needed:.1%}", "font": {"size": 12}},
         annotation_position="top left" if 2 * needed > high else "top right",
     )
-    figure.add_hline(1, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
-    figure.update_xaxes(tickformat=".0%", range=[min(low, 0) - 0.02, max(high, needed) * 1.15])
-    figure.update_yaxes(rangemode="tozero")
+    add_line(figure, {"color": REFERENCE, "dash": "dot", "width": 1.5}, y=1)
+    set_axes(
+        figure,
+        x={"tickformat": ".0%", "range": [min(low, 0) - 0.02, max(high, needed) * 1.15]},
+        y={"rangemode": "tozero"},
+    )
     return figure
 
 
@@ -344,7 +346,10 @@ def conflict_bars(frame: pd.DataFrame, title: str = "") -> go.Figure:
             hovertemplate="%{y}: %{x:.1f} %<extra>" + name + "</extra>",
         )
     layout(figure, title, x="Share (%)", y="Matrix", height=140 + 34 * len(labels))
-    figure.update_layout(barmode="group")
-    figure.update_xaxes(range=[0, 100])
-    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    figure.layout.barmode = "group"
+    set_axes(
+        figure,
+        x={"range": [0, 100]},
+        y={"type": "category", "autorange": "reversed", "showgrid": False},
+    )
     return figure

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from analysis.figures.style import OKABE_ITO, REFERENCE, layout
+from analysis.figures.style import OKABE_ITO, REFERENCE, layout, set_axes
 from analysis.magnitude.homogeneity import LAWS, Law
 from analysis.magnitude.sweep import SUBJECTS
 
@@ -66,7 +66,7 @@ def magnitude_grid(
         _draw(figure, frame, quantity, prediction, cell)
         _set_y_axis(figure, quantity, **cell)
     layout(figure, title, x="", y="", height=860)
-    figure.update_layout(margin_t=figure.layout.margin.t + 24)
+    figure.layout.margin.t += 24
     _set_axes(figure, frame, chosen, every=3)
     figure.update_xaxes(title={"text": M_AXIS, "font": {"size": 11}}, row=3)
     return figure
@@ -165,12 +165,15 @@ def _set_axes(figure: go.Figure, frame: pd.DataFrame, chosen: float | None, ever
     ticks = np.arange(np.ceil(low - 1e-9), np.floor(high + 1e-9) + 1)
     if len(ticks) > every:
         ticks = ticks[ticks % every == 0]
-    figure.update_xaxes(
-        type="log",
-        tickmode="array",
-        tickvals=10**ticks,
-        ticktext=[f"{10**tick:g}" for tick in ticks],
-        range=[low - 0.05 * (high - low + 0.1), high + 0.05 * (high - low + 0.1)],
+    set_axes(
+        figure,
+        x={
+            "type": "log",
+            "tickmode": "array",
+            "tickvals": 10**ticks,
+            "ticktext": [f"{10**tick:g}" for tick in ticks],
+            "range": [low - 0.05 * (high - low + 0.1), high + 0.05 * (high - low + 0.1)],
+        },
     )
     if chosen is not None:
         figure.add_vline(x=chosen, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
@@ -212,5 +215,5 @@ def dominance_lines(frame: pd.DataFrame, title: str = "", chosen: float | None =
         )
     layout(figure, title, x=M_AXIS, y="Part of the scaled member (%)")
     _set_axes(figure, frame, chosen)
-    figure.update_yaxes(tickformat=".0%", range=[-0.02, 1.02])
+    set_axes(figure, y={"tickformat": ".0%", "range": [-0.02, 1.02]})
     return figure

@@ -21,9 +21,11 @@ from analysis.figures.style import (
     MARKERS,
     OKABE_ITO,
     REFERENCE,
+    add_line,
     layout,
     mark_share,
     percent,
+    set_axes,
     share_axis,
 )
 from analysis.metrics import metric_of
@@ -87,19 +89,24 @@ def proxies_over_rank(
 def _set_rank_axis(figure: go.Figure) -> None:
     """A logarithmic axis of shares with round ticks: picks lie anywhere."""
     text = [percent(share) for share in RANK_TICKS]
-    figure.update_xaxes(type="log", tickmode="array", tickvals=RANK_TICKS, ticktext=text)
+    set_axes(
+        figure, x={"type": "log", "tickmode": "array", "tickvals": RANK_TICKS, "ticktext": text}
+    )
 
 
 def _set_name_axis(figure: go.Figure, names: Sequence[str]) -> None:
     """A row per name, the last on top; long names in two lines, which leaves room on a phone."""
-    figure.update_yaxes(
-        type="category",
-        categoryorder="array",
-        categoryarray=names,
-        tickmode="array",
-        tickvals=names,
-        ticktext=["<br>".join(textwrap.wrap(name, LETTERS)) for name in names],
-        tickfont={"size": 10},
+    set_axes(
+        figure,
+        y={
+            "type": "category",
+            "categoryorder": "array",
+            "categoryarray": names,
+            "tickmode": "array",
+            "tickvals": names,
+            "ticktext": ["<br>".join(textwrap.wrap(name, LETTERS)) for name in names],
+            "tickfont": {"size": 10},
+        },
     )
 
 
@@ -144,7 +151,7 @@ def picks_over_rank(picks: pd.DataFrame, title: str, chosen: float) -> go.Figure
     layout(figure, title, x="Rank (log scale)", y="", height=150 + ROW * len(frame))
     _set_rank_axis(figure)
     _set_name_axis(figure, frame["title"].tolist())
-    figure.add_vline(x=chosen, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
+    add_line(figure, {"color": REFERENCE, "dash": "dot", "width": 1.5}, x=chosen)
     return figure
 
 
@@ -202,7 +209,7 @@ def regret_dots(table: pd.DataFrame, title: str, value: str = "test_regret") -> 
         height=150 + ROW * len(means),
     )
     _set_name_axis(figure, means.index.tolist())
-    figure.update_xaxes(range=[min(-0.5, 100 * frame[value].min() - 0.3), REGRET_SPAN + 0.5])
+    set_axes(figure, x={"range": [min(-0.5, 100 * frame[value].min() - 0.3), REGRET_SPAN + 0.5]})
     return figure
 
 
@@ -258,7 +265,7 @@ def best_over_tasks(frame: pd.DataFrame, title: str) -> go.Figure:
                 hovertemplate="%{text}: %{y:.3g}<extra>" + str(suite) + "</extra>",
             )
     layout(figure, title, x="Number of tasks", y="", height=380)
-    figure.update_xaxes(tickmode="array", tickvals=sorted(set(frame["tasks"])))
+    set_axes(figure, x={"tickmode": "array", "tickvals": sorted(set(frame["tasks"]))})
     for column, (_, label, _) in enumerate(axes, start=1):
         figure.update_yaxes(title={"text": label}, row=1, col=column)
     return figure
@@ -291,8 +298,11 @@ def layer_ranks(frame: pd.DataFrame, title: str, uniform: float) -> go.Figure:
     layout(
         figure, title, x="Share of directions (log scale)", y="", height=150 + ROW * len(parameters)
     )
-    figure.update_yaxes(type="category", categoryorder="array", categoryarray=parameters[::-1])
-    figure.update_xaxes(**share_axis([*frame["share"], uniform]))
+    set_axes(
+        figure,
+        y={"type": "category", "categoryorder": "array", "categoryarray": parameters[::-1]},
+        x=share_axis([*frame["share"], uniform]),
+    )
     mark_share(figure, uniform, "uniform")
     return figure
 

@@ -15,9 +15,11 @@ import plotly.graph_objects as go
 from analysis.figures.style import (
     OKABE_ITO,
     REFERENCE,
+    add_line,
     layout,
     mark_share,
     percent,
+    set_axes,
     share_axis,
     task_colours,
     task_markers,
@@ -97,7 +99,7 @@ def score_curve(
         )
     layout(figure, title, x=SHARE_OF_RANK if axis == "rank" else SCALE, y=label, height=460)
     if axis == "rank":
-        figure.update_xaxes(**share_axis(curves["rank"].unique()))
+        set_axes(figure, x=share_axis(curves["rank"].unique()))
     if chosen is not None:
         _mark(figure, axis, chosen)
     return figure
@@ -107,7 +109,7 @@ def _mark(figure: go.Figure, axis: str, place: float) -> None:
     if axis == "rank":
         mark_share(figure, place)
     else:
-        figure.add_vline(x=place, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
+        add_line(figure, {"color": REFERENCE, "dash": "dot", "width": 1.5}, x=place)
 
 
 def _add_curve(
@@ -240,7 +242,7 @@ def tasks_over_rank(
     label = f"{metric_of(frame).title} (% of the expert's)" if metric is None else metric.axis
     layout(figure, title, x=SHARE_OF_RANK if axis == "rank" else SCALE, y=label, height=420)
     if axis == "rank":
-        figure.update_xaxes(**share_axis(frame["rank"].unique()))
+        set_axes(figure, x=share_axis(frame["rank"].unique()))
     if chosen is not None:
         _mark(figure, axis, chosen)
     return figure

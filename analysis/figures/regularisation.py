@@ -9,7 +9,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from analysis.figures.magnitude import COLOURS, LINES, SYMBOLS
-from analysis.figures.style import OKABE_ITO, REFERENCE, layout
+from analysis.figures.style import OKABE_ITO, REFERENCE, add_line, layout, set_axes
 from analysis.magnitude.robustness import CORRUPTIONS, Corruption
 from analysis.magnitude.sweep import SUBJECTS
 
@@ -57,8 +57,8 @@ def norm_ratios(frame: pd.DataFrame, title: str = "") -> go.Figure:
         y="",
         height=160 + 24 * len(labels),
     )
-    figure.update_layout(margin_t=figure.layout.margin.t + 14)
-    figure.add_vline(x=independent, line={"color": REFERENCE, "dash": "dash", "width": 1.5})
+    figure.layout.margin.t += 14
+    add_line(figure, {"color": REFERENCE, "dash": "dash", "width": 1.5}, x=independent)
     figure.add_annotation(
         x=independent,
         y=1,
@@ -68,7 +68,7 @@ def norm_ratios(frame: pd.DataFrame, title: str = "") -> go.Figure:
         showarrow=False,
         font={"size": 11},
     )
-    figure.update_xaxes(range=[0, 1.04])
+    set_axes(figure, x={"range": [0, 1.04]})
     _set_parameter_axis(figure, labels)
     return figure
 
@@ -111,19 +111,24 @@ def norm_ranges(
     )
     what = "Frobenius norm" if quantity == "norm" else "Variance of the entries"
     layout(figure, title, x=f"{what} (log scale)", y="", height=160 + 24 * len(labels))
-    figure.update_xaxes(type="log", nticks=6, exponentformat="power", minorloglabels="none")
+    set_axes(
+        figure, x={"type": "log", "nticks": 6, "exponentformat": "power", "minorloglabels": "none"}
+    )
     _set_parameter_axis(figure, labels)
     return figure
 
 
 def _set_parameter_axis(figure: go.Figure, labels: np.ndarray) -> None:
     """A y axis of all parameters in the network's order, whatever trace names them first."""
-    figure.update_yaxes(
-        type="category",
-        categoryorder="array",
-        categoryarray=list(labels),
-        autorange="reversed",
-        tickfont={"size": 10},
+    set_axes(
+        figure,
+        y={
+            "type": "category",
+            "categoryorder": "array",
+            "categoryarray": list(labels),
+            "autorange": "reversed",
+            "tickfont": {"size": 10},
+        },
     )
 
 
@@ -148,7 +153,7 @@ def weight_histogram(frame: pd.DataFrame, title: str = "") -> go.Figure:
             hovertemplate=f"{NAMES[key]}<br>from %{{x:.4g}}: %{{y:.4g}}<extra></extra>",
         )
     layout(figure, title, x="Weight", y="Density (per unit of weight)")
-    figure.update_yaxes(rangemode="tozero")
+    set_axes(figure, y={"rangemode": "tozero"})
     return figure
 
 
@@ -176,8 +181,8 @@ def identity_bar(frame: pd.DataFrame, parameter: str, title: str = "") -> go.Fig
             hovertemplate=f"{name}: %{{x:.8g}}<extra></extra>",
         )
     layout(figure, title, x="Squared norm (squared weight units)", y="", height=280)
-    figure.update_layout(barmode="stack")
-    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    figure.layout.barmode = "stack"
+    set_axes(figure, y={"type": "category", "autorange": "reversed", "showgrid": False})
     return figure
 
 
@@ -208,12 +213,15 @@ def corruption_lines(frame: pd.DataFrame, corruption: Corruption, title: str = "
     _draw_accuracy(figure, frame, "severity", "severity %{x}", "over members")
     layout(figure, title, x=f"Severity of {CORRUPTIONS[corruption].replace(' (', '<br>(')}", y="")
     steps = frame.drop_duplicates("severity")
-    figure.update_xaxes(
-        tickmode="array",
-        tickvals=steps["severity"].to_numpy(),
-        ticktext=[
-            f"{s}<br>({x:g})" for s, x in zip(steps["severity"], steps["level"], strict=True)
-        ],
+    set_axes(
+        figure,
+        x={
+            "tickmode": "array",
+            "tickvals": steps["severity"].to_numpy(),
+            "ticktext": [
+                f"{s}<br>({x:g})" for s, x in zip(steps["severity"], steps["level"], strict=True)
+            ],
+        },
     )
     return _set_accuracy_axis(figure)
 
@@ -251,5 +259,7 @@ def _draw_accuracy(
 
 
 def _set_accuracy_axis(figure: go.Figure) -> go.Figure:
-    figure.update_yaxes(title={"text": "Accuracy (%)"}, tickformat=".0%", rangemode="tozero")
+    set_axes(
+        figure, y={"title": {"text": "Accuracy (%)"}, "tickformat": ".0%", "rangemode": "tozero"}
+    )
     return figure

@@ -15,6 +15,7 @@ from analysis.figures.style import (
     colour_cell_numbers,
     layout,
     make_cells_square,
+    set_axes,
 )
 
 
@@ -97,6 +98,5 @@ def cka_layers(frame: pd.DataFrame, title: str = "") -> go.Figure:
         "%{customdata[1]:.3f}<extra></extra>",
     )
     layout(figure, title, x="Layer, from input to output", y="Linear CKA (0 to 1)")
-    figure.update_xaxes(type="category")
-    figure.update_yaxes(range=[0, 1.02])
+    set_axes(figure, x={"type": "category"}, y={"range": [0, 1.02]})
     return figure

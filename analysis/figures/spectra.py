@@ -17,10 +17,12 @@ from analysis.figures.style import (
     SEQUENTIAL,
     TRANSPARENT,
     add_colour_bar,
+    add_line,
     colour_cell_numbers,
     layout,
     mark_share,
     percent,
+    set_axes,
     task_colours,
     task_markers,
     thin_indices,
@@ -125,7 +127,7 @@ def scree(frame: pd.DataFrame, cuts: pd.DataFrame | None = None, title: str = ""
         y="Singular value σ<sub>i</sub> (weight units)",
         height=480,
     )
-    figure.update_yaxes(type="log", exponentformat="power", dtick=1)
+    set_axes(figure, y={"type": "log", "exponentformat": "power", "dtick": 1})
     if cuts is not None:
         _draw_cuts(figure, cuts, last=int(frame["index"].max()))
     return figure
@@ -221,11 +223,14 @@ def cumulative_energy(
     if len(origins) > 1:
         _explain_dashes(figure, origins)
     layout(figure, title, x="Share of directions kept, k / r (%)", y="Share of energy Σσ² kept (%)")
-    figure.update_xaxes(range=[0, 1.02], tickformat=".0%")
-    figure.update_yaxes(range=[0, 1.02], tickformat=".0%")
-    figure.update_layout(margin_r=40)
+    set_axes(
+        figure,
+        x={"range": [0, 1.02], "tickformat": ".0%"},
+        y={"range": [0, 1.02], "tickformat": ".0%"},
+    )
+    figure.layout.margin.r = 40
     for mark in marks:
-        figure.add_hline(y=mark, line={"color": REFERENCE, "dash": "dot", "width": 1})
+        add_line(figure, {"color": REFERENCE, "dash": "dot", "width": 1}, y=mark)
         figure.add_annotation(
             x=1,
             xref="paper",
@@ -295,9 +300,12 @@ def summary_map(frame: pd.DataFrame, value: str, title: str = "") -> go.Figure:
     colour_cell_numbers(figure)
     # Wherever in a cell the pointer is, the nearest marker is the cell's own.
     figure.update_layout(hoverdistance=-1, clickmode="event+select", dragmode=False)
-    figure.update_xaxes(type="category", showgrid=False)
-    figure.update_yaxes(type="category", autorange="reversed", showgrid=False)
+    set_axes(
+        figure,
+        x={"type": "category", "showgrid": False},
+        y={"type": "category", "autorange": "reversed", "showgrid": False},
+    )
     if len(rows) > 40:
         shown = thin_indices(len(rows), 40)
-        figure.update_yaxes(tickmode="array", tickvals=[rows[i] for i in shown])
+        set_axes(figure, y={"tickmode": "array", "tickvals": [rows[i] for i in shown]})
     return figure

@@ -24,7 +24,7 @@ from analysis.networks.limits import Size, build_within, find_fetching
 from analysis.networks.saved_names import saved_names
 from analysis.networks.stateless import FAULTS
 from analysis.networks.towers import common_prefix, refuse_deeper
-from merge_core.devices import Device, current_device, ran_out_of_memory
+from merge_core.devices import CPU, Device, current_device, ran_out_of_memory
 from merge_core.errors import SuiteError
 from merge_core.suites.architectures import causal_types
 from merge_core.suites.suite import Suite
@@ -83,7 +83,9 @@ class LanguageNetwork:
         return self._size.elements <= FLOAT32_ELEMENTS
 
     def load(self, weights: Iterable[tuple[str, Tensor]]) -> LanguageModel:
-        """The network with these weights, which are taken one by one.
+        """The network with these weights, which are taken one by one, on the current device.
+
+        On the CPU where that has no float64, in which sums are taken, or too little memory.
 
         Args:
             weights: name and tensor; names that the network has not are ignored.
@@ -94,14 +96,16 @@ class LanguageNetwork:
         wanted: dict[str, list[str]] = {}
         for own, place in self._places.items():
             wanted.setdefault(place, []).append(own)
-        device, state = current_device(), dict[str, nn.Parameter]()
+        state: dict[str, nn.Parameter] = {}
+        device = current_device().exact
         last: tuple[Tensor, nn.Parameter] | None = None
         for name, value in weights:
             for own in wanted.get(name, ()):
                 self._check_shape(own, name, value)
                 if last is None or last[0] is not value:  # two names of one tensor
                     kept = value.to(torch.float32 if self.in_float32 else value.dtype, copy=True)
-                    last = (value, nn.Parameter(device.send(kept), requires_grad=False))
+                    device = _take(state, own, kept, device)
+                    last = (value, state[own])
                 state[own] = last[1]
         if len(self._vocabularies) == 2:  # a head that the weights have not is the embedding
             embedding, head = self._vocabularies
@@ -127,8 +131,8 @@ class LanguageNetwork:
             )
 
     @contextmanager
-    def lend(self, state: Mapping[str, nn.Parameter], device: Device) -> Iterator[Any]:
-        """The network with weights on a device, for one thread at a time."""
+    def lend(self, state: Mapping[str, nn.Parameter], device: Device = CPU) -> Iterator[Any]:
+        """The network with weights that lie on a device, for one thread at a time."""
         idle = self._idle.setdefault(device.name, [])
         try:
             module = idle.pop()
@@ -153,9 +157,9 @@ class LanguageModel:
         device: where they lie.
 
     Attributes:
+        device: where it runs.
         nbytes: of its weights in memory.
         vocabulary: how many tokens its head knows.
-        device: where it runs.
     """
 
     def __init__(
@@ -163,22 +167,33 @@ class LanguageModel:
         network: LanguageNetwork,
         state: Mapping[str, nn.Parameter],
         vocabularies: Sequence[str],
-        device: Device,
+        device: Device = CPU,
     ) -> None:
         self._network, self._state, self.device = network, state, device
+        self._vocabularies = vocabularies
         self.nbytes = sum(value.nbytes for value in {id(v): v for v in state.values()}.values())
         self._known, self.vocabulary = (len(state[vocabularies[i]]) for i in (0, -1))
 
+    def on_cpu(self) -> LanguageModel:
+        """The same on the CPU."""
+        state = {
+            name: nn.Parameter(self.device.fetch(value.detach()), requires_grad=False)
+            for name, value in self._state.items()
+        }
+        return LanguageModel(self._network, state, self._vocabularies)
+
     @torch.no_grad()
     def logits(self, tokens: Tensor) -> Tensor:
-        """What it says of the next token at every place: float32, N x L x vocabulary.
+        """What it says of the next token at every place, on its device.
+
+        Float32, N x L x vocabulary.
 
         Args:
-            tokens: int64, N x L, on its device, negative after the end of a text.
+            tokens: int64, N x L, negative after the end of a text; on the CPU.
 
         Raises:
             SuiteError: the texts do not fit the network.
-            RuntimeError: the device has too little memory for so many at once.
+            RuntimeError: an accelerator has too little memory for them.
         """
         there = tokens >= 0
         arguments: dict[str, Any] = {"input_ids": tokens.clamp(min=0), "use_cache": False}
@@ -190,10 +205,12 @@ class LanguageModel:
                 f"{self._known} of them. Name the base's own tokenizer in the data."
             )
         try:
+            send = self.device.send
+            given = {k: send(v) if isinstance(v, Tensor) else v for k, v in arguments.items()}
             with self._network.lend(self._state, self.device) as module:
-                found: Tensor = module(**arguments).logits
+                found: Tensor = module(**given).logits
         except FAULTS as fault:
-            if ran_out_of_memory(fault):
+            if self.device.accelerates and ran_out_of_memory(fault):
                 raise
             reason = (str(fault).splitlines() or [type(fault).__name__])[0]
             raise SuiteError(
@@ -290,6 +307,30 @@ def _places(model: Any, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, str]
 
 def _count(places: Collection[str], shapes: Mapping[str, tuple[int, ...]]) -> int:
     return sum(place in shapes for place in places)
+
+
+def _take(state: dict[str, nn.Parameter], name: str, value: Tensor, device: Device) -> Device:
+    """Put one more weight on a device; all of them on the CPU where it has no room for them.
+
+    Returns:
+        Where the weights lie then.
+    """
+    try:
+        state[name] = nn.Parameter(device.send(value), requires_grad=False)
+    except RuntimeError as error:
+        if not (device.accelerates and ran_out_of_memory(error)):
+            raise
+    else:
+        return device
+    moved: dict[int, nn.Parameter] = {}  # one tensor may stand under two names
+    for own, kept in state.items():
+        if id(kept) not in moved:
+            fetched = device.fetch(kept.detach())
+            moved[id(kept)] = nn.Parameter(fetched, requires_grad=False)
+        state[own] = moved[id(kept)]
+    state[name] = nn.Parameter(value, requires_grad=False)
+    device.release()
+    return CPU
 
 
 def _put(module: nn.Module, state: Mapping[str, nn.Parameter]) -> None:

@@ -138,8 +138,8 @@ class LanguageOutputs(SuiteOutputs):
         """Batches of similar length, by their places among the sequences, and what `run` gives."""
         batches = list(_batches(sequences, model.vocabulary))
         work = [[sequences[place] for place in batch] for batch in batches]
-        alone = len(batches) < 2 or model.device.accelerates
-        where = Serial() if alone else Threads()
+        side_by_side = len(batches) > 1 and not model.device.accelerates
+        where = Threads() if side_by_side else Serial()
         yield from zip(batches, where.map(run, work), strict=True)
 
 
@@ -259,18 +259,19 @@ def _say(
     measures: Sequence[str],
     sequences: Sequence[Scored],
 ) -> np.ndarray:
-    """Sums over the scored tokens of each sequence, float64, sequences x measures.
+    """What :func:`_say_at_once` gives: half of the sequences at a time where memory is too short.
 
-    Of −log p of the token that stands there (`cross_entropy`), of the entropy of p (`entropy`), and
-    of KL(q ‖ p) with the expert's q (`divergence`), all in nats. Where the device has too little
-    memory, half of the sequences are run at a time.
+    One that does not fit into an accelerator alone is run on the CPU.
     """
     try:
         return _say_at_once(model, expert, measures, sequences)
     except RuntimeError as error:
-        if not ran_out_of_memory(error) or len(sequences) == 1:
+        if not (model.device.accelerates and ran_out_of_memory(error)):
             raise
     model.device.release()
+    if len(sequences) == 1:
+        there = None if expert is None else expert.on_cpu()
+        return _say_at_once(model.on_cpu(), there, measures, sequences)
     half = len(sequences) // 2
     parts = (sequences[:half], sequences[half:])
     return np.concatenate([_say(model, expert, measures, part) for part in parts])
@@ -282,18 +283,24 @@ def _say_at_once(
     measures: Sequence[str],
     sequences: Sequence[Scored],
 ) -> np.ndarray:
+    """Sums over the scored tokens of each sequence, float64, sequences x measures.
+
+    Of −log p of the token that stands there (`cross_entropy`), of the entropy of p (`entropy`), and
+    of KL(q ‖ p) with the expert's q (`divergence`), all in nats.
+    """
     longest = max(len(each.tokens) for each in sequences)
     tokens = torch.full((len(sequences), longest), -1, dtype=torch.int64)
     for row, each in zip(tokens, sequences, strict=True):
         row[: len(each.tokens)] = torch.from_numpy(each.tokens.astype(np.int64))
-    tokens = model.device.send(tokens)
     logs = model.logits(tokens)[:, :-1]
-    reference = None if expert is None else expert.logits(tokens)[:, :-1]
+    reference = None
+    if expert is not None:  # which may lie elsewhere
+        reference = model.device.send(expert.device.fetch(expert.logits(tokens)))[:, :-1]
     sums = np.zeros((len(sequences), len(measures)))
     for row, each in enumerate(sequences):
         scored = slice(each.start - 1, len(each.tokens) - 1)
         own = logs[row, scored].log_softmax(dim=-1)
-        wanted = tokens[row, each.start : len(each.tokens), None]
+        wanted = model.device.send(tokens[row, each.start : len(each.tokens), None])
         for column, name in enumerate(measures):
             sums[row, column] = _sum(name, own, wanted, reference, (row, scored))
     return sums

@@ -226,7 +226,7 @@ class StatelessNetwork:
 
         def work(device: Device) -> Loaded:
             state = {
-                f"network.{name}": self._cast(device.send(value), dtype)
+                f"network.{name}": self._cast(device.send(_narrow(value, dtype)), dtype)
                 for name, value in own.items()
             }
             return Loaded(state, dtype, device)
@@ -358,6 +358,11 @@ class StatelessNetwork:
         tensor = tensor.to(dtype)
         laid_out = self._channels_last and tensor.ndim == 4
         return tensor.contiguous(memory_format=torch.channels_last) if laid_out else tensor
+
+
+def _narrow(value: Tensor, dtype: torch.dtype) -> Tensor:
+    """Float64 in the dtype that is wanted, as not every device has it; what is short as it is."""
+    return value.to(dtype) if value.dtype == torch.float64 else value
 
 
 def _by_length(inputs: Tensor) -> Tensor | None:

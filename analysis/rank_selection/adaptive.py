@@ -23,7 +23,7 @@ from analysis.accuracy import CONFIDENCE, Z, mean_interval
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import Split
 from analysis.outputs.suite_outputs import Images
-from analysis.rank_selection.scores import image_scores, measures_of
+from analysis.rank_selection.scores import image_scores
 from analysis.rank_selection.space import SearchSpace
 from analysis.rank_selection.surrogate import Levels, Surrogate, root
 from analysis.sign_flips import flip_tail
@@ -228,13 +228,8 @@ class _Run:
 
     def promote_all(self, settings: Sequence[int] | np.ndarray, budget: float) -> None:
         """Run settings on their next levels' images, each knowing which one follows."""
-        measures = measures_of([self._score_name])
         for setting, following in zip_longest(settings, settings[1:]):
-            if following is not None:
-                images = self._next_images(following)
-                expected = self._recipes[following]
-                self._evaluator.expect(expected, self._session, images, self._split, measures)
-            self.promote(setting, budget)
+            self.promote(setting, budget, following)
 
     def _next_images(self, setting: int) -> Images:
         level = self.level[setting]
@@ -243,8 +238,8 @@ class _Run:
             for t, (task, order) in enumerate(self._order.items())
         }
 
-    def promote(self, setting: int, budget: float) -> None:
-        """Run a setting on the next level's images."""
+    def promote(self, setting: int, budget: float, following: int | None = None) -> None:
+        """Run a setting on the next level's images; `following` is the one that comes then."""
         level = self.level[setting]
         recipe = self._recipes[setting]
         label = ", ".join(f"{name} {recipe.parameters[name]:g}" for name in self._names)
@@ -258,6 +253,7 @@ class _Run:
             images,
             self._split,
             Progress(cancel=self._progress.cancel),
+            None if following is None else (self._recipes[following], self._next_images(following)),
         )
         known = self._known[setting]
         for task, values in new.items():

@@ -136,6 +136,7 @@ def image_scores(
     images: Images,
     split: Split = "val",
     progress: Progress | None = None,
+    following: tuple[Recipe, Images] | None = None,
 ) -> dict[str, np.ndarray]:
     """A merge's score on images of its tasks; labels are read only for the accuracy.
 
@@ -147,6 +148,8 @@ def image_scores(
         images: task to numbers of images.
         split: ``val`` for choosing.
         progress: reports images.
+        following: which merge is asked for next, and on which images, where that is known: it
+            may be made meanwhile (see :meth:`Evaluator.expect`).
 
     Returns:
         Task to one number per image (floats, aligned with `images`).
@@ -156,6 +159,8 @@ def image_scores(
         MergeScopeError: unfit inputs.
         Cancelled: between two batches.
     """
+    if following is not None:
+        evaluator.expect(following[0], session, following[1], split, measures_of([score]))
     return scores_at([score], recipe, session, evaluator, images, split, progress)[score]
 
 

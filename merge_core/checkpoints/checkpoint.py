@@ -7,10 +7,17 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 from safetensors import SafetensorError
 
 from merge_core.checkpoints.header_checks import read_index
-from merge_core.checkpoints.shards import Shard, TensorInfo, open_shard, owners_by_index
+from merge_core.checkpoints.shards import (
+    SafetensorsShard,
+    Shard,
+    TensorInfo,
+    open_shard,
+    owners_by_index,
+)
 from merge_core.checkpoints.stored.entry import find_entry, is_index, split_part
 from merge_core.checkpoints.stored.names import public_names
 from merge_core.checkpoints.stored.packed import check_plain
@@ -213,6 +220,39 @@ class Checkpoint:
             raise CheckpointError(
                 f"{self.path}: tensor {name!r} cannot be read ({error}). Copy the file again."
             ) from error
+
+    def rows(self, name: str, places: np.ndarray) -> np.ndarray:
+        """Some rows of a tensor as a matrix, float64; where it can, without importing torch.
+
+        Args:
+            name: of a tensor of two dimensions or more.
+            places: of the rows.
+
+        Raises:
+            CheckpointError: as :meth:`read_unchecked`, and NaN or infinite entries among them.
+        """
+        self.check_unchanged()
+        owner, found = self._owner(name), None
+        if isinstance(owner, SafetensorsShard):
+            try:
+                found = owner.rows(self._stored[name], places)
+            except (OSError, ValueError, LookupError) as error:
+                raise CheckpointError(
+                    f"{self.path}: tensor {name!r} cannot be read ({error}). Copy the file again."
+                ) from error
+        return self._rows_of(name, places) if found is None else self._check_rows(name, found)
+
+    def _rows_of(self, name: str, places: np.ndarray) -> np.ndarray:
+        """The same from the tensor."""
+        value = self.read_unchecked(name).reshape(self.info(name).matrix_shape)
+        return self._check_rows(name, value[places].double().numpy())
+
+    def _check_rows(self, name: str, found: np.ndarray) -> np.ndarray:
+        if not np.isfinite(found).all():
+            import torch
+
+            self.check_finite(name, torch.from_numpy(found))
+        return found
 
     def check_finite(self, name: str, value: Tensor) -> None:
         """Refuse a tensor with NaN or infinite entries.

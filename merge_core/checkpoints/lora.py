@@ -33,6 +33,7 @@ from merge_core.files import digest_of
 from merge_core.lazy import lazy
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor
 
 PREFIX = "base_model.model."
@@ -236,6 +237,15 @@ class AdaptedCheckpoint(Checkpoint):
     def read_unchecked(self, name: str) -> Tensor:
         """As :meth:`tensor`, which checks the entries in any case."""
         return self.tensor(name)
+
+    def rows(self, name: str, places: np.ndarray) -> np.ndarray:
+        """See :meth:`Checkpoint.rows`; the update's rows alone are added to the base's."""
+        update = self.low_rank(name)
+        if update is None:
+            return self._rows_of(name, places)
+        left, right = update
+        found = self.base.rows(name, places)
+        return self._check_rows(name, found + (left[places] @ right).numpy())
 
     def are_equal(self, first: str, second: str) -> bool:
         """Whether two tensors are equal as stored: both in the base, or both in the adapter.

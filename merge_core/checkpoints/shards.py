@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from merge_core.checkpoints.dtypes import SAFETENSORS_DTYPES, Dtype
@@ -16,12 +18,15 @@ from merge_core.checkpoints.pickled.files import PickledTensors
 from merge_core.checkpoints.pickled.tensors import StoredTensor, Unreadable
 from merge_core.checkpoints.stored.placeholders import check_content
 from merge_core.errors import CheckpointError
+from merge_core.input_files import open_regular
 from merge_core.lazy import lazy
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 TORCH_SUFFIXES = (".pt", ".pth", ".bin", ".ckpt", ".pt.tar", ".pth.tar")
+# As NumPy reads real numbers; it has no bfloat16.
+NUMPY_TYPES = {"float64": "<f8", "float32": "<f4", "float16": "<f2", "bfloat16": "<u2"}
 # In a folder, .pkl is rather data than weights, and .tar an archive.
 PICKLE_SUFFIXES = (*TORCH_SUFFIXES, ".pkl", ".tar")
 
@@ -131,6 +136,35 @@ class SafetensorsShard(PlainShard):
     def tensor(self, name: str) -> Tensor:
         value: Tensor = self._tensors.get_tensor(name)
         return value
+
+    @lazy
+    def _places(self) -> dict[str, int]:
+        """Where each tensor begins in the file, in bytes."""
+        with open_regular(self._path) as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            header = json.loads(stream.read(length))
+        return {name: 8 + length + header[name]["data_offsets"][0] for name in self.infos}
+
+    def rows(self, name: str, places: np.ndarray) -> np.ndarray | None:
+        """Rows of a tensor as a matrix, float64, read without torch; None of dtypes NumPy lacks.
+
+        Args:
+            name: of a tensor of two dimensions or more.
+            places: of the rows.
+
+        Raises:
+            OSError: the file cannot be read.
+            ValueError: it is another one by now.
+        """
+        info = self.infos[name]
+        kind = NUMPY_TYPES.get(info.dtype.name)
+        if kind is None:
+            return None
+        place, shape = self._places[name], info.matrix_shape
+        found = np.memmap(self._path, kind, "r", offset=place, shape=shape)[places]
+        if info.dtype.name == "bfloat16":  # the upper half of a float32
+            found = (found.astype("<u4") << 16).view("<f4")
+        return found.astype(np.float64)
 
 
 def _safe_open(path: Path, framework: str) -> Any:

@@ -16,15 +16,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.checkpoints.lora import AdaptedCheckpoint
 from merge_core.compatibility.findings import BASE, name_members
 from merge_core.suites.suite import Suite
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 MOST_MATRICES = 16
 MOST_ENTRIES = 1 << 16  # of each matrix
@@ -174,45 +172,30 @@ def _choose_matrices(
 def _take_sample(
     names: tuple[str, ...], members: Sequence[Checkpoint], matrices: Sequence[str]
 ) -> _Sample | None:
-    import torch
-
     if not matrices:
         return None
     k, entries = len(members), 0
-    gram = torch.zeros(k, k, dtype=torch.float64)
-    updates = torch.zeros(k, k, dtype=torch.float64)
-    differ = torch.zeros(k, k, dtype=torch.bool)
+    gram, updates = np.zeros((k, k)), np.zeros((k, k))
+    differ = np.zeros((k, k), dtype=bool)
     for name in matrices:
-        rows = torch.stack([_read_rows(member, name) for member in members])
-        origin = rows[-1] if names[-1] == BASE else rows.mean(0)
+        rows = np.stack([_read_rows(member, name) for member in members])
+        origin = rows[-1] if names[-1] == BASE else rows.mean(axis=0)
         about = rows - origin
         gram += rows @ rows.T
         updates += about @ about.T
         entries += rows.shape[1]
         for i in range(k):
             for j in range(i):
-                differ[i, j] |= not torch.equal(rows[i], rows[j])
+                differ[i, j] |= not np.array_equal(rows[i], rows[j])
     same = frozenset((names[j], names[i]) for i in range(k) for j in range(i) if not differ[i, j])
     return _Sample(names, gram.tolist(), updates.tolist(), same, entries, len(matrices))
 
 
-def _read_rows(member: Checkpoint, name: str) -> Tensor:
+def _read_rows(member: Checkpoint, name: str) -> np.ndarray:
     """Rows of a matrix, evenly over it, as one vector in float64."""
-    import torch
-
     rows, wide = member.info(name).matrix_shape
     count = max(1, min(rows, MOST_ENTRIES // wide))
-    places = torch.arange(count) * rows // count
-    update = None
-    source = member
-    if isinstance(member, AdaptedCheckpoint) and (update := member.low_rank(name)) is not None:
-        source = member.base
-    value = source.read_unchecked(name).reshape(rows, wide)[places].double()
-    if update is not None:
-        value = value + update[0][places] @ update[1]
-    value = value.flatten()[:MOST_ENTRIES]
-    member.check_finite(name, value)
-    return value
+    return member.rows(name, np.arange(count) * rows // count).ravel()[:MOST_ENTRIES]
 
 
 def _row(sample: _Sample, i: int, experts: int, is_adapter: bool) -> Kinship:

@@ -66,6 +66,7 @@ class Inputs(StrictModel):
         Raises:
             SuiteError, CheckpointError: one is missing or unreadable.
         """
+        suite.take_digests(tasks, with_base=True)
         sources = {task: suite.source(task) for task in tasks}
         return cls(
             experts={task: suite.expert(task).digest for task in tasks},

@@ -382,16 +382,29 @@ class Suite:
 
     def members_digest(self, tasks: Sequence[str], with_base: bool) -> str:
         """Digest (hex) of the content of the chosen experts, and of the base where it counts."""
-        experts = [self.expert(task) for task in tasks]
-        unknown = [expert for expert in experts if "digest" not in vars(expert)]
-        if len(unknown) > 1:
-            # Several files at once keep the disk and the cores busy.
-            with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
-                list(pool.map(lambda expert: expert.digest, unknown))
-        parts = [expert.digest for expert in experts]
-        if with_base and self.base is not None:
-            parts.append("base:" + self.base.digest)
+        base = self.base if with_base else None
+        self.take_digests(tasks, with_base)
+        parts = [self.expert(task).digest for task in tasks]
+        if base is not None:
+            parts.append("base:" + base.digest)
         return digest_of(*parts)
+
+    def take_digests(self, tasks: Sequence[str], with_base: bool) -> None:
+        """Take the digests of the chosen experts, and of the base where it counts, side by side.
+
+        Several files at once keep the disk and the cores busy; whoever asks for the digest of one
+        of them later has it.
+
+        Raises:
+            SuiteError, CheckpointError: one is missing or unreadable.
+        """
+        members = [self.expert(task) for task in tasks]
+        if with_base and self.base is not None:
+            members.append(self.base)
+        unknown = [member for member in members if "digest" not in vars(member)]
+        if len(unknown) > 1:
+            with ThreadPoolExecutor(HASHED_AT_ONCE) as pool:
+                list(pool.map(lambda member: member.digest, unknown))
 
     def data_digest(self, task: str) -> str:
         """Digest (hex) of a task's evaluation data, normalisation, head and the architecture.

@@ -31,11 +31,19 @@ def inspect(
     headers_only: Annotated[
         bool, typer.Option("--headers-only", help="Pre-flight only; read no weights.")
     ] = False,
+    spectra: Annotated[
+        bool,
+        typer.Option(
+            "--spectra",
+            help="Norms and ranks of the task vectors too, and how long a merge takes here: "
+            "decomposes every matrix, which is stored for later.",
+        ),
+    ] = False,
     full: Annotated[
         bool, typer.Option("--full", help="Every parameter, not one row for each kind.")
     ] = False,
 ) -> None:
-    """Pre-flight of a suite: what fits, whether members belong together, norms and ranks."""
+    """Pre-flight of a suite: what fits, what a merge takes, whether members belong together."""
     from merge_core.compatibility.compare import compare_companions
     from merge_core.compatibility.kinship import measure_kinship
     from merge_core.suites.preflight import preflight
@@ -51,11 +59,15 @@ def inspect(
         out.print(f"network: {network}")
     lacking = loaded.why_not_evaluated
     out.print(f"evaluation: {'ready' if lacking is None else 'not possible, ' + lacking}")
-    print_preflight(out, report, full, timed=not headers_only)
+    print_preflight(out, report, full, timed=spectra)
     findings = compare_companions(loaded, split_names(tasks))
     print_findings(out, findings)
-    if not headers_only and not report.blocking:
+    read = not headers_only and not report.blocking
+    if read:
         print_kinships(out, measure_kinship(loaded, split_names(tasks)))
+    if read and not spectra:
+        out.print("norms and ranks of the task vectors, and the time of a merge: --spectra")
+    if read and spectra:
         print_frame(
             out,
             "Task vectors: norm, stable and effective rank (means over matrices)",

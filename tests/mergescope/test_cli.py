@@ -53,7 +53,7 @@ def write_recipe(folder: Path, **fields: Any) -> Path:
 
 
 def test_inspect(folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
-    assert call(monkeypatch, "inspect", folder) == 0
+    assert call(monkeypatch, "inspect", folder, "--spectra") == 0
     captured = capsys.readouterr()
     assert captured.err == ""
     assert "evaluable: 3 experts (digits, shapes, lines)" in captured.out
@@ -88,8 +88,25 @@ def test_inspect_headers_only_reads_no_weights(
     assert call(monkeypatch, "inspect", folder, "--headers-only", "--tasks", "lines, digits") == 0
     assert read == []
     assert "Task vectors" not in capsys.readouterr().out
-    assert call(monkeypatch, "inspect", folder) == 0
+    assert call(monkeypatch, "inspect", folder, "--spectra") == 0
     assert read  # the count can count
+
+
+def test_inspect_tells_fine_tunes_without_torch_and_spectra_on_request(folder: Path) -> None:
+    code = (
+        "import sys\n"
+        "from mergescope.cli import main\n"
+        f"sys.argv = ['mergescope', 'inspect', {str(folder)!r}]\n"
+        "try:\n    main()\nexcept SystemExit as end:\n    assert end.code == 0, end.code\n"
+        "heavy = {'torch', 'timm', 'pandas', 'streamlit', 'plotly', 'scipy'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert "Is this a fine-tune of that base?" in done.stdout
+    assert "Task vectors" not in done.stdout
+    assert "time on this machine" not in done.stdout
+    assert "--spectra" in done.stdout
 
 
 def test_inspect_prints_names_as_they_are(

@@ -289,10 +289,11 @@ def test_the_overview_opens_with_pictures() -> None:
     text = " ".join(m.value for m in at.markdown)
     assert "directions hold" in text
     assert "right that the average gets wrong" in text
-    # One test image for each task, beside the strips of all chosen tasks.
-    assert sum("Average:" in m.value for m in at.markdown) == len(
-        load_suite("vision").select(["8"])
-    )
+    # One test image of each task in which CART rights any.
+    pictured = [m.value for m in at.markdown if "Average:" in m.value]
+    titles = [load_suite("vision").title(task) for task in load_suite("vision").select(["8"])]
+    assert 1 <= len(pictured) <= len(titles)
+    assert all(any(title in text for title in titles) for text in pictured)
 
 
 def test_one_expert_has_no_picture_of_a_merge() -> None:

@@ -66,6 +66,15 @@ def test_it_says_what_there_is_and_is_kept_but_in_no_link() -> None:
         assert at.session_state["test_device"] == "cpu", page
 
 
+def test_one_device_is_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(devices, "find_devices", lambda: (CPU,))
+    monkeypatch.setattr("ui.sidebar.find_devices", lambda: (CPU,))
+    monkeypatch.delenv(devices.VARIABLE, raising=False)
+    at = app()
+    assert not at.sidebar.selectbox
+    assert at.session_state["test_device"] == "cpu"
+
+
 @pytest.mark.usefixtures("two")
 def test_a_link_does_not_choose_it() -> None:
     assert app(device="cpu", page="x").session_state["test_device"] == "cuda:0"

@@ -22,6 +22,8 @@ def draw(method: str = "a", page: str = "one") -> None:
         st.session_state.get("test_page", page),
     )
     kept.enter(page)
+    if st.session_state.pop("test_reset", False):
+        kept.reset()
     values = {
         "select": controls.selectbox("S", ["x", "y"], "select"),
         "side": controls.choice("C", {1: "One", 2: "Two"}, "side"),
@@ -115,6 +117,18 @@ def test_a_link_says_everything_of_its_page() -> None:
     at.query_params["scale"] = "3"
     # What the page stood at before does not change what the link means.
     assert values(run(at, test_page="one")) == {**REST, "scale": 3.0, "suite": "mine"}
+
+
+def test_a_page_is_put_to_rest_and_its_suite_stays() -> None:
+    at = app(**LINK)
+    at.session_state["test_reset"] = True
+    at = run(at)
+    assert at.session_state["test_values"] == REST | {"suite": "mine"}
+    assert dict(at.query_params) == {"suite": "mine", "_page": "one"}
+    at.session_state["test_page"] = "two"
+    assert run(at).session_state["test_values"]["suite"] == "mine"
+    at.session_state["test_page"] = "one"
+    assert run(at).session_state["test_values"] == REST | {"suite": "mine"}
 
 
 def test_each_method_keeps_values_of_its_own() -> None:

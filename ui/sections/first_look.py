@@ -82,7 +82,8 @@ def flips_section(view: View, average: Recipe, merged: Recipe) -> None:
     if frame is None:
         return
     title = merged.declaration.title
-    st.subheader("What does a merge say of an image?", anchor=False)
+    what = "an image" if view.suite.inputs == "images" else "an input"
+    st.subheader(f"What does a merge say of {what}?", anchor=False)
     st.markdown(describe_flips(frame, title, view.suite.inputs))
     righted = frame[(frame["kind"] == "righted") & (frame["place"] >= 0)].head(MOST)
     if isinstance(view.suite, RecordedSuite) or view.suite.inputs != "images" or righted.empty:

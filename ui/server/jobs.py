@@ -36,7 +36,7 @@ class Job:
     Attributes:
         sessions: who waits for it.
         turn: the waiting job with the lowest is next.
-        seen: when one of its sessions was last known to be there (monotonic seconds).
+        left: since when none of its sessions has been there (monotonic seconds), if so.
     """
 
     key: str
@@ -52,7 +52,7 @@ class Job:
     progress: Progress = field(default_factory=Progress)
     sessions: set[str] = field(default_factory=set)
     turn: float = 0.0
-    seen: float = field(default_factory=time.monotonic)
+    left: float | None = None
 
     @property
     def active(self) -> bool:
@@ -95,6 +95,7 @@ class JobRunner:
         self._jobs: dict[str, Job] = {}
         self._waiting: list[tuple[Job, Callable[[Progress], Any], Device]] = []
         self._took: dict[str, float] = {}
+        self._looked = time.monotonic()
         self._lock = threading.Lock()
 
     def submit(
@@ -122,7 +123,7 @@ class JobRunner:
 
             def listener(done: int, total: int, label: str) -> None:
                 job.done, job.total, job.label = done, total, label
-                self._cancel_if_left(job)
+                self._cancel_left()
 
             job.progress.listener = listener
             self._jobs[key] = job
@@ -151,22 +152,28 @@ class JobRunner:
         own = [job.turn for job in self._jobs.values() if job.active and session in job.sessions]
         return max([time.monotonic(), *own]) + self._took.get(title, USUAL_SECONDS)
 
-    def _cancel_if_left(self, job: Job) -> None:
-        """Let a job end that nobody waits for any more; asked for at most every few seconds."""
-        gone = time.monotonic() - job.seen
-        if gone < LOOK_SECONDS:
+    def _cancel_left(self) -> None:
+        """Let jobs end that nobody waits for any more; looks once every few seconds."""
+        now = time.monotonic()
+        if now - self._looked < LOOK_SECONDS:
             return
-        if any(map(self._is_active, tuple(job.sessions))):
-            job.seen = time.monotonic()
-        elif gone > LEFT_SECONDS:
-            job.progress.cancel.set()
+        self._looked = now
+        with self._lock:
+            active = [job for job in self._jobs.values() if job.active]
+        for job in active:
+            # What was not started by a session is nobody's to leave.
+            if "" in job.sessions or any(map(self._is_active, tuple(job.sessions))):
+                job.left = None
+            elif job.left is None:
+                job.left = now
+            elif now - job.left > LEFT_SECONDS:
+                job.progress.cancel.set()
 
     def _run_next(self) -> None:
         """Run the waiting job whose turn it is; called once for each."""
         with self._lock:
             chosen = min(self._waiting, key=lambda each: each[0].turn)
             self._waiting.remove(chosen)
-        self._cancel_if_left(chosen[0])
         self._run(*chosen)
 
     def get(self, key: str) -> Job | None:

@@ -67,7 +67,7 @@ def build_up_figure(
             scaleanchor=anchor.plotly_name.replace("axis", ""),
             constrain="domain",
         )
-    strength = f"{weights / changes:.2g} x magnified"
+    strength = f"{float(f'{weights / changes:.2g}'):,g} x magnified"
     names = {
         (1, 1): "average<br>of the experts",
         (1, 2): f"change of {task},<br>{strength}",
@@ -135,8 +135,8 @@ def _slider(counts: list[int], energies: pd.Series, active: int) -> dict[str, ob
             "prefix": "directions of each change, and their energy: ",
             "font": {"size": 13},
         },
-        "x": 0.12,
-        "len": 0.86,
+        "x": 0.18,
+        "len": 0.8,
         "xanchor": "left",
         "y": -0.03,
         "yanchor": "top",

@@ -18,6 +18,7 @@ from analysis.figures.style import (
     add_colour_bar,
     layout,
     percent,
+    set_axes,
     thin_indices,
 )
 from analysis.patterns.filters import Components
@@ -112,16 +113,19 @@ def kernel_norm_map(frame: pd.DataFrame, title: str = "") -> go.Figure:
     height = min(900, 200 + 18 * len(chosen))
     layout(figure, title, x="Filters, strongest first (%)", y="", height=height, legend=False)
     add_colour_bar(figure, "Root mean square weight")
-    figure.update_xaxes(showgrid=False)
+    set_axes(figure, x={"showgrid": False})
     # The end of a long name says most, and the whole of it would fill a phone.
     short = [name if len(name) <= 18 else f"…{name[-17:]}" for name in labels]
-    figure.update_yaxes(
-        type="category",
-        autorange="reversed",
-        showgrid=False,
-        tickvals=labels[chosen],
-        ticktext=[short[index] for index in chosen],
-        tickfont={"size": 10},
+    set_axes(
+        figure,
+        y={
+            "type": "category",
+            "autorange": "reversed",
+            "showgrid": False,
+            "tickvals": labels[chosen],
+            "ticktext": [short[index] for index in chosen],
+            "tickfont": {"size": 10},
+        },
     )
     return figure
 
@@ -185,12 +189,15 @@ def head_maps(forms: np.ndarray, title: str = "") -> go.Figure:
             showarrow=False,
             font={"size": 10},
         )
-    figure.update_xaxes(showticklabels=False, ticks="")
-    figure.update_yaxes(
-        showticklabels=False,
-        ticks="",
-        autorange=None,
-        range=[math.ceil(heads / columns) * (cells + gap) - gap - 0.5, -gap - 0.5],
+    set_axes(
+        figure,
+        x={"showticklabels": False, "ticks": ""},
+        y={
+            "showticklabels": False,
+            "ticks": "",
+            "autorange": None,
+            "range": [math.ceil(heads / columns) * (cells + gap) - gap - 0.5, -gap - 0.5],
+        },
     )
     return figure
 
@@ -208,13 +215,16 @@ def _map(z: np.ndarray, limit: float, label: str, title: str) -> go.Figure:
     )
     layout(figure, title, x="", y="", height=450, legend=False)
     add_colour_bar(figure, label)
-    figure.update_xaxes(showgrid=False, constrain="domain")
-    figure.update_yaxes(
-        showgrid=False,
-        autorange="reversed",
-        scaleanchor="x",
-        constrain="domain",
-        constraintoward="top",
+    set_axes(
+        figure,
+        x={"showgrid": False, "constrain": "domain"},
+        y={
+            "showgrid": False,
+            "autorange": "reversed",
+            "scaleanchor": "x",
+            "constrain": "domain",
+            "constraintoward": "top",
+        },
     )
     return figure
 
@@ -244,5 +254,5 @@ def head_spectrum(frame: pd.DataFrame, title: str = "") -> go.Figure:
             hovertemplate=f"head {number}<br>σ<sub>%{{x}}</sub> = %{{y:.4g}}<extra></extra>",
         )
     layout(figure, title, x="Direction", y="Singular value of B<sub>h</sub> (log scale)")
-    figure.update_yaxes(type="log", exponentformat="power", minorloglabels="none")
+    set_axes(figure, y={"type": "log", "exponentformat": "power", "minorloglabels": "none"})
     return figure

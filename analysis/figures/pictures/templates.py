@@ -16,9 +16,11 @@ from analysis.figures.style import (
     OKABE_ITO,
     REFERENCE,
     add_colour_bar,
+    add_line,
     colour_cell_numbers,
     layout,
     make_cells_square,
+    set_axes,
 )
 from analysis.patterns.blending import blend
 from analysis.patterns.images import NORMALISATIONS, Normalisation, Tiles, normalise, tile_png
@@ -80,7 +82,7 @@ def tile_figure(
     rows = sum(block.rows for block in blocks) + (0.3 * len(blocks) if above else 0)
     right = blocks[0].centre(blocks[0].columns - 1)[0] + blocks[0].tile[1] / 2
     layout(figure, title, x="", y="", legend=False)
-    figure.update_layout(height=round(figure.layout.margin.t + 20 + height * rows))
+    figure.layout.height = round(figure.layout.margin.t + 20 + height * rows)
     hidden = {"showgrid": False, "zeroline": False, "ticks": "", "constrain": "domain"}
     figure.update_xaxes(range=[-0.5, right], showticklabels=False, **hidden)
     names = ["<br>".join(textwrap.wrap(name, 14)) for name in row_names] * len(blocks)
@@ -243,7 +245,7 @@ def dominance_lines(
         _add_band(figure, stats, name, index)
     layout(figure, title, x=f"{AXES[x]}, mean and range over members", y=label, legend=not alone)
     if x == "weight_decay":
-        figure.update_xaxes(type="category")
+        set_axes(figure, x={"type": "category"})
     return figure
 
 
@@ -357,5 +359,5 @@ def _lines_along_lambda(
             hovertemplate=f"{name}<br>λ = %{{x:.3g}}: %{{y:.4g}}<extra></extra>",
         )
     if chosen is not None:
-        figure.add_vline(x=chosen, line={"color": REFERENCE, "dash": "dot", "width": 1.5})
+        add_line(figure, {"color": REFERENCE, "dash": "dot", "width": 1.5}, x=chosen)
     return layout(figure, title, x=x, y=y)

@@ -50,6 +50,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> World:
         outputs = types.SimpleNamespace(
             forward_images=0,
             images=lambda tasks, split: {t: np.arange(values[t].shape[1]) for t in tasks},
+            unit_weights=lambda task, split: None,  # all images count alike
         )
         return space, session, types.SimpleNamespace(outputs=outputs)
 

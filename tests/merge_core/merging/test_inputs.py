@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from merge_core import files
 from merge_core.errors import RecipeError, SuiteError
 from merge_core.files import cache_dir
 from merge_core.merging.inputs import Inputs, find_suite, name_suite
@@ -127,3 +129,21 @@ def test_a_strangers_recipe_that_names_no_members_on_the_hub(
     assert inputs.hub_suite is None
     with pytest.raises(SuiteError, match="is not known"):
         find_suite("s", inputs)
+
+
+def test_digests_of_all_members_are_taken_side_by_side(
+    synthetic_suite: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    suite = synthetic_suite(3, seed=5)
+    meeting = threading.Barrier(4, timeout=20)  # three experts and the base are under way at once
+    hashed = files.hash_of
+
+    def hash_of(path: Path) -> Any:
+        meeting.wait()
+        return hashed(path)
+
+    monkeypatch.setattr(files, "hash_of", hash_of)
+    found = Inputs.of(suite, suite.tasks)
+    assert suite.base is not None
+    assert found.base == suite.base.digest
+    assert found.experts == {task: suite.expert(task).digest for task in suite.tasks}

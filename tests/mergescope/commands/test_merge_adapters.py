@@ -38,7 +38,7 @@ def run(*arguments: Any) -> Any:
 
 
 def test_inspect_shows_ranks_of_adapters(recipe: Path) -> None:
-    shown = run("inspect", recipe.parent / "suite.yaml")
+    shown = run("inspect", recipe.parent / "suite.yaml", "--spectra")
     assert shown.exit_code == 0
     assert "LoRA adapter of rank 1, alpha 8, on 2 matrices" in " ".join(shown.output.split())
     assert "Task vectors" in shown.output
