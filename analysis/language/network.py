@@ -7,7 +7,9 @@ parameters, and weights are put into it one by one: what is not needed twice is 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -60,7 +62,10 @@ class LanguageNetwork:
         expert = suite.expert(suite.tasks[0])
         self.name, self.path = architecture.name, suite.path
         self._size = Size.of(expert)
-        self._module = _build(architecture, suite.path, self._size)
+        # In a thread of its own: the library keeps the frames that called it for a while, and
+        # those of an evaluation hold weights.
+        with ThreadPoolExecutor(1) as pool:
+            self._module = pool.submit(_build, architecture, suite.path, self._size).result()
         if not self.in_float32:
             _compute_in_float32(self._module)
         self._idle: dict[str, list[nn.Module]] = {}
@@ -261,9 +266,12 @@ def _build(architecture: ArchitectureSpec, path: Path, size: Size) -> Any:
 
 @contextmanager
 def _parameters_without_memory() -> Iterator[None]:
-    """Parameters that modules register meanwhile are on the meta device; buffers are not."""
+    """Parameters that modules of this thread register meanwhile are on the meta device."""
+    mine = threading.get_ident()
 
     def move(_module: nn.Module, _name: str, value: Any) -> Any:
+        if threading.get_ident() != mine:
+            return None
         return None if value is None else nn.Parameter(value.to("meta"), requires_grad=False)
 
     registered = hooks.register_module_parameter_registration_hook(move)

@@ -183,22 +183,34 @@ class TextOutputs(LanguageOutputs):
     ) -> Measurements:
         found: Measurements = {}
         for task, units in images.items():
-            inputs = self.raw_inputs(task, split)
-            sequences = list(inputs.of(units))
-            expert = self._expert(task) if "divergence" in measures else None
-            run = partial(_say, loaded, expert, tuple(measures))
-            sums = np.zeros((len(inputs.labels), len(measures)))
-            for batch, values in self._each(sequences, loaded, run):
-                for place, value in zip(batch, values, strict=True):
-                    sums[sequences[place].unit] += value
-            means = sums[units] / inputs.tokens[units, None]
-            _refuse_non_finite(means, task)
-            found[task] = {
-                name: means[:, column].astype(self.kinds[name].dtype)
-                for column, name in enumerate(measures)
-            }
+            found[task] = self._measure_task(loaded, task, units, split, measures)
+            if sum(each.nbytes for each in self._experts.values()) > KEPT_EXPERT_BYTES:
+                self._experts.clear()  # no third model beside the next two
             self.forward_images += len(units)
         return found
+
+    def _measure_task(
+        self,
+        loaded: LanguageModel,
+        task: str,
+        units: np.ndarray,
+        split: Split,
+        measures: Collection[str],
+    ) -> dict[str, np.ndarray]:
+        inputs = self.raw_inputs(task, split)
+        sequences = list(inputs.of(units))
+        expert = self._expert(task) if "divergence" in measures else None
+        run = partial(_say, loaded, expert, tuple(measures))
+        sums = np.zeros((len(inputs.labels), len(measures)))
+        for batch, values in self._each(sequences, loaded, run):
+            for place, value in zip(batch, values, strict=True):
+                sums[sequences[place].unit] += value
+        means = sums[units] / inputs.tokens[units, None]
+        _refuse_non_finite(means, task)
+        return {
+            name: means[:, column].astype(self.kinds[name].dtype)
+            for column, name in enumerate(measures)
+        }
 
 
 class ChoiceOutputs(LanguageOutputs):
