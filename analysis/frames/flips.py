@@ -29,8 +29,11 @@ def flips_if_known(
         session: gives their members, where something is computed.
 
     Returns:
-        None where it would take a forward pass.
+        None where it would take a forward pass, and of language models: their texts have no
+        classes to be named.
     """
+    if outputs.suite.speaks:
+        return None
 
     def compute() -> pd.DataFrame | None:
         evaluator = outputs.evaluator

@@ -64,3 +64,8 @@ def test_other_pages_open(name: str) -> None:
     at = assert_healthy(finish(open_page(name, suite="spoken")))
     if name == "overview":
         assert "The tasks are of texts" in words(at)
+        button = next(b for b in at.button if "Evaluate base" in b.label)
+        at = assert_healthy(finish(button.click().run()))
+        assert "Experts" in metrics(at)
+        at = assert_healthy(open_page(name, suite="spoken"))  # what was evaluated is known now
+        assert "What does merging give?" in [each.value for each in at.subheader]
