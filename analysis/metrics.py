@@ -101,7 +101,7 @@ class Metric:
         """An interval in the same unit; in words where one input tells none."""
         if math.isnan(low) or math.isnan(high):
             return "unknown: one input"
-        plain = self.form.rstrip("%")
+        plain = self.form.replace("%", "f")
         return f"{format(self.factor * low, plain)} to {format(self.factor * high, plain)}"
 
     def show_difference(self, gap: float) -> str:

@@ -99,7 +99,12 @@ CPU = Device("cpu", _cpu_title(), accelerates=False)
 
 @cache
 def find_devices() -> tuple[Device, ...]:
-    """What this machine has, the one that ``auto`` takes first: CUDA, Apple's MPS, the CPU."""
+    """What this machine has, the one that ``auto`` takes first: CUDA, Apple's MPS, the CPU.
+
+    Example:
+        >>> find_devices()[-1].name
+        'cpu'
+    """
     found: list[Device] = []
     if torch.cuda.is_available():
         _compute_in_full_precision()
@@ -183,7 +188,13 @@ def current_device() -> Device:
 
 @contextmanager
 def use_device(device: Device) -> Iterator[None]:
-    """Compute there meanwhile, in this thread and in executors' threads that it begins."""
+    """Compute there meanwhile, in this thread and in executors' threads that it begins.
+
+    Example:
+        >>> with use_device(CPU):
+        ...     current_device().accelerates
+        False
+    """
     token = _CHOSEN.set(device)
     try:
         yield
@@ -192,7 +203,13 @@ def use_device(device: Device) -> Iterator[None]:
 
 
 def set_device(device: Device) -> None:
-    """Compute there from now on, in this thread."""
+    """Compute there from now on, in this thread.
+
+    Example:
+        >>> set_device(CPU)
+        >>> current_device().name
+        'cpu'
+    """
     _CHOSEN.set(device)
 
 
@@ -205,6 +222,11 @@ def use_process_device(name: str | None) -> Iterator[Device]:
 
     Raises:
         DeviceError: an unknown name, or a device that is not there.
+
+    Example:
+        >>> with use_process_device("cpu") as device:
+        ...     os.environ[VARIABLE], device.name
+        ('cpu', 'cpu')
     """
     device, before = choose_device(name), os.environ.get(VARIABLE)
     os.environ[VARIABLE] = device.name

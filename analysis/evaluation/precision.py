@@ -29,6 +29,10 @@ def precision_words(
 
     Raises:
         MergeScopeError: unreadable or unfit weights, heads or data.
+
+    Example:
+        >>> precision_words(Evaluator(load_suite("vision")), ["digits"], "val") is None
+        True
     """
     if evaluator.precision == "float32":
         return None

@@ -31,6 +31,17 @@ def flips_if_known(
     Returns:
         None where it would take a forward pass, and of language models: their texts have no
         classes to be named.
+
+    Example:
+        >>> from analysis.evaluation.evaluator import Evaluator
+        >>> from analysis.frames.store import FrameStore
+        >>> suite = load_suite("vision").restrict(["dots"])
+        >>> session = lambda: MergeSession(suite, suite.tasks, FactorStore())
+        >>> evaluator = lambda: Evaluator(suite)
+        >>> outputs = OutputFrames("vision", suite, suite.tasks, FrameStore(), session, evaluator)
+        >>> cart = make_recipe({"suite": "vision", "tasks": ["dots"], "method": "cart"})
+        >>> flips_if_known(outputs, cart, cart, session) is None  # nothing is stored
+        True
     """
     if outputs.suite.speaks:
         return None

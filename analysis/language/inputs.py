@@ -117,6 +117,17 @@ def read_language(data: DataSpec, split: Part, resolve: Resolve, what: str) -> L
         SuiteError: data or a tokenizer that are missing or of another form; texts that are empty
             or of one token; a question without choices or answer.
         HubError: a tokenizer of the hub that cannot be fetched.
+
+    Example:
+        >>> from tokenizers import Tokenizer, models, pre_tokenizers
+        >>> words = Tokenizer(models.WordLevel({"a": 0, "b": 1}, "a"))
+        >>> words.pre_tokenizer = pre_tokenizers.Whitespace()
+        >>> words.save("tokenizer.json")
+        >>> Path("texts.txt").write_text("a b\\nb a a\\n")
+        10
+        >>> data = DataSpec(kind="language", path="texts.txt", tokenizer="tokenizer.json")
+        >>> [read_language(data, split, Path, "texts").tokens.tolist() for split in ("val", "test")]
+        [[1], [2]]
     """
     path = locate_data(data, resolve, what)
     tables = _read_tables(data, path, resolve, what)

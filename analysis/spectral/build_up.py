@@ -20,7 +20,14 @@ DIRECTIONS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def counts_shown(group: TensorGroup) -> list[int]:
-    """The numbers of directions at which a matrix is shown: those below its rank, and its rank."""
+    """The numbers of directions at which a matrix is shown: those below its rank, and its rank.
+
+    Example:
+        >>> suite = load_suite("vision").restrict(["digits", "dots"])
+        >>> group = TensorGroup(suite, suite.tasks, "blocks.0.attn.proj.weight", FactorStore())
+        >>> counts_shown(group)
+        [1, 2, 4, 8, 16, 32, 64, 256]
+    """
     r = min(group.info.matrix_shape)
     return [*(k for k in DIRECTIONS if k < r), r]
 
@@ -77,6 +84,13 @@ def build_up(group: TensorGroup, task: str, side: int = SIDE) -> pd.DataFrame:
         SuiteError: fewer than two experts, or experts that do not differ here.
 
     Source: CART, arXiv:2412.12153, the sum θ_avg + λ Σ_t SVD_k(θ_t − θ_avg).
+
+    Example:
+        >>> suite = load_suite("vision").restrict(["digits", "dots"])
+        >>> group = TensorGroup(suite, suite.tasks, "blocks.0.attn.proj.weight", FactorStore())
+        >>> frame = build_up(group, "digits", side=4)
+        >>> frame["part"].unique().tolist(), len(frame[frame["part"] == "average"])
+        (['average', 'change', 'sum'], 16)
     """
     if len(group.tasks) < 2:
         raise SuiteError("One expert is its own average; choose two tasks or more.")

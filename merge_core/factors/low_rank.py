@@ -151,7 +151,13 @@ def product(tall: Callable[[slice], Tensor], rows: int, X: Tensor) -> Tensor:
 
 
 def product_by_rows(tall: Callable[[slice], Tensor], rows: int, X: Tensor) -> Tensor:
-    """The same on the CPU, from rows there."""
+    """The same on the CPU, from rows there.
+
+    Example:
+        >>> A = torch.eye(3)
+        >>> product_by_rows(lambda part: A[part], 3, torch.ones(3, 1)).T
+        tensor([[1., 1., 1.]])
+    """
     result = torch.empty(rows, X.shape[1], dtype=X.dtype)
     for start in range(0, rows, ROWS):
         part = slice(start, start + ROWS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import plotly.graph_objects as go
 import streamlit as st
 
@@ -28,7 +30,15 @@ TEXTS = (
     "vit_base/blocks.0.attn.qkv.weight", "a -> b", "__init__", "_x_", "C:\\models\\a", "\\", "`",
 )  # fmt: skip
 
+
+def draw(names: Sequence[str]) -> go.Figure:
+    figure = go.Figure(go.Bar(x=names, y=[1] * len(names), text=names, textposition="inside"))
+    return figure.update_layout(title_text="<br>".join(names), showlegend=True)
+
+
 if __name__ == "__main__":
+    from tests.browser import foreign_texts  # figures are made by functions of modules
+
     for number, text in enumerate(TEXTS):
         with st.container(key=f"text-{number}"):
             st.markdown(plain(text))
@@ -46,7 +56,6 @@ if __name__ == "__main__":
         plain_text.show_info(TEXTS[3])
     st.tabs([plain(text) for text in TEXTS])
     names = [text for text in TEXTS if text.isprintable()]
-    figure = go.Figure(go.Bar(x=names, y=[1] * len(names), text=names, textposition="inside"))
-    figure.update_layout(title_text="<br>".join(names), showlegend=True)
+    figure = charts.drawn(foreign_texts.draw, names)
     charts.panel(charts.Chart(figure, key="figure", alt="Names"))
     st.markdown("The end.")

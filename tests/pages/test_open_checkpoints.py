@@ -16,6 +16,7 @@ from streamlit.testing.v1 import AppTest
 
 from merge_core.checkpoints.checkpoint import Checkpoint
 from merge_core.opening.roles import FoundModel
+from merge_core.suites.bundled import bundled_title
 from merge_core.suites.suite import load_suite
 from tests.conftest import random_states
 from tests.hub_client import files_of, hub, weights
@@ -27,6 +28,11 @@ from ui.server.catalog import SUITES
 
 __all__ = ["hub"]
 TASKS = ("cars", "dtd", "svhn")
+
+
+def titles() -> list[str]:
+    """What the sidebar offers at rest."""
+    return [bundled_title(name) for name in SUITES.list_offered()]
 
 
 @pytest.fixture(autouse=True)
@@ -113,7 +119,7 @@ def test_a_folder_becomes_a_suite_that_the_app_shows(root: Path) -> None:
     at = assert_healthy(at.switch_page("pages/spectra.py").run())
     assert at.sidebar.selectbox(key="suite").value == "models"
     other = open_page("spectra", suite="models")
-    assert other.sidebar.selectbox(key="suite").options == list(SUITES.list_offered())
+    assert other.sidebar.selectbox(key="suite").options == titles()
     assert other.sidebar.selectbox(key="suite").value == "vision"
 
 
@@ -269,7 +275,7 @@ def test_uploads_are_seen_by_their_session_alone_and_removed_after_it(root: Path
     assert places[0].parent.parent.stat().st_mode & 0o077 == 0
     # Another visitor has neither the suite nor, by the same link, the files.
     other = open_page("overview", suite="uploads")
-    assert other.sidebar.selectbox(key="suite").options == list(SUITES.list_offered())
+    assert other.sidebar.selectbox(key="suite").options == titles()
     assert not open_source("Upload").dataframe
     # What is derived from uploads lies beside them.
     assert_healthy(at.switch_page("pages/spectra.py").run())
@@ -278,7 +284,7 @@ def test_uploads_are_seen_by_their_session_alone_and_removed_after_it(root: Path
     session_files.janitor().sweep(time.monotonic() + 10_000)
     assert not list((root.parent / "cache").rglob("*.safetensors"))
     at = at.switch_page("pages/overview.py").run()
-    assert at.sidebar.selectbox(key="suite").options == list(SUITES.list_offered())
+    assert at.sidebar.selectbox(key="suite").options == titles()
 
 
 def test_uploads_that_are_no_weights_are_refused_in_words(root: Path) -> None:

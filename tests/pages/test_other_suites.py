@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from analysis.outputs.suite_outputs import SuiteOutputs
-from merge_core.suites.bundled import bundled_records, bundled_suites
+from merge_core.suites.bundled import bundled_records, bundled_suites, bundled_title
 from merge_core.yaml_text import dump_yaml
 from tests.evaluable import write_evaluable
 from tests.pages.test_pages import PAGES, figures, finish, metrics, open_page
@@ -136,8 +136,7 @@ def test_a_damaged_suite_is_explained_on_the_page(
     assert "unexpectedly" not in messages[0]
     # The sidebar still lets one choose another suite.
     assert at.sidebar.selectbox(key="suite").options == [
-        *bundled_suites(),
-        *bundled_records(),
+        *map(bundled_title, [*bundled_suites(), *bundled_records()]),
         "mine",
     ]
 

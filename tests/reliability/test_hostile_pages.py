@@ -15,6 +15,7 @@ from tests.reliability.test_fuzzed_checkpoints import HOSTILE as FILES
 from tests.reliability.test_fuzzed_yaml import HOSTILE as TEXTS
 from ui.sections.own_recipes import MOST_RECIPES
 from ui.server import session_files
+from ui.server.catalog import SUITES
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +80,7 @@ def test_no_link_opens_a_file_by_its_path(tmp_path: Path, value: str) -> None:
     shown = " ".join(str(element.value) for kind in kinds for element in at.get(kind))
     assert "secret" not in shown
     chosen = at.selectbox(key="suite")
-    assert chosen.value in chosen.options
+    assert chosen.value in SUITES.list_offered()
     assert "secret" not in " ".join(chosen.options)
 
 

@@ -206,7 +206,7 @@ def test_a_cache_folder_that_is_none_is_said_on_the_command_line(tmp_path: Path)
     (tmp_path / "loop").symlink_to("loop")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "MERGESCOPE_CACHE": "loop/cache"}
     done = subprocess.run(
-        [sys.executable, "-m", "mergescope", "inspect", "vision"],
+        [sys.executable, "-m", "mergescope", "inspect", "vision", "--spectra"],
         capture_output=True,
         text=True,
         cwd=tmp_path,

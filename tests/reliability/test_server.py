@@ -103,7 +103,9 @@ def test_a_signal_ends_the_server_and_frees_its_port(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.1, 0.2, 0.5, 1.0])
-@pytest.mark.parametrize("arguments", [["app", "--port", "8599"], ["inspect", "vision"]])
+@pytest.mark.parametrize(
+    "arguments", [["app", "--port", "8599"], ["inspect", "vision", "--spectra"]]
+)
 def test_an_interrupt_at_the_start_shows_no_traceback(
     arguments: list[str], seconds: float, tmp_path: Path
 ) -> None:

@@ -28,6 +28,15 @@ def build_up_figure(
         tasks: how many experts there are.
         scale: λ of the merge.
         title: the figure's title.
+
+    Example:
+        >>> from analysis.spectral.build_up import build_up
+        >>> from merge_core.task_vectors import TensorGroup
+        >>> suite = load_suite("vision").restrict(["digits", "dots"])
+        >>> group = TensorGroup(suite, suite.tasks, "blocks.0.attn.proj.weight", FactorStore())
+        >>> figure = build_up_figure(build_up(group, "digits", side=4), "digits", 2, 1.0)
+        >>> [frame.name for frame in figure.frames]
+        ['1', '2', '4', '8', '16', '32', '64', '256']
     """
     counts = [int(k) for k in np.unique(frame.loc[frame["part"] == "change", "k"])]
     pictures = {

@@ -18,6 +18,7 @@ from analysis.data_sources.prepared import PreparedSplit, prepare_split
 from analysis.data_sources.source import UNLABELLED
 from analysis.evaluation.evaluator import Evaluator
 from analysis.outputs.inputs import has_labels, load_inputs, normalise_for_task, normalise_pixels
+from analysis.outputs.prepared_inputs import PREPARED
 from merge_core.errors import Cancelled, OutputError, SuiteError
 from merge_core.progress import Progress
 from merge_core.suites.data_files import content_digest
@@ -32,7 +33,7 @@ from tests.analysis.data_sources.files import (
     write_idx,
     write_mnist,
 )
-from tests.evaluable import MEANS, SIZE, STDS, TASKS, copy_evaluable, edit_arrays
+from tests.evaluable import MEANS, STDS, TASKS, copy_evaluable, edit_arrays
 
 WHAT = "data of task 'a'"
 
@@ -265,8 +266,7 @@ def test_large_splits_are_normalised_a_batch_at_a_time(
     task = TASKS[0]
     whole = Evaluator(suite)
     expected = whole.experts([task])["correct"].tolist()
-    one_image = SIZE * SIZE * 3 * 4
-    monkeypatch.setattr(outputs_module, "KEPT_BYTES", one_image)
+    monkeypatch.setattr(PREPARED, "fits", lambda size, device: False)  # as if it were too large
     sizes: list[int] = []
 
     def watched(images: np.ndarray, *rest: Any) -> torch.Tensor:

@@ -73,7 +73,7 @@ def test_a_suite_on_the_hub_from_report_to_merge(run: Any, hub: Hub, tmp_path: P
         assert f"hf://org/{name}@{commit} {find_cached(f'hf://org/{name}')}" in out
     hub.requests.clear()
     assert run(*merge)[0] == 0
-    code, out, _ = run("inspect", tmp_path)
+    code, out, _ = run("inspect", tmp_path, "--spectra")
     assert code == 0
     assert "Task vectors" in out
     assert "not downloaded" not in out
