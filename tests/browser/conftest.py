@@ -18,7 +18,14 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Browser, BrowserContext, Page, Request, sync_playwright
+from playwright.sync_api import (
+    Browser,
+    BrowserContext,
+    Page,
+    Request,
+    expect,
+    sync_playwright,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ARGUMENTS = [  # as root in a container, and without a word to the outside
@@ -33,6 +40,7 @@ ARGUMENTS = [  # as root in a container, and without a word to the outside
 ]
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 Open = Callable[..., Page]
+expect.set_options(timeout=45_000)  # five seconds are few on a machine that is busy with tests
 
 
 def find_chromium(own: str) -> str | None:
