@@ -76,7 +76,18 @@ def build_up_figure(
             scaleanchor=anchor.plotly_name.replace("axis", ""),
             constrain="domain",
         )
-    strength = f"{float(f'{weights / changes:.2g}'):,g} x magnified"
+    _write_names(figure, task, tasks, scale, f"{float(f'{weights / changes:.2g}'):,g} x magnified")
+    figure.frames = [
+        go.Frame(data=list(traces(k).values()), traces=[2, 3, 4, 5], name=str(k)) for k in counts
+    ]
+    figure.update_layout(
+        sliders=[_slider(counts, energies, counts.index(opened))], updatemenus=[_play(counts)]
+    )
+    return figure
+
+
+def _write_names(figure: go.Figure, task: str, tasks: int, scale: float, strength: str) -> None:
+    """A name above each picture, and signs between them."""
     names = {
         (1, 1): "average<br>of the experts",
         (1, 2): f"change of {task},<br>{strength}",
@@ -90,13 +101,6 @@ def build_up_figure(
     for row in (1, 2):
         for column, sign in ((1, "+"), (2, "=")):
             _write(figure, row, column, sign, beside=True)
-    figure.frames = [
-        go.Frame(data=list(traces(k).values()), traces=[2, 3, 4, 5], name=str(k)) for k in counts
-    ]
-    figure.update_layout(
-        sliders=[_slider(counts, energies, counts.index(opened))], updatemenus=[_play(counts)]
-    )
-    return figure
 
 
 def _limit(cells: np.ndarray) -> float:
