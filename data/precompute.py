@@ -16,7 +16,7 @@ from typing import get_args
 from analysis.comparison.scaling import draw_subsets, task_counts
 from analysis.evaluation.evaluator import Evaluator
 from analysis.frames.entries import Asked, Frames, Kept
-from analysis.frames.flips import flips_if_known
+from analysis.frames.flips import first_flips_if_known
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.record import record_bytes
 from analysis.frames.recording import Recorder, usual_answers
@@ -89,10 +89,7 @@ def _ask_accuracies(
         for mode in modes:
             outputs.select(space, SelectionOptions(mode, every_proxy=every_view), progress)
     outputs.first_result(outputs.first_recipes())
-    found = outputs.first_result_if_known()
-    if found is not None:
-        recipes = {title: recipe for title, (recipe, _) in found[0].items()}
-        flips_if_known(outputs, recipes["Weight average"], recipes["CART"], lambda: session)
+    first_flips_if_known(outputs)
     scaling(outputs, [tasks], factors, progress)  # as beside a suite of another size
     if every_view:
         drawn = draw_subsets(tasks, task_counts(len(tasks)), SUBSETS[0])

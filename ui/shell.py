@@ -282,7 +282,7 @@ def _run_page(page: Any, entry: PageEntry) -> None:
         )
     presenting.show()
     if missing:
-        st.info(plain(missing))
+        show_info(missing)
         return
     if entry.subject == "suite" and len(view().tasks) == 2:
         note.info(

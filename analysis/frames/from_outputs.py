@@ -99,6 +99,15 @@ class OutputFrames:
         return digest_of("outputs-1", *parts)
 
     @property
+    def session(self) -> MergeSession:
+        """The merges.
+
+        Raises:
+            SuiteError: the experts do not fit together.
+        """
+        return self._session()
+
+    @property
     def evaluator(self) -> Evaluator:
         """The evaluation.
 
@@ -143,16 +152,16 @@ class OutputFrames:
             RECIPE,
             self.inputs,
             self._of_recipe(recipe, split),
-            lambda: self.evaluator.recipe(recipe, self._session(), split, progress=progress),
+            lambda: self.evaluator.recipe(recipe, self.session, split, progress=progress),
         )
 
     def knows_recipe(self, recipe: Recipe, split: Split) -> bool:
         """Whether :meth:`recipe` takes no forward pass, or says why it cannot be asked."""
 
         def compute() -> pd.DataFrame | None:
-            if not self.evaluator.knows(recipe, self._session(), split):
+            if not self.evaluator.knows(recipe, self.session, split):
                 return None
-            return self.evaluator.recipe(recipe, self._session(), split)
+            return self.evaluator.recipe(recipe, self.session, split)
 
         asked = self._of_recipe(recipe, split)
         known = ask_if_known(self.frames, RECIPE, self.inputs, asked, compute)
@@ -170,7 +179,7 @@ class OutputFrames:
             if not live:
                 return None
             method = space.base.method
-            recipe, chosen = suggest_recipe(method, self.reference, self._session(), self.evaluator)
+            recipe, chosen = suggest_recipe(method, self.reference, self.session, self.evaluator)
             return recipe if chosen else None
 
         question: Question[Recipe] = Question(
@@ -191,7 +200,7 @@ class OutputFrames:
         if known is not None or not self.frames.computes:
             return known
         recipes = self.first_recipes()
-        if not knows_first_result(recipes, self._session(), self.evaluator):
+        if not knows_first_result(recipes, self.session, self.evaluator):
             return None
         return recipes, self.first_result(recipes)
 
@@ -207,19 +216,19 @@ class OutputFrames:
         recipes = self.first_recipes()
         if not all(chosen for _, chosen in recipes.values()):
             return None
-        if not knows_first_result(recipes, self._session(), self.evaluator):
+        if not knows_first_result(recipes, self.session, self.evaluator):
             return None
         return recipes, self.first_result(recipes)
 
     def first_recipes(self) -> dict[str, tuple[Recipe, bool]]:
         """The recipes of the first result, at the best settings known now."""
-        return first_recipes(self.reference, self._session(), self.evaluator)
+        return first_recipes(self.reference, self.session, self.evaluator)
 
     def first_result(
         self, recipes: dict[str, tuple[Recipe, bool]], progress: Progress | None = None
     ) -> pd.DataFrame:
         """See :func:`analysis.comparison.first_result.first_result`."""
-        return first_result(recipes, self._session(), self.evaluator, progress=progress)
+        return first_result(recipes, self.session, self.evaluator, progress=progress)
 
     def select(
         self, space: SearchSpace, options: SelectionOptions, progress: Progress | None = None
@@ -235,7 +244,7 @@ class OutputFrames:
             self._selection(space, options),
             self.inputs,
             _of_selection(space, options),
-            lambda: select_rank(space, self._session(), self._chooser, options, progress=progress),
+            lambda: select_rank(space, self.session, self._chooser, options, progress=progress),
         )
 
     def select_if_known(
@@ -251,7 +260,7 @@ class OutputFrames:
         def compute() -> Selection | None:
             if not live:
                 return None
-            return stored_selection(space, self._session(), self._chooser, options)
+            return stored_selection(space, self.session, self._chooser, options)
 
         if (known := self._with_all_picks(space, options)) is not None:
             return known
@@ -292,7 +301,7 @@ class OutputFrames:
             TASK_CURVES,
             self.inputs,
             {**space_arguments(selection.space), "curve": curve},
-            lambda: task_curves(selection, self._session(), self.evaluator),
+            lambda: task_curves(selection, self.session, self.evaluator),
         )
 
     def storage(self, selection: Selection, progress: Progress | None = None) -> pd.DataFrame:
@@ -302,7 +311,7 @@ class OutputFrames:
             STORAGE,
             self.inputs,
             _of_storage(selection),
-            lambda: _compare_storage(selection, self._session(), self.evaluator, progress),
+            lambda: _compare_storage(selection, self.session, self.evaluator, progress),
         )
 
     def storage_if_known(self, selection: Selection) -> pd.DataFrame | None:
@@ -311,7 +320,7 @@ class OutputFrames:
         def compute() -> pd.DataFrame | None:
             try:
                 evaluator = self.evaluator.stored_only()
-                return _compare_storage(selection, self._session(), evaluator, None)
+                return _compare_storage(selection, self.session, evaluator, None)
             except NotStored:
                 return None
 
@@ -386,7 +395,7 @@ class OutputFrames:
         return run_comparison(
             self.reference,
             method,
-            self._session(),
+            self.session,
             self.evaluator,
             budget,
             progress=progress,

@@ -13,7 +13,7 @@ from analysis.comparison.run import usable_methods
 from analysis.comparison.scaling import draw_subsets, task_counts
 from analysis.evaluation.evaluator import Evaluator
 from analysis.frames.entries import Asked, Frames, Kept
-from analysis.frames.flips import flips_if_known
+from analysis.frames.flips import first_flips_if_known
 from analysis.frames.from_outputs import OutputFrames
 from analysis.frames.from_weights import WeightFrames
 from analysis.frames.record import record_bytes
@@ -85,7 +85,6 @@ class _Questions:
     suite: Suite
     weights: WeightFrames
     outputs: OutputFrames
-    session: Callable[[], MergeSession]
     measured: bool
     methods: frozenset[str]
     progress: Progress
@@ -212,11 +211,7 @@ class _Questions:
 
     def _ask_first(self) -> None:
         self.outputs.first_result(self.outputs.first_recipes())  # its outputs are known from here
-        found = self.outputs.first_result_if_known()
-        if found is not None:
-            recipes = {title: recipe for title, (recipe, _) in found[0].items()}
-            before, after = recipes["Weight average"], recipes["CART"]
-            flips_if_known(self.outputs, before, after, self.session)
+        first_flips_if_known(self.outputs)
 
 
 _MODES: tuple[tuple[Mode, bool], ...] = (("labels", True), ("labels", False), ("inputs", False))
@@ -309,7 +304,6 @@ def usual_answers(
             cache(lambda: Evaluator(suite)),
             evaluated=measured,
         ),
-        lambda: session,
         measured,
         wanted,
         Progress(cancel=progress.cancel),

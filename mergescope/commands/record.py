@@ -28,7 +28,10 @@ def record(
         ),
     ] = None,
 ) -> None:
-    """Pack a suite's card and frames, without weights or inputs, to be opened by anyone."""
+    """Pack a suite's card and frames, without its weights and inputs, to be opened by anyone.
+
+    Of the weights 32 x 32 numbers of one matrix are in it, which the first page draws.
+    """
     from analysis.frames.recording import check_record_path, record_suite, write_record
     from analysis.frames.store import FrameStore
     from merge_core.factors.store import FactorStore

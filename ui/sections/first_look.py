@@ -76,9 +76,7 @@ def flips_section(view: View, average: Recipe, merged: Recipe) -> None:
         view: the suite and tasks, which can be evaluated.
         average, merged: the two merges; nothing is shown before they were evaluated.
     """
-    frame = flips_if_known(
-        resources.output_frames(view), average, merged, lambda: resources.session(view)
-    )
+    frame = flips_if_known(resources.output_frames(view), average, merged)
     if frame is None:
         return
     title = merged.declaration.title
