@@ -48,6 +48,9 @@ def test_inspect_a_model_without_download(run: Any, hub: Hub) -> None:
     assert "org/model: 1 experts (model)" in out
     assert "encoder.0.weight" in out
     assert "400 x 400" in out
+    assert find_cached("hf://org/model") is None
+    code, out, err = run("inspect", "hf://org/model", "--spectra")  # takes what is not here
+    assert (code, err) == (0, "")
     assert "Task vectors" not in out
     assert find_cached("hf://org/model") is None
 
